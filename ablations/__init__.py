@@ -1,0 +1,1 @@
+"""Studies that change one factor at a time."""

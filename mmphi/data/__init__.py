@@ -1,0 +1,1 @@
+"""Reading, drawing and storing what models are trained on."""

@@ -1,0 +1,1 @@
+"""How well answers fit: captioning, grounding, exact attributes, yes/no questions, retrieval."""
