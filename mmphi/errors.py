@@ -49,3 +49,7 @@ class StoreError(MmphiError):
 
 class TrainingError(MmphiError):
     """Training that must not go on, such as a loss that is no longer finite."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Asked to stop by a signal; a complete checkpoint was written first, and the same command goes on from it."""

@@ -108,6 +108,7 @@ class TrainingSettings(Section):
     warmup: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1)
     schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warm-up")
     weight_decay: float = setting(0.0, "AdamW's weight decay, on matrices only", ge=0, le=1)
+    beta2: float = setting(0.999, "AdamW's second decay rate", gt=0, lt=1)
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", gt=0)
     max_length: int = setting(512, "longest sequence, image tokens included", unit="tokens", ge=8)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "autocast; auto is bf16 on a GPU that has it")
@@ -178,6 +179,7 @@ class ProjectorSettings(TrainingSettings):
     layers: int = setting(2, "linear layers: 1 is linear, 2 is LLaVA-1.5's", unit="layers", ge=1, le=8)
     width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
     activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
+    norm: bool = setting(False, "normalise every feature vector before the first layer")
     sample_images: int = setting(
         8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
     )

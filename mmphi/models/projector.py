@@ -1,0 +1,108 @@
+"""The layers between an image tower and a language model: the only part that learns to see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmphi.errors import ModelError
+
+Activation = Literal["gelu", "relu", "silu"]
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Shape of a projector.
+
+    Attributes:
+        input_width: Width D of the image features.
+        output_width: Width W of the language model's embeddings.
+        layers: Linear layers; 1 is LLaVA's linear projector, 2 LLaVA-1.5's MLP.
+        width: Width of the layers between; 0 takes ``output_width``.
+        activation: Between the layers.
+        norm: Whether every feature vector is normalised first (towers without a final norm).
+    """
+
+    input_width: int
+    output_width: int
+    layers: int = 2
+    width: int = 0
+    activation: Activation = "gelu"
+    norm: bool = False
+
+
+class Projector(nn.Module):
+    """Maps features (..., D) of any float type to embeddings (..., W); weights and arithmetic are fp32.
+
+    fp32 and never quantised: a projector in half precision loses small updates (LLaVA #433).
+    """
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.width or config.output_width
+        widths = [config.input_width, *[hidden] * (config.layers - 1), config.output_width]
+        modules: list[nn.Module] = [nn.LayerNorm(config.input_width)] if config.norm else []
+        for i in range(config.layers):
+            if i:
+                modules.append(ACTIVATIONS[config.activation]())
+            modules.append(nn.Linear(widths[i], widths[i + 1]))
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project features (..., D) to embeddings (..., W)."""
+        with torch.autocast(features.device.type, enabled=False):
+            projected: Tensor = self.layers(features.float())
+        return projected
+
+    def save(self, folder: Path) -> None:
+        """Write ``projector.safetensors`` and ``projector.json``, all that :meth:`load` needs."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "projector.safetensors")
+        (folder / "projector.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Projector:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ModelError: If a file is missing, broken, of another shape, or holds values that are not finite.
+        """
+        try:
+            config = ProjectorConfig(**json.loads((folder / "projector.json").read_text()))
+            weights = load_file(folder / "projector.safetensors")
+            projector = cls(config)
+            projector.load_state_dict(weights)
+        except (OSError, TypeError, ValueError, SafetensorError, RuntimeError) as error:
+            raise ModelError(
+                f"no projector can be read from {folder}: {error}", "train it anew with --force"
+            ) from error
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ModelError(f"{folder}/projector.safetensors: {name} is not finite", "train it anew with --force")
+        return projector
+
+    def check_fits(self, input_width: int, output_width: int) -> None:
+        """Refuse features or a language model of another width.
+
+        Raises:
+            ModelError: Naming both widths.
+        """
+        for what, have, want in (
+            ("image features", input_width, self.config.input_width),
+            ("the language model", output_width, self.config.output_width),
+        ):
+            if have != want:
+                raise ModelError(
+                    f"the projector was trained for {what} of width {want}, not {have}",
+                    "use the settings it was trained with, or train a projector for these",
+                )

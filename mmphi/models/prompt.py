@@ -1,0 +1,134 @@
+"""How a conversation is written for a language model: which text is given, which is to be learned, where the image is.
+
+Three styles: ``plain`` (question and answer on lines of their own, for base models and models trained here), ``phi``
+(Phi-2's ``Instruct: ...\\nOutput:``) and ``chat`` (the chat template the tokenizer brings). Every answer ends with the
+end-of-sequence token, so that the model learns to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mmphi.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Style = Literal["plain", "phi", "chat"]
+IMAGE, QUESTION, ANSWER = "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a prompt.
+
+    Attributes:
+        ids: Token ids; empty for the image.
+        supervised: Whether these tokens are what the model learns to say.
+        is_image: Whether the image's features stand here.
+    """
+
+    ids: tuple[int, ...] = ()
+    supervised: bool = False
+    is_image: bool = False
+
+
+class Prompt:
+    """Writes conversations in one style, with one tokenizer.
+
+    Args:
+        tokenizer: A tokenizer with an end-of-sequence token.
+        style: ``auto`` takes ``chat`` where the tokenizer brings a template, ``phi`` for Phi-2's vocabulary, else ``plain``.
+
+    Raises:
+        ModelError: If the tokenizer has no end-of-sequence token, or no chat template where ``chat`` is asked for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style | Literal["auto"] = "auto") -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
+        if style == "auto":
+            phi = tokenizer.convert_tokens_to_ids("<|endoftext|>") == 50256
+            style = "chat" if tokenizer.chat_template else "phi" if phi else "plain"
+        if style == "chat" and not tokenizer.chat_template:
+            raise ModelError("language.prompt = chat, but the tokenizer brings no chat template", "use plain or phi")
+        self.style: Style = style
+
+    def parts(self, turns: Sequence[tuple[str, str | None]], *, image: bool, context: str = "") -> list[Part]:
+        """The prompt of a conversation.
+
+        Args:
+            turns: Questions and answers; an answer of ``None`` (the last one only) is left for the model to give.
+            image: Whether an image stands after the first token.
+            context: Text that stands where an image would; used to teach a model to read from context.
+
+        Returns:
+            Parts in order; supervised parts are an answer and its end-of-sequence token.
+        """
+        return self._chat(turns, image, context) if self.style == "chat" else self._lines(turns, image, context)
+
+    def _lines(self, turns: Sequence[tuple[str, str | None]], image: bool, context: str) -> list[Part]:
+        bos = self.tokenizer.bos_token_id
+        parts = [Part(() if bos is None else (bos,))]
+        if image:
+            parts.append(Part(is_image=True))
+        if context:
+            parts.append(Part(self._encode(context)))
+        begun = bool(context)
+        for question, answer in turns:
+            line = f"Instruct: {question}\nOutput:" if self.style == "phi" and question else question
+            if line:
+                parts.append(Part(self._encode(f"\n{line}" if begun or image else line)))
+            space = " " if self.style == "phi" and question else "\n" if line or begun else ""
+            if self.style == "plain" and space:
+                parts.append(Part(self._encode(space)))
+                space = ""
+            if answer is not None:
+                parts.append(Part((*self._encode(space + answer), self.tokenizer.eos_token_id), supervised=True))
+            begun = True
+        return parts
+
+    def _chat(self, turns: Sequence[tuple[str, str | None]], image: bool, context: str) -> list[Part]:
+        """Render the template around markers, then put each text in its marker's place.
+
+        Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
+        """
+        messages = []
+        for i, (question, answer) in enumerate(turns):
+            before = IMAGE if i == 0 and (image or context) else ""
+            after = QUESTION.format(i) if question else ""
+            messages.append({"role": "user", "content": before + ("\n" if before and after else "") + after})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": ANSWER.format(i)})
+        open_end = turns[-1][1] is None
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end))
+        places: list[tuple[str, Part]] = []
+        if image or context:
+            places.append((IMAGE, Part(is_image=True) if image else Part(self._encode(context))))
+        for i, (question, answer) in enumerate(turns):
+            if question:
+                places.append((QUESTION.format(i), Part(self._encode(question))))
+            if answer is not None:
+                ids = (*self._encode(answer), self.tokenizer.eos_token_id)
+                places.append((ANSWER.format(i), Part(ids, supervised=True)))
+        parts = []
+        for marker, part in places:
+            before, found, text = text.partition(marker)
+            if not found:
+                raise ModelError("the chat template rewrites messages, so that the image cannot be placed", "use plain")
+            parts += [Part(self._encode_template(before)), part]
+            if part.supervised:
+                text = text.removeprefix(str(self.tokenizer.eos_token))
+        if open_end:
+            parts.append(Part(self._encode_template(text)))
+        return [part for part in parts if part.ids or part.is_image]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text from outside: special tokens spelled in it stay plain text."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _encode_template(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
