@@ -21,7 +21,6 @@ from mmphi.data.features import ImageFeatures
 from mmphi.data.sequences import Sample
 from mmphi.errors import ModelError
 
-
 ROW_TOKENS = 256  # Attention costs the square of a row: rows are no longer than this, unless a sequence is.
 
 

@@ -208,8 +208,7 @@ class Multimodal:
         answers: dict[int, Answer] = {}
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            for i, answer in zip(chosen, self._generate([samples[i] for i in chosen], max_new_tokens), strict=True):
-                answers[i] = answer
+            answers.update(zip(chosen, self._generate([samples[i] for i in chosen], max_new_tokens), strict=True))
         return [answers[i] for i in range(len(samples))]
 
     def _generate(self, samples: Sequence[Any], max_new_tokens: int) -> list[Answer]:

@@ -1,8 +1,8 @@
-"""How a conversation is written for a language model: which text is given, which is to be learned, where the image is.
+"""How a conversation is written for a language model: what is given, what is to be learned, where the image is.
 
 Three styles: ``plain`` (question and answer on lines of their own, for base models and models trained here), ``phi``
-(Phi-2's ``Instruct: ...\\nOutput:``) and ``chat`` (the chat template the tokenizer brings). Every answer ends with the
-end-of-sequence token, so that the model learns to stop.
+(Phi-2's ``Instruct:`` and ``Output:``) and ``chat`` (the chat template the tokenizer brings). Every answer ends with
+the end-of-sequence token, so that the model learns to stop.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Prompt:
 
     Args:
         tokenizer: A tokenizer with an end-of-sequence token.
-        style: ``auto`` takes ``chat`` where the tokenizer brings a template, ``phi`` for Phi-2's vocabulary, else ``plain``.
+        style: ``auto`` takes ``chat`` where the tokenizer brings a template, ``phi`` for Phi-2's vocabulary, else
+            ``plain``.
 
     Raises:
         ModelError: If the tokenizer has no end-of-sequence token, or no chat template where ``chat`` is asked for.

@@ -1,0 +1,179 @@
+"""What happens beside the training loop: the progress bar, the metrics in the run, and stopping when asked to."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mmphi.stage import Tracker
+
+
+class Throughput:
+    """Tokens per second of training proper: validation and checkpoints do not count.
+
+    Attributes:
+        tokens: Positions that passed through the model since the last reading, on this process.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._seconds = 0.0
+        self._begun: float | None = None
+
+    def begin(self) -> None:
+        """Start the clock of a step."""
+        self._begun = time.perf_counter()
+
+    def end(self) -> None:
+        """Stop the clock."""
+        if self._begun is not None:
+            self._seconds += time.perf_counter() - self._begun
+        self._begun = None
+
+    def read(self) -> float:
+        """Tokens per second since the last reading."""
+        self.end()
+        rate = self.tokens / self._seconds if self._seconds else 0.0
+        self.tokens, self._seconds = 0, 0.0
+        return rate
+
+
+def peak_memory_bytes() -> int:
+    """Most memory used so far: the accelerator's where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
+class Monitor(TrainerCallback):
+    """Shows a progress bar and records metrics; on the main process only.
+
+    Args:
+        tracker: The run to record in.
+        title: What stands before the bar.
+        throughput: Counts tokens; the trainer adds to it.
+    """
+
+    NAMES: Mapping[str, str] = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr"}
+
+    def __init__(self, tracker: Tracker, title: str, throughput: Throughput) -> None:
+        self.tracker, self.title, self.throughput = tracker, title, throughput
+        self.bar: Any = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar; a resumed training records again what it had recorded, its run being a new one."""
+        if not state.is_world_process_zero:
+            return
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
+        for entry in state.log_history:
+            self._record({k: v for k, v in entry.items() if isinstance(v, int | float)}, int(entry["step"]))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self.throughput.begin()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock and move the bar."""
+        self.throughput.end()
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record what the trainer logs."""
+        if self.bar is None or not logs or "train_runtime" in logs:
+            return
+        values = dict(logs)
+        if "loss" in logs:
+            values["train/tokens_per_s"] = self.throughput.read() * args.world_size
+            values["train/memory_gb"] = peak_memory_bytes() / 1e9
+        self._record(values, state.global_step)
+
+    def _record(self, values: Mapping[str, float], step: int) -> None:
+        named = {self.NAMES.get(k, k): float(v) for k, v in values.items() if "/" in k or k in self.NAMES}
+        self.tracker.metrics(named, step)
+        for name, label in (("train/loss", "loss"), ("val/loss", "val"), ("train/tokens_per_s", "tok/s")):
+            if name in named:
+                self.shown[label] = f"{named[name]:.0f}" if label == "tok/s" else f"{named[name]:.3f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class StopWhenAsked(TrainerCallback):
+    """On SIGTERM or Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at once.
+
+    Used as a context manager around training, so that the handlers before it come back.
+
+    Attributes:
+        stopped: Whether training was ended this way.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.stopped = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopWhenAsked:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # Only the main thread may set handlers; elsewhere the caller's own apply.
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop after this step if any process was asked to; all agree on the step."""
+        asked = self.asked
+        if args.world_size > 1:
+            flag = torch.tensor(int(asked), device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = bool(flag.item())
+        if asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.stopped = True
+
+
+class EvaluateEvery(TrainerCallback):
+    """Asks for a validation every so many steps, and after the last."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask on multiples of the interval."""
+        if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = True

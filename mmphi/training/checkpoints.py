@@ -1,0 +1,72 @@
+"""Checkpoints that are complete or do not count: a marker file is written last, and only then do older ones go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmphi.errors import ModelError
+
+MARKER = "complete"
+WEIGHTS = "trained.safetensors"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps done when a checkpoint was written; its folder is called ``checkpoint-STEP``."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints with their marker, oldest first."""
+    found = (p.parent for p in folder.glob(f"checkpoint-*/{MARKER}"))
+    return sorted((p for p in found if p.name.rpartition("-")[2].isdigit()), key=step_of)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Write the marker after everything else has reached the disk."""
+    for path in checkpoint.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    (checkpoint / MARKER).touch()
+    descriptor = os.open(checkpoint, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` complete checkpoints, and whatever an interrupted save left before them."""
+    kept = complete_checkpoints(folder)[-keep:]
+    for path in folder.glob("checkpoint-*"):
+        if path not in kept and path.name.rpartition("-")[2].isdigit():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name; tied ones once."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trained(model: nn.Module, checkpoint: Path) -> None:
+    """Write the trained parameters, and nothing that is frozen."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous().cpu() for name, t in trained_state(model).items()}, checkpoint / WEIGHTS)
+
+
+def load_trained(model: nn.Module, checkpoint: Path) -> None:
+    """Put the trained parameters of a checkpoint back.
+
+    Raises:
+        ModelError: If names or shapes are not those of this model.
+    """
+    saved, parameters = load_file(checkpoint / WEIGHTS), trained_state(model)
+    wrong = sorted(saved.keys() ^ parameters.keys()) or [n for n, t in saved.items() if t.shape != parameters[n].shape]
+    if wrong:
+        raise ModelError(f"{checkpoint} was written by another model: {wrong[0]} differs", "start anew with --force")
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            parameters[name].copy_(tensor)
