@@ -10,16 +10,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmphi.data.features import ImageFeatures
 from mmphi.data.sequences import Sample
 from mmphi.errors import ModelError
+
+if TYPE_CHECKING:
+    from mmphi.data.features import ImageFeatures
 
 ROW_TOKENS = 256  # Attention costs the square of a row: rows are no longer than this, unless a sequence is.
 

@@ -50,6 +50,7 @@ class PackedModel(nn.Module):
         self.language_model = language_model
         self.projector = projector
         self._keep: Tensor | None = None
+        self._recomputes = False
         head = language_model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(language_model).__name__} has no output head", "use a causal language model")
@@ -65,8 +66,15 @@ class PackedModel(nn.Module):
         """Set training mode; a frozen language model stays without dropout unless it recomputes activations."""
         super().train(mode)
         if not any(p.requires_grad for p in self.language_model.parameters()):
-            self.language_model.train(mode and self.language_model.is_gradient_checkpointing)
+            self.language_model.train(mode and self._recomputes)
         return self
+
+    def recompute_activations(self) -> None:
+        """Trade time for memory: keep no activations inside the language model's layers."""
+        # transformers renamed the method in 5.2x; non-reentrant recomputing needs no gradient at the input.
+        current = getattr(self.language_model, "activation_checkpointing_enable", None)
+        (current or self.language_model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self._recomputes = True
 
     def embed(self, input_ids: Tensor, image_mask: Tensor, features: Tensor) -> Tensor:
         """Embeddings (R, T, W) of tokens, with projected features (N, F, D) at the places of ``image_mask`` (R, T)."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from mmphi.data.features import ImageFeatures
 from mmphi.data.packing import PackedSteps
 from mmphi.data.sequences import Sample
 from mmphi.errors import Stopped, TrainingError
@@ -23,6 +22,9 @@ from mmphi.settings import TrainingSettings
 from mmphi.stage import Tracker
 from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked, Throughput
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, mark_complete, prune, save_trained, step_of
+
+if TYPE_CHECKING:
+    from mmphi.data.features import ImageFeatures
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -200,7 +202,7 @@ def train(
     )
     folder.mkdir(parents=True, exist_ok=True)
     if settings.gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.recompute_activations()
     found = complete_checkpoints(folder)
     prune(folder, settings.keep_checkpoints)
     throughput = Throughput()

@@ -1,0 +1,146 @@
+"""Models small enough for a test, built from their configurations; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+
+from mmphi.data.records import Example, ImageRef, Turn
+from mmphi.models.prompt import Prompt
+
+FEATURE_TOKENS, FEATURE_WIDTH = 4, 12
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and an end of text."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
+
+
+def tiny_language(seed: int = 0, **changes: Any) -> Any:
+    """A frozen Phi of two layers with random weights."""
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 256,
+        "eos_token_id": 256,
+    }
+    model = PhiForCausalLM(PhiConfig(**{**shape, **changes})).requires_grad_(False).eval()
+    tokenizer = byte_tokenizer()
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, prompt=Prompt(tokenizer, "plain"), width=32, name="tiny", digest="0"
+    )
+
+
+class RandomFeatures:
+    """Features that depend on the image's name alone."""
+
+    tokens, width = FEATURE_TOKENS, FEATURE_WIDTH
+
+    def __contains__(self, image_id: object) -> bool:
+        return True
+
+    def get(self, images: Sequence[ImageRef]) -> torch.Tensor:
+        rows = torch.zeros(len(images), self.tokens, self.width, dtype=torch.float16)
+        for i, image in enumerate(images):
+            generator = torch.Generator().manual_seed(sum(map(ord, image.id)))
+            rows[i] = torch.randn(self.tokens, self.width, generator=generator).half()
+        return rows
+
+
+def example(number: int, answer: str, question: str = "", image: bool = True, split: Any = "train") -> Example:
+    ref = ImageRef(f"photos/{number}.jpg", Path(f"{number}.jpg")) if image else None
+    return Example(str(number), ref, (Turn(question, answer),), "photos", split)
+
+
+@dataclass
+class Recorder:
+    """A tracker that keeps what it is told."""
+
+    run_id: str = "run"
+    metric_rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    tables: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    tagged: dict[str, str] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self.metric_rows.append((step, dict(values)))
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
+        self.tables.setdefault(name, []).extend(rows)
+
+    def figure(self, name: str, figure: Any) -> None:
+        self.figures[name] = figure
+
+    def text(self, name: str, content: str) -> None:
+        self.texts[name] = content
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self.tagged.update(values)
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def series(self, name: str) -> dict[int, float]:
+        return {step: values[name] for step, values in self.metric_rows if name in values}
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that equal means equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def real_models() -> Path:
+    return _real("MMPHI_MODELS")
+
+
+@pytest.fixture
+def real_photos() -> Path:
+    return _real("MMPHI_PHOTOS")
+
+
+def _real(variable: str) -> Path:
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} is not set")
+    return Path(folder)
+
+
+Factory = Callable[..., Any]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RandomFeatures, example, tiny_language
+
+from mmphi.data.records import ImageRef
+from mmphi.errors import ModelError
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector import Projector, ProjectorConfig
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(2)
+    return Multimodal(tiny_language(), Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures())
+
+
+def ref(name: str) -> ImageRef:
+    return ImageRef(name, Path(name))
+
+
+PROMPTS = [
+    (ref("a"), ""),
+    (ref("b"), "what is it?"),
+    (None, "two and two?"),
+    (ref("c"), "a much longer question? " * 3),
+]
+
+
+def test_batched_answers_equal_single_ones(model):
+    single = [model.generate([p], max_new_tokens=12)[0] for p in PROMPTS]
+    assert model.generate(PROMPTS, max_new_tokens=12, batch_size=4) == single
+    assert model.generate(PROMPTS, max_new_tokens=12, batch_size=3) == single
+    assert len({a.text for a in single}) > 1
+
+
+def test_generation_equals_a_plain_greedy_loop(model):
+    """Without cache, padding or generate(): the arg max of the whole sequence's logits, token by token."""
+    language = model.language
+    end = language.tokenizer.eos_token_id
+    from mmphi.data.sequences import join
+
+    for image, question in PROMPTS[:3]:
+        parts = language.prompt.parts([(question, None)], image=image is not None)
+        sample = join(parts, image, 4 if image else 0)
+        ids = torch.from_numpy(sample.input_ids).long()[None]
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        mask[0, sample.image_start : sample.image_start + sample.image_tokens] = True
+        features = model.features.get([image]) if image else torch.zeros(0, 4, 12)
+        embeddings = model.packed.embed(ids, mask, features)
+        said = []
+        for _ in range(10):
+            token = int(language.model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].argmax())
+            if token == end:
+                break
+            said.append(token)
+            grown = language.model.get_input_embeddings()(torch.tensor([[token]]))
+            embeddings = torch.cat([embeddings, grown], dim=1)
+        answer = model.generate([(image, question)], max_new_tokens=10)[0]
+        assert answer.text == language.tokenizer.decode(said, skip_special_tokens=True).strip()
+        assert answer.ended == (len(said) < 10)
+
+
+def test_an_answer_that_ends_says_so(model):
+    head = model.language.model.get_output_embeddings()
+    with torch.no_grad():
+        head.bias[model.language.tokenizer.eos_token_id] += 1000
+    (answer,) = model.generate([(ref("a"), "")])
+    assert answer.ended
+    assert answer.text == ""
+
+
+def test_losses_depend_on_the_image_shown(model):
+    examples = [example(i, f"a dog runs{i}") for i in range(3)]
+    right = model.losses(examples)
+    assert right[1] == 3 * 12
+    swapped = model.losses(examples, [e.image for e in reversed(examples)])
+    assert swapped[1] == right[1]
+    assert swapped[0] != pytest.approx(right[0], rel=1e-6)
+    one_by_one = sum(model.losses([e])[0] for e in examples)
+    assert right[0] == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_projector_of_another_width_is_refused():
+    with pytest.raises(ModelError, match="width 9, not 12"):
+        Multimodal(tiny_language(), Projector(ProjectorConfig(9, 32)), RandomFeatures())

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from mmphi.errors import ModelError
+from mmphi.models.projector import Projector, ProjectorConfig
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 8])
+@pytest.mark.parametrize("norm", [False, True])
+def test_saved_and_loaded_equals_in_memory(tmp_path, layers, norm):
+    projector = Projector(ProjectorConfig(6, 10, layers, 7, "silu", norm))
+    linear = [m for m in projector.modules() if isinstance(m, torch.nn.Linear)]
+    assert [m.in_features for m in linear] == [6, *[7] * (layers - 1)]
+    assert linear[-1].out_features == 10
+    projector.save(tmp_path)
+    features = torch.randn(2, 3, 6).half()
+    assert torch.equal(Projector.load(tmp_path)(features), projector(features))
+
+
+def test_two_layers_are_llavas():
+    projector = Projector(ProjectorConfig(6, 10))
+    first, second = (m for m in projector.modules() if isinstance(m, torch.nn.Linear))
+    features = torch.randn(4, 6)
+    expected = F.gelu(features @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    torch.testing.assert_close(projector(features), expected)
+
+
+def test_arithmetic_is_fp32_even_under_autocast():
+    projector = Projector(ProjectorConfig(6, 10))
+    features = torch.randn(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = projector(features.bfloat16())
+    assert under.dtype == torch.float32
+    torch.testing.assert_close(under, projector(features.bfloat16().float()), rtol=0, atol=0)
+
+
+def test_another_width_is_refused_naming_both():
+    projector = Projector(ProjectorConfig(6, 10))
+    projector.check_fits(6, 10)
+    with pytest.raises(ModelError, match="image features of width 6, not 8"):
+        projector.check_fits(8, 10)
+    with pytest.raises(ModelError, match="language model of width 10, not 12"):
+        projector.check_fits(6, 12)
+
+
+def test_broken_files_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="no projector can be read"):
+        Projector.load(tmp_path)
+    Projector(ProjectorConfig(6, 10)).save(tmp_path)
+    weights = load_file(tmp_path / "projector.safetensors")
+    weights["layers.0.bias"][1] = float("nan")
+    save_file(weights, tmp_path / "projector.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.0\.bias is not finite"):
+        Projector.load(tmp_path)
+    (tmp_path / "projector.safetensors").write_bytes(b"\0" * 5)
+    with pytest.raises(ModelError, match="no projector can be read"):
+        Projector.load(tmp_path)
+    (tmp_path / "projector.json").write_text(json.dumps({"input_width": 6, "output_width": 10, "heads": 2}))
+    with pytest.raises(ModelError, match="no projector can be read"):
+        Projector.load(tmp_path)

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RandomFeatures, Recorder, example, tiny_language
+from safetensors.torch import load_file
+
+from mmphi.data.sequences import encode
+from mmphi.errors import ModelError, Stopped, TrainingError
+from mmphi.models.multimodal import PackedModel
+from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.settings import TrainingSettings
+from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
+from mmphi.training.trainer import train
+
+ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
+
+
+def run(folder: Path, recorder: Recorder | None = None, validate=None, seed: int = 0, **changes) -> Projector:
+    """Train a projector for a few steps, always from the same beginning."""
+    language = tiny_language()
+    torch.manual_seed(1)
+    projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
+    model = PackedModel(language.model, projector)
+    samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
+    settings = TrainingSettings(**{"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, **changes})
+    train(
+        model,
+        samples,
+        RandomFeatures(),
+        settings,
+        seed=seed,
+        folder=folder,
+        tracker=recorder or Recorder(),
+        title="test",
+        validate=validate,
+    )
+    return projector
+
+
+def weights(projector: Projector) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in projector.parameters()])
+
+
+def test_loss_falls_and_frozen_weights_stay(tmp_path, recorder):
+    before = tiny_language().model.state_dict()
+    run(tmp_path, recorder, steps=30, learning_rate=1e-2)
+    losses = recorder.series("train/loss")
+    assert losses[30] < losses[1]
+    assert {"train/lr", "train/grad_norm", "train/tokens_per_s", "train/memory_gb"} <= set(recorder.metric_rows[-1][1])
+    saved = load_file(complete_checkpoints(tmp_path)[-1] / "trained.safetensors")
+    assert all(name.startswith("projector.") for name in saved)
+    assert not saved.keys() & before.keys()
+
+
+def test_accumulated_equals_whole(tmp_path):
+    whole, parts = Recorder(), Recorder()
+    one = weights(run(tmp_path / "a", whole, accumulation=1))
+    four = weights(run(tmp_path / "b", parts, accumulation=4))
+    torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
+    for step, loss in whole.series("train/loss").items():
+        assert parts.series("train/loss")[step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_loss_is_per_supervised_token_of_the_step(tmp_path, recorder):
+    """Against plain arithmetic: summed nats of the step's samples over the number of their tokens."""
+    run(tmp_path, recorder, steps=1)
+    from mmphi.data.packing import PackedSteps, pack
+
+    language = tiny_language()
+    torch.manual_seed(1)
+    model = PackedModel(language.model, Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
+    step = PackedSteps(samples, RandomFeatures(), steps=1, batch_size=4, packs_per_step=1, seed=0).step(0)
+    nats = sum(model(**pack([s], RandomFeatures())).item() for s in step)
+    tokens = sum(int(s.supervised.sum()) for s in step)
+    assert recorder.series("train/loss")[1] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_resumed_equals_straight_to_the_bit(tmp_path):
+    straight, resumed = Recorder(), Recorder()
+    expected = run(tmp_path / "straight", straight)
+
+    def stop_after_three(step: int):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val/loss": 1.0}
+
+    with pytest.raises(Stopped, match="step"):
+        run(tmp_path / "cut", Recorder(), validate=stop_after_three, eval_every=1)
+    done = complete_checkpoints(tmp_path / "cut")
+    assert [p.name for p in done] == ["checkpoint-4"]
+    assert torch.equal(weights(run(tmp_path / "cut", resumed)), weights(expected))
+    for step, loss in straight.series("train/loss").items():
+        assert resumed.series("train/loss")[step] == loss  # earlier steps are recorded again in the new run
+
+
+def test_incomplete_checkpoint_is_not_resumed_from(tmp_path):
+    expected = run(tmp_path / "a")
+    run(tmp_path / "b", steps=2, schedule="constant")
+    torn = tmp_path / "b" / "checkpoint-4"
+    torn.mkdir()
+    (torn / "trained.safetensors").write_bytes(b"torn")
+    (tmp_path / "b" / "checkpoint-2" / "complete").unlink()
+    assert torch.equal(weights(run(tmp_path / "b")), weights(expected))
+
+
+def test_not_finite_stops_and_saves_the_batch(tmp_path):
+    language = tiny_language()
+    projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
+    with torch.no_grad():
+        projector.layers[0].weight[0, 0] = float("nan")
+    samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
+    with pytest.raises(TrainingError, match=r"step 1 is nan; the batch is saved"):
+        train(
+            PackedModel(language.model, projector),
+            samples,
+            RandomFeatures(),
+            TrainingSettings(steps=2, batch_size=4),
+            seed=0,
+            folder=tmp_path,
+            tracker=Recorder(),
+            title="test",
+        )
+    assert load_file(tmp_path / "bad_batch.safetensors")["input_ids"].ndim == 2
+
+
+def test_validation_is_recorded_at_its_steps(tmp_path, recorder):
+    run(tmp_path, recorder, validate=lambda step: {"val/loss": float(step)}, eval_every=4)
+    assert recorder.series("val/loss") == {4: 4.0, 6: 6.0}
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = weights(run(tmp_path / "a"))
+    torch.testing.assert_close(weights(run(tmp_path / "b", gradient_checkpointing=True)), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_another_order_for_another_seed(tmp_path):
+    assert not torch.equal(weights(run(tmp_path / "a")), weights(run(tmp_path / "b", seed=1)))
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    (tmp_path / "checkpoint-8").mkdir()
+    prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path):
+    run(tmp_path, steps=2)
+    other = PackedModel(tiny_language().model, Projector(ProjectorConfig(RandomFeatures.width, 32, layers=3)))
+    with pytest.raises(ModelError, match="another model"):
+        load_trained(other, complete_checkpoints(tmp_path)[-1])
+
+
+WORKER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {here!r}]
+import torch
+torch.set_num_threads(1)
+from conftest import Recorder
+from test_trainer import run, weights
+recorder = Recorder()
+found = run(Path({folder!r}), recorder, accumulation=2 // int(__import__("os").environ.get("WORLD_SIZE", "1")))
+if int(__import__("os").environ.get("RANK", "0")) == 0:
+    torch.save({{"weights": weights(found), "losses": recorder.series("train/loss")}}, {out!r})
+"""
+
+
+def spawn(tmp_path: Path, processes: int) -> dict:
+    here, out = Path(__file__).parent, tmp_path / f"{processes}.pt"
+    script = tmp_path / f"worker{processes}.py"
+    folder = str(tmp_path / f"run{processes}")
+    script.write_text(WORKER.format(tests=str(here.parent), here=str(here), folder=folder, out=str(out)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def test_two_processes_equal_one(tmp_path):
+    one, two = spawn(tmp_path, 1), spawn(tmp_path, 2)
+    torch.testing.assert_close(one["weights"], two["weights"], rtol=1e-4, atol=1e-5)
+    assert one["losses"].keys() == two["losses"].keys()
+    for step, loss in one["losses"].items():
+        assert two["losses"][step] == pytest.approx(loss, rel=1e-5)
