@@ -1,0 +1,84 @@
+"""Captions: a CSV of image and caption, and the JSON of Karpathy's splits."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmphi.data.llava import image_of, load_json
+from mmphi.data.records import Example, ReadReport, Split, Turn
+from mmphi.errors import DataError, ImageError
+
+KARPATHY: dict[str, Split] = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+
+
+def read_captions(
+    path: Path,
+    images: Path,
+    source: str,
+    report: ReadReport,
+    *,
+    image_column: str = "image",
+    text_column: str = "caption",
+    question: str = "",
+) -> Iterator[Example]:
+    """Read a CSV with a header, one caption a row.
+
+    Raises:
+        DataError: If the file cannot be read or lacks a column.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            missing = {image_column, text_column} - set(rows.fieldnames or ())
+            if missing:
+                have = ", ".join(rows.fieldnames or ()) or "nothing"
+                raise DataError(
+                    f"{path} has no column {sorted(missing)[0]!r}; it has {have}",
+                    "name its columns in image_column and text_column of the source",
+                )
+            for row in rows:
+                where = f"{path.name}, line {rows.line_num}"
+                image, caption = row[image_column], row[text_column]
+                if image is None or caption is None:
+                    report.drop(source, where, "malformed row")
+                    continue
+                try:
+                    ref = image_of(images, image, source)
+                except ImageError as error:
+                    report.drop(source, where, error.reason)
+                    continue
+                report.keep(source)
+                yield Example(str(rows.line_num), ref, (Turn(question, caption.strip()),), source)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}", "check the path in data.sources") from error
+
+
+def read_karpathy(
+    path: Path, images: Path, source: str, report: ReadReport, *, question: str = ""
+) -> Iterator[Example]:
+    """Read ``dataset_flickr8k.json`` and its like, with the splits they bring (Karpathy and Fei-Fei 2015).
+
+    Raises:
+        DataError: If the file is not of that form.
+    """
+    content = load_json(path)
+    rows = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise DataError(f"{path} has no list called 'images'", "Karpathy's files have one")
+    for number, row in enumerate(rows):
+        where = f"{path.name}, image {number}"
+        try:
+            split = KARPATHY[row["split"]]
+            relative = "/".join(filter(None, (row.get("filepath"), row["filename"])))
+            captions = [str(sentence["raw"]) for sentence in row["sentences"]]
+            ref = image_of(images, relative, source)
+        except (KeyError, TypeError, AttributeError):
+            report.drop(source, where, "malformed row")
+        except ImageError as error:
+            report.drop(source, where, error.reason)
+        else:
+            for i, caption in enumerate(captions):
+                report.keep(source)
+                yield Example(f"{number}.{i}", ref, (Turn(question, caption.strip()),), source, split)

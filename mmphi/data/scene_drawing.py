@@ -1,0 +1,68 @@
+"""Scenes as pictures: smooth shapes of slightly varied colour and tilt on a varied pale ground."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mmphi.data.scenes import COLORS, Scene, Thing
+
+OVERSAMPLING = 3
+NOISE = 3.0
+
+
+def draw(scene: Scene, side: int, rng: random.Random) -> Image.Image:
+    """Draw a scene.
+
+    Args:
+        scene: What to draw.
+        side: Width and height, in pixels.
+        rng: Varies ground, tint and tilt.
+    """
+    large = side * OVERSAMPLING
+    image = _ground(side, rng).resize((large, large), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(image)
+    for thing in (scene.big, scene.small):
+        tint = tuple(max(0, min(255, value + rng.randint(-14, 14))) for value in COLORS[thing.color])
+        _draw_thing(pen, thing, large, tint, rng.uniform(-0.18, 0.18))
+    small = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((side, side, 1), np.float32)
+    return Image.fromarray((small + NOISE * noise).clip(0, 255).astype(np.uint8))
+
+
+def _ground(side: int, rng: random.Random) -> Image.Image:
+    """A gradient between two pale tones."""
+    tone = rng.uniform(185, 240)
+    first, second = (np.array([tone + rng.uniform(-14, 14) for _ in range(3)]) for _ in range(2))
+    angle = rng.uniform(0, 2 * math.pi)
+    ramp = np.linspace(0, 1, side)
+    mix = (math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None] + 1) / 2
+    pixels = first + (second - first) * mix[..., None].clip(0, 1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, color: tuple[int, ...], tilt: float) -> None:
+    x, y, r = thing.x * side, thing.y * side, thing.radius * side
+    if thing.shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
+        return
+    pen.polygon([_turn(px, py, tilt, x, y, r) for px, py in OUTLINES[thing.shape]], fill=color)
+
+
+def _turn(px: float, py: float, tilt: float, x: float, y: float, r: float) -> tuple[float, float]:
+    c, s = math.cos(tilt), math.sin(tilt)
+    return x + r * (c * px - s * py), y + r * (s * px + c * py)
+
+
+ARM = 0.32
+OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0.0, -1.0), (0.95, 0.75), (-0.95, 0.75)],
+    "cross": [
+        (-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
+        (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM),
+    ],
+}  # fmt: skip

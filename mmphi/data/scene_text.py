@@ -1,0 +1,94 @@
+"""Scenes as words: captions, questions and answers, and a grid that can be read as a picture can be seen.
+
+A language model pretrained on captions alone learns to ignore what stands before them: whatever it is shown later, it
+recites. So a scene is also written as a grid of words, one a cell, in the place where its image will stand, and the
+caption that follows can only be known by reading it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mmphi.data.records import Turn
+from mmphi.data.scenes import KINDS, OPPOSITE, Combination, Scene, Thing, scenes
+
+DESCRIBE = "describe the image."
+CELLS = 6
+EMPTY = "."
+
+
+@dataclass(frozen=True)
+class SceneText:
+    """A grid of words and a conversation about it."""
+
+    context: str
+    turns: tuple[Turn, ...]
+
+
+def caption(scene: Scene) -> str:
+    """The one right caption."""
+    return f"a big {scene.big.kind} {scene.relation} a small {scene.small.kind}"
+
+
+def questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
+    """Different questions about a scene, with short answers; yes and no are equally likely."""
+    sizes = {"big": scene.big, "small": scene.small}
+    pool = []
+    for size, thing in sizes.items():
+        pool.append(Turn(f"what color is the {size} shape?", thing.color))
+        pool.append(Turn(f"what shape is the {size} one?", thing.shape))
+    pool.append(Turn(f"where is the {scene.big.kind}?", f"{scene.relation} the {scene.small.kind}"))
+    pool.append(Turn(f"where is the {scene.small.kind}?", f"{OPPOSITE[scene.relation]} the {scene.big.kind}"))
+    pool = rng.sample(pool, min(len(pool), max(0, count - 1)))
+    return tuple([*pool, yes_no(scene, rng)][:count])
+
+
+def yes_no(scene: Scene, rng: random.Random) -> Turn:
+    """Whether a thing is there; half of the time it is. A thing that is not there shares a word with one that is."""
+    present = {scene.big.kind, scene.small.kind}
+    if rng.random() < 0.5:
+        return Turn(f"is there a {rng.choice(sorted(present))}?", "yes")
+    words = {word for kind in present for word in kind.split()}
+    absent = [k for k in KINDS if k not in present and words & set(k.split())]
+    return Turn(f"is there a {rng.choice(absent)}?", "no")
+
+
+def grid(scene: Scene, rng: random.Random) -> str:
+    """The scene as ``CELLS`` x ``CELLS`` words, row by row.
+
+    Every cell that a thing covers says its color or its shape, at random; both are said at least once.
+    """
+    cells = [EMPTY] * (CELLS * CELLS)
+    for thing in (scene.big, scene.small):
+        covered = _covered(thing)
+        words = [thing.color, thing.shape] + [rng.choice((thing.color, thing.shape)) for _ in covered[2:]]
+        rng.shuffle(words)
+        for cell, word in zip(covered, words, strict=True):
+            cells[cell] = word
+    return "".join(f" {word}" for word in cells)
+
+
+def _covered(thing: Thing) -> list[int]:
+    """The cells whose centre a thing covers, or the nearest two."""
+    centres = [((i % CELLS + 0.5) / CELLS, (i // CELLS + 0.5) / CELLS) for i in range(CELLS * CELLS)]
+    distance = [math.dist(centre, (thing.x, thing.y)) for centre in centres]
+    nearest = sorted(range(len(centres)), key=lambda i: distance[i])
+    inside = sum(d <= thing.radius for d in distance)
+    return nearest[: max(2, inside)]
+
+
+def corpus_texts(count: int, turns: int, rng: random.Random, among: list[Combination]) -> Iterator[SceneText]:
+    """Texts to read from: half are captions, half are questions.
+
+    Args:
+        count: How many.
+        turns: Questions in each conversation.
+        rng: Source of all variation.
+        among: Combinations to draw from.
+    """
+    for i, scene in enumerate(scenes(count, rng, among)):
+        said = questions(scene, turns, rng) if turns and i % 2 else (Turn(DESCRIBE, caption(scene)),)
+        yield SceneText(grid(scene, rng), said)

@@ -1,0 +1,109 @@
+"""Stage ``scenes``: draws the embedded data, as LLaVA-Instruct JSON and image files, and the text that describes it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmphi.settings import Settings
+from mmphi.stage import Context, Cost, Stage
+
+if TYPE_CHECKING:
+    from mmphi.data.scenes import Scene
+
+SHOWN = 12
+
+
+def cost(settings: Settings) -> Cost:
+    """PNG files of noise-covered pictures take about two bytes a pixel; drawing takes about 3 ms each."""
+    chosen = settings.scenes
+    images = chosen.train_images + chosen.validation_images + chosen.test_images
+    disk = 2 * images * chosen.image_size**2 + 400 * chosen.texts
+    return Cost(disk, 0.003 * images * (chosen.image_size / 96) ** 2 + 1e-4 * chosen.texts)
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Draw every split and write the corpus."""
+    from tqdm.auto import tqdm
+
+    from mmphi.data.scene_text import corpus_texts
+    from mmphi.data.scenes import combinations, held_out, scenes
+
+    chosen, seed = ctx.settings.scenes, ctx.settings.seed
+    unseen = held_out(chosen.held_out, seed)
+    seen = [c for c in combinations() if c not in unseen]
+    sizes = {"train": chosen.train_images, "validation": chosen.validation_images, "test": chosen.test_images}
+    figure_scenes: list[tuple[Path, Scene]] = []
+    with tqdm(total=sum(sizes.values()), desc="scenes", unit="image") as bar:
+        for split, count in sizes.items():
+            rng = random.Random(f"{split} {seed}")
+            among = sorted(unseen) if split == "test" else seen
+            rows: list[dict[str, Any]] = []
+            (ctx.folder / "images" / split).mkdir(parents=True, exist_ok=True)
+            for number, scene in enumerate(scenes(count, rng, among)):
+                path = ctx.folder / "images" / split / f"{number:05d}.png"
+                rows += _write(scene, path, f"{split}/{path.name}", chosen.image_size, chosen.questions, rng)
+                if len(figure_scenes) < SHOWN:
+                    figure_scenes.append((path, scene))
+                bar.update()
+            (ctx.folder / f"{split}.json").write_text(json.dumps(rows))
+    with (ctx.folder / "corpus.jsonl").open("w") as file:
+        for text in corpus_texts(chosen.texts, chosen.questions, random.Random(f"corpus {seed}"), seen):
+            turns = [[turn.question, turn.answer] for turn in text.turns]
+            file.write(json.dumps({"context": text.context, "turns": turns}) + "\n")
+    ctx.tracker.figure("scenes", _figure(figure_scenes))
+    return {"scenes/images": sum(sizes.values()), "scenes/held_out_combinations": len(unseen)}
+
+
+def _write(
+    scene: Scene, path: Path, relative: str, side: int, question_count: int, rng: random.Random
+) -> list[dict[str, Any]]:
+    from mmphi.data.scene_drawing import draw
+    from mmphi.data.scene_text import DESCRIBE, caption, questions
+
+    draw(scene, side, rng).save(path)
+    asked = questions(scene, question_count, rng)
+    conversations = {"caption": [(DESCRIBE, caption(scene))], "questions": [(t.question, t.answer) for t in asked]}
+    rows = []
+    for kind, turns in conversations.items():
+        said = []
+        for i, (question, answer) in enumerate(turns):
+            # As in the real file, the image stands now before, now after the first question.
+            places = (f"<image>\n{question}", f"{question}\n<image>")
+            said.append({"from": "human", "value": rng.choice(places) if i == 0 else question})
+            said.append({"from": "gpt", "value": answer})
+        if said:
+            name = f"{relative.removesuffix('.png')}-{kind}"
+            attributes = {"kind": kind, **scene.attributes}
+            rows.append({"id": name, "image": relative, "conversations": said, "attributes": attributes})
+    return rows
+
+
+def _figure(shown: list[tuple[Path, Scene]]) -> Any:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from mmphi.data.scene_text import caption
+
+    columns = 4
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    for axes, (path, scene) in zip(figure.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
+        axes.imshow(Image.open(path))
+        axes.set_title(caption(scene).replace(" a small", "\na small"), fontsize=10)
+    for axes in figure.axes:
+        axes.axis("off")
+    return figure
+
+
+STAGE = Stage(
+    name="scenes",
+    version=1,
+    help="draw the embedded data: coloured shapes, captions, questions",
+    sections=("scenes",),
+    run=run,
+    cost=cost,
+)
