@@ -8,10 +8,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -118,7 +117,8 @@ class LiveFeatures:
         if not images:
             return torch.zeros(0, self.tokens, self.width, dtype=torch.float16)
         pixels = torch.stack([self.tower.preprocess(open_image(image.path)) for image in images])
-        return self.tower(pixels).half().cpu()
+        features: Tensor = self.tower(pixels)
+        return features.half().cpu()
 
 
 class FeatureWriter:
@@ -146,7 +146,7 @@ class FeatureWriter:
         self.digests: dict[str, int] = {}
         self.unreadable: dict[str, str] = {}
         self.written = 0
-        self._shards: dict[int, npt.NDArray[np.float16]] = {}
+        self._shards: dict[int, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._recall()
         missing = self.bytes_for(images - self.written)
@@ -209,7 +209,7 @@ class FeatureWriter:
                     fresh[digest] = row
                 noted.append((image_id, digest, fresh[digest]))
             for shard in self._shards.values():
-                shard.flush()  # type: ignore[attr-defined]  # a memory map
+                shard.flush()
             with (self.folder / PROGRESS).open("a") as file:
                 file.write(json.dumps({"images": noted, "unreadable": list(unreadable)}) + "\n")
                 file.flush()
@@ -221,14 +221,14 @@ class FeatureWriter:
             ) from error
         self._note(noted, list(unreadable))
 
-    def _shard(self, row: int) -> npt.NDArray[np.float16]:
+    def _shard(self, row: int) -> Any:
         number = row // self.shard_images
         if number not in self._shards:
             path = self.folder / f"features-{number:05d}.npy"
             if not path.exists():
                 shape = (min(self.shard_images, self.images - number * self.shard_images), *self.shape)
                 part = path.with_suffix(".part")
-                np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()  # type: ignore[no-untyped-call]
+                np.lib.format.open_memmap(part, "w+", np.float16, shape).flush()
                 # A memory map on a full disk dies of SIGBUS; space that is reserved cannot run out.
                 with part.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, part.stat().st_size)

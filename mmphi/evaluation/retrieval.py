@@ -1,0 +1,35 @@
+"""How well a CLIP finds the caption of an image, and the image of a caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RANKS = (1, 5, 10)
+
+
+def recall(image_ND: Tensor, text_MD: Tensor, image_of_text: Sequence[int]) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions, as in Karpathy and Fei-Fei (2015).
+
+    An image is found for a caption if its own is among the k nearest; a caption for an image if any of its own is.
+
+    Args:
+        image_ND: Embeddings of N images, of unit length.
+        text_MD: Embeddings of M captions, of unit length.
+        image_of_text: For each caption the index of its image.
+
+    Returns:
+        ``image_to_text_R@k`` and ``text_to_image_R@k``, between 0 and 1.
+    """
+    owner_M = torch.as_tensor(image_of_text)
+    similarity_NM = image_ND @ text_MD.T
+    found = {}
+    for k in RANKS:
+        nearest_texts = similarity_NM.topk(min(k, len(text_MD)), dim=1).indices
+        hits = (owner_M[nearest_texts] == torch.arange(len(image_ND))[:, None]).any(dim=1)
+        found[f"image_to_text_R@{k}"] = hits.float().mean().item()
+        nearest_images = similarity_NM.topk(min(k, len(image_ND)), dim=0).indices
+        found[f"text_to_image_R@{k}"] = (nearest_images == owner_M[None]).any(dim=0).float().mean().item()
+    return found

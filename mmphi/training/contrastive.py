@@ -1,0 +1,193 @@
+"""Contrastive training of a light CLIP with open_clip's own loss; frozen towers are run once."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from open_clip import ClipLoss
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmphi.errors import Stopped, TrainingError
+from mmphi.settings import LightClipSettings
+from mmphi.stage import Tracker
+from mmphi.training.callbacks import StopWhenAsked
+from mmphi.training.checkpoints import complete_checkpoints, mark_complete, prune, step_of
+
+CHUNK = 128
+
+
+class Pairs:
+    """Images and captions as the trainable part of a model takes them.
+
+    Where a tower is locked, its outputs are computed once and stand here in place of pixels or tokens.
+
+    Args:
+        model: An open_clip model.
+        images: Preprocessed pixels (N, 3, H, W).
+        tokens: Tokens of the captions (M, L).
+        image_of_text: For each caption the index of its image.
+        lock_image: Whether the image tower stays as it is.
+        lock_text: Whether the text tower stays as it is.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        images: Tensor,
+        tokens: Tensor,
+        image_of_text: Sequence[int],
+        *,
+        lock_image: bool,
+        lock_text: bool,
+    ) -> None:
+        self.model = model
+        self.image_of_text = torch.as_tensor(image_of_text)
+        self._image_head: Callable[[Tensor], Tensor] = model.encode_image
+        self._text_head: Callable[[Tensor], Tensor] = model.encode_text
+        self.images, self.texts = images, tokens
+        if lock_image and hasattr(model.visual, "trunk"):
+            self.images = _run(model.visual.trunk, images)
+            self._image_head = model.visual.head
+        if lock_text and hasattr(model, "text") and hasattr(model.text, "pooler"):
+            self.texts = _run(lambda t: _pooled(model.text, t), tokens)
+            self._text_head = model.text.proj
+
+    def embed_images(self, index: Tensor) -> Tensor:
+        """Unit embeddings of the images at ``index``."""
+        return torch.nn.functional.normalize(self._image_head(self.images[index]), dim=-1)
+
+    def embed_texts(self, index: Tensor) -> Tensor:
+        """Unit embeddings of the captions at ``index``."""
+        return torch.nn.functional.normalize(self._text_head(self.texts[index]), dim=-1)
+
+    @torch.inference_mode()
+    def all_embeddings(self) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of all images and all captions."""
+        self.model.eval()
+        images = [self.embed_images(i) for i in _chunks(len(self.images))]
+        texts = [self.embed_texts(i) for i in _chunks(len(self.texts))]
+        return torch.cat(images), torch.cat(texts)
+
+    def step(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Indices of the images and captions of one step: different images, one caption of each."""
+        per_epoch = max(1, len(self.images) // batch_size)
+        epoch, place = divmod(step, per_epoch)
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(self.images))[place * batch_size : (place + 1) * batch_size]
+        chosen = []
+        for image in order:
+            captions = torch.nonzero(self.image_of_text == int(image)).flatten()
+            chosen.append(int(captions[(epoch + int(image)) % len(captions)]))
+        return torch.from_numpy(order), torch.tensor(chosen)
+
+
+@torch.inference_mode()
+def _run(tower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    return torch.cat([tower(inputs[part]) for part in _chunks(len(inputs))]).clone()
+
+
+def _chunks(count: int) -> list[Tensor]:
+    return [torch.arange(first, min(count, first + CHUNK)) for first in range(0, count, CHUNK)]
+
+
+def _pooled(text: Any, tokens: Tensor) -> Tensor:
+    """What open_clip's Hugging Face text tower computes before its projection."""
+    mask = (tokens != text.config.pad_token_id).long()
+    pooled: Tensor = text.pooler(text.transformer(input_ids=tokens, attention_mask=mask), mask)
+    return pooled
+
+
+def train_clip(
+    model: Any, pairs: Pairs, chosen: LightClipSettings, *, seed: int, folder: Path, tracker: Tracker
+) -> None:
+    """Train what is not locked; goes on from the newest complete checkpoint in ``folder``.
+
+    Raises:
+        TrainingError: If the loss stops being finite.
+        Stopped: If a signal asked to stop; a checkpoint was written first.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for p in trained.values() if p.ndim > 1]
+    others = [p for p in trained.values() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": chosen.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=chosen.learning_rate,
+        betas=(0.9, 0.98),
+        eps=1e-6,  # CLIP's (Radford et al. 2021, table 20)
+    )
+    begin = _resume(folder, trained, optimizer, tracker)
+    loss_of = ClipLoss()
+    losses: dict[int, float] = {}
+    with StopWhenAsked() as stop, tqdm(total=chosen.steps, initial=begin, desc="light_clip", unit="step") as bar:
+        for step in range(begin, chosen.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = chosen.learning_rate * _schedule(step, chosen)
+            images, texts = pairs.step(step, chosen.batch_size, seed)
+            model.train()
+            if hasattr(model.visual, "trunk") and not any(p.requires_grad for p in model.visual.trunk.parameters()):
+                model.visual.trunk.eval()
+            loss = loss_of(pairs.embed_images(images), pairs.embed_texts(texts), model.logit_scale.exp())
+            if not torch.isfinite(loss):
+                raise TrainingError(f"the loss at step {step + 1} is {loss.item()}", "lower light_clip.learning_rate")
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            done = step + 1
+            losses[done] = float(loss.detach())
+            bar.update()
+            if done % chosen.log_every == 0 or done == chosen.steps:
+                tracker.metrics({"train/loss": losses[done], "train/lr": optimizer.param_groups[0]["lr"]}, done)
+                bar.set_postfix(loss=f"{losses[done]:.3f}", refresh=False)
+            if done < chosen.steps and (stop.asked or done % chosen.save_every == 0):
+                _save(folder / f"checkpoint-{done}", trained, optimizer)
+                prune(folder, 1)
+            if stop.asked and done < chosen.steps:
+                raise Stopped(f"stopped after step {done}; the same command goes on from there")
+    for path in complete_checkpoints(folder):
+        shutil.rmtree(path)
+
+
+def _schedule(step: int, chosen: LightClipSettings) -> float:
+    """Linear warm-up, then cosine to zero."""
+    warm = max(1, round(chosen.warmup * chosen.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, chosen.steps - warm)))
+
+
+def _save(checkpoint: Path, trained: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    save_file({n: p.detach().contiguous() for n, p in trained.items()}, checkpoint / "weights.safetensors")
+    state = optimizer.state_dict()["state"]
+    flat = {f"{i}.{k}": v.contiguous() for i, s in state.items() for k, v in s.items()}
+    save_file(flat, checkpoint / "optimizer.safetensors")
+    (checkpoint / "order.json").write_text(json.dumps(list(trained)))
+    mark_complete(checkpoint)
+
+
+def _resume(folder: Path, trained: dict[str, Any], optimizer: torch.optim.Optimizer, tracker: Tracker) -> int:
+    found = complete_checkpoints(folder)
+    if not found:
+        return 0
+    with torch.no_grad():
+        for name, tensor in load_file(found[-1] / "weights.safetensors").items():
+            trained[name].copy_(tensor)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(found[-1] / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    tracker.say(f"light_clip: going on from step {step_of(found[-1])}")
+    return step_of(found[-1])
