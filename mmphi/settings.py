@@ -159,6 +159,7 @@ class LightClipSettings(Section):
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", gt=0, le=1)
     weight_decay: float = setting(0.1, "AdamW's weight decay", ge=0, le=1)
     warmup: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1)
+    dropout: float = setting(0.0, "share of a locked tower's outputs dropped in training", ge=0, lt=1)
     save_every: int = setting(200, "steps between checkpoints", unit="steps", matters=False, ge=1)
     log_every: int = setting(10, "steps between logged losses", unit="steps", matters=False, ge=1)
     workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)

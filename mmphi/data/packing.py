@@ -175,3 +175,9 @@ def packs(samples: Sequence[Sample], features: ImageFeatures | None, max_tokens:
         waiting.append(sample)
     if waiting:
         yield pack(waiting, features)
+
+
+def to_device(pack: Pack, device: torch.device) -> Pack:
+    """The same pack on another device."""
+    moved = {name: tensor.to(device) for name, tensor in pack.items() if isinstance(tensor, Tensor)}
+    return Pack(**moved)  # type: ignore[typeddict-item]  # the names are a Pack's own

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmphi.data.packing import Pack, packs
+from mmphi.data.packing import Pack, packs, to_device
 from mmphi.data.records import Example, ImageRef
 from mmphi.data.sequences import encode, join
 from mmphi.errors import ModelError
@@ -184,8 +184,7 @@ class Multimodal:
         found = (encode(e, self.language.prompt, self.image_tokens, self.max_length) for e in examples)
         nats, tokens = 0.0, 0
         for pack in packs([s for s in found if s is not None], self.features, max_tokens):
-            on_device = {name: value.to(self.device) for name, value in pack.items()}  # type: ignore[attr-defined]
-            nats += float(self.packed(**on_device))
+            nats += float(self.packed(**to_device(pack, self.device)))
             tokens += len(pack["targets"])
         return nats, tokens
 

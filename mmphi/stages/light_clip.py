@@ -70,6 +70,7 @@ def run(ctx: Context) -> Mapping[str, float]:
             owners,
             lock_image=chosen.lock_image,
             lock_text=chosen.lock_text,
+            dropout=chosen.dropout,
         )
         found[split] = pairs, captions, owners
     log_report(report, ctx.tracker, settings)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from open_clip import ClipLoss
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +38,7 @@ class Pairs:
         image_of_text: For each caption the index of its image.
         lock_image: Whether the image tower stays as it is.
         lock_text: Whether the text tower stays as it is.
+        dropout: Share of a locked tower's outputs dropped in training.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Pairs:
         *,
         lock_image: bool,
         lock_text: bool,
+        dropout: float = 0.0,
     ) -> None:
-        self.model = model
+        self.model, self.dropout = model, dropout
         self.image_of_text = torch.as_tensor(image_of_text)
         self._image_head: Callable[[Tensor], Tensor] = model.encode_image
         self._text_head: Callable[[Tensor], Tensor] = model.encode_text
@@ -58,16 +61,25 @@ class Pairs:
             self.images = _run(model.visual.trunk, images)
             self._image_head = model.visual.head
         if lock_text and hasattr(model, "text") and hasattr(model.text, "pooler"):
-            self.texts = _run(lambda t: _pooled(model.text, t), tokens)
+            # Shortest first, so that chunks are padded to what they need.
+            order = (tokens != model.text.config.pad_token_id).sum(dim=1).argsort()
+            pooled = _run(lambda t: _pooled(model.text, t), tokens[order])
+            self.texts = torch.empty_like(pooled)
+            self.texts[order] = pooled
             self._text_head = model.text.proj
 
     def embed_images(self, index: Tensor) -> Tensor:
         """Unit embeddings of the images at ``index``."""
-        return torch.nn.functional.normalize(self._image_head(self.images[index]), dim=-1)
+        locked = self._image_head != self.model.encode_image
+        return F.normalize(self._image_head(self._drop(self.images[index], locked)), dim=-1)
 
     def embed_texts(self, index: Tensor) -> Tensor:
         """Unit embeddings of the captions at ``index``."""
-        return torch.nn.functional.normalize(self._text_head(self.texts[index]), dim=-1)
+        locked = self._text_head != self.model.encode_text
+        return F.normalize(self._text_head(self._drop(self.texts[index], locked)), dim=-1)
+
+    def _drop(self, features: Tensor, locked: bool) -> Tensor:
+        return F.dropout(features, self.dropout, training=self.model.training and locked)
 
     @torch.inference_mode()
     def all_embeddings(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +91,8 @@ class Pairs:
 
     def step(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
         """Indices of the images and captions of one step: different images, one caption of each."""
-        per_epoch = max(1, len(self.images) // batch_size)
+        batch_size = min(batch_size, len(self.images))
+        per_epoch = len(self.images) // batch_size
         epoch, place = divmod(step, per_epoch)
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(self.images))[place * batch_size : (place + 1) * batch_size]
@@ -102,6 +115,8 @@ def _chunks(count: int) -> list[Tensor]:
 def _pooled(text: Any, tokens: Tensor) -> Tensor:
     """What open_clip's Hugging Face text tower computes before its projection."""
     mask = (tokens != text.config.pad_token_id).long()
+    longest = int(mask.sum(dim=1).max())
+    tokens, mask = tokens[:, :longest], mask[:, :longest]
     pooled: Tensor = text.pooler(text.transformer(input_ids=tokens, attention_mask=mask), mask)
     return pooled
 
@@ -132,6 +147,7 @@ def train_clip(
             for group in optimizer.param_groups:
                 group["lr"] = chosen.learning_rate * _schedule(step, chosen)
             images, texts = pairs.step(step, chosen.batch_size, seed)
+            torch.manual_seed(seed * 1_000_003 + step)  # Dropout by step, so that a resumed run draws the same.
             model.train()
             if hasattr(model.visual, "trunk") and not any(p.requires_grad for p in model.visual.trunk.parameters()):
                 model.visual.trunk.eval()
