@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 import torch
@@ -179,5 +179,4 @@ def packs(samples: Sequence[Sample], features: ImageFeatures | None, max_tokens:
 
 def to_device(pack: Pack, device: torch.device) -> Pack:
     """The same pack on another device."""
-    moved = {name: tensor.to(device) for name, tensor in pack.items() if isinstance(tensor, Tensor)}
-    return Pack(**moved)  # type: ignore[typeddict-item]  # the names are a Pack's own
+    return cast(Pack, {name: tensor.to(device) for name, tensor in pack.items() if isinstance(tensor, Tensor)})

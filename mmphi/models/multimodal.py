@@ -165,6 +165,10 @@ class Multimodal:
         """Places an image takes in a prompt."""
         return self.features.tokens if self.features is not None else 0
 
+    def can_see(self, example: Example) -> bool:
+        """Whether the example's image, if it has one, has features."""
+        return example.image is None or (self.features is not None and example.image.id in self.features)
+
     @torch.inference_mode()
     def losses(
         self, examples: Sequence[Example], images: Sequence[ImageRef | None] | None = None, max_tokens: int = 4096

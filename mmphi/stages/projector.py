@@ -52,6 +52,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Train, evaluate on the test split, and save."""
     import torch
 
+    from mmphi.data.features import LiveFeatures
     from mmphi.data.read import log_report, mixture, read_examples
     from mmphi.data.sequences import encode_all
     from mmphi.evaluation.evaluate import evaluate_model
@@ -64,6 +65,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     scenes = ctx.upstream.get("scenes")
     examples, report = read_examples(settings, scenes.path if scenes else None)
     features = image_features(settings, ctx.upstream)
+    if isinstance(features, LiveFeatures):
+        features.check(list({e.image.id: e.image for e in examples if e.image is not None}.values()))
     for example in [e for e in examples if e.image is not None and e.image.id not in features]:
         report.drop_kept(example.source, example.id, "unreadable image")
         examples.remove(example)

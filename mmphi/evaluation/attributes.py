@@ -1,0 +1,44 @@
+"""How much of a scene a caption gets right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from mmphi.data.scenes import COLORS, RELATIONS, SHAPES
+
+ATTRIBUTES = ("color1", "shape1", "relation", "color2", "shape2")
+CAPTION = re.compile(
+    rf"a big ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) ({'|'.join(RELATIONS)}) "
+    rf"a small ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+)
+
+
+def parse(caption: str) -> dict[str, str]:
+    """The attributes a caption claims; none where it is not of the form that scenes' captions have."""
+    found = CAPTION.fullmatch(caption.strip())
+    return dict(zip(ATTRIBUTES, found.groups(), strict=True)) if found else {}
+
+
+def attribute_accuracy(captions: Sequence[str], attributes: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Share of attributes that are right, together and one by one; a caption of no known form gets none right.
+
+    Args:
+        captions: What was said.
+        attributes: What was drawn.
+
+    Returns:
+        ``attribute_accuracy``, ``attribute_accuracy/NAME`` and ``exact_match`` (every attribute of a caption right).
+    """
+    claimed = [parse(c) for c in captions]
+    right = {
+        name: [said.get(name) == drawn[name] for said, drawn in zip(claimed, attributes, strict=True)]
+        for name in ATTRIBUTES
+    }
+    shares = {f"attribute_accuracy/{name}": sum(hits) / len(hits) for name, hits in right.items()}
+    exact = [all(hits) for hits in zip(*right.values(), strict=True)]
+    return {
+        "attribute_accuracy": sum(shares.values()) / len(shares),
+        "exact_match": sum(exact) / len(exact),
+        **shares,
+    }

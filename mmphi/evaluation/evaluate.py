@@ -1,0 +1,133 @@
+"""Everything that is measured of a multimodal model, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mmphi.data.images import open_image
+from mmphi.data.records import Example, ImageRef
+from mmphi.errors import DataError
+from mmphi.evaluation.attributes import attribute_accuracy
+from mmphi.evaluation.captioning import bleu4, cider
+from mmphi.evaluation.grounding import Scores, grounding
+from mmphi.evaluation.yes_no import ask, score
+from mmphi.models.multimodal import Answer
+from mmphi.settings import EvaluateSettings
+from mmphi.stage import Tracker
+
+SHOWN, PRINTED = 12, 6
+
+
+class Speaks(Scores, Protocol):
+    """A model that can be scored and asked."""
+
+    def generate(
+        self, prompts: Sequence[tuple[ImageRef | None, str]], max_new_tokens: int = 48, batch_size: int = 32
+    ) -> list[Answer]:
+        """Answers to questions about images."""
+
+
+def evaluate_model(
+    model: Speaks, examples: Sequence[Example], chosen: EvaluateSettings, tracker: Tracker, prefix: str = "test"
+) -> dict[str, float]:
+    """Measure a model on examples of one split, and record tables and pictures of what it says.
+
+    Args:
+        model: What to measure.
+        examples: Of one split.
+        chosen: The ``evaluate`` section.
+        tracker: The run to record in.
+        prefix: Put before every metric's name.
+
+    Returns:
+        Loss, perplexity and grounding gain; on captions the share that end by themselves, CIDEr and BLEU-4; on scenes
+        exact match and attribute accuracy; accuracy and F1 of yes/no questions.
+
+    Raises:
+        DataError: If there is nothing to measure on.
+    """
+    images = list(dict.fromkeys(e.image.id for e in examples if e.image is not None))
+    wanted = set(images[: chosen.max_images or None])
+    examples = [e for e in examples if e.image is None or e.image.id in wanted]
+    if not examples:
+        raise DataError(f"the {prefix} split is empty", "keep images apart: data.validation_images, data.test_images")
+    measured = grounding(model, examples)
+    metrics = {"loss": measured.loss, "perplexity": measured.perplexity, "grounding_gain": measured.gain}
+    metrics |= _captions(model, examples, chosen, tracker, prefix)
+    questions = ask(examples, chosen.yes_no, seed=0)
+    if questions:
+        answers = model.generate([(q.image, q.text) for q in questions], 8, chosen.batch_size)
+        metrics |= score(questions, [a.text for a in answers])
+    named = {f"{prefix}/{name}": value for name, value in metrics.items()}
+    tracker.metrics(named)
+    return named
+
+
+def _captions(
+    model: Speaks, examples: Sequence[Example], chosen: EvaluateSettings, tracker: Tracker, prefix: str
+) -> dict[str, float]:
+    """Caption every image once; all its captions are references."""
+    of_image: dict[str, list[Example]] = {}
+    for example in examples:
+        # Conversations of several turns have no single right first answer to compare with.
+        if example.image is not None and example.attributes.get("kind", "caption") == "caption":
+            of_image.setdefault(example.image.id, []).append(example)
+    if not of_image:
+        return {}
+    firsts = [group[0] for group in of_image.values()]
+    references = [[e.turns[0].answer for e in group] for group in of_image.values()]
+    prompts = [(e.image, e.turns[0].question) for e in firsts]
+    answers = model.generate(prompts, chosen.max_new_tokens, chosen.batch_size)
+    said = [a.text for a in answers]
+    metrics = {
+        "ended": sum(a.ended for a in answers) / len(answers),
+        "cider": cider(said, references),
+        "bleu4": bleu4(said, references),
+    }
+    if all("shape1" in e.attributes for e in firsts):
+        metrics |= attribute_accuracy(said, [e.attributes for e in firsts])
+    else:
+        hits = (a in refs for a, refs in zip(said, references, strict=True))
+        metrics["exact_match"] = sum(hits) / len(said)
+    rows: list[dict[str, Any]] = [
+        {
+            "image": e.image.path if e.image else "",
+            "prediction": answer.text,
+            "reference": refs[0],
+            "ended": answer.ended,
+        }
+        for e, answer, refs in zip(firsts, answers, references, strict=True)
+    ]
+    tracker.table(f"{prefix}_predictions", rows[: 4 * SHOWN], image="image")
+    tracker.figure(f"{prefix}_predictions", picture(rows[:SHOWN]))
+    for row in rows[:PRINTED]:
+        tracker.say(f"  says  {row['prediction']}\n  is    {row['reference']}")
+    return metrics
+
+
+def picture(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
+    """A grid of images with what was said of them and what is right."""
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(3.4 * columns, 3.9 * lines), layout="constrained")
+    for axes in figure.subplots(lines, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, row in zip(figure.axes, rows, strict=False):
+        image = open_image(row["image"])
+        axes.imshow(image.resize((320, 320 * image.height // image.width), Image.Resampling.LANCZOS))
+        right = row["prediction"] == row["reference"]
+        said, truth = _wrapped(str(row["prediction"])), _wrapped(str(row["reference"]))
+        axes.set_title(said if right else f"{said}\n({truth})", fontsize=9, color="#1a7f37" if right else "#333333")
+    return figure
+
+
+def _wrapped(text: str, width: int = 38) -> str:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines[:5])

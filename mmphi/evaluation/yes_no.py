@@ -1,0 +1,191 @@
+"""Yes/no questions about what an image shows, half of them about what it does not (POPE, Li et al. 2023)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmphi.data.records import Example, ImageRef
+from mmphi.data.scenes import KINDS
+from mmphi.evaluation.captioning import words
+
+# Things that photographs are commonly said to show; those that the data's own captions name are asked about.
+THINGS = frozenset(
+    [
+        "ball",
+        "baby",
+        "beach",
+        "bear",
+        "bench",
+        "bicycle",
+        "bike",
+        "bird",
+        "boat",
+        "book",
+        "bottle",
+        "boy",
+        "building",
+        "bus",
+        "cake",
+        "camera",
+        "car",
+        "cat",
+        "chair",
+        "child",
+        "city",
+        "cow",
+        "crowd",
+        "dog",
+        "door",
+        "elephant",
+        "face",
+        "fence",
+        "field",
+        "fire",
+        "fish",
+        "flag",
+        "flower",
+        "food",
+        "fountain",
+        "girl",
+        "glass",
+        "grass",
+        "guitar",
+        "hat",
+        "helmet",
+        "hill",
+        "horse",
+        "house",
+        "jacket",
+        "kitchen",
+        "lake",
+        "leaf",
+        "man",
+        "microphone",
+        "motorcycle",
+        "mountain",
+        "ocean",
+        "park",
+        "path",
+        "people",
+        "person",
+        "phone",
+        "pool",
+        "river",
+        "road",
+        "rock",
+        "rope",
+        "sand",
+        "shirt",
+        "sign",
+        "skateboard",
+        "sky",
+        "slide",
+        "snow",
+        "street",
+        "sunglasses",
+        "surfboard",
+        "swing",
+        "table",
+        "tent",
+        "toy",
+        "track",
+        "train",
+        "tree",
+        "truck",
+        "umbrella",
+        "wall",
+        "water",
+        "wave",
+        "window",
+        "woman",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image whose answer is yes or no."""
+
+    image: ImageRef
+    text: str
+    answer: bool
+
+
+def ask(examples: Sequence[Example], count: int, seed: int) -> list[Question]:
+    """Questions about the images of examples, as many with yes as with no.
+
+    About scenes: is a thing of some color and shape there; the absent ones share a color or shape with one that is.
+    About captioned photos: is a thing there that a caption names; the absent ones are drawn from the things that the
+    captions of all images name most often, without those that any caption of this image names (POPE's *popular*).
+
+    Args:
+        examples: Examples with captions or attributes; several of one image are put together.
+        count: How many questions.
+        seed: Seed of the choice.
+    """
+    rng = random.Random(seed)
+    present, absent, images = _scene_things(examples) if _are_scenes(examples) else _photo_things(examples)
+    able = sorted(i for i in images if present[i] and absent[i])
+    if not able:
+        return []
+    asked = []
+    for number in range(count // 2):
+        image = able[number % len(able)]
+        for things, answer in ((present[image], True), (absent[image], False)):
+            thing = rng.choice(things)
+            article = "an" if thing[0] in "aeiou" else "a"
+            asked.append(Question(images[image], f"is there {article} {thing}?", answer))
+    return asked
+
+
+Things = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, ImageRef]]
+
+
+def _are_scenes(examples: Sequence[Example]) -> bool:
+    return any("shape1" in e.attributes for e in examples)
+
+
+def _scene_things(examples: Sequence[Example]) -> Things:
+    images = {e.image.id: e.image for e in examples if e.image is not None and e.attributes}
+    drawn = {e.image.id: e.attributes for e in examples if e.image is not None and e.attributes}
+    present = {i: [f"{a['color1']} {a['shape1']}", f"{a['color2']} {a['shape2']}"] for i, a in drawn.items()}
+    absent = {
+        i: [k for k in KINDS if k not in there and set(k.split()) & set(" ".join(there).split())]
+        for i, there in present.items()
+    }
+    return present, absent, images
+
+
+def _photo_things(examples: Sequence[Example]) -> Things:
+    images = {e.image.id: e.image for e in examples if e.image is not None}
+    named: dict[str, set[str]] = {i: set() for i in images}
+    for example in examples:
+        if example.image is not None:
+            for turn in example.turns:
+                said = words(turn.answer).split()
+                named[example.image.id] |= THINGS & {w.removesuffix("s") if w not in THINGS else w for w in said}
+    popular = [thing for thing, _ in Counter(t for things in named.values() for t in sorted(things)).most_common(20)]
+    present = {i: sorted(things) for i, things in named.items()}
+    absent = {i: [t for t in popular if t not in things] for i, things in named.items()}
+    return present, absent, images
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Accuracy, F1 of yes, and the share of yes; an answer that begins with neither word counts as no, as POPE does.
+
+    Args:
+        questions: What was asked.
+        answers: What was said.
+    """
+    said = [words(a).startswith("yes") for a in answers]
+    pairs = list(zip((q.answer for q in questions), said, strict=True))
+    hits = sum(want and got for want, got in pairs)
+    wanted, given = sum(want for want, _ in pairs), sum(said)
+    return {
+        "yes_no_accuracy": sum(want == got for want, got in pairs) / len(pairs),
+        "yes_no_f1": 2 * hits / (wanted + given) if wanted + given else 0.0,
+        "yes_no_share_of_yes": given / len(pairs),
+    }
