@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 Precision = Literal["fp32", "bf16", "8bit", "4bit"]
+File = Literal["", "path", "name"]
 
 
-def setting(default: Any, help: str, *, unit: str = "", matters: bool = True, **bounds: Any) -> Any:
+def setting(default: Any, help: str, *, unit: str = "", matters: bool = True, file: File = "", **bounds: Any) -> Any:
     """A field with its meaning and unit.
 
     Args:
@@ -22,9 +23,11 @@ def setting(default: Any, help: str, *, unit: str = "", matters: bool = True, **
         help: One line for ``--help``.
         unit: Unit of the value, empty for plain numbers and names.
         matters: Whether the value can change a result, and so belongs in the stage's key.
+        file: ``path`` where the value is a file or folder, ``name`` where it may be one or else a name. A path counts
+            from the file it is written in, must be there, and stands in the key by its content.
         **bounds: pydantic's ``ge``, ``gt``, ``le``, ``lt``.
     """
-    extra: JsonDict = {"unit": unit, "matters": matters}
+    extra: JsonDict = {"unit": unit, "matters": matters, "file": file}
     if isinstance(default, list | dict):
         return Field(default_factory=lambda: default.copy(), description=help, json_schema_extra=extra, **bounds)
     return Field(default=default, description=help, json_schema_extra=extra, **bounds)
@@ -53,8 +56,8 @@ class SourceSettings(Section):
 
     kind: Literal["scenes", "llava", "captions", "karpathy", "datasets"] = setting("scenes", "file format")
     name: str = setting("", "name in reports; empty takes the kind")
-    path: str = setting("", "the JSON or CSV file, or a `datasets` name or folder")
-    images: str = setting("", "folder that the image paths are relative to")
+    path: str = setting("", "the JSON or CSV file, or a `datasets` name or folder", file="name")
+    images: str = setting("", "folder that the image paths are relative to", file="path")
     split: str = setting("train", "split of a `datasets` dataset")
     image_column: str = setting("image", "column of the image (captions, datasets)")
     text_column: str = setting("caption", "column of the text (captions, datasets)")
@@ -79,8 +82,12 @@ class DataSettings(Section):
 class VisionSettings(Section):
     """The image tower and which of its tokens the language model sees."""
 
-    model: str = setting("light_clip", "open_clip model name, its JSON config, or light_clip (the one trained here)")
-    pretrained: str = setting("", "open_clip pretrained tag or a local weights file; empty with light_clip")
+    model: str = setting(
+        "light_clip", "open_clip model name, its JSON config, or light_clip (the one trained here)", file="name"
+    )
+    pretrained: str = setting(
+        "", "open_clip pretrained tag or a local weights file; empty with light_clip", file="name"
+    )
     layer: int = setting(-2, "which transformer block's tokens: -1 is the last, -2 the one before", ge=-64, le=-1)
     cls: Literal["drop", "keep"] = setting("drop", "whether the CLS token stands before the patches")
     pool: int = setting(1, "side of the square of patches averaged into one token", unit="patches", ge=1, le=16)
@@ -91,9 +98,9 @@ class LanguageSettings(Section):
     """The causal language model that answers."""
 
     model: str = setting(
-        "pretrain", "hub name, folder, config.json (random weights), or pretrain (the one trained here)"
+        "pretrain", "hub name, folder, config.json (random weights), or pretrain (the one trained here)", file="name"
     )
-    tokenizer: str = setting("", "hub name, folder or phi-2 (built offline); empty takes the model's own")
+    tokenizer: str = setting("", "hub name, folder or phi-2 (built offline); empty takes the model's own", file="name")
     precision: Precision = setting("fp32", "weights of the frozen model")
     prompt: Literal["auto", "plain", "phi", "chat"] = setting("auto", "how question and answer are written")
 
@@ -122,7 +129,7 @@ class TrainingSettings(Section):
 class PretrainSettings(TrainingSettings):
     """A Phi-shaped language model trained from scratch."""
 
-    corpus: list[str] = setting([], "text files; none means scenes written as words")
+    corpus: list[str] = setting([], "text files; none means scenes written as words", file="path")
     layers: int = setting(4, "transformer layers", unit="layers", ge=1, le=128)
     width: int = setting(128, "hidden width", unit="units", ge=16)
     heads: int = setting(4, "attention heads", unit="heads", ge=1)
@@ -143,9 +150,9 @@ class LightClipSettings(Section):
     """A small CLIP trained here with open_clip's own loss."""
 
     image_tower: str = setting("", "timm model name; empty trains a small ViT from nothing")
-    image_weights: str = setting("", "safetensors file of the image tower's weights")
+    image_weights: str = setting("", "safetensors file of the image tower's weights", file="path")
     text_tower: str = setting(
-        "", "Hugging Face folder of the text tower; empty trains a small transformer from nothing"
+        "", "Hugging Face folder of the text tower; empty trains a small transformer from nothing", file="path"
     )
     lock_image: bool = setting(False, "keep the image tower's weights as they are")
     lock_text: bool = setting(False, "keep the text tower's weights as they are")
