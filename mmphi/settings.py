@@ -130,6 +130,7 @@ class PretrainSettings(TrainingSettings):
     """A Phi-shaped language model trained from scratch."""
 
     corpus: list[str] = setting([], "text files; none means scenes written as words", file="path")
+    learn: Literal["everything", "answers"] = setting("answers", "which tokens of scenes' texts are learned")
     layers: int = setting(4, "transformer layers", unit="layers", ge=1, le=128)
     width: int = setting(128, "hidden width", unit="units", ge=16)
     heads: int = setting(4, "attention heads", unit="heads", ge=1)

@@ -21,7 +21,7 @@ def recall(image_ND: Tensor, text_MD: Tensor, image_of_text: Sequence[int]) -> d
         image_of_text: For each caption the index of its image.
 
     Returns:
-        ``image_to_text_R@k`` and ``text_to_image_R@k``, between 0 and 1.
+        ``image_to_text_recall_at_k`` and ``text_to_image_recall_at_k``, between 0 and 1.
     """
     owner_M = torch.as_tensor(image_of_text)
     similarity_NM = image_ND @ text_MD.T
@@ -29,7 +29,7 @@ def recall(image_ND: Tensor, text_MD: Tensor, image_of_text: Sequence[int]) -> d
     for k in RANKS:
         nearest_texts = similarity_NM.topk(min(k, len(text_MD)), dim=1).indices
         hits = (owner_M[nearest_texts] == torch.arange(len(image_ND))[:, None]).any(dim=1)
-        found[f"image_to_text_R@{k}"] = hits.float().mean().item()
+        found[f"image_to_text_recall_at_{k}"] = hits.float().mean().item()
         nearest_images = similarity_NM.topk(min(k, len(image_ND)), dim=0).indices
-        found[f"text_to_image_R@{k}"] = (nearest_images == owner_M[None]).any(dim=0).float().mean().item()
+        found[f"text_to_image_recall_at_{k}"] = (nearest_images == owner_M[None]).any(dim=0).float().mean().item()
     return found

@@ -59,7 +59,8 @@ def run(ctx: Context) -> Mapping[str, float]:
         tokenizer, vocabulary = phi2_tokenizer(), PHI2_VOCABULARY
     prompt = Prompt(tokenizer, "plain")
     if rows:
-        samples = list(scene_samples(rows[:-VALIDATION], prompt, chosen))
+        answers_only = chosen.learn == "answers"
+        samples = list(scene_samples(rows[:-VALIDATION], prompt, chosen, answers_only=answers_only))
         held = {
             "val/loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen)),
             "val/answer_loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen, answers_only=True)),
@@ -102,8 +103,8 @@ def scene_samples(
 ) -> Iterator[Sample]:
     """Scenes as words, in the prompt that a projector will later put their pictures into.
 
-    Everything after the first token is learned, the grid too: it is text like any other. ``answers_only`` leaves what
-    reading the grid determines.
+    ``answers_only`` leaves what reading the grid determines, which is learned several times faster; otherwise the grid
+    is learned too, like any other text.
     """
     from mmphi.data.sequences import join
 
