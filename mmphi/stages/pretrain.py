@@ -62,7 +62,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         answers_only = chosen.learn == "answers"
         samples = list(scene_samples(rows[:-VALIDATION], prompt, chosen, answers_only=answers_only))
         held = {
-            "val/loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen)),
+            "val/loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen, answers_only=answers_only)),
             "val/answer_loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen, answers_only=True)),
         }
     else:

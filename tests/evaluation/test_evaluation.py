@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import example
+from PIL import Image
+from sacrebleu import corpus_bleu
+
+from mmphi.data.records import Example, ImageRef, Turn
+from mmphi.errors import DataError
+from mmphi.evaluation.attributes import attribute_accuracy, parse
+from mmphi.evaluation.captioning import bleu4, cider, words
+from mmphi.evaluation.evaluate import evaluate_model
+from mmphi.evaluation.grounding import grounding, shuffled_images
+from mmphi.evaluation.yes_no import Question, ask, score
+from mmphi.models.multimodal import Answer
+from mmphi.settings import EvaluateSettings
+
+REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
+
+
+def test_words_drop_case_and_punctuation():
+    assert words("A dog's ball, in the Snow .") == "a dog's ball in the snow"
+
+
+def test_cider_by_hand():
+    """One reference each: a caption equal to it scores 10, one that shares no word scores 0."""
+    references = [["a dog runs in snow"], ["two men sit outside quietly"]]
+    assert cider([r[0] for r in references], references) == pytest.approx(10.0)
+    assert cider(["nothing shared whatsoever here now", "x y z w v"], references) == 0.0
+    half = cider(["a dog runs in snow", "x y z w v"], references)
+    assert half == pytest.approx(5.0)
+
+
+def test_bleu_is_sacrebleus():
+    said = ["a dog runs in snow", "two men sit on a chair"]
+    columns = [[r[k] for r in REFERENCES] for k in range(2)]
+    expected = corpus_bleu(said, columns, tokenize="none", force=True).score
+    assert bleu4(said, REFERENCES) == pytest.approx(expected)
+    ragged = [[REFERENCES[0][0]], REFERENCES[1]]
+    filled = [[ragged[0][0], ragged[1][0]], [ragged[0][0], ragged[1][1]]]
+    assert bleu4(said, ragged) == pytest.approx(corpus_bleu(said, filled, tokenize="none", force=True).score)
+    assert bleu4([r[0] for r in REFERENCES], REFERENCES) == pytest.approx(100.0)
+
+
+def test_attributes():
+    drawn = {"color1": "red", "shape1": "circle", "relation": "left of", "color2": "blue", "shape2": "square"}
+    right = "a big red circle left of a small blue square"
+    assert parse(right) == drawn
+    assert parse("a big red circle left of a small blue") == {}
+    found = attribute_accuracy([right, "a big red cross above a small blue square", "nonsense"], [drawn] * 3)
+    assert found["exact_match"] == pytest.approx(1 / 3)
+    assert found["attribute_accuracy"] == pytest.approx((5 + 3 + 0) / 15)
+    assert found["attribute_accuracy/shape1"] == pytest.approx(1 / 3)
+
+
+class Fake:
+    """Says the reference of the image it is shown; its loss is 1 nat a token where image and answer belong together."""
+
+    def __init__(self, captions: dict[str, str]) -> None:
+        self.captions = captions
+
+    def losses(self, examples, images=None):
+        shown = [e.image for e in examples] if images is None else images
+        nats = sum(1.0 if i == e.image else 3.0 for e, i in zip(examples, shown, strict=True)) * 4
+        return nats, 4 * len(examples)
+
+    def generate(self, prompts, max_new_tokens=48, batch_size=32):
+        return [Answer("yes" if "is there" in q else self.captions[i.id], i.id != "photos/0.jpg") for i, q in prompts]
+
+
+def test_grounding_gain_is_the_difference():
+    found = grounding(Fake({}), [example(i, "x") for i in range(4)])
+    assert (found.loss, found.shuffled_loss, found.gain) == (1.0, 3.0, 2.0)
+    assert found.perplexity == pytest.approx(math.e)
+
+
+def test_shuffled_images_are_never_ones_own():
+    examples = [example(i % 5, "x") for i in range(15)] + [example(9, "x", image=False)]
+    for seed in range(20):
+        images = shuffled_images(examples, seed)
+        assert images[-1] is None
+        assert all(i != e.image for i, e in zip(images[:-1], examples[:-1], strict=True))
+    assert shuffled_images(examples, 1) == shuffled_images(examples, 1)
+    assert shuffled_images(examples, 1) != shuffled_images(examples, 2)
+
+
+def scene(number: int) -> Example:
+    attributes = {"color1": "red", "shape1": "circle", "relation": "above", "color2": "blue", "shape2": "cross"}
+    return Example(
+        str(number),
+        ImageRef(f"s/{number}", Path("x")),
+        (Turn("", "x"),),
+        "s",
+        attributes={"kind": "caption", **attributes},
+    )
+
+
+def test_scene_questions_are_balanced_and_true():
+    asked = ask([scene(i) for i in range(3)], 30, seed=0)
+    assert len(asked) == 30
+    assert sum(q.answer for q in asked) == 15
+    for question in asked:
+        thing = question.text.removeprefix("is there a ").rstrip("?")
+        assert question.answer == (thing in ("red circle", "blue cross"))
+        assert set(thing.split()) & {"red", "circle", "blue", "cross"}
+
+
+def test_photo_questions_never_deny_what_a_caption_names():
+    captions = ["a dog on the grass", "two men and a dog", "a red car in the street", "children play with a ball"]
+    examples = [example(i, c) for i, c in enumerate(captions)] + [example(0, "a frisbee flies over water")]
+    asked = ask(examples, 40, seed=1)
+    assert sum(q.answer for q in asked) == 20
+    denied = {q.text for q in asked if q.image.id == "photos/0.jpg" and not q.answer}
+    assert denied
+    assert not denied & {"is there a dog?", "is there a grass?", "is there a water?"}
+    assert ask([example(0, "zzz")], 10, seed=0) == []
+
+
+def test_yes_no_score_by_hand():
+    image = ImageRef("a", Path("a"))
+    questions = [Question(image, "?", answer) for answer in (True, True, False, False)]
+    found = score(questions, ["Yes, it is", "no", "yes", "a dog"])
+    assert found == {"yes_no_accuracy": 0.5, "yes_no_f1": 0.5, "yes_no_share_of_yes": 0.5}
+    assert score(questions, ["no"] * 4)["yes_no_f1"] == 0.0
+
+
+def test_everything_in_one_call(tmp_path, recorder):
+    captions = {}
+    examples = []
+    for i in range(3):
+        path = tmp_path / f"{i}.png"
+        Image.new("RGB", (20, 10)).save(path)
+        for caption in (f"a dog number {i}", f"one animal called {i}"):
+            ref = ImageRef(f"photos/{i}.jpg", path)
+            examples.append(Example(f"{i}", ref, (Turn("", caption),), "photos"))
+        captions[f"photos/{i}.jpg"] = f"a dog number {i}"
+    metrics = evaluate_model(Fake(captions), examples, EvaluateSettings(yes_no=4), recorder, prefix="test")
+    assert metrics["test/grounding_gain"] == 2.0
+    assert metrics["test/ended"] == pytest.approx(2 / 3)
+    assert metrics["test/exact_match"] == 1.0
+    assert metrics["test/cider"] > 1
+    rows = recorder.tables["test_predictions"]
+    assert [r["prediction"] for r in rows] == [f"a dog number {i}" for i in range(3)]
+    assert "test_predictions" in recorder.figures
+    fewer = evaluate_model(Fake(captions), examples, EvaluateSettings(max_images=2), recorder)
+    assert fewer["test/ended"] == 0.5
+    with pytest.raises(DataError, match="split is empty"):
+        evaluate_model(Fake({}), [], EvaluateSettings(), recorder)

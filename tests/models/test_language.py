@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_language
+from safetensors.torch import load_file, save_file
+from transformers import PhiConfig
+
+from mmphi.errors import ModelError
+from mmphi.models.language import load_language, phi_config
+from mmphi.settings import LanguageSettings, PretrainSettings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    language = tiny_language()
+    language.model.save_pretrained(tmp_path / "lm")
+    byte_tokenizer().save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def logits(model):
+    return model(torch.arange(20)[None]).logits
+
+
+def test_from_a_folder_equal_and_frozen(folder):
+    found = load_language(LanguageSettings(model=str(folder)), None, CPU)
+    assert torch.equal(logits(found.model), logits(tiny_language().model))
+    assert not any(p.requires_grad for p in found.model.parameters())
+    assert not found.model.training
+    assert found.width == 32
+    assert found.prompt.style == "plain"
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 0.05), ("8bit", 0.1), ("4bit", 0.6)])
+def test_other_precisions_stay_near(folder, precision, bound):
+    """Distance in the logits, relative to their own spread."""
+    found = load_language(LanguageSettings(model=str(folder), precision=precision), None, CPU)
+    exact = logits(tiny_language().model)
+    assert (logits(found.model).float() - exact).std() < bound * exact.std()
+
+
+def test_random_weights_from_a_configuration(tmp_path):
+    config = PhiConfig(
+        vocab_size=51200, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    for precision in ("fp32", "4bit"):
+        chosen = LanguageSettings(model=str(tmp_path / "config.json"), tokenizer="phi-2", precision=precision)
+        found = load_language(chosen, None, CPU)
+        assert found.prompt.style == "phi"
+        assert found.model.config.vocab_size == 51200
+        assert torch.isfinite(logits(found.model)).all()
+
+
+def test_bias_free_layers_can_be_quantised(tmp_path):
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(LlamaConfig(vocab_size=51200, **shape).to_dict()))
+    chosen = LanguageSettings(model=str(tmp_path / "config.json"), tokenizer="phi-2", precision="4bit")
+    assert torch.isfinite(logits(load_language(chosen, None, CPU).model)).all()
+
+
+def test_weights_that_are_not_finite_are_named(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.fc1.bias"][3] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.fc1\.bias are not finite"):
+        load_language(LanguageSettings(model=str(folder)), None, CPU)
+
+
+def test_missing_models_say_what_to_do(tmp_path, folder):
+    with pytest.raises(ModelError, match="no such folder, and the hub did not give it") as caught:
+        load_language(LanguageSettings(model="nobody/nothing"), None, CPU)
+    assert "give the path of a folder" in caught.value.hint
+    with pytest.raises(ModelError, match="nothing was pretrained"):
+        load_language(LanguageSettings(), None, CPU)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_language(LanguageSettings(model=str(folder)), None, CPU)
+
+
+def test_tokenizer_with_too_many_tokens_is_refused(folder):
+    with pytest.raises(ModelError, match="50295 tokens"):
+        load_language(LanguageSettings(model=str(folder), tokenizer="phi-2"), None, CPU)
+
+
+def test_phi_config_is_phi2s_at_its_size():
+    chosen = PretrainSettings(layers=32, width=2560, heads=32, context=2048)
+    config = phi_config(chosen, 51200, 50256)
+    assert (config.intermediate_size, config.partial_rotary_factor) == (10240, 0.4)
+    assert config.num_key_value_heads == 32
