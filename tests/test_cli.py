@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mmphi.cli import STAGES_HELP, main, parse
+from mmphi.errors import SettingsError
+from mmphi.stages import STAGES
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from mmphi.cli import main; main(['--help']);"
+        "heavy = {'torch', 'mlflow', 'transformers', 'pydantic', 'pandas'} & set(sys.modules); sys.exit(bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in STAGES:
+        assert f"  {name} " in done.stdout
+
+
+def test_stage_help_loads_no_torch_and_lists_every_setting():
+    code = (
+        "import sys; from mmphi.cli import main; main(['projector', '--help']);"
+        "sys.exit(bool({'torch', 'mlflow', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    from mmphi.settings import ProjectorSettings
+
+    for key, field in ProjectorSettings.model_fields.items():
+        (line,) = [x for x in done.stdout.splitlines() if x.strip().split(" ")[0].rstrip("*") == f"--{key}"]
+        assert field.description in line
+    assert "--learning_rate" in done.stdout
+    assert "[800 steps]" in done.stdout
+    assert "float >0, <=1" in done.stdout
+
+
+def test_help_texts_are_the_stages_own():
+    assert {name: stage.help for name, stage in STAGES.items()} == STAGES_HELP
+
+
+def test_parse():
+    options, overrides = parse(["--preset", "small", "--layers=3", "--force", "--vision.pool", "2", "--no-build"])
+    assert options == {"preset": "small", "force": "true", "no_build": "true"}
+    assert overrides == {"layers": "3", "vision.pool": "2"}
+    assert parse(["--force=false"]) == ({}, {})
+    assert parse(["--force", "false"]) == ({}, {})
+    assert parse(["--force", "true", "--layers", "3"]) == ({"force": "true"}, {"layers": "3"})
+    for bad in (["layers"], ["--layers"]):
+        with pytest.raises(SettingsError):
+            parse(bad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["projecto"], "did you mean projector?"),
+        (["projector", "--layers", "0"], "nearest valid value is 1"),
+        (["projector", "--preset", "tinny"], "did you mean tiny"),
+        (["benchmark", "nothing"], "there are projector, embed, features"),
+    ],
+)
+def test_mistakes_end_with_two_and_a_hint(arguments, words, capsys):
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_status_draws_the_graph(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert main(["scenes", "--train_images", "8", "--test_images", "2", "--texts", "5"]) == 0
+    assert "look at it: mlflow ui" in capsys.readouterr().out
+    change = ["--scenes.train_images", "8", "--scenes.test_images", "2", "--scenes.texts", "5"]
+    assert main(["status", *change]) == 0
+    out = capsys.readouterr().out
+    assert "scenes" in out
+    assert "finished  run " in out
+    assert "missing   would take" in out
+    assert out.index("evaluate") < out.index("projector") < out.index("embed")
