@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import pkgutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import mmphi.benchmarks
 from mmphi.errors import MmphiError, SettingsError, Stopped
 
 if TYPE_CHECKING:
     from mmphi.settings import Settings
-    from mmphi.stage import Result
 
-STAGES_HELP = {
-    "scenes": "draw the embedded data: coloured shapes, captions, questions",
-    "pretrain": "train a Phi-shaped language model from scratch",
-    "light_clip": "train a small CLIP on the data's own captions",
-    "embed": "compute the features of every image once, and store them",
-    "projector": "train the layers between image features and the frozen language model",
-    "evaluate": "measure a trained projector on any split and checkpoint",
-}
-BENCHMARKS = ("projector", "embed", "features")
+TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
+LABEL_CHARACTERS = 80
+
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
        mmphi STAGE --help             every setting of a stage
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
@@ -37,38 +34,57 @@ options:
   --force          build the stage anew, though it is there
   --no-build       build nothing; say what is missing
 
-Results are kept in MLflow's store (MLFLOW_TRACKING_URI, else mlflow.db in this folder).
+Results are kept in MLflow's store: MLFLOW_TRACKING_URI, else mlflow.db in this folder or the project's.
 """
 
 
 def usage() -> str:
     """What ``mmphi --help`` prints."""
-    stages = "\n".join(f"  {name:<12} {text}" for name, text in STAGES_HELP.items())
-    return USAGE.format(stages=stages, benchmarks=", ".join(BENCHMARKS))
+    from mmphi.stages import STAGES
+
+    stages = "\n".join(f"  {stage.name:<12} {stage.help}" for stage in STAGES.values())
+    return USAGE.format(stages=stages, benchmarks=", ".join(benchmarks()))
+
+
+def benchmarks() -> list[str]:
+    """Names of the benchmarks there are."""
+    found = (module.name for module in pkgutil.iter_modules(mmphi.benchmarks.__path__))
+    return [name for name in found if not name.startswith("_")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 after an error that a person can mend; 130 or 143 after Ctrl-C or SIGTERM.
+        0; 2 after an error that a person can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    asked_to_stop: list[int] = []
+    with _terminable() as terminated:
+        try:
+            return _command(given)
+        except MmphiError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR
+        except KeyboardInterrupt as error:
+            print(f"\n{error or 'interrupted'}", file=sys.stderr)
+            return TERMINATED if terminated else INTERRUPTED
+        except BrokenPipeError:  # `mmphi ... | head` has read enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Make SIGTERM an interruption that the run can record; yields a list that it is noted in."""
+    terminated: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        asked_to_stop.append(number)
-        raise Stopped("stopped; the same command goes on from the last checkpoint")
+        terminated.append(number)
+        raise Stopped("stopped; the same command goes on from there")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        return _command(given)
-    except MmphiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print(f"\n{error or 'interrupted'}", file=sys.stderr)
-        return 143 if asked_to_stop else 130
+        yield terminated
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -80,20 +96,25 @@ def _command(given: list[str]) -> int:
     name, *rest = given
     if name == "benchmark":
         return _benchmark(rest)
-    if name != "status" and name not in STAGES_HELP:
-        import difflib
+    from mmphi.stages import STAGES
 
-        near = difflib.get_close_matches(name, [*STAGES_HELP, "status", "benchmark"], n=1)
-        hint = f"did you mean {near[0]}?" if near else "mmphi --help lists them"
-        raise SettingsError(f"there is no command {name!r}", hint)
+    if name != "status" and name not in STAGES:
+        from mmphi.complaints import nearest
+
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark"])
+        raise SettingsError(
+            f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
+        )
     options, overrides = parse(rest)
     preset = options.get("preset", "tiny")
     from mmphi.config import load_settings
 
     if "help" in options:
-        from mmphi.describe import stage_help, status_help
+        from mmphi.describe import STATUS_HELP, stage_help
 
-        print(status_help() if name == "status" else stage_help(name, load_settings(preset, overrides, name)))
+        # Help must not need the files and variables that a run needs.
+        settings = load_settings(preset, overrides, name, expand=False)
+        print(STATUS_HELP if name == "status" else stage_help(name, settings))
         return 0
     settings = load_settings(preset, overrides, name)
     if name == "status":
@@ -107,67 +128,63 @@ def _command(given: list[str]) -> int:
 def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Options of the command line itself, and settings to change.
 
+    A flag may stand alone or with ``true`` or ``false``, because MLflow passes every parameter with a value.
+
     Raises:
         SettingsError: If a word stands alone, or a key has no value.
     """
-    flags = {"--force": "force", "--no-build": "no_build", "--help": "help", "-h": "help"}
     options: dict[str, str] = {}
     overrides: dict[str, str] = {}
     words = list(rest)
     while words:
         word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if word in flags:
-            options[flags[word]] = "true"
-            if words and words[0] in ("true", "false"):  # MLflow passes every parameter with a value.
-                options = {k: v for k, v in options.items() if k != flags[word] or words[0] == "true"}
-                words.pop(0)
-            continue
-        if not name.startswith("--"):
+        key, equals, value = word.partition("=")
+        key = {"-h": "--help"}.get(key, key).replace("-", "_")
+        if not key.startswith("__") or not key.strip("_"):
             raise SettingsError(f"{word!r} stands alone", "settings are given as --key value")
+        key = key.removeprefix("__")
+        flag = key in ("force", "no_build", "help")
         if not equals:
-            if not words:
+            if flag:
+                value = words.pop(0) if words and words[0] in ("true", "false") else "true"
+            elif not words or words[0].startswith("--"):
                 raise SettingsError(f"{word} has no value", f"give one: {word} VALUE")
-            value = words.pop(0)
-        key = name.removeprefix("--")
-        if key in ("force", "no_build", "no-build"):
-            if value == "true":
-                options[key.replace("-", "_")] = "true"
-        else:
+            else:
+                value = words.pop(0)
+        if not flag:
             (options if key == "preset" else overrides)[key] = value
+        elif value not in ("true", "false"):
+            raise SettingsError(f"{word}: {value!r} is neither true nor false", f"give {word.partition('=')[0]} alone")
+        elif value == "true":
+            options[key] = value
+        else:
+            options.pop(key, None)
     return options, overrides
 
 
 def _benchmark(rest: list[str]) -> int:
-    if not rest or rest[0] not in BENCHMARKS:
-        given = rest[0] if rest else "nothing"
-        if given in ("-h", "--help"):
-            print(f"usage: mmphi benchmark {{{','.join(BENCHMARKS)}}} [--help]")
-            return 0
-        raise SettingsError(f"there is no benchmark {given!r}", f"there are {', '.join(BENCHMARKS)}")
-    run: Callable[[list[str]], int] = importlib.import_module(f"mmphi.benchmarks.{rest[0]}").main
-    return run(rest[1:])
+    there = ", ".join(benchmarks()) or "none"
+    if not rest or rest[0] in ("-h", "--help"):
+        print(f"usage: mmphi benchmark NAME [--help]\n\nbenchmarks: {there}")
+        return 0 if rest else USER_ERROR
+    if rest[0] not in benchmarks():
+        raise SettingsError(f"there is no benchmark {rest[0]!r}", f"there are: {there}")
+    run: Callable[[list[str]], int | None] = importlib.import_module(f"mmphi.benchmarks.{rest[0]}").main
+    return run(rest[1:]) or 0
 
 
 def _stage(name: str, settings: Settings, overrides: Mapping[str, str], *, force: bool, no_build: bool) -> int:
-    import os
-
     from mmphi.config import AS_PRESET
+    from mmphi.describe import ending
     from mmphi.pipeline import Pipeline
     from mmphi.stages import STAGES
 
-    label = " ".join(f"{k}={v}" for k, v in overrides.items() if v != AS_PRESET)
+    label = " ".join(f"{key}={value}" for key, value in overrides.items() if value != AS_PRESET)
     pipeline = Pipeline(STAGES)
-    result = pipeline.build(name, settings, force=force, no_build=no_build, label=label)
-    if int(os.environ.get("RANK", "0")) == 0:
-        _report(result, pipeline)
+    result = pipeline.build(name, settings, force=force, no_build=no_build, label=label[:LABEL_CHARACTERS])
+    if os.environ.get("RANK", "0") == "0":
+        print(ending(result, pipeline.store))
     return 0
-
-
-def _report(result: Result, pipeline: object) -> None:
-    from mmphi.describe import ending
-
-    print(ending(result, pipeline))
 
 
 if __name__ == "__main__":

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from mmphi.complaints import explained, nearest
 from mmphi.errors import SettingsError
+from mmphi.fields import field_of, leaves
+from mmphi.overrides import change, full_name
 from mmphi.settings import Settings
 
 AS_PRESET = "preset"  # The word that MLproject's parameters default to: as the preset says.
-PATH_KEYS = ("path", "images", "image_weights", "text_tower", "corpus")
+FILE_ENDINGS = (".bin", ".csv", ".json", ".jsonl", ".pt", ".pth", ".safetensors", ".tsv", ".txt")
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -26,52 +28,79 @@ def presets_folder() -> Path:
     return beside if beside.is_dir() else Path.cwd() / "experiments"
 
 
-def load_settings(preset: str, overrides: Mapping[str, str] | None = None, stage: str = "") -> Settings:
+def load_settings(
+    preset: str, overrides: Mapping[str, str] | None = None, stage: str = "", *, expand: bool = True
+) -> Settings:
     """Settings of a preset or YAML file, with single values changed.
+
+    Paths in a file count from that file, paths in overrides from the current folder.
 
     Args:
         preset: Name of a file in ``experiments/``, or a path.
         overrides: Dotted keys and values as typed (``{"vision.pool": "2"}``); a key of the stage's own section may
-            stand without its section.
+            stand without its section. The value ``preset`` changes nothing.
         stage: The stage asked for.
+        expand: Whether to put the environment's variables in; without, ``${NAME}`` stays as written.
 
     Raises:
         SettingsError: Naming the key, the value and the nearest valid one.
     """
     content = _read(_find(preset), ())
-    for key, value in (overrides or {}).items():
-        if value != AS_PRESET:
-            _set(content, _full_key(key, stage), value)
+    for key, typed in (overrides or {}).items():
+        name = full_name(key, stage)
+        if typed != AS_PRESET:
+            change(content, name, typed)
+    for name, value in list(leaves(content)):
+        _put(content, name, _finished(name, value, expand))
     try:
         return Settings(**content)
     except ValidationError as error:
-        raise _explained(error) from error
+        raise explained(error) from error
 
 
 def _find(preset: str, beside: Path | None = None) -> Path:
-    folders = [f for f in (beside, presets_folder()) if f is not None]
-    for path in [Path(preset)] + [folder / f"{preset}.yaml" for folder in folders] + [f / preset for f in folders]:
+    folders = [beside] if beside else []
+    folders.append(presets_folder())
+    inside = [folder / name for folder in folders for name in (preset, f"{preset}.yaml")]
+    for path in [*([] if beside else [Path(preset).expanduser()]), *inside]:
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path.resolve()
-    known = sorted(p.stem for p in presets_folder().glob("*.yaml"))
+    known = sorted(p.relative_to(presets_folder()).with_suffix("").as_posix() for p in presets_folder().rglob("*.yaml"))
+    found = nearest(preset, known)
     raise SettingsError(
-        f"there is no preset {preset!r}", f"did you mean {_nearest(preset, known)}? Or give a YAML file."
+        f"there is no preset {preset!r}",
+        f"did you mean {found}?" if found else f"there are {', '.join(known)}, or any YAML",
     )
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path in above:
-        raise SettingsError(f"{path} extends itself, by way of {', '.join(p.name for p in above)}", "break the circle")
+        circle = " -> ".join(p.name for p in (*above, path))
+        raise SettingsError(f"{path} extends itself: {circle}", "take one `extends` out")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path} cannot be read: {error}", "mend the YAML there") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path} holds a {type(content).__name__}, not settings by name")
+    if not isinstance(content or {}, dict):
+        raise SettingsError(
+            f"{path} holds a {type(content).__name__}, not settings by name", "write `key: value` lines"
+        )
+    content = {"name": path.stem, **_nested(content or {})}
     parent = content.pop("extends", None)
-    content = _with_paths(content, path.parent)
-    content.setdefault("name", path.stem)
+    for name, value in list(leaves(content)):
+        _put(content, name, _from_file(name, value, path.parent))
     return _merge(_read(_find(str(parent), path.parent), (*above, path)), content) if parent else content
+
+
+def _nested(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """A tree in which ``vision.pool: 2`` stands as ``vision: {pool: 2}``."""
+    tree: dict[str, Any] = {}
+    for key, value in content.items():
+        branch = _nested(value) if isinstance(value, dict) else value
+        for part in reversed(str(key).split(".")):
+            branch = {part: branch}
+        tree = _merge(tree, branch)
+    return tree
 
 
 def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,91 +111,78 @@ def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _with_paths(value: Any, folder: Path, key: str = "") -> Any:
-    """Put the environment's variables in, and make the paths in a file relative to that file."""
-    if isinstance(value, dict):
-        return {k: _with_paths(v, folder, str(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_with_paths(v, folder, key) for v in value]
-    if not isinstance(value, str):
+def _put(content: Any, name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for part in parents:
+        content = content[int(part)] if isinstance(content, list) else content[part]
+    content[int(last) if isinstance(content, list) else last] = value
+
+
+def _from_file(name: str, value: Any, folder: Path) -> Any:
+    """What YAML made of a value, made what was meant: texts that look like numbers, paths beside the file."""
+    field = field_of(name)
+    if value is None:  # `projector:` with nothing below it, `name:` with nothing after it.
+        return {} if field is None else field.default
+    if field is None or (field.kind != "str" and not field.file):
         return value
-    value = VARIABLE.sub(lambda m: _variable(m.group(1), key), value)
-    beside = folder / value
-    return str(beside) if key in PATH_KEYS and value and beside.exists() else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value or value.startswith(("${", "~", "/")):
+        return value
+    return str(folder / value) if field.file and _is_path(field.file, value, folder) else value
 
 
-def _variable(name: str, key: str) -> str:
-    if name not in os.environ:
-        raise SettingsError(f"{key} names the environment variable {name}, which is not set", f"export {name}=...")
-    return os.environ[name]
+def _is_path(file: str, value: str, folder: Path) -> bool:
+    """Whether a value that may be a path is one.
+
+    A bare word is a name, unless it ends as files do; ``owner/name`` is a path where there is such a folder, as
+    transformers has it.
+    """
+    if file == "path" or value.startswith(("/", "./", "../", "~")) or value.endswith(FILE_ENDINGS):
+        return True
+    return "/" in value and (folder / value).exists()
 
 
-def _full_key(key: str, stage: str) -> str:
-    key = key.replace("-", "_")
-    if "." in key or key not in Settings.model_fields:
-        section = Settings.model_fields.get(stage)
-        inner = section.annotation if section else None
-        if "." not in key and isinstance(inner, type) and issubclass(inner, BaseModel) and key in inner.model_fields:
-            return f"{stage}.{key}"
-    if key.split(".")[0] not in Settings.model_fields:
-        known = [*all_keys(), *(k.partition(".")[2] for k in all_keys() if k.startswith(f"{stage}."))]
-        raise SettingsError(f"there is no setting {key!r}", f"did you mean {_nearest(key, known)}?")
-    return key
+def _finished(name: str, value: Any, expand: bool) -> Any:
+    field = field_of(name)
+    if not isinstance(value, str) or not expand:
+        return value
+    value = VARIABLE.sub(lambda found: _variable(found.group(1), name), value)
+    if field is None or not field.file or not value:
+        return value
+    return str(Path(value).expanduser().absolute()) if _is_path(field.file, value, Path.cwd()) else value
 
 
-def all_keys() -> list[str]:
-    """Every setting by its dotted name."""
-    keys = []
-    for name, field in Settings.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += [f"{name}.{key}" for key in inner.model_fields]
-        else:
-            keys.append(name)
-    return keys
+def _variable(variable: str, name: str) -> str:
+    if not os.environ.get(variable):
+        raise SettingsError(
+            f"{name} needs the environment variable {variable}, which is not set", f"export {variable}=..."
+        )
+    return os.environ[variable]
 
 
-def _set(content: dict[str, Any], key: str, typed: str) -> None:
-    *sections, last = key.split(".")
-    place: Any = content
-    for part in sections:
-        place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-    try:
-        value = yaml.safe_load(typed)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{key} = {typed!r} cannot be read: {error}", "write it as YAML or JSON") from error
-    # YAML 1.1 reads 1e-3 as a word.
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        value = float(value)
-    place[int(last) if isinstance(place, list) else last] = value if value is not None else ""
+def files(settings: Settings, sections: Iterable[str]) -> dict[str, Path]:
+    """The files and folders that sections name, by dotted setting name.
+
+    Raises:
+        SettingsError: If one is not there.
+    """
+    found = {}
+    for section in sections:
+        for name, value in leaves(getattr(settings, section), section):
+            field = field_of(name)
+            if field is None or not field.file or not isinstance(value, str) or not value:
+                continue
+            if not _is_path(field.file, value, Path.cwd()):
+                continue
+            found[name] = Path(value).expanduser().absolute()
+            if not found[name].exists():
+                raise SettingsError(f"{name} = {value}: there is no such file or folder", _nearest_path(found[name]))
+    return found
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    tails = [k for k in known if k.rpartition(".")[2] == word.rpartition(".")[2]]
-    return " or ".join(dict.fromkeys([*tails, *near])) or ", ".join(known[:8])
-
-
-def _explained(error: ValidationError) -> SettingsError:
-    """The first thing that is wrong, in words."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    given, context = first["input"], first.get("ctx", {})
-    what = f"{key} = {given!r}: {first['msg'].removeprefix('Value error, ')}"
-    hint = ""
-    if first["type"] == "extra_forbidden":
-        what = f"there is no setting {key!r}"
-        hint = f"did you mean {_nearest(key, all_keys())}?"
-    elif first["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        hint = f"the nearest valid value is {_nearest(str(given), choices)}"
-    elif "ge" in context or "le" in context:
-        hint = f"the nearest valid value is {context.get('ge', context.get('le'))}"
-    elif "gt" in context or "lt" in context:
-        bound = context.get("gt", context.get("lt"))
-        hint = f"it must be {'more' if 'gt' in context else 'less'} than {bound}"
-    elif not key and isinstance(given, dict):
-        what = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        what = f"{key}: {first['msg'].removeprefix('Value error, ')}"
-    return SettingsError(what, hint)
+def _nearest_path(path: Path) -> str:
+    there = next((p for p in path.parents if p.is_dir()), Path("/"))
+    missing = path.relative_to(there).parts[0]
+    found = nearest(missing, (p.name for p in there.iterdir()))
+    return f"did you mean {there / found.split(' or ')[0]}?" if found else f"{there} has no {missing}"

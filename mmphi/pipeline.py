@@ -1,59 +1,29 @@
-"""A stage's key, its cached result, and its upstream stages; knows no stage by name.
-
-The key is a digest of everything that can change a result: the stage and its version, the settings that matter to it,
-the content of the files it reads, and the keys of what it is built on.
-"""
+"""A stage's cached result, and building what is missing with all it needs; knows no stage by name."""
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
-import os
+import shutil
 import time
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from mmphi.errors import DataError, SettingsError, Stopped, StoreError
+from mmphi.config import files
+from mmphi.errors import Stopped, StoreError
+from mmphi.keys import Digests, difference, key_of, key_parts
+from mmphi.ranks import Ranks, alone, as_json, follow
 from mmphi.settings import Settings
 from mmphi.stage import Context, Result, Stage
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from mmphi.tracking import RunTracker, Store
 
-
-def mattering(model: BaseModel) -> dict[str, Any]:
-    """The values of a section that can change a result."""
-    kept = {}
-    for name, field in type(model).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and not extra.get("matters", True):
-            continue
-        value = getattr(model, name)
-        kept[name] = (
-            [mattering(v) if isinstance(v, BaseModel) else v for v in value] if isinstance(value, list) else value
-        )
-    return kept
-
-
-def content_digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names.
-
-    Raises:
-        DataError: If there is no such path.
-    """
-    if not path.exists():
-        raise DataError(f"{path} is not there", "check the path in the settings")
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if path.is_dir():
-            digest.update(file.relative_to(path).as_posix().encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
+METRICS, KEY = "metrics.json", "key.json"
 
 
 class Pipeline:
@@ -67,6 +37,7 @@ class Pipeline:
     def __init__(self, stages: Mapping[str, Stage], store: Store | None = None) -> None:
         self.stages = stages
         self._store = store
+        self._remembered = Digests()
         self._digests: dict[Path, str] = {}
 
     @property
@@ -79,52 +50,52 @@ class Pipeline:
         return self._store
 
     def input_digests(self, stage: Stage, settings: Settings) -> dict[str, str]:
-        """Digest of every outside file a stage reads, by setting.
+        """Digest of every outside file that a stage reads, by the setting that names it.
 
         Raises:
             SettingsError: If one is missing.
         """
-        found = {}
-        for key, path in stage.inputs(settings).items():
-            if not path.exists():
-                raise SettingsError(f"{key} = {path}: there is no such file or folder", "correct the path")
-            path = path.resolve()
+        named = {**stage.inputs(settings), **files(settings, stage.sections)}
+        for path in named.values():
             if path not in self._digests:
-                self._digests[path] = content_digest(path)
-            found[key] = self._digests[path]
-        return found
+                self._digests[path] = self._remembered.of(path)
+        return {name: self._digests[path] for name, path in sorted(named.items())}
 
-    def key(self, stage: Stage, settings: Settings) -> str:
-        """What a result of these settings is found by, 32 hexadecimal digits."""
-        chosen: dict[str, Any] = {name: mattering(getattr(settings, name)) for name in stage.sections}
-        digests = self.input_digests(stage, settings)
-        for dotted, digest in digests.items():
-            place: Any = chosen
-            *parents, last = dotted.split(".")
-            for part in parents:
-                place = place[int(part)] if isinstance(place, list) else place[part]
-            place[int(last) if isinstance(place, list) else last] = digest
-        content = {
-            "stage": stage.name,
-            "version": stage.version,
-            "seed": settings.seed,
-            "settings": chosen,
-            "upstream": {name: self.key(self.stages[name], settings) for name in stage.upstream(settings)},
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    def parts(self, name: str, settings: Settings) -> dict[str, Any]:
+        """What the key of a stage is made of."""
+        stage = self.stages[name]
+        upstream = {each: self.key(each, settings) for each in stage.upstream(settings)}
+        return key_parts(stage, settings, self.input_digests(stage, settings), upstream)
+
+    def key(self, name: str, settings: Settings) -> str:
+        """What the result of a stage is found by."""
+        return key_of(self.parts(name, settings))
 
     def order(self, name: str, settings: Settings) -> list[str]:
         """A stage and all it is built on, upstream first."""
         found: dict[str, None] = {}
         for upstream in self.stages[name].upstream(settings):
             found.update(dict.fromkeys(self.order(upstream, settings)))
-        return [*found, name] if name not in found else list(found)
+        return [*found, name]
 
     def result(self, name: str, settings: Settings) -> Result | None:
         """The finished result of a stage, if there is one."""
-        key = self.key(self.stages[name], settings)
+        key = self.key(name, settings)
         run = self.store.result(key)
-        return Result(name, key, run.info.run_id, self.store.fetch(run), dict(run.data.metrics)) if run else None
+        if run is None:
+            return None
+        path = self.store.fetch(run)
+        metrics = json.loads((path / METRICS).read_text())
+        return Result(name, key, str(run.info.run_id), path, metrics)
+
+    def missing(self, name: str, settings: Settings) -> list[str]:
+        """What would have to be built for a stage, upstream first."""
+        if self.store.result(self.key(name, settings)):
+            return []
+        found: dict[str, None] = {}
+        for upstream in self.stages[name].upstream(settings):
+            found.update(dict.fromkeys(self.missing(upstream, settings)))
+        return [*found, name]
 
     def build(
         self, name: str, settings: Settings, *, force: bool = False, no_build: bool = False, label: str = ""
@@ -139,90 +110,136 @@ class Pipeline:
             label: Stands in the run's name after stage and preset.
 
         Raises:
-            StoreError: If something is missing under ``no_build``, or another process is building it.
+            SettingsError: If a file that the settings name is missing; before anything is built.
+            StoreError: If something is missing under ``no_build``, or the store cannot be used.
+            Stopped: If a signal asked to stop; the same call goes on from there.
         """
-        for each in self.order(name, settings):  # Bad paths are told before anything heavy starts.
+        ranks = Ranks()
+        if not ranks.first:
+            return follow(ranks, self.stages[name], settings)
+        try:
+            return self._lead(ranks, name, settings, force, no_build, label)
+        except BaseException as error:
+            ranks.tell({"error": str(error)})
+            raise
+
+    def _lead(self, ranks: Ranks, name: str, settings: Settings, force: bool, no_build: bool, label: str) -> Result:
+        for each in self.order(name, settings):  # Missing files are told before anything heavy starts.
             self.input_digests(self.stages[each], settings)
-        together = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        upstream: dict[str, Result] = {}
-        for each in self.order(name, settings):
-            asked = each == name
-            found = None if asked and force else self.result(each, settings)
-            if found:
-                print(f"{each}: reusing run {found.run_id}", flush=True)
-                if asked and os.environ.get("MLFLOW_RUN_ID"):
-                    self._point(found, settings)
-            elif no_build or (together and not asked):
-                why = "torchrun trains one stage: build what it needs first" if together else "leave out --no-build"
-                raise StoreError(f"{each} is not built for these settings", f"{why} (`mmphi {each}`)")
-            else:
-                needed = {n: upstream[n] for n in self.stages[each].upstream(settings)}
-                found = self._run(self.stages[each], settings, needed, asked=asked, label=label, force=asked and force)
-            upstream[each] = found
-        return upstream[name]
+        found = None if force else self.result(name, settings)
+        if found:
+            _say(f"{name}: reusing run {found.run_id}, which has the same settings, data and code version")
+            ranks.tell({"result": as_json(found)})
+            self._point(found, settings)
+            return found
+        if no_build:
+            lacking = [name] if force else self.missing(name, settings)
+            raise StoreError(f"not built for these settings: {', '.join(lacking)}", "leave out --no-build")
+        done: dict[str, Result] = {}
+        with alone():
+            for each in self.stages[name].upstream(settings):
+                self._have(each, settings, done)
+        return self._run(name, settings, done, ranks=ranks, asked=True, force=force, label=label)
+
+    def _have(self, name: str, settings: Settings, done: dict[str, Result]) -> None:
+        """See to it that ``done`` holds the result of an upstream stage."""
+        if name in done:
+            return
+        found = self.result(name, settings)
+        if found:
+            _say(f"{name}: reusing run {found.run_id}")
+        else:
+            for each in self.stages[name].upstream(settings):
+                self._have(each, settings, done)
+            found = self._run(name, settings, done, ranks=Ranks())
+        done[name] = found
 
     def _point(self, found: Result, settings: Settings) -> None:
-        """Let the run that ``mlflow run`` began point at the result it stands for."""
-        tags = {"mmphi.stage": found.stage, "mmphi.reused": found.run_id}
-        tracker = self.store.start(
-            f"{found.stage} {settings.name} (reused)", {**tags, "mmphi.key": ""}, continue_given=True
-        )
-        tracker.metrics({k: v for k, v in found.metrics.items() if not k.startswith("train/")})
+        """Let the run that ``mlflow run`` began, if it did, point at the result it stands for."""
+        given = self.store.given()
+        if given and given.info.run_id != found.run_id:
+            tags = {"mmphi.stage": found.stage, "mmphi.reuses": found.run_id, "mmphi.preset": settings.name}
+            tracker = self.store.begin(f"{found.stage} {settings.name} (reused)", tags, given)
+            tracker.metrics(found.metrics)
+            tracker.flush()
+
+    def _why(self, name: str, parts: Mapping[str, Any]) -> str:
+        """In what the newest result of a stage differs from what is asked for."""
+        earlier = [run for run in self.store.search(stage=name) if run.info.status == "FINISHED"]
+        earlier = [run for run in earlier if "mmphi.key" in run.data.tags]
+        if not earlier:
+            return "nothing of this stage is finished yet"
+        changed = difference(parts, self.store.json_of(earlier[0], KEY))
+        what = f"{changed}, compared with" if changed else "its files are not what its manifest says:"
+        return f"{what} run {earlier[0].info.run_id}"
 
     def _run(
-        self, stage: Stage, settings: Settings, upstream: Mapping[str, Result], *, asked: bool, label: str, force: bool
+        self,
+        name: str,
+        settings: Settings,
+        upstream: Mapping[str, Result],
+        *,
+        ranks: Ranks,
+        asked: bool = False,
+        force: bool = False,
+        label: str = "",
     ) -> Result:
-        from mmphi import tracking
-
-        key = self.key(stage, settings)
-        tags = {"mmphi.stage": stage.name, "mmphi.key": key, "mmphi.preset": settings.name}
-        tags |= {f"mmphi.upstream.{n}": r.run_id for n, r in upstream.items()}
-        tags |= {f"mmphi.data.{n}": d[:16] for n, d in self.input_digests(stage, settings).items()}
-        name = " ".join(filter(None, (stage.name, settings.name, label if asked else "")))
-        print(
-            f"{stage.name}: building (nothing with key {key[:8]} is finished)"
-            if not force
-            else f"{stage.name}: building anew"
-        )
-        tracker = self.store.start(name, tags, continue_given=asked)
-        with tracking.locked(tracker.folder) as free:
-            if not free:
-                raise StoreError(f"another process is building {stage.name} with these settings", "wait for it")
-            if not force:
-                self.store.adopt(tracker, key)
-            elif tracker.remote:
-                tracking.clear(tracker.folder)
-            self._describe(tracker, stage, settings)
-            context = Context(settings, tracker.folder, upstream, tracker)
-            begun = time.perf_counter()
-            try:
-                metrics = dict(stage.run(context))
-            except KeyboardInterrupt as error:
-                tracker.fail("KILLED", str(error) or "interrupted")
-                raise Stopped(str(error) or "interrupted; the same command goes on from the last checkpoint") from error
-            except BaseException as error:
-                tracker.fail("FAILED", f"{type(error).__name__}: {error}")
-                raise
-            tracker.metrics({**metrics, "seconds": time.perf_counter() - begun})
-            tracker.finish()
-        return Result(stage.name, key, tracker.run_id, tracker.folder, metrics)
-
-    def _describe(self, tracker: RunTracker, stage: Stage, settings: Settings) -> None:
-        """Record settings, code, machine and packages."""
         from mmphi import lineage
 
-        resolved = settings.model_dump()
-        tracker.yaml("settings.yaml", resolved)
-        tracker.params({"seed": settings.seed})
-        for section in stage.sections:
-            tracker.params({f"{section}.{k}": v for k, v in resolved[section].items()})
-        tags, diff = lineage.code()
-        tracker.tags({**tags, **lineage.hardware()})
-        tracker.text("packages.txt", lineage.packages())
-        if diff:
-            tracker.text("uncommitted.diff", diff)
+        stage, parts = self.stages[name], self.parts(name, settings)
+        key = key_of(parts)
+
+        def waiting(holder: str) -> None:
+            _say(f"{name}: {holder} is building the same; waiting for it (Ctrl-C to leave it alone)")
+
+        with self.store.lock(key, waiting) as waited:
+            ready = self.result(name, settings) if waited and not force else None
+            if ready:
+                _say(f"{name}: reusing run {ready.run_id}, finished meanwhile")
+                ranks.tell({"result": as_json(ready)})
+                return ready
+            _say(f"{name}: building anew, as asked" if force else f"{name}: building ({self._why(name, parts)})")
+            given: Run | None = self.store.given() if asked else None
+            title = " ".join(filter(None, (name, settings.name, label)))
+            needed = {each: upstream[each] for each in stage.upstream(settings)}
+            tags = {"mmphi.stage": name, "mmphi.key": key, "mmphi.preset": settings.name}
+            tracker = self.store.begin(title, tags, given)
+            with self._ending(tracker):
+                source = "" if force else self.store.adopt(tracker, key)
+                if force:
+                    self.store.clear(tracker)
+                if source:
+                    _say(f"{name}: going on from what run {source} left")
+                lineage.describe(tracker, stage, settings, parts, needed)
+                shared = {each: as_json(result) for each, result in needed.items()}
+                ranks.tell({"key": key, "run_id": tracker.run_id, "folder": str(tracker.folder), "upstream": shared})
+                begun = time.perf_counter()
+                metrics = dict(stage.run(Context(settings, tracker.folder, needed, tracker)))
+                ranks.done()
+                tracker.metrics({**metrics, "seconds": time.perf_counter() - begun})
+                tracker.text(METRICS, json.dumps(metrics))
+                path = self.store.finish(tracker)
+        return Result(name, key, tracker.run_id, path, metrics)
+
+    @contextmanager
+    def _ending(self, tracker: RunTracker) -> Iterator[None]:
+        """Record how a run ended that did not finish."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            self.store.fail(tracker, "KILLED", str(error) or "interrupted")
+            raise Stopped(str(error) or "interrupted; the same command goes on from there") from error
+        except BaseException as error:
+            self.store.fail(tracker, "FAILED", f"{type(error).__name__}: {error}")
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+            if full:
+                free = shutil.disk_usage(tracker.folder).free
+                raise StoreError(
+                    f"the disk of {tracker.folder} is full: {free / 1e6:.0f} MB are free",
+                    "make room; the same command goes on from there",
+                ) from error
+            raise
 
 
-def when(milliseconds: int) -> str:
-    """A time of the store in words."""
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+def _say(line: str) -> None:
+    print(line, flush=True)

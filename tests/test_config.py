@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmphi.config import load_settings, presets_folder
+from mmphi.config import files, load_settings, presets_folder
 from mmphi.errors import SettingsError
 
 ENVIRONMENT = {"MMPHI_PHOTOS": "photos", "MMPHI_MODELS": "models", "MMPHI_LLAVA": "llava", "MMPHI_COCO": "coco"}
@@ -46,7 +46,7 @@ def test_command_line_overrides():
     assert found.projector.norm is True
     assert found.projector.steps == load_settings("tiny").projector.steps
     sources = load_settings("tiny", {"data.sources": '[{"kind": "captions", "path": "x.csv"}]'}).data.sources
-    assert sources[0].path == "x.csv"
+    assert sources[0].path == str(Path.cwd() / "x.csv")
     assert load_settings("tiny", {"layers": "2"}, "pretrain").pretrain.layers == 2
 
 
@@ -55,14 +55,22 @@ def test_command_line_overrides():
     [
         ({"layers": "0"}, ["projector.layers = 0", "nearest valid value is 1"]),
         ({"layers": "9"}, ["projector.layers = 9", "nearest valid value is 8"]),
-        ({"layers": "two"}, ["projector.layers = 'two'", "integer"]),
+        ({"layers": "two"}, ["projector.layers = two", "a whole number", "nearest valid value is 2"]),
         ({"learning_rat": "1"}, ["no setting 'learning_rat'", "learning_rate"]),
         ({"vision.pol": "1"}, ["no setting 'vision.pol'", "vision.pool"]),
         ({"visoin.pool": "1"}, ["no setting 'visoin.pool'", "vision.pool"]),
         ({"vision.cls": "drp"}, ["vision.cls = 'drp'", "nearest valid value is drop"]),
         ({"pretrain.heads": "7"}, ["heads = 7 does not divide width = 128", "8"]),
         ({"language.precision": "fp61"}, ["language.precision", "fp32"]),
-        ({"learning_rate": "0"}, ["projector.learning_rate = 0", "more than 0"]),
+        ({"vision.layer": "-1.5"}, ["vision.layer = -1.5", "nearest valid value is -2"]),
+        ({"norm": "perhaps"}, ["projector.norm = perhaps", "nearest valid value is false"]),
+        ({"pool": "2"}, ["no setting 'pool'", "vision.pool"]),
+        ({"data.sources": "[{kind: captionz}]"}, ["data.sources.0.kind", "nearest valid value is captions"]),
+        ({"data.sources": "[{knd: captions}]"}, ["data.sources.0.knd", "kind"]),
+        ({"data.sources": "[{kind: captions"}, ["data.sources", "cannot be read"]),
+        ({"data.sources.1.kind": "captions"}, ["data.sources.1.kind", "data.sources.0.kind"]),
+        ({"data": "all"}, ["no setting 'data'", "data.sources"]),
+        ({"learning_rate": "0"}, ["projector.learning_rate = 0", "> 0", "nearest valid value is 0.00"]),
     ],
 )
 def test_mistakes_name_key_value_and_what_is_near(overrides, words):
@@ -84,8 +92,16 @@ def test_files_that_are_no_settings(tmp_path):
 
 def test_environment_variables_in_paths(monkeypatch):
     monkeypatch.delenv("MMPHI_PHOTOS", raising=False)
-    with pytest.raises(SettingsError, match="MMPHI_PHOTOS, which is not set"):
+    monkeypatch.setenv("MMPHI_MODELS", "models")
+    with pytest.raises(SettingsError, match="MMPHI_PHOTOS, which is not set") as caught:
         load_settings("photos")
+    assert "data.sources.0.path" in caught.value.what
+    monkeypatch.setenv("MMPHI_PHOTOS", "photos")
+    (source,) = load_settings("photos").data.sources
+    assert source.path == str(Path.cwd() / "photos" / "captions.csv")
+    monkeypatch.delenv("MMPHI_PHOTOS")
+    assert load_settings("photos", {"data.sources": "[]"}).data.sources == []
+    assert load_settings("photos", expand=False).data.sources[0].path == "${MMPHI_PHOTOS}/captions.csv"
 
 
 def test_paths_are_relative_to_their_file(tmp_path):
@@ -95,3 +111,36 @@ def test_paths_are_relative_to_their_file(tmp_path):
     )
     (source,) = load_settings(str(tmp_path / "mine.yaml")).data.sources
     assert source.path == str(tmp_path / "captions.csv")
+    with pytest.raises(SettingsError, match=r"data.sources.0.images = .*elsewhere: there is no such"):
+        files(load_settings(str(tmp_path / "mine.yaml")), ["data"])
+
+
+def test_list_items_and_texts_that_look_like_numbers(tmp_path):
+    found = load_settings("tiny", {"data.sources.0.kind": "captions", "data.sources.0.name": "7"})
+    assert (found.data.sources[0].kind, found.data.sources[0].name) == ("captions", "7")
+    assert load_settings("tiny", {"checkpoint": "400"}, "evaluate").evaluate.checkpoint == "400"
+    (tmp_path / "mine.yaml").write_text("extends: tiny\nevaluate.checkpoint: 400\nprojector:\nname: 7\n")
+    found = load_settings(str(tmp_path / "mine.yaml"))
+    assert (found.evaluate.checkpoint, found.name) == ("400", "7")
+
+
+def test_names_of_models_are_not_taken_for_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert load_settings("tiny").language.model == "pretrain"
+    assert load_settings("tiny", {"language.model": "microsoft/phi-2"}).language.model == "microsoft/phi-2"
+    assert load_settings("tiny", {"language.model": "./mine"}).language.model == str(tmp_path / "mine")
+    missing = load_settings("tiny", {"language.model": "./other"})
+    with pytest.raises(SettingsError, match=r"language.model = .*other: there is no such"):
+        files(missing, ["language"])
+    assert files(load_settings("tiny", {"language.model": "./mine"}), ["language"]) == {
+        "language.model": tmp_path / "mine"
+    }
+
+
+def test_presets_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_settings("tiny").name == "tiny"
+    (tmp_path / "own.yaml").write_text("extends: tiny\n")
+    assert load_settings("own.yaml").name == "own"

@@ -1,243 +1,267 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import toys
+import yaml
 
-from mmphi.errors import SettingsError, StoreError
+from mmphi.config import load_settings
+from mmphi.errors import StoreError
 from mmphi.pipeline import Pipeline
 from mmphi.settings import Settings
-from mmphi.stage import Context, Stage
-from mmphi.tracking import Store, manifest_holds
+from mmphi.stage import Context
+from mmphi.tracking import Store
 
-calls: list[str] = []
-
-
-def run_base(ctx: Context) -> Mapping[str, float]:
-    calls.append("base")
-    (ctx.folder / "base.txt").write_text("base")
-    ctx.tracker.metrics({"train/loss": 1.0}, step=1)
-    return {"base/value": 2.0}
+SCRIPT = Path(toys.__file__)
 
 
-def run_top(ctx: Context) -> Mapping[str, float]:
-    calls.append("top")
-    if not (ctx.folder / "half.txt").exists():
-        (ctx.folder / "half.txt").write_text("half done")
-        if os.environ.get("TEST_DIE"):
-            Path(os.environ["TEST_DIE"]).touch()
-            time.sleep(60)
-        if os.environ.get("TEST_FAIL"):
-            raise ValueError("it broke")
-    resumed = float(os.environ.get("TEST_FAIL") is None and len(calls) == 1)
-    (ctx.folder / "top.txt").write_text((ctx.upstream["base"].path / "base.txt").read_text())
-    return {"top/value": 3.0, "top/resumed": resumed}
+@pytest.fixture
+def store(empty_store: str) -> Store:
+    toys.CALLS.clear()
+    return Store(empty_store)
 
 
-STAGES = {
-    "base": Stage("base", 1, "", ("scenes",), run_base),
-    "top": Stage("top", 1, "", ("projector", "data"), run_top, upstream=lambda _: ("base",)),
-}
+@pytest.fixture
+def pipeline(store: Store) -> Pipeline:
+    return Pipeline(toys.TOYS, store)
 
 
-@pytest.fixture(autouse=True)
-def _fresh(tmp_path, monkeypatch):
-    calls.clear()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "TEST_DIE", "TEST_FAIL"):
-        monkeypatch.delenv(name, raising=False)
+def settings(**overrides: str) -> Settings:
+    return load_settings("tiny", {"projector.steps": "4", **{k.replace("__", "."): v for k, v in overrides.items()}})
 
 
-def pipeline() -> Pipeline:
-    return Pipeline(STAGES)
+def toy(*arguments: str, hold: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **variables, **({"TOY_HOLD": str(hold)} if hold else {})}
+    command = [sys.executable, str(SCRIPT), *arguments, "--projector.steps", "4"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def changed(**values) -> Settings:
-    settings = Settings()
-    for dotted, value in values.items():
-        section, _, key = dotted.partition("__")
-        setattr(getattr(settings, section), key, value)
-    return settings
+def until(process: subprocess.Popen[str], line: str) -> str:
+    assert process.stdout is not None
+    said = ""
+    for read in process.stdout:
+        said += read
+        if line in read:
+            return said
+    raise AssertionError(said)
 
 
-def test_what_is_built_is_reused(capsys):
-    first = pipeline().build("top", Settings())
-    assert calls == ["base", "top"]
-    again = pipeline().build("top", Settings())
-    assert calls == ["base", "top"]
-    assert (again.run_id, again.path) == (first.run_id, first.path)
-    assert again.metrics["top/value"] == 3.0
-    assert f"top: reusing run {first.run_id}" in capsys.readouterr().out
-    assert (first.path / "top.txt").read_text() == "base"
+def test_builds_what_is_missing_and_reuses_what_is_there(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = pipeline.build("train", settings())
+    assert toys.CALLS == ["draw", "train"]
+    again = pipeline.build("train", settings())
+    assert (again.run_id, again.metrics, again.path) == (first.run_id, first.metrics, first.path)
+    other = pipeline.build("train", settings(projector__layers="3"))
+    assert toys.CALLS == ["draw", "train", "train"]
+    assert other.run_id != first.run_id
+    said = capsys.readouterr().out
+    assert f"reusing run {first.run_id}" in said
+    assert f"projector.layers is 3, was 2, compared with run {first.run_id}" in said
 
 
-def test_a_setting_that_matters_builds_anew_and_reuses_upstream():
-    pipeline().build("top", Settings())
-    pipeline().build("top", changed(projector__layers=3))
-    assert calls == ["base", "top", "top"]
-    pipeline().build("top", changed(scenes__test_images=7))
-    assert calls == ["base", "top", "top", "base", "top"]
+def test_finished_result_does_not_need_what_it_was_built_on(pipeline: Pipeline, store: Store) -> None:
+    first = pipeline.build("train", settings())
+    drawn = store.search(stage="draw")[0]
+    store.client.delete_run(drawn.info.run_id)
+    assert pipeline.build("train", settings()).run_id == first.run_id
+    assert toys.CALLS == ["draw", "train"]
 
 
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [
-        ({"projector__log_every": 3}, True),
-        ({"projector__save_every": 3}, True),
-        ({"embed__workers": 0}, True),
-        ({"projector__learning_rate": 0.5}, False),
-        ({"scenes__train_images": 9}, False),
-        ({"light_clip__steps": 9}, True),  # not a section of these stages
-    ],
-)
-def test_key(change, same):
-    top = STAGES["top"]
-    assert (pipeline().key(top, changed(**change)) == pipeline().key(top, Settings())) == same
+def test_setting_that_does_not_matter_reuses(pipeline: Pipeline) -> None:
+    first = pipeline.build("train", settings())
+    assert pipeline.build("train", settings(projector__log_every="3")).run_id == first.run_id
 
 
-def test_key_follows_version_seed_and_content_not_path(tmp_path):
-    a, b = tmp_path / "a.json", tmp_path / "b.json"
-    a.write_text("same")
-    b.write_text("same")
-
-    def reading(path: Path, version: int = 1) -> Stage:
-        return Stage("s", version, "", ("data",), run_base, inputs=lambda _: {"data.split_seed": path})
-
-    keys = [pipeline().key(reading(p), Settings()) for p in (a, b)]
-    assert keys[0] == keys[1]
-    b.write_text("other")
-    assert pipeline().key(reading(b), Settings()) != keys[0]
-    assert pipeline().key(reading(a, 2), Settings()) != keys[0]
-    assert pipeline().key(reading(a), Settings(seed=1)) != keys[0]
-    with pytest.raises(SettingsError, match="no such file"):
-        pipeline().key(reading(tmp_path / "none"), Settings())
-
-
-def test_force_and_no_build():
-    with pytest.raises(StoreError, match="base is not built"):
-        pipeline().build("top", Settings(), no_build=True)
-    assert calls == []
-    first = pipeline().build("top", Settings())
-    forced = pipeline().build("top", Settings(), force=True)
-    assert calls == ["base", "top", "top"]
+def test_force_builds_the_asked_stage_alone(pipeline: Pipeline) -> None:
+    first = pipeline.build("train", settings())
+    forced = pipeline.build("train", settings(), force=True)
+    assert toys.CALLS == ["draw", "train", "train"]
     assert forced.run_id != first.run_id
-    assert pipeline().build("top", Settings(), no_build=True).run_id == forced.run_id
+    assert forced.metrics["begun_at"] == 0
+    assert pipeline.build("train", settings()).run_id == forced.run_id
 
 
-def test_damaged_results_are_built_again():
-    first = pipeline().build("top", Settings())
-    assert manifest_holds(first.path)
-    (first.path / "top.txt").write_text("bass")
-    assert pipeline().build("top", Settings()).run_id != first.run_id
-    assert calls == ["base", "top", "top"]
+def test_no_build_names_all_that_is_missing(pipeline: Pipeline) -> None:
+    with pytest.raises(StoreError, match="draw, train"):
+        pipeline.build("train", settings(), no_build=True)
+    pipeline.build("draw", settings())
+    with pytest.raises(StoreError, match="settings: train"):
+        pipeline.build("train", settings(), no_build=True)
+    pipeline.build("train", settings())
+    assert pipeline.build("train", settings(), no_build=True).stage == "train"
 
 
-def test_failed_run_is_no_result_and_its_files_are_taken_over(monkeypatch):
-    monkeypatch.setenv("TEST_FAIL", "1")
-    with pytest.raises(ValueError, match="it broke"):
-        pipeline().build("top", Settings())
-    store = Store()
-    (failed,) = store._search("attributes.status = 'FAILED'")
-    assert failed.data.tags["mmphi.error"] == "ValueError: it broke"
-    monkeypatch.delenv("TEST_FAIL")
-    done = pipeline().build("top", Settings())
-    assert (done.path / "half.txt").read_text() == "half done"
-    assert store.client.get_run(failed.info.run_id).data.tags["mmphi.continued_by"] == done.run_id
-    assert store.client.get_run(done.run_id).data.tags["mmphi.continues"] == failed.info.run_id
+def test_lineage_is_recorded(pipeline: Pipeline, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    result = pipeline.build("train", settings(), label="layers=2")
+    run = store.client.get_run(result.run_id)
+    drawn = store.search(stage="draw")[0]
+    tags, params = run.data.tags, run.data.params
+    assert run.info.run_name == "train tiny layers=2"
+    assert tags["mmphi.key"] == pipeline.key("train", settings())
+    assert tags["mmphi.upstream.draw"] == drawn.info.run_id
+    assert drawn.info.run_id in tags["mlflow.note.content"]
+    assert {"mmphi.git_commit", "mmphi.git_dirty", "mmphi.cpu", "mmphi.cores", "mmphi.host", "mmphi.pid"} <= set(tags)
+    assert params["projector.layers"] == "2"
+    assert params["settings.seed"] == "0"
+    assert yaml.safe_load((result.path / "settings.yaml").read_text()) == settings().model_dump()
+    assert "mlflow==" in (result.path / "packages.txt").read_text()
+    assert run.data.metrics["begun_at"] == 0
+    read = pipeline.build("read", settings(pretrain__corpus=f"[{tmp_path / 'text.txt'}]"))
+    assert "mmphi.data.pretrain.corpus.0" in store.client.get_run(read.run_id).data.tags
 
 
-def test_killed_outright_is_no_result_and_is_continued(tmp_path):
-    """kill -9 in the middle of a stage, in another process."""
-    script = tmp_path / "victim.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
-        "from test_pipeline import *\npipeline().build('top', Settings())\n"
-    )
-    flag = tmp_path / "asleep"
-    victim = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "TEST_DIE": str(flag)})
-    deadline = time.monotonic() + 60
-    while not flag.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    with pytest.raises(StoreError, match="is building the same result right now"):
-        pipeline().build("top", Settings())
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert pipeline().result("top", Settings()) is None
-    calls.clear()
-    done = pipeline().build("top", Settings())
-    assert calls == ["top"]
-    assert done.metrics["top/resumed"] == 1.0
-    statuses = {r.info.status for r in Store()._search("tags.`mmphi.stage` = 'top'")}
-    assert statuses <= {"KILLED", "FINISHED", "FAILED"}
+@pytest.mark.parametrize("damage", ["deleted", "shorter", "edited", "no manifest"])
+def test_damaged_result_is_not_one(pipeline: Pipeline, damage: str) -> None:
+    first = pipeline.build("train", settings())
+    file = first.path / "step-3"
+    match damage:
+        case "deleted":
+            file.unlink()
+        case "shorter":
+            file.write_text("")
+        case "edited":
+            file.write_text("9")
+        case "no manifest":
+            (first.path / "manifest.json").unlink()
+    again = pipeline.build("train", settings())
+    assert again.run_id != first.run_id
+    assert (again.path / "step-3").read_text() == "3" or damage == "no manifest"
 
 
-def test_lineage_is_recorded():
-    done = pipeline().build("top", Settings(name="mine"), label="layers=2")
-    run = Store().client.get_run(done.run_id)
-    tags = run.data.tags
-    base = pipeline().result("base", Settings())
-    assert tags["mmphi.upstream.base"] == base.run_id
-    assert tags["mmphi.stage"] == "top"
-    assert tags["mmphi.key"] == done.key
-    assert {"mmphi.git_commit", "mmphi.git_dirty", "mmphi.cpu", "mmphi.cores", "mmphi.memory_gb"} <= tags.keys()
-    assert run.info.run_name == "top mine layers=2"
-    assert run.data.params["projector.layers"] == "2"
-    assert run.data.params["data.sources"] == "[]"
-    files = {f.path for f in Store().client.list_artifacts(done.run_id)}
-    assert {"settings.yaml", "packages.txt", "manifest.json"} <= files
-    listed = json.loads((done.path / "manifest.json").read_text())
-    assert listed["top.txt"][0] == 4
+def test_copied_result_still_holds(pipeline: Pipeline) -> None:
+    first = pipeline.build("train", settings())
+    for file in first.path.rglob("*"):
+        os.utime(file, (1, 1))
+    assert pipeline.build("train", settings()).run_id == first.run_id
 
 
-def test_inside_the_run_that_mlflow_began(monkeypatch):
-    store = Store()
-    experiment = store.client.create_experiment("elsewhere")
-    given = store.client.create_run(experiment).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", given)
-    done = pipeline().build("top", Settings())
-    assert done.run_id == given
-    base = Store().client.get_run(store.client.get_run(given).data.tags["mmphi.upstream.base"])
-    assert base.info.run_id != given
-    assert base.info.experiment_id == experiment
-    second = store.client.create_run(experiment).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", second)
-    assert pipeline().build("top", Settings()).run_id == given
-    assert store.client.get_run(second).data.tags["mmphi.reused"] == given
-    store.client.set_terminated(second, "FINISHED")
-    monkeypatch.delenv("MLFLOW_RUN_ID")
-    assert pipeline().build("top", Settings()).run_id == given
+def test_failure_is_recorded_and_not_reused(pipeline: Pipeline, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_FAIL", "the loss is nan")
+    with pytest.raises(ValueError, match="nan"):
+        pipeline.build("train", settings())
+    failed = store.search(stage="train")[0]
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["mmphi.error"] == "ValueError: the loss is nan"
+    monkeypatch.delenv("TOY_FAIL")
+    result = pipeline.build("train", settings())
+    assert result.metrics["begun_at"] == 4
+    assert store.client.get_run(failed.info.run_id).data.tags["mmphi.continued_by"] == result.run_id
+    assert store.client.get_run(result.run_id).data.tags["mmphi.continues"] == failed.info.run_id
 
 
-def test_relative_store_is_the_same_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///here.db")
-    monkeypatch.chdir(tmp_path)
-    assert Store().uri == f"sqlite:///{tmp_path}/here.db"
-    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/here.db"
+def test_full_disk_is_told(store: Store) -> None:
+    def full(_: Context) -> Mapping[str, float]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stages = {"draw": replace(toys.TOYS["draw"], run=full)}
+    with pytest.raises(StoreError, match="full") as error:
+        Pipeline(stages, store).build("draw", settings())
+    assert "make room" in error.value.hint
 
 
-def test_torchrun_asks_for_what_is_upstream(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(StoreError, match="torchrun trains one stage"):
-        pipeline().build("top", Settings())
+def test_killed_run_is_gone_on_from_and_never_taken_for_a_result(
+    pipeline: Pipeline, store: Store, tmp_path: Path
+) -> None:
+    process = toy("train", hold=tmp_path / "never")
+    until(process, "held")
+    process.kill()
+    process.wait()
+    dead = store.search(stage="train")[0]
+    assert dead.info.status == "RUNNING"
+    assert pipeline.result("train", settings()) is None
+    # `mlflow run` may say FINISHED of a run whose command ended in whatever way.
+    store.client.set_terminated(dead.info.run_id, "FINISHED")
+    assert pipeline.result("train", settings()) is None
+    store.client.update_run(dead.info.run_id, status="RUNNING")
+    result = pipeline.build("train", settings())
+    assert result.metrics["begun_at"] == 3
+    assert sorted(p.name for p in result.path.glob("step-*")) == [f"step-{i}" for i in range(4)]
+    dead = store.client.get_run(dead.info.run_id)
+    assert dead.info.status == "KILLED"
+    assert dead.data.tags["mmphi.continued_by"] == result.run_id
+    assert pipeline.build("train", settings()).run_id == result.run_id
 
 
-def test_tables_with_pictures(tmp_path):
-    from PIL import Image
+def test_force_does_not_go_on_from_a_dead_run(pipeline: Pipeline, tmp_path: Path) -> None:
+    process = toy("train", hold=tmp_path / "never")
+    until(process, "held")
+    process.kill()
+    process.wait()
+    assert pipeline.build("train", settings(), force=True).metrics["begun_at"] == 0
 
-    path = tmp_path / "a.png"
-    Image.new("RGB", (600, 300), "red").save(path)
-    tracker = Store().start("x", {"mmphi.key": "k"}, continue_given=False)
-    for step in (1, 2):
-        tracker.table("predictions", [{"step": step, "image": path, "said": "red"}], image="image")
-    table = json.loads((tracker.folder / "predictions.json").read_text())
-    assert [row[0] for row in table["data"]] == [1, 2]
-    assert "image" in json.dumps(table["data"][0])
-    tracker.table("plain", [{"a": 1, "b": "x"}])
-    assert (tracker.folder / "plain.csv").read_text() == "a,b\n1,x\n"
+
+def test_interrupted_run_is_killed_and_gone_on_from(pipeline: Pipeline, store: Store, tmp_path: Path) -> None:
+    process = toy("train", hold=tmp_path / "never")
+    until(process, "held")
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert store.search(stage="train")[0].info.status == "KILLED"
+    assert pipeline.build("train", settings()).metrics["begun_at"] == 3
+
+
+def test_second_process_waits_and_reuses(store: Store, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first = toy("train", hold=go)
+    until(first, "held")
+    second = toy("train")
+    said = until(second, "waiting for it")
+    assert f"process {first.pid}" in said
+    go.touch()
+    results = [json.loads(process.communicate()[0].splitlines()[-1]) for process in (first, second)]
+    assert results[0] == results[1]
+    assert len(store.search(stage="train")) == 1
+
+
+def test_goes_on_in_the_run_that_mlflow_began(
+    pipeline: Pipeline, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = store.client.create_experiment("another")
+    given = store.client.create_run(experiment, run_name="merciful-ox-123")
+    store.client.log_param(given.info.run_id, "seed", "preset")
+    monkeypatch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+    result = pipeline.build("train", settings())
+    assert result.run_id == given.info.run_id
+    run = store.client.get_run(given.info.run_id)
+    assert run.info.run_name == "train tiny"
+    drawn = store.search(stage="draw")[0]
+    assert drawn.info.experiment_id == experiment
+    assert drawn.info.run_id != given.info.run_id
+
+    second = store.client.create_run(experiment, run_name="my own name")
+    monkeypatch.setenv("MLFLOW_RUN_ID", second.info.run_id)
+    assert pipeline.build("train", settings()).run_id == given.info.run_id
+    run = store.client.get_run(second.info.run_id)
+    assert run.data.tags["mmphi.reuses"] == given.info.run_id
+    assert "mmphi.key" not in run.data.tags
+    assert run.info.run_name == "my own name"
+    assert run.data.metrics == {"begun_at": 0.0, "rank": 0.0}
+
+
+def test_run_of_another_store_is_told(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(StoreError, match="has no such run"):
+        pipeline.build("draw", settings())
+
+
+def test_missing_file_is_told_before_anything_is_built(pipeline: Pipeline, store: Store) -> None:
+    stages: dict[str, Any] = {
+        **toys.TOYS,
+        "late": replace(toys.TOYS["read"], name="late", upstream=lambda _: ("draw",)),
+    }
+    with pytest.raises(Exception, match="no such file"):
+        Pipeline(stages, store).build("late", settings(pretrain__corpus="[nowhere.txt]"))
+    assert toys.CALLS == []
+    assert store.search(stage="draw") == []

@@ -1,0 +1,73 @@
+"""Pictures as MLflow's pages show them: small ones in a table's cells, and a grid of them with their texts."""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from mmphi.data.images import open_image
+from mmphi.errors import ImageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIDE, GRID = 256, 12  # Pixels; pictures in a grid.
+
+
+def thumbnail(path: Any) -> Image.Image | None:
+    """A picture of at most 256 px; ``None`` where there is none or it cannot be read."""
+    if not path:
+        return None
+    try:
+        picture = open_image(Path(path))
+    except ImageError:
+        return None
+    picture.thumbnail((SIDE, SIDE))
+    return picture
+
+
+def cell(path: Any, folder: Path, table: str) -> dict[str, str] | str:
+    """Write a picture below ``folder`` and return what MLflow's tables hold in its place.
+
+    The same picture is written once a table, however often it is shown.
+    """
+    picture = thumbnail(path)
+    if picture is None:
+        return ""
+    name = f"table_images/{table}/{hashlib.sha256(picture.tobytes()).hexdigest()[:16]}"
+    if not (folder / f"{name}.png").exists():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{name}.png")
+        picture.save(folder / f"{name}.webp")
+    return {"type": "image", "filepath": f"{name}.png", "compressed_filepath": f"{name}.webp"}
+
+
+def grid(rows: Sequence[Mapping[str, Any]], image: str) -> Figure | None:
+    """The first pictures of a table with the row's texts beneath; ``None`` where no row has one.
+
+    Args:
+        rows: Of the table.
+        image: Column of the picture's path.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [(picture, row) for row in rows[:GRID] if (picture := thumbnail(row[image])) is not None]
+    if not shown:
+        return None
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.6 * columns, 4.6 * lines), layout="constrained")
+    for axes, (picture, row) in zip(figure.subplots(lines, columns, squeeze=False).flat, shown, strict=False):
+        axes.imshow(picture)
+        texts = [(k, str(v)) for k, v in row.items() if k != image and isinstance(v, str) and v]
+        said = "\n".join(textwrap.fill(f"{k}: {v}", 42, max_lines=4) for k, v in texts)
+        # A dollar sign would begin a formula.
+        axes.set_title(said.replace("$", r"\$"), fontsize=8, loc="left", y=-0.02, verticalalignment="top")
+    for axes in figure.axes:
+        axes.axis("off")
+    return figure

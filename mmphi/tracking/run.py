@@ -1,0 +1,186 @@
+"""The run that a stage records in."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.entities import Metric, Param, RunTag
+from tqdm.auto import tqdm
+
+from mmphi.tracking.pictures import cell, grid
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+EVERY_S, AT_MOST = 1.0, 500  # Metrics are sent together, at most this much later and this many.
+TAG_CHARACTERS, PARAM_CHARACTERS = 5000, 6000  # MLflow's own limits.
+
+
+class RunTracker:
+    """Records in one run; fulfils :class:`mmphi.stage.Tracker`.
+
+    Whatever is recorded as a file is written to ``folder``; where that is not the run's own artifact folder, it is sent
+    there as well.
+
+    Args:
+        client: Speaks with the store.
+        run_id: Id of the run.
+        folder: The run's artifact folder, or a folder of this machine that stands for it.
+        remote: Whether it only stands for it.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, folder: Path, *, remote: bool) -> None:
+        self.client, self._run_id, self.folder, self.remote = client, run_id, folder, remote
+        self._waiting: list[Metric] = []
+        self._sent = time.monotonic()
+        self._tables: dict[str, list[dict[str, Any]]] = {}
+        self._not_finite: list[str] = []
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run."""
+        return self._run_id
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers at a step; one that is not finite becomes a tag, because no chart can show it."""
+        now = int(time.time() * 1000)
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._waiting.append(Metric(name, float(value), now, step))
+            else:
+                self._not_finite.append(f"{name} = {value} at step {step}")
+                self.tags({"mmphi.not_finite": "; ".join(self._not_finite)})
+        if len(self._waiting) >= AT_MOST or time.monotonic() - self._sent > EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the metrics that wait."""
+        while self._waiting:
+            self.client.log_batch(self._run_id, metrics=self._waiting[:AT_MOST])
+            del self._waiting[:AT_MOST]
+        self._sent = time.monotonic()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Record settings; an empty value is written as ``(none)``, because MLflow refuses it."""
+        found = [Param(name, str(value)[:PARAM_CHARACTERS] or "(none)") for name, value in values.items()]
+        for first in range(0, len(found), 100):
+            self.client.log_batch(self._run_id, params=found[first : first + 100])
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Record tags."""
+        found = [RunTag(name, str(value)[:TAG_CHARACTERS]) for name, value in values.items()]
+        for first in range(0, len(found), 100):
+            self.client.log_batch(self._run_id, tags=found[first : first + 100])
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
+        """Record rows as ``name.json``, the form that MLflow's pages show as a table.
+
+        Rows of later calls follow those of earlier ones. A run that goes on from a dead one's files takes its place in
+        them: rows of the same or a later ``step``, and tables without steps, are written anew.
+
+        Args:
+            name: Of the table.
+            rows: Each a mapping from column to value.
+            image: Column of image paths; shown as pictures, and drawn as a grid in ``figures/name.png``.
+        """
+        if not rows:
+            return
+        told = [{str(k): _plain(v) for k, v in row.items()} for row in rows]
+        if image:
+            for row, original in zip(told, rows, strict=True):
+                row[image] = cell(original[image], self.folder, name)
+        before = self._tables.get(name)
+        if before is None:
+            before = self._left(name, told[0].get("step"))
+            self._announce(name)
+        self._tables[name] = [*before, *told]
+        columns = list(dict.fromkeys(column for row in self._tables[name] for column in row))
+        data = [[row.get(column) for column in columns] for row in self._tables[name]]
+        self._write(f"{name}.json", json.dumps({"columns": columns, "data": data}).encode())
+        for file in {f for row in told if image and row[image] for f in list(row[image].values())[1:]}:
+            self._send(self.folder / file)
+        drawn = grid(rows, image) if image else None
+        if drawn:
+            self.figure(name, drawn)
+
+    def _left(self, name: str, step: Any) -> list[dict[str, Any]]:
+        """Rows that a dead run left for this one and that are not about to be written again."""
+        try:
+            table = json.loads((self.folder / f"{name}.json").read_text())
+            rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        except (OSError, ValueError, KeyError):
+            return []
+        return [row for row in rows if step is not None and row.get("step") is not None and row["step"] < step]
+
+    def _announce(self, name: str) -> None:
+        """Tell MLflow's pages that there is a table."""
+        tag = "mlflow.loggedArtifacts"
+        known = json.loads(self.client.get_run(self._run_id).data.tags.get(tag, "[]"))
+        self.tags({tag: json.dumps([*known, {"path": f"{name}.json", "type": "table"}])})
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Record a matplotlib figure or a PIL image as ``figures/name.png``."""
+        path = self.folder / "figures" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        if hasattr(figure, "savefig"):
+            figure.savefig(path, dpi=100)
+        else:
+            figure.save(path)
+        self._send(path)
+
+    def text(self, name: str, content: str) -> None:
+        """Record a text file."""
+        self._write(name, content.encode())
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing a progress bar."""
+        tqdm.write(line)
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}")
+        part.write_bytes(content)
+        part.replace(path)
+        self._send(path)
+
+    def _send(self, path: Path) -> None:
+        if self.remote:
+            folder = path.parent.relative_to(self.folder).as_posix()
+            self.client.log_artifact(self._run_id, str(path), None if folder == "." else folder)
+
+
+def _plain(value: Any) -> Any:
+    """A table's value as JSON knows it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+class SilentTracker:
+    """Records nothing: for all but the first of the processes that train together."""
+
+    run_id = ""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Do nothing."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
+        """Do nothing."""
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Do nothing."""
+
+    def text(self, name: str, content: str) -> None:
+        """Do nothing."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def say(self, line: str) -> None:
+        """Do nothing."""

@@ -1,0 +1,66 @@
+"""Stages that take no time, to test the pipeline with; as a script, builds one of them in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmphi.config import load_settings
+from mmphi.pipeline import Pipeline
+from mmphi.settings import Settings
+from mmphi.stage import Context, Stage
+
+CALLS: list[str] = []
+
+
+def draw(ctx: Context) -> Mapping[str, float]:
+    CALLS.append("draw")
+    (ctx.folder / "numbers").mkdir(exist_ok=True)
+    for i in range(ctx.settings.scenes.validation_images % 7):
+        (ctx.folder / "numbers" / f"{i}.txt").write_text(str(i))
+    return {"numbers": ctx.settings.scenes.validation_images % 7}
+
+
+def train(ctx: Context) -> Mapping[str, float]:
+    """Write one file a step, going on from those there are; a file named in TOY_HOLD is waited for after step 2."""
+    CALLS.append("train")
+    assert (ctx.upstream["draw"].path / "numbers").is_dir()
+    begun = len(list(ctx.folder.glob("step-*")))
+    for step in range(begun, ctx.settings.projector.steps):
+        (ctx.folder / f"step-{step}").write_text(str(step))
+        ctx.tracker.metrics({"train/loss": 1 / (step + 1)}, step)
+        if step == 2 and os.environ.get("TOY_HOLD"):
+            print("held", flush=True)
+            while not Path(os.environ["TOY_HOLD"]).exists():
+                time.sleep(0.02)
+    if os.environ.get("TOY_FAIL"):
+        raise ValueError(os.environ["TOY_FAIL"])
+    return {"begun_at": begun, "rank": int(os.environ.get("RANK", "0"))}
+
+
+def corpus(settings: Settings) -> dict[str, Path]:
+    return {f"pretrain.corpus.{i}": Path(p) for i, p in enumerate(settings.pretrain.corpus)}
+
+
+def read(ctx: Context) -> Mapping[str, float]:
+    CALLS.append("read")
+    return {"bytes": sum(Path(p).stat().st_size for p in ctx.settings.pretrain.corpus)}
+
+
+TOYS = {
+    "draw": Stage("draw", 1, "draw numbers", ("scenes",), draw),
+    "train": Stage("train", 1, "train on them", ("projector",), train, upstream=lambda _: ("draw",)),
+    "read": Stage("read", 1, "read files", ("pretrain",), read, inputs=corpus),
+}
+
+
+if __name__ == "__main__":
+    from mmphi.cli import parse
+
+    options, overrides = parse(sys.argv[2:])
+    found = Pipeline(TOYS).build(sys.argv[1], load_settings("tiny", overrides), force="force" in options)
+    print(json.dumps({"run_id": found.run_id, "path": str(found.path), "metrics": dict(found.metrics)}))
