@@ -150,14 +150,15 @@ class PretrainSettings(TrainingSettings):
 class LightClipSettings(Section):
     """A small CLIP trained here with open_clip's own loss."""
 
-    image_tower: str = setting("", "timm model name; empty trains a small ViT from nothing")
+    image_tower: str = setting("", "timm model name; empty trains one from nothing")
+    from_nothing: Literal["resnet", "vit"] = setting("resnet", "kind of the tower trained from nothing")
     image_weights: str = setting("", "safetensors file of the image tower's weights", file="path")
     text_tower: str = setting(
         "", "Hugging Face folder of the text tower; empty trains a small transformer from nothing", file="path"
     )
     lock_image: bool = setting(False, "keep the image tower's weights as they are")
     lock_text: bool = setting(False, "keep the text tower's weights as they are")
-    image_size: int = setting(48, "side of the input image", unit="px", ge=16, le=1024)
+    image_size: int = setting(64, "side of the input image", unit="px", ge=16, le=1024)
     patch_size: int = setting(8, "side of a patch (ViT)", unit="px", ge=2)
     width: int = setting(128, "width of the towers trained from nothing", unit="units", ge=16)
     layers: int = setting(4, "layers of the towers trained from nothing", unit="layers", ge=1, le=64)

@@ -16,7 +16,8 @@ from mmphi.data.records import Turn
 from mmphi.data.scenes import KINDS, OPPOSITE, Combination, Scene, Thing, scenes
 
 DESCRIBE = "describe the image."
-CELLS = 6
+WHICH_SHAPES = "what shapes are there?"
+CELLS = 4
 EMPTY = "."
 
 
@@ -33,6 +34,11 @@ def caption(scene: Scene) -> str:
     return f"a big {scene.big.kind} {scene.relation} a small {scene.small.kind}"
 
 
+def shapes(scene: Scene) -> str:
+    """What the shapes are and how they stand: a caption that says no color, so that none can be leaned on."""
+    return f"a big {scene.big.shape} {scene.relation} a small {scene.small.shape}"
+
+
 def questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
     """Different questions about a scene, with short answers; yes and no are equally likely."""
     sizes = {"big": scene.big, "small": scene.small}
@@ -40,6 +46,7 @@ def questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
     for size, thing in sizes.items():
         pool.append(Turn(f"what color is the {size} shape?", thing.color))
         pool.append(Turn(f"what shape is the {size} one?", thing.shape))
+    pool.append(Turn(WHICH_SHAPES, shapes(scene)))
     pool.append(Turn(f"where is the {scene.big.kind}?", f"{scene.relation} the {scene.small.kind}"))
     pool.append(Turn(f"where is the {scene.small.kind}?", f"{OPPOSITE[scene.relation]} the {scene.big.kind}"))
     pool = rng.sample(pool, min(len(pool), max(0, count - 1)))
@@ -62,8 +69,10 @@ def grid(scene: Scene, rng: random.Random) -> str:
     Every cell that a thing covers says its color or its shape, at random; both are said at least once.
     """
     cells = [EMPTY] * (CELLS * CELLS)
-    for thing in (scene.big, scene.small):
-        covered = _covered(thing)
+    taken: list[int] = []
+    for thing in (scene.small, scene.big):
+        covered = _covered(thing, taken)
+        taken += covered
         words = [thing.color, thing.shape] + [rng.choice((thing.color, thing.shape)) for _ in covered[2:]]
         rng.shuffle(words)
         for cell, word in zip(covered, words, strict=True):
@@ -71,12 +80,12 @@ def grid(scene: Scene, rng: random.Random) -> str:
     return "".join(f" {word}" for word in cells)
 
 
-def _covered(thing: Thing) -> list[int]:
-    """The cells whose centre a thing covers, or the nearest two."""
+def _covered(thing: Thing, taken: list[int]) -> list[int]:
+    """The free cells whose centre a thing covers, or the nearest two."""
     centres = [((i % CELLS + 0.5) / CELLS, (i // CELLS + 0.5) / CELLS) for i in range(CELLS * CELLS)]
-    distance = [math.dist(centre, (thing.x, thing.y)) for centre in centres]
-    nearest = sorted(range(len(centres)), key=lambda i: distance[i])
-    inside = sum(d <= thing.radius for d in distance)
+    distance = {i: math.dist(centres[i], (thing.x, thing.y)) for i in range(len(centres)) if i not in taken}
+    nearest = sorted(distance, key=distance.__getitem__)
+    inside = sum(d <= thing.radius for d in distance.values())
     return nearest[: max(2, inside)]
 
 

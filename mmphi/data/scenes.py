@@ -93,7 +93,7 @@ def held_out(share: float, seed: int) -> frozenset[Combination]:
 def sample(combination: Combination, rng: random.Random) -> Scene:
     """Place the two things of a combination: clearly of two sizes, clearly in their relation, whole and apart."""
     big_kind, relation, small_kind = combination
-    big_radius, small_radius = rng.uniform(0.20, 0.26), rng.uniform(0.11, 0.15)
+    big_radius, small_radius = rng.uniform(0.21, 0.26), rng.uniform(0.13, 0.16)
     margin, reach = 0.03, big_radius + small_radius
     while True:
         x, y = (rng.uniform(big_radius + margin, 1 - big_radius - margin) for _ in "xy")

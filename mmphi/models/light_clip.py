@@ -31,9 +31,13 @@ def model_config(chosen: LightClipSettings, text_tower: Path | None) -> dict[str
     if chosen.image_tower:
         vision |= {"timm_model_name": chosen.image_tower, "timm_pool": "avg", "timm_proj": "linear"}
         vision |= {"timm_model_pretrained": False}
-    else:
+    elif chosen.from_nothing == "vit":
+        # Averaging, not a CLS token: so every patch token has to know what it shows, and a projector can read it.
         vision |= {"layers": chosen.layers, "width": chosen.width, "patch_size": chosen.patch_size}
-        vision |= {"head_width": chosen.width // heads}
+        vision |= {"head_width": chosen.width // heads, "pool_type": "avg"}
+    else:
+        # CLIP's own ResNet, one block a stage: from few images it learns shapes far sooner than a ViT.
+        vision |= {"layers": [1, 1, 1, 1], "width": chosen.width // 4}
     text: dict[str, Any]
     if text_tower is not None:
         text = {"hf_model_name": str(text_tower), "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}

@@ -62,11 +62,15 @@ def _write(
     scene: Scene, path: Path, relative: str, side: int, question_count: int, rng: random.Random
 ) -> list[dict[str, Any]]:
     from mmphi.data.scene_drawing import draw
-    from mmphi.data.scene_text import DESCRIBE, caption, questions
+    from mmphi.data.scene_text import DESCRIBE, WHICH_SHAPES, caption, questions, shapes
 
     draw(scene, side, rng).save(path)
     asked = questions(scene, question_count, rng)
-    conversations = {"caption": [(DESCRIBE, caption(scene))], "questions": [(t.question, t.answer) for t in asked]}
+    conversations = {
+        "caption": [(DESCRIBE, caption(scene))],
+        "shapes": [(WHICH_SHAPES, shapes(scene))],
+        "questions": [(t.question, t.answer) for t in asked],
+    }
     rows = []
     for kind, turns in conversations.items():
         said = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -131,6 +130,7 @@ def train_clip(
         Stopped: If a signal asked to stop; a checkpoint was written first.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    state = {**trained, **dict(model.named_buffers())}  # Buffers: batch norms keep running means.
     matrices = [p for p in trained.values() if p.ndim > 1]
     others = [p for p in trained.values() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -139,7 +139,7 @@ def train_clip(
         betas=(0.9, 0.98),
         eps=1e-6,  # CLIP's (Radford et al. 2021, table 20)
     )
-    begin = _resume(folder, trained, optimizer, tracker)
+    begin = _resume(folder, state, optimizer, tracker)
     loss_of = ClipLoss()
     losses: dict[int, float] = {}
     with StopWhenAsked() as stop, tqdm(total=chosen.steps, initial=begin, desc="light_clip", unit="step") as bar:
@@ -167,7 +167,7 @@ def train_clip(
                 tracker.metrics({"train/loss": losses[done], "train/lr": optimizer.param_groups[0]["lr"]}, done)
                 bar.set_postfix(loss=f"{losses[done]:.3f}", refresh=False)
             if done < chosen.steps and (stop.asked or done % chosen.save_every == 0):
-                _save(folder / f"checkpoint-{done}", trained, optimizer)
+                _save(folder / f"checkpoint-{done}", state, optimizer)
                 prune(folder, 1)
             if stop.asked and done < chosen.steps:
                 raise Stopped(f"stopped after step {done}; the same command goes on from there")
@@ -183,23 +183,22 @@ def _schedule(step: int, chosen: LightClipSettings) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, chosen.steps - warm)))
 
 
-def _save(checkpoint: Path, trained: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _save(checkpoint: Path, kept: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     checkpoint.mkdir(parents=True, exist_ok=True)
-    save_file({n: p.detach().contiguous() for n, p in trained.items()}, checkpoint / "weights.safetensors")
+    save_file({n: p.detach().contiguous() for n, p in kept.items()}, checkpoint / "weights.safetensors")
     state = optimizer.state_dict()["state"]
     flat = {f"{i}.{k}": v.contiguous() for i, s in state.items() for k, v in s.items()}
     save_file(flat, checkpoint / "optimizer.safetensors")
-    (checkpoint / "order.json").write_text(json.dumps(list(trained)))
     mark_complete(checkpoint)
 
 
-def _resume(folder: Path, trained: dict[str, Any], optimizer: torch.optim.Optimizer, tracker: Tracker) -> int:
+def _resume(folder: Path, kept: dict[str, Any], optimizer: torch.optim.Optimizer, tracker: Tracker) -> int:
     found = complete_checkpoints(folder)
     if not found:
         return 0
     with torch.no_grad():
         for name, tensor in load_file(found[-1] / "weights.safetensors").items():
-            trained[name].copy_(tensor)
+            kept[name].copy_(tensor)
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(found[-1] / "optimizer.safetensors").items():
         index, _, name = key.partition(".")
