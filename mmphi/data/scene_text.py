@@ -18,6 +18,7 @@ from mmphi.data.scenes import KINDS, OPPOSITE, Combination, Scene, Thing, scenes
 DESCRIBE = "describe the image."
 WHICH_SHAPES = "what shapes are there?"
 CELLS = 4
+SMALL_CELLS, BIG_CELLS = 2, 4
 EMPTY = "."
 
 
@@ -66,27 +67,25 @@ def yes_no(scene: Scene, rng: random.Random) -> Turn:
 def grid(scene: Scene, rng: random.Random) -> str:
     """The scene as ``CELLS`` x ``CELLS`` words, row by row.
 
-    Every cell that a thing covers says its color or its shape, at random; both are said at least once.
+    The cells that a thing covers say its color or its shape, in any order; how many they are shows its size.
     """
     cells = [EMPTY] * (CELLS * CELLS)
     taken: list[int] = []
-    for thing in (scene.small, scene.big):
-        covered = _covered(thing, taken)
+    for thing, count in ((scene.small, SMALL_CELLS), (scene.big, BIG_CELLS)):
+        covered = _nearest(thing, count, taken)
         taken += covered
-        words = [thing.color, thing.shape] + [rng.choice((thing.color, thing.shape)) for _ in covered[2:]]
+        words = [thing.color, thing.shape] * (count // 2)
         rng.shuffle(words)
         for cell, word in zip(covered, words, strict=True):
             cells[cell] = word
     return "".join(f" {word}" for word in cells)
 
 
-def _covered(thing: Thing, taken: list[int]) -> list[int]:
-    """The free cells whose centre a thing covers, or the nearest two."""
+def _nearest(thing: Thing, count: int, taken: list[int]) -> list[int]:
+    """The free cells nearest to a thing's middle."""
     centres = [((i % CELLS + 0.5) / CELLS, (i // CELLS + 0.5) / CELLS) for i in range(CELLS * CELLS)]
-    distance = {i: math.dist(centres[i], (thing.x, thing.y)) for i in range(len(centres)) if i not in taken}
-    nearest = sorted(distance, key=distance.__getitem__)
-    inside = sum(d <= thing.radius for d in distance.values())
-    return nearest[: max(2, inside)]
+    free = [i for i in range(len(centres)) if i not in taken]
+    return sorted(free, key=lambda i: math.dist(centres[i], (thing.x, thing.y)))[:count]
 
 
 def corpus_texts(count: int, turns: int, rng: random.Random, among: list[Combination]) -> Iterator[SceneText]:
