@@ -1,10 +1,16 @@
-# make projector  sets up and runs the main job on the embedded `tiny` preset
-# make test       sets up and runs lint, types and tests
+# make projector                           the main job on the embedded data (PRESET=tiny, ARGS='-P layers=3')
+# make photos PHOTOS=folder MODELS=folder  the same on captioned photographs, as experiments/photos.yaml says
+# make status | ui                         what is built; MLflow's pages
+# make test                                lint, types and tests
+# Each sets up .venv first, anew when pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
 PRESET ?= tiny
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PORT ?= 5000
+
+EXPERIMENT ?= mmphi
+RUN := $(BIN)/mlflow run . -e projector --env-manager local --experiment-name $(EXPERIMENT)
 
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -13,30 +19,31 @@ export PATH := $(BIN):$(PATH)
 .PHONY: projector photos test lint types tests ui status clean
 
 projector: $(VENV)/ready
-	mlflow run . -e projector --env-manager local --experiment-name mmphi -P preset=$(PRESET) $(ARGS)
-	@echo "look at it: make ui"
+	$(RUN) -P preset=$(PRESET) $(ARGS)
+	@echo "make ui shows it"
 
-photos: $(VENV)/ready  ## real photographs: make photos PHOTOS=folder MODELS=folder
-	MMPHI_PHOTOS="$(abspath $(PHOTOS))" MMPHI_MODELS="$(abspath $(MODELS))" \
-	mlflow run . -e projector --env-manager local --experiment-name mmphi -P preset=photos $(ARGS)
+photos: $(VENV)/ready
+	@test -d "$(PHOTOS)" -a -d "$(MODELS)" || { echo "say where they are: make photos PHOTOS=folder MODELS=folder"; exit 2; }
+	MMPHI_PHOTOS="$(abspath $(PHOTOS))" MMPHI_MODELS="$(abspath $(MODELS))" $(RUN) -P preset=photos $(ARGS)
+	@echo "make ui shows it"
 
 test: lint types tests
 
 lint: $(VENV)/ready
-	ruff check .
-	ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: $(VENV)/ready
-	mypy
+	$(BIN)/mypy
 
 tests: $(VENV)/ready
-	pytest
+	$(BIN)/pytest
 
 ui: $(VENV)/ready
-	mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI) --host 127.0.0.1 --port $(PORT)
+	$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI) --host 127.0.0.1 --port $(PORT)
 
 status: $(VENV)/ready
-	mmphi status --preset $(PRESET)
+	$(BIN)/mmphi status --preset $(PRESET)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -30,12 +30,12 @@ def connected(uri: str) -> MlflowClient:
     _reachable(uri)
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    client = MlflowClient(uri)
     file = database(uri)
     # Artifacts lie beside the database: by itself MLflow makes `mlruns` in whatever folder is the current one.
     root = _environment(ARTIFACT_ROOT, (file.parent / "mlruns").as_uri()) if file else contextlib.nullcontext()
     try:
         with root:
+            client = MlflowClient(uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         first = str(error).splitlines()[0]

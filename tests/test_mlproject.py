@@ -1,0 +1,106 @@
+"""The project as `mlflow run` starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmphi.cli import parse
+from mmphi.overrides import full_name
+from mmphi.stages import STAGES
+from mmphi.tracking import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["-P", "train_images=8", "-P", "test_images=2", "-P", "validation_images=1", "-P", "texts=3"]
+ENTRY_POINTS: dict[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+
+
+def test_every_stage_has_an_entry_point() -> None:
+    assert set(ENTRY_POINTS) == {"main", *STAGES}
+    assert ENTRY_POINTS["main"] == ENTRY_POINTS["projector"]
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_parameters_are_settings_and_all_are_passed_on(name: str) -> None:
+    parameters, command = ENTRY_POINTS[name]["parameters"], ENTRY_POINTS[name]["command"]
+    assert set(re.findall(r"{(\w+)}", command)) == set(parameters)
+    python, module, package, stage, *rest = command.format(**{k: p["default"] for k, p in parameters.items()}).split()
+    assert (python, module, package) == ("python3", "-m", "mmphi")
+    options, overrides = parse(rest)
+    assert options == {"preset": "tiny"}
+    assert set(overrides.values()) == {"preset"}
+    for key in overrides:
+        assert full_name(key, stage) in (key, f"{stage}.{key}")
+
+
+def test_conda_environment_is_that_of_the_package() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    packages = yaml.safe_load((ROOT / "conda.yaml").read_text())["dependencies"]
+    (pip,) = [each["pip"] for each in packages if isinstance(each, dict)]
+    assert pip[0] == "--constraint constraints.txt"
+    assert pip[1:] == [re.split("[<>=]", requirement)[0] for requirement in wanted]
+    pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {name.lower().replace("_", "-") for name in pip[1:]} <= {name.replace("_", "-") for name in pinned}
+
+
+def mlflow_run(folder: Path, *arguments: str, **environment: str) -> str:
+    bin_folder = str(Path(sys.executable).parent)
+    path = os.pathsep.join([bin_folder, os.environ["PATH"]])
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "scenes", "--env-manager", "local"]
+    done = subprocess.run(
+        [*command, *SMALL, *arguments],
+        cwd=folder,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return said
+
+
+def test_from_another_folder_with_a_relative_store(tmp_path: Path, empty_store: str) -> None:
+    """The command starts in the project's folder, yet records in the database beside the caller."""
+    folder = Path(empty_store.removeprefix("sqlite:///")).parent
+    arguments = ("--experiment-name", "another", "-P", "image_size=32")
+    said = mlflow_run(folder, *arguments, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
+    assert "scenes: building" in said
+    store = Store(empty_store)
+    (run,) = store.search(stage="scenes")
+    assert store.is_result(run)
+    assert run.data.params["train_images"] == "8"
+    assert run.data.params["scenes.train_images"] == "8"
+    assert run.data.params["seed"] == "preset"
+    assert run.data.params["settings.seed"] == "0"
+    assert store.client.get_experiment(run.info.experiment_id).name == "another"
+    assert run.info.run_name.startswith("scenes tiny train_images=8")
+    said = mlflow_run(tmp_path, *arguments, "--run-name", "mine")
+    assert f"reusing run {run.info.run_id}" in said
+    experiment = [str(run.info.experiment_id)]
+    names = {r.info.run_name: r.data.tags for r in store.client.search_runs(experiment)}
+    assert names["mine"]["mmphi.reuses"] == run.info.run_id
+
+
+def test_python_without_the_packages_hands_over_to_the_projects_own(tmp_path: Path) -> None:
+    (tmp_path / "mmphi").mkdir()
+    for name in ("__init__.py", "__main__.py"):
+        (tmp_path / "mmphi" / name).write_text((ROOT / "mmphi" / name).read_text())
+    bare = [sys.executable, "-S", "-m", "mmphi", "scenes", "--layers", "2"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(bare, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "lacks mmphi's packages" in done.stderr
+    own = tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.write_text('#!/bin/sh\necho own "$@"\n')
+    own.chmod(0o755)
+    done = subprocess.run(bare, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "own -m mmphi scenes --layers 2\n"
