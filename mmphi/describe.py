@@ -107,11 +107,18 @@ def _state(pipeline: Pipeline, name: str, settings: Settings) -> str:
     if run:
         return f"finished  run {run.info.run_id}, {ago(run.info.end_time)}{_took(run, store)}"
     cost = STAGES[name].cost(settings)
-    past = store.seconds_of(name, settings.name)
+    past = _seconds_before(store, name, settings.name)
     seconds = past if past is not None else cost.seconds
     took = f", about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
     begun = any(store.search(key=key))
     return f"{'begun' if begun else 'missing':<8}  would take {size(cost.disk_bytes)}{took}"
+
+
+def _seconds_before(store: Store, stage: str, preset: str) -> float | None:
+    """How long the newest finished run of a stage took under a preset's name."""
+    runs = store.search(stage=stage, preset=preset)
+    took = (run.data.metrics.get("seconds") for run in runs if run.info.status == "FINISHED")
+    return next((seconds for seconds in took if seconds is not None), None)
 
 
 def _took(run: Run, store: Store) -> str:

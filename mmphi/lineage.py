@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import platform
@@ -48,7 +49,7 @@ def describe(
     upstream = {f"mmphi.upstream.{name}": result.run_id for name, result in needed.items()}
     tags, diff = code()
     tracker.tags({**data, **upstream, **tags, **hardware(), "mmphi.version": str(stage.version)})
-    tracker.tags({"mlflow.note.content": _note(tracker, stage, needed)})
+    tracker.tags({"mlflow.note.content": _note(tracker, stage, needed), "mlflow.user": _user()})
     tracker.text("packages.txt", packages())
     if diff:
         tracker.text("uncommitted.diff", diff)
@@ -61,6 +62,13 @@ def _note(tracker: RunTracker, stage: Stage, needed: Mapping[str, Result]) -> st
         experiment = tracker.client.get_run(result.run_id).info.experiment_id
         links.append(f"[{name}](#/experiments/{experiment}/runs/{result.run_id})")
     return f"{stage.help}. Built on {', '.join(links)}." if links else f"{stage.help}."
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # A container may run under an id without a name.
+        return "unknown"
 
 
 def _output(*command: str) -> str:

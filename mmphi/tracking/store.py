@@ -93,7 +93,9 @@ class Store:
             return str(found.experiment_id)
         file = database(self.uri)
         root = (file.parent / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri() if file else None
-        return str(self.client.create_experiment(name, artifact_location=root))
+        # Without its kind, MLflow's pages take an experiment with tables for the evaluation of agents.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self.client.create_experiment(name, artifact_location=root, tags=tags))
 
     def search(self, **tags: str) -> list[Run]:
         """Runs of all experiments with these tags of ours (``key=...`` is ``mmphi.key``), newest first."""
@@ -230,13 +232,6 @@ class Store:
             tracker.flush()
             tracker.tags({"mmphi.error": why})
             self.client.set_terminated(tracker.run_id, status)
-
-    def seconds_of(self, stage: str, preset: str) -> float | None:
-        """How long the newest finished run of a stage took under a preset's name."""
-        for run in self.search(stage=stage, preset=preset):
-            if run.info.status == "FINISHED" and "seconds" in run.data.metrics:
-                return float(run.data.metrics["seconds"])
-        return None
 
     def address(self, run_id: str) -> str:
         """Where MLflow's pages show a run."""
