@@ -17,6 +17,7 @@ from mmphi.data.scenes import KINDS, OPPOSITE, Combination, Scene, Thing, scenes
 
 DESCRIBE = "describe the image."
 WHICH_SHAPES = "what shapes are there?"
+WHICH_COLORS = "what colors are there?"
 CELLS = 4
 SMALL_CELLS, BIG_CELLS = 2, 4
 EMPTY = "."
@@ -40,6 +41,11 @@ def shapes(scene: Scene) -> str:
     return f"a big {scene.big.shape} {scene.relation} a small {scene.small.shape}"
 
 
+def colors(scene: Scene) -> str:
+    """What the colors are and how they stand, with no shape said."""
+    return f"a big {scene.big.color} shape {scene.relation} a small {scene.small.color} shape"
+
+
 def questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
     """Different questions about a scene, with short answers; yes and no are equally likely."""
     sizes = {"big": scene.big, "small": scene.small}
@@ -47,7 +53,7 @@ def questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
     for size, thing in sizes.items():
         pool.append(Turn(f"what color is the {size} shape?", thing.color))
         pool.append(Turn(f"what shape is the {size} one?", thing.shape))
-    pool.append(Turn(WHICH_SHAPES, shapes(scene)))
+    pool += [Turn(WHICH_SHAPES, shapes(scene)), Turn(WHICH_COLORS, colors(scene))]
     pool.append(Turn(f"where is the {scene.big.kind}?", f"{scene.relation} the {scene.small.kind}"))
     pool.append(Turn(f"where is the {scene.small.kind}?", f"{OPPOSITE[scene.relation]} the {scene.big.kind}"))
     pool = rng.sample(pool, min(len(pool), max(0, count - 1)))

@@ -19,7 +19,7 @@ from mmphi.models.multimodal import Answer
 from mmphi.settings import EvaluateSettings
 from mmphi.stage import Tracker
 
-SHOWN, PRINTED = 12, 6
+SHOWN = 12
 
 
 class Speaks(Scores, Protocol):
@@ -104,8 +104,6 @@ def _captions(
     ]
     tracker.table(f"{prefix}_predictions", rows[: 4 * SHOWN], image="image")
     tracker.figure(f"{prefix}_predictions", picture(rows[:SHOWN]))
-    for row in rows[:PRINTED]:
-        tracker.say(f"  says  {row['prediction']}\n  is    {row['reference']}")
     return metrics
 
 

@@ -83,8 +83,8 @@ def run(ctx: Context) -> Mapping[str, float]:
 def _load(examples: Sequence[Example], preprocess: Any, report: ReadReport) -> tuple[Any, list[str], list[int]]:
     """Pixels of every image with a caption, its captions, and whose they are; questions are left out.
 
-    Scenes have two captions: the full one, and one of shapes alone. Among the pairs of a batch, colors and relation
-    tell nearly all scenes apart, and a CLIP trained on full captions alone never learns the shapes.
+    Scenes have three captions: the full one, one of shapes and one of colors alone. Among the pairs of a batch, colors
+    and relation tell nearly all scenes apart, and a CLIP trained on full captions alone never learns the shapes.
     """
     import torch
     from tqdm.auto import tqdm
@@ -94,7 +94,7 @@ def _load(examples: Sequence[Example], preprocess: Any, report: ReadReport) -> t
 
     captions: dict[str, list[Example]] = {}
     for example in examples:
-        if example.image is not None and example.attributes.get("kind", "caption") in ("caption", "shapes"):
+        if example.image is not None and example.attributes.get("kind", "caption") in ("caption", "parts"):
             captions.setdefault(example.image.id, []).append(example)
     pixels: list[Any] = []
     texts: list[str] = []
@@ -108,8 +108,8 @@ def _load(examples: Sequence[Example], preprocess: Any, report: ReadReport) -> t
                 report.drop_kept(example.source, example.id, error.reason)
             continue
         for example in of_image:
-            texts.append(example.turns[0].answer)
-            owners.append(len(pixels) - 1)
+            texts += [turn.answer for turn in example.turns]
+            owners += [len(pixels) - 1] * len(example.turns)
     if not pixels:
         raise DataError("no image has a caption to train a CLIP on", "name a source of captions in data.sources")
     return torch.stack(pixels), texts, owners

@@ -62,13 +62,13 @@ def _write(
     scene: Scene, path: Path, relative: str, side: int, question_count: int, rng: random.Random
 ) -> list[dict[str, Any]]:
     from mmphi.data.scene_drawing import draw
-    from mmphi.data.scene_text import DESCRIBE, WHICH_SHAPES, caption, questions, shapes
+    from mmphi.data.scene_text import DESCRIBE, WHICH_COLORS, WHICH_SHAPES, caption, colors, questions, shapes
 
     draw(scene, side, rng).save(path)
     asked = questions(scene, question_count, rng)
     conversations = {
         "caption": [(DESCRIBE, caption(scene))],
-        "shapes": [(WHICH_SHAPES, shapes(scene))],
+        "parts": [(WHICH_SHAPES, shapes(scene)), (WHICH_COLORS, colors(scene))],
         "questions": [(t.question, t.answer) for t in asked],
     }
     rows = []
