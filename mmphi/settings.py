@@ -56,7 +56,7 @@ class SourceSettings(Section):
 
     kind: Literal["scenes", "llava", "captions", "karpathy", "datasets"] = setting("scenes", "file format")
     name: str = setting("", "name in reports; empty takes the kind")
-    path: str = setting("", "the JSON or CSV file, or a `datasets` name or folder", file="name")
+    path: str = setting("", "the JSON or CSV file, or a `datasets` name (owner/name:config) or folder", file="name")
     images: str = setting("", "folder that the image paths are relative to", file="path")
     split: str = setting("train", "split of a `datasets` dataset")
     image_column: str = setting("image", "column of the image (captions, datasets)")
@@ -77,6 +77,14 @@ class DataSettings(Section):
     max_bad_share: float = setting(0.05, "stop where more rows than this share are unusable", ge=0, le=1)
     max_answer_words: int = setting(2000, "drop answers longer than this", unit="words", ge=1)
     split_seed: int = setting(0, "seed of the split by image and of the mixture", ge=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataSettings:
+        names = [source.name or source.kind for source in self.sources]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # Their images would share ids, and so features.
+            raise ValueError(f"two sources are called {twice!r}; give each a name of its own")
+        return self
 
 
 class VisionSettings(Section):
@@ -164,7 +172,8 @@ class LightClipSettings(Section):
     layers: int = setting(4, "layers of the towers trained from nothing", unit="layers", ge=1, le=64)
     embed_dim: int = setting(128, "width of the shared space", unit="units", ge=8)
     steps: int = setting(600, "optimiser steps", unit="steps", ge=1)
-    batch_size: int = setting(128, "pairs per step", unit="pairs", ge=2)
+    batch_size: int = setting(128, "images per step", unit="images", ge=2)
+    captions: int = setting(1, "captions of each image per step", unit="captions", ge=1, le=16)
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", gt=0, le=1)
     weight_decay: float = setting(0.1, "AdamW's weight decay", ge=0, le=1)
     warmup: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1)

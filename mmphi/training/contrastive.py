@@ -52,7 +52,9 @@ class Pairs:
         dropout: float = 0.0,
     ) -> None:
         self.model, self.dropout = model, dropout
-        self.image_of_text = torch.as_tensor(image_of_text)
+        self._captions_of: list[list[int]] = [[] for _ in images]
+        for text, image in enumerate(image_of_text):
+            self._captions_of[image].append(text)
         self._image_head: Callable[[Tensor], Tensor] = model.encode_image
         self._text_head: Callable[[Tensor], Tensor] = model.encode_text
         self.images, self.texts = images, tokens
@@ -88,18 +90,24 @@ class Pairs:
         texts = [self.embed_texts(i) for i in _chunks(len(self.texts))]
         return torch.cat(images), torch.cat(texts)
 
-    def step(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Indices of the images and captions of one step: different images, one caption of each."""
+    def step(self, step: int, batch_size: int, captions: int, seed: int) -> tuple[Tensor, list[Tensor]]:
+        """Indices of one step: different images, and sets of captions that hold one caption of each.
+
+        Args:
+            step: Number of the step.
+            batch_size: Images.
+            captions: Sets of captions.
+            seed: Seed of the order.
+        """
         batch_size = min(batch_size, len(self.images))
         per_epoch = len(self.images) // batch_size
         epoch, place = divmod(step, per_epoch)
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(self.images))[place * batch_size : (place + 1) * batch_size]
-        chosen = []
-        for image in order:
-            captions = torch.nonzero(self.image_of_text == int(image)).flatten()
-            chosen.append(int(captions[(epoch + int(image)) % len(captions)]))
-        return torch.from_numpy(order), torch.tensor(chosen)
+        own = [self._captions_of[int(image)] for image in order]
+        turn = [epoch * captions + int(image) for image in order]
+        sets = [[c[(t + k) % len(c)] for c, t in zip(own, turn, strict=True)] for k in range(captions)]
+        return torch.from_numpy(order), [torch.tensor(chosen) for chosen in sets]
 
 
 @torch.inference_mode()
@@ -146,12 +154,13 @@ def train_clip(
         for step in range(begin, chosen.steps):
             for group in optimizer.param_groups:
                 group["lr"] = chosen.learning_rate * _schedule(step, chosen)
-            images, texts = pairs.step(step, chosen.batch_size, seed)
+            images, sets = pairs.step(step, chosen.batch_size, chosen.captions, seed)
             torch.manual_seed(seed * 1_000_003 + step)  # Dropout by step, so that a resumed run draws the same.
             model.train()
             if hasattr(model.visual, "trunk") and not any(p.requires_grad for p in model.visual.trunk.parameters()):
                 model.visual.trunk.eval()
-            loss = loss_of(pairs.embed_images(images), pairs.embed_texts(texts), model.logit_scale.exp())
+            seen, scale = pairs.embed_images(images), model.logit_scale.exp()
+            loss: Tensor = torch.stack([loss_of(seen, pairs.embed_texts(texts), scale) for texts in sets]).mean()
             if not torch.isfinite(loss):
                 raise TrainingError(f"the loss at step {step + 1} is {loss.item()}", "lower light_clip.learning_rate")
             optimizer.zero_grad()
