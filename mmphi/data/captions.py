@@ -6,7 +6,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmphi.data.llava import image_of, load_json
+from mmphi.data.images import ImageFolder
+from mmphi.data.llava import load_json
 from mmphi.data.records import Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
 
@@ -28,9 +29,12 @@ def read_captions(
     Raises:
         DataError: If the file cannot be read or lacks a column.
     """
+    folder = ImageFolder(images, source)
+    last_line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
+            # Strict: a quote that is never closed would swallow the rest of the file as one caption.
+            rows = csv.DictReader(file, strict=True)
             missing = {image_column, text_column} - set(rows.fieldnames or ())
             if missing:
                 have = ", ".join(rows.fieldnames or ()) or "nothing"
@@ -39,20 +43,30 @@ def read_captions(
                     "name its columns in image_column and text_column of the source",
                 )
             for row in rows:
+                last_line = rows.line_num
                 where = f"{path.name}, line {rows.line_num}"
                 image, caption = row[image_column], row[text_column]
                 if image is None or caption is None:
                     report.drop(source, where, "malformed row")
                     continue
+                if None in row:
+                    report.drop(source, where, "more values than columns (a comma without quotes)")
+                    continue
                 try:
-                    ref = image_of(images, image, source)
+                    ref = folder.find(image)
                 except ImageError as error:
                     report.drop(source, where, error.reason)
                     continue
                 report.keep(source)
                 yield Example(str(rows.line_num), ref, (Turn(question, caption.strip()),), source)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read: {error}", "check the path in data.sources") from error
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {last_line + 1} and after: {error}", "put quotes around a caption, and double those inside"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason}", "save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "check the path in data.sources") from error
 
 
 def read_karpathy(
@@ -67,13 +81,14 @@ def read_karpathy(
     rows = content.get("images") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise DataError(f"{path} has no list called 'images'", "Karpathy's files have one")
+    folder = ImageFolder(images, source)
     for number, row in enumerate(rows):
         where = f"{path.name}, image {number}"
         try:
             split = KARPATHY[row["split"]]
             relative = "/".join(filter(None, (row.get("filepath"), row["filename"])))
             captions = [str(sentence["raw"]) for sentence in row["sentences"]]
-            ref = image_of(images, relative, source)
+            ref = folder.find(relative)
         except (KeyError, TypeError, AttributeError):
             report.drop(source, where, "malformed row")
         except ImageError as error:

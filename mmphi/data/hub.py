@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmphi.data.images import ImageFolder
 from mmphi.data.records import Example, ImageRef, ReadReport, Turn
-from mmphi.errors import DataError
+from mmphi.errors import DataError, ImageError
 
 
 def read_dataset(
@@ -25,14 +26,16 @@ def read_dataset(
 ) -> Iterator[Example]:
     """Read a dataset by hub name or local folder; a text column may hold one caption or a list of them.
 
-    Images that lie in files are used where they are; others are written once, under the digest of their bytes.
+    Images that lie in files are used where they are; others are written once, under the digest of their bytes. An
+    image's id follows its file or its bytes, not its row: one that stands in many rows is one image to the split.
 
     Args:
-        name: Hub name, local folder, or folder written by ``save_to_disk``.
+        name: Hub name (``owner/name``, or ``owner/name:configuration``), local folder, or folder written by
+            ``save_to_disk``.
         split: Its split, ``train`` for example.
         source: Name of the source.
         report: Counts what was kept and dropped.
-        image_column: Column of images.
+        image_column: Column of images, or of paths inside a local folder.
         text_column: Column of captions.
         question: Put before every caption.
         cache: Where image bytes are written; the user's cache folder where left out.
@@ -40,43 +43,114 @@ def read_dataset(
     Raises:
         DataError: If the dataset cannot be had, or lacks a column.
     """
+    rows = _with_files(_load(name, split), name, image_column, text_column)
+    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmphi" / "images"
+    images = Images(ImageFolder(Path(name), source), folder)
+    for number, row in enumerate(rows):
+        where = f"{name}, row {number}"
+        texts = row[text_column] if isinstance(row[text_column], list) else [row[text_column] or ""]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            report.drop(source, where, "no caption" if not texts else "the caption is no text")
+            continue
+        try:
+            ref = images.find(row[image_column])
+        except ImageError as error:
+            report.drop(source, where, error.reason)
+            continue
+        for i, text in enumerate(texts):
+            report.keep(source)
+            yield Example(f"{number}.{i}", ref, (Turn(question, text.strip()),), source)
+
+
+def _load(name: str, split: str) -> Any:
     import datasets
 
+    folder = Path(name)
     try:
-        if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
+        if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
             loaded: Any = datasets.load_from_disk(name)
-            rows = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if not isinstance(loaded, datasets.DatasetDict):
+                return loaded
+            if split in loaded:
+                return loaded[split]
+            raise ValueError(f"it has the splits {', '.join(loaded)}")
+        owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")
+        return datasets.load_dataset(owner, configuration or None, split=split)
+    except Exception as error:  # Of `datasets`, pyarrow, fsspec or the HTTP client: they share no ancestor.
+        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        hint = "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"
         raise DataError(
-            f"the dataset {name!r}, split {split!r}, cannot be loaded: {str(error).splitlines()[0]}",
-            "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote",
+            f"the dataset {name!r}, split {split!r}, cannot be loaded: {said[0]}",
+            "mend the folder, or name another split" if folder.exists() else hint,
         ) from error
+
+
+def _with_files(rows: Any, name: str, image_column: str, text_column: str) -> Any:
+    """The two columns, images as the bytes or paths they are stored as."""
+    import datasets
+
     for column in (image_column, text_column):
         if column not in rows.column_names:
-            raise DataError(f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}")
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmphi" / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(rows.cast_column(image_column, datasets.Image(decode=False))):
-        where = f"{name}, row {number}"
-        image, texts = row[image_column], row[text_column]
-        if not image or not (image.get("bytes") or image.get("path")):
-            report.drop(source, where, "missing image")
-            continue
-        ref = ImageRef(f"{source}/{number:08d}", _file(image, folder))
-        for i, text in enumerate(texts if isinstance(texts, list) else [texts]):
-            report.keep(source)
-            yield Example(f"{number}.{i}", ref, (Turn(question, str(text or "").strip()),), source)
+            raise DataError(
+                f"{name} has no column {column!r}; it has {', '.join(rows.column_names)}",
+                "name its columns in image_column and text_column of the source",
+            )
+    rows = rows.select_columns([image_column, text_column])
+    feature = rows.features[image_column]
+    if isinstance(feature, datasets.Image):
+        return rows.cast_column(image_column, datasets.Image(decode=False))
+    if getattr(feature, "dtype", "") not in ("string", "large_string"):
+        raise DataError(f"column {image_column!r} of {name} holds {feature}, no images", "name another in image_column")
+    return rows
 
 
-def _file(image: dict[str, Any], folder: Path) -> Path:
-    content = image.get("bytes")
-    if content is None:
-        return Path(image["path"])
-    path = folder / hashlib.sha256(content).hexdigest()
-    if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(content)
-        part.rename(path)
-    return path
+class Images:
+    """The images of a dataset as files.
+
+    Args:
+        folder: The dataset's own folder, where it is a local one.
+        cache: Where bytes are written.
+    """
+
+    def __init__(self, folder: ImageFolder, cache: Path) -> None:
+        self.folder, self.cache = folder, cache
+
+    def find(self, stored: dict[str, Any] | str | None) -> ImageRef:
+        """The file of an image.
+
+        Args:
+            stored: Its bytes or path as `datasets` keeps them, or a path inside the dataset's folder.
+
+        Raises:
+            ImageError: If there is none.
+            DataError: If its bytes cannot be written.
+        """
+        if isinstance(stored, str):
+            return self.folder.find(stored)
+        content, path = (stored.get("bytes"), stored.get("path")) if stored else (None, None)
+        if content is not None:
+            return self._written(content)
+        if not path or not Path(path).is_file():
+            raise ImageError("missing image", f"{path or 'an image'} is not there")
+        if Path(path).resolve().is_relative_to(self.folder.folder):
+            return self.folder.find(path)
+        return ImageRef(f"{self.folder.source}/{_digest(Path(path).read_bytes())}", Path(path))
+
+    def _written(self, content: bytes) -> ImageRef:
+        digest = _digest(content)
+        path, part = self.cache / digest, self.cache / f"{digest}.{os.getpid()}"
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                part.write_bytes(content)
+                part.rename(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise DataError(
+                f"{path} cannot be written: {error.strerror}", "make room, or set XDG_CACHE_HOME to another folder"
+            ) from error
+        return ImageRef(f"{self.folder.source}/{digest}", path)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmphi.data.images import resolve_inside
-from mmphi.data.records import Example, ImageRef, ReadReport, Split, Turn
+from mmphi.data.images import ImageFolder
+from mmphi.data.records import Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
 
 IMAGE_TOKEN = "<image>"
@@ -21,25 +23,20 @@ def load_json(path: Path) -> Any:
         DataError: If it is missing, not UTF-8 or malformed; the line and column are named.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "check the path in data.sources") from error
+    try:
+        return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}", "mend the file there, or fetch it anew"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}", "check the path in data.sources") from error
-
-
-def image_of(folder: Path, relative: str, source: str) -> ImageRef:
-    """An image of a source, checked to exist inside its folder.
-
-    Raises:
-        ImageError: If it is missing or lies outside.
-    """
-    path = resolve_inside(folder, relative)
-    if not path.is_file():
-        raise ImageError("missing image", f"{relative} is not in {folder}")
-    return ImageRef(f"{source}/{Path(relative).as_posix()}", path)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # A number of thousands of digits, thousands of brackets.
+        raise DataError(f"{path} cannot be read: {error}", "such a file holds no conversations") from error
 
 
 def read_llava(path: Path, images: Path, source: str, report: ReadReport, split: Split = "train") -> Iterator[Example]:
@@ -58,24 +55,30 @@ def read_llava(path: Path, images: Path, source: str, report: ReadReport, split:
     rows = load_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of conversations")
+    folder, seen = ImageFolder(images, source), Counter[str]()
     for number, row in enumerate(rows):
         where = f"{path.name}, row {number}"
         try:
-            example = _example(row, number, images, source, split)
+            example = _example(row, number, folder, split)
         except ImageError as error:
             report.drop(source, where, error.reason)
         except DataError as error:
             report.drop(source, where, error.what)
         else:
             report.keep(source)
-            yield example
+            # LLaVA-Instruct-150k names rows by their image, and has up to three of one image.
+            seen[example.id] += 1
+            again = seen[example.id] > 1
+            yield replace(example, id=f"{example.id}#{seen[example.id]}") if again else example
 
 
-def _example(row: Any, number: int, images: Path, source: str, split: Split) -> Example:
+def _example(row: Any, number: int, folder: ImageFolder, split: Split) -> Example:
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise DataError("malformed row")
     turns = []
     said = row["conversations"]
+    if said and isinstance(said[0], dict) and said[0].get("from") == "gpt":
+        said = said[1:]  # LLaVA's own reader skips an answer that no question precedes.
     for human, model in zip(said[::2], said[1::2], strict=False):
         try:
             if human["from"] != "human" or model["from"] != "gpt":
@@ -89,6 +92,12 @@ def _example(row: Any, number: int, images: Path, source: str, split: Split) -> 
     image = row.get("image")
     if image is not None and not isinstance(image, str):
         raise DataError("malformed row")
-    ref = image_of(images, image, source) if image else None
-    attributes = row.get("attributes") or {}
-    return Example(str(row.get("id", number)), ref, tuple(turns), source, split, attributes)
+    name, attributes = row.get("id"), row.get("attributes")
+    return Example(
+        id=str(number if name is None else name),
+        image=folder.find(image) if image else None,
+        turns=tuple(turns),
+        source=folder.source,
+        split=split,
+        attributes={str(k): str(v) for k, v in attributes.items()} if isinstance(attributes, dict) else {},
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from mmphi.data.captions import read_captions, read_karpathy
 from mmphi.data.hub import read_dataset
 from mmphi.data.llava import read_llava
 from mmphi.data.records import Example, ReadReport, Split
-from mmphi.errors import DataError
+from mmphi.errors import DataError, SettingsError
 from mmphi.settings import DataSettings, Settings, SourceSettings
 from mmphi.stage import Tracker
 
@@ -30,6 +31,7 @@ def read_examples(settings: Settings, scenes: Path | None) -> tuple[list[Example
 
     Raises:
         DataError: If a file cannot be read at all.
+        SettingsError: If a source does not say where its files are.
     """
     report = ReadReport()
     examples: list[Example] = []
@@ -39,10 +41,13 @@ def read_examples(settings: Settings, scenes: Path | None) -> tuple[list[Example
         usable = [e for e in found if _usable(e, settings.data, report)]
         brings_splits = source.kind in ("scenes", "karpathy")
         examples += usable if brings_splits else split_by_image(usable, settings.data)
-    return examples, report
+    return one_split_per_file(examples), report
 
 
 def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadReport) -> Iterator[Example]:
+    for key in {"scenes": (), "datasets": ("path",)}.get(source.kind, ("path", "images")):
+        if not getattr(source, key):
+            raise SettingsError(f"the source {name!r} of kind {source.kind} has no {key}", f"set its {key}")
     path, images = Path(source.path), Path(source.images)
     image, text, question = source.image_column, source.text_column, source.question
     match source.kind:
@@ -66,18 +71,25 @@ def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadRe
 
 
 def _limit(examples: Iterable[Example], images: int, report: ReadReport) -> Iterator[Example]:
-    seen: set[str] = set()
+    """The examples of the first images of every split that the source brings."""
+    seen: dict[Split, set[str]] = {split: set() for split in SPLITS}
     for example in examples:
         if images and example.image is not None:
-            if len(seen) >= images and example.image.id not in seen:
+            known = seen[example.split]
+            if len(known) >= images and example.image.id not in known:
                 report.kept[example.source] -= 1  # Not bad, not wanted.
                 continue
-            seen.add(example.image.id)
+            known.add(example.image.id)
         yield example
 
 
 def _usable(example: Example, data: DataSettings, report: ReadReport) -> bool:
     for turn in example.turns:
+        try:
+            (turn.question + turn.answer).encode()
+        except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which no tokenizer takes.
+            report.drop_kept(example.source, example.id, "text is not Unicode")
+            return False
         words = len(turn.answer.split())
         if not words:
             report.drop_kept(example.source, example.id, "empty answer")
@@ -91,23 +103,45 @@ def _usable(example: Example, data: DataSettings, report: ReadReport) -> bool:
 def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]:
     """Give every example the split of its image: captions of one image never stand on both sides.
 
-    Examples without an image are for training.
+    Images are ordered by a digest of their path and the seed, so that adding one to the data moves at most one over
+    each border. Examples without an image are for training.
+
+    Args:
+        examples: Of one source.
+        data: Says how many images are kept apart, and the seed.
 
     Raises:
         DataError: If there are fewer images than the splits ask for.
     """
-    images = sorted({e.image.id for e in examples if e.image is not None})
+
+    def rank(image: str) -> bytes:
+        return hashlib.sha256(f"{data.split_seed}/{image.removeprefix(prefix)}".encode()).digest()
+
+    prefix = f"{examples[0].source}/" if examples else ""
+    images = sorted({e.image.id for e in examples if e.image is not None}, key=rank)
     wanted = data.validation_images + data.test_images
     if images and wanted >= len(images):
         raise DataError(
-            f"{wanted} images are to be kept apart, but there are {len(images)} in all",
+            f"{wanted} images of {examples[0].source!r} are to be kept apart, but it has {len(images)} in all",
             "lower data.validation_images and data.test_images",
         )
-    random.Random(data.split_seed).shuffle(images)
     split: dict[str, Split] = dict.fromkeys(images, "train")
     split.update(dict.fromkeys(images[: data.test_images], "test"))
     split.update(dict.fromkeys(images[data.test_images : wanted], "validation"))
     return [replace(e, split=split[e.image.id] if e.image is not None else "train") for e in examples]
+
+
+def one_split_per_file(examples: list[Example]) -> list[Example]:
+    """Let sources that share image files agree: what one of them tests on, no other trains on."""
+    strictest: dict[Path, Split] = {}
+    for example in examples:
+        if example.image is not None:
+            path = example.image.path
+            strictest[path] = max(example.split, strictest.get(path, "train"), key=SPLITS.index)
+    return [
+        e if e.image is None or e.split == strictest[e.image.path] else replace(e, split=strictest[e.image.path])
+        for e in examples
+    ]
 
 
 def mixture(examples: list[Example], settings: Settings) -> list[Example]:
@@ -144,6 +178,8 @@ def log_report(report: ReadReport, tracker: Tracker, settings: Settings) -> None
         DataError: If more rows are bad than the settings allow, or none is left.
     """
     tracker.table("data_read", list(report.rows()))
+    if not report.kept.total() and not report.dropped:
+        raise DataError("the data has no rows", "check the files that data.sources name")
     if report.bad_share > settings.data.max_bad_share or not report.kept.total():
         raise DataError(
             f"{report.bad_share:.1%} of the rows cannot be used; at most {settings.data.max_bad_share:.1%} may be\n"

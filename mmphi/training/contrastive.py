@@ -160,7 +160,7 @@ def train_clip(
             if hasattr(model.visual, "trunk") and not any(p.requires_grad for p in model.visual.trunk.parameters()):
                 model.visual.trunk.eval()
             seen, scale = pairs.embed_images(images), model.logit_scale.exp()
-            loss: Tensor = torch.stack([loss_of(seen, pairs.embed_texts(texts), scale) for texts in sets]).mean()
+            loss: Any = torch.stack([loss_of(seen, pairs.embed_texts(texts), scale) for texts in sets]).mean()
             if not torch.isfinite(loss):
                 raise TrainingError(f"the loss at step {step + 1} is {loss.item()}", "lower light_clip.learning_rate")
             optimizer.zero_grad()

@@ -72,6 +72,7 @@ def test_bad_rows_are_counted_with_their_reason(folder):
         llava_row(6, conversations=[{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]),
         "row",
         llava_row(8, conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "  "}]),
+        llava_row(9, conversations=[{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]),
         llava_row(9, conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "word " * 10_000}]),
     ]
     examples, report = read_examples(settings(folder, write(folder, rows)), None)
@@ -79,14 +80,14 @@ def test_bad_rows_are_counted_with_their_reason(folder):
     assert Counter(d.reason for d in report.dropped) == {
         "missing image": 1,
         "path leaves the image folder": 1,
-        "no answered question": 1,
+        "no answered question": 2,
         "malformed row": 2,
         "malformed turn": 1,
         "turns out of order": 1,
         "empty answer": 1,
         "answer over 2000 words": 1,
     }
-    assert report.bad_share == 0.9
+    assert report.bad_share == 10 / 11
     assert report.kept["llava"] == 1
     assert "row 1" in report.table()
 
@@ -129,7 +130,7 @@ def test_split_is_by_image_never_by_caption(folder):
     assert Counter(s for (s,) in map(tuple, splits.values())) == {"train": 12, "validation": 3, "test": 5}
     again, _ = read_examples(chosen, None)
     assert again == examples
-    with pytest.raises(DataError, match="20 images are to be kept apart"):
+    with pytest.raises(DataError, match="20 images of 'captions' are to be kept apart"):
         read_examples(settings(folder, captions(folder, rows), validation_images=10, test_images=10), None)
 
 

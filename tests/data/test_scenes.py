@@ -11,7 +11,7 @@ from conftest import Recorder
 
 from mmphi.data.read import read_examples
 from mmphi.data.scene_drawing import draw
-from mmphi.data.scene_text import CELLS, caption, corpus_texts, grid, questions, yes_no
+from mmphi.data.scene_text import CELLS, DESCRIBE, caption, corpus_texts, grid, questions, yes_no
 from mmphi.data.scenes import COLORS, RELATIONS, SHAPES, combinations, held_out, sample, scenes
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.settings import ScenesSettings, Settings
@@ -137,6 +137,7 @@ def test_answers_are_true():
 
 def test_corpus_is_captions_and_questions():
     texts = list(corpus_texts(10, 2, random.Random(0), list(combinations())))
-    assert sum(t.turns[0].answer.startswith("a big") for t in texts) == 5
+    assert sum(t.turns[0].question == DESCRIBE for t in texts) == 5
+    assert all(len(t.turns) == (1 if t.turns[0].question == DESCRIBE else 2) for t in texts)
     one = sample(combinations()[0], random.Random(0))
     assert caption(one) == "a big red circle left of a small red square"

@@ -49,7 +49,30 @@ def test_saved_model_is_open_clips(tmp_path, drawn, recorder):
     moved = tmp_path / "moved"
     (tmp_path / "a").rename(moved)
     tower = load_tower(VisionSettings(), moved)
+    assert (tower.tokens, tower.width) == (4, 128)
+
+
+def test_vit_from_nothing(tmp_path, drawn):
+    train(tmp_path / "a", drawn, from_nothing="vit", steps=2)
+    tower = load_tower(VisionSettings(), tmp_path / "a")
     assert (tower.tokens, tower.width) == (16, 32)
+
+
+def test_steps_hold_different_images_and_their_own_captions():
+    from mmphi.training.contrastive import Pairs
+
+    owners = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    model = type("Model", (), {"encode_image": None, "encode_text": None, "visual": object()})()
+    pairs = Pairs(model, torch.zeros(4, 1), torch.zeros(12, 1), owners, lock_image=False, lock_text=False)
+    seen = set()
+    for step in range(6):
+        images, sets = pairs.step(step, 2, 3, seed=0)
+        assert len(set(images.tolist())) == 2
+        for chosen in sets:
+            assert [owners[t] for t in chosen.tolist()] == images.tolist()
+        assert len({t for chosen in sets for t in chosen.tolist()}) == 6
+        seen |= set(images.tolist())
+    assert seen == {0, 1, 2, 3}
 
 
 def test_resumed_equals_straight_to_the_bit(tmp_path, drawn, monkeypatch):
