@@ -25,18 +25,15 @@ INDEX, PROGRESS = "index.json", "progress.jsonl"
 
 
 class ImageFeatures(Protocol):
-    """Where the features of images come from.
-
-    Attributes:
-        tokens: Features per image.
-        width: Width of a feature.
-    """
+    """Where the features of images come from."""
 
     @property
-    def tokens(self) -> int: ...  # noqa: D102
+    def tokens(self) -> int:
+        """Features per image."""
 
     @property
-    def width(self) -> int: ...  # noqa: D102
+    def width(self) -> int:
+        """Width of a feature."""
 
     def __contains__(self, image_id: str, /) -> bool:
         """Whether the image with this id has features."""

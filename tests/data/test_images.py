@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmphi.data.images import open_image, resolve_inside
+from mmphi.data.images import MAX_FILE_BYTES, ImageFolder, open_image, resolve_inside
 from mmphi.errors import ImageError
 
 
@@ -66,10 +67,21 @@ def test_other_modes_become_rgb(tmp_path):
     for mode, suffix in (("L", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("LA", "png"), ("YCbCr", "jpg")):
         opened = open_image(save(tmp_path / f"{mode}.{suffix}", image.convert(mode)))
         assert (opened.mode, opened.size) == ("RGB", image.size)
-    deep = Image.fromarray(np.linspace(0, 65535, 100).astype(np.uint16).reshape(10, 10))
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path):
+    deep = Image.fromarray(np.linspace(0, 32767, 100).astype(np.uint16).reshape(10, 10))
     grey = np.asarray(open_image(save(tmp_path / "deep.png", deep)))
-    assert grey.min() == 0
-    assert grey.max() == 255
+    assert (grey.min(), grey.max()) == (0, 127)
+    flat = Image.fromarray(np.full((10, 10), 65535, np.uint16))
+    assert np.asarray(open_image(save(tmp_path / "flat.png", flat))).min() == 255
+
+
+def test_thirty_two_bits_are_stretched(tmp_path):
+    real = np.linspace(-1, 1, 100, dtype=np.float32).reshape(10, 10)
+    real[0, 0] = np.nan
+    grey = np.asarray(open_image(save(tmp_path / "real.tif", Image.fromarray(real))))
+    assert (grey.min(), grey.max()) == (0, 255)
 
 
 def test_transparency_is_laid_on_white(tmp_path):
@@ -88,6 +100,59 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     assert open_image(save(tmp_path / "a.jpg", noise(40, 30), exif=exif)).size == (30, 40)
+
+
+def test_damaged_exif_spoils_no_picture(tmp_path):
+    """An orientation, and a tag of a type that cannot be written back."""
+    tiff = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2)
+    tiff += struct.pack("<HHIHxx", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x0100, 4, 1, b"abcd") + b"\0" * 4
+    damaged = tiff.replace(struct.pack("<HHI4s", 0x0100, 4, 1, b"abcd"), struct.pack("<HHI4s", 0x0100, 2, 4, b"abc\0"))
+    image = noise(40, 30)
+    for i, exif in enumerate((tiff, damaged, tiff[:20], b"Exif\0\0junk")):
+        opened = open_image(save(tmp_path / f"{i}.jpg", image, exif=exif))
+        assert sorted(opened.size) == [30, 40]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+def test_no_damage_raises_anything_else(tmp_path, kind):
+    """Bytes changed at random: either a picture comes, or an ImageError with a reason."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a picture"
+    whole = save(tmp_path / f"whole.{kind}", noise(), exif=exif).read_bytes()
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 20))):
+            content[rng.randrange(min(len(content), rng.choice((60, 300, 10**6))))] = rng.choice((0, 255, 128))
+        (tmp_path / "damaged").write_bytes(content)
+        try:
+            outcomes.add(open_image(tmp_path / "damaged").mode)
+        except ImageError as error:
+            outcomes.add(error.reason)
+    assert outcomes > {"RGB"}
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    assert reason(tmp_path / "a.png") == "image file too large"
+
+
+def test_a_folder_is_no_image(tmp_path):
+    assert reason(tmp_path) == "truncated or broken image"
+
+
+def test_one_file_has_one_id_and_no_path_is_an_accident(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.jpg").touch()
+    folder = ImageFolder(tmp_path, "photos")
+    assert {folder.find(p).id for p in ("a/b.jpg", "./a/b.jpg", "a/../a/b.jpg", "a//b.jpg")} == {"photos/a/b.jpg"}
+    for bad, why in {"a\0b": "malformed path", "x" * 5000: "malformed path", "\ud800": "malformed path",
+                     "": "missing image", "a": "missing image", "a/c.jpg": "missing image"}.items():  # fmt: skip
+        with pytest.raises(ImageError) as caught:
+            folder.find(bad)
+        assert caught.value.reason == why
 
 
 def test_paths_stay_inside(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmphi.data.read import log_report, mixture, read_examples
 from mmphi.data.records import Turn
-from mmphi.errors import DataError
+from mmphi.errors import DataError, SettingsError
 from mmphi.settings import DataSettings, Settings, SourceSettings
 
 
@@ -61,6 +61,16 @@ def test_llava_as_the_real_file_is(folder):
     assert not report.dropped
 
 
+def test_llava_ids_repeat_and_an_answer_may_come_first(folder):
+    first = {"from": "gpt", "value": "welcome"}
+    row = llava_row("7")
+    rows = [row, row, llava_row(7, conversations=[first, *row["conversations"]]), llava_row(None)]
+    examples, report = read_examples(settings(folder, write(folder, rows)), None)
+    assert [e.id for e in examples] == ["7", "7#2", "7#3", "3"]
+    assert {e.turns for e in examples} == {(Turn("what?", "a thing"),)}
+    assert not report.dropped
+
+
 def test_bad_rows_are_counted_with_their_reason(folder):
     rows = [
         llava_row(0),
@@ -74,6 +84,9 @@ def test_bad_rows_are_counted_with_their_reason(folder):
         llava_row(8, conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "  "}]),
         llava_row(9, conversations=[{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]),
         llava_row(9, conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "word " * 10_000}]),
+        llava_row(10, conversations=[{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]),
+        llava_row(11, value="half a pair: \ud800"),
+        llava_row(12, image=7),
     ]
     examples, report = read_examples(settings(folder, write(folder, rows)), None)
     assert [e.id for e in examples] == ["0"]
@@ -81,7 +94,7 @@ def test_bad_rows_are_counted_with_their_reason(folder):
         "missing image": 1,
         "path leaves the image folder": 1,
         "no answered question": 2,
-        "malformed row": 2,
+        "malformed row": 3,
         "malformed turn": 1,
         "turns out of order": 1,
         "empty answer": 1,
@@ -110,6 +123,46 @@ def test_malformed_json_names_the_line(folder):
         read_examples(settings(folder, {"kind": "llava", "path": str(folder / "none.json")}), None)
 
 
+def test_json_of_any_other_fault(folder):
+    path = folder / "data.json"
+    source = {"kind": "llava", "path": str(path)}
+    for content, said in {
+        b'[\n"\xff"]': "line 2: not UTF-8",
+        b"[" * 100_000: "cannot be read",
+        b"[" + b"9" * 5000 + b"]": "cannot be read",
+        b"": "line 1, column 1",
+    }.items():
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=said):
+            read_examples(settings(folder, source), None)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([llava_row(1)]).encode())
+    assert len(read_examples(settings(folder, source), None)[0]) == 1
+
+
+def test_nothing_to_read_is_said(folder, recorder):
+    chosen = settings(folder, write(folder, []))
+    _, report = read_examples(chosen, None)
+    with pytest.raises(DataError, match="the data has no rows"):
+        log_report(report, recorder, chosen)
+
+
+def test_captions_with_commas_and_quotes(folder):
+    rows = 'image,caption\n0.png,a dog, running\n1.png,"a dog, ""running"""\n2.png\n"3.png","two\nlines"\n'
+    (folder / "c.csv").write_text(rows)
+    examples, report = read_examples(settings(folder, {"kind": "captions", "path": str(folder / "c.csv")}), None)
+    assert [e.turns[0].answer for e in examples] == ['a dog, "running"', "two\nlines"]
+    assert [(d.where, d.reason.split(" (")[0]) for d in report.dropped] == [
+        ("c.csv, line 2", "more values than columns"),
+        ("c.csv, line 4", "malformed row"),
+    ]
+    (folder / "c.csv").write_text('image,caption\n0.png,a\n1.png,"never closed\n' + "2.png,b\n" * 9)
+    with pytest.raises(DataError, match="line 3 and after"):
+        read_examples(settings(folder, {"kind": "captions", "path": str(folder / "c.csv")}), None)
+    (folder / "c.csv").write_bytes(b"image,caption\n0.png,caf\xe9\n")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_examples(settings(folder, {"kind": "captions", "path": str(folder / "c.csv")}), None)
+
+
 def test_captions_empty_spaces_and_endless(folder):
     rows = [("0.png", "a dog"), ("0.png", ""), ("1.png", "   "), ("2.png", "w " * 10_000), ("x.png", "a cat")]
     examples, report = read_examples(settings(folder, captions(folder, rows)), None)
@@ -134,6 +187,47 @@ def test_split_is_by_image_never_by_caption(folder):
         read_examples(settings(folder, captions(folder, rows), validation_images=10, test_images=10), None)
 
 
+def test_more_images_move_few_over_the_border(folder):
+    def test_images(count: int) -> set[str]:
+        source = captions(folder, [(f"{i}.png", "a") for i in range(count)])
+        examples, _ = read_examples(settings(folder, source, test_images=6), None)
+        return {e.image.id for e in examples if e.split == "test"}
+
+    assert len(test_images(19) - test_images(20)) <= 1
+    assert len(test_images(15) - test_images(20)) <= 5
+    assert test_images(20) != {f"captions/{i}.png" for i in range(6)}
+
+
+def test_another_seed_splits_otherwise(folder):
+    source = captions(folder, [(f"{i}.png", "a") for i in range(20)])
+    splits = [read_examples(settings(folder, source, test_images=6, split_seed=s), None)[0] for s in (0, 1)]
+    assert splits[0] != splits[1]
+
+
+def test_sources_of_the_same_files_agree_on_the_split(folder):
+    """One source tests on a photo; the other must not train on it."""
+    first = captions(folder, [(f"{i}.png", "a") for i in range(20)], "first.csv")
+    images = [{"filename": f"{i}.png", "split": "test", "sentences": [{"raw": "b"}]} for i in range(4)]
+    (folder / "k.json").write_text(json.dumps({"images": images}))
+    second = {"kind": "karpathy", "path": str(folder / "k.json")}
+    examples, _ = read_examples(settings(folder, first, second, test_images=2), None)
+    splits: dict[Path, set] = {}
+    for example in examples:
+        splits.setdefault(example.image.path, set()).add(example.split)
+    assert all(len(s) == 1 for s in splits.values())
+    assert {p.stem for p, s in splits.items() if s == {"test"}} >= {"0", "1", "2", "3"}
+
+
+def test_sources_need_names_of_their_own_and_paths(folder):
+    source = captions(folder, [("0.png", "a")])
+    with pytest.raises(ValueError, match="two sources are called 'captions'"):
+        settings(folder, source, source)
+    with pytest.raises(SettingsError, match="has no path"):
+        read_examples(settings(folder, {"kind": "llava"}), None)
+    with pytest.raises(SettingsError, match="has no images"):
+        read_examples(settings(folder, {**source, "images": ""}), None)
+
+
 def test_karpathy_brings_its_splits(folder):
     images = [
         {"filename": f"{i}.png", "split": split, "sentences": [{"raw": "one"}, {"raw": "two"}]}
@@ -147,19 +241,6 @@ def test_karpathy_brings_its_splits(folder):
     assert [d.reason for d in report.dropped] == ["malformed row"]
 
 
-def test_any_dataset_with_an_image_and_a_text_column(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"number {i}"}) for i in range(20)]
-    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines))
-    chosen = settings(folder, {"kind": "datasets", "path": str(folder / "images"), "name": "mine"}, test_images=4)
-    examples, _ = read_examples(chosen, None)
-    assert sorted(e.turns[0].answer for e in examples)[:2] == ["number 0", "number 1"]
-    assert Counter(e.split for e in examples) == {"train": 16, "test": 4}
-    assert all(e.image.path.is_file() for e in examples)
-    with pytest.raises(DataError, match="give a local folder"):
-        read_examples(settings(folder, {"kind": "datasets", "path": "nobody/nothing"}), None)
-
-
 def test_mixture_follows_the_weights(folder):
     first = captions(folder, [(f"{i}.png", f"a {i}") for i in range(10)], "first.csv")
     second = captions(folder, [(f"{i}.png", f"b {i}") for i in range(10, 20)], "second.csv")
@@ -171,6 +252,15 @@ def test_mixture_follows_the_weights(folder):
     assert mixture(examples, chosen) == mixed
     chosen.data.split_seed = 1
     assert mixture(examples, chosen) != mixed
+
+
+def test_most_images_of_each_split_that_a_source_brings(folder):
+    splits = ["train"] * 10 + ["val"] * 5 + ["test"] * 5
+    images = [{"filename": f"{i}.png", "split": s, "sentences": [{"raw": "a"}]} for i, s in enumerate(splits)]
+    (folder / "k.json").write_text(json.dumps({"images": images}))
+    chosen = settings(folder, {"kind": "karpathy", "path": str(folder / "k.json")}, max_images=3)
+    examples, _ = read_examples(chosen, None)
+    assert Counter(e.split for e in examples) == {"train": 3, "validation": 3, "test": 3}
 
 
 def test_most_images_of_a_source(folder):
