@@ -34,7 +34,7 @@ def test_stage_help_loads_no_torch_and_lists_every_setting():
         (line,) = [x for x in done.stdout.splitlines() if x.strip().split(" ")[0] == f"--{key}"]
         assert field.description in line
     assert "--learning_rate" in done.stdout
-    assert "[800 steps]" in done.stdout
+    assert "[2400 steps]" in done.stdout
     assert "float > 0, <= 1" in done.stdout
 
 
