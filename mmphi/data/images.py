@@ -91,6 +91,7 @@ def open_image(path: Path) -> Image.Image:
         )
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What is odd about its metadata does not matter here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:

@@ -86,7 +86,6 @@ def test_paths_as_words_stay_inside_the_folder(tmp_path):
     photos(tmp_path / "photos2")
     lines = [json.dumps({"image": path, "caption": "a"}) for path in paths]
     (folder / "train.jsonl").write_text("\n".join(lines))
-    (folder / "files.json").unlink(missing_ok=True)
     report = ReadReport()
     rows = datasets.load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
     rows.save_to_disk(folder / "stored")
@@ -101,10 +100,9 @@ def test_what_is_wrong_is_said(tmp_path):
     folder = image_folder(photos(tmp_path / "photos"), ["0.png"])
     with pytest.raises(DataError, match="has no column 'text'; it has image, caption"):
         read(folder, text_column="text")
-    with pytest.raises(DataError, match="holds .*, no images"):
-        numbers = tmp_path / "numbers"
-        datasets.Dataset.from_dict({"image": [1], "caption": ["a"]}).save_to_disk(numbers)
-        read(numbers)
+    datasets.Dataset.from_dict({"image": [1], "caption": ["a"]}).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(DataError, match="no images"):
+        read(tmp_path / "numbers")
     datasets.DatasetDict({"test": stored({"image": [str(folder / "0.png")], "caption": ["a"]})}).save_to_disk(
         tmp_path / "splits"
     )

@@ -96,11 +96,12 @@ def test_bad_rows_are_counted_with_their_reason(folder):
         "no answered question": 2,
         "malformed row": 3,
         "malformed turn": 1,
-        "turns out of order": 1,
+        "turns out of order": 2,
         "empty answer": 1,
         "answer over 2000 words": 1,
+        "text is not Unicode": 1,
     }
-    assert report.bad_share == 10 / 11
+    assert report.bad_share == 13 / 14
     assert report.kept["llava"] == 1
     assert "row 1" in report.table()
 

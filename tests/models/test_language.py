@@ -6,18 +6,19 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_language
 from safetensors.torch import load_file, save_file
-from transformers import PhiConfig
+from transformers import PhiConfig, PhiForCausalLM
 
 from mmphi.errors import ModelError
 from mmphi.models.language import load_language, phi_config
 from mmphi.settings import LanguageSettings, PretrainSettings
 
 CPU = torch.device("cpu")
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes quantises blocks of 64
 
 
 @pytest.fixture
 def folder(tmp_path):
-    language = tiny_language()
+    language = tiny_language(**WIDE)
     language.model.save_pretrained(tmp_path / "lm")
     byte_tokenizer().save_pretrained(tmp_path / "lm")
     return tmp_path / "lm"
@@ -29,10 +30,10 @@ def logits(model):
 
 def test_from_a_folder_equal_and_frozen(folder):
     found = load_language(LanguageSettings(model=str(folder)), None, CPU)
-    assert torch.equal(logits(found.model), logits(tiny_language().model))
+    assert torch.equal(logits(found.model), logits(tiny_language(**WIDE).model))
     assert not any(p.requires_grad for p in found.model.parameters())
     assert not found.model.training
-    assert found.width == 32
+    assert found.width == 64
     assert found.prompt.style == "plain"
 
 
@@ -40,13 +41,13 @@ def test_from_a_folder_equal_and_frozen(folder):
 def test_other_precisions_stay_near(folder, precision, bound):
     """Distance in the logits, relative to their own spread."""
     found = load_language(LanguageSettings(model=str(folder), precision=precision), None, CPU)
-    exact = logits(tiny_language().model)
+    exact = logits(tiny_language(**WIDE).model)
     assert (logits(found.model).float() - exact).std() < bound * exact.std()
 
 
 def test_random_weights_from_a_configuration(tmp_path):
     config = PhiConfig(
-        vocab_size=51200, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=51200, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
     )
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     for precision in ("fp32", "4bit"):
@@ -94,5 +95,7 @@ def test_tokenizer_with_too_many_tokens_is_refused(folder):
 def test_phi_config_is_phi2s_at_its_size():
     chosen = PretrainSettings(layers=32, width=2560, heads=32, context=2048)
     config = phi_config(chosen, 51200, 50256)
-    assert (config.intermediate_size, config.partial_rotary_factor) == (10240, 0.4)
+    assert config.intermediate_size == 10240
+    model = PhiForCausalLM(phi_config(PretrainSettings(layers=1, width=320, heads=4), 100, 0))
+    assert model.model.rotary_emb.inv_freq.shape == (16,)  # 0.4 of 80, in pairs: as in Phi-2
     assert config.num_key_value_heads == 32
