@@ -6,104 +6,15 @@ from pathlib import Path
 
 import pytest
 from conftest import Recorder
-from PIL import Image
+from sources import captions, llava_row, photo_folder, settings, write
 
 from mmphi.data.read import log_report, mixture, read_examples
-from mmphi.data.records import Turn
 from mmphi.errors import DataError, SettingsError
-from mmphi.settings import DataSettings, Settings, SourceSettings
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    (tmp_path / "images").mkdir()
-    for i in range(20):
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-    return tmp_path
-
-
-def settings(folder: Path, *sources: dict, **data) -> Settings:
-    full = [SourceSettings(**{"images": str(folder / "images"), **s}) for s in sources]
-    return Settings(data=DataSettings(sources=full, **{"validation_images": 0, "test_images": 0, **data}))
-
-
-def llava_row(number, image="0.png", value="<image>\nwhat?", **changes):
-    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "a thing"}]
-    return {"id": number, "image": image, "conversations": turns, **changes}
-
-
-def write(folder: Path, rows) -> dict:
-    path = folder / "data.json"
-    path.write_text(rows if isinstance(rows, str) else json.dumps(rows))
-    return {"kind": "llava", "path": str(path)}
-
-
-def captions(folder: Path, rows: list[tuple[str, str]], name="captions.csv", header="image,caption") -> dict:
-    path = folder / name
-    path.write_text("\n".join([header, *(f'{i},"{c}"' for i, c in rows)]))
-    return {"kind": "captions", "path": str(path), "name": name.removesuffix(".csv")}
-
-
-def test_llava_as_the_real_file_is(folder):
-    four = [{"from": f, "value": v} for f, v in zip(["human", "gpt"] * 2, ["<image>\na?", "b", "c?", "d"], strict=True)]
-    rows = [
-        llava_row(33471),
-        llava_row("000-1", value="what?\n<image>"),
-        {"id": "text", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
-        llava_row(5, conversations=four),
-    ]
-    examples, report = read_examples(settings(folder, write(folder, rows)), None)
-    assert [e.id for e in examples] == ["33471", "000-1", "text", "5"]
-    assert [e.turns[0].question for e in examples] == ["what?", "what?", "hi", "a?"]
-    assert examples[2].image is None
-    assert examples[3].turns == (Turn("a?", "b"), Turn("c?", "d"))
-    assert examples[0].image.id == "llava/0.png"
-    assert not report.dropped
-
-
-def test_llava_ids_repeat_and_an_answer_may_come_first(folder):
-    first = {"from": "gpt", "value": "welcome"}
-    row = llava_row("7")
-    rows = [row, row, llava_row(7, conversations=[first, *row["conversations"]]), llava_row(None)]
-    examples, report = read_examples(settings(folder, write(folder, rows)), None)
-    assert [e.id for e in examples] == ["7", "7#2", "7#3", "3"]
-    assert {e.turns for e in examples} == {(Turn("what?", "a thing"),)}
-    assert not report.dropped
-
-
-def test_bad_rows_are_counted_with_their_reason(folder):
-    rows = [
-        llava_row(0),
-        llava_row(1, image="nowhere.png"),
-        llava_row(2, image="../data.json"),
-        llava_row(3, conversations=[]),
-        llava_row(4, conversations="hello"),
-        llava_row(5, conversations=[{"from": "human", "value": None}, {"from": "gpt", "value": "x"}]),
-        llava_row(6, conversations=[{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]),
-        "row",
-        llava_row(8, conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "  "}]),
-        llava_row(9, conversations=[{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]),
-        llava_row(9, conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "word " * 10_000}]),
-        llava_row(10, conversations=[{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]),
-        llava_row(11, value="half a pair: \ud800"),
-        llava_row(12, image=7),
-    ]
-    examples, report = read_examples(settings(folder, write(folder, rows)), None)
-    assert [e.id for e in examples] == ["0"]
-    assert Counter(d.reason for d in report.dropped) == {
-        "missing image": 1,
-        "path leaves the image folder": 1,
-        "no answered question": 2,
-        "malformed row": 3,
-        "malformed turn": 1,
-        "turns out of order": 2,
-        "empty answer": 1,
-        "answer over 2000 words": 1,
-        "text is not Unicode": 1,
-    }
-    assert report.bad_share == 13 / 14
-    assert report.kept["llava"] == 1
-    assert "row 1" in report.table()
+    return photo_folder(tmp_path)
 
 
 def test_too_many_bad_rows_stop_the_run(folder, recorder):
@@ -115,62 +26,11 @@ def test_too_many_bad_rows_stop_the_run(folder, recorder):
     log_report(report, Recorder(), settings(folder, max_bad_share=0.5))
 
 
-def test_malformed_json_names_the_line(folder):
-    with pytest.raises(DataError, match=r"data\.json, line 3, column \d+"):
-        read_examples(settings(folder, write(folder, '[\n{"id": 1},\n{"id": }\n]')), None)
-    with pytest.raises(DataError, match="not a list"):
-        read_examples(settings(folder, write(folder, {"a": 1})), None)
-    with pytest.raises(DataError, match="cannot be read"):
-        read_examples(settings(folder, {"kind": "llava", "path": str(folder / "none.json")}), None)
-
-
-def test_json_of_any_other_fault(folder):
-    path = folder / "data.json"
-    source = {"kind": "llava", "path": str(path)}
-    for content, said in {
-        b'[\n"\xff"]': "line 2: not UTF-8",
-        b"[" * 100_000: "cannot be read",
-        b"[" + b"9" * 5000 + b"]": "cannot be read",
-        b"": "line 1, column 1",
-    }.items():
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=said):
-            read_examples(settings(folder, source), None)
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([llava_row(1)]).encode())
-    assert len(read_examples(settings(folder, source), None)[0]) == 1
-
-
 def test_nothing_to_read_is_said(folder, recorder):
     chosen = settings(folder, write(folder, []))
     _, report = read_examples(chosen, None)
     with pytest.raises(DataError, match="the data has no rows"):
         log_report(report, recorder, chosen)
-
-
-def test_captions_with_commas_and_quotes(folder):
-    rows = 'image,caption\n0.png,a dog, running\n1.png,"a dog, ""running"""\n2.png\n"3.png","two\nlines"\n'
-    (folder / "c.csv").write_text(rows)
-    examples, report = read_examples(settings(folder, {"kind": "captions", "path": str(folder / "c.csv")}), None)
-    assert [e.turns[0].answer for e in examples] == ['a dog, "running"', "two\nlines"]
-    assert [(d.where, d.reason.split(" (")[0]) for d in report.dropped] == [
-        ("c.csv, line 2", "more values than columns"),
-        ("c.csv, line 4", "malformed row"),
-    ]
-    (folder / "c.csv").write_text('image,caption\n0.png,a\n1.png,"never closed\n' + "2.png,b\n" * 9)
-    with pytest.raises(DataError, match="line 3 and after"):
-        read_examples(settings(folder, {"kind": "captions", "path": str(folder / "c.csv")}), None)
-    (folder / "c.csv").write_bytes(b"image,caption\n0.png,caf\xe9\n")
-    with pytest.raises(DataError, match="not UTF-8"):
-        read_examples(settings(folder, {"kind": "captions", "path": str(folder / "c.csv")}), None)
-
-
-def test_captions_empty_spaces_and_endless(folder):
-    rows = [("0.png", "a dog"), ("0.png", ""), ("1.png", "   "), ("2.png", "w " * 10_000), ("x.png", "a cat")]
-    examples, report = read_examples(settings(folder, captions(folder, rows)), None)
-    assert [e.turns for e in examples] == [(Turn("", "a dog"),)]
-    assert Counter(d.reason for d in report.dropped)["empty answer"] == 2
-    with pytest.raises(DataError, match=r"has no column 'caption'; it has image, text"):
-        read_examples(settings(folder, captions(folder, [], header="image,text")), None)
 
 
 def test_split_is_by_image_never_by_caption(folder):
@@ -229,19 +89,6 @@ def test_sources_need_names_of_their_own_and_paths(folder):
         read_examples(settings(folder, {**source, "images": ""}), None)
 
 
-def test_karpathy_brings_its_splits(folder):
-    images = [
-        {"filename": f"{i}.png", "split": split, "sentences": [{"raw": "one"}, {"raw": "two"}]}
-        for i, split in enumerate(["train", "restval", "val", "test"])
-    ]
-    path = folder / "dataset.json"
-    path.write_text(json.dumps({"images": [*images, {"filename": "9.png", "split": "?"}]}))
-    examples, report = read_examples(settings(folder, {"kind": "karpathy", "path": str(path)}), None)
-    assert [e.split for e in examples[::2]] == ["train", "train", "validation", "test"]
-    assert len(examples) == 8
-    assert [d.reason for d in report.dropped] == ["malformed row"]
-
-
 def test_mixture_follows_the_weights(folder):
     first = captions(folder, [(f"{i}.png", f"a {i}") for i in range(10)], "first.csv")
     second = captions(folder, [(f"{i}.png", f"b {i}") for i in range(10, 20)], "second.csv")
@@ -270,12 +117,3 @@ def test_most_images_of_a_source(folder):
     assert len({e.image.id for e in examples}) == 7
     assert report.kept["captions"] == 14
     assert not report.dropped
-
-
-@pytest.mark.real
-def test_real_captions(real_photos):
-    source = {"kind": "captions", "path": str(real_photos / "captions.csv"), "images": str(real_photos / "images")}
-    examples, report = read_examples(settings(real_photos, source, test_images=100), None)
-    assert len(examples) == 4000
-    assert not report.dropped
-    assert len({e.image.id for e in examples if e.split == "test"}) == 100

@@ -11,7 +11,7 @@ from conftest import Recorder
 
 from mmphi.data.read import read_examples
 from mmphi.data.scene_drawing import draw
-from mmphi.data.scene_text import CELLS, DESCRIBE, caption, corpus_texts, grid, questions, yes_no
+from mmphi.data.scene_text import CELLS, WHICH_COLORS, WHICH_SHAPES, caption, corpus_texts, grid, questions, yes_no
 from mmphi.data.scenes import COLORS, RELATIONS, SHAPES, combinations, held_out, sample, scenes
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.settings import ScenesSettings, Settings
@@ -90,6 +90,14 @@ def test_unseen_combinations_are_in_no_training_image_and_no_text(drawn):
         assert not {answer for _, answer in json.loads(line)["turns"]} & forbidden
 
 
+def test_every_part_of_what_is_unseen_is_seen_elsewhere():
+    """The test asks for new combinations of known things, not for new things."""
+    unseen = held_out(0.15, 0)
+    seen = [c for c in combinations() if c not in unseen]
+    for place in range(3):
+        assert {c[place] for c in unseen} <= {c[place] for c in seen}
+
+
 def test_scenes_come_back_through_the_llava_reader(drawn):
     examples, report = read_examples(SMALL, drawn)
     assert not report.dropped
@@ -128,6 +136,11 @@ def test_answers_are_true():
                 assert turn.answer == scene.big.color
             if turn.question.startswith("where is the") and scene.big.kind in turn.question:
                 assert turn.answer == f"{scene.relation} the {scene.small.kind}"
+            if turn.question == WHICH_SHAPES:
+                assert turn.answer == f"a big {scene.big.shape} {scene.relation} a small {scene.small.shape}"
+            if turn.question == WHICH_COLORS:
+                assert turn.answer.split()[2] == scene.big.color
+                assert turn.answer.split()[-2] == scene.small.color
             if turn.question.startswith("is there"):
                 there = turn.question.removeprefix("is there a ").rstrip("?") in (scene.big.kind, scene.small.kind)
                 assert turn.answer == ("yes" if there else "no")
