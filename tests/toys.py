@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -61,6 +62,8 @@ TOYS = {
 if __name__ == "__main__":
     from mmphi.cli import parse
 
+    # A shell in the background, as continuous integration may be, starts its commands deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options, overrides = parse(sys.argv[2:])
     found = Pipeline(TOYS).build(sys.argv[1], load_settings("tiny", overrides), force="force" in options)
     print(json.dumps({"run_id": found.run_id, "path": str(found.path), "metrics": dict(found.metrics)}))
