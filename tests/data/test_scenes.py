@@ -11,7 +11,17 @@ from conftest import Recorder
 
 from mmphi.data.read import read_examples
 from mmphi.data.scene_drawing import draw
-from mmphi.data.scene_text import CELLS, WHICH_COLORS, WHICH_SHAPES, caption, corpus_texts, grid, questions, yes_no
+from mmphi.data.scene_text import (
+    CELLS,
+    DESCRIBE,
+    WHICH_COLORS,
+    WHICH_SHAPES,
+    caption,
+    corpus_texts,
+    grid,
+    questions,
+    yes_no,
+)
 from mmphi.data.scenes import COLORS, RELATIONS, SHAPES, combinations, held_out, sample, scenes
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.settings import ScenesSettings, Settings
