@@ -199,6 +199,7 @@ class ProjectorSettings(TrainingSettings):
     width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
     activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
     norm: bool = setting(False, "normalise every feature vector before the first layer")
+    dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
     sample_images: int = setting(
         8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
     )
@@ -213,6 +214,8 @@ class EvaluateSettings(Section):
     batch_size: int = setting(32, "answers generated at once", unit="answers", matters=False, ge=1)
     checkpoint: str = setting("final", "final, or the step of a kept checkpoint")
     yes_no: int = setting(200, "POPE-style yes/no questions; 0 asks none", unit="questions", ge=0)
+    candidates: int = setting(1, "captions sampled, of which the most agreed on is taken; 1 is greedy", ge=1)
+    temperature: float = setting(0.5, "of sampled candidates", gt=0)
 
 
 class Settings(Section):

@@ -13,9 +13,10 @@ from mmphi.data.records import Example, ImageRef
 from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.evaluation.captioning import bleu4, cider
+from mmphi.evaluation.consensus import consensus
 from mmphi.evaluation.grounding import Scores, grounding
 from mmphi.evaluation.yes_no import ask, score
-from mmphi.models.multimodal import Answer
+from mmphi.models.generation import Answer
 from mmphi.settings import EvaluateSettings
 from mmphi.stage import Tracker
 
@@ -29,6 +30,16 @@ class Speaks(Scores, Protocol):
         self, prompts: Sequence[tuple[ImageRef | None, str]], max_new_tokens: int = 48, batch_size: int = 32
     ) -> list[Answer]:
         """Answers to questions about images."""
+
+    def sample(
+        self,
+        prompts: Sequence[tuple[ImageRef | None, str]],
+        count: int,
+        temperature: float,
+        max_new_tokens: int = 48,
+        batch_size: int = 32,
+    ) -> list[list[Answer]]:
+        """Several answers to each question."""
 
 
 def evaluate_model(
@@ -81,7 +92,7 @@ def _captions(
     firsts = [group[0] for group in of_image.values()]
     references = [[e.turns[0].answer for e in group] for group in of_image.values()]
     prompts = [(e.image, e.turns[0].question) for e in firsts]
-    answers = model.generate(prompts, chosen.max_new_tokens, chosen.batch_size)
+    answers = _say(model, prompts, chosen)
     said = [a.text for a in answers]
     metrics = {
         "ended": sum(a.ended for a in answers) / len(answers),
@@ -105,6 +116,16 @@ def _captions(
     tracker.table(f"{prefix}_predictions", rows[: 4 * SHOWN], image="image")
     tracker.figure(f"{prefix}_predictions", picture(rows[:SHOWN]))
     return metrics
+
+
+def _say(model: Speaks, prompts: Sequence[tuple[ImageRef | None, str]], chosen: EvaluateSettings) -> list[Answer]:
+    """Greedy captions, or those that several samples agree on."""
+    length, batch_size = chosen.max_new_tokens, chosen.batch_size
+    if chosen.candidates == 1:
+        return model.generate(prompts, length, batch_size)
+    drawn = model.sample(prompts, chosen.candidates, chosen.temperature, length, batch_size * 4)
+    best = consensus([[a.text for a in group] for group in drawn])
+    return [group[k] for group, k in zip(drawn, best, strict=True)]
 
 
 def picture(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:

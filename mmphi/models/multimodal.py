@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mmphi.data.packing import Pack, packs, to_device
 from mmphi.data.records import Example, ImageRef
-from mmphi.data.sequences import encode, join
+from mmphi.data.sequences import Sample, encode, join
 from mmphi.errors import ModelError
+from mmphi.models.generation import Answer, answers_to
 
 if TYPE_CHECKING:
     from mmphi.data.features import ImageFeatures
@@ -115,19 +116,6 @@ class PackedModel(nn.Module):
         return F.cross_entropy(self.logits(rows).float(), rows["targets"], reduction="sum")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the model said.
-
-    Attributes:
-        text: Without special tokens, stripped.
-        ended: Whether it ended by itself, before the longest answer allowed.
-    """
-
-    text: str
-    ended: bool
-
-
 class Multimodal:
     """Image and text in, text out: language model, projector and features joined.
 
@@ -192,7 +180,6 @@ class Multimodal:
             tokens += len(pack["targets"])
         return nats, tokens
 
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[tuple[ImageRef | None, str]], max_new_tokens: int = 48, batch_size: int = 32
     ) -> list[Answer]:
@@ -206,7 +193,48 @@ class Multimodal:
         Returns:
             One answer per prompt, in order.
         """
-        samples = [
+        found = answers_to(self, self._prompts(prompts), batch_size, max_new_tokens=max_new_tokens, do_sample=False)
+        return [answer for (answer,) in found]
+
+    def sample(
+        self,
+        prompts: Sequence[tuple[ImageRef | None, str]],
+        count: int,
+        temperature: float,
+        max_new_tokens: int = 48,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> list[list[Answer]]:
+        """Draw several answers to each question.
+
+        Args:
+            prompts: An image or none, and a question (empty for a caption).
+            count: Answers to each.
+            temperature: The logits are divided by it; near 0 all answers are the greedy one.
+            max_new_tokens: Longest answer, in tokens.
+            batch_size: Answers generated at once.
+            seed: Equal seeds (and batch sizes) give equal answers; the caller's random state is left as it was.
+
+        Returns:
+            ``count`` answers per prompt, in order.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return answers_to(
+                self,
+                self._prompts(prompts),
+                max(1, batch_size // count),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                num_return_sequences=count,
+                temperature=temperature,
+                top_k=0,  # The whole distribution, whatever the model's own generation settings say.
+                top_p=1.0,
+            )
+
+    def _prompts(self, prompts: Sequence[tuple[ImageRef | None, str]]) -> list[Sample]:
+        return [
             join(
                 self.language.prompt.parts([(question, None)], image=image is not None),
                 image,
@@ -214,39 +242,3 @@ class Multimodal:
             )
             for image, question in prompts
         ]
-        # Alike lengths together: less padding, and the answers go back to their places.
-        order = sorted(range(len(samples)), key=lambda i: len(samples[i]))
-        answers: dict[int, Answer] = {}
-        for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            answers.update(zip(chosen, self._generate([samples[i] for i in chosen], max_new_tokens), strict=True))
-        return [answers[i] for i in range(len(samples))]
-
-    def _generate(self, samples: Sequence[Any], max_new_tokens: int) -> list[Answer]:
-        tokenizer, longest = self.language.tokenizer, max(map(len, samples))
-        ids = torch.zeros(len(samples), longest, dtype=torch.long)
-        mask, image_mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            begin = longest - len(sample)
-            ids[row, begin:] = torch.from_numpy(sample.input_ids)
-            mask[row, begin:] = 1
-            first = begin + sample.image_start
-            image_mask[row, first : first + sample.image_tokens] = True
-        images = [s.image for s in samples if s.image is not None]
-        features = self.features.get(images) if images and self.features else torch.zeros(0, 1, 1)
-        embeddings = self.packed.embed(ids.to(self.device), image_mask.to(self.device), features.to(self.device))
-        eos = tokenizer.eos_token_id
-        tokens = self.language.model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask.to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )
-        answers = []
-        for row in tokens.tolist():
-            ended = eos in row
-            text = row[: row.index(eos)] if ended else row
-            answers.append(Answer(tokenizer.decode(text, skip_special_tokens=True).strip(), ended))
-        return answers

@@ -30,6 +30,7 @@ class ProjectorConfig:
         width: Width of the layers between; 0 takes ``output_width``.
         activation: Between the layers.
         norm: Whether every feature vector is normalised first (towers without a final norm).
+        dropout: Share of each linear layer's inputs dropped in training.
     """
 
     input_width: int
@@ -38,6 +39,7 @@ class ProjectorConfig:
     width: int = 0
     activation: Activation = "gelu"
     norm: bool = False
+    dropout: float = 0.0
 
 
 class Projector(nn.Module):
@@ -55,6 +57,8 @@ class Projector(nn.Module):
         for i in range(config.layers):
             if i:
                 modules.append(ACTIVATIONS[config.activation]())
+            if config.dropout:
+                modules.append(nn.Dropout(config.dropout))
             modules.append(nn.Linear(widths[i], widths[i + 1]))
         self.layers = nn.Sequential(*modules)
 

@@ -74,7 +74,13 @@ def run(ctx: Context) -> Mapping[str, float]:
     torch.manual_seed(settings.seed)
     projector = Projector(
         ProjectorConfig(
-            features.width, language.width, chosen.layers, chosen.width, chosen.activation, norm=chosen.norm
+            features.width,
+            language.width,
+            chosen.layers,
+            chosen.width,
+            chosen.activation,
+            norm=chosen.norm,
+            dropout=chosen.dropout,
         )
     )
     model = Multimodal(language, projector, features, chosen.max_length)

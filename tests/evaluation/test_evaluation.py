@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy, parse
 from mmphi.evaluation.captioning import bleu4, cider, words
+from mmphi.evaluation.consensus import consensus
 from mmphi.evaluation.evaluate import evaluate_model
 from mmphi.evaluation.grounding import grounding, shuffled_images
 from mmphi.evaluation.yes_no import Question, ask, score
-from mmphi.models.multimodal import Answer
+from mmphi.models.generation import Answer
 from mmphi.settings import EvaluateSettings
 
 REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
@@ -45,6 +47,22 @@ def test_bleu_is_sacrebleus():
     assert bleu4([r[0] for r in REFERENCES], REFERENCES) == pytest.approx(100.0)
 
 
+def test_consensus_is_the_best_choice_of_all():
+    """Against every choice there is, each scored with all candidates as references."""
+    candidates = [
+        ["a cat sleeps on a red chair", "a dog runs in the snow", "a dog runs over the snow", "a dog plays in snow"],
+        ["two men sit on a bench", "two men sit outside", "a boat on the sea", "two women sit on a bench"],
+    ]
+    choices = list(product(range(4), repeat=2))
+    gains = [cider([candidates[0][a], candidates[1][b]], candidates) for a, b in choices]
+    assert tuple(consensus(candidates)) == choices[gains.index(max(gains))]
+    assert consensus(candidates) != [0, 2]
+
+
+def test_consensus_takes_what_most_say_and_the_first_among_equals():
+    assert consensus([["x y z w", "a dog runs", "a dog runs", "a dog jumps"], ["", "two men", "", "two men"]]) == [1, 1]
+
+
 def test_attributes():
     drawn = {"color1": "red", "shape1": "circle", "relation": "left of", "color2": "blue", "shape2": "square"}
     right = "a big red circle left of a small blue square"
@@ -69,6 +87,11 @@ class Fake:
 
     def generate(self, prompts, max_new_tokens=48, batch_size=32):
         return [Answer("yes" if "is there" in q else self.captions[i.id], i.id != "photos/0.jpg") for i, q in prompts]
+
+    def sample(self, prompts, count, temperature, max_new_tokens=48, batch_size=32):
+        """The right caption in all samples but the first."""
+        wrong = Answer(f"{temperature} of nothing", ended=False)
+        return [[wrong] + [Answer(self.captions[i.id], ended=True)] * (count - 1) for i, _ in prompts]
 
 
 def test_grounding_gain_is_the_difference():

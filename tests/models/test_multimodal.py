@@ -37,6 +37,39 @@ def test_batched_answers_equal_single_ones(model):
     assert len({a.text for a in single}) > 1
 
 
+def test_samples_are_repeatable_and_near_zero_greedy(model):
+    greedy = model.generate(PROMPTS, max_new_tokens=8)
+    cold = model.sample(PROMPTS, 2, 1e-4, max_new_tokens=8)
+    assert cold == [[answer, answer] for answer in greedy]
+    state = torch.get_rng_state()
+    warm = model.sample(PROMPTS, 3, 1.0, max_new_tokens=8, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [len(group) for group in warm] == [3] * len(PROMPTS)
+    assert len({answer.text for answer in warm[0]}) > 1
+    assert model.sample(PROMPTS, 3, 1.0, max_new_tokens=8, seed=1) == warm
+    assert model.sample(PROMPTS, 3, 1.0, max_new_tokens=8, seed=2) != warm
+
+
+def test_samples_follow_the_models_distribution(model):
+    """First tokens of many samples against the softmax of the logits, divided by the temperature."""
+    image, question = PROMPTS[1]
+    language = model.language
+    drawn = [a.text for a in model.sample([(image, question)], 400, 0.7, max_new_tokens=1, batch_size=400)[0]]
+    from mmphi.data.sequences import join
+
+    sample = join(language.prompt.parts([(question, None)], image=True), image, 4)
+    ids = torch.from_numpy(sample.input_ids).long()[None]
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, sample.image_start : sample.image_start + 4] = True
+    with torch.inference_mode():
+        embeddings = model.packed.embed(ids, mask, model.features.get([image]))
+        chances = (language.model(inputs_embeds=embeddings).logits[0, -1] / 0.7).softmax(-1)
+    likeliest = chances[:256].argmax()
+    text = language.tokenizer.decode([int(likeliest)], skip_special_tokens=True).strip()
+    share = sum(d == text for d in drawn) / len(drawn)
+    assert share == pytest.approx(float(chances[likeliest]), abs=0.08)
+
+
 def test_generation_equals_a_plain_greedy_loop(model):
     """Without cache, padding or generate(): the arg max of the whole sequence's logits, token by token."""
     language = model.language

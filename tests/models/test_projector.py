@@ -31,6 +31,23 @@ def test_two_layers_are_llavas():
     torch.testing.assert_close(projector(features), expected)
 
 
+def test_dropout_before_every_layer_and_only_in_training():
+    torch.manual_seed(0)
+    projector = Projector(ProjectorConfig(600, 10, dropout=0.5))
+    inputs: list[torch.Tensor] = []
+    for layer in projector.layers:
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    features = torch.ones(40, 600)
+    projector(features)
+    assert 0.4 < float((inputs[0] == 0).float().mean()) < 0.6
+    assert float((inputs[1] == 0).float().mean()) > 0.2
+    assert torch.equal(inputs[0][inputs[0] > 0].unique(), torch.tensor([2.0]))
+    projector.eval()
+    assert torch.equal(projector(features), projector(features))
+    assert torch.equal(inputs[2], features)
+
+
 def test_arithmetic_is_fp32_even_under_autocast():
     projector = Projector(ProjectorConfig(6, 10))
     features = torch.randn(4, 6)

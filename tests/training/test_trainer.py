@@ -22,11 +22,13 @@ from mmphi.training.trainer import train
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
 
 
-def run(folder: Path, recorder: Recorder | None = None, validate=None, seed: int = 0, **changes) -> Projector:
+def run(
+    folder: Path, recorder: Recorder | None = None, validate=None, seed: int = 0, dropout: float = 0.0, **changes
+) -> Projector:
     """Train a projector for a few steps, always from the same beginning."""
     language = tiny_language()
     torch.manual_seed(1)
-    projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
+    projector = Projector(ProjectorConfig(RandomFeatures.width, 32, dropout=dropout))
     model = PackedModel(language.model, projector)
     samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
     settings = TrainingSettings(**{"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, **changes})
@@ -83,9 +85,10 @@ def test_loss_is_per_supervised_token_of_the_step(tmp_path, recorder):
     assert recorder.series("train/loss")[1] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_resumed_equals_straight_to_the_bit(tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumed_equals_straight_to_the_bit(tmp_path, dropout):
     straight, resumed = Recorder(), Recorder()
-    expected = run(tmp_path / "straight", straight)
+    expected = run(tmp_path / "straight", straight, dropout=dropout)
 
     def stop_after_three(step: int):
         if step == 3:
@@ -93,10 +96,10 @@ def test_resumed_equals_straight_to_the_bit(tmp_path):
         return {"val/loss": 1.0}
 
     with pytest.raises(Stopped, match="step"):
-        run(tmp_path / "cut", Recorder(), validate=stop_after_three, eval_every=1)
+        run(tmp_path / "cut", Recorder(), validate=stop_after_three, eval_every=1, dropout=dropout)
     done = complete_checkpoints(tmp_path / "cut")
     assert [p.name for p in done] == ["checkpoint-4"]
-    assert torch.equal(weights(run(tmp_path / "cut", resumed)), weights(expected))
+    assert torch.equal(weights(run(tmp_path / "cut", resumed, dropout=dropout)), weights(expected))
     for step, loss in straight.series("train/loss").items():
         assert resumed.series("train/loss")[step] == loss  # earlier steps are recorded again in the new run
 

@@ -1,0 +1,75 @@
+"""Answers in batches: prompts of different lengths padded on the left, images at their places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmphi.data.sequences import Sample
+
+if TYPE_CHECKING:
+    from mmphi.models.multimodal import Multimodal
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: Without special tokens, stripped.
+        ended: Whether it ended by itself, before the longest answer allowed.
+    """
+
+    text: str
+    ended: bool
+
+
+@torch.inference_mode()
+def answers_to(model: Multimodal, prompts: Sequence[Sample], batch_size: int, **how: Any) -> list[list[Answer]]:
+    """Answers to prompts, one or more of each.
+
+    Args:
+        model: Who answers.
+        prompts: Tokens with places for image features.
+        batch_size: Prompts at once.
+        **how: Goes to transformers' ``generate``.
+
+    Returns:
+        The answers to each prompt, in order.
+    """
+    # Alike lengths together: less padding, and the answers go back to their places.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, list[Answer]] = {}
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        answers.update(zip(chosen, _batch(model, [prompts[i] for i in chosen], how), strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _batch(model: Multimodal, prompts: Sequence[Sample], how: dict[str, Any]) -> list[list[Answer]]:
+    tokenizer, longest, device = model.language.tokenizer, max(map(len, prompts)), model.device
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask, image_mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        begin = longest - len(prompt)
+        ids[row, begin:] = torch.from_numpy(prompt.input_ids)
+        mask[row, begin:] = 1
+        first = begin + prompt.image_start
+        image_mask[row, first : first + prompt.image_tokens] = True
+    images = [p.image for p in prompts if p.image is not None]
+    features = model.features.get(images) if images and model.features else torch.zeros(0, 1, 1)
+    embeddings = model.packed.embed(ids.to(device), image_mask.to(device), features.to(device))
+    eos = tokenizer.eos_token_id
+    tokens = model.language.model.generate(
+        inputs_embeds=embeddings, attention_mask=mask.to(device), eos_token_id=eos, pad_token_id=eos, **how
+    )
+    answers = []
+    for row in tokens.tolist():
+        ended = eos in row
+        text = row[: row.index(eos)] if ended else row
+        answers.append(Answer(tokenizer.decode(text, skip_special_tokens=True).strip(), ended))
+    each = len(answers) // len(prompts)
+    return [answers[i : i + each] for i in range(0, len(answers), each)]
