@@ -1,3 +1,62 @@
-"""mmphi makes a causal language model read images and audio, one tracked experiment at a time."""
+"""mmphi makes a causal language model read images and audio, one tracked experiment at a time.
+
+>>> model = mmphi.load("RUN, FOLDER or models:/NAME/1")
+>>> model.ask("what is this?", "photo.jpg")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmphi.models.multimodal import Multimodal
+    from mmphi.pipeline.stage import Result
 
 __version__ = "0.1.0"
+__all__ = ["build", "load"]
+
+
+def load(model: str | Path, *, device: str = "", language: str = "", precision: str = "") -> Multimodal:
+    """A trained model with all that it is joined from; models of one process share what they have in common.
+
+    Args:
+        model: Folder, id of a run, or registered model (``models:/NAME/VERSION``) of a stage that ends in a model.
+        device: Where it goes, ``cpu`` or ``cuda:0``; this process's accelerator where left out, else the CPU.
+        language: Folder or hub name of its language model, where that has moved.
+        precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit`` for the language model; as it was trained where left out.
+
+    Raises:
+        ModelError: If a part cannot be had, or is not what it was.
+        StoreError: If there is no such run or registered model.
+    """
+    from pathlib import Path
+
+    import torch
+
+    from mmphi.models.bundle import load_bundle
+    from mmphi.pipeline.resources import PROCESS
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        from mmphi.tracking.store import Store
+
+        folder = Store().model_folder(str(model))
+    place = torch.device(device) if device else None
+    return load_bundle(folder, device=place, language=language, precision=precision, once=PROCESS.once)
+
+
+def build(stage: str, preset: str = "tiny", **settings: Any) -> Result:
+    """Build a stage, or take its finished result from the store.
+
+    Args:
+        stage: ``projector``, ``evaluate``, ...
+        preset: Name of a file in ``experiments/``, or a path.
+        **settings: Settings to change; a dot is written as two underscores: ``vision__pool=2``.
+    """
+    from mmphi.pipeline.build import Pipeline
+    from mmphi.stages import STAGES, load_settings
+
+    overrides = {name.replace("__", "."): str(value) for name, value in settings.items()}
+    return Pipeline(STAGES).build(stage, load_settings(preset, overrides, stage))

@@ -15,7 +15,7 @@ import mmphi.benchmarks
 from mmphi.errors import MmphiError, SettingsError, Stopped
 
 if TYPE_CHECKING:
-    from mmphi.settings import Settings
+    from mmphi.stages import Settings
 
 TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
 LABEL_CHARACTERS = 80
@@ -48,8 +48,8 @@ def usage() -> str:
 
 def benchmarks() -> list[str]:
     """Names of the benchmarks there are."""
-    found = (module.name for module in pkgutil.iter_modules(mmphi.benchmarks.__path__))
-    return [name for name in found if not name.startswith("_")]
+    names = (module.name for module in pkgutil.iter_modules(mmphi.benchmarks.__path__))
+    return [name for name in names if not name.startswith("_")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after an error that a person can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     with _terminable() as terminated:
         try:
-            return _command(given)
+            return _command(words)
         except MmphiError as error:
             print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
@@ -89,17 +89,17 @@ def _terminable() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _command(given: list[str]) -> int:
-    if not given or given[0] in ("-h", "--help", "help"):
+def _command(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    name, *rest = given
+    name, *rest = words
     if name == "benchmark":
         return _benchmark(rest)
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
-        from mmphi.complaints import nearest
+        from mmphi.settings.messages import nearest
 
         near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark"])
         raise SettingsError(
@@ -107,7 +107,7 @@ def _command(given: list[str]) -> int:
         )
     options, overrides = parse(rest)
     preset = options.get("preset", "tiny")
-    from mmphi.config import load_settings
+    from mmphi.stages import load_settings
 
     if "help" in options:
         from mmphi.describe import STATUS_HELP, stage_help
@@ -174,14 +174,21 @@ def _benchmark(rest: list[str]) -> int:
 
 
 def _stage(name: str, settings: Settings, overrides: Mapping[str, str], *, force: bool, no_build: bool) -> int:
-    from mmphi.config import AS_PRESET
     from mmphi.describe import ending
-    from mmphi.pipeline import Pipeline
+    from mmphi.pipeline.build import Pipeline
+    from mmphi.settings.presets import AS_PRESET
     from mmphi.stages import STAGES
 
     label = " ".join(f"{key}={value}" for key, value in overrides.items() if value != AS_PRESET)
     pipeline = Pipeline(STAGES)
-    result = pipeline.build(name, settings, force=force, no_build=no_build, label=label[:LABEL_CHARACTERS])
+    result = pipeline.build(
+        name,
+        settings,
+        force=force,
+        no_build=no_build,
+        label=label[:LABEL_CHARACTERS],
+        run=os.environ.get("MLFLOW_RUN_ID", ""),  # Set by `mlflow run`.
+    )
     if os.environ.get("RANK", "0") == "0":
         print(ending(result, pipeline.store))
     return 0

@@ -6,17 +6,17 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from mmphi.fields import all_fields, field_of, leaves
-from mmphi.manifest import total_bytes
-from mmphi.pipeline import Pipeline
-from mmphi.settings import Settings
-from mmphi.stage import Result
-from mmphi.stages import STAGES
+from mmphi.pipeline.manifest import total_bytes
+from mmphi.pipeline.plan import Plan
+from mmphi.pipeline.stage import Result
+from mmphi.settings.fields import all_fields, canonical, leaves
+from mmphi.settings.view import covered
+from mmphi.stages import STAGES, Settings
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from mmphi.tracking import Store
+    from mmphi.tracking.search import RunStore as Store
 
 STATUS_HELP = """usage: mmphi status [--preset NAME] [--KEY VALUE ...]
 
@@ -24,31 +24,30 @@ The stages as a graph: finished with run, time and size, or missing with what bu
 
 
 def stage_help(name: str, settings: Settings) -> str:
-    """Every setting that matters to a stage or to what it is built on, with type, value, unit and meaning."""
-    stage = STAGES[name]
-    order = Pipeline(STAGES).order(name, settings)
-    sections = list(dict.fromkeys([*stage.sections, *(s for each in reversed(order) for s in STAGES[each].sections)]))
+    """Every setting that a stage or what it is built on may read, with type, value, unit and meaning."""
+    stage, plan = STAGES[name], Plan(STAGES)
+    order = plan.order(name, settings)
+    declared = [*stage.declared, *(d for each in reversed(order) for d in STAGES[each].declared)]
+    sections = dict.fromkeys([name, *(d.partition(".")[0] for d in declared)])
     lines = [
         f"mmphi {name}: {stage.help}",
         f"built on: {', '.join(each for each in order if each != name) or 'nothing'}",
         "",
         f"Values in brackets are those of the preset {settings.name}. Settings marked * change no result, and no key.",
         "--preset, --force and --no-build: see mmphi --help.",
-        "",
-        *_lines("seed", settings),
     ]
     for section in sections:
         own = section == name
         lines += ["", f"{section}, its own section, which may be left out:" if own else f"{section}:"]
-        lines += _lines(section, settings, own)
+        lines += _lines(section, settings, declared, own)
     return "\n".join(lines)
 
 
-def _lines(section: str, settings: Settings, own: bool = False) -> list[str]:
+def _lines(section: str, settings: Settings, declared: list[str], own: bool = False) -> list[str]:
     values = settings.model_dump()
     rows = []
-    for name, field in all_fields().items():
-        if name.partition(".")[0] != section:
+    for name, field in all_fields(type(settings)).items():
+        if name.partition(".")[0] != section or not (own or covered(name, declared)):
             continue
         item = ".N." in name
         shown = field.default if item else _value(values, name)
@@ -69,56 +68,57 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        set_here = [f"{k}={v}" for k, v in leaves(value, "") if (f := field_of(f"data.sources{k}")) and v != f.default]
-        return ", ".join(set_here) if value and isinstance(value[0], dict) else json.dumps(value)
+        fields = all_fields(Settings)
+        changed = [
+            f"{k}={v}"
+            for k, v in leaves(value, "")
+            if (f := fields.get(canonical(f"data.sources{k}"))) and v != f.default
+        ]
+        return ", ".join(changed) if value and isinstance(value[0], dict) else json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value) or '""'
 
 
 def status(settings: Settings) -> str:
     """The stages as a graph: finished with run and time, or missing with what building would cost."""
-    pipeline = Pipeline(STAGES)
+    plan = Plan(STAGES)
     drawn: set[str] = set()
     rows: list[tuple[str, str]] = []
 
     def draw(name: str, before: str, branch: str) -> None:
-        rows.append((f"{before}{branch}{name}", "(above)" if name in drawn else _state(pipeline, name, settings)))
+        rows.append((f"{before}{branch}{name}", "(above)" if name in drawn else _state(plan, name, settings)))
         if name in drawn:
             return
         drawn.add(name)
         inner = before + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
-        upstream = STAGES[name].upstream(settings)
+        upstream = plan.upstream(name, settings)
         for each in upstream:
             draw(each, inner, "└─ " if each == upstream[-1] else "├─ ")
 
-    needed = {each for stage in STAGES.values() for each in stage.upstream(settings)}
-    for name in STAGES:
-        if name not in needed:
-            draw(name, "", "")
-    for name in STAGES:
-        if name not in drawn:  # Nothing here needs it.
+    needed = {each for name in STAGES for each in plan.upstream(name, settings)}
+    for name in sorted(STAGES, key=lambda name: name in needed):
+        if name not in drawn:
             draw(name, "", "")
     width = max(len(name) for name, _ in rows)
-    return "\n".join([f"{settings.name}, in {pipeline.store.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)])
+    return "\n".join([f"{settings.name}, in {plan.store.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)])
 
 
-def _state(pipeline: Pipeline, name: str, settings: Settings) -> str:
-    store, key = pipeline.store, pipeline.key(name, settings)
-    run = store.result(key)
+def _state(plan: Plan, name: str, settings: Settings) -> str:
+    store, key = plan.store, plan.key(name, settings)
+    run = next(store.results(key), None)
     if run:
         return f"finished  run {run.info.run_id}, {ago(run.info.end_time)}{_took(run, store)}"
-    cost = STAGES[name].cost(settings)
+    cost = STAGES[name].cost(plan.view(name, settings))
     past = _seconds_before(store, name, settings.name)
     seconds = past if past is not None else cost.seconds
     took = f", about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
-    begun = any(store.search(key=key))
+    begun = next(store.search(key=key), None) is not None
     return f"{'begun' if begun else 'missing':<8}  would take {size(cost.disk_bytes)}{took}"
 
 
 def _seconds_before(store: Store, stage: str, preset: str) -> float | None:
     """How long the newest finished run of a stage took under a preset's name."""
-    runs = store.search(stage=stage, preset=preset)
-    took = (run.data.metrics.get("seconds") for run in runs if run.info.status == "FINISHED")
-    return next((seconds for seconds in took if seconds is not None), None)
+    run = next(store.search("FINISHED", stage=stage, preset=preset), None)
+    return run.data.metrics.get("seconds") if run else None
 
 
 def _took(run: Run, store: Store) -> str:
@@ -153,8 +153,8 @@ def size(count: float) -> str:
 def ending(result: Result, store: Store) -> str:
     """How a stage ended: its metrics, what it predicts, its run, and where to look at it."""
     lines = ["", *(f"  {name:<34} {value:.4g}" for name, value in sorted(result.metrics.items()))]
-    table = result.path / "test_predictions.json"
-    if table.exists():
+    tables = [each.path / "test_predictions.json" for each in (result, *result.after)]
+    for table in (path for path in tables if path.exists()):
         lines += ["", "What it now says of held-out images:", *predictions(json.loads(table.read_text()))]
     server = store.uri.startswith("http")
     opens = [] if server else [f"opened by  mlflow ui --backend-store-uri {store.uri} --host 127.0.0.1"]
@@ -173,9 +173,9 @@ def ending(result: Result, store: Store) -> str:
 def predictions(table: dict[str, Any], count: int = 6) -> list[str]:
     """What a table of predictions says, as lines; ``=`` marks those equal to their reference."""
     columns = table["columns"]
-    said, true = columns.index("prediction"), columns.index("reference")
+    prediction, reference = columns.index("prediction"), columns.index("reference")
     lines = []
     for row in table["data"][:count]:
-        same = row[said] == row[true]
-        lines += [f"  {'=' if same else ' '} {row[said]}", *([] if same else [f"      ({row[true]})"])]
+        same = row[prediction] == row[reference]
+        lines += [f"  {'=' if same else ' '} {row[prediction]}", *([] if same else [f"      ({row[reference]})"])]
     return lines

@@ -22,8 +22,12 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+from mmphi.data.encoded import encode_example
 from mmphi.data.records import Example, ImageRef, Turn
-from mmphi.models.prompt import Prompt
+from mmphi.pipeline.stage import Context, Stage
+from mmphi.settings.view import SettingsView
+from mmphi.stages import Settings
+from mmphi.text.prompt import Prompt
 
 FEATURE_TOKENS, FEATURE_WIDTH = 4, 12
 
@@ -61,10 +65,19 @@ def tiny_language(seed: int = 0, **changes: Any) -> Any:
 class RandomFeatures:
     """Features that depend on the image's name alone."""
 
-    tokens, width = FEATURE_TOKENS, FEATURE_WIDTH
+    tokens, width, digest = FEATURE_TOKENS, FEATURE_WIDTH, "random"
 
-    def __contains__(self, image_id: object) -> bool:
+    def __contains__(self, image: object) -> bool:
         return True
+
+    def prepare(self, images: object) -> None:
+        pass
+
+    def length(self, image: ImageRef) -> int:
+        return self.tokens
+
+    def rows(self, images: Sequence[ImageRef]) -> torch.Tensor:
+        return self.get(images).flatten(0, 1)
 
     def get(self, images: Sequence[ImageRef]) -> torch.Tensor:
         rows = torch.zeros(len(images), self.tokens, self.width, dtype=torch.float16)
@@ -75,8 +88,25 @@ class RandomFeatures:
 
 
 def example(number: int, answer: str, question: str = "", image: bool = True, split: Any = "train") -> Example:
-    ref = ImageRef(f"photos/{number}.jpg", Path(f"{number}.jpg")) if image else None
-    return Example(str(number), ref, (Turn(question, answer),), "photos", split)
+    refs = (ImageRef(f"photos/{number}.jpg", Path(f"{number}.jpg")),) if image else ()
+    return Example(str(number), refs, (Turn(question, answer),), "photos", split)
+
+
+def of_length(tokens: int = FEATURE_TOKENS) -> Callable[[ImageRef], int]:
+    """How many features an image has: always the same."""
+    return lambda _: tokens
+
+
+def encode(example: Example, prompt: Prompt, tokens: int, max_length: int) -> Any:
+    """An example as a sequence."""
+    return encode_example(example, prompt, of_length(tokens), max_length)
+
+
+def context(stage: Stage, folder: Path, settings: Settings, **given: Any) -> Context:
+    """What a stage's function is given, with a tracker that keeps what it is told."""
+    folder.mkdir(exist_ok=True, parents=True)
+    given = {"upstream": {}, "tracker": Recorder(), **given}
+    return Context(SettingsView(settings, stage.declared), folder, **given)
 
 
 @dataclass
@@ -102,6 +132,9 @@ class Recorder:
 
     def text(self, name: str, content: str) -> None:
         self.texts[name] = content
+
+    def checkpoint(self, folder: Path) -> None:
+        pass
 
     def tags(self, values: Mapping[str, str]) -> None:
         self.tagged.update(values)
@@ -130,7 +163,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def _database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tracking store's database without runs: making its tables takes seconds, copying it does not."""
-    from mmphi.tracking import Store
+    from mmphi.tracking.store import Store
 
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
     Store(f"sqlite:///{path}")

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from mmphi.config import load_settings
-from mmphi.pipeline import Pipeline
-from mmphi.stages import STAGES
+from mmphi.pipeline.build import Pipeline
+from mmphi.stages import STAGES, load_settings
 
 pytestmark = pytest.mark.real
 

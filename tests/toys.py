@@ -10,10 +10,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmphi.config import load_settings
-from mmphi.pipeline import Pipeline
-from mmphi.settings import Settings
-from mmphi.stage import Context, Stage
+from mmphi.pipeline.build import Pipeline
+from mmphi.pipeline.stage import Context, Stage
+from mmphi.stages import load_settings
+from mmphi.stages.pretrain import PretrainSettings
+from mmphi.stages.projector import ProjectorSettings
+from mmphi.stages.scenes import ScenesSettings
 
 CALLS: list[str] = []
 
@@ -21,9 +23,9 @@ CALLS: list[str] = []
 def draw(ctx: Context) -> Mapping[str, float]:
     CALLS.append("draw")
     (ctx.folder / "numbers").mkdir(exist_ok=True)
-    for i in range(ctx.settings.scenes.validation_images % 7):
+    for i in range(ctx.settings(ScenesSettings).validation_images % 7):
         (ctx.folder / "numbers" / f"{i}.txt").write_text(str(i))
-    return {"numbers": ctx.settings.scenes.validation_images % 7}
+    return {"numbers": ctx.settings(ScenesSettings).validation_images % 7}
 
 
 def train(ctx: Context) -> Mapping[str, float]:
@@ -31,7 +33,7 @@ def train(ctx: Context) -> Mapping[str, float]:
     CALLS.append("train")
     assert (ctx.upstream["draw"].path / "numbers").is_dir()
     begun = len(list(ctx.folder.glob("step-*")))
-    for step in range(begun, ctx.settings.projector.steps):
+    for step in range(begun, ctx.settings(ProjectorSettings).steps):
         (ctx.folder / f"step-{step}").write_text(str(step))
         ctx.tracker.metrics({"train/loss": 1 / (step + 1)}, step)
         if step == 2 and os.environ.get("TOY_HOLD"):
@@ -43,19 +45,15 @@ def train(ctx: Context) -> Mapping[str, float]:
     return {"begun_at": begun, "rank": int(os.environ.get("RANK", "0"))}
 
 
-def corpus(settings: Settings) -> dict[str, Path]:
-    return {f"pretrain.corpus.{i}": Path(p) for i, p in enumerate(settings.pretrain.corpus)}
-
-
 def read(ctx: Context) -> Mapping[str, float]:
     CALLS.append("read")
-    return {"bytes": sum(Path(p).stat().st_size for p in ctx.settings.pretrain.corpus)}
+    return {"bytes": sum(Path(p).stat().st_size for p in ctx.settings(PretrainSettings).corpus)}
 
 
 TOYS = {
     "draw": Stage("draw", 1, "draw numbers", ("scenes",), draw),
-    "train": Stage("train", 1, "train on them", ("projector",), train, upstream=lambda _: ("draw",)),
-    "read": Stage("read", 1, "read files", ("pretrain",), read, inputs=corpus),
+    "train": Stage("train", 1, "train on them", ("projector",), train, upstream=lambda _: ("draw",), trains=True),
+    "read": Stage("read", 1, "read files", ("pretrain",), read),
 }
 
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mmphi.data.digests import file_digest
+from mmphi.data.feature_writer import FeatureWriter
 from mmphi.data.features import FeatureStore
 from mmphi.data.records import ImageRef
 from mmphi.models.vision import Tower, load_tower
-from mmphi.settings import EmbedSettings, Settings, VisionSettings
-from mmphi.stage import Context
-from mmphi.stages.embed import embed
-from mmphi.tracking import SilentTracker
+from mmphi.settings import VisionSettings
+from mmphi.stages.embed import EmbedSettings, embed
 
 CONFIG = {
     "embed_dim": 64,
@@ -51,10 +51,12 @@ def plain(tower: Tower, images: Sequence[ImageRef]) -> torch.Tensor:
     return torch.cat(found).half()
 
 
-def staged(tower: Tower, images: Sequence[ImageRef], folder: Path, workers: int) -> Mapping[str, float]:
-    """What the stage does."""
-    settings = Settings(embed=EmbedSettings(workers=workers, batch_size=32))
-    return embed(Context(settings, folder, {}, SilentTracker()), images, tower)
+def staged(tower: Tower, images: Sequence[ImageRef], folder: Path, workers: int) -> None:
+    """What the stage does, digests included."""
+    chosen = EmbedSettings(workers=workers, batch_size=32)
+    writer = FeatureWriter(folder, tower.tokens, tower.width, chosen.shard_images, tower.digest)
+    embed([(file_digest(image.path), image.path) for image in images], tower, writer, chosen, lambda _: None)
+    writer.finish()
 
 
 def main(arguments: list[str]) -> int:
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> int:
             begun = time.perf_counter()
             staged(tower, images, folder / str(number), given.workers)
             rates["mmphi"].append(given.images / (time.perf_counter() - begun))
-            far = (FeatureStore.open(folder / str(number)).get(images).float() - expected.float()).abs().max().item()
+            far = (FeatureStore(folder / str(number)).get(images).float() - expected.float()).abs().max().item()
     print(f"{given.images} JPEG images of 500 x 375, decoding included; largest difference of a feature: {far:.4f}")
     for name, found in rates.items():
         print(f"{name:<12}{sorted(found)[len(found) // 2]:>10.1f} images/s")

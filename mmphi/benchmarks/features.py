@@ -13,22 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmphi.data.features import FeatureStore, FeatureWriter
+from mmphi.data.digests import FileDigests
+from mmphi.data.feature_writer import FeatureWriter
+from mmphi.data.features import FeatureStore
 from mmphi.data.records import ImageRef
 
 Reader = Callable[[list[int]], torch.Tensor]
 
 
+class Names(FileDigests):
+    """Names in place of digests: there are no image files here."""
+
+    def __getitem__(self, path: Path) -> str:
+        """The file's name."""
+        return path.name
+
+
 def stored(folder: Path, rows: torch.Tensor) -> Reader:
     """The memory-mapped store of the ``embed`` stage."""
     count, tokens, width = rows.shape
-    writer = FeatureWriter(folder, count, tokens, width, shard_images=4096)
+    writer = FeatureWriter(folder, tokens, width, shard_images=4096)
+    writer.reserve(count)
     for first in range(0, count, 256):
-        part = {str(i): rows[i] for i in range(first, min(count, first + 256))}
-        writer.write([(name, name) for name in part], part, [])
+        writer.write({str(i): rows[i] for i in range(first, min(count, first + 256))}, {})
     writer.finish()
-    store = FeatureStore.open(folder)
-    return lambda index: store.get([ImageRef(str(i), Path()) for i in index])
+    store = FeatureStore(folder, Names())
+    return lambda index: store.get([ImageRef(str(i), Path(str(i))) for i in index])
 
 
 def safetensors_file(folder: Path, rows: torch.Tensor) -> Reader:

@@ -133,22 +133,21 @@ def mmphi_steps(model: Any, shape: Shape, steps: int, device: Any) -> tuple[list
     import numpy as np
     import torch
 
-    from mmphi.data.packing import pack, to_device
-    from mmphi.data.records import ImageRef
-    from mmphi.data.sequences import Sample
-    from mmphi.models.multimodal import PackedModel
+    from mmphi.models.packed import PackedModel
     from mmphi.models.projector import Projector, ProjectorConfig
+    from mmphi.text.packing import pack, to_device
+    from mmphi.text.sequences import Sample, Span
 
     stored: dict[str, torch.Tensor] = {}
 
     class Stored:
         tokens, width = (shape.image_size // shape.patch_size) ** 2, shape.vision_width
 
-        def __contains__(self, image_id: str, /) -> bool:
-            return image_id in stored
+        def length(self, image: str, /) -> int:
+            return self.tokens
 
-        def get(self, images: Sequence[ImageRef]) -> torch.Tensor:
-            return torch.stack([stored[image.id] for image in images])
+        def rows(self, images: Sequence[str], /) -> torch.Tensor:
+            return torch.cat([stored[image] for image in images])
 
     batches = captions(shape, steps)
     tower = model.model.vision_tower
@@ -169,7 +168,7 @@ def mmphi_steps(model: Any, shape: Shape, steps: int, device: Any) -> tuple[list
     )
     language = _causal(model)
     model.model.vision_tower = None  # Not needed any more: it counts in neither memory nor time.
-    packed = PackedModel(language, projector)
+    packed = PackedModel(language, image=projector)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.0)
     losses, seconds = [], []
     for step, batch in enumerate(batches):
@@ -178,8 +177,8 @@ def mmphi_steps(model: Any, shape: Shape, steps: int, device: Any) -> tuple[list
         for i, caption in enumerate(batch):
             ids = np.array([1, *[0] * Stored.tokens, *caption, 1], np.int32)
             supervised = np.arange(len(ids)) > Stored.tokens
-            samples.append(Sample(ids, supervised, ImageRef(f"{step}/{i}", Path("none")), 1, Stored.tokens))
-        rows = to_device(pack(samples, Stored()), device)
+            samples.append(Sample(ids, supervised, (Span("image", f"{step}/{i}", 1, Stored.tokens),)))
+        rows = to_device(pack(samples, {"image": Stored()}), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=shape.dtype == "bf16"):
             loss = packed(**rows) / rows["step_tokens"]
         _finish(loss, optimizer)

@@ -58,7 +58,7 @@ def read_captions(
                     report.drop(source, where, error.reason)
                     continue
                 report.keep(source)
-                yield Example(str(rows.line_num), ref, (Turn(question, caption.strip()),), source)
+                yield Example(str(rows.line_num), (ref,), (Turn(question, caption.strip()),), source)
     except csv.Error as error:
         raise DataError(
             f"{path}, line {last_line + 1} and after: {error}", "put quotes around a caption, and double those inside"
@@ -96,4 +96,4 @@ def read_karpathy(
         else:
             for i, caption in enumerate(captions):
                 report.keep(source)
-                yield Example(f"{number}.{i}", ref, (Turn(question, caption.strip()),), source, split)
+                yield Example(f"{number}.{i}", (ref,), (Turn(question, caption.strip()),), source, split)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmphi.data.digests import cache_folder
 from mmphi.data.images import ImageFolder
 from mmphi.data.records import Example, ImageRef, ReadReport, Turn
 from mmphi.errors import DataError, ImageError
@@ -23,6 +24,7 @@ def read_dataset(
     text_column: str = "caption",
     question: str = "",
     cache: Path | None = None,
+    revision: str = "",
 ) -> Iterator[Example]:
     """Read a dataset by hub name or local folder; a text column may hold one caption or a list of them.
 
@@ -39,12 +41,13 @@ def read_dataset(
         text_column: Column of captions.
         question: Put before every caption.
         cache: Where image bytes are written; the user's cache folder where left out.
+        revision: Of a hub dataset; empty takes the newest.
 
     Raises:
         DataError: If the dataset cannot be had, or lacks a column.
     """
-    rows = _with_files(_load(name, split), name, image_column, text_column)
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmphi" / "images"
+    rows = _with_files(_load(name, split, revision), name, image_column, text_column)
+    folder = cache or cache_folder() / "images"
     images = Images(ImageFolder(Path(name), source), folder)
     for number, row in enumerate(rows):
         where = f"{name}, row {number}"
@@ -59,10 +62,10 @@ def read_dataset(
             continue
         for i, text in enumerate(texts):
             report.keep(source)
-            yield Example(f"{number}.{i}", ref, (Turn(question, text.strip()),), source)
+            yield Example(f"{number}.{i}", (ref,), (Turn(question, text.strip()),), source)
 
 
-def _load(name: str, split: str) -> Any:
+def _load(name: str, split: str, revision: str) -> Any:
     import datasets
 
     folder = Path(name)
@@ -75,7 +78,7 @@ def _load(name: str, split: str) -> Any:
                 return loaded[split]
             raise ValueError(f"it has the splits {', '.join(loaded)}")
         owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")
-        return datasets.load_dataset(owner, configuration or None, split=split)
+        return datasets.load_dataset(owner, configuration or None, split=split, revision=revision or None)
     except Exception as error:  # Of `datasets`, pyarrow, fsspec or the HTTP client: they share no ancestor.
         said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         hint = "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"

@@ -1,4 +1,7 @@
-"""LLaVA-Instruct JSON, as the real file is: ids of either type, rows without image, ``<image>`` at either end."""
+"""LLaVA-Instruct JSON, as the real file is: ids of either type, rows without image, ``<image>`` at either end.
+
+A row may also have several images, as LLaVA-NeXT-Interleave's and Mantis' rows do: ``image`` is then a list.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from typing import Any
 from mmphi.data.images import ImageFolder
 from mmphi.data.records import Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
-
-IMAGE_TOKEN = "<image>"
+from mmphi.text.prompt import MARK
 
 
 def load_json(path: Path) -> Any:
@@ -79,25 +81,35 @@ def _example(row: Any, number: int, folder: ImageFolder, split: Split) -> Exampl
     said = row["conversations"]
     if said and isinstance(said[0], dict) and said[0].get("from") == "gpt":
         said = said[1:]  # LLaVA's own reader skips an answer that no question precedes.
+    images = _images(row.get("image"))
     for human, model in zip(said[::2], said[1::2], strict=False):
         try:
             if human["from"] != "human" or model["from"] != "gpt":
                 raise DataError("turns out of order")
-            question, answer = human["value"], model["value"]
-            turns.append(Turn(question.replace(IMAGE_TOKEN, "").strip(), answer.strip()))
+            turns.append(Turn(human["value"].strip(), model["value"].strip()))
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError("malformed turn") from error
     if not turns:
         raise DataError("no answered question")
-    image = row.get("image")
-    if image is not None and not isinstance(image, str):
-        raise DataError("malformed row")
+    marks = sum(turn.question.count(MARK) for turn in turns)
+    if len(images) < 2:
+        # One image stands before everything, wherever the row has it: LLaVA's own training moves it there.
+        turns = [replace(turn, question=turn.question.replace(MARK, "").strip()) for turn in turns]
+    elif marks not in (0, len(images)):
+        raise DataError("another number of <image> than images")
     name, attributes = row.get("id"), row.get("attributes")
     return Example(
         id=str(number if name is None else name),
-        image=folder.find(image) if image else None,
+        images=tuple(folder.find(image) for image in images),
         turns=tuple(turns),
         source=folder.source,
         split=split,
         attributes={str(k): str(v) for k, v in attributes.items()} if isinstance(attributes, dict) else {},
     )
+
+
+def _images(value: Any) -> list[str]:
+    images = value if isinstance(value, list) else [value] if value else []
+    if not all(isinstance(image, str) and image for image in images):
+        raise DataError("malformed row")
+    return images

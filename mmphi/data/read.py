@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mmphi.data.captions import read_captions, read_karpathy
 from mmphi.data.hub import read_dataset
 from mmphi.data.llava import read_llava
-from mmphi.data.records import Example, ReadReport, Split
+from mmphi.data.records import Example, ImageRef, ReadReport, Split
 from mmphi.errors import DataError, SettingsError
-from mmphi.settings import DataSettings, Settings, SourceSettings
-from mmphi.stage import Tracker
+from mmphi.settings.shared import DataSettings, SourceSettings, sources_of
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def read_examples(settings: Settings, scenes: Path | None) -> tuple[list[Example], ReadReport]:
+def read_examples(data: DataSettings, scenes: Path | None) -> tuple[list[Example], ReadReport]:
     """Read every source.
 
     Args:
-        settings: Its ``data`` section says what to read.
+        data: What to read.
         scenes: Folder of the drawn scenes, where a source asks for them.
 
     Returns:
@@ -35,12 +35,12 @@ def read_examples(settings: Settings, scenes: Path | None) -> tuple[list[Example
     """
     report = ReadReport()
     examples: list[Example] = []
-    for source in settings.data.sources or [SourceSettings()]:
+    for source in sources_of(data):
         name = source.name or source.kind
-        found = _limit(_read(source, name, scenes, report), settings.data.max_images, report)
-        usable = [e for e in found if _usable(e, settings.data, report)]
+        limited = _limit(_read(source, name, scenes, report), data.max_images, report)
+        usable = [e for e in limited if _usable(e, data, report)]
         brings_splits = source.kind in ("scenes", "karpathy")
-        examples += usable if brings_splits else split_by_image(usable, settings.data)
+        examples += usable if brings_splits else split_by_image(usable, data)
     return one_split_per_file(examples), report
 
 
@@ -66,7 +66,14 @@ def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadRe
             yield from read_karpathy(path, images, name, report, question=question)
         case "datasets":
             yield from read_dataset(
-                source.path, source.split, name, report, image_column=image, text_column=text, question=question
+                source.path,
+                source.split,
+                name,
+                report,
+                image_column=image,
+                text_column=text,
+                question=question,
+                revision=source.revision,
             )
 
 
@@ -74,12 +81,12 @@ def _limit(examples: Iterable[Example], images: int, report: ReadReport) -> Iter
     """The examples of the first images of every split that the source brings."""
     seen: dict[Split, set[str]] = {split: set() for split in SPLITS}
     for example in examples:
-        if images and example.image is not None:
-            known = seen[example.split]
-            if len(known) >= images and example.image.id not in known:
+        if images and example.images:
+            known, own = seen[example.split], {image.id for image in example.images}
+            if len(known | own) > max(images, len(known)):
                 report.kept[example.source] -= 1  # Not bad, not wanted.
                 continue
-            known.add(example.image.id)
+            known |= own
         yield example
 
 
@@ -101,10 +108,11 @@ def _usable(example: Example, data: DataSettings, report: ReadReport) -> bool:
 
 
 def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]:
-    """Give every example the split of its image: captions of one image never stand on both sides.
+    """Give every example the split of its images: captions of one image never stand on both sides.
 
     Images are ordered by a digest of their path and the seed, so that adding one to the data moves at most one over
-    each border. Examples without an image are for training.
+    each border. An example of several images takes the strictest of their splits. Examples without an image are for
+    training.
 
     Args:
         examples: Of one source.
@@ -118,7 +126,7 @@ def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]
         return hashlib.sha256(f"{data.split_seed}/{image.removeprefix(prefix)}".encode()).digest()
 
     prefix = f"{examples[0].source}/" if examples else ""
-    images = sorted({e.image.id for e in examples if e.image is not None}, key=rank)
+    images = sorted({image.id for e in examples for image in e.images}, key=rank)
     wanted = data.validation_images + data.test_images
     if images and wanted >= len(images):
         raise DataError(
@@ -128,61 +136,70 @@ def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]
     split: dict[str, Split] = dict.fromkeys(images, "train")
     split.update(dict.fromkeys(images[: data.test_images], "test"))
     split.update(dict.fromkeys(images[data.test_images : wanted], "validation"))
-    return [replace(e, split=split[e.image.id] if e.image is not None else "train") for e in examples]
+    return [replace(e, split=_strictest(split[image.id] for image in e.images)) for e in examples]
+
+
+def _strictest(splits: Iterable[Split]) -> Split:
+    return max(splits, key=SPLITS.index, default="train")
 
 
 def one_split_per_file(examples: list[Example]) -> list[Example]:
     """Let sources that share image files agree: what one of them tests on, no other trains on."""
     strictest: dict[Path, Split] = {}
     for example in examples:
-        if example.image is not None:
-            path = example.image.path
-            strictest[path] = max(example.split, strictest.get(path, "train"), key=SPLITS.index)
-    return [
-        e if e.image is None or e.split == strictest[e.image.path] else replace(e, split=strictest[e.image.path])
-        for e in examples
-    ]
+        for image in example.images:
+            strictest[image.path] = _strictest([example.split, strictest.get(image.path, "train")])
+    agreed = [_strictest([e.split, *(strictest[image.path] for image in e.images)]) for e in examples]
+    return [e if e.split == split else replace(e, split=split) for e, split in zip(examples, agreed, strict=True)]
 
 
-def mixture(examples: list[Example], settings: Settings) -> list[Example]:
-    """Training examples in the proportions of their sources' weights.
+def mixture(sources: Sequence[str], data: DataSettings) -> list[int]:
+    """Which training examples to take, in the proportions of their sources' weights.
 
     The mixture is as long as all sources together; each source is repeated whole and then sampled, with a seed, up to
     its share.
 
     Args:
-        examples: Training examples of all sources.
-        settings: Its ``data`` section holds weights and seed.
+        sources: Source of every training example.
+        data: Holds weights and seed.
+
+    Returns:
+        Indices of examples, some of them several times.
     """
-    sources = settings.data.sources
-    if len(sources) < 2:
-        return examples
-    by_source: dict[str, list[Example]] = {s.name or s.kind: [] for s in sources}
-    for example in examples:
-        by_source[example.source].append(example)
-    weights = {s.name or s.kind: s.weight for s in sources if by_source[s.name or s.kind]}
+    if len(data.sources) < 2:
+        return list(range(len(sources)))
+    of_source: dict[str, list[int]] = {s.name or s.kind: [] for s in data.sources}
+    for index, name in enumerate(sources):
+        of_source[name].append(index)
+    weights = {s.name or s.kind: s.weight for s in data.sources if of_source[s.name or s.kind]}
     total = sum(weights.values())
-    rng = random.Random(settings.data.split_seed)
-    mixed: list[Example] = []
+    rng = random.Random(data.split_seed)
+    mixed: list[int] = []
     for name, weight in weights.items():
-        have, count = by_source[name], round(len(examples) * weight / total)
+        have, count = of_source[name], round(len(sources) * weight / total)
         mixed += have * (count // len(have)) + rng.sample(have, count % len(have))
     rng.shuffle(mixed)
     return mixed
 
 
-def log_report(report: ReadReport, tracker: Tracker, settings: Settings) -> None:
-    """Record the account of what was read.
+def images_of(examples: Iterable[Example]) -> list[ImageRef]:
+    """Every image of examples once, in order."""
+    return list({image.path: image for e in examples for image in e.images}.values())
 
-    Raises:
-        DataError: If more rows are bad than the settings allow, or none is left.
+
+def stratified(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """A seeded sample in which sources and kinds of conversation stand in equal numbers, as far as they go.
+
+    Args:
+        examples: To choose from.
+        count: At most this many.
+        seed: Of the choice.
     """
-    tracker.table("data_read", list(report.rows()))
-    if not report.kept.total() and not report.dropped:
-        raise DataError("the data has no rows", "check the files that data.sources name")
-    if report.bad_share > settings.data.max_bad_share or not report.kept.total():
-        raise DataError(
-            f"{report.bad_share:.1%} of the rows cannot be used; at most {settings.data.max_bad_share:.1%} may be\n"
-            + report.table(),
-            "mend the data, or raise data.max_bad_share",
-        )
+    groups: dict[tuple[str, str], list[Example]] = {}
+    for example in examples:
+        groups.setdefault((example.source, example.attributes.get("kind", "")), []).append(example)
+    rng = random.Random(seed)
+    for group in groups.values():
+        rng.shuffle(group)
+    turns = itertools.zip_longest(*groups.values())
+    return [e for turn in turns for e in turn if e is not None][:count]

@@ -16,8 +16,8 @@ class ImageRef:
     """An image file and the name it keeps wherever the file is stored.
 
     Attributes:
-        id: ``source name/path relative to the source's image folder``; feature stores index by it.
-        path: Where the file lies on this machine.
+        id: ``source name/path relative to the source's image folder``; splits go by it.
+        path: Where the file lies on this machine; its features are found by its content.
     """
 
     id: str
@@ -34,23 +34,34 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation, about one image or none.
+    """One conversation, about any number of images.
 
     Attributes:
         id: Unique within its source; a string even where the file holds an integer.
-        image: The image that stands before the first turn.
+        images: In order; they stand where questions say ``<image>`` as often as there are images, else before the first
+            turn.
         turns: At least one.
         source: Name of the source it was read from.
-        split: The split its *image* belongs to.
+        split: The split its *images* belong to.
         attributes: What an answer can be scored on (scenes: ``kind`` and the drawn objects), else empty.
     """
 
     id: str
-    image: ImageRef | None
+    images: tuple[ImageRef, ...]
     turns: tuple[Turn, ...]
     source: str
     split: Split = "train"
     attributes: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def image(self) -> ImageRef | None:
+        """The first image, if there is one."""
+        return self.images[0] if self.images else None
+
+    @property
+    def questions(self) -> list[tuple[str, str | None]]:
+        """Questions and answers, as a prompt takes them."""
+        return [(turn.question, turn.answer) for turn in self.turns]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from matplotlib.figure import Figure
@@ -17,10 +18,32 @@ from mmphi.evaluation.consensus import consensus
 from mmphi.evaluation.grounding import Scores, grounding
 from mmphi.evaluation.yes_no import ask, score
 from mmphi.models.generation import Answer
-from mmphi.settings import EvaluateSettings
-from mmphi.stage import Tracker
+from mmphi.tracking.tracker import Tracker
 
 SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How much is measured.
+
+    Attributes:
+        max_images: At most this many images; 0 takes all.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Answers generated at once.
+        yes_no: Yes/no questions.
+        candidates: Captions sampled of each image, of which the most agreed on is taken; 1 is greedy.
+        temperature: Of sampled candidates.
+        seed: Of samples, questions and shuffles.
+    """
+
+    max_images: int = 0
+    max_new_tokens: int = 48
+    batch_size: int = 32
+    yes_no: int = 200
+    candidates: int = 1
+    temperature: float = 0.5
+    seed: int = 0
 
 
 class Speaks(Scores, Protocol):
@@ -38,19 +61,20 @@ class Speaks(Scores, Protocol):
         temperature: float,
         max_new_tokens: int = 48,
         batch_size: int = 32,
+        seed: int = 0,
     ) -> list[list[Answer]]:
         """Several answers to each question."""
 
 
 def evaluate_model(
-    model: Speaks, examples: Sequence[Example], chosen: EvaluateSettings, tracker: Tracker, prefix: str = "test"
+    model: Speaks, examples: Sequence[Example], chosen: Measures, tracker: Tracker, prefix: str = "test"
 ) -> dict[str, float]:
     """Measure a model on examples of one split, and record tables and pictures of what it says.
 
     Args:
         model: What to measure.
         examples: Of one split.
-        chosen: The ``evaluate`` section.
+        chosen: How much is measured.
         tracker: The run to record in.
         prefix: Put before every metric's name.
 
@@ -61,15 +85,15 @@ def evaluate_model(
     Raises:
         DataError: If there is nothing to measure on.
     """
-    images = list(dict.fromkeys(e.image.id for e in examples if e.image is not None))
+    images = list(dict.fromkeys(image.id for e in examples for image in e.images))
     wanted = set(images[: chosen.max_images or None])
-    examples = [e for e in examples if e.image is None or e.image.id in wanted]
+    examples = [e for e in examples if all(image.id in wanted for image in e.images)]
     if not examples:
         raise DataError(f"the {prefix} split is empty", "keep images apart: data.validation_images, data.test_images")
-    measured = grounding(model, examples)
+    measured = grounding(model, examples, chosen.seed)
     metrics = {"loss": measured.loss, "perplexity": measured.perplexity, "grounding_gain": measured.gain}
     metrics |= _captions(model, examples, chosen, tracker, prefix)
-    questions = ask(examples, chosen.yes_no, seed=0)
+    questions = ask(examples, chosen.yes_no, chosen.seed)
     if questions:
         answers = model.generate([(q.image, q.text) for q in questions], 8, chosen.batch_size)
         metrics |= score(questions, [a.text for a in answers])
@@ -79,14 +103,18 @@ def evaluate_model(
 
 
 def _captions(
-    model: Speaks, examples: Sequence[Example], chosen: EvaluateSettings, tracker: Tracker, prefix: str
+    model: Speaks, examples: Sequence[Example], chosen: Measures, tracker: Tracker, prefix: str
 ) -> dict[str, float]:
     """Caption every image once; all its captions are references."""
     of_image: dict[str, list[Example]] = {}
     for example in examples:
         # Conversations of several turns have no single right first answer to compare with.
-        if example.image is not None and example.attributes.get("kind", "caption") == "caption":
-            of_image.setdefault(example.image.id, []).append(example)
+        if (
+            example.image is not None
+            and len(example.images) == 1
+            and example.attributes.get("kind", "caption") == "caption"
+        ):
+            of_image.setdefault(example.images[0].id, []).append(example)
     if not of_image:
         return {}
     firsts = [group[0] for group in of_image.values()]
@@ -118,12 +146,12 @@ def _captions(
     return metrics
 
 
-def _say(model: Speaks, prompts: Sequence[tuple[ImageRef | None, str]], chosen: EvaluateSettings) -> list[Answer]:
+def _say(model: Speaks, prompts: Sequence[tuple[ImageRef | None, str]], chosen: Measures) -> list[Answer]:
     """Greedy captions, or those that several samples agree on."""
     length, batch_size = chosen.max_new_tokens, chosen.batch_size
     if chosen.candidates == 1:
         return model.generate(prompts, length, batch_size)
-    drawn = model.sample(prompts, chosen.candidates, chosen.temperature, length, batch_size * 4)
+    drawn = model.sample(prompts, chosen.candidates, chosen.temperature, length, batch_size * 4, chosen.seed)
     best = consensus([[a.text for a in group] for group in drawn])
     return [group[k] for group, k in zip(drawn, best, strict=True)]
 

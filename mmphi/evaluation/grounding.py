@@ -14,7 +14,9 @@ from mmphi.data.records import Example, ImageRef
 class Scores(Protocol):
     """A model that can be scored on conversations."""
 
-    def losses(self, examples: Sequence[Example], images: Sequence[ImageRef | None] | None = None) -> tuple[float, int]:
+    def losses(
+        self, examples: Sequence[Example], images: Sequence[tuple[ImageRef, ...]] | None = None
+    ) -> tuple[float, int]:
         """Summed nats and supervised tokens, with other images in place of the examples' own where given."""
 
 
@@ -41,17 +43,17 @@ class Grounding:
         return math.exp(self.loss)
 
 
-def shuffled_images(examples: Sequence[Example], seed: int) -> list[ImageRef | None]:
-    """For each example the image of another one, never its own; examples without image keep none.
+def shuffled_images(examples: Sequence[Example], seed: int) -> list[tuple[ImageRef, ...]]:
+    """For each image of each example another one, never the same; examples without image keep none.
 
     All examples of one image get the same other image: the images are put in a circle at random and each moves on by
     one. With a single image there is no other, and it stays.
     """
-    images = {e.image.id: e.image for e in examples if e.image is not None}
+    images = {image.id: image for e in examples for image in e.images}
     circle = sorted(images)
     random.Random(seed).shuffle(circle)
     following = dict(zip(circle, circle[1:] + circle[:1], strict=True))
-    return [images[following[e.image.id]] if e.image is not None else None for e in examples]
+    return [tuple(images[following[image.id]] for image in e.images) for e in examples]
 
 
 def grounding(model: Scores, examples: Sequence[Example], seed: int = 0) -> Grounding:

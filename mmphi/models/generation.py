@@ -1,4 +1,4 @@
-"""Answers in batches: prompts of different lengths padded on the left, images at their places."""
+"""Answers in batches: prompts of different lengths padded on the left, features at their places."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmphi.data.sequences import Sample
+from mmphi.text.packing import check_spans, spread, to_device
+from mmphi.text.sequences import Sample, Span
 
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
@@ -52,16 +53,16 @@ def answers_to(model: Multimodal, prompts: Sequence[Sample], batch_size: int, **
 def _batch(model: Multimodal, prompts: Sequence[Sample], how: dict[str, Any]) -> list[list[Answer]]:
     tokenizer, longest, device = model.language.tokenizer, max(map(len, prompts)), model.device
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask, image_mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    mask = torch.zeros_like(ids)
+    spans: list[Span] = []
     for row, prompt in enumerate(prompts):
         begin = longest - len(prompt)
         ids[row, begin:] = torch.from_numpy(prompt.input_ids)
         mask[row, begin:] = 1
-        first = begin + prompt.image_start
-        image_mask[row, first : first + prompt.image_tokens] = True
-    images = [p.image for p in prompts if p.image is not None]
-    features = model.features.get(images) if images and model.features else torch.zeros(0, 1, 1)
-    embeddings = model.packed.embed(ids.to(device), image_mask.to(device), features.to(device))
+        check_spans(prompt, model.sources)
+        spans += [span._replace(start=row * longest + begin + span.start) for span in prompt.spans]
+    features, places = (to_device(each, device) for each in spread(spans, model.sources))
+    embeddings = model.packed.embed(ids.to(device), features, places)
     eos = tokenizer.eos_token_id
     tokens = model.language.model.generate(
         inputs_embeds=embeddings, attention_mask=mask.to(device), eos_token_id=eos, pad_token_id=eos, **how

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
+from mmphi.data.digests import Digests
 from mmphi.errors import ModelError
-from mmphi.models.prompt import Prompt
-from mmphi.models.tokenizer import phi2_tokenizer
-from mmphi.settings import LanguageSettings, PretrainSettings
+from mmphi.settings.shared import LanguageSettings
+from mmphi.text.prompt import Prompt
+from mmphi.text.tokenizer import phi2_tokenizer
 
 PRETRAIN = "pretrain"
+STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -29,7 +30,9 @@ class Language:
         tokenizer: Its tokenizer.
         prompt: Writes conversations.
         width: Width of its embeddings.
-        name: Where it came from.
+        name: Where it came from: a hub name, a folder or a configuration.
+        digest: Of its weights: a folder's content, or a hub name with its revision.
+        settings: What it was loaded by.
     """
 
     model: Any
@@ -37,24 +40,34 @@ class Language:
     prompt: Prompt
     width: int
     name: str
+    digest: str
+    settings: LanguageSettings
+
+    @property
+    def local(self) -> Path | None:
+        """Its folder, where it is one on this machine."""
+        return Path(self.name) if Path(self.name).is_dir() else None
 
 
-def phi_config(chosen: PretrainSettings, vocabulary: int, end: int) -> PhiConfig:
+def phi_config(layers: int, width: int, heads: int, context: int, vocabulary: int, end: int) -> PhiConfig:
     """A Phi of any size: Phi-2's shape, scaled.
 
     Args:
-        chosen: Layers, width, heads and context.
+        layers: Transformer layers.
+        width: Hidden width.
+        heads: Attention heads.
+        context: Longest context, in tokens.
         vocabulary: Rows of the embedding.
         end: Id of the end of text, which is also Phi-2's beginning.
     """
     return PhiConfig(
         vocab_size=vocabulary,
-        hidden_size=chosen.width,
-        intermediate_size=4 * chosen.width,
-        num_hidden_layers=chosen.layers,
-        num_attention_heads=chosen.heads,
-        max_position_embeddings=chosen.context,
-        partial_rotary_factor=0.5 if chosen.width // chosen.heads < 64 else 0.4,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=context,
+        partial_rotary_factor=0.5 if width // heads < 64 else 0.4,
         resid_pdrop=0.0,
         bos_token_id=end,
         eos_token_id=end,
@@ -71,6 +84,32 @@ def _quantization(precision: str, device: torch.device) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
+def save_language(model: Any, prompt: Prompt, folder: Path) -> None:
+    """Write a model trained here in Hugging Face's format, with its tokenizer and how it was spoken to."""
+    model.save_pretrained(folder)
+    prompt.tokenizer.save_pretrained(folder)
+    (folder / STYLE_FILE).write_text(json.dumps({"style": prompt.style}) + "\n")
+
+
+def language_name(settings: LanguageSettings, pretrained: Path | None) -> str:
+    """Where the model that the settings name is: a hub name, a folder or a configuration.
+
+    Raises:
+        ModelError: If it is the one trained here, and none was.
+    """
+    if settings.model != PRETRAIN:
+        return settings.model
+    if pretrained is None:
+        raise ModelError("language.model = pretrain, but nothing was pretrained", "run `mmphi pretrain`")
+    return str(pretrained / "language")
+
+
+def language_digest(name: str, revision: str) -> str:
+    """What tells a model from every other: a folder's or file's content, or a hub name with its revision."""
+    path = Path(name)
+    return f"sha256:{Digests().of(path)}" if path.exists() else f"{name}@{revision or 'newest'}"
+
+
 def load_language(settings: LanguageSettings, pretrained: Path | None, device: torch.device) -> Language:
     """Load a model and freeze it.
 
@@ -82,13 +121,9 @@ def load_language(settings: LanguageSettings, pretrained: Path | None, device: t
     Raises:
         ModelError: If it cannot be had, or its weights are not finite.
     """
-    name = settings.model
-    if name == PRETRAIN:
-        if pretrained is None:
-            raise ModelError("language.model = pretrain, but nothing was pretrained", "run `mmphi pretrain`")
-        name = str(pretrained / "model")
+    name = language_name(settings, pretrained)
     config_only = name.endswith(".json")
-    tokenizer = _tokenizer(settings.tokenizer or (str(Path(name).parent) if config_only else name))
+    tokenizer = _tokenizer(settings.tokenizer or (str(Path(name).parent) if config_only else name), settings.revision)
     dtype = DTYPES.get(settings.precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = _random(name, settings.precision, dtype, device) if config_only else _load(name, settings, dtype, device)
     model.requires_grad_(False).eval()
@@ -99,21 +134,35 @@ def load_language(settings: LanguageSettings, pretrained: Path | None, device: t
             f"the tokenizer has {len(tokenizer)} tokens, {name} only {embedding.num_embeddings} embeddings",
             "give language.tokenizer the one that the model was trained with",
         )
-    return Language(model, tokenizer, Prompt(tokenizer, settings.prompt), embedding.embedding_dim, name)
+    prompt = Prompt(tokenizer, _style(settings, Path(name)))
+    digest = language_digest(name, settings.revision)
+    return Language(model, tokenizer, prompt, embedding.embedding_dim, name, digest, settings)
 
 
-def _tokenizer(name: str) -> Any:
+def _style(settings: LanguageSettings, folder: Path) -> Any:
+    """A model trained here keeps the style it was trained with, unless another is asked for by name."""
+    if settings.prompt == "auto" and (folder / STYLE_FILE).is_file():
+        return json.loads((folder / STYLE_FILE).read_text())["style"]
+    return settings.prompt
+
+
+def _tokenizer(name: str, revision: str) -> Any:
     if name == "phi-2":
         return phi2_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **_pinned(name, revision))
     except (OSError, ValueError) as error:
         raise _missing("tokenizer", name, error) from error
+
+
+def _pinned(name: str, revision: str) -> dict[str, str]:
+    return {"revision": revision} if revision and not Path(name).exists() else {}
 
 
 def _load(name: str, settings: LanguageSettings, dtype: torch.dtype, device: torch.device) -> Any:
     quantized = settings.precision in ("4bit", "8bit")
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+    options |= _pinned(name, settings.revision)
     if quantized:
         options["quantization_config"] = _quantization(settings.precision, device)
     try:
@@ -177,12 +226,3 @@ def _check_finite(model: Any, name: str) -> None:
     for key, tensor in model.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(f"{name}: the weights {key} are not finite", "fetch or train the model anew")
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over a folder's safetensors files, in order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

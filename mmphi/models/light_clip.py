@@ -4,26 +4,53 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
 
 from mmphi.errors import ModelError
-from mmphi.settings import LightClipSettings
 
 CONTEXT = 32
 HEAD_WIDTH = 32
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt"}
 
 
-def model_config(chosen: LightClipSettings, text_tower: Path | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ClipShape:
+    """A light CLIP as it is built.
+
+    Attributes:
+        image_tower: timm model name; empty builds one from nothing.
+        from_nothing: Kind of the image tower built from nothing.
+        image_weights: safetensors file of the image tower's weights.
+        text_tower: Hugging Face folder of the text tower; empty builds a small transformer from nothing.
+        image_size: Side of the input image, in pixels.
+        patch_size: Side of a patch (ViT), in pixels.
+        width: Width of the towers built from nothing.
+        layers: Layers of the towers built from nothing.
+        embed_dim: Width of the shared space.
+    """
+
+    image_tower: str = ""
+    from_nothing: Literal["resnet", "vit"] = "resnet"
+    image_weights: str = ""
+    text_tower: str = ""
+    image_size: int = 64
+    patch_size: int = 8
+    width: int = 128
+    layers: int = 4
+    embed_dim: int = 128
+
+
+def model_config(chosen: ClipShape, text_tower: Path | None) -> dict[str, Any]:
     """open_clip's configuration of the model that the settings describe.
 
     Args:
-        chosen: The ``light_clip`` section.
+        chosen: What to build.
         text_tower: Folder of the Hugging Face text tower, as it shall stand in the configuration.
     """
     heads = max(1, chosen.width // HEAD_WIDTH)
@@ -48,11 +75,11 @@ def model_config(chosen: LightClipSettings, text_tower: Path | None) -> dict[str
     return {"embed_dim": chosen.embed_dim, "vision_cfg": vision, "text_cfg": text}
 
 
-def build(chosen: LightClipSettings, folder: Path) -> tuple[Any, Any]:
+def build(chosen: ClipShape, folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer, with the pretrained towers that the settings name.
 
     Args:
-        chosen: The ``light_clip`` section.
+        chosen: What to build.
         folder: Where the model will be saved; the text tower's configuration and tokenizer are copied there at once.
 
     Raises:

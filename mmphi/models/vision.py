@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmphi.errors import ModelError
-from mmphi.settings import VisionSettings
+from mmphi.settings.shared import VisionSettings
 
 LIGHT_CLIP = "light_clip"
 
@@ -121,7 +121,7 @@ def _digest(visual: Any, settings: VisionSettings, config: PreprocessCfg) -> str
     for name, tensor in sorted(visual.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    chosen = settings.model_dump(include={"layer", "cls", "pool", "precision"})
+    chosen = {name: getattr(settings, name) for name in ("layer", "cls", "pool", "precision")}
     digest.update(json.dumps([chosen, str(config)], sort_keys=True).encode())
     return digest.hexdigest()
 

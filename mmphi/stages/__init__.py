@@ -1,8 +1,39 @@
-"""The stages, one file each; light to import, heavy only when run."""
+"""The stages, one file each, and the settings of them all; light to import, heavy only when run."""
 
-from mmphi.stage import Stage
+from collections.abc import Mapping
+
+from mmphi.pipeline.stage import Stage
+from mmphi.settings import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
 from mmphi.stages import embed, evaluate, light_clip, pretrain, projector, scenes
+from mmphi.stages.embed import EmbedSettings
+from mmphi.stages.evaluate import EvaluateSettings
+from mmphi.stages.light_clip import LightClipSettings
+from mmphi.stages.pretrain import PretrainSettings
+from mmphi.stages.projector import ProjectorSettings
+from mmphi.stages.scenes import ScenesSettings
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE for module in (scenes, pretrain, light_clip, embed, projector, evaluate)
 }
+
+
+class Settings(Section):
+    """All sections of one experiment."""
+
+    name: str = setting("tiny", "name of the preset or experiment", matters=False)
+    scenes: ScenesSettings = ScenesSettings()
+    data: DataSettings = DataSettings()
+    vision: VisionSettings = VisionSettings()
+    language: LanguageSettings = LanguageSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    light_clip: LightClipSettings = LightClipSettings()
+    embed: EmbedSettings = EmbedSettings()
+    projector: ProjectorSettings = ProjectorSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+def load_settings(
+    preset: str, overrides: Mapping[str, str] | None = None, stage: str = "", *, expand: bool = True
+) -> Settings:
+    """Settings of a preset or YAML file, with single values changed: :func:`mmphi.settings.presets.load`."""
+    return presets.load(Settings, preset, overrides, stage, expand=expand)

@@ -1,69 +1,80 @@
-"""Stage ``embed``: the features of every image, computed once."""
+"""Stage ``embed``: the features of every image, computed once.
+
+Its key is the tower's alone. A result holds the contents of images that were asked for so far; where more are asked
+for, the next one takes these over and computes what is new.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmphi.settings import Settings
-from mmphi.stage import Context, Cost, Stage
+from mmphi.pipeline.stage import Context, Cost, Result, Stage
+from mmphi.settings import DataSettings, Section, VisionSettings, setting
+from mmphi.settings.view import SettingsView
+from mmphi.stages.common import read, scenes_if_read, tower_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from mmphi.data.records import ImageRef
-
-
-def upstream(settings: Settings) -> tuple[str, ...]:
-    """Scenes where they are read, and the light CLIP where it is the tower."""
-    scenes = ("scenes",) if settings.uses_scenes() else ()
-    return (*scenes, "light_clip") if settings.vision.model == "light_clip" else scenes
+    from mmphi.data.feature_writer import FeatureWriter
+    from mmphi.models.vision import Tower
 
 
-def inputs(settings: Settings) -> dict[str, Path]:
-    """Data files, and the tower's weights where they are a file."""
-    files = {
-        f"data.sources.{i}.path": Path(source.path)
-        for i, source in enumerate(settings.data.sources)
-        if source.path and source.kind != "datasets"
-    }
-    for name in ("model", "pretrained"):
-        path = Path(getattr(settings.vision, name))
-        if path.is_file():
-            files[f"vision.{name}"] = path
-    return files
+class EmbedSettings(Section):
+    """Image features computed once and stored."""
+
+    batch_size: int = setting(64, "images per forward pass", unit="images", matters=False, ge=1)
+    workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)
+    shard_images: int = setting(4096, "images per file", unit="images", matters=False, ge=1)
 
 
-def cost(settings: Settings) -> Cost:
-    """Guessed from the drawn scenes alone; the stage itself counts its images before it starts."""
-    chosen = settings.scenes
-    images = chosen.train_images + chosen.validation_images + chosen.test_images if settings.uses_scenes() else 0
-    side = settings.light_clip.image_size // settings.light_clip.patch_size // settings.vision.pool
-    return Cost(images * side**2 * settings.light_clip.width * 2)
+def upstream(settings: SettingsView) -> tuple[str, ...]:
+    """The light CLIP, where it is the tower."""
+    return ("light_clip",) if settings(VisionSettings).model == "light_clip" else ()
+
+
+def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str, Path]:
+    """A file of every image that the data names, by the digest of its content."""
+    from mmphi.data.digests import Digests
+    from mmphi.data.read import images_of
+
+    examples, _ = read(settings, upstream)
+    paths = [image.path for image in images_of(examples)]
+    return {digest: path for path, digest in Digests().of_files(paths, "image digests").items()}
+
+
+def covers(settings: SettingsView, upstream: Mapping[str, Result], folder: Path) -> bool:
+    """Whether stored features hold every image that the data names."""
+    from mmphi.data.features import FeatureStore
+
+    store = FeatureStore(folder)
+    return all(store.knows(digest) for digest in contents(settings, upstream))
+
+
+def cost(_: SettingsView) -> Cost:
+    """Nothing honest can be said before the images are counted; the stage says it before it starts."""
+    return Cost(0)
 
 
 class Decoded:
     """A dataset of images as worker processes see them: digest and pixels, or the reason there are none."""
 
-    def __init__(self, images: Sequence[ImageRef], preprocess: Callable[[Any], Any]) -> None:
+    def __init__(self, images: Sequence[tuple[str, Path]], preprocess: Callable[[Any], Any]) -> None:
         self.images, self.preprocess = images, preprocess
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[str, str, Any, str]:
+    def __getitem__(self, index: int) -> tuple[str, Any, str]:
         from mmphi.data.images import open_image
         from mmphi.errors import ImageError
 
-        image = self.images[index]
+        digest, path = self.images[index]
         try:
-            pixels = self.preprocess(open_image(image.path))
-            return image.id, hashlib.sha256(image.path.read_bytes()).hexdigest(), pixels, ""
+            return digest, self.preprocess(open_image(path)), ""
         except ImageError as error:
-            return image.id, "", None, error.reason
+            return digest, None, error.reason
 
 
 def as_list(batch: list[Any]) -> list[Any]:
@@ -73,83 +84,99 @@ def as_list(batch: list[Any]) -> list[Any]:
 
 def run(ctx: Context) -> Mapping[str, float]:
     """Compute what is not stored yet."""
-    from mmphi.data.read import read_examples
+    from mmphi.data.feature_writer import FeatureWriter
     from mmphi.errors import DataError
-    from mmphi.models.assemble import this_device
-    from mmphi.models.vision import load_tower
 
-    settings = ctx.settings
-    scenes, light_clip = ctx.upstream.get("scenes"), ctx.upstream.get("light_clip")
-    examples, _ = read_examples(settings, scenes.path if scenes else None)
-    images = list({e.image.id: e.image for e in examples if e.image is not None}.values())
-    if not images:
+    wanted = contents(ctx.settings, ctx.upstream)
+    if not wanted:
         raise DataError("there is no image to embed", "name a source with images in data.sources")
-    tower = load_tower(settings.vision, light_clip.path if light_clip else None).to(this_device())
-    metrics = embed(ctx, images, tower)
-    bad = metrics["embed/unreadable"] / len(images)
-    if bad > settings.data.max_bad_share:
+    tower = tower_of(ctx)
+    writer = FeatureWriter(
+        ctx.folder, tower.tokens, tower.width, ctx.settings(EmbedSettings).shard_images, tower.digest
+    )
+    taken = sum(writer.take_over(earlier.path) for earlier in ctx.earlier)
+    if taken:
+        ctx.tracker.say(f"embed: {taken} images are taken over from earlier runs")
+    missing = [(digest, path) for digest, path in wanted.items() if not writer.knows(digest)]
+    seconds = embed(missing, tower, writer, ctx.settings(EmbedSettings), ctx.tracker.say)
+    writer.finish()
+    unreadable = {digest: why for digest, why in writer.unreadable.items() if digest in wanted}
+    if unreadable:
+        ctx.tracker.table("unreadable", [{"image": str(wanted[i]), "reason": why} for i, why in unreadable.items()])
+        ctx.tracker.say(f"embed: {len(unreadable)} images cannot be read and are left out")
+    bad, allowed = len(unreadable) / len(wanted), ctx.settings(DataSettings).max_bad_share
+    if bad > allowed:
         raise DataError(
-            f"{bad:.1%} of the images cannot be read; at most {settings.data.max_bad_share:.1%} may be",
+            f"{bad:.1%} of the images cannot be read; at most {allowed:.1%} may be",
             "the run's table `unreadable` lists them; mend them, or raise data.max_bad_share",
         )
-    return metrics
-
-
-def embed(ctx: Context, images: Sequence[ImageRef], tower: Any) -> dict[str, float]:
-    """Write the features of images to ``ctx.folder``, going on from what it holds."""
-    from torch.utils.data import DataLoader
-    from tqdm.auto import tqdm
-
-    from mmphi.data.features import FeatureWriter
-
-    chosen = ctx.settings.embed
-    writer = FeatureWriter(ctx.folder, len(images), tower.tokens, tower.width, chosen.shard_images)
-    size = writer.bytes_for(len(images)) / 1e9
-    ctx.tracker.say(f"embed: {len(images)} images x {tower.tokens} tokens x {tower.width} fp16 = {size:.3f} GB")
-    begun, before = time.perf_counter(), writer.seen
-    todo: Any = Decoded(images[before:], tower.preprocess)
-    loader = DataLoader(todo, chosen.batch_size, num_workers=chosen.workers, collate_fn=as_list)
-    with tqdm(total=len(images), initial=before, desc="embed", unit="image") as bar:
-        for batch in loader:
-            _embed_batch(batch, writer, tower)
-            bar.update(len(batch))
-    seconds = time.perf_counter() - begun
-    writer.finish()
-    if writer.unreadable:
-        ctx.tracker.table("unreadable", [{"image": i, "reason": why} for i, why in writer.unreadable.items()])
-        ctx.tracker.say(f"embed: {len(writer.unreadable)} images cannot be read and are left out")
     return {
-        "embed/images": len(writer.rows),
-        "embed/duplicates": len(writer.rows) - len(writer.digests),
-        "embed/unreadable": len(writer.unreadable),
-        "embed/bytes": writer.bytes_for(writer.written),
-        "embed/images_per_s": (len(images) - before) / seconds,
+        "embed/images": len(writer.places),
+        "embed/computed": len(missing),
+        "embed/unreadable": len(unreadable),
+        "embed/bytes": writer.bytes_for(len(writer.places)),
+        "embed/images_per_s": len(missing) / seconds,
     }
 
 
-def _embed_batch(batch: list[tuple[str, str, Any, str]], writer: Any, tower: Any) -> None:
+def embed(
+    images: Sequence[tuple[str, Path]],
+    tower: Tower,
+    writer: FeatureWriter,
+    chosen: EmbedSettings,
+    say: Callable[[str], None],
+) -> float:
+    """Write the features of images.
+
+    Args:
+        images: By digest and file.
+        tower: Computes them.
+        writer: Writes them.
+        chosen: Batch size and workers.
+        say: Told how large they will be.
+
+    Returns:
+        Seconds it took.
+    """
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    writer.reserve(len(images))
+    size = writer.bytes_for(len(images)) / 1e9
+    say(f"embed: {len(images)} images x {tower.tokens} tokens x {tower.width} fp16 = {size:.3f} GB")
+    begun = time.perf_counter()
+    dataset: Any = Decoded(images, tower.preprocess)
+    loader = DataLoader(dataset, chosen.batch_size, num_workers=chosen.workers, collate_fn=as_list)
+    with tqdm(total=len(images), desc="embed", unit="image") as bar:
+        for batch in loader:
+            writer.write(_features(batch, tower), {digest: why for digest, _, why in batch if why})
+            bar.update(len(batch))
+    return time.perf_counter() - begun
+
+
+def _features(batch: list[tuple[str, Any, str]], tower: Tower) -> dict[str, Any]:
     import torch
 
     from mmphi.errors import ModelError
 
-    good = [(image_id, digest) for image_id, digest, _, reason in batch if not reason]
-    fresh = {digest: pixels for _, digest, pixels, reason in batch if not reason and digest not in writer.digests}
-    features: dict[str, Any] = {}
-    if fresh:
-        computed = tower(torch.stack(list(fresh.values()))).half().cpu()
-        if not computed.isfinite().all():
-            raise ModelError("the tower's features do not fit in fp16", "use another vision.layer or model")
-        features = dict(zip(fresh, computed, strict=True))
-    writer.write(good, features, [(image_id, reason) for image_id, _, _, reason in batch if reason])
+    readable = {digest: pixels for digest, pixels, reason in batch if not reason}
+    if not readable:
+        return {}
+    computed = tower(torch.stack(list(readable.values()))).half().cpu()
+    if not computed.isfinite().all():
+        raise ModelError("the tower's features do not fit in fp16", "use another vision.layer or model")
+    return dict(zip(readable, computed, strict=True))
 
 
 STAGE = Stage(
     name="embed",
-    version=1,
+    version=2,
     help="compute the features of every image once, and store them",
-    sections=("embed", "vision", "data"),
+    reads=("embed", "vision"),
     run=run,
     upstream=upstream,
-    inputs=inputs,
+    requests=("data",),
+    request_upstream=scenes_if_read,
+    covers=covers,
     cost=cost,
 )

@@ -1,55 +1,97 @@
-"""Stage ``evaluate``: everything measured of a trained projector, on any split and checkpoint."""
+"""Stage ``evaluate``: everything measured of a model, on any data, split and checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from mmphi.settings import Settings
-from mmphi.stage import Context, Stage
-from mmphi.stages import projector
+from mmphi.pipeline.stage import Context, Stage
+from mmphi.settings import Section, setting
+from mmphi.settings.view import SettingsView
+from mmphi.stages.common import CONTENT, drop_unseen, read, scenes_if_read, stored_features
+from mmphi.stages.projector import ProjectorSettings
 
 
-def upstream(settings: Settings) -> tuple[str, ...]:
-    """The projector, and what it joins."""
-    return ("projector", *projector.upstream(settings))
+class EvaluateSettings(Section):
+    """How answers are measured."""
+
+    model: str = setting(
+        "", "folder, run or registered name of the model; empty takes the projector of these settings", file="model"
+    )
+    split: Literal["train", "validation", "test"] = setting("test", "which images")
+    seed: int = setting(0, "seed of samples, questions and shuffles", ge=0)
+    max_images: int = setting(200, "at most this many images; 0 takes all", unit="images", ge=0)
+    max_new_tokens: int = setting(48, "longest answer", unit="tokens", ge=1)
+    batch_size: int = setting(32, "answers generated at once", unit="answers", matters=False, ge=1)
+    checkpoint: str = setting("final", "final, or the step of a kept checkpoint")
+    yes_no: int = setting(200, "POPE-style yes/no questions; 0 asks none", unit="questions", ge=0)
+    candidates: int = setting(1, "captions sampled, of which the most agreed on is taken; 1 is greedy", ge=1)
+    temperature: float = setting(0.5, "of sampled candidates", gt=0)
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
+    """The projector, unless another model is named, and the scenes where they are read."""
+    own = () if settings(EvaluateSettings).model else ("projector",)
+    return (*own, *scenes_if_read(settings))
+
+
+def stored(settings: SettingsView) -> tuple[str, ...]:
+    """Stored features, where the projector was trained on them."""
+    cached = settings(ProjectorSettings).features == "cached"
+    return ("embed",) if cached and not settings(EvaluateSettings).model else ()
 
 
 def run(ctx: Context) -> Mapping[str, float]:
     """Load, measure, record."""
-    import torch
+    from mmphi.errors import DataError
+    from mmphi.evaluation.evaluate import Measures, evaluate_model
+    from mmphi.models.bundle import load_bundle
+    from mmphi.training.checkpoints import load_trained
 
-    from mmphi.data.read import read_examples
-    from mmphi.errors import ModelError
-    from mmphi.evaluation.evaluate import evaluate_model
-    from mmphi.models.assemble import assemble
-    from mmphi.training.checkpoints import complete_checkpoints, load_trained, step_of
-
-    settings, chosen = ctx.settings, ctx.settings.evaluate
-    trained = ctx.upstream["projector"].path
-    model = assemble(settings, ctx.upstream, trained)
+    chosen = ctx.settings(EvaluateSettings)
+    folder = ctx.models["evaluate.model"] if chosen.model else ctx.upstream["projector"].path
+    features = stored_features(ctx) if "embed" in ctx.upstream else None
+    model = load_bundle(folder, features=features, once=ctx.resources.once)
     if chosen.checkpoint != "final":
-        kept: dict[str, Path] = {str(step_of(p)): p for p in complete_checkpoints(trained)}
-        if chosen.checkpoint not in kept:
-            raise ModelError(
-                f"evaluate.checkpoint = {chosen.checkpoint}: that step was not kept",
-                f"there are final, {', '.join(kept)}; projector.keep_checkpoints keeps more",
-            )
-        load_trained(model.packed, kept[chosen.checkpoint])
-        model.packed.eval()
-    scenes = ctx.upstream.get("scenes")
-    examples, _ = read_examples(settings, scenes.path if scenes else None)
-    asked = [e for e in examples if e.split == chosen.split and model.can_see(e)]
-    torch.manual_seed(settings.seed)
-    return evaluate_model(model, asked, chosen, ctx.tracker, prefix=chosen.split)
+        load_trained(model.packed, checkpoint_of(folder, chosen.checkpoint))
+    examples, report = read(ctx.settings, ctx.upstream)
+    split = [e for e in examples if e.split == chosen.split]
+    if not split:
+        return {}
+    if model.features is None:
+        raise DataError("the model has no image tower, and the data has images", "evaluate a projector's model")
+    seen = drop_unseen(split, model.features, report)
+    ctx.tracker.table("data_read", list(report.rows()))
+    measures = Measures(**{name: getattr(chosen, name) for name in Measures.__dataclass_fields__})
+    return evaluate_model(model, seen, measures, ctx.tracker, prefix=chosen.split)
+
+
+def checkpoint_of(folder: Path, step: str) -> Path:
+    """The folder of a kept checkpoint.
+
+    Raises:
+        ModelError: If that step was not kept; names those that were.
+    """
+    from mmphi.errors import ModelError
+    from mmphi.training.checkpoints import complete_checkpoints, step_of
+
+    kept = {str(step_of(path)): path for path in complete_checkpoints(folder)}
+    if step not in kept:
+        raise ModelError(
+            f"evaluate.checkpoint = {step}: that step was not kept",
+            f"there are {', '.join(['final', *kept])}; projector.keep_checkpoints keeps more",
+        )
+    return kept[step]
 
 
 STAGE = Stage(
     name="evaluate",
-    version=1,
-    help="measure a trained projector on any split and checkpoint",
-    sections=("evaluate", "data", "vision", "language"),
+    version=2,
+    help="measure a model on any data, split and checkpoint",
+    reads=("evaluate", *CONTENT, "data.sources.N.question"),
     run=run,
     upstream=upstream,
-    inputs=projector.inputs,
+    requests=("projector.features",),
+    request_upstream=stored,
 )

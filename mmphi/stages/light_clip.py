@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mmphi.settings import Settings
-from mmphi.stage import Context, Cost, Stage
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings import DataSettings, TrainingSettings, setting
+from mmphi.settings.view import SettingsView
+from mmphi.stages.common import CONTENT, log_report, read, scenes_if_read
 
 if TYPE_CHECKING:
     from mmphi.data.records import Example, ReadReport
 
 SHOWN = 8
+EPSILON = 1e-6  # CLIP's (Radford et al. 2021, table 20)
 
 
-def upstream(settings: Settings) -> tuple[str, ...]:
-    """Scenes where they are read."""
-    return ("scenes",) if settings.uses_scenes() else ()
+class LightClipSettings(TrainingSettings):
+    """A small CLIP trained here with open_clip's own loss."""
+
+    image_tower: str = setting("", "timm model name; empty trains one from nothing")
+    from_nothing: Literal["resnet", "vit"] = setting("resnet", "kind of the tower trained from nothing")
+    image_weights: str = setting("", "safetensors file of the image tower's weights", file="path")
+    text_tower: str = setting(
+        "", "Hugging Face folder of the text tower; empty trains a small transformer from nothing", file="path"
+    )
+    lock_image: bool = setting(False, "keep the image tower's weights as they are")
+    lock_text: bool = setting(False, "keep the text tower's weights as they are")
+    image_size: int = setting(64, "side of the input image", unit="px", ge=16, le=1024)
+    patch_size: int = setting(8, "side of a patch (ViT)", unit="px", ge=2)
+    width: int = setting(128, "width of the towers trained from nothing", unit="units", ge=16)
+    layers: int = setting(4, "layers of the towers trained from nothing", unit="layers", ge=1, le=64)
+    embed_dim: int = setting(128, "width of the shared space", unit="units", ge=8)
+    steps: int = setting(600, "optimiser steps", unit="steps", ge=1)
+    batch_size: int = setting(128, "images per step, over all processes", unit="images", ge=2)
+    accumulation: int = setting(1, "always 1: a contrastive loss needs its whole batch at once", ge=1, le=1)
+    captions: int = setting(1, "captions of each image per step", unit="captions", ge=1, le=16)
+    weight_decay: float = setting(0.1, "AdamW's weight decay", ge=0, le=1)
+    warmup: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1)
+    beta2: float = setting(0.98, "AdamW's second decay rate", gt=0, lt=1)
+    dropout: float = setting(0.0, "share of a locked tower's outputs dropped in training", ge=0, lt=1)
+    workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)
 
 
-def inputs(settings: Settings) -> dict[str, Path]:
-    """Data files and the towers' weights."""
-    files = {
-        f"data.sources.{i}.path": Path(source.path)
-        for i, source in enumerate(settings.data.sources)
-        if source.path and source.kind != "datasets"
-    }
-    for name in ("image_weights", "text_tower"):
-        value = getattr(settings.light_clip, name)
-        if value:
-            files[f"light_clip.{name}"] = Path(value)
-    return files
-
-
-def cost(settings: Settings) -> Cost:
+def cost(settings: SettingsView) -> Cost:
     """Weights, and a checkpoint with two moments of each."""
-    chosen = settings.light_clip
+    chosen = settings(LightClipSettings)
     from_nothing = 12 * chosen.layers * chosen.width**2 * 2 + 49408 * chosen.width
     return Cost(16 * from_nothing)
 
@@ -46,97 +58,119 @@ def run(ctx: Context) -> Mapping[str, float]:
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    from mmphi.data.read import log_report, read_examples
-    from mmphi.models.light_clip import build, save
-    from mmphi.training.contrastive import Pairs, train_clip
+    from mmphi.models.device import this_device
+    from mmphi.models.light_clip import ClipShape, build, save
+    from mmphi.training.contrastive import ClampScale, Clip, PairSteps, Pixels
+    from mmphi.training.trainer import train, world_rank, world_size
 
-    settings, chosen = ctx.settings, ctx.settings.light_clip
-    scenes = ctx.upstream.get("scenes")
-    examples, report = read_examples(settings, scenes.path if scenes else None)
-    torch.manual_seed(settings.seed)
-    model, tokenizer = build(chosen, ctx.folder)
+    chosen = ctx.settings(LightClipSettings)
+    examples, report = read(ctx.settings, ctx.upstream)
+    torch.manual_seed(chosen.seed)
+    shape = ClipShape(**{name: getattr(chosen, name) for name in ClipShape.__dataclass_fields__})
+    model, tokenizer = build(shape, ctx.folder if ctx.first else Path(tempfile.mkdtemp()))
     preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-    if chosen.lock_image:
-        (model.visual.trunk if hasattr(model.visual, "trunk") else model.visual).requires_grad_(False)
-    if chosen.lock_text:
-        (model.text.transformer if hasattr(model, "text") else model.transformer).requires_grad_(False)
-    found = {}
+    clip = Clip(
+        model.to(this_device()),
+        lock_image=chosen.lock_image,
+        lock_text=chosen.lock_text,
+        dropout=chosen.dropout,
+        processes=world_size(),
+        rank=world_rank(),
+    )
+    clip.eval()  # What locked towers give is computed once, before any training.
+    sets: dict[str, tuple[Any, Any, list[str], list[int]]] = {}
     for split in ("train", "test"):
-        images, captions, owners = _load([e for e in examples if e.split == split], preprocess, report)
-        pairs = Pairs(
-            model,
+        paths, captions, owners = pairs([e for e in examples if e.split == split], report)
+        images = clip.image_inputs(Pixels(paths, preprocess), chosen.workers)
+        sets[split] = images, clip.text_inputs(tokenizer(captions)), captions, owners
+    log_report(report, ctx.tracker, ctx.settings(DataSettings))
+    images, texts, _, owners = sets["train"]
+    train(
+        clip,
+        PairSteps(
             images,
-            tokenizer(captions),
+            texts,
             owners,
-            lock_image=chosen.lock_image,
-            lock_text=chosen.lock_text,
-            dropout=chosen.dropout,
-        )
-        found[split] = pairs, captions, owners
-    log_report(report, ctx.tracker, settings)
-    train_clip(model, found["train"][0], chosen, seed=settings.seed, folder=ctx.folder, tracker=ctx.tracker)
+            steps=chosen.steps,
+            batch_size=chosen.batch_size,
+            captions=chosen.captions,
+            seed=chosen.seed,
+            processes=world_size(),
+        ),
+        chosen,
+        folder=ctx.folder,
+        tracker=ctx.tracker,
+        title="light_clip",
+        state={name: b for name, b in clip.named_buffers() if name in clip.state_dict()},
+        epsilon=EPSILON,
+        callbacks=[ClampScale(model)],
+    )
     model.eval()
-    save(model, ctx.folder)
-    return _measure(*found["test"], ctx)
+    if ctx.first:
+        save(model, ctx.folder)
+    return _measure(ctx, clip, *sets["test"])
 
 
-def _load(examples: Sequence[Example], preprocess: Any, report: ReadReport) -> tuple[Any, list[str], list[int]]:
-    """Pixels of every image with a caption, its captions, and whose they are; questions are left out.
+def pairs(examples: Sequence[Example], report: ReadReport) -> tuple[list[Path], list[str], list[int]]:
+    """Every readable image that has a caption, the captions, and whose they are; questions are left out.
 
     Scenes have three captions: the full one, one of shapes and one of colors alone. Among the pairs of a batch, colors
     and relation tell nearly all scenes apart, and a CLIP trained on full captions alone never learns the shapes.
-    """
-    import torch
-    from tqdm.auto import tqdm
 
+    Raises:
+        DataError: If there is none.
+    """
     from mmphi.data.images import open_image
     from mmphi.errors import DataError, ImageError
 
-    captions: dict[str, list[Example]] = {}
+    captions: dict[Path, list[Example]] = {}
     for example in examples:
         if example.image is not None and example.attributes.get("kind", "caption") in ("caption", "parts"):
-            captions.setdefault(example.image.id, []).append(example)
-    pixels: list[Any] = []
+            captions.setdefault(example.image.path, []).append(example)
+    paths: list[Path] = []
     texts: list[str] = []
     owners: list[int] = []
-    for of_image in tqdm(captions.values(), desc="images", unit="image", leave=False):
-        image = of_image[0].image
+    for path, of_image in captions.items():
         try:
-            pixels.append(preprocess(open_image(image.path)) if image else None)
+            open_image(path)
         except ImageError as error:
             for example in of_image:
                 report.drop_kept(example.source, example.id, error.reason)
             continue
+        paths.append(path)
         for example in of_image:
             texts += [turn.answer for turn in example.turns]
-            owners += [len(pixels) - 1] * len(example.turns)
-    if not pixels:
+            owners += [len(paths) - 1] * len(example.turns)
+    if not paths:
         raise DataError("no image has a caption to train a CLIP on", "name a source of captions in data.sources")
-    return torch.stack(pixels), texts, owners
+    return paths, texts, owners
 
 
-def _measure(pairs: Any, captions: list[str], owners: list[int], ctx: Context) -> dict[str, float]:
+def _measure(
+    ctx: Context, clip: Any, images: Any, texts: Any, captions: list[str], owners: list[int]
+) -> dict[str, float]:
     from mmphi.evaluation.retrieval import recall
 
-    images, texts = pairs.all_embeddings()
-    metrics = {f"test/{name}": value for name, value in recall(images, texts, owners).items()}
-    best = (images[:SHOWN] @ texts.T).argmax(dim=1).tolist()
+    seen, read_texts = clip.all_embeddings(images, texts)
+    metrics = {f"test/{name}": value for name, value in recall(seen, read_texts, owners).items()}
+    best = (seen[:SHOWN] @ read_texts.T).argmax(dim=1).tolist()
     rows = [
         {"image": i, "nearest caption": captions[b], "its own": captions[owners.index(i)], "right": owners[b] == i}
         for i, b in enumerate(best)
     ]
     ctx.tracker.table("zero_shot", rows)
-    ctx.tracker.metrics(metrics, ctx.settings.light_clip.steps)
+    ctx.tracker.metrics(metrics, ctx.settings(LightClipSettings).steps)
     return metrics
 
 
 STAGE = Stage(
     name="light_clip",
-    version=1,
+    version=2,
     help="train a small CLIP on the data's own captions",
-    sections=("light_clip", "data"),
+    reads=("light_clip", *CONTENT),
     run=run,
-    upstream=upstream,
-    inputs=inputs,
+    upstream=scenes_if_read,
+    requests=("data.sources.N.question",),
     cost=cost,
+    trains=True,
 )

@@ -5,32 +5,51 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mmphi.settings import PretrainSettings, Settings
-from mmphi.stage import Context, Cost, Stage
+from pydantic import model_validator
+
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings import TrainingSettings, setting
+from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
-    from mmphi.data.sequences import Sample
-    from mmphi.models.multimodal import PackedModel
-    from mmphi.models.prompt import Prompt
+    from mmphi.models.packed import PackedModel
+    from mmphi.text.prompt import Prompt
+    from mmphi.text.sequences import Sample
 
 VALIDATION = 200  # Texts, or stretches of text, kept apart.
 
 
-def upstream(settings: Settings) -> tuple[str, ...]:
+class PretrainSettings(TrainingSettings):
+    """A Phi-shaped language model trained from scratch."""
+
+    corpus: list[str] = setting([], "text files; none means scenes written as words", file="path")
+    learn: Literal["everything", "answers"] = setting("answers", "which tokens of scenes' texts are learned")
+    layers: int = setting(4, "transformer layers", unit="layers", ge=1, le=128)
+    width: int = setting(128, "hidden width", unit="units", ge=16)
+    heads: int = setting(4, "attention heads", unit="heads", ge=1)
+    context: int = setting(512, "longest context", unit="tokens", ge=16)
+    vocabulary: int = setting(512, "size of an own byte-level BPE; 0 takes Phi-2's", unit="tokens", ge=0, le=200000)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> PretrainSettings:
+        if self.width % self.heads:
+            near = min((h for h in range(1, self.width + 1) if self.width % h == 0), key=lambda h: abs(h - self.heads))
+            raise ValueError(
+                f"heads = {self.heads} does not divide width = {self.width}; the nearest that does is {near}"
+            )
+        return self
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
     """Scenes, where no text is given."""
-    return () if settings.pretrain.corpus else ("scenes",)
+    return () if settings(PretrainSettings).corpus else ("scenes",)
 
 
-def inputs(settings: Settings) -> dict[str, Path]:
-    """The text files."""
-    return {f"pretrain.corpus.{i}": Path(path) for i, path in enumerate(settings.pretrain.corpus)}
-
-
-def cost(settings: Settings) -> Cost:
+def cost(settings: SettingsView) -> Cost:
     """Weights, and a checkpoint with two moments of each; 6 FLOPs a parameter and token."""
-    chosen = settings.pretrain
+    chosen = settings(PretrainSettings)
     vocabulary = chosen.vocabulary or 51200
     parameters = 12 * chosen.layers * chosen.width**2 + 2 * vocabulary * chosen.width
     return Cost(16 * parameters)
@@ -41,14 +60,15 @@ def run(ctx: Context) -> Mapping[str, float]:
     import torch
     from transformers import PhiForCausalLM
 
-    from mmphi.models.assemble import this_device
+    from mmphi.models.device import this_device
     from mmphi.models.language import phi_config
-    from mmphi.models.multimodal import PackedModel
-    from mmphi.models.prompt import Prompt
-    from mmphi.models.tokenizer import PHI2_VOCABULARY, phi2_tokenizer, train_bpe
+    from mmphi.models.packed import PackedModel
+    from mmphi.text.prompt import Prompt
+    from mmphi.text.tokenizer import PHI2_VOCABULARY, phi2_tokenizer, train_bpe
+    from mmphi.training.steps import packed_steps
     from mmphi.training.trainer import train
 
-    chosen, seed = ctx.settings.pretrain, ctx.settings.seed
+    chosen = ctx.settings(PretrainSettings)
     rows = list(_scene_rows(ctx.upstream["scenes"].path)) if not chosen.corpus else []
     texts = [Path(path).read_text(encoding="utf-8", errors="replace") for path in chosen.corpus]
     if chosen.vocabulary:
@@ -68,28 +88,55 @@ def run(ctx: Context) -> Mapping[str, float]:
     else:
         stretches = list(text_samples(texts, prompt, chosen))
         samples, held = stretches[:-VALIDATION], {"val/loss": stretches[-VALIDATION:]}
-    torch.manual_seed(seed)
-    model = PhiForCausalLM(phi_config(chosen, vocabulary, tokenizer.eos_token_id)).to(this_device())
+    torch.manual_seed(chosen.seed)
+    shape = phi_config(chosen.layers, chosen.width, chosen.heads, chosen.context, vocabulary, tokenizer.eos_token_id)
+    model = PhiForCausalLM(shape).to(this_device())
     parameters = sum(p.numel() for p in model.parameters())
     tokens = sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters, "pretrain/corpus_tokens": tokens})
     packed = PackedModel(model)
     validate = validator(packed, held)
-    train(
-        packed,
-        samples,
-        None,
-        chosen,
-        seed=seed,
-        folder=ctx.folder,
-        tracker=ctx.tracker,
-        title="pretrain",
-        validate=validate,
-    )
-    model.save_pretrained(ctx.folder / "model")
-    tokenizer.save_pretrained(ctx.folder / "model")
+    with packed.recomputing(chosen.gradient_checkpointing):
+        train(
+            packed,
+            packed_steps(samples, {}, chosen),
+            chosen,
+            folder=ctx.folder,
+            tracker=ctx.tracker,
+            title="pretrain",
+            validate=validate,
+        )
     packed.eval()
-    return validate(chosen.steps)
+    figures = validate(chosen.steps)
+    if ctx.first:
+        _save(ctx, model, prompt, figures)
+    return figures
+
+
+def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]) -> None:
+    """Write the model in Hugging Face's format, and what it takes to load it alone."""
+    from mmphi.models.bundle import LANGUAGE, save_bundle
+    from mmphi.models.card import write_card
+    from mmphi.models.language import Language, language_digest, save_language
+    from mmphi.settings import LanguageSettings
+
+    folder, chosen = ctx.folder, ctx.settings(PretrainSettings)
+    save_language(model, prompt, folder / LANGUAGE)
+    name = str(folder / LANGUAGE)
+    settings = LanguageSettings(model=name, prompt=prompt.style)
+    language = Language(model, prompt.tokenizer, prompt, chosen.width, name, language_digest(name, ""), settings)
+    save_bundle(folder, language, trained=True, max_length=chosen.context)
+    write_card(
+        folder,
+        title="A language model from scratch",
+        what=f"A Phi-shaped causal language model with {model.num_parameters():,} parameters.",
+        base="none",
+        example='"what color is the big shape?"',
+        run_id=ctx.tracker.run_id,
+        figures=figures,
+        parts={"layers": chosen.layers, "width": chosen.width, "heads": chosen.heads, "prompt style": prompt.style},
+        lineage={name: result.run_id for name, result in ctx.upstream.items()},
+    )
 
 
 def _scene_rows(scenes: Path) -> Iterator[dict[str, Any]]:
@@ -106,11 +153,11 @@ def scene_samples(
     ``answers_only`` leaves what reading the grid determines, which is learned several times faster; otherwise the grid
     is learned too, like any other text.
     """
-    from mmphi.data.sequences import join
+    from mmphi.text.sequences import join
 
     for row in rows:
         turns = [(question, answer) for question, answer in row["turns"]]
-        sample = join(prompt.parts(turns, image=False, context=row["context"]), None, 0)
+        sample = join(prompt.parts(turns, context=row["context"]))
         if len(sample) <= chosen.max_length:
             if not answers_only:
                 sample.supervised[1:] = True
@@ -121,8 +168,8 @@ def text_samples(texts: Sequence[str], prompt: Prompt, chosen: PretrainSettings)
     """Texts cut into stretches of ``max_length`` tokens, all of them learned, interleaved so that any end is a mix."""
     import numpy as np
 
-    from mmphi.data.sequences import Sample
     from mmphi.errors import DataError
+    from mmphi.text.sequences import Sample
 
     stretches = []
     for text in texts:
@@ -146,14 +193,14 @@ def validator(packed: PackedModel, held: Mapping[str, Sequence[Sample]]) -> Call
     """Loss per supervised token of each set of samples kept apart."""
     import torch
 
-    from mmphi.data.packing import packs, to_device
+    from mmphi.text.packing import packs, to_device
 
     device = next(packed.parameters()).device
 
     @torch.inference_mode()
     def loss(samples: Sequence[Sample]) -> float:
         nats, tokens = 0.0, 0
-        for pack in packs(samples, None, 4096):
+        for pack in packs(samples, {}, 4096):
             nats += float(packed(**to_device(pack, device)))
             tokens += len(pack["targets"])
         return nats / tokens
@@ -166,11 +213,11 @@ def validator(packed: PackedModel, held: Mapping[str, Sequence[Sample]]) -> Call
 
 STAGE = Stage(
     name="pretrain",
-    version=1,
+    version=2,
     help="train a Phi-shaped language model from scratch",
-    sections=("pretrain",),
+    reads=("pretrain",),
     run=run,
     upstream=upstream,
-    inputs=inputs,
+    trains=True,
     cost=cost,
 )

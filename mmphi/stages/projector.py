@@ -2,152 +2,203 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from mmphi.settings import Settings
-from mmphi.stage import Context, Cost, Stage, Tracker
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings import DataSettings, LanguageSettings, TrainingSettings, VisionSettings, setting
+from mmphi.settings.view import SettingsView
+from mmphi.stages.common import (
+    drop_unseen,
+    language_of,
+    log_report,
+    read,
+    scenes_if_read,
+    stored_features,
+    tower_of,
+)
 
 if TYPE_CHECKING:
+    from mmphi.data.features import ImageFeatures
     from mmphi.data.records import Example
     from mmphi.models.multimodal import Multimodal
+    from mmphi.models.projector import Projector
+    from mmphi.tracking.tracker import Tracker
 
 VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
 
 
-def upstream(settings: Settings) -> tuple[str, ...]:
+class ProjectorSettings(TrainingSettings):
+    """The layers between image features and language model, trained with both frozen."""
+
+    features: Literal["cached", "live"] = setting("cached", "stored features, or computed anew every step")
+    layers: int = setting(2, "linear layers: 1 is linear, 2 is LLaVA-1.5's", unit="layers", ge=1, le=8)
+    width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
+    activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
+    norm: bool = setting(False, "normalise every feature vector before the first layer")
+    dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
+    sample_images: int = setting(
+        8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
+    )
+    sample_tokens: int = setting(
+        32, "longest caption at an evaluation during training", unit="tokens", matters=False, ge=1
+    )
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
     """What the parts to be joined come from."""
-    needed = []
-    if settings.uses_scenes():
-        needed.append("scenes")
-    if settings.language.model == "pretrain":
+    needed = list(scenes_if_read(settings))
+    if settings(LanguageSettings).model == "pretrain":
         needed.append("pretrain")
-    if settings.projector.features == "cached":
-        needed.append("embed")
-    elif settings.vision.model == "light_clip":
+    if settings(VisionSettings).model == "light_clip":
         needed.append("light_clip")
+    if settings(ProjectorSettings).features == "cached":
+        needed.append("embed")
     return tuple(needed)
 
 
-def inputs(settings: Settings) -> dict[str, Path]:
-    """Files from outside that the result depends on."""
-    files: dict[str, Path] = {}
-    for i, source in enumerate(settings.data.sources):
-        if source.path and source.kind != "datasets":
-            files[f"data.sources.{i}.path"] = Path(source.path)
-    for name in ("model", "tokenizer"):
-        value = getattr(settings.language, name)
-        if value and Path(value).exists():
-            files[f"language.{name}"] = Path(value)
-    return files
-
-
-def cost(settings: Settings) -> Cost:
+def cost(settings: SettingsView) -> Cost:
     """A projector and its optimiser are small: four copies of at most a few matrices."""
-    return Cost(disk_bytes=4 * 4 * settings.projector.layers * 4096 * 4096)
+    return Cost(disk_bytes=4 * 4 * settings(ProjectorSettings).layers * 4096 * 4096)
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Train, evaluate on the test split, and save."""
+    """Train, and save a model that loads alone."""
     import torch
 
-    from mmphi.data.features import LiveFeatures
-    from mmphi.data.read import log_report, mixture, read_examples
-    from mmphi.data.sequences import encode_all
-    from mmphi.evaluation.evaluate import evaluate_model
-    from mmphi.models.assemble import image_features, language_of
+    from mmphi.data.encoded import Subset, count_left_out, encoded
+    from mmphi.data.read import mixture
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
+    from mmphi.training.steps import packed_steps
     from mmphi.training.trainer import train
 
-    settings, chosen = ctx.settings, ctx.settings.projector
-    scenes = ctx.upstream.get("scenes")
-    examples, report = read_examples(settings, scenes.path if scenes else None)
-    features = image_features(settings, ctx.upstream)
-    if isinstance(features, LiveFeatures):
-        features.check(list({e.image.id: e.image for e in examples if e.image is not None}.values()))
-    for example in [e for e in examples if e.image is not None and e.image.id not in features]:
-        report.drop_kept(example.source, example.id, "unreadable image")
-        examples.remove(example)
-    language = language_of(settings, ctx.upstream)
-    torch.manual_seed(settings.seed)
-    projector = Projector(
-        ProjectorConfig(
-            features.width,
-            language.width,
-            chosen.layers,
-            chosen.width,
-            chosen.activation,
-            norm=chosen.norm,
-            dropout=chosen.dropout,
-        )
-    )
+    chosen, data = ctx.settings(ProjectorSettings), ctx.settings(DataSettings)
+    examples, report = read(ctx.settings, ctx.upstream)
+    features = image_features(ctx)
+    examples = drop_unseen(examples, features, report)
+    language = language_of(ctx)
+    torch.manual_seed(chosen.seed)
+    shape = {name: getattr(chosen, name) for name in ("layers", "width", "activation", "norm", "dropout")}
+    projector = Projector(ProjectorConfig(features.width, language.width, **shape))
     model = Multimodal(language, projector, features, chosen.max_length)
     training = [e for e in examples if e.split == "train"]
-    samples = encode_all(mixture(training, settings), language.prompt, features.tokens, chosen.max_length, report)
-    log_report(report, ctx.tracker, settings)
+    sequences = encoded(training, language.prompt, features.length, chosen.max_length)
+    count_left_out(sequences, training, chosen.max_length, report)
+    log_report(report, ctx.tracker, data)
+    samples = Subset(sequences, mixture(sequences.sources, data))
     parameters = sum(p.numel() for p in projector.parameters())
     ctx.tracker.metrics({"projector/parameters": parameters, "projector/image_tokens": features.tokens})
-    validation = [e for e in examples if e.split == "validation"]
-    trained = train(
-        model.packed,
-        samples,
-        features,
-        chosen,
-        seed=settings.seed,
-        folder=ctx.folder,
-        tracker=ctx.tracker,
-        title="projector",
-        validate=validator(model, validation, settings, ctx.tracker) if validation else None,
+    held = [e for e in examples if e.split == "validation"]
+    validation = Validation(model, held, chosen, ctx.tracker) if held else None
+    with model.packed.recomputing(chosen.gradient_checkpointing):
+        trained = train(
+            model.packed,
+            packed_steps(samples, model.sources, chosen),
+            chosen,
+            folder=ctx.folder,
+            tracker=ctx.tracker,
+            title="projector",
+            validate=validation,
+        )
+    if ctx.first:
+        _save(ctx, model, projector, validation.figures if validation else {})
+    return {"projector/steps": trained.steps}
+
+
+def image_features(ctx: Context) -> ImageFeatures:
+    """Stored features where the settings say so, else the tower itself."""
+    from mmphi.data.features import LiveFeatures
+
+    if ctx.settings(ProjectorSettings).features == "cached":
+        return stored_features(ctx)
+    return LiveFeatures(tower_of(ctx))
+
+
+def _save(ctx: Context, model: Multimodal, projector: Projector, figures: Mapping[str, float]) -> None:
+    from mmphi.models.bundle import Vision, save_bundle
+    from mmphi.models.card import write_card
+
+    light_clip = ctx.upstream.get("light_clip")
+    tower = model.features.digest if model.features else ""
+    vision = Vision(ctx.settings(VisionSettings), tower, light_clip.path if light_clip else None)
+    save_bundle(
+        ctx.folder,
+        model.language,
+        trained="pretrain" in ctx.upstream,
+        projector=projector,
+        vision=vision,
+        max_length=model.max_length,
     )
-    projector.save(ctx.folder)
-    model.packed.eval()
-    test = [e for e in examples if e.split == "test"]
-    metrics = evaluate_model(model, test, settings.evaluate, ctx.tracker, prefix="test") if test else {}
-    return {**metrics, "projector/steps": trained.steps}
+    write_card(
+        ctx.folder,
+        title=f"{Path(model.language.name).name} that sees",
+        what="A projector between a frozen image tower and a frozen causal language model.",
+        base=ctx.settings(LanguageSettings).model,
+        example='"what is this?", "photo.jpg"',
+        run_id=ctx.tracker.run_id,
+        figures=figures,
+        parts={
+            "language model": f"{ctx.settings(LanguageSettings).model} ({model.language.digest})",
+            "prompt style": model.language.prompt.style,
+            "image tower": f"{vision.settings.model} {vision.settings.pretrained}".strip() + f" ({tower})",
+            "projector": projector.config,
+        },
+        lineage={name: result.run_id for name, result in ctx.upstream.items()},
+    )
 
 
-def validator(
-    model: Multimodal, examples: Sequence[Example], settings: Settings, tracker: Tracker
-) -> Callable[[int], Mapping[str, float]]:
-    """Loss and grounding gain on held-out images, and what the model says about a few of them."""
-    from mmphi.evaluation.grounding import grounding
+class Validation:
+    """Loss and grounding gain on held-out images, and what the model says about a few of them.
 
-    chosen = list(examples[:VALIDATION_EXAMPLES])
-    shown: dict[str, Example] = {}
-    for example in chosen:
-        if example.image is not None and len(shown) < settings.projector.sample_images:
-            shown.setdefault(example.image.id, example)
+    Attributes:
+        figures: Those of the last evaluation.
+    """
 
-    def validate(step: int) -> Mapping[str, float]:
-        measured = grounding(model, chosen, seed=settings.seed)
-        if shown:
-            prompts = [(e.image, e.turns[0].question) for e in shown.values()]
-            answers = model.generate(prompts, settings.evaluate.max_new_tokens)
-            rows = [
-                {
-                    "step": step,
-                    "image": e.image.path if e.image else "",
-                    "question": e.turns[0].question,
-                    "prediction": answer.text,
-                    "reference": e.turns[0].answer,
-                }
-                for e, answer in zip(shown.values(), answers, strict=True)
-            ]
-            tracker.table("predictions", rows, image="image")
-        return {"val/loss": measured.loss, "val/grounding_gain": measured.gain}
+    def __init__(
+        self, model: Multimodal, examples: Sequence[Example], chosen: ProjectorSettings, tracker: Tracker
+    ) -> None:
+        from mmphi.data.read import stratified
 
-    return validate
+        self.model, self.chosen, self.tracker = model, chosen, tracker
+        self.held = stratified(examples, VALIDATION_EXAMPLES, seed=0)
+        self.figures: Mapping[str, float] = {}
+        shown: dict[str, Example] = {}
+        for example in self.held:
+            if example.image is not None and len(shown) < chosen.sample_images:
+                shown.setdefault(example.image.id, example)
+        self.shown = list(shown.values())
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        """Measure after a step."""
+        from mmphi.evaluation.grounding import grounding
+
+        measured = grounding(self.model, self.held)
+        self.figures = {"val/loss": measured.loss, "val/grounding_gain": measured.gain}
+        prompts = [(e.images, e.turns[0].question) for e in self.shown]
+        rows = [
+            {
+                "step": step,
+                "image": e.images[0].path,
+                "question": e.turns[0].question,
+                "prediction": answer.text,
+                "reference": e.turns[0].answer,
+            }
+            for e, answer in zip(self.shown, self.model.generate(prompts, self.chosen.sample_tokens), strict=True)
+        ]
+        self.tracker.table("predictions", rows, image="image")
+        return self.figures
 
 
 STAGE = Stage(
     name="projector",
-    version=1,
+    version=2,
     help="train the layers between image features and the frozen language model",
-    sections=("projector", "language", "vision", "data"),
+    reads=("projector", "language", "vision", "data"),
     run=run,
     upstream=upstream,
-    inputs=inputs,
     cost=cost,
+    then=("evaluate",),
+    trains=True,
 )

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmphi.settings import Settings
-from mmphi.stage import Context, Cost, Stage
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings import Section, setting
+from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
     from mmphi.data.scenes import Scene
@@ -17,9 +18,22 @@ if TYPE_CHECKING:
 SHOWN = 12
 
 
-def cost(settings: Settings) -> Cost:
+class ScenesSettings(Section):
+    """Scenes drawn by the program: two coloured shapes in a relation, with captions and questions."""
+
+    seed: int = setting(0, "seed of drawing and of what is held out", ge=0)
+    train_images: int = setting(3000, "images to train on", unit="images", ge=8)
+    validation_images: int = setting(100, "images of seen combinations kept apart", unit="images", ge=1)
+    test_images: int = setting(200, "images of combinations training never saw", unit="images", ge=1)
+    held_out: float = setting(0.15, "share of colour-shape-relation combinations kept for the test", gt=0, lt=0.9)
+    image_size: int = setting(96, "side of the drawn images", unit="px", ge=32, le=1024)
+    questions: int = setting(2, "question-answer turns beside each caption", unit="turns", ge=0, le=8)
+    texts: int = setting(20000, "scenes written as words for the language model to read", unit="texts", ge=0)
+
+
+def cost(settings: SettingsView) -> Cost:
     """PNG files of noise-covered pictures take about two bytes a pixel; drawing takes about 3 ms each."""
-    chosen = settings.scenes
+    chosen = settings(ScenesSettings)
     images = chosen.train_images + chosen.validation_images + chosen.test_images
     disk = 2 * images * chosen.image_size**2 + 400 * chosen.texts
     return Cost(disk, 0.003 * images * (chosen.image_size / 96) ** 2 + 1e-4 * chosen.texts)
@@ -32,7 +46,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     from mmphi.data.scene_text import corpus_texts
     from mmphi.data.scenes import combinations, held_out, scenes
 
-    chosen, seed = ctx.settings.scenes, ctx.settings.seed
+    chosen = ctx.settings(ScenesSettings)
+    seed = chosen.seed
     unseen = held_out(chosen.held_out, seed)
     seen = [c for c in combinations() if c not in unseen]
     sizes = {"train": chosen.train_images, "validation": chosen.validation_images, "test": chosen.test_images}
@@ -65,24 +80,24 @@ def _write(
     from mmphi.data.scene_text import DESCRIBE, WHICH_COLORS, WHICH_SHAPES, caption, colors, questions, shapes
 
     draw(scene, side, rng).save(path)
-    asked = questions(scene, question_count, rng)
+    drawn = questions(scene, question_count, rng)
     conversations = {
         "caption": [(DESCRIBE, caption(scene))],
         "parts": [(WHICH_SHAPES, shapes(scene)), (WHICH_COLORS, colors(scene))],
-        "questions": [(t.question, t.answer) for t in asked],
+        "questions": [(t.question, t.answer) for t in drawn],
     }
     rows = []
     for kind, turns in conversations.items():
-        said = []
+        messages = []
         for i, (question, answer) in enumerate(turns):
             # As in the real file, the image stands now before, now after the first question.
             places = (f"<image>\n{question}", f"{question}\n<image>")
-            said.append({"from": "human", "value": rng.choice(places) if i == 0 else question})
-            said.append({"from": "gpt", "value": answer})
-        if said:
+            messages.append({"from": "human", "value": rng.choice(places) if i == 0 else question})
+            messages.append({"from": "gpt", "value": answer})
+        if messages:
             name = f"{relative.removesuffix('.png')}-{kind}"
             attributes = {"kind": kind, **scene.attributes}
-            rows.append({"id": name, "image": relative, "conversations": said, "attributes": attributes})
+            rows.append({"id": name, "image": relative, "conversations": messages, "attributes": attributes})
     return rows
 
 
@@ -107,7 +122,7 @@ STAGE = Stage(
     name="scenes",
     version=1,
     help="draw the embedded data: coloured shapes, captions, questions",
-    sections=("scenes",),
+    reads=("scenes",),
     run=run,
     cost=cost,
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow.entities import Metric, Param, RunTag
 from tqdm.auto import tqdm
 
+from mmphi.tracking.artifacts import remove_artifacts
 from mmphi.tracking.pictures import cell, grid
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ TAG_CHARACTERS, PARAM_CHARACTERS = 5000, 6000  # MLflow's own limits.
 
 
 class RunTracker:
-    """Records in one run; fulfils :class:`mmphi.stage.Tracker`.
+    """Records in one run; fulfils :class:`mmphi.tracking.tracker.Tracker`.
 
     Whatever is recorded as a file is written to ``folder``; where that is not the run's own artifact folder, it is sent
     there as well.
@@ -40,6 +41,7 @@ class RunTracker:
         self._sent = time.monotonic()
         self._tables: dict[str, list[dict[str, Any]]] = {}
         self._not_finite: list[str] = []
+        self._checkpoint = ""
 
     @property
     def run_id(self) -> str:
@@ -137,6 +139,15 @@ class RunTracker:
         """Record a text file."""
         self._write(name, content.encode())
 
+    def checkpoint(self, folder: Path) -> None:
+        """Send a complete checkpoint to a remote store, in place of the one before; a local store has it already."""
+        if not self.remote:
+            return
+        self.client.log_artifacts(self._run_id, str(folder), folder.name)
+        if self._checkpoint and self._checkpoint != folder.name:
+            remove_artifacts(self.client, self._run_id, self._checkpoint)
+        self._checkpoint = folder.name
+
     def say(self, line: str) -> None:
         """Print a line without tearing a progress bar."""
         tqdm.write(line)
@@ -160,27 +171,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-class SilentTracker:
-    """Records nothing: for all but the first of the processes that train together."""
-
-    run_id = ""
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Do nothing."""
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
-        """Do nothing."""
-
-    def figure(self, name: str, figure: Any) -> None:
-        """Do nothing."""
-
-    def text(self, name: str, content: str) -> None:
-        """Do nothing."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Do nothing."""
-
-    def say(self, line: str) -> None:
-        """Do nothing."""

@@ -1,36 +1,36 @@
-"""The store of runs, the only store: a run is the result of its key when it is FINISHED and its manifest holds."""
+"""Runs as they are begun, gone on from, finished and given up; what is found in the store is in ``search``."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
 import socket
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
+from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from mmphi.errors import StoreError
-from mmphi.keys import cache_folder
-from mmphi.locks import locked
-from mmphi.manifest import MANIFEST, manifest_holds, write_manifest
-from mmphi.tracking.connect import connected
+from mmphi.pipeline.manifest import MANIFEST, write_manifest
+from mmphi.tracking.artifacts import download
+from mmphi.tracking.lease import HELD, Lease
 from mmphi.tracking.run import RunTracker
-from mmphi.tracking.uri import absolute_uri, database
+from mmphi.tracking.search import RunStore
 
-EXPERIMENT = "mmphi"
+if TYPE_CHECKING:
+    from mmphi.pipeline.stage import Result
+
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # As MLflow names a run that was given no name.
 
 
-class Store:
-    """Runs, found by what they are the result of.
+class Store(RunStore):
+    """Runs, found by what they are the result of, and made.
 
     Args:
         uri: MLflow's tracking URI; by default as :func:`absolute_uri` has it.
@@ -40,171 +40,110 @@ class Store:
     """
 
     def __init__(self, uri: str | None = None) -> None:
-        self.uri = uri or absolute_uri()
-        self.host = socket.gethostname()
-        self._cache = cache_folder() / hashlib.sha256(self.uri.encode()).hexdigest()[:8]
-        file = database(self.uri)
-        self._locks = file.parent / "mlruns" / ".locks" if file else self._cache / "locks"
-        with locked(self._locks / "database"):  # Two processes must not both make its tables.
-            self.client = connected(self.uri)
+        super().__init__(uri)
+        self.host = os.environ.get("MMPHI_HOST") or socket.gethostname()
 
     @contextlib.contextmanager
-    def lock(self, key: str, waiting: Callable[[str], None]) -> Iterator[bool]:
-        """Be the only process of this machine that builds ``key``; yields whether another had to be waited for."""
-        with locked(self._locks / key, waiting) as waited:
-            yield waited
+    def building(
+        self, key: str, title: str, tags: Mapping[str, str], run: str, waiting: Callable[[str], None]
+    ) -> Iterator[tuple[RunTracker, bool]]:
+        """Be the only process anywhere that builds a key; yields its run, and whether another had to be waited for.
 
-    def given(self) -> Run | None:
-        """The run that ``mlflow run`` began for this process.
-
-        Raises:
-            StoreError: If it is not in this store.
-        """
-        run_id = os.environ.get("MLFLOW_RUN_ID")
-        if not run_id:
-            return None
-        try:
-            return self.client.get_run(run_id)
-        except MlflowException as error:
-            raise StoreError(
-                f"MLFLOW_RUN_ID is {run_id}, but {self.uri} has no such run",
-                "give `mlflow run` an absolute MLFLOW_TRACKING_URI, or unset MLFLOW_RUN_ID",
-            ) from error
-
-    def experiment(self) -> str:
-        """Id of the experiment to record in: the given run's, else the environment's, else ``mmphi``.
-
-        Raises:
-            StoreError: If it was deleted.
-        """
-        given = self.given()
-        if given:
-            return str(given.info.experiment_id)
-        if os.environ.get("MLFLOW_EXPERIMENT_ID"):
-            return os.environ["MLFLOW_EXPERIMENT_ID"]
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        found = self.client.get_experiment_by_name(name)
-        if found and found.lifecycle_stage == "deleted":
-            command = f"mlflow experiments restore --experiment-id {found.experiment_id}"
-            raise StoreError(
-                f"the experiment {name} is deleted", f"{command}, or name another in MLFLOW_EXPERIMENT_NAME"
-            )
-        if found:
-            return str(found.experiment_id)
-        file = database(self.uri)
-        root = (file.parent / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri() if file else None
-        # Without its kind, MLflow's pages take an experiment with tables for the evaluation of agents.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
-        return str(self.client.create_experiment(name, artifact_location=root, tags=tags))
-
-    def search(self, **tags: str) -> list[Run]:
-        """Runs of all experiments with these tags of ours (``key=...`` is ``mmphi.key``), newest first."""
-        experiments = [str(e.experiment_id) for e in self.client.search_experiments()]
-        text = " and ".join(f"tags.`mmphi.{name}` = '{value}'" for name, value in tags.items())
-        return list(self.client.search_runs(experiments, text, order_by=["attributes.start_time DESC"]))
-
-    def result(self, key: str) -> Run | None:
-        """The newest run that is a result of ``key``."""
-        return next((run for run in self.search(key=key) if self.is_result(run)), None)
-
-    def is_result(self, run: Run) -> bool:
-        """Whether a run is FINISHED and its manifest holds; a status alone proves nothing, others set it too."""
-        if run.info.status != "FINISHED":
-            return False
-        folder = self.local_folder(run)
-        # What a remote store holds is confirmed when it is fetched.
-        return manifest_holds(folder) if folder is not None else self._has_manifest(run)
-
-    def local_folder(self, run: Run) -> Path | None:
-        """Where the artifacts of a run lie, or ``None`` where they are not on this machine."""
-        parsed = urlparse(run.info.artifact_uri)
-        if parsed.scheme == "file":
-            return Path(unquote(parsed.path))
-        return Path(run.info.artifact_uri) if not parsed.scheme else None
-
-    def fetch(self, run: Run) -> Path:
-        """The artifacts of a finished run on this machine; downloaded once where the store is remote.
-
-        Raises:
-            StoreError: If what arrives is not what the manifest says.
-        """
-        local = self.local_folder(run)
-        if local is not None:
-            return local
-        run_id = str(run.info.run_id)
-        folder, part = self._cache / "runs" / run_id, self._cache / "runs" / f"{run_id}.part"
-        if manifest_holds(folder):
-            return folder
-        for left in (folder, part):
-            shutil.rmtree(left, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            self.client.download_artifacts(run_id, "", str(part))
-        except (MlflowException, OSError) as error:
-            raise StoreError(f"the artifacts of run {run_id} cannot be fetched: {error}", "try again later") from error
-        if not manifest_holds(part):
-            raise StoreError(f"the artifacts of run {run_id} are not what its manifest says", "delete that run")
-        for name, (_, _, modified_ns) in json.loads((part / MANIFEST).read_text()).items():
-            os.utime(part / name, ns=(modified_ns, modified_ns))
-        part.rename(folder)
-        return folder
-
-    def begin(self, name: str, tags: Mapping[str, str], given: Run | None) -> RunTracker:
-        """Begin a run, or go on in the one given.
+        On one machine a file lock decides, which a process loses when it dies; between machines the lease does.
 
         Args:
-            name: Readable name; a given run keeps a name that a person chose.
+            key: What is built.
+            title: Name of the run.
             tags: ``mmphi.stage``, ``mmphi.key``, ...
-            given: The run that ``mlflow run`` began.
+            run: Id of a run that was begun for it, or empty.
+            waiting: Told once, before a wait, who holds it.
         """
-        if given:
-            run = given
-            if GENERATED_NAME.fullmatch(run.info.run_name or ""):
-                self.client.update_run(run.info.run_id, name=name)
+        lock, waited = FileLock(self.locks / f"{key}.lock"), False
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                waited = True
+                waiting(self._holder(key))
+                held.enter_context(lock.acquire())
+            tracker = self.begin(title, tags, run)
+            lease = held.enter_context(Lease(self.client, tracker.run_id, self._domain()))
+            waited |= lease.claim(lambda: self._others(key, tracker.run_id), waiting)
+            yield tracker, waited
+
+    def _others(self, key: str, run_id: str) -> Iterator[Run]:
+        return (run for run in self.search(key=key) if run.info.run_id != run_id)
+
+    def _holder(self, key: str) -> str:
+        held = next((r for r in self.search("RUNNING", key=key) if r.data.tags.get(HELD) == "held"), None)
+        if held is None:
+            return "another process"
+        return f"process {held.data.tags.get('mmphi.pid', '?')} on {held.data.tags.get('mmphi.host', '?')}"
+
+    def _domain(self) -> str:
+        """Name of this folder of locks, the same for all who use it."""
+        path = self.locks / "domain"
+        with FileLock(self.locks / "domain.lock"):
+            if not path.exists():
+                path.write_text(uuid.uuid4().hex)
+        return path.read_text()
+
+    def begin(self, name: str, tags: Mapping[str, str], run: str = "") -> RunTracker:
+        """Begin a run, or go on in one.
+
+        Args:
+            name: Readable name; a run that a person named keeps its name.
+            tags: ``mmphi.stage``, ``mmphi.key``, ...
+            run: Id of a run that was begun for it, or empty.
+        """
+        if run:
+            begun = self.run(run)
+            if GENERATED_NAME.fullmatch(begun.info.run_name or ""):
+                self.client.update_run(run, name=name)
         else:
-            run = self.client.create_run(self.experiment(), run_name=name, tags={"mlflow.source.name": "mmphi"})
-        local = self.local_folder(run)
-        folder = local or self._cache / "work" / tags["mmphi.key"]
+            begun = self.client.create_run(self.experiment(), run_name=name, tags={"mlflow.source.name": "mmphi"})
+        local = self.local_folder(begun)
+        folder = local or self.cache / "work" / tags.get("mmphi.key", str(begun.info.run_id))
         folder.mkdir(parents=True, exist_ok=True)
-        tracker = RunTracker(self.client, str(run.info.run_id), folder, remote=local is None)
+        tracker = RunTracker(self.client, str(begun.info.run_id), folder, remote=local is None)
         tracker.tags({**tags, "mmphi.host": self.host, "mmphi.pid": str(os.getpid())})
         return tracker
 
     def adopt(self, tracker: RunTracker, key: str) -> str:
-        """Move what the newest dead run of ``key`` left into a new run's folder; to be called with the key's lock held.
+        """Go on from the newest run of a key that did not finish; to be called by the only process that builds it.
 
         Returns:
             Id of the run gone on from, empty where there is none.
         """
-        source = ""
-        for run in self.search(key=key):
-            run_id, status = str(run.info.run_id), run.info.status
-            elsewhere = status == "RUNNING" and run.data.tags.get("mmphi.host") != self.host
-            if run_id == tracker.run_id or elsewhere or (status == "FINISHED" and self._has_manifest(run)):
-                continue
-            if status == "RUNNING":
-                self.client.set_terminated(run_id, "KILLED")
-            if not source and self._move(run, tracker):
-                source = run_id
-                self.client.set_tag(run_id, "mmphi.continued_by", tracker.run_id)
-                tracker.tags({"mmphi.continues": run_id})
-        return source
+        dead = [run for run in self._others(key, tracker.run_id) if not self._finished(run)]
+        for run in dead:
+            if run.info.status == "RUNNING":
+                self.client.set_terminated(run.info.run_id, "KILLED")
+        for run in dead:
+            if self._take_files(run, tracker):
+                source = str(run.info.run_id)
+                self.client.set_tag(source, "mmphi.continued_by", tracker.run_id)
+                tracker.tags({"mmphi.continues": source})
+                return source
+        return ""
 
-    def _has_manifest(self, run: Run) -> bool:
+    def _finished(self, run: Run) -> bool:
+        return run.info.status == "FINISHED" and self.has_manifest(run)
+
+    def _take_files(self, run: Run, tracker: RunTracker) -> bool:
+        """Bring what a dead run left into a new run's folder; says whether there was anything."""
         folder = self.local_folder(run)
         if folder is not None:
-            return (folder / MANIFEST).exists()
-        return any(f.path == MANIFEST for f in self.client.list_artifacts(run.info.run_id))
-
-    def _move(self, run: Run, tracker: RunTracker) -> bool:
-        folder = self.local_folder(run)
-        if folder is None:
-            return any(tracker.folder.iterdir())  # The work folder goes by the key: it is here already.
-        left = [p for p in folder.iterdir() if p.name != MANIFEST] if folder.is_dir() else []
-        for path in left:
-            if not (tracker.folder / path.name).exists():
-                shutil.move(path, tracker.folder / path.name)
-        return bool(left)
+            left = [p for p in folder.iterdir() if p.name != MANIFEST] if folder.is_dir() else []
+            for path in left:
+                if not (tracker.folder / path.name).exists():
+                    shutil.move(path, tracker.folder / path.name)
+            return bool(left)
+        if any(tracker.folder.iterdir()):
+            return True  # The work folder goes by the key: it is here already.
+        with contextlib.suppress(StoreError):
+            download(self.client, str(run.info.run_id), tracker.folder)
+        return any(tracker.folder.iterdir())
 
     def clear(self, tracker: RunTracker) -> None:
         """Forget what an earlier call left for this run."""
@@ -212,7 +151,17 @@ class Store:
         tracker.folder.mkdir()
 
     def finish(self, tracker: RunTracker) -> Path:
-        """Write the manifest, last of all files, and mark the run FINISHED; returns where the files lie."""
+        """Write the manifest, last of all files, and mark the run FINISHED; returns where the files lie.
+
+        Raises:
+            StoreError: If another process took the run for dead, and took its work over.
+        """
+        taken = self.run(tracker.run_id).data.tags.get("mmphi.continued_by")
+        if taken:
+            raise StoreError(
+                f"this process was silent for so long that run {taken} took its work over",
+                "wait for that run; MMPHI_LEASE_S is how many seconds of silence are allowed",
+            )
         tracker.flush()
         folder = tracker.folder
         if tracker.remote:
@@ -220,7 +169,7 @@ class Store:
         write_manifest(folder)
         if tracker.remote:
             self.client.log_artifact(tracker.run_id, str(folder / MANIFEST))
-            kept = self._cache / "runs" / tracker.run_id
+            kept = self.cache / "runs" / tracker.run_id
             kept.parent.mkdir(parents=True, exist_ok=True)
             folder = folder.rename(kept)
         self.client.set_terminated(tracker.run_id, "FINISHED")
@@ -233,17 +182,18 @@ class Store:
             tracker.tags({"mmphi.error": why})
             self.client.set_terminated(tracker.run_id, status)
 
-    def address(self, run_id: str) -> str:
-        """Where MLflow's pages show a run."""
-        base = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
-        experiment = self.client.get_run(run_id).info.experiment_id
-        return f"{base.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+    def discard(self, tracker: RunTracker, run: str) -> None:
+        """Give up a run that turned out not to be needed; one that was begun elsewhere stays, to point at a result."""
+        if not run:
+            self.client.delete_run(tracker.run_id)
+            if not any(tracker.folder.iterdir()):
+                tracker.folder.rmdir()
+        else:
+            self.client.delete_tag(run, "mmphi.key")
 
-    def json_of(self, run: Run, name: str) -> dict[str, Any]:
-        """A JSON artifact of a run; empty where there is none."""
-        local = self.local_folder(run)
-        try:
-            path = local / name if local else Path(self.client.download_artifacts(run.info.run_id, name))
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, MlflowException):
-            return {}
+    def point(self, run: str, result: Result, preset: str) -> None:
+        """Let a run that was begun for a result point at the one that was there already."""
+        tags = {"mmphi.stage": result.stage, "mmphi.reuses": result.run_id, "mmphi.preset": preset}
+        tracker = self.begin(f"{result.stage} {preset} (reused)", tags, run)
+        tracker.metrics(result.metrics)
+        tracker.flush()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmphi.stage import Tracker
+from mmphi.tracking.tracker import Tracker
 
 
 class Throughput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from mmphi.errors import ModelError
 
 MARKER = "complete"
 WEIGHTS = "trained.safetensors"
+STATE = "state."  # Before the names of what is no parameter.
 
 
 def step_of(checkpoint: Path) -> int:
@@ -51,22 +53,30 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_trained(model: nn.Module, checkpoint: Path) -> None:
-    """Write the trained parameters, and nothing that is frozen."""
+def save_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the trained parameters and further state, and nothing that is frozen.
+
+    Args:
+        model: What is trained.
+        checkpoint: Folder.
+        state: Tensors beyond the parameters that training changes, such as running means.
+    """
     checkpoint.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous().cpu() for name, t in trained_state(model).items()}, checkpoint / WEIGHTS)
+    tensors = {**trained_state(model), **{f"{STATE}{name}": t for name, t in (state or {}).items()}}
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, checkpoint / WEIGHTS)
 
 
-def load_trained(model: nn.Module, checkpoint: Path) -> None:
-    """Put the trained parameters of a checkpoint back.
+def load_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Put the trained parameters and the further state of a checkpoint back.
 
     Raises:
         ModelError: If names or shapes are not those of this model.
     """
-    saved, parameters = load_file(checkpoint / WEIGHTS), trained_state(model)
-    wrong = sorted(saved.keys() ^ parameters.keys()) or [n for n, t in saved.items() if t.shape != parameters[n].shape]
+    saved = load_file(checkpoint / WEIGHTS)
+    tensors = {**trained_state(model), **{f"{STATE}{name}": t for name, t in (state or {}).items()}}
+    wrong = sorted(saved.keys() ^ tensors.keys()) or [n for n, t in saved.items() if t.shape != tensors[n].shape]
     if wrong:
         raise ModelError(f"{checkpoint} was written by another model: {wrong[0]} differs", "start anew with --force")
     with torch.no_grad():
         for name, tensor in saved.items():
-            parameters[name].copy_(tensor)
+            tensors[name].copy_(tensor)

@@ -1,73 +1,91 @@
-"""Training of any part of a packed model on transformers' Trainer: exact loss, complete checkpoints, exact resume."""
+"""The one loop, on transformers' Trainer: exact loss, complete checkpoints, exact resume.
+
+What is trained is a *task*: a module that takes a batch by name and gives its summed loss. A batch also says by
+``step_tokens`` what the loss of the whole optimiser step is divided by.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mmphi.data.packing import PackedSteps
-from mmphi.data.sequences import Sample
 from mmphi.errors import Stopped, TrainingError
-from mmphi.models.multimodal import PackedModel
-from mmphi.settings import TrainingSettings
-from mmphi.stage import Tracker
+from mmphi.settings.shared import TrainingSettings
+from mmphi.tracking.tracker import Tracker
 from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked, Throughput
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, mark_complete, prune, save_trained, step_of
-
-if TYPE_CHECKING:
-    from mmphi.data.features import ImageFeatures
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-class PackedTrainer(Trainer):
-    """transformers' Trainer for packs, one pack a batch.
+class Borrowed(nn.Module):
+    """Holds a task, so that what accelerate wraps and patches is this, and the task stays as it was."""
+
+    def __init__(self, task: nn.Module) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, **batch: Any) -> Tensor:
+        """The task's summed loss, shape ()."""
+        loss: Tensor = self.task(**batch)
+        return loss
+
+
+class Loop(Trainer):
+    """transformers' Trainer for tasks, one batch of the dataset a forward pass.
 
     Args:
+        task: What is trained.
+        state: Tensors beyond its parameters that training changes; part of every checkpoint.
+        settings: Of the training.
+        tracker: The run to record in.
         throughput: Counts the tokens that passed.
         validate: Returns metrics named ``val/...``; called on the main process at each evaluation.
-        keep_checkpoints: Complete checkpoints kept.
         **kwargs: The Trainer's own.
     """
 
     def __init__(
         self,
+        task: nn.Module,
         *,
+        state: Mapping[str, Tensor],
+        settings: TrainingSettings,
+        tracker: Tracker,
         throughput: Throughput,
         validate: Callable[[int], Mapping[str, float]] | None,
-        keep_checkpoints: int,
         **kwargs: Any,
     ) -> None:
         # A loss function that is given tells the Trainer that the loss is normalised over the accumulated batch.
-        super().__init__(compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
-        self.throughput, self.validate, self.keep_checkpoints = throughput, validate, keep_checkpoints
+        super().__init__(model=Borrowed(task), compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
+        self.task, self.state_tensors, self.settings, self.tracker = task, state, settings, tracker
+        self.throughput, self.validate = throughput, validate
         self.folder = Path(self.args.output_dir)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """This pack's share of the step's loss per supervised token, in nats.
+        """This batch's share of the step's loss per supervised token, in nats.
 
         The summed loss is divided by the supervised tokens of the whole step over all passes and processes; times the
         processes, because DDP averages their gradients.
 
         Raises:
-            TrainingError: If the loss is not finite; the pack is saved first.
+            TrainingError: If the loss is not finite; the batch is saved first.
         """
-        self.throughput.tokens += inputs["input_ids"].numel()
+        self.throughput.tokens += inputs["input_ids"].numel() if "input_ids" in inputs else 0
         loss: Tensor = model(**inputs) * (self.args.world_size / inputs["step_tokens"])
         if not torch.isfinite(loss):
             where = self.folder / "bad_batch.safetensors"
-            save_file({name: t.detach().cpu().contiguous() for name, t in inputs.items()}, where)
+            save_file(dict(_flat(inputs)), where)
             raise TrainingError(
                 f"the loss at step {self.state.global_step + 1} is {loss.item()}; the batch is saved as {where}",
                 "a lower learning rate, a longer warm-up or fp32 usually mends this",
@@ -95,17 +113,20 @@ class PackedTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # The order is the dataset's own matter.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_trained(self.accelerator.unwrap_model(self.model), Path(output_dir or self.folder))
+        save_trained(self.task, Path(output_dir or self.folder), self.state_tensors)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        load_trained(self.task, Path(resume_from_checkpoint), self.state_tensors)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(self.folder / f"checkpoint-{self.state.global_step}")
-            prune(self.folder, self.keep_checkpoints)
+            checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
+            mark_complete(checkpoint)
+            if self.settings.share_checkpoints:
+                self.tracker.checkpoint(checkpoint)
+            prune(self.folder, self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
 
@@ -122,15 +143,28 @@ class Trained:
     resumed_from: int
 
 
+def world_rank() -> int:
+    """This process's number among those that train together."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def world_size() -> int:
     """Processes that train together, as torchrun says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _arguments(settings: TrainingSettings, folder: Path, seed: int) -> TrainingArguments:
+def _flat(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value.detach().cpu().contiguous()
+        else:
+            yield from _flat(value, f"{prefix}{name}.")
+
+
+def _arguments(settings: TrainingSettings, folder: Path, epsilon: float) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=1,
@@ -142,7 +176,8 @@ def _arguments(settings: TrainingSettings, folder: Path, seed: int) -> TrainingA
         adam_beta2=settings.beta2,
         max_grad_norm=settings.max_grad_norm,
         bf16=bf16,
-        seed=seed,
+        adam_epsilon=epsilon,
+        seed=settings.seed,
         use_cpu=not cuda,
         ddp_backend=None if cuda or world_size() == 1 else "gloo",
         ddp_find_unused_parameters=False,
@@ -155,76 +190,77 @@ def _arguments(settings: TrainingSettings, folder: Path, seed: int) -> TrainingA
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        dataloader_num_workers=settings.workers,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device; the Trainer would take all there are.
+    return arguments
 
 
 def _only(batch: list[Any]) -> Any:
-    """The pack of a batch of one."""
+    """The batch that the dataset gives is whole already."""
     return batch[0]
 
 
 def train(
-    model: PackedModel,
-    samples: Sequence[Sample],
-    features: ImageFeatures | None,
+    task: nn.Module,
+    steps: Dataset[Any],
     settings: TrainingSettings,
     *,
-    seed: int,
     folder: Path,
     tracker: Tracker,
     title: str,
     validate: Callable[[int], Mapping[str, float]] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    epsilon: float = 1e-8,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """Train whatever in ``model`` requires gradients.
+    """Train whatever in ``task`` requires gradients.
 
     Args:
-        model: Its frozen parts have ``requires_grad`` off.
-        samples: What to train on.
-        features: Where image features come from.
+        task: Takes a batch by name and gives its summed loss; its frozen parts have ``requires_grad`` off.
+        steps: Batches by index: those of step k are ``accumulation * processes`` of them, one after the other.
         settings: Steps, batch, learning rate, ...
-        seed: Seed of the data order.
         folder: Where checkpoints go; a complete one found there is resumed from.
         tracker: The run to record in.
         title: What stands before the progress bar.
         validate: Given the step, returns metrics named ``val/...``.
+        state: Tensors beyond parameters and optimiser that training changes in place; part of every checkpoint.
+        optimizer: In place of AdamW.
+        epsilon: AdamW's.
+        callbacks: Called beside the loop.
 
     Raises:
         TrainingError: If the loss stops being finite.
         Stopped: If a signal asked to stop; a checkpoint was written first.
     """
-    steps: Dataset[Any] = PackedSteps(
-        samples,
-        features,
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        packs_per_step=settings.accumulation * world_size(),
-        seed=seed,
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    if settings.gradient_checkpointing:
-        model.recompute_activations()
-    found = complete_checkpoints(folder)
-    prune(folder, settings.keep_checkpoints)
+    done = complete_checkpoints(folder)
+    if world_rank() == 0:
+        prune(folder, settings.keep_checkpoints)
     throughput = Throughput()
     with StopWhenAsked() as stop:
-        trainer = PackedTrainer(
+        loop = Loop(
+            task,
+            state=state or {},
+            settings=settings,
+            tracker=tracker,
             throughput=throughput,
             validate=validate,
-            keep_checkpoints=settings.keep_checkpoints,
-            model=model,
-            args=_arguments(settings, folder, seed),
+            args=_arguments(settings, folder, epsilon),
             train_dataset=steps,
             data_collator=_only,
-            callbacks=[Monitor(tracker, title, throughput), EvaluateEvery(settings.eval_every), stop],
+            optimizers=(optimizer, None),
+            callbacks=[Monitor(tracker, title, throughput), EvaluateEvery(settings.eval_every), stop, *callbacks],
         )
         for default in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(default)
-        if found:
-            tracker.say(f"{title}: going on from step {step_of(found[-1])}")
+            loop.remove_callback(default)
+        if done:
+            tracker.say(f"{title}: going on from step {step_of(done[-1])}")
         try:
-            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+            loop.train(resume_from_checkpoint=str(done[-1]) if done else None)
         finally:
-            trainer.callback_handler.call_event("on_train_end", trainer.args, trainer.state, trainer.control)
+            loop.callback_handler.call_event("on_train_end", loop.args, loop.state, loop.control)
     if stop.stopped:
-        raise Stopped(f"stopped after step {trainer.state.global_step}; the same command goes on from there")
-    return Trained(trainer.state.global_step, step_of(found[-1]) if found else 0)
+        raise Stopped(f"stopped after step {loop.state.global_step}; the same command goes on from there")
+    return Trained(loop.state.global_step, step_of(done[-1]) if done else 0)

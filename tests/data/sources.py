@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmphi.settings import DataSettings, Settings, SourceSettings
+from mmphi.settings import DataSettings, SourceSettings
 
 
 def photo_folder(folder: Path) -> Path:
@@ -18,9 +18,9 @@ def photo_folder(folder: Path) -> Path:
     return folder
 
 
-def settings(folder: Path, *sources: dict, **data) -> Settings:
+def settings(folder: Path, *sources: dict, **data) -> DataSettings:
     full = [SourceSettings(**{"images": str(folder / "images"), **s}) for s in sources]
-    return Settings(data=DataSettings(sources=full, **{"validation_images": 0, "test_images": 0, **data}))
+    return DataSettings(sources=full, **{"validation_images": 0, "test_images": 0, **data})
 
 
 def llava_row(number, image="0.png", value="<image>\nwhat?", **changes):

@@ -13,7 +13,7 @@ from mmphi.data.hub import read_dataset
 from mmphi.data.read import read_examples
 from mmphi.data.records import Example, ReadReport
 from mmphi.errors import DataError
-from mmphi.settings import DataSettings, Settings, SourceSettings
+from mmphi.settings import DataSettings, SourceSettings
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def stored(rows: dict) -> datasets.Dataset:
 def test_a_folder_of_images_is_read_where_it_lies(tmp_path):
     folder = image_folder(photos(tmp_path / "photos"), [f"{i}.png" for i in range(12)])
     source = SourceSettings(kind="datasets", path=str(folder), name="mine")
-    examples, _ = read_examples(Settings(data=DataSettings(sources=[source], validation_images=0, test_images=4)), None)
+    examples, _ = read_examples(DataSettings(sources=[source], validation_images=0, test_images=4), None)
     assert Counter(e.split for e in examples) == {"train": 8, "test": 4}
     assert {e.image.path for e in examples} == set(folder.glob("*.png"))
     assert {e.image.id for e in examples} == {f"mine/{i}.png" for i in range(12)}
@@ -60,7 +60,7 @@ def test_an_image_in_many_rows_is_one_image(tmp_path):
     images = [{"bytes": (folder / f"{i % 6}.png").read_bytes(), "path": None} for i in range(18)]
     stored({"image": images, "caption": [f"caption {i}" for i in range(18)]}).save_to_disk(tmp_path / "stored")
     source = SourceSettings(kind="datasets", path=str(tmp_path / "stored"))
-    examples, _ = read_examples(Settings(data=DataSettings(sources=[source], validation_images=1, test_images=2)), None)
+    examples, _ = read_examples(DataSettings(sources=[source], validation_images=1, test_images=2), None)
     splits: dict[str, set] = {}
     for example in examples:
         splits.setdefault(example.image.id, set()).add(example.split)
@@ -130,8 +130,9 @@ def test_a_name_may_say_its_configuration(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or 1 / 0)
     for name in ("owner/name:small", "owner/name"):
         with pytest.raises(DataError, match="division"):
-            hub._load(name, "test")
-    assert asked == [(("owner/name", "small"), {"split": "test"}), (("owner/name", None), {"split": "test"})]
+            hub._load(name, "test", "abc")
+    options = {"split": "test", "revision": "abc"}
+    assert asked == [(("owner/name", "small"), options), (("owner/name", None), options)]
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):

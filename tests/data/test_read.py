@@ -8,8 +8,9 @@ import pytest
 from conftest import Recorder
 from sources import captions, llava_row, photo_folder, settings, write
 
-from mmphi.data.read import log_report, mixture, read_examples
+from mmphi.data.read import mixture, read_examples
 from mmphi.errors import DataError, SettingsError
+from mmphi.stages.common import log_report
 
 
 @pytest.fixture
@@ -94,12 +95,17 @@ def test_mixture_follows_the_weights(folder):
     second = captions(folder, [(f"{i}.png", f"b {i}") for i in range(10, 20)], "second.csv")
     chosen = settings(folder, {**first, "weight": 3}, {**second, "weight": 1})
     examples, _ = read_examples(chosen, None)
-    mixed = mixture(examples, chosen)
+    sources = [e.source for e in examples]
+
+    def mix() -> list:
+        return [examples[i] for i in mixture(sources, chosen)]
+
+    mixed = mix()
     assert Counter(e.source for e in mixed) == {"first": 15, "second": 5}
     assert {e.turns[0].answer for e in mixed if e.source == "first"} == {f"a {i}" for i in range(10)}
-    assert mixture(examples, chosen) == mixed
-    chosen.data.split_seed = 1
-    assert mixture(examples, chosen) != mixed
+    assert mix() == mixed
+    chosen.split_seed = 1
+    assert mix() != mixed
 
 
 def test_most_images_of_each_split_that_a_source_brings(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Recorder
+from conftest import context
 
 from mmphi.data.read import read_examples
 from mmphi.data.scene_drawing import draw
@@ -24,9 +24,8 @@ from mmphi.data.scene_text import (
 )
 from mmphi.data.scenes import COLORS, RELATIONS, SHAPES, combinations, held_out, sample, scenes
 from mmphi.evaluation.attributes import attribute_accuracy
-from mmphi.settings import ScenesSettings, Settings
-from mmphi.stage import Context
-from mmphi.stages.scenes import STAGE
+from mmphi.stages import Settings
+from mmphi.stages.scenes import STAGE, ScenesSettings
 
 SMALL = Settings(scenes=ScenesSettings(train_images=40, validation_images=8, test_images=12, texts=30))
 
@@ -34,7 +33,7 @@ SMALL = Settings(scenes=ScenesSettings(train_images=40, validation_images=8, tes
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
-    STAGE.run(Context(SMALL, folder, {}, Recorder()))
+    STAGE.run(context(STAGE, folder, SMALL))
     return folder
 
 
@@ -84,7 +83,7 @@ def test_the_relations_are_equally_frequent():
 
 
 def test_unseen_combinations_are_in_no_training_image_and_no_text(drawn):
-    unseen = held_out(SMALL.scenes.held_out, SMALL.seed)
+    unseen = held_out(SMALL.scenes.held_out, SMALL.scenes.seed)
     assert len(unseen) == round(0.15 * len(combinations()))
 
     def seen_in(split: str) -> set:
@@ -109,7 +108,7 @@ def test_every_part_of_what_is_unseen_is_seen_elsewhere():
 
 
 def test_scenes_come_back_through_the_llava_reader(drawn):
-    examples, report = read_examples(SMALL, drawn)
+    examples, report = read_examples(SMALL.data, drawn)
     assert not report.dropped
     captions = [e for e in examples if e.attributes["kind"] == "caption"]
     assert Counter(e.split for e in captions) == {"train": 40, "validation": 8, "test": 12}
@@ -120,7 +119,7 @@ def test_scenes_come_back_through_the_llava_reader(drawn):
 
 
 def test_drawing_again_gives_the_same_files(drawn, tmp_path):
-    STAGE.run(Context(SMALL, tmp_path, {}, Recorder()))
+    STAGE.run(context(STAGE, tmp_path, SMALL))
     for path in drawn.rglob("*"):
         if path.is_file():
             assert (tmp_path / path.relative_to(drawn)).read_bytes() == path.read_bytes()

@@ -14,11 +14,10 @@ from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy, parse
 from mmphi.evaluation.captioning import bleu4, cider, words
 from mmphi.evaluation.consensus import consensus
-from mmphi.evaluation.evaluate import evaluate_model
+from mmphi.evaluation.evaluate import Measures, evaluate_model
 from mmphi.evaluation.grounding import grounding, shuffled_images
 from mmphi.evaluation.yes_no import Question, ask, score
 from mmphi.models.generation import Answer
-from mmphi.settings import EvaluateSettings
 
 REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
 
@@ -81,14 +80,14 @@ class Fake:
         self.captions = captions
 
     def losses(self, examples, images=None):
-        shown = [e.image for e in examples] if images is None else images
-        nats = sum(1.0 if i == e.image else 3.0 for e, i in zip(examples, shown, strict=True)) * 4
+        shown = [e.images for e in examples] if images is None else images
+        nats = sum(1.0 if i == e.images else 3.0 for e, i in zip(examples, shown, strict=True)) * 4
         return nats, 4 * len(examples)
 
     def generate(self, prompts, max_new_tokens=48, batch_size=32):
         return [Answer("yes" if "is there" in q else self.captions[i.id], i.id != "photos/0.jpg") for i, q in prompts]
 
-    def sample(self, prompts, count, temperature, max_new_tokens=48, batch_size=32):
+    def sample(self, prompts, count, temperature, max_new_tokens=48, batch_size=32, seed=0):
         """The right caption in all samples but the first."""
         wrong = Answer(f"{temperature} of nothing", ended=False)
         return [[wrong] + [Answer(self.captions[i.id], ended=True)] * (count - 1) for i, _ in prompts]
@@ -104,8 +103,8 @@ def test_shuffled_images_are_never_ones_own():
     examples = [example(i % 5, "x") for i in range(15)] + [example(9, "x", image=False)]
     for seed in range(20):
         images = shuffled_images(examples, seed)
-        assert images[-1] is None
-        assert all(i != e.image for i, e in zip(images[:-1], examples[:-1], strict=True))
+        assert images[-1] == ()
+        assert all(i != e.images for i, e in zip(images[:-1], examples[:-1], strict=True))
     assert shuffled_images(examples, 1) == shuffled_images(examples, 1)
     assert shuffled_images(examples, 1) != shuffled_images(examples, 2)
 
@@ -114,7 +113,7 @@ def scene(number: int) -> Example:
     attributes = {"color1": "red", "shape1": "circle", "relation": "above", "color2": "blue", "shape2": "cross"}
     return Example(
         str(number),
-        ImageRef(f"s/{number}", Path("x")),
+        (ImageRef(f"s/{number}", Path("x")),),
         (Turn("", "x"),),
         "s",
         attributes={"kind": "caption", **attributes},
@@ -158,9 +157,9 @@ def test_everything_in_one_call(tmp_path, recorder):
         Image.new("RGB", (20, 10)).save(path)
         for caption in (f"a dog number {i}", f"one animal called {i}"):
             ref = ImageRef(f"photos/{i}.jpg", path)
-            examples.append(Example(f"{i}", ref, (Turn("", caption),), "photos"))
+            examples.append(Example(f"{i}", (ref,), (Turn("", caption),), "photos"))
         captions[f"photos/{i}.jpg"] = f"a dog number {i}"
-    metrics = evaluate_model(Fake(captions), examples, EvaluateSettings(yes_no=4), recorder, prefix="test")
+    metrics = evaluate_model(Fake(captions), examples, Measures(yes_no=4), recorder, prefix="test")
     assert metrics["test/grounding_gain"] == 2.0
     assert metrics["test/ended"] == pytest.approx(2 / 3)
     assert metrics["test/exact_match"] == 1.0
@@ -168,7 +167,7 @@ def test_everything_in_one_call(tmp_path, recorder):
     rows = recorder.tables["test_predictions"]
     assert [r["prediction"] for r in rows] == [f"a dog number {i}" for i in range(3)]
     assert "test_predictions" in recorder.figures
-    fewer = evaluate_model(Fake(captions), examples, EvaluateSettings(max_images=2), recorder)
+    fewer = evaluate_model(Fake(captions), examples, Measures(max_images=2), recorder)
     assert fewer["test/ended"] == 0.5
     with pytest.raises(DataError, match="split is empty"):
-        evaluate_model(Fake({}), [], EvaluateSettings(), recorder)
+        evaluate_model(Fake({}), [], Measures(), recorder)

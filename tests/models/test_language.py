@@ -10,7 +10,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from mmphi.errors import ModelError
 from mmphi.models.language import load_language, phi_config
-from mmphi.settings import LanguageSettings, PretrainSettings
+from mmphi.settings import LanguageSettings
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes quantises blocks of 64
@@ -93,9 +93,8 @@ def test_tokenizer_with_too_many_tokens_is_refused(folder):
 
 
 def test_phi_config_is_phi2s_at_its_size():
-    chosen = PretrainSettings(layers=32, width=2560, heads=32, context=2048)
-    config = phi_config(chosen, 51200, 50256)
+    config = phi_config(32, 2560, 32, 2048, 51200, 50256)
     assert config.intermediate_size == 10240
-    model = PhiForCausalLM(phi_config(PretrainSettings(layers=1, width=320, heads=4), 100, 0))
+    model = PhiForCausalLM(phi_config(1, 320, 4, 64, 100, 0))
     assert model.model.rotary_emb.inv_freq.shape == (16,)  # 0.4 of 80, in pairs: as in Phi-2
     assert config.num_key_value_heads == 32

@@ -7,15 +7,17 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import Recorder
+from conftest import Recorder, context
 from safetensors.torch import load_file
 
 from mmphi.errors import ModelError, Stopped
 from mmphi.evaluation.retrieval import recall
 from mmphi.models.vision import load_saved_clip, load_tower
-from mmphi.settings import LightClipSettings, ScenesSettings, Settings, SourceSettings, VisionSettings
-from mmphi.stage import Context, Result
-from mmphi.stages import light_clip, scenes
+from mmphi.pipeline.stage import Result
+from mmphi.settings import SourceSettings, VisionSettings
+from mmphi.stages import Settings, light_clip, scenes
+from mmphi.stages.light_clip import LightClipSettings
+from mmphi.stages.scenes import ScenesSettings
 
 SMALL = {"width": 32, "layers": 2, "image_size": 32, "embed_dim": 16, "steps": 6, "batch_size": 8, "save_every": 2}
 
@@ -24,14 +26,14 @@ SMALL = {"width": 32, "layers": 2, "image_size": 32, "embed_dim": 16, "steps": 6
 def drawn(tmp_path_factory) -> Result:
     folder = tmp_path_factory.mktemp("scenes")
     settings = Settings(scenes=ScenesSettings(train_images=24, validation_images=4, test_images=10, texts=0))
-    scenes.run(Context(settings, folder, {}, Recorder()))
+    scenes.run(context(scenes.STAGE, folder, settings))
     return Result("scenes", "key", "run", folder)
 
 
 def train(folder: Path, drawn: Result, recorder: Recorder | None = None, **changes) -> dict:
     settings = Settings(light_clip=LightClipSettings(**{**SMALL, **changes}))
-    folder.mkdir(exist_ok=True)
-    return light_clip.run(Context(settings, folder, {"scenes": drawn}, recorder or Recorder()))
+    tracker = recorder or Recorder()
+    return light_clip.run(context(light_clip.STAGE, folder, settings, upstream={"scenes": drawn}, tracker=tracker))
 
 
 def test_saved_model_is_open_clips(tmp_path, drawn, recorder):
@@ -59,19 +61,21 @@ def test_vit_from_nothing(tmp_path, drawn):
 
 
 def test_steps_hold_different_images_and_their_own_captions():
-    from mmphi.training.contrastive import Pairs
+    from mmphi.training.contrastive import PairSteps
 
     owners = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    model = type("Model", (), {"encode_image": None, "encode_text": None, "visual": object()})()
-    pairs = Pairs(model, torch.zeros(4, 1), torch.zeros(12, 1), owners, lock_image=False, lock_text=False)
+    shape = {"steps": 6, "batch_size": 2, "captions": 3, "seed": 0}
+    pairs = PairSteps(torch.arange(4)[:, None], torch.arange(12)[:, None], owners, **shape)
     seen = set()
     for step in range(6):
-        images, sets = pairs.step(step, 2, 3, seed=0)
-        assert len(set(images.tolist())) == 2
+        images, sets = pairs.step(step)
+        assert len(set(images)) == 2
         for chosen in sets:
-            assert [owners[t] for t in chosen.tolist()] == images.tolist()
-        assert len({t for chosen in sets for t in chosen.tolist()}) == 6
-        seen |= set(images.tolist())
+            assert [owners[t] for t in chosen] == images
+        assert len({t for chosen in sets for t in chosen}) == 6
+        assert pairs[step]["images"].flatten().tolist() == images
+        assert pairs[step]["texts"].squeeze(-1).tolist() == sets
+        seen |= set(images)
     assert seen == {0, 1, 2, 3}
 
 
@@ -146,7 +150,7 @@ def test_over_pretrained_towers(tmp_path, real_models, real_photos):
             batch_size=40,
         ),
     )
-    metrics = light_clip.run(Context(settings, tmp_path, {}, Recorder()))
+    metrics = light_clip.run(context(light_clip.STAGE, tmp_path, settings))
     assert metrics["test/text_to_image_recall_at_5"] > 0.4  # chance: 0.25
     model = open_clip.create_model(f"local-dir:{tmp_path}")
     assert model.visual.trunk.num_features == 1280

@@ -55,14 +55,13 @@ def test_samples_follow_the_models_distribution(model):
     image, question = PROMPTS[1]
     language = model.language
     drawn = [a.text for a in model.sample([(image, question)], 400, 0.7, max_new_tokens=1, batch_size=400)[0]]
-    from mmphi.data.sequences import join
+    from mmphi.text.sequences import Input, join
 
-    sample = join(language.prompt.parts([(question, None)], image=True), image, 4)
+    sample = join(language.prompt.parts([(question, None)], images=1), [Input("image", image, 4)])
     ids = torch.from_numpy(sample.input_ids).long()[None]
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[0, sample.image_start : sample.image_start + 4] = True
+    places = {"image": torch.arange(sample.spans[0].start, sample.spans[0].start + 4)}
     with torch.inference_mode():
-        embeddings = model.packed.embed(ids, mask, model.features.get([image]))
+        embeddings = model.packed.embed(ids, {"image": model.features.rows([image])}, places)
         chances = (language.model(inputs_embeds=embeddings).logits[0, -1] / 0.7).softmax(-1)
     likeliest = chances[:256].argmax()
     text = language.tokenizer.decode([int(likeliest)], skip_special_tokens=True).strip()
@@ -74,16 +73,15 @@ def test_generation_equals_a_plain_greedy_loop(model):
     """Without cache, padding or generate(): the arg max of the whole sequence's logits, token by token."""
     language = model.language
     end = language.tokenizer.eos_token_id
-    from mmphi.data.sequences import join
+    from mmphi.text.sequences import Input, join
 
     for image, question in PROMPTS[:3]:
-        parts = language.prompt.parts([(question, None)], image=image is not None)
-        sample = join(parts, image, 4 if image else 0)
+        parts = language.prompt.parts([(question, None)], images=int(image is not None))
+        sample = join(parts, [Input("image", image, 4)] if image else [])
         ids = torch.from_numpy(sample.input_ids).long()[None]
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        mask[0, sample.image_start : sample.image_start + sample.image_tokens] = True
-        features = model.features.get([image]) if image else torch.zeros(0, 4, 12)
-        embeddings = model.packed.embed(ids, mask, features)
+        places = [i for span in sample.spans for i in range(span.start, span.start + span.length)]
+        features = {"image": model.features.rows([image] if image else [])}
+        embeddings = model.packed.embed(ids, features, {"image": torch.tensor(places, dtype=torch.long)})
         said = []
         for _ in range(10):
             token = int(language.model(inputs_embeds=embeddings, use_cache=False).logits[0, -1].argmax())
@@ -110,7 +108,7 @@ def test_losses_depend_on_the_image_shown(model):
     examples = [example(i, f"a dog runs{i}") for i in range(3)]
     right = model.losses(examples)
     assert right[1] == 3 * 12
-    swapped = model.losses(examples, [e.image for e in reversed(examples)])
+    swapped = model.losses(examples, [e.images for e in reversed(examples)])
     assert swapped[1] == right[1]
     assert swapped[0] != pytest.approx(right[0], rel=1e-6)
     one_by_one = sum(model.losses([e])[0] for e in examples)

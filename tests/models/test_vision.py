@@ -6,16 +6,18 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import Recorder
+from conftest import context as context_of
 from PIL import Image
 
-from mmphi.data.features import FeatureStore, FeatureWriter, LiveFeatures
+from mmphi.data.feature_writer import FeatureWriter
+from mmphi.data.features import FeatureStore, LiveFeatures
 from mmphi.data.records import ImageRef
 from mmphi.errors import DataError, ModelError, StoreError
 from mmphi.models.vision import load_tower
-from mmphi.settings import DataSettings, EmbedSettings, Settings, SourceSettings, VisionSettings
-from mmphi.stage import Context
-from mmphi.stages import embed
+from mmphi.pipeline.stage import Context
+from mmphi.settings import DataSettings, SourceSettings, VisionSettings
+from mmphi.stages import Settings, embed
+from mmphi.stages.embed import EmbedSettings
 
 CONFIG = {
     "embed_dim": 16,
@@ -122,41 +124,38 @@ def photos(folder: Path, count: int = 12) -> list[ImageRef]:
     return refs
 
 
-def context(folder: Path, out: Path, own: str, weights: str, **data) -> Context:
+def context(folder: Path, out: Path, own: str, weights: str, workers: int = 0, earlier=(), **data) -> Context:
     rows = [f'{p.name},"a thing"' for p in sorted((folder / "images").iterdir())]
     (folder / "captions.csv").write_text("\n".join(["image,caption", *rows]))
     source = SourceSettings(kind="captions", path=str(folder / "captions.csv"), images=str(folder / "images"))
     settings = Settings(
         data=DataSettings(sources=[source], validation_images=0, test_images=1, **data),
         vision=VisionSettings(model=own, pretrained=weights),
-        embed=EmbedSettings(batch_size=4, workers=0, shard_images=5),
+        embed=EmbedSettings(batch_size=4, workers=workers, shard_images=5),
     )
-    out.mkdir(exist_ok=True)
-    return Context(settings, out, {}, Recorder())
+    return context_of(embed.STAGE, out, settings, earlier=earlier)
 
 
 def test_stored_features_equal_live_ones(tmp_path, own, weights):
     refs = photos(tmp_path)
     metrics = embed.run(context(tmp_path, tmp_path / "out", own, weights))
-    store, live = FeatureStore.open(tmp_path / "out"), LiveFeatures(tower(own, weights))
+    store, live = FeatureStore(tmp_path / "out"), LiveFeatures(tower(own, weights))
     assert metrics["embed/images"] == len(store) == 12
     assert (store.tokens, store.width) == (live.tokens, live.width) == (16, 32)
     picked = [refs[7], refs[0], refs[11], refs[7]]
     torch.testing.assert_close(store.get(picked), live.get(picked), rtol=2e-3, atol=2e-3)
     assert store.get(picked).dtype == torch.float16
-    assert refs[0].id in store
-    assert "captions/none.png" not in store
+    assert refs[0] in store
+    assert ImageRef("captions/none.png", Path("none.png")) not in store
     with pytest.raises(StoreError, match="no stored features"):
         store.get([ImageRef("captions/none.png", Path("none.png"))])
 
 
 def test_workers_change_nothing(tmp_path, own, weights):
     refs = photos(tmp_path)
-    alone = context(tmp_path, tmp_path / "a", own, weights)
-    embed.run(alone)
-    alone.settings.embed.workers = 2
-    embed.run(Context(alone.settings, tmp_path / "b", {}, Recorder()))
-    found = [FeatureStore.open(tmp_path / name).get(refs) for name in "ab"]
+    embed.run(context(tmp_path, tmp_path / "a", own, weights))
+    embed.run(context(tmp_path, tmp_path / "b", own, weights, workers=2))
+    found = [FeatureStore(tmp_path / name).get(refs) for name in "ab"]
     assert torch.equal(*found)
 
 
@@ -177,18 +176,16 @@ def test_killed_embed_goes_on_and_equals_straight(tmp_path, own, weights, monkey
     with pytest.raises(KeyboardInterrupt):
         embed.run(cut)
     with pytest.raises(StoreError, match="no features can be read"):
-        FeatureStore.open(tmp_path / "cut")
+        FeatureStore(tmp_path / "cut")
     monkeypatch.setattr(FeatureWriter, "write", real)
     with (tmp_path / "cut" / "progress.jsonl").open("a") as file:
-        file.write('{"images": [["captions/09')  # torn by the kill
+        file.write('{"shard": "features-00001')  # torn by the kill
     computed = []
     decode = embed.Decoded.__getitem__
     monkeypatch.setattr(embed.Decoded, "__getitem__", lambda self, i: computed.append(i) or decode(self, i))
     embed.run(cut)
     assert len(computed) == 4  # eight of twelve were there
-    assert torch.equal(
-        FeatureStore.open(tmp_path / "cut").get(refs), FeatureStore.open(tmp_path / "straight").get(refs)
-    )
+    assert torch.equal(FeatureStore(tmp_path / "cut").get(refs), FeatureStore(tmp_path / "straight").get(refs))
 
 
 def test_same_content_is_computed_once(tmp_path, own, weights):
@@ -196,9 +193,9 @@ def test_same_content_is_computed_once(tmp_path, own, weights):
     for i in (1, 4):
         refs[i].path.write_bytes(refs[0].path.read_bytes())
     metrics = embed.run(context(tmp_path, tmp_path / "out", own, weights))
-    assert metrics["embed/duplicates"] == 2
+    assert metrics["embed/images"] == 4
     assert metrics["embed/bytes"] == 4 * 16 * 32 * 2
-    features = FeatureStore.open(tmp_path / "out").get(refs)
+    features = FeatureStore(tmp_path / "out").get(refs)
     assert torch.equal(features[0], features[4])
     assert not torch.equal(features[0], features[5])
 
@@ -211,8 +208,8 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, own, weights):
     metrics = embed.run(allowed)
     assert metrics["embed/unreadable"] == 2
     listed = {row["image"]: row["reason"] for row in allowed.tracker.tables["unreadable"]}
-    assert listed[refs[5].id] == "empty image file"
-    assert refs[3].id not in FeatureStore.open(tmp_path / "out")
+    assert listed[str(refs[5].path)] == "empty image file"
+    assert refs[3] not in FeatureStore(tmp_path / "out")
     with pytest.raises(DataError, match=r"16\.7% of the images cannot be read"):
         embed.run(context(tmp_path, tmp_path / "strict", own, weights))
 
@@ -220,7 +217,7 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path, own, weights):
 def test_disk_that_is_too_small_is_refused_before_work(tmp_path, own, weights, monkeypatch):
     photos(tmp_path)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("mmphi.data.features.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("mmphi.data.feature_writer.shutil.disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match="GB free"):
         embed.run(context(tmp_path, tmp_path / "out", own, weights))
 
@@ -235,9 +232,9 @@ def test_disk_that_fills_loses_nothing(tmp_path, own, weights, monkeypatch):
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mmphi.data.features.os.posix_fallocate", full)
+    monkeypatch.setattr("mmphi.data.feature_writer.os.posix_fallocate", full)
     with pytest.raises(StoreError, match="No space left on device"):
         embed.run(chosen)
     embed.run(chosen)
     live = LiveFeatures(tower(own, weights)).get(refs)
-    torch.testing.assert_close(FeatureStore.open(tmp_path / "out").get(refs), live, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(FeatureStore(tmp_path / "out").get(refs), live, rtol=2e-3, atol=2e-3)

@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import Recorder
+from conftest import context
 
 from mmphi.errors import DataError
 from mmphi.models.language import load_language
-from mmphi.settings import LanguageSettings, PretrainSettings, ScenesSettings, Settings
-from mmphi.stage import Context, Result
-from mmphi.stages import pretrain, scenes
+from mmphi.pipeline.stage import Result
+from mmphi.settings import LanguageSettings
+from mmphi.stages import Settings, pretrain, scenes
+from mmphi.stages.pretrain import PretrainSettings
+from mmphi.stages.scenes import ScenesSettings
 
 SMALL = {"layers": 2, "width": 32, "heads": 2, "steps": 8, "batch_size": 8, "max_length": 128, "vocabulary": 320}
 
@@ -19,18 +21,18 @@ SMALL = {"layers": 2, "width": 32, "heads": 2, "steps": 8, "batch_size": 8, "max
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     settings = Settings(scenes=ScenesSettings(train_images=8, validation_images=1, test_images=1, texts=400))
-    scenes.run(Context(settings, folder, {}, Recorder()))
+    scenes.run(context(scenes.STAGE, folder, settings))
     return Result("scenes", "key", "run", folder)
 
 
 def test_scenes_as_words(tmp_path, drawn, recorder):
     settings = Settings(pretrain=PretrainSettings(**SMALL))
-    metrics = pretrain.run(Context(settings, tmp_path, {"scenes": drawn}, recorder))
+    metrics = pretrain.run(context(pretrain.STAGE, tmp_path, settings, upstream={"scenes": drawn}, tracker=recorder))
     assert metrics["val/answer_loss"] < recorder.series("train/loss")[1]
     found = load_language(LanguageSettings(), tmp_path, torch.device("cpu"))
     assert found.model.config.num_hidden_layers == 2
     assert len(found.tokenizer) <= 320
-    again = load_language(LanguageSettings(model=str(tmp_path / "model")), None, torch.device("cpu"))
+    again = load_language(LanguageSettings(model=str(tmp_path / "language")), None, torch.device("cpu"))
     ids = torch.arange(30)[None]
     assert torch.equal(found.model(ids).logits, again.model(ids).logits)
 
@@ -38,7 +40,7 @@ def test_scenes_as_words(tmp_path, drawn, recorder):
 def test_answers_only_are_learned_or_everything(drawn):
     from conftest import byte_tokenizer
 
-    from mmphi.models.prompt import Prompt
+    from mmphi.text.prompt import Prompt
 
     tokenizer = byte_tokenizer()
     row = json.loads((drawn.path / "corpus.jsonl").read_text().splitlines()[0])
@@ -55,10 +57,10 @@ def test_texts_with_phi2s_tokenizer(tmp_path, recorder):
     path = tmp_path / "book.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 4000)
     chosen = PretrainSettings(**{**SMALL, "vocabulary": 0, "steps": 2, "max_length": 64}, corpus=[str(path)])
-    metrics = pretrain.run(Context(Settings(pretrain=chosen), tmp_path / "out", {}, recorder))
+    metrics = pretrain.run(context(pretrain.STAGE, tmp_path / "out", Settings(pretrain=chosen), tracker=recorder))
     assert metrics["val/loss"] < 11.2  # ln 51200 = 10.84 at the start
     assert recorder.series("train/loss")[1] == pytest.approx(10.84, abs=0.3)
     short = chosen.model_copy(update={"corpus": [str(tmp_path / "short.txt")]})
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(DataError, match="only 1 stretches"):
-        pretrain.run(Context(Settings(pretrain=short), tmp_path / "out2", {}, recorder))
+        pretrain.run(context(pretrain.STAGE, tmp_path / "out2", Settings(pretrain=short)))

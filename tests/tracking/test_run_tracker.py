@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmphi.tracking import RunTracker, Store
+from mmphi.tracking.run import RunTracker
+from mmphi.tracking.store import Store
 
 
 @pytest.fixture

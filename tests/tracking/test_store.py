@@ -14,10 +14,11 @@ import pytest
 import toys
 from PIL import Image
 
-from mmphi.config import load_settings
 from mmphi.errors import StoreError
-from mmphi.pipeline import Pipeline
-from mmphi.tracking import Store, absolute_uri
+from mmphi.pipeline.build import Pipeline
+from mmphi.stages import load_settings
+from mmphi.tracking.store import Store
+from mmphi.tracking.uri import absolute_uri
 
 
 @pytest.fixture

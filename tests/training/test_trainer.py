@@ -8,41 +8,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomFeatures, Recorder, example, tiny_language
+from conftest import RandomFeatures, Recorder, encode, example, tiny_language
 from safetensors.torch import load_file
 
-from mmphi.data.sequences import encode
 from mmphi.errors import ModelError, Stopped, TrainingError
-from mmphi.models.multimodal import PackedModel
+from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.settings import TrainingSettings
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
+from mmphi.training.steps import packed_steps
 from mmphi.training.trainer import train
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
 
 
-def run(
-    folder: Path, recorder: Recorder | None = None, validate=None, seed: int = 0, dropout: float = 0.0, **changes
-) -> Projector:
+def run(folder: Path, recorder: Recorder | None = None, validate=None, dropout: float = 0.0, **changes) -> Projector:
     """Train a projector for a few steps, always from the same beginning."""
     language = tiny_language()
     torch.manual_seed(1)
     projector = Projector(ProjectorConfig(RandomFeatures.width, 32, dropout=dropout))
-    model = PackedModel(language.model, projector)
+    model = PackedModel(language.model, image=projector)
     samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
     settings = TrainingSettings(**{"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, **changes})
-    train(
-        model,
-        samples,
-        RandomFeatures(),
-        settings,
-        seed=seed,
-        folder=folder,
-        tracker=recorder or Recorder(),
-        title="test",
-        validate=validate,
-    )
+    with model.recomputing(settings.gradient_checkpointing):
+        train(
+            model,
+            packed_steps(samples, {"image": RandomFeatures()}, settings),
+            settings,
+            folder=folder,
+            tracker=recorder or Recorder(),
+            title="test",
+            validate=validate,
+        )
     return projector
 
 
@@ -57,7 +54,7 @@ def test_loss_falls_and_frozen_weights_stay(tmp_path, recorder):
     assert losses[30] < losses[1]
     assert {"train/lr", "train/grad_norm", "train/tokens_per_s", "train/memory_gb"} <= set(recorder.metric_rows[-1][1])
     saved = load_file(complete_checkpoints(tmp_path)[-1] / "trained.safetensors")
-    assert all(name.startswith("projector.") for name in saved)
+    assert all(name.startswith("projectors.image.") for name in saved)
     assert not saved.keys() & before.keys()
 
 
@@ -73,14 +70,16 @@ def test_accumulated_equals_whole(tmp_path):
 def test_loss_is_per_supervised_token_of_the_step(tmp_path, recorder):
     """Against plain arithmetic: summed nats of the step's samples over the number of their tokens."""
     run(tmp_path, recorder, steps=1)
-    from mmphi.data.packing import PackedSteps, pack
+    from mmphi.text.packing import pack
+    from mmphi.training.steps import PackedSteps
 
     language = tiny_language()
     torch.manual_seed(1)
-    model = PackedModel(language.model, Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    model = PackedModel(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    sources = {"image": RandomFeatures()}
     samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
-    step = PackedSteps(samples, RandomFeatures(), steps=1, batch_size=4, packs_per_step=1, seed=0).step(0)
-    nats = sum(model(**pack([s], RandomFeatures())).item() for s in step)
+    step = PackedSteps(samples, sources, steps=1, batch_size=4, packs_per_step=1, seed=0).step(0)
+    nats = sum(model(**pack([s], sources)).item() for s in step)
     tokens = sum(int(s.supervised.sum()) for s in step)
     assert recorder.series("train/loss")[1] == pytest.approx(nats / tokens, rel=1e-5)
 
@@ -120,13 +119,12 @@ def test_not_finite_stops_and_saves_the_batch(tmp_path):
     with torch.no_grad():
         projector.layers[0].weight[0, 0] = float("nan")
     samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
+    settings = TrainingSettings(steps=2, batch_size=4)
     with pytest.raises(TrainingError, match=r"step 1 is nan; the batch is saved"):
         train(
-            PackedModel(language.model, projector),
-            samples,
-            RandomFeatures(),
-            TrainingSettings(steps=2, batch_size=4),
-            seed=0,
+            PackedModel(language.model, image=projector),
+            packed_steps(samples, {"image": RandomFeatures()}, settings),
+            settings,
             folder=tmp_path,
             tracker=Recorder(),
             title="test",
@@ -159,7 +157,7 @@ def test_prune_keeps_the_newest(tmp_path):
 
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
     run(tmp_path, steps=2)
-    other = PackedModel(tiny_language().model, Projector(ProjectorConfig(RandomFeatures.width, 32, layers=3)))
+    other = PackedModel(tiny_language().model, image=Projector(ProjectorConfig(RandomFeatures.width, 32, layers=3)))
     with pytest.raises(ModelError, match="another model"):
         load_trained(other, complete_checkpoints(tmp_path)[-1])
 

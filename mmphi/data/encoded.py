@@ -1,0 +1,187 @@
+"""Conversations as tokens, encoded once and memory-mapped: by every stage, rank and trial, in any process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+from filelock import FileLock
+
+from mmphi.data.digests import cache_folder
+from mmphi.data.records import Example, ImageRef, ReadReport
+from mmphi.errors import DataError
+from mmphi.text.prompt import Prompt
+from mmphi.text.sequences import Input, Sample, Span, encode
+
+ARRAYS = ("ids", "supervised", "starts", "examples", "spans", "span_starts")
+FORMAT = 1
+
+
+class Encoded(Sequence[Sample]):
+    """The sequences of examples, read from memory-mapped files as they are asked for.
+
+    Args:
+        folder: As :func:`encoded` left it.
+        examples: What was encoded.
+
+    Attributes:
+        sources: Source of every sequence.
+        left_out: Indices of the examples that no sequence was made of.
+    """
+
+    def __init__(self, folder: Path, examples: Sequence[Example]) -> None:
+        self._ids, self._supervised, self._starts, self._examples, self._spans, self._span_starts = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS
+        )
+        self._of = examples
+        self.sources = [examples[i].source for i in self._examples]
+        self.left_out: list[int] = json.loads((folder / "left_out.json").read_text())
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self._of[self._examples[index]]
+        begin, end = self._starts[index], self._starts[index + 1]
+        rows = self._spans[self._span_starts[index] : self._span_starts[index + 1]].tolist()
+        spans = tuple(Span("image", example.images[image], start, length) for image, start, length in rows)
+        ids, supervised = np.array(self._ids[begin:end]), np.array(self._supervised[begin:end])
+        return Sample(ids, supervised, spans, f"{example.source}/{example.id}")
+
+
+class Subset(Sequence[Sample]):
+    """Some sequences of others, by index, in any order and any number of times."""
+
+    def __init__(self, of: Sequence[Sample], indices: Sequence[int]) -> None:
+        self._of, self._indices = of, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._of[i] for i in self._indices[index]]
+        return self._of[self._indices[index]]
+
+
+def image_inputs(images: Iterable[ImageRef], length: Callable[[ImageRef], int]) -> list[Input]:
+    """Images as a sequence takes them.
+
+    Args:
+        images: In order.
+        length: How many features an image has.
+    """
+    return [Input("image", image, length(image)) for image in images]
+
+
+def encode_example(
+    example: Example, prompt: Prompt, length: Callable[[ImageRef], int], max_length: int
+) -> Sample | None:
+    """One conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
+    inputs = image_inputs(example.images, length)
+    return encode(example.questions, inputs, prompt, max_length, f"{example.source}/{example.id}")
+
+
+def encoded(
+    examples: Sequence[Example],
+    prompt: Prompt,
+    length: Callable[[ImageRef], int],
+    max_length: int,
+    cache: Path | None = None,
+) -> Encoded:
+    """The sequences of examples, encoded now or by an earlier call in whatever process.
+
+    Args:
+        examples: What to encode.
+        prompt: Writes them.
+        length: How many features an image has.
+        max_length: Longest sequence, in tokens; examples that do not fit are left out.
+        cache: Where they are kept; the user's cache folder where left out.
+
+    Raises:
+        DataError: If they cannot be written.
+    """
+    folder = (cache or cache_folder() / "encoded") / _digest(examples, prompt, length, max_length)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                part = folder.with_suffix(".part")
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                _write(part, examples, prompt, length, max_length)
+                part.rename(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror}", "make room, or set XDG_CACHE_HOME to another folder"
+        ) from error
+    return Encoded(folder, examples)
+
+
+def _digest(examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int) -> str:
+    """Of everything that decides the tokens: rows, tokenizer, prompt style, length, features of an image."""
+    digest = hashlib.sha256(f"{FORMAT}\0{prompt.digest}\0{max_length}\0".encode())
+    for example in examples:
+        digest.update(f"{[length(image) for image in example.images]}\0".encode())
+        for turn in example.turns:
+            digest.update(f"{turn.question}\0{turn.answer}\0".encode())
+    return digest.hexdigest()[:32]
+
+
+def _write(
+    folder: Path, examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int
+) -> None:
+    from tqdm.auto import tqdm
+
+    ids, supervised, kept, left_out = [], [], [], []
+    spans: list[tuple[int, int, int]] = []
+    starts, span_starts = [0], [0]
+    for i, example in enumerate(tqdm(examples, desc="tokens", unit="row", leave=False, disable=len(examples) < 1000)):
+        sample = encode_example(example, prompt, length, max_length)
+        if sample is None:
+            left_out.append(i)
+            continue
+        ids.append(sample.input_ids)
+        supervised.append(sample.supervised)
+        kept.append(i)
+        left = list(range(len(example.images)))[len(example.images) - len(sample.spans) :]
+        spans += [(image, span.start, span.length) for image, span in zip(left, sample.spans, strict=True)]
+        starts.append(starts[-1] + len(sample))
+        span_starts.append(len(spans))
+    arrays = {
+        "ids": np.concatenate([*ids, np.zeros(0, np.int32)]),
+        "supervised": np.concatenate([*supervised, np.zeros(0, np.bool_)]),
+        "starts": np.asarray(starts, np.int64),
+        "examples": np.asarray(kept, np.int64),
+        "spans": np.asarray(spans, np.int64).reshape(-1, 3),
+        "span_starts": np.asarray(span_starts, np.int64),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    (folder / "left_out.json").write_text(json.dumps(left_out))
+
+
+def count_left_out(encoded: Encoded, examples: Sequence[Example], max_length: int, report: ReadReport) -> None:
+    """Count the examples that no sequence was made of as dropped."""
+    for index in encoded.left_out:
+        example = examples[index]
+        report.drop_kept(example.source, example.id, f"over {max_length} tokens")

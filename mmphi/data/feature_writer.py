@@ -1,0 +1,182 @@
+"""Features written batch by batch: what was written before a kill is kept, and a batch counts whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mmphi.data.features import INDEX
+from mmphi.errors import StoreError
+
+PROGRESS = "progress.jsonl"
+
+
+class FeatureWriter:
+    """Writes the features of image contents, by their digests.
+
+    Args:
+        folder: Where to write; goes on from what it holds.
+        tokens: Features per image.
+        width: Width of a feature.
+        shard_images: Images per file, of files begun from now on.
+        tower: Digest of the tower.
+
+    Attributes:
+        places: File and row of every content written so far, by digest.
+        unreadable: Contents that could not be read as images, and why.
+    """
+
+    def __init__(self, folder: Path, tokens: int, width: int, shard_images: int, tower: str = "") -> None:
+        self.folder, self.shape, self.shard_images, self.tower = folder, (tokens, width), shard_images, tower
+        self.places: dict[str, tuple[str, int]] = {}
+        self.unreadable: dict[str, str] = {}
+        self._shard: Any = None
+        self._name, self._filled, self._remaining = "", 0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._recall()
+
+    def knows(self, digest: str) -> bool:
+        """Whether a content was dealt with."""
+        return digest in self.places or digest in self.unreadable
+
+    def bytes_for(self, images: int) -> int:
+        """Bytes that the features of so many images take."""
+        return images * self.shape[0] * self.shape[1] * 2
+
+    def reserve(self, images: int) -> None:
+        """Make sure that the disk can hold so many more.
+
+        Raises:
+            StoreError: If it cannot.
+        """
+        missing, free = self.bytes_for(images), shutil.disk_usage(self.folder).free
+        if missing > free:
+            raise StoreError(
+                f"features of {images} images take {missing / 1e9:.2f} GB; {self.folder} has {free / 1e9:.2f} GB free",
+                "raise vision.pool, take fewer images (data.max_images), or put the store on a larger disk",
+            )
+        self._remaining = images
+
+    def _recall(self) -> None:
+        path = self.folder / PROGRESS
+        if not path.exists():
+            return
+        whole = 0
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # Torn by a kill; its batch is done again.
+                self._note(json.loads(line))
+                whole += len(line)
+        os.truncate(path, whole)
+
+    def _note(self, batch: Mapping[str, Any]) -> None:
+        self.places.update({digest: (batch["shard"], row) for digest, row in batch["rows"]})
+        self.unreadable.update(batch["unreadable"])
+
+    def _write_down(self, shard: str, rows: Sequence[tuple[str, int]], unreadable: Mapping[str, str]) -> None:
+        batch = {"shard": shard, "rows": rows, "unreadable": unreadable}
+        with (self.folder / PROGRESS).open("a") as file:
+            file.write(json.dumps(batch) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._note(batch)
+
+    def take_over(self, earlier: Path) -> int:
+        """Take the features of an earlier store of the same tower over, without copying where the disk allows.
+
+        Returns:
+            How many contents it had that were not here yet.
+        """
+        index = json.loads((earlier / INDEX).read_text())
+        fresh: dict[int, list[tuple[str, int]]] = {}
+        for digest, (shard, row) in index["rows"].items():
+            if not self.knows(digest):
+                fresh.setdefault(shard, []).append((digest, row))
+        for shard, rows in fresh.items():
+            name = self._free_name()
+            try:
+                os.link(earlier / index["shards"][shard], self.folder / name)
+            except OSError:  # Another disk, or one without hard links.
+                shutil.copy2(earlier / index["shards"][shard], self.folder / name)
+            self._write_down(name, rows, {})
+        unreadable = {digest: why for digest, why in index["unreadable"].items() if not self.knows(digest)}
+        if unreadable:
+            self._write_down("", [], unreadable)
+        return sum(map(len, fresh.values())) + len(unreadable)
+
+    def write(self, features: Mapping[str, Tensor], unreadable: Mapping[str, str]) -> None:
+        """Write one batch.
+
+        Args:
+            features: Features (tokens, width) by digest, of contents not written before.
+            unreadable: Reasons by digest, of those that are no images.
+
+        Raises:
+            StoreError: If the disk is full; what was written before stays good.
+        """
+        waiting = list(features.items())
+        try:
+            while waiting or unreadable:
+                if waiting and (self._shard is None or self._filled == len(self._shard)):
+                    self._begin_shard(len(waiting))
+                room = len(self._shard) - self._filled if self._shard is not None else 0
+                part, waiting = waiting[:room], waiting[room:]
+                rows = [(digest, self._filled + i) for i, (digest, _) in enumerate(part)]
+                for (_, row), (_, feature) in zip(rows, part, strict=True):
+                    self._shard[row] = feature.numpy()
+                if part:
+                    self._shard.flush()
+                self._write_down(self._name, rows, unreadable)
+                self._filled += len(part)
+                unreadable = {}
+        except OSError as error:
+            raise StoreError(
+                f"features cannot be written to {self.folder}: {error.strerror}",
+                f"make room and run the same command: it goes on after {len(self.places)} images",
+            ) from error
+
+    def _free_name(self) -> str:
+        number = len(list(self.folder.glob("features-*.npy")))
+        while (self.folder / f"features-{number:05d}.npy").exists():
+            number += 1
+        return f"features-{number:05d}.npy"
+
+    def _begin_shard(self, at_least: int) -> None:
+        images = max(1, min(self.shard_images, max(at_least, self._remaining)))
+        self._name = self._free_name()
+        path = self.folder / self._name
+        part = path.with_suffix(".part")
+        np.lib.format.open_memmap(part, "w+", np.float16, (images, *self.shape)).flush()
+        # A memory map on a full disk dies of SIGBUS; space that is reserved cannot run out.
+        with part.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        part.rename(path)
+        self._shard, self._filled = np.load(path, mmap_mode="r+"), 0
+        self._remaining = max(0, self._remaining - images)
+
+    def finish(self) -> None:
+        """Write the index, and so make the store complete; what an interrupted call had begun in vain goes."""
+        names = sorted({name for name, _ in self.places.values()})
+        number = {name: i for i, name in enumerate(names)}
+        for path in self.folder.glob("features-*"):
+            if path.name not in number:
+                path.unlink()
+        index = {
+            "tokens": self.shape[0],
+            "width": self.shape[1],
+            "tower": self.tower,
+            "shards": names,
+            "rows": {digest: (number[name], row) for digest, (name, row) in self.places.items()},
+            "unreadable": self.unreadable,
+        }
+        part = self.folder / f"{INDEX}.part"
+        part.write_text(json.dumps(index))
+        part.rename(self.folder / INDEX)

@@ -1,0 +1,250 @@
+"""Building a stage with all it needs, each as a run of its own; what is finished is reused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mmphi.errors import Stopped, StoreError
+from mmphi.pipeline.keys import difference, key_of
+from mmphi.pipeline.plan import KEY, METRICS, Plan
+from mmphi.pipeline.ranks import Ranks, alone, as_json, follow
+from mmphi.pipeline.resources import PROCESS, Resources
+from mmphi.pipeline.stage import Context, Result, Stage
+from mmphi.settings.declare import Section
+
+if TYPE_CHECKING:
+    from mmphi.tracking.run import RunTracker
+    from mmphi.tracking.store import Store
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a stage is to be built.
+
+    Attributes:
+        force: Anew, even if it is there; what it is built on is reused.
+        run: Id of a run that was begun for it, as ``mlflow run`` does.
+        label: Stands in the run's name after stage and preset.
+        tags: Further tags of its run.
+        ranks: The processes it runs in.
+    """
+
+    force: bool = False
+    run: str = ""
+    label: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks.one)
+
+
+class Pipeline(Plan):
+    """Stages over one store.
+
+    Args:
+        stages: By name.
+        store: Where results are; opened when first needed.
+        resources: What this process has loaded.
+    """
+
+    def __init__(
+        self, stages: Mapping[str, Stage], store: Store | None = None, resources: Resources | None = None
+    ) -> None:
+        super().__init__(stages, store)
+        self.resources = resources or PROCESS
+
+    def build(
+        self,
+        name: str,
+        settings: Section,
+        *,
+        force: bool = False,
+        no_build: bool = False,
+        label: str = "",
+        run: str = "",
+        tags: Mapping[str, str] | None = None,
+    ) -> Result:
+        """The result of a stage, from the store or built now, with whatever it needs.
+
+        Args:
+            name: The stage.
+            settings: All settings.
+            force: Build it anew even if it is there; what it is built on is reused.
+            no_build: Build nothing.
+            label: Stands in the run's name after stage and preset.
+            run: Id of a run that was begun for it, as ``mlflow run`` does: it becomes the result, or points at it.
+            tags: Further tags of its run.
+
+        Returns:
+            The result; where stages are asked for at its end, with their metrics beside its own.
+
+        Raises:
+            SettingsError: If a file that the settings name is missing; before anything is built.
+            StoreError: If something is missing under ``no_build``, or the store cannot be used.
+            Stopped: If a signal asked to stop; the same call goes on from there.
+        """
+        ranks = Ranks()
+        if not ranks.first:
+            return follow(ranks, self.stages[name], settings, self.resources)
+        try:
+            request = Request(force, run, label, tags or {}, ranks)
+            result = self._lead(name, settings, request, no_build)
+        except BaseException as error:
+            ranks.tell({"error": str(error)})
+            raise
+        return result
+
+    def _lead(self, name: str, settings: Section, request: Request, no_build: bool) -> Result:
+        settings = self.resolved(name, settings)
+        if request.run:
+            self.store.record_beside(request.run)
+        for each in self.order(name, settings):  # Missing files are told before anything heavy starts.
+            self.input_digests(self.stages[each], settings)
+        result = None if request.force else self.result(name, settings)
+        if result:
+            _print(f"{name}: reusing run {result.run_id}, which has the same settings, data and code version")
+            self.store.note_use(result.run_id)
+            request.ranks.tell({"result": as_json(result)})
+        elif no_build:
+            lacking = [name] if request.force else self.missing(name, settings)
+            raise StoreError(f"not built for these settings: {', '.join(lacking)}", "leave out --no-build")
+        else:
+            with alone():
+                done = self._ready(self.upstream(name, settings), settings)
+            result = self._run(name, settings, done, request)
+        result = self._followed(result, settings, no_build)
+        if request.run and request.run != result.run_id:
+            self.store.point(request.run, result, settings_name(settings))
+        return result
+
+    def _followed(self, result: Result, settings: Section, no_build: bool) -> Result:
+        """The same result with the metrics of the stages that are asked for at its end."""
+        metrics, results = dict(result.metrics), []
+        for name in self.stages[result.stage].then:
+            with alone():
+                after = self.build(name, settings, no_build=no_build)
+            self.store.add_metrics(result.run_id, after, metrics)
+            metrics |= after.metrics
+            results.append(after)
+        return replace(result, metrics=metrics, after=tuple(results))
+
+    def _ready(self, names: Sequence[str], settings: Section) -> dict[str, Result]:
+        """Results of upstream stages, built where they are missing."""
+        done: dict[str, Result] = {}
+        for name in names:
+            result = self.result(name, settings)
+            if result:
+                _print(f"{name}: reusing run {result.run_id}")
+                self.store.note_use(result.run_id)
+            else:
+                result = self._run(name, settings, self._ready(self.upstream(name, settings), settings), Request())
+            done[name] = result
+        return done
+
+    def _run(self, name: str, settings: Section, upstream: Mapping[str, Result], request: Request) -> Result:
+        """Build a stage, unless another process is about to, or has done so while this one waited for it."""
+        stage, parts = self.stages[name], self.parts(name, settings)
+        key = key_of(parts)
+
+        def waiting(holder: str) -> None:
+            _print(f"{name}: {holder} is building the same; waiting for it (Ctrl-C to leave it alone)")
+
+        tags = {"mmphi.stage": name, "mmphi.key": key, "mmphi.preset": settings_name(settings), **request.tags}
+        title = " ".join(filter(None, (name, settings_name(settings), request.label)))
+        with self.store.building(key, title, tags, request.run, waiting) as (tracker, waited):
+            ready = self.result(name, settings) if waited and not request.force else None
+            if ready:
+                _print(f"{name}: reusing run {ready.run_id}, finished meanwhile")
+                self.store.discard(tracker, request.run)
+                request.ranks.tell({"result": as_json(ready)})
+                return ready
+            _print(f"{name}: building{' anew, as asked' if request.force else self._why(name, parts, settings)}")
+            with _recorded(self.store, tracker):
+                return self._work(stage, settings, parts, upstream, tracker, request)
+
+    def _work(
+        self,
+        stage: Stage,
+        settings: Section,
+        parts: Mapping[str, Any],
+        upstream: Mapping[str, Result],
+        tracker: RunTracker,
+        request: Request,
+    ) -> Result:
+        from mmphi.pipeline import lineage
+
+        key = key_of(parts)
+        if request.force:
+            self.store.clear(tracker)
+        elif source := self.store.adopt(tracker, key):
+            _print(f"{stage.name}: going on from what run {source} left")
+        lineage.describe(tracker, stage, settings, parts, upstream)
+        earlier = () if request.force or stage.covers is None else tuple(self.results(stage.name, settings))
+        context = Context(
+            self.view(stage.name, settings),
+            tracker.folder,
+            upstream,
+            tracker,
+            self.resources,
+            earlier,
+            self.models(stage, settings),
+        )
+        begun = time.perf_counter()
+        if stage.trains:
+            request.ranks.share(context, key, settings)
+            metrics = dict(stage.run(context))
+            request.ranks.done()
+        else:
+            with alone():
+                metrics = dict(stage.run(context))
+        tracker.metrics({**metrics, "seconds": time.perf_counter() - begun})
+        tracker.text(METRICS, json.dumps(metrics))
+        result = Result(stage.name, key, tracker.run_id, self.store.finish(tracker), metrics)
+        if not stage.trains:
+            request.ranks.tell({"result": as_json(result)})
+        return result
+
+    def _why(self, name: str, parts: Mapping[str, Any], settings: Section) -> str:
+        """In what the newest result of a stage differs from what is asked for."""
+        newest = self.store.newest(name)
+        if newest is None:
+            return " (nothing of this stage is finished yet)"
+        changed = difference(parts, self.store.json_of(newest, KEY), settings)
+        if self.stages[name].covers and not changed:
+            return f" (what run {newest.info.run_id} does not hold)"
+        what = f"{changed}, compared with" if changed else "its files are not what its manifest says:"
+        return f" ({what} run {newest.info.run_id})"
+
+
+def settings_name(settings: Section) -> str:
+    """Name of the preset or experiment."""
+    return str(getattr(settings, "name", ""))
+
+
+@contextmanager
+def _recorded(store: Store, tracker: RunTracker) -> Iterator[None]:
+    """Record how a run ended that did not finish."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        store.fail(tracker, "KILLED", str(error) or "interrupted")
+        raise Stopped(str(error) or "interrupted; the same command goes on from there") from error
+    except BaseException as error:
+        store.fail(tracker, "FAILED", f"{type(error).__name__}: {error}")
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+        if full:
+            free = shutil.disk_usage(tracker.folder).free
+            raise StoreError(
+                f"the disk of {tracker.folder} is full: {free / 1e6:.0f} MB are free",
+                "make room; the same command goes on from there",
+            ) from error
+        raise
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,110 @@
+"""What settings leave open is decided before keys are made: precision by the machine, revisions by the hub.
+
+So a key says what was computed with, and a result made on a GPU is not taken for one made on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mmphi.settings.declare import Section
+from mmphi.settings.fields import field_of, leaves
+from mmphi.settings.view import covered
+
+R = TypeVar("R", bound=Section)
+HUB_TIMEOUT_S = 5.0
+
+
+def resolved(settings: R, declared: Iterable[str]) -> R:
+    """The same settings with ``auto`` precision and empty revisions filled in, as far as they are declared.
+
+    Args:
+        settings: All settings.
+        declared: Dotted names of the settings that are going to be read.
+    """
+    root, changed = type(settings), settings
+    names = dict(leaves(settings))
+    for name, value in names.items():
+        field = field_of(root, name)
+        if field is None or not covered(name, declared):
+            continue
+        section, _, last = name.rpartition(".")
+        new = value
+        if last == "precision" and value == "auto":
+            new = "bf16" if gpu_has_bf16() else "fp32"
+        elif last == "revision" and not value:
+            new = _revision(section, names)
+        if new != value:
+            changed = _with(changed, name.split("."), new)
+    return changed
+
+
+def _with(value: Any, path: list[str], new: Any) -> Any:
+    if not path:
+        return new
+    if isinstance(value, list):
+        index = int(path[0])
+        return [*value[:index], _with(value[index], path[1:], new), *value[index + 1 :]]
+    return value.model_copy(update={path[0]: _with(getattr(value, path[0]), path[1:], new)})
+
+
+def _revision(section: str, names: dict[str, Any]) -> str:
+    """The newest revision of what a section takes from the hub; empty where it takes nothing or nothing is known."""
+    if section == "language":
+        return _of_repository(names["language.model"], "model")
+    if section == "vision":
+        tag = names["vision.pretrained"]
+        return _of_repository(_tag_repository(names["vision.model"], tag), "model") if tag else ""
+    if names.get(f"{section}.kind") == "datasets":
+        return _of_repository(names[f"{section}.path"].partition(":")[0], "dataset")
+    return ""
+
+
+def _tag_repository(model: str, tag: str) -> str:
+    if Path(tag).exists():
+        return ""
+    import open_clip
+
+    return str(open_clip.get_pretrained_cfg(model, tag).get("hf_hub", "")).rstrip("/")
+
+
+def _of_repository(name: str, kind: str) -> str:
+    if "/" not in name or name.startswith(("/", ".", "~")) or name.endswith(".json") or Path(name).exists():
+        return ""
+    return hub_revision(name, kind)
+
+
+@cache
+def gpu_has_bf16() -> bool:
+    """Whether this machine has an accelerator that computes in bf16; torch is only asked where there may be one."""
+    if not shutil.which("nvidia-smi") and not Path("/dev/nvidiactl").exists():
+        return False
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+@cache
+def hub_revision(name: str, kind: str) -> str:
+    """The commit that a hub name stands for: the hub's newest, else the one in the local cache, else empty.
+
+    Args:
+        name: ``owner/name``.
+        kind: ``model`` or ``dataset``.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            info = HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
+            return str(info.sha or "")
+        except Exception:  # Of the HTTP client or the hub: whatever it is, the cache may still know.
+            pass
+    folder = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
+    reference = folder / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"
+    return reference.read_text().strip() if reference.is_file() else ""

@@ -1,0 +1,84 @@
+"""Single settings changed from the command line: ``--vision.pool 2``, or ``--layers 3`` in the stage's own section."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from mmphi.errors import SettingsError
+from mmphi.settings.declare import Section
+from mmphi.settings.fields import Field, all_fields, canonical, field_of
+from mmphi.settings.messages import unknown
+
+
+def full_name(root: type[Section], key: str, stage: str) -> str:
+    """The dotted name of a key as typed.
+
+    Looks in the section of the stage first, then among all names; ``-`` counts as ``_``.
+
+    Raises:
+        SettingsError: If there is no such setting; names the nearest.
+    """
+    key = key.replace("-", "_")
+    for name in (f"{stage}.{key}", key):
+        if canonical(name) in all_fields(root) or (re.fullmatch(r".+\.\d+", name) and field_of(root, name)):
+            return name
+    raise unknown(root, key, stage)
+
+
+def change(root: type[Section], content: dict[str, Any], name: str, typed: str) -> None:
+    """Put a value as typed into a tree of settings.
+
+    Args:
+        root: The class of all settings.
+        content: Sections by name; changed in place.
+        name: Full dotted name.
+        typed: The value; lists are written as YAML or JSON.
+
+    Raises:
+        SettingsError: If a list is malformed, or has no such item.
+    """
+    field = field_of(root, name)
+    *parents, last = name.split(".")
+    place: Any = content
+    for part, following in zip(parents, name.split(".")[1:], strict=True):
+        if isinstance(place, list):
+            place = place[_index(place, part, name, {})]
+        else:
+            if not isinstance(place.get(part), dict | list):
+                place[part] = [] if following.isdigit() else {}
+            place = place[part]
+    value = parsed(typed, field) if field and canonical(name) == field.name else typed
+    if isinstance(place, list):
+        place[_index(place, last, name, "")] = value
+    else:
+        place[last] = value
+
+
+def _index(items: list[Any], part: str, name: str, fresh: Any) -> int:
+    index = int(part)
+    if index > len(items):
+        raise SettingsError(
+            f"{name}: the list has {len(items)} items", f"the next is {name.replace(part, str(len(items)), 1)}"
+        )
+    if index == len(items):
+        items.append(fresh)
+    return index
+
+
+def parsed(typed: str, field: Field) -> Any:
+    """A list from YAML or JSON; anything else stays as typed, for its type to make sense of.
+
+    Raises:
+        SettingsError: If a list is malformed.
+    """
+    if field.kind != "list":
+        return typed
+    try:
+        value = yaml.safe_load(typed)
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise SettingsError(f"{field.name} = {typed!r} cannot be read: {where}", "write a list: '[a, b]'") from error
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,194 @@
+"""Presets, files that extend one another, and command-line overrides, made into checked settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from mmphi.errors import SettingsError
+from mmphi.settings.declare import Section
+from mmphi.settings.fields import field_of, leaves
+from mmphi.settings.messages import explained, nearest
+from mmphi.settings.overrides import change, full_name
+from mmphi.settings.view import covered
+
+AS_PRESET = "preset"  # The word that MLproject's parameters default to: as the preset says.
+FILE_ENDINGS = (".bin", ".csv", ".json", ".jsonl", ".pt", ".pth", ".safetensors", ".tsv", ".txt")
+R = TypeVar("R", bound=Section)
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def presets_folder() -> Path:
+    """``experiments/`` of the checkout that this package lies in, or of the current folder."""
+    beside = Path(__file__).resolve().parents[2] / "experiments"
+    return beside if beside.is_dir() else Path.cwd() / "experiments"
+
+
+def load(
+    root: type[R], preset: str, overrides: Mapping[str, str] | None = None, stage: str = "", *, expand: bool = True
+) -> R:
+    """Settings of a preset or YAML file, with single values changed.
+
+    Paths in a file count from that file, paths in overrides from the current folder.
+
+    Args:
+        root: The class of all settings.
+        preset: Name of a file in ``experiments/``, or a path.
+        overrides: Dotted keys and values as typed (``{"vision.pool": "2"}``); a key of the stage's own section may
+            stand without its section. The value ``preset`` changes nothing.
+        stage: The stage asked for.
+        expand: Whether to put the environment's variables in; without, ``${NAME}`` stays as written.
+
+    Raises:
+        SettingsError: Naming the key, the value and the nearest valid one.
+    """
+    content = _read(root, _find(preset), ())
+    for key, typed in (overrides or {}).items():
+        name = full_name(root, key, stage)
+        if typed != AS_PRESET:
+            change(root, content, name, typed)
+    for name, value in list(leaves(content)):
+        _put(content, name, _finished(root, name, value, expand))
+    try:
+        return root(**content)
+    except ValidationError as error:
+        raise explained(root, error) from error
+
+
+def _find(preset: str, beside: Path | None = None) -> Path:
+    folders = [beside] if beside else []
+    folders.append(presets_folder())
+    inside = [folder / name for folder in folders for name in (preset, f"{preset}.yaml")]
+    for path in [*([] if beside else [Path(preset).expanduser()]), *inside]:
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path.resolve()
+    known = sorted(p.relative_to(presets_folder()).with_suffix("").as_posix() for p in presets_folder().rglob("*.yaml"))
+    near = nearest(preset, known)
+    raise SettingsError(
+        f"there is no preset {preset!r}",
+        f"did you mean {near}?" if near else f"there are {', '.join(known)}, or any YAML",
+    )
+
+
+def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path in above:
+        circle = " -> ".join(p.name for p in (*above, path))
+        raise SettingsError(f"{path} extends itself: {circle}", "take one `extends` out")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}", "mend the YAML there") from error
+    if not isinstance(content or {}, dict):
+        raise SettingsError(
+            f"{path} holds a {type(content).__name__}, not settings by name", "write `key: value` lines"
+        )
+    content = {"name": path.stem, **_nested(content or {})}
+    parent = content.pop("extends", None)
+    for name, value in list(leaves(content)):
+        _put(content, name, _from_file(root, name, value, path.parent))
+    return _merge(_read(root, _find(str(parent), path.parent), (*above, path)), content) if parent else content
+
+
+def _nested(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """A tree in which ``vision.pool: 2`` stands as ``vision: {pool: 2}``."""
+    tree: dict[str, Any] = {}
+    for key, value in content.items():
+        branch = _nested(value) if isinstance(value, dict) else value
+        for part in reversed(str(key).split(".")):
+            branch = {part: branch}
+        tree = _merge(tree, branch)
+    return tree
+
+
+def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _put(content: Any, name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for part in parents:
+        content = content[int(part)] if isinstance(content, list) else content[part]
+    content[int(last) if isinstance(content, list) else last] = value
+
+
+def _from_file(root: type[Section], name: str, value: Any, folder: Path) -> Any:
+    """What YAML made of a value, made what was meant: texts that look like numbers, paths beside the file."""
+    field = field_of(root, name)
+    if value is None:  # `projector:` with nothing below it, `name:` with nothing after it.
+        return {} if field is None else field.default
+    if field is None or (field.kind != "str" and not field.file):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value or value.startswith(("${", "~", "/")):
+        return value
+    return str(folder / value) if field.file and _is_path(field.file, value, folder) else value
+
+
+def _is_path(file: str, value: str, folder: Path) -> bool:
+    """Whether a value that may be a path is one.
+
+    A bare word is a name, unless it ends as files do; ``owner/name`` is a path where there is such a folder, as
+    transformers has it.
+    """
+    if file == "path" or value.startswith(("/", "./", "../", "~")) or value.endswith(FILE_ENDINGS):
+        return True
+    return "/" in value and (folder / value).exists()
+
+
+def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
+    field = field_of(root, name)
+    if not isinstance(value, str) or not expand:
+        return value
+    value = VARIABLE.sub(lambda found: _variable(found.group(1), name), value)
+    if field is None or not field.file or not value:
+        return value
+    return str(Path(value).expanduser().absolute()) if _is_path(field.file, value, Path.cwd()) else value
+
+
+def _variable(variable: str, name: str) -> str:
+    if not os.environ.get(variable):
+        raise SettingsError(
+            f"{name} needs the environment variable {variable}, which is not set", f"export {variable}=..."
+        )
+    return os.environ[variable]
+
+
+def files(settings: Section, declared: Iterable[str]) -> dict[str, Path]:
+    """The files and folders that settings name, by dotted name.
+
+    Args:
+        settings: All settings.
+        declared: Names of settings and sections; a name covers all below it.
+
+    Raises:
+        SettingsError: If one is not there.
+    """
+    named = {}
+    for name, value in leaves(settings):
+        field = field_of(type(settings), name)
+        if field is None or field.file not in ("path", "name") or not isinstance(value, str) or not value:
+            continue
+        if not covered(name, declared) or not _is_path(field.file, value, Path.cwd()):
+            continue
+        named[name] = Path(value).expanduser().absolute()
+        if not named[name].exists():
+            raise SettingsError(f"{name} = {value}: there is no such file or folder", _nearest_path(named[name]))
+    return named
+
+
+def _nearest_path(path: Path) -> str:
+    there = next((p for p in path.parents if p.is_dir()), Path("/"))
+    missing = path.relative_to(there).parts[0]
+    near = nearest(missing, (p.name for p in there.iterdir()))
+    return f"did you mean {there / near.split(' or ')[0]}?" if near else f"{there} has no {missing}"

@@ -1,0 +1,104 @@
+"""What several stages do alike: reading the data, and borrowing frozen models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from mmphi.settings.shared import DataSettings, LanguageSettings, VisionSettings, uses_scenes
+from mmphi.settings.view import SettingsView
+
+if TYPE_CHECKING:
+    from mmphi.data.features import ImageFeatures
+    from mmphi.data.records import Example, ReadReport
+    from mmphi.models.language import Language
+    from mmphi.models.vision import Tower
+    from mmphi.pipeline.stage import Context, Result
+    from mmphi.tracking.tracker import Tracker
+
+# What decides which rows there are, what they say and which split they are in; neither weights nor limits of badness.
+CONTENT = (
+    *(f"data.sources.N.{name}" for name in ("kind", "name", "path", "images", "split", "revision")),
+    *(f"data.sources.N.{name}" for name in ("image_column", "text_column")),
+    "data.validation_images",
+    "data.test_images",
+    "data.split_seed",
+    "data.max_images",
+    "data.max_answer_words",
+    "data.max_bad_share",
+)
+
+
+def scenes_if_read(settings: SettingsView) -> tuple[str, ...]:
+    """The stage ``scenes``, where a source asks for it."""
+    return ("scenes",) if uses_scenes(settings(DataSettings)) else ()
+
+
+def read(settings: SettingsView, upstream: Mapping[str, Result]) -> tuple[list[Example], ReadReport]:
+    """All examples of the data, and the account of how they were read."""
+    from mmphi.data.read import read_examples
+
+    scenes = upstream.get("scenes")
+    return read_examples(settings(DataSettings), scenes.path if scenes else None)
+
+
+def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None:
+    """Record the account of what was read.
+
+    Raises:
+        DataError: If more rows are bad than the settings allow, or none is left.
+    """
+    from mmphi.errors import DataError
+
+    tracker.table("data_read", list(report.rows()))
+    if not report.kept.total() and not report.dropped:
+        raise DataError("the data has no rows", "check the files that data.sources name")
+    if report.bad_share > data.max_bad_share or not report.kept.total():
+        raise DataError(
+            f"{report.bad_share:.1%} of the rows cannot be used; at most {data.max_bad_share:.1%} may be\n"
+            + report.table(),
+            "mend the data, or raise data.max_bad_share",
+        )
+
+
+def language_of(ctx: Context) -> Language:
+    """The frozen language model, as this process has it."""
+    from mmphi.models.bundle import borrowed_language
+    from mmphi.models.device import this_device
+
+    pretrained = ctx.upstream.get("pretrain")
+    folder = pretrained.path if pretrained else None
+    return borrowed_language(ctx.settings(LanguageSettings), folder, this_device(), ctx.resources.once)
+
+
+def tower_of(ctx: Context) -> Tower:
+    """The frozen image tower, as this process has it."""
+    from mmphi.models.bundle import borrowed_tower
+    from mmphi.models.device import this_device
+
+    light_clip, chosen = ctx.upstream.get("light_clip"), ctx.settings(VisionSettings)
+    folder = light_clip.path if light_clip else None
+    identity = f"{chosen.model_dump_json()}/{light_clip.key if light_clip else ''}"
+    return borrowed_tower(chosen, folder, this_device(), ctx.resources.once, identity)
+
+
+def stored_features(ctx: Context) -> ImageFeatures:
+    """The stored features of the stage ``embed``, as this process has them."""
+    from mmphi.data.features import FeatureStore
+
+    embed = ctx.upstream["embed"]
+    return ctx.resources.once("features", embed.run_id, lambda: FeatureStore(embed.path))
+
+
+def drop_unseen(examples: list[Example], features: ImageFeatures, report: ReadReport) -> list[Example]:
+    """The examples whose images have features; the others are counted."""
+    from mmphi.data.read import images_of
+
+    features.prepare(images_of(examples))
+    seen = []
+    for example in examples:
+        if all(image in features for image in example.images):
+            seen.append(example)
+        else:
+            report.drop_kept(example.source, example.id, "unreadable image")
+    return seen

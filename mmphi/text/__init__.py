@@ -1,0 +1,1 @@
+"""Tokenizer, prompt, sequences, and the rows they are packed in."""

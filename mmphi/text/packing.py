@@ -1,0 +1,155 @@
+"""Sequences laid end to end in rows, with the features of their spans flat beside them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypedDict, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmphi.errors import ModelError
+from mmphi.text.sequences import Sample, Span
+
+T = TypeVar("T")
+ROW_TOKENS = 256  # Attention costs the square of a row: rows are no longer than this, unless a sequence is.
+
+
+class SpanFeatures(Protocol):
+    """Where the features of one kind of span come from."""
+
+    @property
+    def width(self) -> int:
+        """Width of a feature."""
+
+    def length(self, reference: Any, /) -> int:
+        """How many features a reference has."""
+
+    def rows(self, references: Sequence[Any], /) -> Tensor:
+        """The features of all references, one after the other, float16 on the CPU, (P, width)."""
+
+
+class Pack(TypedDict):
+    """R rows of T tokens, K of them predicted; P features of width D of each kind, at P places.
+
+    ``targets`` are shifted here, once: ``targets_K[i]`` is the token after position ``keep_K[i]``.
+    """
+
+    input_ids: Tensor  # int64 (R, T)
+    position_ids: Tensor  # int64 (R, T), starting at 0 in every sequence
+    segments: Tensor  # int64 (R, T), which sequence of its row a token belongs to; -1 after the last
+    features: Mapping[str, Tensor]  # by kind: float16 (P, D), in the order of their places
+    places: Mapping[str, Tensor]  # by kind: int64 (P,), in the flattened rows
+    keep: Tensor  # int64 (K,), places in the flattened rows
+    targets: Tensor  # int64 (K,)
+    step_tokens: Tensor  # float32 (), supervised tokens of the whole optimiser step
+
+
+def partition(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Spread sequences over rows of nearly equal length (longest processing time first, Graham 1969).
+
+    Args:
+        lengths: Length of each sequence, in tokens.
+        rows: How many rows; each gets at least one sequence.
+
+    Returns:
+        For each row the indices of its sequences, in ascending order.
+
+    Raises:
+        ValueError: If there are fewer sequences than rows.
+    """
+    if len(lengths) < rows:
+        raise ValueError(f"{len(lengths)} sequences cannot fill {rows} rows")
+    heap: list[tuple[int, int, int]] = [(0, 0, row) for row in range(rows)]
+    members: list[list[int]] = [[] for _ in range(rows)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        # The count comes first among equals, so that an empty row is filled before any other.
+        total, count, row = heapq.heappop(heap)
+        members[row].append(index)
+        heapq.heappush(heap, (total + lengths[index], count + 1, row))
+    return [sorted(row) for row in members]
+
+
+def pack(samples: Sequence[Sample], features: Mapping[str, SpanFeatures], step_tokens: int | None = None) -> Pack:
+    """Lay sequences end to end in rows of nearly equal length.
+
+    Args:
+        samples: At least one.
+        features: Where the features of each kind of span come from.
+        step_tokens: Supervised tokens of the whole step; those of these samples where left out.
+
+    Raises:
+        ModelError: If a span has another length than what stands there has features.
+    """
+    lengths = [len(sample) for sample in samples]
+    rows = partition(lengths, max(1, -(-sum(lengths) // max(ROW_TOKENS, *lengths, 1))))
+    shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
+    ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    segments, supervised = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
+    spans: list[Span] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(row):
+            sample = samples[index]
+            place = np.s_[r, start : start + len(sample)]
+            ids[place], positions[place] = sample.input_ids, np.arange(len(sample))
+            segments[place], supervised[place] = segment, sample.supervised
+            check_spans(sample, features)
+            spans += [span._replace(start=r * shape[1] + start + span.start) for span in sample.spans]
+            start += len(sample)
+    (targets,) = np.nonzero(supervised.ravel())
+    flat, places = spread(spans, features)
+    return Pack(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        segments=torch.from_numpy(segments),
+        features=flat,
+        places=places,
+        keep=torch.from_numpy(targets - 1),
+        targets=torch.from_numpy(ids.ravel()[targets]),
+        step_tokens=torch.tensor(float(len(targets) if step_tokens is None else step_tokens)),
+    )
+
+
+def check_spans(sample: Sample, features: Mapping[str, SpanFeatures]) -> None:
+    """Refuse a sequence whose spans have no features of their length.
+
+    Raises:
+        ModelError: Naming the sequence.
+    """
+    for span in sample.spans:
+        have = features[span.kind].length(span.reference) if span.kind in features else 0
+        if have != span.length:
+            raise ModelError(f"{sample.name} has {span.length} places for an {span.kind} of {have} features")
+
+
+def spread(spans: Sequence[Span], features: Mapping[str, SpanFeatures]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features and places of spans, by kind; ``start`` counts in the flattened rows."""
+    flat, places = {}, {}
+    for kind, source in features.items():
+        own = [span for span in spans if span.kind == kind]
+        flat[kind] = source.rows([span.reference for span in own])
+        ranges = [torch.arange(span.start, span.start + span.length) for span in own]
+        places[kind] = torch.cat(ranges) if ranges else torch.zeros(0, dtype=torch.long)
+    return flat, places
+
+
+def packs(samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int) -> Iterator[Pack]:
+    """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is packed alone)."""
+    waiting: list[Sample] = []
+    for sample in samples:
+        if waiting and sum(map(len, waiting)) + len(sample) > max_tokens:
+            yield pack(waiting, features)
+            waiting = []
+        waiting.append(sample)
+    if waiting:
+        yield pack(waiting, features)
+
+
+def to_device(pack: T, device: torch.device) -> T:
+    """The same tensors on another device."""
+    if isinstance(pack, Tensor):
+        return pack.to(device)  # type: ignore[return-value]
+    return {name: to_device(value, device) for name, value in pack.items()}  # type: ignore[attr-defined,return-value]

@@ -1,0 +1,165 @@
+"""How a conversation is written for a language model: what is given, what is to be learned, where images stand.
+
+Three styles: ``plain`` (question and answer on lines of their own, for base models and models trained here), ``phi``
+(Phi-2's ``Instruct:`` and ``Output:``) and ``chat`` (the chat template the tokenizer brings). Every answer ends with
+the end-of-sequence token, so that the model learns to stop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mmphi.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Style = Literal["plain", "phi", "chat"]
+MARK = "<image>"
+IMAGE, QUESTION, ANSWER = "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a prompt.
+
+    Attributes:
+        ids: Token ids; empty where features stand.
+        supervised: Whether these tokens are what the model learns to say.
+        span: Kind of the features that stand here (``image``), empty for tokens.
+    """
+
+    ids: tuple[int, ...] = ()
+    supervised: bool = False
+    span: str = ""
+
+
+def places_images(questions: Sequence[str], images: int) -> bool:
+    """Whether questions say where the images stand: they hold ``<image>`` as often as there are images.
+
+    Otherwise all images stand before the first question, and ``<image>`` is text like any other.
+    """
+    return 0 < images == sum(question.count(MARK) for question in questions)
+
+
+class Prompt:
+    """Writes conversations in one style, with one tokenizer.
+
+    Args:
+        tokenizer: A tokenizer with an end-of-sequence token.
+        style: ``auto`` takes ``chat`` where the tokenizer brings a template, ``phi`` for Phi-2's vocabulary, else
+            ``plain``.
+
+    Raises:
+        ModelError: If the tokenizer has no end-of-sequence token, or no chat template where ``chat`` is asked for.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style | Literal["auto"] = "auto") -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
+        if style == "auto":
+            phi = tokenizer.convert_tokens_to_ids("<|endoftext|>") == 50256
+            style = "chat" if tokenizer.chat_template else "phi" if phi else "plain"
+        if style == "chat" and not tokenizer.chat_template:
+            raise ModelError("language.prompt = chat, but the tokenizer brings no chat template", "use plain or phi")
+        self.style: Style = style
+
+    @property
+    def digest(self) -> str:
+        """Of style and tokenizer: equal digests write equal tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        special = [self.tokenizer.special_tokens_map, self.tokenizer.chat_template, self.style]
+        return hashlib.sha256((rules + json.dumps(special, sort_keys=True, default=str)).encode()).hexdigest()
+
+    def parts(self, turns: Sequence[tuple[str, str | None]], *, images: int = 0, context: str = "") -> list[Part]:
+        """The prompt of a conversation.
+
+        Args:
+            turns: Questions and answers; an answer of ``None`` (the last one only) is left for the model to give.
+            images: How many images the conversation is about. They stand where the questions say ``<image>``, or after
+                the first token where the questions do not say it as often as there are images.
+            context: Text that stands where images would; used to teach a model to read from context.
+
+        Returns:
+            Parts in order; supervised parts are an answer and its end-of-sequence token.
+        """
+        placed = places_images([question for question, _ in turns], images)
+        write = self._chat if self.style == "chat" else self._lines
+        return write(turns, 0 if placed else images, context, placed)
+
+    def _lines(self, turns: Sequence[tuple[str, str | None]], leading: int, context: str, placed: bool) -> list[Part]:
+        bos = self.tokenizer.bos_token_id
+        parts = [Part(() if bos is None else (bos,)), *[Part(span="image")] * leading]
+        if context:
+            parts.append(Part(self._encode(context)))
+        begun = bool(context or leading)
+        for number, (question, answer) in enumerate(turns):
+            line = f"Instruct: {question}\nOutput:" if self.style == "phi" and question else question
+            if line:
+                parts += self._question(f"\n{line}" if begun else line, placed)
+            bare = not line and not number and not context  # A caption follows its image at once.
+            space = " " if self.style == "phi" and question else "" if bare else "\n"
+            if self.style == "plain" and space:
+                parts.append(Part(self._encode(space)))
+                space = ""
+            if answer is not None:
+                parts.append(Part((*self._encode(space + answer), self.tokenizer.eos_token_id), supervised=True))
+            begun = True
+        return parts
+
+    def _chat(self, turns: Sequence[tuple[str, str | None]], leading: int, context: str, placed: bool) -> list[Part]:
+        """Render the template around markers, then put each text in its marker's place.
+
+        Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
+        """
+        messages = []
+        for i, (question, answer) in enumerate(turns):
+            before = IMAGE if i == 0 and (leading or context) else ""
+            after = QUESTION.format(i) if question else ""
+            messages.append({"role": "user", "content": before + ("\n" if before and after else "") + after})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": ANSWER.format(i)})
+        open_end = turns[-1][1] is None
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end))
+        places: list[tuple[str, list[Part]]] = []
+        if leading or context:
+            places.append((IMAGE, [Part(span="image")] * leading or [Part(self._encode(context))]))
+        for i, (question, answer) in enumerate(turns):
+            if question:
+                places.append((QUESTION.format(i), self._question(question, placed)))
+            if answer is not None:
+                ids = (*self._encode(answer), self.tokenizer.eos_token_id)
+                places.append((ANSWER.format(i), [Part(ids, supervised=True)]))
+        parts = []
+        for marker, inner in places:
+            before, there, text = text.partition(marker)
+            if not there:
+                raise ModelError("the chat template rewrites messages, so that the image cannot be placed", "use plain")
+            parts += [Part(self._encode_template(before)), *inner]
+            if inner[-1].supervised:
+                text = text.removeprefix(str(self.tokenizer.eos_token))
+        if open_end:
+            parts.append(Part(self._encode_template(text)))
+        return [part for part in parts if part.ids or part.span]
+
+    def _question(self, text: str, placed: bool) -> list[Part]:
+        """A question as parts, its images between its texts where it says where they stand."""
+        if not placed:
+            return [Part(self._encode(text))]
+        parts = []
+        for number, piece in enumerate(text.split(MARK)):
+            parts += [Part(span="image")] * bool(number) + [Part(self._encode(piece))] * bool(piece)
+        return parts
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text from outside: special tokens spelled in it stay plain text."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def _encode_template(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,85 @@
+"""The order in which training meets its sequences.
+
+An optimiser step is a fixed set of sequences, however many rows, packs or processes it is spread over: so packed
+equals unpacked, accumulated equals whole and two processes equal one by construction. Every pack carries the number of
+supervised tokens of the *whole* step, which its summed loss is divided by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from mmphi.settings.shared import TrainingSettings
+from mmphi.text.packing import Pack, SpanFeatures, pack, partition
+from mmphi.text.sequences import Sample
+from mmphi.training.trainer import world_size
+
+
+class PackedSteps(Dataset[Pack]):
+    """The packs of every optimiser step of a training, by index: a pure function of samples, seed and step.
+
+    Pack ``i`` belongs to step ``i // packs_per_step``. Samples are shuffled anew each time all were seen. Nothing is
+    drawn while fetching, so resuming at step k needs nothing but k.
+
+    Args:
+        samples: What to train on.
+        features: Where image features come from.
+        steps: Optimiser steps.
+        batch_size: Sequences per step.
+        packs_per_step: Forward passes per step over all processes.
+        seed: Seed of the order.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        features: Mapping[str, SpanFeatures],
+        *,
+        steps: int,
+        batch_size: int,
+        packs_per_step: int,
+        seed: int,
+    ) -> None:
+        if not samples:
+            raise ValueError("there is nothing to train on")
+        if batch_size < packs_per_step:
+            raise ValueError(f"batch_size = {batch_size} is less than {packs_per_step} forward passes per step")
+        self.samples, self.features = samples, features
+        self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def __len__(self) -> int:
+        return self.steps * self.packs_per_step
+
+    def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+
+    def step(self, step: int) -> list[Sample]:
+        """The samples of one optimiser step."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        count = len(self.samples)
+        return [self.samples[self._order(place // count)[place % count]] for place in places]
+
+    def __getitem__(self, index: int) -> Pack:
+        samples = self.step(index // self.packs_per_step)
+        total = sum(int(s.supervised.sum()) for s in samples)
+        shares = partition([len(s) for s in samples], self.packs_per_step)
+        return pack([samples[i] for i in shares[index % self.packs_per_step]], self.features, total)
+
+
+def packed_steps(
+    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], settings: TrainingSettings
+) -> PackedSteps:
+    """The packs of a training as its settings have it, over all processes that train together."""
+    return PackedSteps(
+        samples,
+        features,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        packs_per_step=settings.accumulation * world_size(),
+        seed=settings.seed,
+    )

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+import yaml
+
+from mmphi.errors import StoreError
+from mmphi.pipeline.build import Pipeline
+from mmphi.pipeline.stage import Context
+from mmphi.stages import Settings, load_settings
+from mmphi.tracking.store import Store
+
+SCRIPT = Path(toys.__file__)
+
+
+@pytest.fixture
+def store(empty_store: str) -> Store:
+    toys.CALLS.clear()
+    return Store(empty_store)
+
+
+@pytest.fixture
+def pipeline(store: Store) -> Pipeline:
+    return Pipeline(toys.TOYS, store)
+
+
+def settings(**overrides: str) -> Settings:
+    return load_settings("tiny", {"projector.steps": "4", **{k.replace("__", "."): v for k, v in overrides.items()}})
+
+
+def toy(*arguments: str, hold: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **variables, **({"TOY_HOLD": str(hold)} if hold else {})}
+    command = [sys.executable, str(SCRIPT), *arguments, "--projector.steps", "4"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until(process: subprocess.Popen[str], line: str) -> str:
+    assert process.stdout is not None
+    said = ""
+    for read in process.stdout:
+        said += read
+        if line in read:
+            return said
+    raise AssertionError(said)
+
+
+def test_builds_what_is_missing_and_reuses_what_is_there(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = pipeline.build("train", settings())
+    assert toys.CALLS == ["draw", "train"]
+    again = pipeline.build("train", settings())
+    assert (again.run_id, again.metrics, again.path) == (first.run_id, first.metrics, first.path)
+    other = pipeline.build("train", settings(projector__layers="3"))
+    assert toys.CALLS == ["draw", "train", "train"]
+    assert other.run_id != first.run_id
+    said = capsys.readouterr().out
+    assert f"reusing run {first.run_id}" in said
+    assert f"projector.layers is 3, was 2, compared with run {first.run_id}" in said
+
+
+def test_finished_result_does_not_need_what_it_was_built_on(pipeline: Pipeline, store: Store) -> None:
+    first = pipeline.build("train", settings())
+    drawn = next(store.search(stage="draw"))
+    store.client.delete_run(drawn.info.run_id)
+    assert pipeline.build("train", settings()).run_id == first.run_id
+    assert toys.CALLS == ["draw", "train"]
+
+
+def test_setting_that_does_not_matter_reuses(pipeline: Pipeline) -> None:
+    first = pipeline.build("train", settings())
+    assert pipeline.build("train", settings(projector__log_every="3")).run_id == first.run_id
+
+
+def test_force_builds_the_asked_stage_alone(pipeline: Pipeline) -> None:
+    first = pipeline.build("train", settings())
+    forced = pipeline.build("train", settings(), force=True)
+    assert toys.CALLS == ["draw", "train", "train"]
+    assert forced.run_id != first.run_id
+    assert forced.metrics["begun_at"] == 0
+    assert pipeline.build("train", settings()).run_id == forced.run_id
+
+
+def test_no_build_names_all_that_is_missing(pipeline: Pipeline) -> None:
+    with pytest.raises(StoreError, match="draw, train"):
+        pipeline.build("train", settings(), no_build=True)
+    pipeline.build("draw", settings())
+    with pytest.raises(StoreError, match="settings: train"):
+        pipeline.build("train", settings(), no_build=True)
+    pipeline.build("train", settings())
+    assert pipeline.build("train", settings(), no_build=True).stage == "train"
+
+
+def test_lineage_is_recorded(pipeline: Pipeline, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    result = pipeline.build("train", settings(), label="layers=2")
+    run = store.client.get_run(result.run_id)
+    drawn = next(store.search(stage="draw"))
+    tags, params = run.data.tags, run.data.params
+    assert run.info.run_name == "train tiny layers=2"
+    assert tags["mmphi.key"] == pipeline.key("train", settings())
+    assert tags["mmphi.upstream.draw"] == drawn.info.run_id
+    assert drawn.info.run_id in tags["mlflow.note.content"]
+    assert {"mmphi.git_commit", "mmphi.git_dirty", "mmphi.cpu", "mmphi.cores", "mmphi.host", "mmphi.pid"} <= set(tags)
+    assert params["projector.layers"] == "2"
+    assert params["projector.seed"] == "0"
+    assert yaml.safe_load((result.path / "settings.yaml").read_text())["projector"]["steps"] == 4
+    assert "mlflow==" in (result.path / "packages.txt").read_text()
+    assert run.data.metrics["begun_at"] == 0
+    read = pipeline.build("read", settings(pretrain__corpus=f"[{tmp_path / 'text.txt'}]"))
+    assert "mmphi.data.pretrain.corpus.0" in store.client.get_run(read.run_id).data.tags
+
+
+@pytest.mark.parametrize("damage", ["deleted", "shorter", "edited", "no manifest"])
+def test_damaged_result_is_not_one(pipeline: Pipeline, damage: str) -> None:
+    first = pipeline.build("train", settings())
+    file = first.path / "step-3"
+    match damage:
+        case "deleted":
+            file.unlink()
+        case "shorter":
+            file.write_text("")
+        case "edited":
+            file.write_text("9")
+        case "no manifest":
+            (first.path / "manifest.json").unlink()
+    again = pipeline.build("train", settings())
+    assert again.run_id != first.run_id
+    assert (again.path / "step-3").read_text() == "3" or damage == "no manifest"
+
+
+def test_copied_result_still_holds(pipeline: Pipeline) -> None:
+    first = pipeline.build("train", settings())
+    for file in first.path.rglob("*"):
+        os.utime(file, (1, 1))
+    assert pipeline.build("train", settings()).run_id == first.run_id
+
+
+def test_failure_is_recorded_and_not_reused(pipeline: Pipeline, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_FAIL", "the loss is nan")
+    with pytest.raises(ValueError, match="nan"):
+        pipeline.build("train", settings())
+    failed = next(store.search(stage="train"))
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["mmphi.error"] == "ValueError: the loss is nan"
+    monkeypatch.delenv("TOY_FAIL")
+    result = pipeline.build("train", settings())
+    assert result.metrics["begun_at"] == 4
+    assert store.client.get_run(failed.info.run_id).data.tags["mmphi.continued_by"] == result.run_id
+    assert store.client.get_run(result.run_id).data.tags["mmphi.continues"] == failed.info.run_id
+
+
+def test_full_disk_is_told(store: Store) -> None:
+    def full(_: Context) -> Mapping[str, float]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stages = {"draw": replace(toys.TOYS["draw"], run=full)}
+    with pytest.raises(StoreError, match="full") as error:
+        Pipeline(stages, store).build("draw", settings())
+    assert "make room" in error.value.hint
+
+
+def test_killed_run_is_gone_on_from_and_never_taken_for_a_result(
+    pipeline: Pipeline, store: Store, tmp_path: Path
+) -> None:
+    process = toy("train", hold=tmp_path / "never")
+    until(process, "held")
+    process.kill()
+    process.wait()
+    dead = next(store.search(stage="train"))
+    assert dead.info.status == "RUNNING"
+    assert pipeline.result("train", settings()) is None
+    # `mlflow run` may say FINISHED of a run whose command ended in whatever way.
+    store.client.set_terminated(dead.info.run_id, "FINISHED")
+    assert pipeline.result("train", settings()) is None
+    store.client.update_run(dead.info.run_id, status="RUNNING")
+    result = pipeline.build("train", settings())
+    assert result.metrics["begun_at"] == 3
+    assert sorted(p.name for p in result.path.glob("step-*")) == [f"step-{i}" for i in range(4)]
+    dead = store.client.get_run(dead.info.run_id)
+    assert dead.info.status == "KILLED"
+    assert dead.data.tags["mmphi.continued_by"] == result.run_id
+    assert pipeline.build("train", settings()).run_id == result.run_id
+
+
+def test_force_does_not_go_on_from_a_dead_run(pipeline: Pipeline, tmp_path: Path) -> None:
+    process = toy("train", hold=tmp_path / "never")
+    until(process, "held")
+    process.kill()
+    process.wait()
+    assert pipeline.build("train", settings(), force=True).metrics["begun_at"] == 0
+
+
+def test_interrupted_run_is_killed_and_gone_on_from(pipeline: Pipeline, store: Store, tmp_path: Path) -> None:
+    process = toy("train", hold=tmp_path / "never")
+    until(process, "held")
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert next(store.search(stage="train")).info.status == "KILLED"
+    assert pipeline.build("train", settings()).metrics["begun_at"] == 3
+
+
+def test_second_process_waits_and_reuses(store: Store, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first = toy("train", hold=go)
+    until(first, "held")
+    second = toy("train")
+    said = until(second, "waiting for it")
+    assert f"process {first.pid}" in said
+    go.touch()
+    results = [json.loads(process.communicate()[0].splitlines()[-1]) for process in (first, second)]
+    assert results[0] == results[1]
+    assert len(list(store.search(stage="train"))) == 1
+
+
+def test_goes_on_in_the_run_that_mlflow_began(pipeline: Pipeline, store: Store) -> None:
+    experiment = store.client.create_experiment("another")
+    given = store.client.create_run(experiment, run_name="merciful-ox-123")
+    store.client.log_param(given.info.run_id, "seed", "preset")
+    result = pipeline.build("train", settings(), run=given.info.run_id, tags={"team": "red"})
+    assert result.run_id == given.info.run_id
+    run = store.client.get_run(given.info.run_id)
+    assert run.info.run_name == "train tiny"
+    assert run.data.tags["team"] == "red"
+    drawn = next(store.search(stage="draw"))
+    assert drawn.info.experiment_id == experiment
+    assert drawn.info.run_id != given.info.run_id
+
+    second = store.client.create_run(experiment, run_name="my own name")
+    assert pipeline.build("train", settings(), run=second.info.run_id).run_id == given.info.run_id
+    assert "mmphi.last_used" in store.client.get_run(given.info.run_id).data.tags
+    run = store.client.get_run(second.info.run_id)
+    assert run.data.tags["mmphi.reuses"] == given.info.run_id
+    assert "mmphi.key" not in run.data.tags
+    assert run.info.run_name == "my own name"
+    assert run.data.metrics == {"begun_at": 0.0, "rank": 0.0}
+
+
+def test_run_of_another_store_is_told(pipeline: Pipeline) -> None:
+    with pytest.raises(StoreError, match="has no run 0000"):
+        pipeline.build("draw", settings(), run="0" * 32)
+
+
+def test_missing_file_is_told_before_anything_is_built(pipeline: Pipeline, store: Store) -> None:
+    stages: dict[str, Any] = {
+        **toys.TOYS,
+        "late": replace(toys.TOYS["read"], name="late", upstream=lambda _: ("draw",)),
+    }
+    with pytest.raises(Exception, match="no such file"):
+        Pipeline(stages, store).build("late", settings(pretrain__corpus="[nowhere.txt]"))
+    assert toys.CALLS == []
+    assert list(store.search(stage="draw")) == []

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import pytest
+import toys
+
+from mmphi.data.digests import Digests
+from mmphi.errors import SettingsError
+from mmphi.pipeline.build import Pipeline
+from mmphi.pipeline.keys import difference
+from mmphi.stages import load_settings
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Pipeline(toys.TOYS)
+
+
+def key(pipeline: Pipeline, name: str, **overrides: str) -> str:
+    return pipeline.key(name, load_settings("tiny", {k.replace("__", "."): v for k, v in overrides.items()}))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "changes"),
+    [
+        ("train", {"projector.layers": "3"}, True),
+        ("train", {"projector.log_every": "7"}, False),
+        ("train", {"name": "other"}, False),
+        ("train", {"projector.seed": "1"}, True),
+        ("train", {"pretrain.layers": "1"}, False),
+        ("train", {"scenes.image_size": "64"}, True),  # By way of what it is built on.
+        ("draw", {"projector.layers": "3"}, False),
+        ("draw", {"scenes.image_size": "64"}, True),
+    ],
+)
+def test_key_changes_with_what_matters_alone(
+    pipeline: Pipeline, name: str, overrides: dict[str, str], changes: bool
+) -> None:
+    before = pipeline.key(name, load_settings("tiny"))
+    assert (pipeline.key(name, load_settings("tiny", overrides)) != before) == changes
+
+
+def test_key_changes_with_the_version(pipeline: Pipeline) -> None:
+    newer = {**toys.TOYS, "draw": dataclasses.replace(toys.TOYS["draw"], version=2)}
+    settings = load_settings("tiny")
+    assert Pipeline(newer).key("train", settings) != pipeline.key("train", settings)
+
+
+def test_key_goes_by_content_and_not_by_place(tmp_path: Path, pipeline: Pipeline) -> None:
+    here, there, other = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))
+    here.write_text("one"), there.write_text("one"), other.write_text("two")
+    keys = [key(pipeline, "read", pretrain__corpus=f"[{path}]") for path in (here, there, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_missing_file_is_told_with_its_key_and_the_nearest(tmp_path: Path, pipeline: Pipeline) -> None:
+    (tmp_path / "corpus.txt").write_text("one")
+    with pytest.raises(SettingsError) as error:
+        key(pipeline, "read", pretrain__corpus=f"[{tmp_path / 'korpus.txt'}]")
+    assert "pretrain.corpus.0" in error.value.what
+    assert str(tmp_path / "corpus.txt") in error.value.hint
+
+
+def test_digest_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "a").write_text("a")
+    digests = Digests(tmp_path / "memory.sqlite")
+    before = digests.of(folder)
+    (folder / "inner" / "a").rename(folder / "inner" / "b")
+    renamed = digests.of(folder)
+    (folder / "inner" / "b").write_text("c")
+    assert len({before, renamed, digests.of(folder)}) == 3
+
+
+def test_digest_is_remembered_while_the_file_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, memory = tmp_path / "file", tmp_path / "memory.sqlite"
+    path.write_text("one")
+    long_ago = time.time() - 100
+    os.utime(path, (long_ago, long_ago))
+    first = Digests(memory).of(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("mmphi.data.digests.file_digest", lambda _: pytest.fail("was read again"))
+        assert Digests(memory).of(path) == first
+    path.write_text("two")
+    assert Digests(memory).of(path) != first
+
+
+def test_digest_of_a_fresh_file_is_not_trusted(tmp_path: Path) -> None:
+    path, memory = tmp_path / "file", tmp_path / "memory.sqlite"
+    path.write_text("one")
+    stat = path.stat()
+    first = Digests(memory).of(path)
+    path.write_text("two")
+    os.utime(path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))  # Written within the same tick of the clock.
+    assert Digests(memory).of(path) != first
+
+
+def test_spoilt_memory_of_digests_is_only_slower(tmp_path: Path) -> None:
+    path, memory = tmp_path / "file", tmp_path / "memory.sqlite"
+    path.write_text("one")
+    expected = Digests(memory).of(path)
+    memory.write_text("{half")
+    assert Digests(memory).of(path) == expected
+
+
+def test_difference_names_what_changed() -> None:
+    tiny = load_settings("tiny")
+    assert difference({"a": 1, "b": 2}, {"a": 1, "b": 3}, tiny) == "b is 2, was 3"
+    assert difference({"a": 1}, {"a": 1}, tiny) == ""
+    assert difference(dict.fromkeys("abcde", 1), {}, tiny).endswith("and 2 more")
+    # What is left out of a key has the value it was introduced with.
+    assert difference({"projector.layers": 3}, {}, tiny) == "projector.layers is 3, was 2"

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import toys
+
+from mmphi.pipeline.ranks import alone
+from mmphi.tracking.store import Store
+
+
+def test_variables_of_torchrun_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with alone():
+        assert "WORLD_SIZE" not in os.environ
+    assert os.environ["WORLD_SIZE"] == "2"
+
+
+def test_two_processes_share_one_run(empty_store: str) -> None:
+    """Both train on the same files; the first alone builds what is upstream, and records."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", toys.__file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "train"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in re.findall(r"{.*}", done.stdout)]
+    assert {result["metrics"]["rank"] for result in results} == {0, 1}
+    assert results[0]["run_id"] == results[1]["run_id"]
+    assert results[0]["path"] == results[1]["path"]
+    store = Store(empty_store)
+    assert [len(list(store.search(stage=name))) for name in ("draw", "train")] == [1, 1]
+    assert store.is_result(next(store.search(stage="train")))

@@ -1,0 +1,71 @@
+"""The stages at sizes that take seconds; as a script, builds one in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from mmphi.stages import Settings, load_settings
+
+SMALL = {
+    "scenes.train_images": "40",
+    "scenes.validation_images": "6",
+    "scenes.test_images": "8",
+    "scenes.texts": "450",
+    "pretrain.steps": "6",
+    "pretrain.layers": "2",
+    "pretrain.width": "32",
+    "pretrain.batch_size": "16",
+    "light_clip.steps": "4",
+    "light_clip.batch_size": "16",
+    "light_clip.width": "32",
+    "light_clip.workers": "0",
+    "embed.workers": "0",
+    "projector.steps": "8",
+    "projector.width": "32",
+    "projector.batch_size": "8",
+    "projector.eval_every": "4",
+    "projector.save_every": "2",
+    "projector.log_every": "1",
+    "projector.sample_tokens": "4",
+    "projector.sample_images": "2",
+    "evaluate.yes_no": "4",
+    "evaluate.max_new_tokens": "6",
+}
+
+
+def settings(**changes: str) -> Settings:
+    """Small settings, with others changed; a dot is written as two underscores."""
+    return load_settings("tiny", {**SMALL, **{name.replace("__", "."): value for name, value in changes.items()}})
+
+
+def main() -> None:
+    """Build a stage; with SMALL_DIE_AT the process kills itself after so many optimiser steps."""
+    import torch
+
+    from mmphi.pipeline.build import Pipeline
+    from mmphi.stages import STAGES
+    from mmphi.training.trainer import Loop
+
+    torch.set_num_threads(1)
+    left = int(os.environ.get("SMALL_DIE_AT", "-1"))
+    if left >= 0:
+        save = Loop._save_checkpoint
+
+        def dying(self: Loop, model: torch.nn.Module, trial: object) -> None:
+            save(self, model, trial)
+            if self.state.global_step >= left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Loop._save_checkpoint = dying  # type: ignore[method-assign]
+    changes = dict(word.split("=", 1) for word in sys.argv[2:])
+    result = Pipeline(STAGES).build(sys.argv[1], settings(**changes))
+    print(json.dumps({"run_id": result.run_id, "path": str(result.path), "metrics": dict(result.metrics)}))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()

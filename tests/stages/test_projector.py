@@ -1,0 +1,231 @@
+"""The stages as the pipeline builds them, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from safetensors.torch import load_file
+
+import mmphi
+from mmphi.data.records import ImageRef
+from mmphi.errors import ModelError
+from mmphi.models.bundle import load_bundle
+from mmphi.pipeline.build import Pipeline
+from mmphi.pipeline.resources import PROCESS
+from mmphi.stages import STAGES
+from mmphi.tracking.store import Store
+
+UPSTREAM = ("scenes", "pretrain", "light_clip", "embed")
+
+
+@pytest.fixture(scope="module")
+def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """A store in which the small projector is built already."""
+    folder = tmp_path_factory.mktemp("stages")
+    shutil.copy(_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pipeline = Pipeline(STAGES)
+        pipeline.build("projector", small.settings())
+        torch.set_num_threads(threads)
+        yield pipeline
+
+
+def runs(pipeline: Pipeline, **changes: str) -> dict[str, str]:
+    """Run ids of everything that a projector of these settings is built on, and its own."""
+    result = pipeline.build("projector", small.settings(**changes))
+    tags = pipeline.store.run(result.run_id).data.tags
+    return {"projector": result.run_id} | {name: tags[f"mmphi.upstream.{name}"] for name in UPSTREAM}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "projector.safetensors")
+
+
+def losses(pipeline: Pipeline, run_id: str) -> list[float]:
+    return [m.value for m in pipeline.store.client.get_metric_history(run_id, "train/loss")]
+
+
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(small.__file__)), *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_projector_is_trained_and_evaluated(pipeline: Pipeline) -> None:
+    result = pipeline.build("projector", small.settings())
+    (evaluated,) = result.after
+    assert evaluated.stage == "evaluate"
+    assert {"test/loss", "test/grounding_gain", "test/cider", "test/exact_match", "projector/steps"} <= set(
+        result.metrics
+    )
+    run = pipeline.store.run(result.run_id)
+    assert run.data.metrics["test/loss"] == pipeline.store.run(evaluated.run_id).data.metrics["test/loss"]
+    assert set(run.data.metrics) >= {"train/loss", "val/loss", "val/grounding_gain"}
+    assert (evaluated.path / "test_predictions.json").exists()
+    assert (result.path / "README.md").read_text().count(result.run_id) >= 1
+
+
+def test_other_seed_shares_everything_upstream(pipeline: Pipeline) -> None:
+    one, other = runs(pipeline), runs(pipeline, projector__seed="1")
+    assert one["projector"] != other["projector"]
+    assert {name: one[name] for name in UPSTREAM} == {name: other[name] for name in UPSTREAM}
+    results = [pipeline.build("projector", small.settings(projector__seed=seed)) for seed in "01"]
+    assert not torch.equal(*[weights(result.path)["layers.1.weight"] for result in results])
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"projector__layers": "1"}, True),
+        ({"data__sources": "[{kind: scenes, question: why, weight: 3}]"}, True),
+        ({"evaluate__split": "validation"}, True),
+        ({"pretrain__seed": "1"}, True),
+        ({"vision__layer": "-1"}, False),
+        ({"light_clip__seed": "1"}, False),
+    ],
+)
+def test_what_embeds_anew(pipeline: Pipeline, changes: dict[str, str], same: bool) -> None:
+    one, other = small.settings(), small.settings(**changes)
+    assert (pipeline.key("embed", one) == pipeline.key("embed", other)) == same
+
+
+def test_evaluate_settings_change_evaluate_alone(pipeline: Pipeline) -> None:
+    before = pipeline.build("projector", small.settings())
+    after = pipeline.build("projector", small.settings(evaluate__max_images="3"))
+    assert before.run_id == after.run_id
+    assert before.after[0].run_id != after.after[0].run_id
+
+
+def test_kept_checkpoints_can_be_evaluated(pipeline: Pipeline) -> None:
+    changes = {"projector__seed": "5", "projector__keep_checkpoints": "9"}
+    final = pipeline.build("evaluate", small.settings(**changes))
+    early = pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="2"))
+    last = pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="8"))
+    assert early.metrics["test/loss"] != final.metrics["test/loss"]
+    assert last.metrics["test/loss"] == final.metrics["test/loss"]
+    with pytest.raises(ModelError, match="there are final, 2, 4, 6, 8"):
+        pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="3"))
+
+
+def test_killed_and_resumed_equals_straight_to_the_bit(pipeline: Pipeline) -> None:
+    """SIGKILL after the checkpoint of step 4; the same command goes on."""
+    straight = pipeline.build("projector", small.settings(projector__seed="2"))
+    run = pipeline.store.run(straight.run_id)
+    killed = script("projector", "projector__seed=2", "projector__dropout=0.2", SMALL_DIE_AT="4")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = script("projector", "projector__seed=2", "projector__dropout=0.2")
+    assert "going on from step 4" in resumed.stdout + resumed.stderr
+    again = pipeline.build("projector", small.settings(projector__seed="2", projector__dropout="0.2"), force=True)
+    ended = json.loads(resumed.stdout.splitlines()[-1])
+    assert ended["run_id"] != again.run_id != run.info.run_id
+    one, two = weights(Path(ended["path"])), weights(again.path)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_cached_features_train_as_live_ones(pipeline: Pipeline) -> None:
+    cached = pipeline.build("projector", small.settings())
+    live = pipeline.build("projector", small.settings(projector__features="live"))
+    assert "mmphi.upstream.embed" not in pipeline.store.run(live.run_id).data.tags
+    expected = losses(pipeline, cached.run_id)
+    assert len(expected) == 8
+    assert losses(pipeline, live.run_id) == pytest.approx(expected, rel=2e-3)
+
+
+def test_two_projectors_share_one_language_model(pipeline: Pipeline) -> None:
+    results = [pipeline.build("projector", small.settings(projector__layers=n)) for n in "12"]
+    one, two = (mmphi.load(result.path) for result in results)
+    assert one.language.model is two.language.model
+    assert one.features.tower is two.features.tower  # type: ignore[union-attr]
+    assert one.projector is not two.projector
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in one.language.model.modules())
+    assert not one.language.model.training
+    assert "forward" not in vars(one.language.model)
+    assert PROCESS.once("language", "other", Path) is not one.language
+
+
+def test_loads_by_run_id(pipeline: Pipeline) -> None:
+    result = pipeline.build("projector", small.settings())
+    assert mmphi.load(result.run_id).projector.config == mmphi.load(result.path).projector.config  # type: ignore[union-attr]
+    client = pipeline.store.client
+    client.create_registered_model("seer")
+    client.create_model_version("seer", str(result.path), result.run_id)
+    assert pipeline.store.model_folder("models:/seer/1") == result.path
+    assert pipeline.store.model_folder("models:/seer/latest") == result.path
+
+
+def test_a_language_model_trained_here_is_a_model_too(pipeline: Pipeline) -> None:
+    model = mmphi.load(pipeline.build("pretrain", small.settings()).path)
+    assert model.language.prompt.style == "plain"
+    assert model.projector is None
+    assert isinstance(model.ask("what is it?", max_new_tokens=3), str)
+
+
+ANSWER = """
+import json, sys, torch
+torch.set_num_threads(1)
+import mmphi
+model = mmphi.load(sys.argv[1])
+print(json.dumps([model.ask("", image, max_new_tokens=12) for image in sys.argv[2:]]))
+"""
+
+
+def test_model_answers_alone(pipeline: Pipeline, tmp_path: Path) -> None:
+    """In a new process, with data, store and cache out of reach."""
+    result = pipeline.build("projector", small.settings())
+    scenes = pipeline.build("scenes", small.settings())
+    originals = sorted((scenes.path / "images" / "test").glob("*.png"))[:4]
+    images = [str(shutil.copy(original, tmp_path)) for original in originals]
+    model = load_bundle(result.path)
+    expected = [model.generate([(ImageRef("x", Path(i)), "")], max_new_tokens=12)[0].text for i in images]
+    moved = tmp_path / "alone"
+    moved.mkdir()
+    for name in ("mmphi.json", "projector.json", "projector.safetensors"):
+        shutil.copy(result.path / name, moved)
+    for name in ("language", "vision"):
+        shutil.copytree(result.path / name, moved / name)
+    environment = {"MLFLOW_TRACKING_URI": "sqlite:////nowhere/at/all.db", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER, str(moved), *images],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def test_any_model_is_measured_on_any_data(pipeline: Pipeline) -> None:
+    """`mmphi evaluate --model RUN` with the data of other settings: what is measured follows both."""
+    model = pipeline.build("projector", small.settings())
+    own = pipeline.build("evaluate", small.settings())
+    other_data = small.settings(scenes__seed="3", evaluate__model=model.run_id)
+    moved = pipeline.build("evaluate", other_data)
+    assert "mmphi.upstream.projector" not in pipeline.store.run(moved.run_id).data.tags
+    assert moved.metrics["test/loss"] != own.metrics["test/loss"]
+    same = pipeline.build("evaluate", small.settings(evaluate__model=str(model.path)))
+    assert same.metrics["test/loss"] == pytest.approx(own.metrics["test/loss"], rel=1e-3)
+    assert pipeline.key("evaluate", small.settings(evaluate__model=model.run_id)) == same.key
+
+
+def test_store_is_shared_by_builds_under_one_run(pipeline: Pipeline) -> None:
+    """Two builds in one process under one run of MLflow's: the second points at its result."""
+    store: Store = pipeline.store
+    run = store.client.create_run("0", run_name="both").info.run_id
+    first = pipeline.build("scenes", small.settings(scenes__seed="8"), run=run)
+    second = pipeline.build("scenes", small.settings(scenes__seed="9"), run="")
+    assert first.run_id == run != second.run_id
