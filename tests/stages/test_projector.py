@@ -21,7 +21,6 @@ from mmphi.data.records import ImageRef
 from mmphi.errors import ModelError
 from mmphi.models.bundle import load_bundle
 from mmphi.pipeline.build import Pipeline
-from mmphi.pipeline.resources import PROCESS
 from mmphi.stages import STAGES
 from mmphi.tracking.store import Store
 
@@ -154,7 +153,6 @@ def test_two_projectors_share_one_language_model(pipeline: Pipeline) -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in one.language.model.modules())
     assert not one.language.model.training
     assert "forward" not in vars(one.language.model)
-    assert PROCESS.once("language", "other", Path) is not one.language
 
 
 def test_loads_by_run_id(pipeline: Pipeline) -> None:
