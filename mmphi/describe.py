@@ -12,10 +12,9 @@ from mmphi.pipeline.stage import Result
 from mmphi.settings.fields import all_fields, canonical, leaves
 from mmphi.settings.view import covered
 from mmphi.stages import STAGES, Settings
+from mmphi.tracking.glance import Glance, glance
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
-
     from mmphi.tracking.search import RunStore as Store
 
 STATUS_HELP = """usage: mmphi status [--preset NAME] [--KEY VALUE ...]
@@ -80,12 +79,12 @@ def _shown(value: Any) -> str:
 
 def status(settings: Settings) -> str:
     """The stages as a graph: finished with run and time, or missing with what building would cost."""
-    plan = Plan(STAGES)
+    plan, looked = Plan(STAGES), glance()
     drawn: set[str] = set()
     rows: list[tuple[str, str]] = []
 
     def draw(name: str, before: str, branch: str) -> None:
-        rows.append((f"{before}{branch}{name}", "(above)" if name in drawn else _state(plan, name, settings)))
+        rows.append((f"{before}{branch}{name}", "(above)" if name in drawn else _state(plan, looked, name, settings)))
         if name in drawn:
             return
         drawn.add(name)
@@ -99,33 +98,21 @@ def status(settings: Settings) -> str:
         if name not in drawn:
             draw(name, "", "")
     width = max(len(name) for name, _ in rows)
-    return "\n".join([f"{settings.name}, in {plan.store.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)])
+    return "\n".join([f"{settings.name}, in {looked.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)])
 
 
-def _state(plan: Plan, name: str, settings: Settings) -> str:
-    store, key = plan.store, plan.key(name, settings)
-    run = next(store.results(key), None)
-    if run:
-        return f"finished  run {run.info.run_id}, {ago(run.info.end_time)}{_took(run, store)}"
+def _state(plan: Plan, looked: Glance, name: str, settings: Settings) -> str:
+    key = plan.key(name, settings)
+    result = looked.result(key)
+    if result:
+        disk = f", {size(total_bytes(result.folder))}" if result.folder else ""
+        took = f", took {duration(result.seconds)}" if result.seconds is not None else ""
+        return f"finished  run {result.run_id}, {ago(result.ended_ms)}{disk}{took}"
     cost = STAGES[name].cost(plan.view(name, settings))
-    past = _seconds_before(store, name, settings.name)
+    past = looked.seconds(name, settings.name)
     seconds = past if past is not None else cost.seconds
     took = f", about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
-    begun = next(store.search(key=key), None) is not None
-    return f"{'begun' if begun else 'missing':<8}  would take {size(cost.disk_bytes)}{took}"
-
-
-def _seconds_before(store: Store, stage: str, preset: str) -> float | None:
-    """How long the newest finished run of a stage took under a preset's name."""
-    run = next(store.search("FINISHED", stage=stage, preset=preset), None)
-    return run.data.metrics.get("seconds") if run else None
-
-
-def _took(run: Run, store: Store) -> str:
-    folder = store.local_folder(run)
-    disk = f", {size(total_bytes(folder))}" if folder else ""
-    seconds = run.data.metrics.get("seconds")
-    return f"{disk}, took {duration(seconds)}" if seconds is not None else disk
+    return f"{'begun' if looked.begun(key) else 'missing':<8}  would take {size(cost.disk_bytes)}{took}"
 
 
 def ago(milliseconds: int) -> str:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,7 +23,9 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from mmphi.data.encoded import encode_example
 from mmphi.data.records import Example, ImageRef, Turn
+from mmphi.models.language import Language
 from mmphi.pipeline.stage import Context, Stage
+from mmphi.settings import LanguageSettings
 from mmphi.settings.view import SettingsView
 from mmphi.stages import Settings
 from mmphi.text.prompt import Prompt
@@ -57,9 +58,8 @@ def tiny_language(seed: int = 0, **changes: Any) -> Any:
     }
     model = PhiForCausalLM(PhiConfig(**{**shape, **changes})).requires_grad_(False).eval()
     tokenizer = byte_tokenizer()
-    return SimpleNamespace(
-        model=model, tokenizer=tokenizer, prompt=Prompt(tokenizer, "plain"), width=32, name="tiny", digest="0"
-    )
+    settings = LanguageSettings(model="tiny", prompt="plain")
+    return Language(model, tokenizer, Prompt(tokenizer, "plain"), 32, "tiny", "0", settings)
 
 
 class RandomFeatures:

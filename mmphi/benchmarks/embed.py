@@ -44,11 +44,11 @@ def draw_photos(folder: Path, count: int) -> list[ImageRef]:
 
 def plain(tower: Tower, images: Sequence[ImageRef]) -> torch.Tensor:
     """What a first script does: open, preprocess and encode one image after another, and keep all in memory."""
-    found = []
+    features = []
     for image in images:
         pixels = tower.preprocess(Image.open(image.path).convert("RGB"))
-        found.append(tower(pixels[None]))
-    return torch.cat(found).half()
+        features.append(tower(pixels[None]))
+    return torch.cat(features).half()
 
 
 def staged(tower: Tower, images: Sequence[ImageRef], folder: Path, workers: int) -> None:
@@ -68,27 +68,29 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes that decode [2]")
     parser.add_argument("--rounds", type=int, default=3, help="how often both are measured, in turn [3]")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     rates: dict[str, list[float]] = {"plain loop": [], "mmphi": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = folder / "benchmark-vit.json"
         config.write_text(json.dumps(CONFIG))
-        tower: Any = load_tower(VisionSettings(model=given.model or str(config), pretrained=given.pretrained))
-        images = draw_photos(folder / "images", given.images)
-        for number in range(given.rounds):
+        tower: Any = load_tower(
+            VisionSettings(model=options.model or str(config), pretrained=options.pretrained or "random")
+        )
+        images = draw_photos(folder / "images", options.images)
+        for number in range(options.rounds):
             begun = time.perf_counter()
             expected = plain(tower, images)
-            rates["plain loop"].append(given.images / (time.perf_counter() - begun))
+            rates["plain loop"].append(options.images / (time.perf_counter() - begun))
             begun = time.perf_counter()
-            staged(tower, images, folder / str(number), given.workers)
-            rates["mmphi"].append(given.images / (time.perf_counter() - begun))
+            staged(tower, images, folder / str(number), options.workers)
+            rates["mmphi"].append(options.images / (time.perf_counter() - begun))
             far = (FeatureStore(folder / str(number)).get(images).float() - expected.float()).abs().max().item()
-    print(f"{given.images} JPEG images of 500 x 375, decoding included; largest difference of a feature: {far:.4f}")
-    for name, found in rates.items():
-        print(f"{name:<12}{sorted(found)[len(found) // 2]:>10.1f} images/s")
+    print(f"{options.images} JPEG images of 500 x 375, decoding included; largest difference of a feature: {far:.4f}")
+    for name, features in rates.items():
+        print(f"{name:<12}{sorted(features)[len(features) // 2]:>10.1f} images/s")
     ratios = [a / b for a, b in zip(rates["mmphi"], rates["plain loop"], strict=True)]
     print(f"mmphi over the plain loop: {', '.join(f'{r:.2f}' for r in ratios)}")
-    if given.json:
-        given.json.write_text(json.dumps({**rates, "largest_difference": [far]}, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps({**rates, "largest_difference": [far]}, indent=1))
     return 0

@@ -79,25 +79,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batches", type=int, default=20, help="random batches of 64 a round [20]")
     parser.add_argument("--rounds", type=int, default=3, help="how often all are measured, in turn [3]")
     parser.add_argument("--json", type=Path, help="write the figures here too")
-    given = parser.parse_args(arguments)
-    rows = torch.randn(given.rows, given.tokens, given.width, generator=torch.Generator().manual_seed(0)).half()
+    options = parser.parse_args(arguments)
+    rows = torch.randn(options.rows, options.tokens, options.width, generator=torch.Generator().manual_seed(0)).half()
     rng = np.random.default_rng(0)
-    found: dict[str, list[float]] = {name: [] for name in WAYS}
+    rates_of: dict[str, list[float]] = {name: [] for name in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         readers = {name: way(Path(folder) / name, rows) for name, way in WAYS.items()}
-        for _ in range(given.rounds):
-            batches = [rng.integers(0, given.rows, 64).tolist() for _ in range(given.batches)]
+        for _ in range(options.rounds):
+            batches = [rng.integers(0, options.rows, 64).tolist() for _ in range(options.batches)]
             for name, read in readers.items():
                 if not torch.equal(read(batches[0]), rows[batches[0]]):
                     raise RuntimeError(f"{name} reads other numbers than were written")
                 begun = time.perf_counter()
                 for batch in batches:
                     read(batch)
-                found[name].append(64 * given.batches / (time.perf_counter() - begun))
-    print(f"{given.rows} x {given.tokens} x {given.width} fp16, random batches of 64, page cache warm")
-    for name, rates in found.items():
-        ratios = ", ".join(f"{ours / r:.1f}" for ours, r in zip(found["mmphi"], rates, strict=True))
+                rates_of[name].append(64 * options.batches / (time.perf_counter() - begun))
+    print(f"{options.rows} x {options.tokens} x {options.width} fp16, random batches of 64, page cache warm")
+    for name, rates in rates_of.items():
+        ratios = ", ".join(f"{ours / r:.1f}" for ours, r in zip(rates_of["mmphi"], rates, strict=True))
         print(f"{name:<12}{sorted(rates)[len(rates) // 2]:>10.0f} rows/s   mmphi over it: {ratios}")
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(rates_of, indent=1))
     return 0

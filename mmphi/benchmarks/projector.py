@@ -235,35 +235,35 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="how often both sides run, in turn [2]")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    shape = SHAPES[given.shape]
-    if given.side:
-        given.json.write_text(json.dumps(run_side(given.side, shape, given.steps)))
+    options = parser.parse_args(arguments)
+    shape = SHAPES[options.shape]
+    if options.side:
+        options.json.write_text(json.dumps(run_side(options.side, shape, options.steps)))
         return 0
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    rounds_of: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(given.rounds):
+        for number in range(options.rounds):
             for side in SIDES:
                 out = Path(folder) / f"{side}{number}.json"
                 command = [sys.executable, "-m", "mmphi", "benchmark", "projector", "--side", side]
-                command += ["--shape", given.shape, "--steps", str(given.steps), "--json", str(out)]
+                command += ["--shape", options.shape, "--steps", str(options.steps), "--json", str(out)]
                 subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-                found[side].append(json.loads(out.read_text()))
-    report(found, shape)
-    if given.json:
-        given.json.write_text(json.dumps({"shape": asdict(shape), **found}, indent=1))
+                rounds_of[side].append(json.loads(out.read_text()))
+    report(rounds_of, shape)
+    if options.json:
+        options.json.write_text(json.dumps({"shape": asdict(shape), **rounds_of}, indent=1))
     return 0
 
 
-def report(found: dict[str, list[dict[str, Any]]], shape: Shape) -> None:
+def report(rounds_of: dict[str, list[dict[str, Any]]], shape: Shape) -> None:
     """Print both sides and their ratios, each round against its own neighbour."""
     print(f"batch of {shape.batch_size} captions of {shape.shortest} to {shape.longest} tokens, {shape.dtype}")
     print(f"{'side':<8}{'supervised tok/s':>18}{'s/step':>10}{'peak GB':>10}")
-    for side, rounds in found.items():
+    for side, rounds in rounds_of.items():
         best = max(rounds, key=lambda r: r["tokens_per_s"])
         print(f"{side:<8}{best['tokens_per_s']:>18.0f}{best['seconds']:>10.3f}{best['memory_gb']:>10.2f}")
-    pairs = list(zip(found["mmphi"], found["llava"], strict=True))
+    pairs = list(zip(rounds_of["mmphi"], rounds_of["llava"], strict=True))
     ratios = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs]
     print(f"speed, mmphi over llava: {', '.join(f'{r:.2f}' for r in ratios)}")
-    print(f"losses llava: {', '.join(f'{x:.4f}' for x in found['llava'][0]['losses'])}")
-    print(f"losses mmphi: {', '.join(f'{x:.4f}' for x in found['mmphi'][0]['losses'])}")
+    print(f"losses llava: {', '.join(f'{x:.4f}' for x in rounds_of['llava'][0]['losses'])}")
+    print(f"losses mmphi: {', '.join(f'{x:.4f}' for x in rounds_of['mmphi'][0]['losses'])}")

@@ -147,8 +147,8 @@ def _read(paths: list[Path], title: str) -> Iterator[str]:
 
     def each() -> Iterator[str]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = pool.map(_digest_or_nothing, paths, chunksize=16)
-            yield from tqdm(found, total=len(paths), desc=title, unit="file", disable=len(paths) < BAR_FROM)
+            digests = pool.map(_digest_or_nothing, paths, chunksize=16)
+            yield from tqdm(digests, total=len(paths), desc=title, unit="file", disable=len(paths) < BAR_FROM)
 
     return each()
 

@@ -54,6 +54,7 @@ class Encoded(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
         example = self._of[self._examples[index]]
         begin, end = self._starts[index], self._starts[index + 1]
         rows = self._spans[self._span_starts[index] : self._span_starts[index + 1]].tolist()
@@ -99,6 +100,14 @@ def encode_example(
     """One conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
     inputs = image_inputs(example.images, length)
     return encode(example.questions, inputs, prompt, max_length, f"{example.source}/{example.id}")
+
+
+def identity(examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int) -> str:
+    """What tells encoded examples from others in one process: their tokens, and whose they are."""
+    digest = hashlib.sha256(_digest(examples, prompt, length, max_length).encode())
+    for example in examples:
+        digest.update(f"{example.source}\0{example.id}\0{[str(image.path) for image in example.images]}\0".encode())
+    return digest.hexdigest()
 
 
 def encoded(

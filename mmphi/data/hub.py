@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def read_dataset(
 ) -> Iterator[Example]:
     """Read a dataset by hub name or local folder; a text column may hold one caption or a list of them.
 
-    Images that lie in files are used where they are; others are written once, under the digest of their bytes. An
+    Images that lie in the dataset's own files are used where they are; bytes are written once, under their digest. An
     image's id follows its file or its bytes, not its row: one that stands in many rows is one image to the split.
 
     Args:
@@ -48,7 +48,7 @@ def read_dataset(
     """
     rows = _with_files(_load(name, split, revision), name, image_column, text_column)
     folder = cache or cache_folder() / "images"
-    images = Images(ImageFolder(Path(name), source), folder)
+    images = Images(ImageFolder(Path(name), source), folder, _fetched_to(name))
     for number, row in enumerate(rows):
         where = f"{name}, row {number}"
         texts = row[text_column] if isinstance(row[text_column], list) else [row[text_column] or ""]
@@ -63,6 +63,17 @@ def read_dataset(
         for i, text in enumerate(texts):
             report.keep(source)
             yield Example(f"{number}.{i}", (ref,), (Turn(question, text.strip()),), source)
+
+
+def _fetched_to(name: str) -> list[Path]:
+    """Where `datasets` and the hub's client keep the files of a hub dataset."""
+    import datasets
+    from huggingface_hub import constants
+
+    if Path(name).exists():
+        return []
+    repository = f"datasets--{name.partition(':')[0].replace('/', '--')}"
+    return [Path(constants.HF_HUB_CACHE) / repository, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
 def _load(name: str, split: str, revision: str) -> Any:
@@ -80,10 +91,10 @@ def _load(name: str, split: str, revision: str) -> Any:
         owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")
         return datasets.load_dataset(owner, configuration or None, split=split, revision=revision or None)
     except Exception as error:  # Of `datasets`, pyarrow, fsspec or the HTTP client: they share no ancestor.
-        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         hint = "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"
         raise DataError(
-            f"the dataset {name!r}, split {split!r}, cannot be loaded: {said[0]}",
+            f"the dataset {name!r}, split {split!r}, cannot be loaded: {reason[0]}",
             "mend the folder, or name another split" if folder.exists() else hint,
         ) from error
 
@@ -113,10 +124,12 @@ class Images:
     Args:
         folder: The dataset's own folder, where it is a local one.
         cache: Where bytes are written.
+        fetched: Folders that `datasets` fetches the dataset's own files to. A row may name no other file: it could be
+            any of this machine.
     """
 
-    def __init__(self, folder: ImageFolder, cache: Path) -> None:
-        self.folder, self.cache = folder, cache
+    def __init__(self, folder: ImageFolder, cache: Path, fetched: Sequence[Path] = ()) -> None:
+        self.folder, self.cache, self.fetched = folder, cache, [folder.resolve() for folder in fetched]
 
     def find(self, stored: dict[str, Any] | str | None) -> ImageRef:
         """The file of an image.
@@ -135,8 +148,11 @@ class Images:
             return self._written(content)
         if not path or not Path(path).is_file():
             raise ImageError("missing image", f"{path or 'an image'} is not there")
-        if Path(path).resolve().is_relative_to(self.folder.folder):
+        place = Path(path).resolve()
+        if place.is_relative_to(self.folder.folder):
             return self.folder.find(path)
+        if not any(place.is_relative_to(folder) for folder in self.fetched):
+            raise ImageError("path leaves the dataset's folder", f"{path} is no file of the dataset")
         return ImageRef(f"{self.folder.source}/{_digest(Path(path).read_bytes())}", Path(path))
 
     def _written(self, content: bytes) -> ImageRef:

@@ -78,11 +78,11 @@ def _example(row: Any, number: int, folder: ImageFolder, split: Split) -> Exampl
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise DataError("malformed row")
     turns = []
-    said = row["conversations"]
-    if said and isinstance(said[0], dict) and said[0].get("from") == "gpt":
-        said = said[1:]  # LLaVA's own reader skips an answer that no question precedes.
+    messages = row["conversations"]
+    if messages and isinstance(messages[0], dict) and messages[0].get("from") == "gpt":
+        messages = messages[1:]  # LLaVA's own reader skips an answer that no question precedes.
     images = _images(row.get("image"))
-    for human, model in zip(said[::2], said[1::2], strict=False):
+    for human, model in zip(messages[::2], messages[1::2], strict=False):
         try:
             if human["from"] != "human" or model["from"] != "gpt":
                 raise DataError("turns out of order")

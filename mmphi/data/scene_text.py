@@ -104,5 +104,5 @@ def corpus_texts(count: int, turns: int, rng: random.Random, among: list[Combina
         among: Combinations to draw from.
     """
     for i, scene in enumerate(scenes(count, rng, among)):
-        said = questions(scene, turns, rng) if turns and i % 2 else (Turn(DESCRIBE, caption(scene)),)
-        yield SceneText(grid(scene, rng), said)
+        conversation = questions(scene, turns, rng) if turns and i % 2 else (Turn(DESCRIBE, caption(scene)),)
+        yield SceneText(grid(scene, rng), conversation)

@@ -16,8 +16,8 @@ CAPTION = re.compile(
 
 def parse(caption: str) -> dict[str, str]:
     """The attributes a caption claims; none where it is not of the form that scenes' captions have."""
-    found = CAPTION.fullmatch(caption.strip())
-    return dict(zip(ATTRIBUTES, found.groups(), strict=True)) if found else {}
+    match = CAPTION.fullmatch(caption.strip())
+    return dict(zip(ATTRIBUTES, match.groups(), strict=True)) if match else {}
 
 
 def attribute_accuracy(captions: Sequence[str], attributes: Sequence[Mapping[str, str]]) -> dict[str, float]:
@@ -32,7 +32,7 @@ def attribute_accuracy(captions: Sequence[str], attributes: Sequence[Mapping[str
     """
     claimed = [parse(c) for c in captions]
     right = {
-        name: [said.get(name) == drawn[name] for said, drawn in zip(claimed, attributes, strict=True)]
+        name: [claim.get(name) == drawn[name] for claim, drawn in zip(claimed, attributes, strict=True)]
         for name in ATTRIBUTES
     }
     shares = {f"attribute_accuracy/{name}": sum(hits) / len(hits) for name, hits in right.items()}

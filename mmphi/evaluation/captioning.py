@@ -1,19 +1,13 @@
-"""Captions against references: CIDEr by pycocoevalcap, BLEU-4 by sacrebleu."""
+"""Captions against references: CIDEr by pycocoevalcap, BLEU-4 by sacrebleu, both on COCO's words."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from pycocoevalcap.cider.cider import Cider
 from sacrebleu.metrics.bleu import BLEU
 
-WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
-
-
-def words(caption: str) -> str:
-    """Lower case, no punctuation: what COCO's evaluation keeps after its Java tokenizer, without Java."""
-    return " ".join(WORD.findall(caption.lower()))
+from mmphi.evaluation.words import joined
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -23,9 +17,11 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
         predictions: One caption per image.
         references: One or more captions of each image.
     """
-    given = {i: [words(p)] for i, p in enumerate(predictions)}
-    wanted = {i: [words(r) for r in refs] for i, refs in enumerate(references)}
-    return float(Cider().compute_score(wanted, given)[0])
+    candidates = {i: [joined(p)] for i, p in enumerate(predictions)}
+    wanted = {i: [joined(r) for r in refs] for i, refs in enumerate(references)}
+    if not any(text for texts in wanted.values() for text in texts):
+        return 0.0  # Without words there are no n-grams to weigh, and pycocoevalcap raises.
+    return float(Cider().compute_score(wanted, candidates)[0])
 
 
 def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -37,5 +33,5 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     """
     most = max(map(len, references))
     # Where an image has fewer references than others its first one stands again, which changes no count.
-    columns = [[words(refs[k] if k < len(refs) else refs[0]) for refs in references] for k in range(most)]
-    return float(BLEU(tokenize="none", force=True).corpus_score([words(p) for p in predictions], columns).score)
+    columns = [[joined(refs[k] if k < len(refs) else refs[0]) for refs in references] for k in range(most)]
+    return float(BLEU(tokenize="none", force=True).corpus_score([joined(p) for p in predictions], columns).score)

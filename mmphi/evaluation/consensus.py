@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from pycocoevalcap.cider.cider import Cider
 
-from mmphi.evaluation.captioning import words
+from mmphi.evaluation.words import joined
 
 
 def consensus(candidates: Sequence[Sequence[str]]) -> list[int]:
@@ -22,7 +22,9 @@ def consensus(candidates: Sequence[Sequence[str]]) -> list[int]:
     Returns:
         For each image the index of the caption chosen; the first among equals.
     """
-    fellows = {i: [words(caption) for caption in group] for i, group in enumerate(candidates)}
+    fellows = {i: [joined(caption) for caption in group] for i, group in enumerate(candidates)}
+    if not any(caption for group in fellows.values() for caption in group):
+        return [0] * len(candidates)
     gains = [
         Cider().compute_score(fellows, {i: [group[k]] for i, group in fellows.items()})[1]
         for k in range(len(candidates[0]))

@@ -121,17 +121,17 @@ def _captions(
     references = [[e.turns[0].answer for e in group] for group in of_image.values()]
     prompts = [(e.image, e.turns[0].question) for e in firsts]
     answers = _say(model, prompts, chosen)
-    said = [a.text for a in answers]
+    texts = [a.text for a in answers]
     metrics = {
         "ended": sum(a.ended for a in answers) / len(answers),
-        "cider": cider(said, references),
-        "bleu4": bleu4(said, references),
+        "cider": cider(texts, references),
+        "bleu4": bleu4(texts, references),
     }
     if all("shape1" in e.attributes for e in firsts):
-        metrics |= attribute_accuracy(said, [e.attributes for e in firsts])
+        metrics |= attribute_accuracy(texts, [e.attributes for e in firsts])
     else:
-        hits = (a in refs for a, refs in zip(said, references, strict=True))
-        metrics["exact_match"] = sum(hits) / len(said)
+        hits = (a in refs for a, refs in zip(texts, references, strict=True))
+        metrics["exact_match"] = sum(hits) / len(texts)
     rows: list[dict[str, Any]] = [
         {
             "image": e.image.path if e.image else "",
@@ -166,8 +166,10 @@ def picture(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
         image = open_image(row["image"])
         axes.imshow(image.resize((320, 320 * image.height // image.width), Image.Resampling.LANCZOS))
         right = row["prediction"] == row["reference"]
-        said, truth = _wrapped(str(row["prediction"])), _wrapped(str(row["reference"]))
-        axes.set_title(said if right else f"{said}\n({truth})", fontsize=9, color="#1a7f37" if right else "#333333")
+        prediction, truth = _wrapped(str(row["prediction"])), _wrapped(str(row["reference"]))
+        axes.set_title(
+            prediction if right else f"{prediction}\n({truth})", fontsize=9, color="#1a7f37" if right else "#333333"
+        )
     return figure
 
 

@@ -25,11 +25,11 @@ def recall(image_ND: Tensor, text_MD: Tensor, image_of_text: Sequence[int]) -> d
     """
     owner_M = torch.as_tensor(image_of_text)
     similarity_NM = image_ND @ text_MD.T
-    found = {}
+    recalls = {}
     for k in RANKS:
         nearest_texts = similarity_NM.topk(min(k, len(text_MD)), dim=1).indices
         hits = (owner_M[nearest_texts] == torch.arange(len(image_ND))[:, None]).any(dim=1)
-        found[f"image_to_text_recall_at_{k}"] = hits.float().mean().item()
+        recalls[f"image_to_text_recall_at_{k}"] = hits.float().mean().item()
         nearest_images = similarity_NM.topk(min(k, len(image_ND)), dim=0).indices
-        found[f"text_to_image_recall_at_{k}"] = (nearest_images == owner_M[None]).any(dim=0).float().mean().item()
-    return found
+        recalls[f"text_to_image_recall_at_{k}"] = (nearest_images == owner_M[None]).any(dim=0).float().mean().item()
+    return recalls

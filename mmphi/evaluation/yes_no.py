@@ -9,100 +9,8 @@ from dataclasses import dataclass
 
 from mmphi.data.records import Example, ImageRef
 from mmphi.data.scenes import KINDS
-from mmphi.evaluation.captioning import words
-
-# Things that photographs are commonly said to show; those that the data's own captions name are asked about.
-THINGS = frozenset(
-    [
-        "ball",
-        "baby",
-        "beach",
-        "bear",
-        "bench",
-        "bicycle",
-        "bike",
-        "bird",
-        "boat",
-        "book",
-        "bottle",
-        "boy",
-        "building",
-        "bus",
-        "cake",
-        "camera",
-        "car",
-        "cat",
-        "chair",
-        "child",
-        "city",
-        "cow",
-        "crowd",
-        "dog",
-        "door",
-        "elephant",
-        "face",
-        "fence",
-        "field",
-        "fire",
-        "fish",
-        "flag",
-        "flower",
-        "food",
-        "fountain",
-        "girl",
-        "glass",
-        "grass",
-        "guitar",
-        "hat",
-        "helmet",
-        "hill",
-        "horse",
-        "house",
-        "jacket",
-        "kitchen",
-        "lake",
-        "leaf",
-        "man",
-        "microphone",
-        "motorcycle",
-        "mountain",
-        "ocean",
-        "park",
-        "path",
-        "people",
-        "person",
-        "phone",
-        "pool",
-        "river",
-        "road",
-        "rock",
-        "rope",
-        "sand",
-        "shirt",
-        "sign",
-        "skateboard",
-        "sky",
-        "slide",
-        "snow",
-        "street",
-        "sunglasses",
-        "surfboard",
-        "swing",
-        "table",
-        "tent",
-        "toy",
-        "track",
-        "train",
-        "tree",
-        "truck",
-        "umbrella",
-        "wall",
-        "water",
-        "wave",
-        "window",
-        "woman",
-    ]
-)
+from mmphi.evaluation.things import named, possible
+from mmphi.evaluation.words import words
 
 
 @dataclass(frozen=True)
@@ -119,7 +27,8 @@ def ask(examples: Sequence[Example], count: int, seed: int) -> list[Question]:
 
     About scenes: is a thing of some color and shape there; the absent ones share a color or shape with one that is.
     About captioned photos: is a thing there that a caption names; the absent ones are drawn from the things that the
-    captions of all images name most often, without those that any caption of this image names (POPE's *popular*).
+    captions of all images name most often (POPE's *popular*), without those that any caption of this image names or
+    leaves possible: where a man is, a person is.
 
     Args:
         examples: Examples with captions or attributes; several of one image are put together.
@@ -131,14 +40,14 @@ def ask(examples: Sequence[Example], count: int, seed: int) -> list[Question]:
     able = sorted(i for i in images if present[i] and absent[i])
     if not able:
         return []
-    asked = []
+    questions = []
     for number in range(count // 2):
         image = able[number % len(able)]
         for things, answer in ((present[image], True), (absent[image], False)):
             thing = rng.choice(things)
             article = "an" if thing[0] in "aeiou" else "a"
-            asked.append(Question(images[image], f"is there {article} {thing}?", answer))
-    return asked
+            questions.append(Question(images[image], f"is there {article} {thing}?", answer))
+    return questions
 
 
 Things = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, ImageRef]]
@@ -161,15 +70,14 @@ def _scene_things(examples: Sequence[Example]) -> Things:
 
 def _photo_things(examples: Sequence[Example]) -> Things:
     images = {e.image.id: e.image for e in examples if e.image is not None}
-    named: dict[str, set[str]] = {i: set() for i in images}
+    shown: dict[str, set[str]] = {i: set() for i in images}
     for example in examples:
         if example.image is not None:
             for turn in example.turns:
-                said = words(turn.answer).split()
-                named[example.image.id] |= THINGS & {w.removesuffix("s") if w not in THINGS else w for w in said}
-    popular = [thing for thing, _ in Counter(t for things in named.values() for t in sorted(things)).most_common(20)]
-    present = {i: sorted(things) for i, things in named.items()}
-    absent = {i: [t for t in popular if t not in things] for i, things in named.items()}
+                shown[example.image.id] |= named(words(turn.answer))
+    popular = [thing for thing, _ in Counter(t for things in shown.values() for t in sorted(things)).most_common(30)]
+    present = {i: sorted(things) for i, things in shown.items()}
+    absent = {i: [t for t in popular if t not in possible(things)] for i, things in shown.items()}
     return present, absent, images
 
 
@@ -180,12 +88,12 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, fl
         questions: What was asked.
         answers: What was said.
     """
-    said = [words(a).startswith("yes") for a in answers]
+    said = [words(a)[:1] == ["yes"] for a in answers]
     pairs = list(zip((q.answer for q in questions), said, strict=True))
     hits = sum(want and got for want, got in pairs)
-    wanted, given = sum(want for want, _ in pairs), sum(said)
+    wanted, affirmed = sum(want for want, _ in pairs), sum(said)
     return {
         "yes_no_accuracy": sum(want == got for want, got in pairs) / len(pairs),
-        "yes_no_f1": 2 * hits / (wanted + given) if wanted + given else 0.0,
-        "yes_no_share_of_yes": given / len(pairs),
+        "yes_no_f1": 2 * hits / (wanted + affirmed) if wanted + affirmed else 0.0,
+        "yes_no_share_of_yes": affirmed / len(pairs),
     }

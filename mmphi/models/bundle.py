@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,7 @@ from mmphi.models.device import this_device
 from mmphi.models.language import PRETRAIN, STYLE_FILE, Language, language_digest, load_language
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector
-from mmphi.models.vision import LIGHT_CLIP, Tower, load_tower
+from mmphi.models.vision import LIGHT_CLIP, Tower, Vision, load_tower
 from mmphi.settings.shared import LanguageSettings, VisionSettings
 
 T = TypeVar("T")
@@ -40,54 +39,33 @@ def at_once(_kind: str, _digest: str, make: Callable[[], T]) -> T:
     return make()
 
 
-@dataclass(frozen=True)
-class Vision:
-    """The image tower of a model.
-
-    Attributes:
-        settings: Name, tag, layer, pooling.
-        digest: Of the tower: equal digests give equal features.
-        folder: The light CLIP's own, where it was trained here.
-    """
-
-    settings: VisionSettings
-    digest: str
-    folder: Path | None = None
-
-
-def save_bundle(
-    folder: Path,
-    language: Language,
-    *,
-    trained: bool,
-    projector: Projector | None = None,
-    vision: Vision | None = None,
-    max_length: int = 512,
-) -> None:
+def save_bundle(folder: Path, model: Multimodal) -> None:
     """Write a model so that it loads alone.
 
     Args:
         folder: Where to.
-        language: Its language model.
-        trained: Whether that was trained here: its files then belong to the model, and are linked or copied.
-        projector: What is trained to see.
-        vision: The image tower.
-        max_length: Longest sequence, in tokens.
+        model: Its language model's files belong to it, and are linked or copied, where that was trained here.
+
+    Raises:
+        ModelError: If it has a projector, and nobody said which image tower that is for.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    language, vision = model.language, model.vision
+    if model.projector is not None and vision is None:
+        raise ModelError("the model does not say which image tower it has", "give Multimodal its vision")
     chosen = language.settings.model_dump() | {"prompt": language.prompt.style}
-    if trained and language.local:
+    if model.own_language and language.local:
         if language.local != folder / LANGUAGE:
             _take(language.local, folder / LANGUAGE, ("*",))
         chosen |= {"model": LANGUAGE, "tokenizer": "", "revision": ""}
-    content: dict[str, Any] = {"format": FORMAT, "max_length": max_length}
+    content: dict[str, Any] = {"format": FORMAT, "max_length": model.max_length}
     content["language"] = {**chosen, "digest": language.digest}
     if vision is not None:
         if vision.folder is not None:
             _take(vision.folder, folder / VISION, CLIP_FILES)
         content["vision"] = {**vision.settings.model_dump(), "digest": vision.digest}
-    if projector is not None:
-        projector.save(folder)
+    if model.projector is not None:
+        model.projector.save(folder)
     (folder / BUNDLE).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -159,9 +137,11 @@ def load_bundle(
     spoken = _language(content, folder, device, language, precision, once)
     seen = features
     if seen is None and "vision" in content:
-        seen = LiveFeatures(_tower(content["vision"], folder / VISION, device, once))
+        seen = LiveFeatures(_tower(_vision(content["vision"], folder), device, once))
     projector = Projector.load(folder) if (folder / "projector.json").exists() else None
-    return Multimodal(spoken, projector, seen, content["max_length"])
+    vision = _vision(content["vision"], folder) if "vision" in content else None
+    own = content["language"]["model"] == LANGUAGE
+    return Multimodal(spoken, projector, seen, content["max_length"], vision, own_language=own and not language)
 
 
 def _language(
@@ -223,14 +203,17 @@ def borrowed_language(
     return language
 
 
-def _tower(saved: dict[str, Any], own: Path, device: torch.device, once: Once[Any]) -> Tower:
-    chosen = dict(saved)
-    digest = chosen.pop("digest")
-    settings = VisionSettings(**chosen)
-    tower = borrowed_tower(settings, own if settings.model == LIGHT_CLIP else None, device, once, digest)
-    if tower.digest != digest:
+def _vision(saved: dict[str, Any], folder: Path) -> Vision:
+    settings = VisionSettings(**{name: value for name, value in saved.items() if name != "digest"})
+    return Vision(settings, saved["digest"], folder / VISION if settings.model == LIGHT_CLIP else None)
+
+
+def _tower(vision: Vision, device: torch.device, once: Once[Any]) -> Tower:
+    tower = borrowed_tower(vision.settings, vision.folder, device, once, vision.digest)
+    if tower.digest != vision.digest:
+        name = f"{vision.settings.model} {vision.settings.pretrained}".strip()
         raise ModelError(
-            f"the image tower {settings.model} ({settings.pretrained}) is not the one that the model was trained with",
+            f"the image tower {name} is not the one that the model was trained with",
             "fetch the weights anew, or install the version of open_clip that it was trained with",
         )
     return tower

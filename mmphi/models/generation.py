@@ -63,14 +63,14 @@ def _batch(model: Multimodal, prompts: Sequence[Sample], how: dict[str, Any]) ->
         spans += [span._replace(start=row * longest + begin + span.start) for span in prompt.spans]
     features, places = (to_device(each, device) for each in spread(spans, model.sources))
     embeddings = model.packed.embed(ids.to(device), features, places)
-    eos = tokenizer.eos_token_id
+    ends = model.language.ends
     tokens = model.language.model.generate(
-        inputs_embeds=embeddings, attention_mask=mask.to(device), eos_token_id=eos, pad_token_id=eos, **how
+        inputs_embeds=embeddings, attention_mask=mask.to(device), eos_token_id=ends, pad_token_id=ends[0], **how
     )
     answers = []
     for row in tokens.tolist():
-        ended = eos in row
-        text = row[: row.index(eos)] if ended else row
-        answers.append(Answer(tokenizer.decode(text, skip_special_tokens=True).strip(), ended))
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        text = tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
+        answers.append(Answer(text, stop is not None))
     each = len(answers) // len(prompts)
     return [answers[i : i + each] for i in range(0, len(answers), each)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PhiCon
 
 from mmphi.data.digests import Digests
 from mmphi.errors import ModelError
+from mmphi.models.packed import packing_error, shortest_window
 from mmphi.settings.shared import LanguageSettings
 from mmphi.text.prompt import Prompt
 from mmphi.text.tokenizer import phi2_tokenizer
 
 PRETRAIN = "pretrain"
+PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the logits' spread; the other in bf16 and quantised.
 STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,6 +45,24 @@ class Language:
     name: str
     digest: str
     settings: LanguageSettings
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: the prompt's, and those that the model itself stops at."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        return list(dict.fromkeys([self.prompt.end[-1], *own, self.tokenizer.eos_token_id]))
+
+    @cached_property
+    def packing_error(self) -> float:
+        """How far packed sequences are from the same alone, tried once: :func:`~mmphi.models.packed.packing_error`."""
+        return packing_error(self.model)
+
+    def packs(self, max_length: int) -> bool:
+        """Whether sequences of up to so many tokens may share rows."""
+        window = shortest_window(self.model.config)
+        exact = PACKED_TOLERANCE if self.settings.precision == "fp32" else PACKED_TOLERANCE_ROUNDED
+        return self.packing_error < exact and not 0 < window < max_length
 
     @property
     def local(self) -> Path | None:

@@ -13,6 +13,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
 
 from mmphi.errors import ModelError
+from mmphi.models.vision import open_clip_warnings
 
 CONTEXT = 32
 HEAD_WIDTH = 32
@@ -90,13 +91,13 @@ def build(chosen: ClipShape, folder: Path) -> tuple[Any, Any]:
     preprocess: dict[str, Any] = {"size": chosen.image_size}
     try:
         _write_config(folder, config, preprocess)
-        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+        model = _create(folder)
         if chosen.image_tower:
             # What a tower was trained on, its inputs are scaled like.
-            given = model.visual.trunk.default_cfg
-            preprocess |= {"mean": given["mean"], "std": given["std"], "interpolation": given["interpolation"]}
+            scaling = model.visual.trunk.default_cfg
+            preprocess |= {"mean": scaling["mean"], "std": scaling["std"], "interpolation": scaling["interpolation"]}
             _write_config(folder, config, preprocess)
-            model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+            model = _create(folder)
         if chosen.image_weights:
             wanted = model.visual.trunk.state_dict()
             weights = {k: v for k, v in load_file(chosen.image_weights).items() if k in wanted}
@@ -114,6 +115,11 @@ def build(chosen: ClipShape, folder: Path) -> tuple[Any, Any]:
             f"the light CLIP cannot be built: {error}", "check light_clip.image_tower and text_tower"
         ) from error
     return model, open_clip.get_tokenizer(f"local-dir:{folder}")
+
+
+def _create(folder: Path) -> Any:
+    with open_clip_warnings():
+        return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
 
 
 def _copy_text_tower(source: Path, folder: Path) -> Path:

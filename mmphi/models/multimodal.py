@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from mmphi.models.projector import Projector
 from mmphi.text.packing import SpanFeatures, packs, to_device
 from mmphi.text.sequences import Sample, join
 
+if TYPE_CHECKING:
+    from mmphi.models.vision import Vision
+
 Question = tuple[ImageRef | Sequence[ImageRef] | None, str]
 
 
@@ -32,6 +36,8 @@ class Multimodal:
         projector: Fits both sides; ``None`` for text alone.
         features: Where image features come from.
         max_length: Longest sequence, in tokens.
+        vision: The image tower that the features are of; needed to save the model.
+        own_language: Whether the language model was trained here, and is saved with this model.
 
     Raises:
         ModelError: If the projector does not fit the features or the language model.
@@ -43,13 +49,36 @@ class Multimodal:
         projector: Projector | None,
         features: ImageFeatures | None,
         max_length: int = 512,
+        vision: Vision | None = None,
+        own_language: bool = False,
     ) -> None:
         if projector is not None:
             if features is not None:
                 projector.check_fits(features.width, language.width)
             projector.to(device=next(language.model.parameters()).device)
         self.language, self.features, self.max_length, self.projector = language, features, max_length, projector
-        self.packed = PackedModel(language.model, **({} if projector is None else {"image": projector})).eval()
+        self.vision, self.own_language = vision, own_language
+        projectors = {} if projector is None else {"image": projector}
+        alone = not language.packs(max_length)
+        self.packed = PackedModel(language.model, alone=alone, **projectors).eval()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Multimodal:
+        """Load a model from its folder; :func:`mmphi.load` also takes runs and registered models, and shares.
+
+        Args:
+            folder: As :meth:`save_pretrained` or a stage left it.
+            **options: Those of :func:`~mmphi.models.bundle.load_bundle`.
+        """
+        from mmphi.models.bundle import load_bundle
+
+        return load_bundle(Path(folder), **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model to a folder that loads alone."""
+        from mmphi.models.bundle import save_bundle
+
+        save_bundle(Path(folder), self)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +117,7 @@ class Multimodal:
             examples = [replace(e, images=other) for e, other in zip(examples, images, strict=True)]
         samples = (encode_example(e, self.language.prompt, self.length, self.max_length) for e in examples)
         nats, tokens = 0.0, 0
-        for pack in packs([s for s in samples if s is not None], self.sources, max_tokens):
+        for pack in packs([s for s in samples if s is not None], self.sources, max_tokens, alone=self.packed.alone):
             nats += float(self.packed(**to_device(pack, self.device)))
             tokens += len(pack["targets"])
         return nats, tokens

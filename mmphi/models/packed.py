@@ -37,12 +37,13 @@ class PackedModel(nn.Module):
 
     Args:
         language_model: A Hugging Face causal LM, frozen or not.
+        alone: Whether rows hold one sequence each, under the model's own mask: see :func:`packing_error`.
         **projectors: From the features of each kind of span to its embeddings.
     """
 
-    def __init__(self, language_model: Any, **projectors: nn.Module) -> None:
+    def __init__(self, language_model: Any, *, alone: bool = False, **projectors: nn.Module) -> None:
         super().__init__()
-        self.language_model = language_model
+        self.language_model, self.alone = language_model, alone
         self.projectors: Any = nn.ModuleDict(projectors)
         self._recomputing: list[Any] = []
         if language_model.get_output_embeddings() is None:
@@ -93,6 +94,7 @@ class PackedModel(nn.Module):
                     layer.dropout = rate
             self._recomputing = []
             end()
+            model.disable_input_require_grads()  # Some versions of transformers enable them with it.
 
     def embed(self, input_ids: Tensor, features: Any, places: Any) -> Tensor:
         """Embeddings (R, T, W) of tokens, with projected features (P, D) of each kind at its places (P,)."""
@@ -113,12 +115,17 @@ class PackedModel(nn.Module):
         with _gathering(self.language_model.get_output_embeddings(), pack["keep"]):
             output = self.language_model(
                 inputs_embeds=self.embed(pack["input_ids"], pack["features"], pack["places"]),
-                attention_mask=self._mask(pack["segments"]),
-                position_ids=pack["position_ids"],
                 use_cache=False,
+                **self._walls(pack),
             )
         logits: Tensor = output.logits[0]
         return logits
+
+    def _walls(self, pack: Pack) -> dict[str, Tensor]:
+        """What keeps sequences apart: of one in a row, the model's own padding mask; else who sees whom."""
+        if self.alone:
+            return {"attention_mask": (pack["segments"] >= 0).long()}
+        return {"attention_mask": self._mask(pack["segments"]), "position_ids": pack["position_ids"]}
 
     def _mask(self, segments_RT: Tensor) -> Tensor:
         mask = block_causal_mask(segments_RT)
@@ -146,3 +153,53 @@ def _gathering(head: nn.Module, keep: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+PROBE = (7, 11)  # Lengths of the sequences that packing is tried with.
+
+
+@torch.no_grad()
+def packing_error(language_model: Any) -> float:
+    """How far logits of packed sequences are from those of the same sequences alone.
+
+    Isolating neighbours by a mask is exact for plain attention. Recurrent and hybrid models carry state across it, and
+    some do not take it at all; of these it is 1 or more.
+
+    Returns:
+        Largest difference over the standard deviation of the logits.
+    """
+    weight = language_model.get_input_embeddings().weight
+    ids = torch.arange(sum(PROBE), device=weight.device) * 37 % max(2, weight.shape[0] - 1)
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE)])[None].to(weight.device)
+    positions = torch.cat([torch.arange(n) for n in PROBE])[None].to(weight.device)
+    rows = Pack(
+        input_ids=ids[None],
+        position_ids=positions,
+        segments=segments,
+        features={},
+        places={},
+        keep=torch.arange(len(ids), device=weight.device),
+        targets=ids,
+        step_tokens=torch.tensor(1.0),
+    )
+    alone = [language_model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(PROBE)]
+    expected = torch.cat(alone).float()
+    try:
+        packed = PackedModel(language_model).logits(rows).float()
+    except (RuntimeError, ValueError, TypeError, IndexError):  # It wants a mask of another form.
+        return float("inf")
+    return float((packed - expected).abs().max() / expected.std().clamp_min(1e-9))
+
+
+def shortest_window(config: Any) -> int:
+    """Tokens that the narrowest layer of a model sees back; 0 where all see everything.
+
+    Who sees whom in packed rows overrides these windows, so that longer sequences would be read with wider ones.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return 0
+    if getattr(config, "use_sliding_window", True) is False:
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,22 @@ from torch import Tensor, nn
 from mmphi.errors import ModelError
 from mmphi.settings.shared import VisionSettings
 
-LIGHT_CLIP = "light_clip"
+LIGHT_CLIP, RANDOM = "light_clip", "random"
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Which image tower a model has.
+
+    Attributes:
+        settings: Name, tag, layer, pooling.
+        digest: Of the tower: equal digests give equal features.
+        folder: The light CLIP's own, where it was trained here.
+    """
+
+    settings: VisionSettings
+    digest: str
+    folder: Path | None = None
 
 
 class Tower(nn.Module):
@@ -81,11 +100,11 @@ def _open_clip_layer(visual: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tens
         raise ModelError(
             f"{type(visual).__name__} cannot give the tokens of a layer", "use a ViT, ResNet or timm tower"
         )
-    found = visual.forward_intermediates(
+    outputs = visual.forward_intermediates(
         pixels_BCHW, indices=_layer_index(_depth(visual), layer), intermediates_only=True, output_extra_tokens=True
     )
-    prefix = found.get("image_intermediates_prefix")
-    return found["image_intermediates"][0], prefix[0] if prefix else None
+    prefix = outputs.get("image_intermediates_prefix")
+    return outputs["image_intermediates"][0], prefix[0] if prefix else None
 
 
 def _depth(visual: Any) -> int:
@@ -98,10 +117,10 @@ def _timm_layer(trunk: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tensor, Te
     """Blocks of a timm transformer; of a convolutional net its stages, and as the last layer its final features."""
     if hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"):
         index = _layer_index(len(trunk.blocks), layer)
-        (found,) = trunk.forward_intermediates(
+        (outputs,) = trunk.forward_intermediates(
             pixels_BCHW, indices=index, intermediates_only=True, return_prefix_tokens=True
         )
-        return found if isinstance(found, tuple) else (found, None)
+        return outputs if isinstance(outputs, tuple) else (outputs, None)
     if layer == -1:
         features: Tensor = trunk.forward_features(pixels_BCHW)
         return features, None
@@ -146,14 +165,47 @@ def load_clip(settings: VisionSettings, light_clip: Path | None = None) -> Any:
     if ":" not in name and name.replace("/", "-") not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
         raise ModelError(f"vision.model = {name} is not an open_clip model", f"did you mean {', '.join(near)}?")
+    return _create(name, settings.pretrained)
+
+
+def _create(name: str, pretrained: str) -> Any:
+    """A model as its weights need it: a tag may ask for another activation than the architecture's own."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    hint = f"tags: {', '.join(tags) or 'none'}; with no hub in reach give the path of its weights file"
+    if not pretrained:
+        raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", f"{hint}; or {RANDOM}")
+    tag = {} if Path(pretrained).exists() or pretrained == RANDOM else open_clip.get_pretrained_cfg(name, pretrained)
     try:
-        return open_clip.create_model(name, pretrained=settings.pretrained or None, pretrained_text=False)
+        with warnings.catch_warnings(), open_clip_warnings() as said:
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            model = open_clip.create_model(
+                name,
+                pretrained=None if pretrained == RANDOM else pretrained,
+                pretrained_text=False,
+                force_quick_gelu=bool(tag.get("quick_gelu")),
+            )
     except Exception as error:  # open_clip raises whatever its hub client does.
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        raise ModelError(
-            f"vision.pretrained = {settings.pretrained or '(none)'} of {name} cannot be loaded: {error}",
-            f"tags: {', '.join(tags) or 'none'}; with no hub in reach give the path of its weights file",
-        ) from error
+        raise ModelError(f"vision.pretrained = {pretrained} of {name} cannot be loaded: {error}", hint) from error
+    if said and pretrained != RANDOM:
+        raise ModelError(f"vision.pretrained = {pretrained} of {name} was not loaded whole: {said[0]}", hint)
+    return model
+
+
+@contextmanager
+def open_clip_warnings() -> Iterator[list[str]]:
+    """Collect what open_clip would warn of on the root logger, in place of printing it."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, [Collector(logging.WARNING)]
+    try:
+        yield messages
+    finally:
+        root.handlers = before
 
 
 def load_saved_clip(folder: Path) -> Any:
@@ -169,12 +221,13 @@ def load_saved_clip(folder: Path) -> Any:
             text["hf_model_name"] = str(folder / "text_tower")
         name = f"mmphi-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"
         open_clip.factory._MODEL_CONFIGS[name] = config["model_cfg"]
-        return open_clip.create_model(
-            name,
-            pretrained=str(folder / "open_clip_model.safetensors"),
-            pretrained_text=False,
-            force_preprocess_cfg=config.get("preprocess_cfg"),
-        )
+        with open_clip_warnings():
+            return open_clip.create_model(
+                name,
+                pretrained=str(folder / "open_clip_model.safetensors"),
+                pretrained_text=False,
+                force_preprocess_cfg=config.get("preprocess_cfg"),
+            )
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"no CLIP can be read from {folder}: {error}", "train it anew with --force") from error
 

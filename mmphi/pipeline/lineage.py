@@ -101,8 +101,8 @@ def hardware() -> dict[str, str]:
         "mmphi.memory_gb": f"{psutil.virtual_memory().total / 1e9:.0f}",
     }
     # Asking torch would open the accelerator in this process, and forked workers could not use it then.
-    asked = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
-    cards = _output(*asked).splitlines() if shutil.which("nvidia-smi") else []
+    query = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    cards = _output(*query).splitlines() if shutil.which("nvidia-smi") else []
     return {**tags, "mmphi.gpu": "; ".join(cards)} if cards else tags
 
 
@@ -117,5 +117,5 @@ def _cpu_name() -> str:
 
 def packages() -> str:
     """Installed packages, one ``name==version`` a line."""
-    found = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
-    return "\n".join([f"python=={platform.python_version()}", *sorted(found, key=str.lower)]) + "\n"
+    versions = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
+    return "\n".join([f"python=={platform.python_version()}", *sorted(versions, key=str.lower)]) + "\n"

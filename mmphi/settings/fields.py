@@ -136,5 +136,5 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def field_of(root: type[Section], name: str) -> Field | None:
     """The declaration of a dotted name, ``None`` where there is none; an item of a plain list has its list's."""
     fields = all_fields(root)
-    found = fields.get(canonical(name))
-    return found or fields.get(canonical(name).removesuffix(".N"))
+    declared = fields.get(canonical(name))
+    return declared or fields.get(canonical(name).removesuffix(".N"))

@@ -47,8 +47,8 @@ def unknown(root: type[Section], key: str, stage: str = "") -> SettingsError:
         hint = f"it is a section: {', '.join(below)}"
     elif near:
         hint = f"did you mean {section}.{near[0]}?"
-    elif found := nearest(key, [*own, *known]):
-        hint = f"did you mean {found}?"
+    elif similar := nearest(key, [*own, *known]):
+        hint = f"did you mean {similar}?"
     else:
         hint = f"`mmphi {stage or 'STAGE'} --help` lists them"
     return SettingsError(f"there is no setting {key!r}", hint)

@@ -150,7 +150,7 @@ def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
     field = field_of(root, name)
     if not isinstance(value, str) or not expand:
         return value
-    value = VARIABLE.sub(lambda found: _variable(found.group(1), name), value)
+    value = VARIABLE.sub(lambda match: _variable(match.group(1), name), value)
     if field is None or not field.file or not value:
         return value
     return str(Path(value).expanduser().absolute()) if _is_path(field.file, value, Path.cwd()) else value

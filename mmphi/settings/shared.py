@@ -66,7 +66,7 @@ class VisionSettings(Section):
         "light_clip", "open_clip model name, its JSON config, or light_clip (the one trained here)", file="name"
     )
     pretrained: str = setting(
-        "", "open_clip pretrained tag or a local weights file; empty with light_clip", file="name"
+        "", "open_clip pretrained tag, a local weights file, or random; empty with light_clip", file="name"
     )
     revision: str = setting("", "revision of the tag's hub repository; empty takes the newest, and notes which")
     layer: int = setting(-2, "which transformer block's tokens: -1 is the last, -2 the one before", ge=-64, le=-1)

@@ -115,9 +115,10 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]) -> None:
     """Write the model in Hugging Face's format, and what it takes to load it alone."""
-    from mmphi.models.bundle import LANGUAGE, save_bundle
+    from mmphi.models.bundle import LANGUAGE
     from mmphi.models.card import write_card
     from mmphi.models.language import Language, language_digest, save_language
+    from mmphi.models.multimodal import Multimodal
     from mmphi.settings import LanguageSettings
 
     folder, chosen = ctx.folder, ctx.settings(PretrainSettings)
@@ -125,7 +126,7 @@ def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]
     name = str(folder / LANGUAGE)
     settings = LanguageSettings(model=name, prompt=prompt.style)
     language = Language(model, prompt.tokenizer, prompt, chosen.width, name, language_digest(name, ""), settings)
-    save_bundle(folder, language, trained=True, max_length=chosen.context)
+    Multimodal(language, None, None, chosen.context, own_language=True).save_pretrained(folder)
     write_card(
         folder,
         title="A language model from scratch",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmphi.data.records import Example
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector
+    from mmphi.models.vision import Vision
     from mmphi.tracking.tracker import Tracker
 
 VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
@@ -67,10 +68,11 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     import torch
 
-    from mmphi.data.encoded import Subset, count_left_out, encoded
+    from mmphi.data.encoded import Subset, count_left_out, encoded, identity
     from mmphi.data.read import mixture
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
+    from mmphi.models.vision import Vision
     from mmphi.training.steps import packed_steps
     from mmphi.training.trainer import train
 
@@ -82,9 +84,19 @@ def run(ctx: Context) -> Mapping[str, float]:
     torch.manual_seed(chosen.seed)
     shape = {name: getattr(chosen, name) for name in ("layers", "width", "activation", "norm", "dropout")}
     projector = Projector(ProjectorConfig(features.width, language.width, **shape))
-    model = Multimodal(language, projector, features, chosen.max_length)
+    light_clip = ctx.upstream.get("light_clip")
+    vision = Vision(ctx.settings(VisionSettings), features.digest, light_clip.path if light_clip else None)
+    model = Multimodal(
+        language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
+    )
+    if model.packed.alone:
+        ctx.tracker.say(
+            f"projector: {language.name} does not keep packed sequences apart (by {language.packing_error:.2g} of its"
+            " logits' spread, or past its window): one sequence a row"
+        )
     training = [e for e in examples if e.split == "train"]
-    sequences = encoded(training, language.prompt, features.length, chosen.max_length)
+    conversations = training, language.prompt, features.length, chosen.max_length
+    sequences = ctx.resources.once("encoded", identity(*conversations), lambda: encoded(*conversations))
     count_left_out(sequences, training, chosen.max_length, report)
     log_report(report, ctx.tracker, data)
     samples = Subset(sequences, mixture(sequences.sources, data))
@@ -95,7 +107,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     with model.packed.recomputing(chosen.gradient_checkpointing):
         trained = train(
             model.packed,
-            packed_steps(samples, model.sources, chosen),
+            packed_steps(samples, model.sources, chosen, alone=model.packed.alone),
             chosen,
             folder=ctx.folder,
             tracker=ctx.tracker,
@@ -103,7 +115,8 @@ def run(ctx: Context) -> Mapping[str, float]:
             validate=validation,
         )
     if ctx.first:
-        _save(ctx, model, projector, validation.figures if validation else {})
+        model.save_pretrained(ctx.folder)
+        _write_card(ctx, model, vision, projector, validation.figures if validation else {})
     return {"projector/steps": trained.steps}
 
 
@@ -116,33 +129,24 @@ def image_features(ctx: Context) -> ImageFeatures:
     return LiveFeatures(tower_of(ctx))
 
 
-def _save(ctx: Context, model: Multimodal, projector: Projector, figures: Mapping[str, float]) -> None:
-    from mmphi.models.bundle import Vision, save_bundle
+def _write_card(
+    ctx: Context, model: Multimodal, vision: Vision, projector: Projector, figures: Mapping[str, float]
+) -> None:
     from mmphi.models.card import write_card
 
-    light_clip = ctx.upstream.get("light_clip")
-    tower = model.features.digest if model.features else ""
-    vision = Vision(ctx.settings(VisionSettings), tower, light_clip.path if light_clip else None)
-    save_bundle(
-        ctx.folder,
-        model.language,
-        trained="pretrain" in ctx.upstream,
-        projector=projector,
-        vision=vision,
-        max_length=model.max_length,
-    )
+    chosen = ctx.settings(LanguageSettings)
     write_card(
         ctx.folder,
         title=f"{Path(model.language.name).name} that sees",
         what="A projector between a frozen image tower and a frozen causal language model.",
-        base=ctx.settings(LanguageSettings).model,
+        base=chosen.model,
         example='"what is this?", "photo.jpg"',
         run_id=ctx.tracker.run_id,
         figures=figures,
         parts={
-            "language model": f"{ctx.settings(LanguageSettings).model} ({model.language.digest})",
+            "language model": f"{chosen.model} ({model.language.digest})",
             "prompt style": model.language.prompt.style,
-            "image tower": f"{vision.settings.model} {vision.settings.pretrained}".strip() + f" ({tower})",
+            "image tower": f"{vision.settings.model} {vision.settings.pretrained}".strip() + f" ({vision.digest})",
             "projector": projector.config,
         },
         lineage={name: result.run_id for name, result in ctx.upstream.items()},

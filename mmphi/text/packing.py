@@ -72,19 +72,27 @@ def partition(lengths: Sequence[int], rows: int) -> list[list[int]]:
     return [sorted(row) for row in members]
 
 
-def pack(samples: Sequence[Sample], features: Mapping[str, SpanFeatures], step_tokens: int | None = None) -> Pack:
+def pack(
+    samples: Sequence[Sample],
+    features: Mapping[str, SpanFeatures],
+    step_tokens: int | None = None,
+    *,
+    alone: bool = False,
+) -> Pack:
     """Lay sequences end to end in rows of nearly equal length.
 
     Args:
         samples: At least one.
         features: Where the features of each kind of span come from.
         step_tokens: Supervised tokens of the whole step; those of these samples where left out.
+        alone: One sequence a row, for models that see through the walls between neighbours.
 
     Raises:
         ModelError: If a span has another length than what stands there has features.
     """
     lengths = [len(sample) for sample in samples]
-    rows = partition(lengths, max(1, -(-sum(lengths) // max(ROW_TOKENS, *lengths, 1))))
+    count = len(samples) if alone else max(1, -(-sum(lengths) // max(ROW_TOKENS, *lengths, 1)))
+    rows = partition(lengths, count)
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segments, supervised = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
@@ -136,16 +144,18 @@ def spread(spans: Sequence[Span], features: Mapping[str, SpanFeatures]) -> tuple
     return flat, places
 
 
-def packs(samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int) -> Iterator[Pack]:
-    """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is packed alone)."""
+def packs(
+    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int, *, alone: bool = False
+) -> Iterator[Pack]:
+    """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is a pack of its own)."""
     waiting: list[Sample] = []
     for sample in samples:
         if waiting and sum(map(len, waiting)) + len(sample) > max_tokens:
-            yield pack(waiting, features)
+            yield pack(waiting, features, alone=alone)
             waiting = []
         waiting.append(sample)
     if waiting:
-        yield pack(waiting, features)
+        yield pack(waiting, features, alone=alone)
 
 
 def to_device(pack: T, device: torch.device) -> T:

@@ -2,7 +2,7 @@
 
 Three styles: ``plain`` (question and answer on lines of their own, for base models and models trained here), ``phi``
 (Phi-2's ``Instruct:`` and ``Output:``) and ``chat`` (the chat template the tokenizer brings). Every answer ends with
-the end-of-sequence token, so that the model learns to stop.
+the end-of-sequence token, or with the end of turn of the chat template, so that the model learns to stop.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class Prompt:
         style: ``auto`` takes ``chat`` where the tokenizer brings a template, ``phi`` for Phi-2's vocabulary, else
             ``plain``.
 
+    Attributes:
+        end: Token ids that end an answer.
+
     Raises:
         ModelError: If the tokenizer has no end-of-sequence token, or no chat template where ``chat`` is asked for.
     """
@@ -68,6 +71,25 @@ class Prompt:
         if style == "chat" and not tokenizer.chat_template:
             raise ModelError("language.prompt = chat, but the tokenizer brings no chat template", "use plain or phi")
         self.style: Style = style
+        plain: tuple[tuple[int, ...], str] = (tokenizer.eos_token_id,), ""
+        self.end, self._end_text = self._end_of_turn() if style == "chat" else plain
+
+    def _end_of_turn(self) -> tuple[tuple[int, ...], str]:
+        """What the chat template writes after an answer, up to its first control token: ids and text.
+
+        Where it writes none, the tokenizer's end of sequence.
+        """
+        messages = [{"role": "user", "content": QUESTION.format(0)}, {"role": "assistant", "content": ANSWER.format(0)}]
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        after = text.partition(ANSWER.format(0))[2]
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(self.tokenizer.all_special_ids)
+        ids = self._encode_template(after)
+        place = next((i for i, token in enumerate(ids) if token in special), None)
+        if place is None:
+            return (self.tokenizer.eos_token_id,), ""
+        token = str(self.tokenizer.convert_ids_to_tokens(ids[place]))
+        return ids[: place + 1], after[: after.index(token) + len(token)]
 
     @property
     def digest(self) -> str:
@@ -134,7 +156,7 @@ class Prompt:
             if question:
                 places.append((QUESTION.format(i), self._question(question, placed)))
             if answer is not None:
-                ids = (*self._encode(answer), self.tokenizer.eos_token_id)
+                ids = (*self._encode(answer), *self.end)
                 places.append((ANSWER.format(i), [Part(ids, supervised=True)]))
         parts = []
         for marker, inner in places:
@@ -143,7 +165,7 @@ class Prompt:
                 raise ModelError("the chat template rewrites messages, so that the image cannot be placed", "use plain")
             parts += [Part(self._encode_template(before)), *inner]
             if inner[-1].supervised:
-                text = text.removeprefix(str(self.tokenizer.eos_token))
+                text = text.removeprefix(self._end_text)
         if open_end:
             parts.append(Part(self._encode_template(text)))
         return [part for part in parts if part.ids or part.span]

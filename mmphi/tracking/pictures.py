@@ -65,9 +65,9 @@ def grid(rows: Sequence[Mapping[str, Any]], image: str) -> Figure | None:
     for axes, (picture, row) in zip(figure.subplots(lines, columns, squeeze=False).flat, shown, strict=False):
         axes.imshow(picture)
         texts = [(k, str(v)) for k, v in row.items() if k != image and isinstance(v, str) and v]
-        said = "\n".join(textwrap.fill(f"{k}: {v}", 42, max_lines=4) for k, v in texts)
+        caption = "\n".join(textwrap.fill(f"{k}: {v}", 42, max_lines=4) for k, v in texts)
         # A dollar sign would begin a formula.
-        axes.set_title(said.replace("$", r"\$"), fontsize=8, loc="left", y=-0.02, verticalalignment="top")
+        axes.set_title(caption.replace("$", r"\$"), fontsize=8, loc="left", y=-0.02, verticalalignment="top")
     for axes in figure.axes:
         axes.axis("off")
     return figure

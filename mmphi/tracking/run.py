@@ -69,15 +69,15 @@ class RunTracker:
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record settings; an empty value is written as ``(none)``, because MLflow refuses it."""
-        found = [Param(name, str(value)[:PARAM_CHARACTERS] or "(none)") for name, value in values.items()]
-        for first in range(0, len(found), 100):
-            self.client.log_batch(self._run_id, params=found[first : first + 100])
+        entities = [Param(name, str(value)[:PARAM_CHARACTERS] or "(none)") for name, value in values.items()]
+        for first in range(0, len(entities), 100):
+            self.client.log_batch(self._run_id, params=entities[first : first + 100])
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Record tags."""
-        found = [RunTag(name, str(value)[:TAG_CHARACTERS]) for name, value in values.items()]
-        for first in range(0, len(found), 100):
-            self.client.log_batch(self._run_id, tags=found[first : first + 100])
+        entities = [RunTag(name, str(value)[:TAG_CHARACTERS]) for name, value in values.items()]
+        for first in range(0, len(entities), 100):
+            self.client.log_batch(self._run_id, tags=entities[first : first + 100])
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
         """Record rows as ``name.json``, the form that MLflow's pages show as a table.
@@ -92,19 +92,19 @@ class RunTracker:
         """
         if not rows:
             return
-        told = [{str(k): _plain(v) for k, v in row.items()} for row in rows]
+        plain = [{str(k): _plain(v) for k, v in row.items()} for row in rows]
         if image:
-            for row, original in zip(told, rows, strict=True):
+            for row, original in zip(plain, rows, strict=True):
                 row[image] = cell(original[image], self.folder, name)
         before = self._tables.get(name)
         if before is None:
-            before = self._left(name, told[0].get("step"))
+            before = self._left(name, plain[0].get("step"))
             self._announce(name)
-        self._tables[name] = [*before, *told]
+        self._tables[name] = [*before, *plain]
         columns = list(dict.fromkeys(column for row in self._tables[name] for column in row))
         data = [[row.get(column) for column in columns] for row in self._tables[name]]
         self._write(f"{name}.json", json.dumps({"columns": columns, "data": data}).encode())
-        for file in {f for row in told if image and row[image] for f in list(row[image].values())[1:]}:
+        for file in {f for row in plain if image and row[image] for f in list(row[image].values())[1:]}:
             self._send(self.folder / file)
         drawn = grid(rows, image) if image else None
         if drawn:

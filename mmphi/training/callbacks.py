@@ -105,7 +105,9 @@ class Monitor(TrainerCallback):
             return
         values = dict(logs)
         if "loss" in logs:
-            values["train/tokens_per_s"] = self.throughput.read() * args.world_size
+            rate = self.throughput.read() * args.world_size
+            if rate:
+                values["train/tokens_per_s"] = rate
             values["train/memory_gb"] = peak_memory_bytes() / 1e9
         self._record(values, state.global_step)
 

@@ -25,8 +25,8 @@ def step_of(checkpoint: Path) -> int:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints with their marker, oldest first."""
-    found = (p.parent for p in folder.glob(f"checkpoint-*/{MARKER}"))
-    return sorted((p for p in found if p.name.rpartition("-")[2].isdigit()), key=step_of)
+    folders = (p.parent for p in folder.glob(f"checkpoint-*/{MARKER}"))
+    return sorted((p for p in folders if p.name.rpartition("-")[2].isdigit()), key=step_of)
 
 
 def mark_complete(checkpoint: Path) -> None:

@@ -32,6 +32,7 @@ class PackedSteps(Dataset[Pack]):
         batch_size: Sequences per step.
         packs_per_step: Forward passes per step over all processes.
         seed: Seed of the order.
+        alone: One sequence a row.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class PackedSteps(Dataset[Pack]):
         batch_size: int,
         packs_per_step: int,
         seed: int,
+        alone: bool = False,
     ) -> None:
         if not samples:
             raise ValueError("there is nothing to train on")
@@ -50,6 +52,7 @@ class PackedSteps(Dataset[Pack]):
             raise ValueError(f"batch_size = {batch_size} is less than {packs_per_step} forward passes per step")
         self.samples, self.features = samples, features
         self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
+        self.alone = alone
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def __len__(self) -> int:
@@ -68,11 +71,15 @@ class PackedSteps(Dataset[Pack]):
         samples = self.step(index // self.packs_per_step)
         total = sum(int(s.supervised.sum()) for s in samples)
         shares = partition([len(s) for s in samples], self.packs_per_step)
-        return pack([samples[i] for i in shares[index % self.packs_per_step]], self.features, total)
+        return pack([samples[i] for i in shares[index % self.packs_per_step]], self.features, total, alone=self.alone)
 
 
 def packed_steps(
-    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], settings: TrainingSettings
+    samples: Sequence[Sample],
+    features: Mapping[str, SpanFeatures],
+    settings: TrainingSettings,
+    *,
+    alone: bool = False,
 ) -> PackedSteps:
     """The packs of a training as its settings have it, over all processes that train together."""
     return PackedSteps(
@@ -82,4 +89,5 @@ def packed_steps(
         batch_size=settings.batch_size,
         packs_per_step=settings.accumulation * world_size(),
         seed=settings.seed,
+        alone=alone,
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from PIL import Image
 
 from mmphi.data import hub
 from mmphi.data.hub import read_dataset
+from mmphi.data.images import ImageFolder
 from mmphi.data.read import read_examples
 from mmphi.data.records import Example, ReadReport
-from mmphi.errors import DataError
+from mmphi.errors import DataError, ImageError
 from mmphi.settings import DataSettings, SourceSettings
 
 
@@ -71,7 +73,7 @@ def test_an_image_in_many_rows_is_one_image(tmp_path):
 
 
 def test_columns_of_several_captions_and_rows_without(tmp_path):
-    image = str(photos(tmp_path / "photos") / "0.png")
+    image = str(photos(tmp_path / "stored") / "0.png")
     rows = {"image": [image, image, None, image], "texts": [["a", " b "], [], ["c"], ["", "d"]]}
     stored(rows).save_to_disk(tmp_path / "stored")
     examples, report = read(tmp_path / "stored", text_column="texts", question="what?")
@@ -94,6 +96,25 @@ def test_paths_as_words_stay_inside_the_folder(tmp_path):
     examples = list(read_dataset(str(folder / "stored"), "train", "mine", report))
     assert [e.image.id for e in examples] == ["mine/0.png"]
     assert Counter(d.reason for d in report.dropped) == {"missing image": 1, "path leaves the image folder": 2}
+
+
+def test_a_row_names_no_file_outside_the_dataset(tmp_path, monkeypatch):
+    """It could be any file of this machine that a picture can be made of."""
+    secret = photos(tmp_path / "private") / "3.png"
+    own = photos(tmp_path / "stored") / "1.png"
+    rows = [{"image": {"bytes": None, "path": str(path)}, "caption": path.stem} for path in (secret, own)]
+    monkeypatch.setattr(hub, "_load", lambda *_: None)
+    monkeypatch.setattr(hub, "_with_files", lambda *_: rows)
+    examples, report = read(tmp_path / "stored")
+    assert [e.turns[0].answer for e in examples] == ["1"]
+    assert [d.reason for d in report.dropped] == ["path leaves the dataset's folder"]
+    hub_folder = tmp_path / "hub" / "datasets--owner--name"
+    fetched = hub.Images(ImageFolder(Path("owner/name"), "mine"), tmp_path / "cache", [hub_folder])
+    (hub_folder / "snapshots").mkdir(parents=True)
+    inside = shutil.copy(own, hub_folder / "snapshots")
+    assert fetched.find({"bytes": None, "path": str(inside)}).path == Path(inside)
+    with pytest.raises(ImageError, match="no file of the dataset"):
+        fetched.find({"bytes": None, "path": str(secret)})
 
 
 def test_what_is_wrong_is_said(tmp_path):

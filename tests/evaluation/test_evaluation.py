@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import math
 from itertools import product
 from pathlib import Path
@@ -12,18 +13,74 @@ from sacrebleu import corpus_bleu
 from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy, parse
-from mmphi.evaluation.captioning import bleu4, cider, words
+from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.consensus import consensus
 from mmphi.evaluation.evaluate import Measures, evaluate_model
 from mmphi.evaluation.grounding import grounding, shuffled_images
+from mmphi.evaluation.things import named, possible
+from mmphi.evaluation.words import words
 from mmphi.evaluation.yes_no import Question, ask, score
 from mmphi.models.generation import Answer
 
 REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
 
 
-def test_words_drop_case_and_punctuation():
-    assert words("A dog's ball, in the Snow .") == "a dog's ball in the snow"
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A dog's ball, in the Snow .", "a dog 's ball in the snow"),
+        ("A man's t-shirt is red.", "a man 's t-shirt is red"),
+        ("A café on the corner, isn't it?", "a café on the corner is n't it"),
+        ("Two dogs (brown and white) play.", "two dogs -lrb- brown and white -rrb- play"),
+        ('He said "hello" and left...', "he said hello and left"),
+        ("It can't be; they won't go!", "it ca n't be they wo n't go"),
+        ("The U.S. flag waves. A man looks up.", "the u.s. flag waves a man looks up"),
+        ("5 o'clock at St. Paul's", "5 o'clock at st. paul 's"),
+        ("dogs' tails - wagging", "dogs tails wagging"),
+        ("rock 'n' roll, and a slip n 'slide .", "rock 'n' roll and a slip n slide"),
+        ("the 1980's car costs $5.50 & more", "the 1980 's car costs $ 5.50 & more"),
+        ("a 10:30 train --- at home 100%", "a 10:30 train at home 100 %"),
+        ("日本 の 犬", "日本 の 犬"),
+        ("...", ""),
+    ],
+)
+def test_words_are_cocos(caption, expected):
+    """What coco-caption's Java tokenizer (stanford-corenlp 3.4.1, as pycocoevalcap brings it) makes of the same."""
+    assert " ".join(words(caption)) == expected
+
+
+PREDICTIONS = [
+    "A man's red t-shirt is drying on the line.",
+    "two dogs (one brown, one white) run across a field",
+    "The café isn't open yet; a waiter sits outside.",
+    "girl plays guitar",
+    "...",
+    "ein Kätzchen schläft auf dem Sofa",
+]
+WANTED = [
+    [
+        "A red t-shirt hangs on a clothes line.",
+        "Someone's t-shirt is drying outside",
+        "a man hangs it on the line",
+    ],
+    ["Two dogs run across a grassy field.", "A brown dog and a white dog are running - side by side"],
+    ["A waiter sits outside of a closed café.", "The café is closed, and a waiter waits"],
+    ["A girl plays the guitar on a stage", "the girl is playing an electric guitar."],
+    ["A boat on the lake at 10:30.", "it's a small boat"],
+    ["Ein Kätzchen schläft auf einem Sofa.", "das Kätzchen liegt auf dem Sofa"],
+]
+
+
+def test_figures_are_pycocoevalcaps_with_its_java_tokenizer():
+    """Computed once with PTBTokenizer, Cider and Bleu(4) of pycocoevalcap 1.2 and Java 17."""
+    assert cider(PREDICTIONS, WANTED) == pytest.approx(1.9792263551029292, rel=1e-9)
+    assert bleu4(PREDICTIONS, WANTED) == pytest.approx(28.192089334016096, rel=1e-6)
+
+
+def test_captions_without_words_are_worth_nothing():
+    assert cider(["..."], [["!!!"]]) == 0.0
+    assert bleu4(["..."], [["!!!"]]) == 0.0
+    assert consensus([["...", "!"], ["?", ""]]) == [0, 0]
 
 
 def test_cider_by_hand():
@@ -128,6 +185,53 @@ def test_scene_questions_are_balanced_and_true():
         thing = question.text.removeprefix("is there a ").rstrip("?")
         assert question.answer == (thing in ("red circle", "blue cross"))
         assert set(thing.split()) & {"red", "circle", "blue", "cross"}
+
+
+def test_photo_questions_deny_nothing_that_a_caption_leaves_possible():
+    """Where a man is, a person is; a rider on a bike may be a woman."""
+    texts = [
+        "a man rides a bike",
+        "two dogs in the snow",
+        "a girl throws a ball",
+        "a person on a beach",
+        "a child swims",
+    ]
+    examples = [example(i, text) for i, text in enumerate(texts)] * 3
+    denied: dict[str, set] = {}
+    for question in ask(examples, 400, seed=0):
+        if not question.answer:
+            denied.setdefault(question.image.id, set()).add(question.text.split(" a ")[-1].removesuffix("?"))
+    people = {"man", "woman", "girl", "boy", "child", "person", "people"}
+    for i in (0, 2, 3, 4):
+        assert not denied[f"photos/{i}.jpg"] & people
+    assert denied["photos/1.jpg"] & people
+    assert "dog" in denied["photos/0.jpg"]
+    assert named(["men", "bikes", "nothing"]) == {"man", "bicycle"}
+    assert "motorcycle" in possible(["bicycle"])
+
+
+@pytest.mark.real
+def test_photo_questions_are_not_contradicted_on_real_captions(real_photos):
+    """Every "no" against every word of the image's five captions and what these words leave possible."""
+    with (real_photos / "captions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        captions.setdefault(row["image"], []).append(row["caption"])
+    examples = [
+        Example(f"{image}/{i}", (ImageRef(image, Path(image)),), (Turn("", text),), "photos")
+        for image, texts in captions.items()
+        for i, text in enumerate(texts)
+    ]
+    people = {"man", "woman", "girl", "boy", "child", "person", "people", "kid", "baby", "men", "children", "women"}
+    questions = ask(examples, 1600, seed=0)
+    assert len(questions) == 1600
+    for question in questions:
+        thing = question.text.removesuffix("?").split()[-1]
+        spoken = {word for text in captions[question.image.id] for word in words(text)}
+        if not question.answer:
+            assert thing not in spoken
+            assert not (thing in people and spoken & people)
 
 
 def test_photo_questions_never_deny_what_a_caption_names():

@@ -118,3 +118,15 @@ def test_losses_depend_on_the_image_shown(model):
 def test_projector_of_another_width_is_refused():
     with pytest.raises(ModelError, match="width 9, not 12"):
         Multimodal(tiny_language(), Projector(ProjectorConfig(9, 32)), RandomFeatures())
+
+
+def test_answers_stop_at_any_of_the_ends(model):
+    """The prompt's own, and those of the model's generation configuration."""
+    language = model.language
+    language.model.generation_config.eos_token_id = [7, 9]
+    assert set(language.ends) == {language.tokenizer.eos_token_id, 7, 9}
+    with torch.no_grad():
+        language.model.get_output_embeddings().bias[9] += 1000
+    (answer,) = model.generate([(ref("a"), "")])
+    assert answer.ended
+    assert answer.text == ""

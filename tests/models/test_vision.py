@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import open_clip
@@ -44,7 +45,7 @@ def weights(own, tmp_path) -> str:
     return str(tmp_path / "weights.safetensors")
 
 
-def tower(model: str, pretrained: str = "", **changes):
+def tower(model: str, pretrained: str = "random", **changes):
     return load_tower(VisionSettings(model=model, pretrained=pretrained, **changes))
 
 
@@ -110,7 +111,48 @@ def test_unknown_models_name_the_nearest(own, tmp_path):
     with pytest.raises(ModelError, match="-3 to -1"):
         tower(own, layer=-9)
     with pytest.raises(ModelError, match="no light CLIP"):
-        tower("light_clip")
+        tower("light_clip", "")
+
+
+def test_weights_decide_the_activation(monkeypatch):
+    """OpenAI's weights were trained with QuickGELU, which the plain architecture's configuration does not say."""
+    made = {}
+
+    def create(name, **options):
+        made.update(options, name=name)
+        raise OSError("no hub here")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
+        with pytest.raises(ModelError, match="no hub here"):
+            tower("ViT-B-32", tag)
+        assert (made["name"], made["pretrained"], made["force_quick_gelu"]) == ("ViT-B-32", tag, quick)
+
+
+def test_quick_gelu_reaches_the_layers(own):
+    open_clip.add_model_config(own)
+    quick = open_clip.create_model("own-tiny-clip", force_quick_gelu=True)
+    activations = {type(block.mlp.gelu).__name__ for block in quick.visual.transformer.resblocks}
+    assert activations == {"QuickGELU"}
+
+
+def test_no_weights_are_an_error_and_random_ones_have_a_name(own):
+    with pytest.raises(ModelError, match=r"vision\.pretrained says no weights") as error:
+        tower(own, "")
+    assert "random" in error.value.hint
+    assert tower(own, "random").tokens == 16
+
+
+def test_a_warning_about_weights_is_an_error(own, weights, monkeypatch):
+    real = open_clip.create_model
+
+    def warns(*arguments, **options):
+        logging.warning("No pretrained weights loaded for model 'x'. Model initialized randomly.")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", warns)
+    with pytest.raises(ModelError, match="not loaded whole: No pretrained weights"):
+        tower(own, weights)
 
 
 def photos(folder: Path, count: int = 12) -> list[ImageRef]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -11,8 +12,11 @@ import toys
 from mmphi.data.digests import Digests
 from mmphi.errors import SettingsError
 from mmphi.pipeline.build import Pipeline
-from mmphi.pipeline.keys import difference
-from mmphi.stages import load_settings
+from mmphi.pipeline.keys import difference, key_parts
+from mmphi.pipeline.resolve import hub_revision
+from mmphi.pipeline.stage import Stage
+from mmphi.settings.fields import all_fields
+from mmphi.stages import Settings, load_settings
 
 
 @pytest.fixture
@@ -116,3 +120,77 @@ def test_difference_names_what_changed() -> None:
     assert difference(dict.fromkeys("abcde", 1), {}, tiny).endswith("and 2 more")
     # What is left out of a key has the value it was introduced with.
     assert difference({"projector.layers": 3}, {}, tiny) == "projector.layers is 3, was 2"
+
+
+def read_vision(ctx):
+    return {}
+
+
+def test_setting_with_the_value_it_was_introduced_with_changes_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Today's default may be another: what counts is what earlier results were built with."""
+    settings = load_settings("tiny")
+    stage = Stage("see", 1, "see", ("vision",), read_vision)
+    before = key_parts(stage, settings, {}, {})
+    assert not any(name.startswith("vision") for name in before)
+    changed = load_settings("tiny", {"vision.pool": "2"})
+    assert key_parts(stage, changed, {}, {})["vision.pool"] == 2
+    fields = dict(all_fields(Settings))
+    fields["vision.pool"] = dataclasses.replace(fields["vision.pool"], introduced=2)  # As if 1 were a later default.
+    monkeypatch.setattr("mmphi.settings.fields.all_fields", lambda _: fields)
+    assert key_parts(stage, settings, {}, {})["vision.pool"] == 1
+    assert "vision.pool" not in key_parts(stage, changed, {}, {})
+
+
+def test_precision_is_the_machines_before_it_is_in_a_key(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for has, precision in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr("mmphi.pipeline.resolve.gpu_has_bf16", lambda has=has: has)
+        parts = pipeline.parts("train", pipeline.resolved("train", load_settings("tiny")))
+        assert parts["projector.precision"] == precision
+        keys.append(key(pipeline, "train"))
+        assert key(pipeline, "train", projector__precision=precision) == keys[-1]
+    assert keys[0] != keys[1]
+
+
+def test_hub_model_stands_in_the_key_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    reference = tmp_path / "models--owner--name" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    stages = {"speak": Stage("speak", 1, "speak", ("language",), read_vision)}
+    keys = []
+    for commit in ("aaa", "bbb"):
+        reference.write_text(commit)
+        hub_revision.cache_clear()
+        pipeline = Pipeline(stages)
+        settings = load_settings("tiny", {"language.model": "owner/name"})
+        assert pipeline.resolved("speak", settings).language.revision == commit
+        keys.append(pipeline.key("speak", settings))
+    pinned = load_settings("tiny", {"language.model": "owner/name", "language.revision": "aaa"})
+    assert pipeline.key("speak", pinned) == keys[0] != keys[1]
+    hub_revision.cache_clear()
+
+
+def test_many_files_are_read_in_parallel_and_a_missing_one_is_left_out(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.bin" for i in range(40)]
+    for i, path in enumerate(paths[:-1]):
+        path.write_bytes(bytes([i]) * 100)
+    digests = Digests(tmp_path / "memory.sqlite").of_files(paths)
+    assert digests == {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths[:-1]}
+
+
+def test_folder_is_not_listed_again_while_nothing_was_added_or_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_text("a")
+    long_ago = time.time() - 100
+    os.utime(folder / "a.png", (long_ago, long_ago))
+    os.utime(folder, (long_ago, long_ago))
+    digests = Digests(tmp_path / "memory.sqlite")
+    before = digests.of(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rglob", lambda *_: pytest.fail("was listed again"))
+        assert digests.of(folder) == before
+    (folder / "b.png").write_text("b")
+    assert digests.of(folder) != before

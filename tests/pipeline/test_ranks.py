@@ -21,13 +21,25 @@ def test_variables_of_torchrun_are_hidden_and_come_back(monkeypatch: pytest.Monk
     assert os.environ["WORLD_SIZE"] == "2"
 
 
-def test_two_processes_share_one_run(empty_store: str) -> None:
-    """Both train on the same files; the first alone builds what is upstream, and records."""
+def torchrun(stage: str) -> list[dict]:
+    """What two processes say of a stage that both were asked for."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", toys.__file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "train"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, stage], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in re.findall(r"{.*}", done.stdout)]
+    return [json.loads(line) for line in re.findall(r"{\"run_id.*?}}", done.stdout)]
+
+
+def test_stage_that_does_not_train_runs_once(empty_store: str) -> None:
+    results = torchrun("draw")
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert len(list(Store(empty_store).search(stage="draw"))) == 1
+
+
+def test_two_processes_share_one_run(empty_store: str) -> None:
+    """Both train on the same files; the first alone builds what is upstream, and records."""
+    results = torchrun("train")
     assert {result["metrics"]["rank"] for result in results} == {0, 1}
     assert results[0]["run_id"] == results[1]["run_id"]
     assert results[0]["path"] == results[1]["path"]

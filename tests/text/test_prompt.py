@@ -99,3 +99,29 @@ def test_tokenizers_that_cannot_serve_are_refused():
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end-of-sequence"):
         Prompt(tokenizer)
+
+
+def test_chat_ends_a_turn_as_its_template_does():
+    """A tokenizer whose end of sequence is not the template's end of turn, as instruct models of Llama 3 have it."""
+    tokenizer = chat_tokenizer()
+    tokenizer.eos_token = END
+    prompt = Prompt(tokenizer)
+    turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert prompt.end == (turn,)
+    (answer, other) = [part for part in prompt.parts([("a?", "b"), ("c?", "d")]) if part.supervised]
+    assert (answer.ids[-1], other.ids[-1]) == (turn, turn)
+    messages = [
+        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["a?", "b", "c?", "d"], strict=True)
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = [i for part in prompt.parts([("a?", "b"), ("c?", "d")]) for i in part.ids]
+    assert text.startswith(tokenizer.decode(ids))
+    assert Prompt(byte_tokenizer(), "plain").end == (byte_tokenizer().eos_token_id,)
+
+
+def test_template_without_an_end_of_turn_takes_the_end_of_sequence():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    prompt = Prompt(tokenizer)
+    assert prompt.end == (tokenizer.eos_token_id,)
+    assert written(prompt.parts([("a?", "b")]), tokenizer) == f"user: a?\nassistant: [b{END}]"

@@ -19,7 +19,7 @@ def store(empty_store: str) -> Store:
 
 @pytest.fixture
 def tracker(store: Store) -> RunTracker:
-    return store.begin("a run", {"mmphi.key": "k"}, None)
+    return store.begin("a run", {"mmphi.key": "k"})
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -44,7 +46,7 @@ def test_store_is_the_projects_unless_said_otherwise(elsewhere: Path, monkeypatc
 def test_new_store_keeps_its_artifacts_beside_it(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("beside") / "new"
     store = Store(f"sqlite:///{folder / 'mlflow.db'}")
-    tracker = store.begin("a run", {"mmphi.key": "k"}, None)
+    tracker = store.begin("a run", {"mmphi.key": "k"})
     assert tracker.folder.is_relative_to(folder / "mlruns")
     assert store.client.get_experiment("0").artifact_location.startswith((folder / "mlruns").as_uri())
     assert list(elsewhere.iterdir()) == []
@@ -122,8 +124,134 @@ def test_remote_store(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     store = Store()
     photo = tmp_path / "photo.png"
     Image.new("RGB", (8, 8)).save(photo)
-    tracker = store.begin("a run", {"mmphi.key": "k"}, None)
+    tracker = store.begin("a run", {"mmphi.key": "k"})
     tracker.table("predictions", [{"image": photo, "said": "x"}], image="image")
     files = {f.path for f in store.client.list_artifacts(tracker.run_id)}
     assert files == {"predictions.json", "table_images", "figures"}
     assert store.address(tracker.run_id).startswith(f"{server}/#/experiments/")
+
+
+def test_queries_page_past_a_thousand_runs(empty_store: str) -> None:
+    store = Store(empty_store)
+    add_runs(empty_store, store.experiment(), 1300)
+    assert len(list(store.search(stage="projector"))) == 1300
+    newest = store.newest("projector")
+    assert newest is not None
+    assert newest.data.tags["mmphi.key"] == "1299"
+    assert [run.data.tags["mmphi.key"] for run in store.search("FINISHED", key="7")] == ["7"]
+
+
+def add_runs(uri: str, experiment: str, count: int) -> None:
+    """Finished runs straight into the database: through the client they would take minutes."""
+    columns = "run_uuid, name, user_id, source_type, status, start_time, end_time"
+    columns += ", lifecycle_stage, experiment_id, artifact_uri"
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
+        for i in range(count):
+            values = (
+                f"{i:032x}",
+                f"projector {i}",
+                "somebody",
+                "LOCAL",
+                "FINISHED",
+                i,
+                i + 1,
+                "active",
+                experiment,
+                f"/none/{i}",
+            )
+            connection.execute(f"INSERT INTO runs ({columns}) VALUES ({','.join('?' * len(values))})", values)
+            tags = [("mmphi.stage", "projector", f"{i:032x}"), ("mmphi.key", str(i), f"{i:032x}")]
+            connection.executemany("INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)", tags)
+
+
+def toy_at(host: str, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A toy stage built on another host: with a name and a cache folder of its own."""
+    own = {"MMPHI_HOST": host, "XDG_CACHE_HOME": str(cache / host), "MMPHI_LEASE_S": "3"}
+    command = [sys.executable, toys.__file__, *arguments, "--projector.steps", "4"]
+    return subprocess.Popen(
+        command, env={**os.environ, **own, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def lines_until(process: subprocess.Popen[str], line: str) -> str:
+    assert process.stdout is not None
+    output = ""
+    for read in process.stdout:
+        output += read
+        if line in read:
+            return output
+    raise AssertionError(output)
+
+
+def test_live_run_of_another_host_is_waited_for_and_a_dead_one_taken_over(server: str, tmp_path: Path) -> None:
+    """Two hosts that share nothing but the server: each has a name and a cache folder of its own."""
+    go = tmp_path / "go"
+    first = toy_at("one", tmp_path, "train", TOY_HOLD=str(go), TOY_SHARE="1")
+    lines_until(first, "held")
+    second = toy_at("two", tmp_path, "train")
+    output = lines_until(second, "waiting for it")
+    assert f"process {first.pid} on one" in output
+    time.sleep(5)  # Longer than the lease: the heartbeat keeps it.
+    assert second.poll() is None
+    first.kill()
+    first.wait()
+    output += second.communicate(timeout=60)[0]
+    assert "going on from what run" in output
+    ended = json.loads(output.splitlines()[-1])
+    assert ended["metrics"]["begun_at"] == 3  # What the first had shared of its work.
+    runs = {run.data.tags["mmphi.host"]: run for run in Store().search(stage="train")}
+    assert runs["one"].info.status == "KILLED"
+    assert runs["one"].data.tags["mmphi.continued_by"] == runs["two"].info.run_id
+    assert runs["two"].info.status == "FINISHED"
+
+
+def test_live_run_of_another_host_is_reused_when_it_ends(server: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first = toy_at("one", tmp_path, "train", TOY_HOLD=str(go))
+    lines_until(first, "held")
+    second = toy_at("two", tmp_path, "train")
+    lines_until(second, "waiting for it")
+    go.touch()
+    results = [json.loads(process.communicate(timeout=60)[0].splitlines()[-1]) for process in (first, second)]
+    assert results[0]["run_id"] == results[1]["run_id"]
+    assert results[0]["path"] != results[1]["path"]
+    assert len(list(Store().search(stage="train"))) == 1
+
+
+def test_run_begun_for_a_cached_result_points_at_it(server: str) -> None:
+    """As `mlflow run` on a remote store does the second time."""
+    settings = load_settings("tiny", {"projector.steps": "4"})
+    first = Pipeline(toys.TOYS).build("train", settings)
+    store = Store()
+    run = store.client.create_run("0", run_name="mine").info.run_id
+    assert Pipeline(toys.TOYS).build("train", settings, run=run).run_id == first.run_id
+    assert store.run(run).data.tags["mmphi.reuses"] == first.run_id
+
+
+def test_artifacts_are_fetched_by_one_process_at_a_time(server: str, tmp_path: Path) -> None:
+    settings = load_settings("tiny", {"projector.steps": "4"})
+    first = Pipeline(toys.TOYS).build("train", settings)
+    shutil.rmtree(tmp_path / "cache")
+    code = (
+        "import sys; from mmphi.tracking.store import Store; store = Store();print(store.fetch(store.run(sys.argv[1])))"
+    )
+    fetching = [
+        subprocess.Popen([sys.executable, "-c", code, first.run_id], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    folders = {process.communicate()[0].strip() for process in fetching}
+    assert [process.returncode for process in fetching] == [0, 0, 0]
+    (folder,) = folders
+    assert (Path(folder) / "step-3").read_text() == "3"
+    assert not list(Path(folder).parent.glob("*.part"))
+
+
+def test_shared_checkpoint_replaces_the_one_before(server: str, tmp_path: Path) -> None:
+    store = Store()
+    tracker = store.begin("a run", {"mmphi.key": "k"})
+    for step in (2, 4):
+        checkpoint = tracker.folder / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "weights").write_text(str(step))
+        tracker.checkpoint(checkpoint)
+    assert {f.path for f in store.client.list_artifacts(tracker.run_id)} == {"checkpoint-4"}

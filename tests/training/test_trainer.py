@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import RandomFeatures, Recorder, encode, example, tiny_language
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from mmphi.errors import ModelError, Stopped, TrainingError
 from mmphi.models.packed import PackedModel
@@ -17,7 +19,7 @@ from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.settings import TrainingSettings
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
 from mmphi.training.steps import packed_steps
-from mmphi.training.trainer import train
+from mmphi.training.trainer import _arguments, train
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
 
@@ -164,6 +166,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 
 WORKER = """
 import sys
+from functools import cached_property
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {here!r}]
 import torch
@@ -200,3 +203,19 @@ def test_two_processes_equal_one(tmp_path):
     assert one["losses"].keys() == two["losses"].keys()
     for step, loss in one["losses"].items():
         assert two["losses"][step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_one_process_takes_one_device(tmp_path, monkeypatch):
+    """With two visible GPUs and no torchrun, transformers' Trainer would take both."""
+    real = TrainingArguments._setup_devices.func
+
+    def two(self):
+        device = real(self)
+        self._n_gpu = 2
+        return device
+
+    devices = cached_property(two)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]).n_gpu == 2
+    assert _arguments(TrainingSettings(), tmp_path, 1e-8).n_gpu == 1

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import Recorder
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from mmphi.settings import TrainingSettings
+from mmphi.training.checkpoints import complete_checkpoints
+from mmphi.training.contrastive import ClampScale, Clip, PairSteps, Pixels
+from mmphi.training.trainer import train
+
+VIT = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16, "pool_type": "avg"},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+COUNT = 12
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return open_clip.CLIP(**VIT)
+
+
+def pairs(steps: int = 4, processes: int = 1) -> PairSteps:
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(COUNT, 3, 16, 16, generator=rng)
+    texts = torch.randint(1, 400, (2 * COUNT, 8), generator=rng)
+    texts[:, -1] = 49407
+    owners = [i // 2 for i in range(2 * COUNT)]
+    shape = {"steps": steps, "batch_size": 6, "captions": 2, "seed": 0, "processes": processes}
+    return PairSteps(images, texts, owners, **shape)
+
+
+def run(folder: Path, recorder: Recorder | None = None, steps: int = 4) -> Clip:
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    inner = model()
+    clip = Clip(inner, processes=processes, rank=rank)
+    settings = TrainingSettings(steps=steps, log_every=1, save_every=2, learning_rate=1e-3)
+    train(
+        clip,
+        pairs(steps, processes),
+        settings,
+        folder=folder,
+        tracker=recorder or Recorder(),
+        title="clip",
+        optimizer=torch.optim.SGD(clip.parameters(), lr=0.1),  # Adam would blow rounding up where gradients vanish.
+        callbacks=[ClampScale(inner)],
+    )
+    return clip
+
+
+def test_loss_is_the_papers(tmp_path):
+    """Against the pseudocode of Radford et al. (2021, figure 3), over both sets of captions."""
+    clip, batch = Clip(model()).eval(), pairs()[0]
+    losses = []
+    for texts in batch["texts"]:
+        seen = F.normalize(clip.model.encode_image(batch["images"]), dim=-1)
+        read = F.normalize(clip.model.encode_text(texts), dim=-1)
+        logits = seen @ read.T * clip.model.logit_scale.exp()
+        own = torch.arange(6)
+        losses.append((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2)
+    torch.testing.assert_close(clip(**batch), torch.stack(losses).mean())
+
+
+def test_scale_stays_below_a_hundred(tmp_path):
+    inner = model()
+    with torch.no_grad():
+        inner.logit_scale.fill_(9.0)
+    ClampScale(inner).on_optimizer_step(None, None, None)
+    assert inner.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_running_means_are_part_of_a_checkpoint(tmp_path):
+    clip = Clip(model())
+    means = torch.zeros(3)
+    clip.register_buffer("means", means)
+    settings = TrainingSettings(steps=2, save_every=2, precision="fp32")
+    train(clip, pairs(2), settings, folder=tmp_path, tracker=Recorder(), title="clip", state={"means": means})
+    saved = load_file(complete_checkpoints(tmp_path)[-1] / "trained.safetensors")
+    assert torch.equal(saved["state.means"], torch.zeros(3))
+    means.fill_(7)
+    train(clip, pairs(2), settings, folder=tmp_path, tracker=Recorder(), title="clip", state={"means": means})
+    assert torch.equal(means, torch.zeros(3))  # Taken back from the checkpoint.
+
+
+def test_images_are_decoded_when_asked_for_and_once(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(path)
+    preprocess = image_transform_v2(PreprocessCfg(size=16), is_train=False)
+    calls = []
+    pixels = Pixels([path], lambda image: calls.append(1) or preprocess(image))
+    assert calls == []
+    assert torch.equal(pixels[0], pixels[0])
+    assert len(calls) == 1
+    monkeypatch.setattr("mmphi.training.contrastive.KEPT_BYTES", 10)
+    bounded = Pixels([path], lambda image: calls.append(1) or preprocess(image))
+    assert bounded[0] is not bounded[0]
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {here!r}]
+import torch
+torch.set_num_threads(1)
+from conftest import Recorder
+from test_contrastive import run
+recorder = Recorder()
+clip = run(Path({folder!r}), recorder)
+if int(os.environ.get("RANK", "0")) == 0:
+    weights = {{n: p.detach() for n, p in clip.named_parameters()}}
+    torch.save({{"weights": weights, "losses": recorder.series("train/loss")}}, {out!r})
+"""
+
+
+def spawn(tmp_path: Path, processes: int) -> dict:
+    here, out = Path(__file__).parent, tmp_path / f"{processes}.pt"
+    script = tmp_path / f"worker{processes}.py"
+    folder = str(tmp_path / f"run{processes}")
+    script.write_text(WORKER.format(tests=str(here.parent), here=str(here), folder=folder, out=str(out)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
+    one, two = spawn(tmp_path, 1), spawn(tmp_path, 2)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
+    for step, loss in one["losses"].items():
+        assert two["losses"][step] == pytest.approx(loss, rel=1e-4)
