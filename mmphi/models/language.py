@@ -144,7 +144,7 @@ def load_language(settings: LanguageSettings, pretrained: Path | None, device: t
     """
     name = language_name(settings, pretrained)
     config_only = name.endswith(".json")
-    tokenizer = _tokenizer(settings.tokenizer or (str(Path(name).parent) if config_only else name), settings.revision)
+    tokenizer = tokenizer_of(settings, name)
     dtype = DTYPES.get(settings.precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = _random(name, settings.precision, dtype, device) if config_only else _load(name, settings, dtype, device)
     model.requires_grad_(False).eval()
@@ -165,6 +165,20 @@ def _style(settings: LanguageSettings, folder: Path) -> Any:
     if settings.prompt == "auto" and (folder / STYLE_FILE).is_file():
         return json.loads((folder / STYLE_FILE).read_text())["style"]
     return settings.prompt
+
+
+def tokenizer_of(settings: LanguageSettings, name: str) -> Any:
+    """The tokenizer that the settings name, else the model's own.
+
+    Args:
+        settings: The ``language`` section.
+        name: Where the model is.
+
+    Raises:
+        ModelError: If it cannot be had.
+    """
+    own = str(Path(name).parent) if name.endswith(".json") else name
+    return _tokenizer(settings.tokenizer or own, settings.revision)
 
 
 def _tokenizer(name: str, revision: str) -> Any:

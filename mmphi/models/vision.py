@@ -15,12 +15,12 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
 from mmphi.errors import ModelError
+from mmphi.models.layers import tokens_of
 from mmphi.settings.shared import VisionSettings
 
 LIGHT_CLIP, RANDOM = "light_clip", "random"
@@ -73,66 +73,37 @@ class Tower(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept."""
         parameter = next(self.visual.parameters())
-        pixels_BCHW = pixels_BCHW.to(parameter.device, parameter.dtype)
-        if isinstance(self.visual, TimmModel):
-            map_BDHW, cls_BPD = _timm_layer(self.visual.trunk, pixels_BCHW, self.settings.layer)
-        else:
-            map_BDHW, cls_BPD = _open_clip_layer(self.visual, pixels_BCHW, self.settings.layer)
-        pooled = self._pool(map_BDHW).flatten(2).transpose(1, 2)
-        if self.settings.cls == "keep":
-            if cls_BPD is None:
-                raise ModelError("vision.cls = keep, but this tower has no CLS token", "use vision.cls = drop")
-            pooled = torch.cat([cls_BPD[:, :1], pooled], dim=1)
-        return pooled.float()
-
-    def _pool(self, map_BDHW: Tensor) -> Tensor:
-        side, (height, width) = self.settings.pool, map_BDHW.shape[2:]
-        if height % side or width % side:
-            fits = [str(n) for n in range(1, 17) if height % n == 0 and width % n == 0]
-            raise ModelError(
-                f"vision.pool = {side} does not divide the grid of {height} x {width} patches", f"use {', '.join(fits)}"
-            )
-        return nn.functional.avg_pool2d(map_BDHW, side) if side > 1 else map_BDHW
+        return tokens_of(self.visual, pixels_BCHW.to(parameter.device, parameter.dtype), self.settings).float()
 
 
-def _open_clip_layer(visual: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tensor, Tensor | None]:
-    if not hasattr(visual, "forward_intermediates"):
-        raise ModelError(
-            f"{type(visual).__name__} cannot give the tokens of a layer", "use a ViT, ResNet or timm tower"
-        )
-    outputs = visual.forward_intermediates(
-        pixels_BCHW, indices=_layer_index(_depth(visual), layer), intermediates_only=True, output_extra_tokens=True
-    )
-    prefix = outputs.get("image_intermediates_prefix")
-    return outputs["image_intermediates"][0], prefix[0] if prefix else None
+def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = None) -> tuple[int, int]:
+    """Features per image and their width, without weights, and so before anything is fetched or trained.
 
+    Args:
+        settings: The ``vision`` section.
+        light_clip: open_clip's configuration of the light CLIP, where the settings name it.
 
-def _depth(visual: Any) -> int:
-    if hasattr(visual, "transformer"):
-        return len(visual.transformer.resblocks)
-    return 5  # open_clip's ResNets: the stem and four stages.
-
-
-def _timm_layer(trunk: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tensor, Tensor | None]:
-    """Blocks of a timm transformer; of a convolutional net its stages, and as the last layer its final features."""
-    if hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"):
-        index = _layer_index(len(trunk.blocks), layer)
-        (outputs,) = trunk.forward_intermediates(
-            pixels_BCHW, indices=index, intermediates_only=True, return_prefix_tokens=True
-        )
-        return outputs if isinstance(outputs, tuple) else (outputs, None)
-    if layer == -1:
-        features: Tensor = trunk.forward_features(pixels_BCHW)
-        return features, None
-    stages = len(trunk.feature_info)
-    index = _layer_index(stages + 1, layer)
-    return trunk.forward_intermediates(pixels_BCHW, indices=index, intermediates_only=True)[0], None
-
-
-def _layer_index(depth: int, layer: int) -> list[int]:
-    if -layer > depth:
-        raise ModelError(f"vision.layer = {layer}, but the tower has {depth} layers", f"use -{depth} to -1")
-    return [depth + layer]
+    Raises:
+        ModelError: If there is no such model, or it cannot give such features.
+    """
+    name = settings.model
+    if light_clip is not None:
+        name = "mmphi-light-clip"
+        open_clip.factory._MODEL_CONFIGS[name] = light_clip
+    else:
+        name = _known(name)
+        if not settings.pretrained:
+            raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", _tags(name))
+    try:
+        with open_clip_warnings(), torch.device("meta"):
+            visual = open_clip.create_model(name, pretrained=None, pretrained_text=False, device="meta").visual.eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the tower of {name} cannot be built: {error}", "check the sizes of its towers") from error
+    size = PreprocessCfg(**visual.preprocess_cfg).size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    with torch.inference_mode():
+        found = tokens_of(visual, torch.zeros(1, 3, int(height), int(width), device="meta"), settings)
+    return int(found.shape[1]), int(found.shape[2])
 
 
 def _digest(visual: Any, settings: VisionSettings, config: PreprocessCfg) -> str:
@@ -156,6 +127,15 @@ def load_clip(settings: VisionSettings, light_clip: Path | None = None) -> Any:
         if light_clip is None:
             raise ModelError("vision.model = light_clip, but no light CLIP was trained", "run `mmphi light_clip`")
         return load_saved_clip(light_clip)
+    return _create(_known(name), settings.pretrained)
+
+
+def _known(name: str) -> str:
+    """The name of a model that open_clip knows; a JSON configuration is made known to it.
+
+    Raises:
+        ModelError: If there is none.
+    """
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise ModelError(f"vision.model = {name}: there is no such file", "give the path of an open_clip config")
@@ -165,15 +145,19 @@ def load_clip(settings: VisionSettings, light_clip: Path | None = None) -> Any:
     if ":" not in name and name.replace("/", "-") not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
         raise ModelError(f"vision.model = {name} is not an open_clip model", f"did you mean {', '.join(near)}?")
-    return _create(name, settings.pretrained)
+    return name
+
+
+def _tags(name: str) -> str:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    return f"tags: {', '.join(tags) or 'none'}; with no hub in reach give the path of its weights file; or {RANDOM}"
 
 
 def _create(name: str, pretrained: str) -> Any:
     """A model as its weights need it: a tag may ask for another activation than the architecture's own."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    hint = f"tags: {', '.join(tags) or 'none'}; with no hub in reach give the path of its weights file"
+    hint = _tags(name)
     if not pretrained:
-        raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", f"{hint}; or {RANDOM}")
+        raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", hint)
     tag = {} if Path(pretrained).exists() or pretrained == RANDOM else open_clip.get_pretrained_cfg(name, pretrained)
     try:
         with warnings.catch_warnings(), open_clip_warnings() as said:

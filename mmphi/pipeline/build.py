@@ -114,6 +114,8 @@ class Pipeline(Plan):
             lacking = [name] if request.force else self.missing(name, settings)
             raise StoreError(f"not built for these settings: {', '.join(lacking)}", "leave out --no-build")
         else:
+            for each in self.order(name, settings):
+                self.stages[each].check(self.view(each, settings))
             with alone():
                 done = self._ready(self.upstream(name, settings), settings)
             result = self._run(name, settings, done, request)

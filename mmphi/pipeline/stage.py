@@ -92,6 +92,7 @@ class Stage:
         requests: Settings that it may read and that do not decide what any of its result is: not in the key.
         request_upstream: Stages whose results say how much is asked for: not in the key either.
         covers: Whether a finished result of the key holds all that is asked for; ``None`` where it always does.
+        check: Raises where the settings cannot work together; called before anything is built.
         cost: Estimate of what running it takes.
         then: Stages asked for at its end, such as its evaluation.
         trains: Whether it may run in several processes at once; others run once, in the first process.
@@ -106,6 +107,7 @@ class Stage:
     requests: tuple[str, ...] = ()
     request_upstream: Callable[[SettingsView], tuple[str, ...]] = _nothing
     covers: Callable[[SettingsView, Mapping[str, Result], Path], bool] | None = None
+    check: Callable[[SettingsView], None] = lambda _: None
     cost: Callable[[SettingsView], Cost] = lambda _: Cost(0)
     then: tuple[str, ...] = ()
     trains: bool = False

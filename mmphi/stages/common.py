@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mmphi.settings.shared import DataSettings, LanguageSettings, VisionSettings, uses_scenes
+from mmphi.errors import DataError, SettingsError
+from mmphi.settings.shared import DataSettings, LanguageSettings, TrainingSettings, VisionSettings, uses_scenes
 from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
@@ -29,6 +31,20 @@ CONTENT = (
 )
 
 
+def check_training(name: str, chosen: TrainingSettings) -> None:
+    """Refuse a batch that cannot be spread over forward passes and processes.
+
+    Raises:
+        SettingsError: Naming the nearest that can.
+    """
+    passes = chosen.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    if chosen.batch_size < passes:
+        raise SettingsError(
+            f"{name}.batch_size = {chosen.batch_size}, but each step makes {passes} forward passes over all processes",
+            f"the nearest batch size is {passes}; or lower {name}.accumulation",
+        )
+
+
 def scenes_if_read(settings: SettingsView) -> tuple[str, ...]:
     """The stage ``scenes``, where a source asks for it."""
     return ("scenes",) if uses_scenes(settings(DataSettings)) else ()
@@ -48,8 +64,6 @@ def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None
     Raises:
         DataError: If more rows are bad than the settings allow, or none is left.
     """
-    from mmphi.errors import DataError
-
     tracker.table("data_read", list(report.rows()))
     if not report.kept.total() and not report.dropped:
         raise DataError("the data has no rows", "check the files that data.sources name")

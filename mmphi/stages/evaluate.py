@@ -67,6 +67,26 @@ def run(ctx: Context) -> Mapping[str, float]:
     return evaluate_model(model, seen, measures, ctx.tracker, prefix=chosen.split)
 
 
+def check(settings: SettingsView) -> None:
+    """A checkpoint that the projector keeps.
+
+    Raises:
+        SettingsError: If it keeps none of that step.
+    """
+    from mmphi.errors import SettingsError
+
+    chosen, projector = settings(EvaluateSettings), settings(ProjectorSettings)
+    if chosen.checkpoint == "final" or chosen.model:
+        return
+    saved = sorted({*range(projector.save_every, projector.steps + 1, projector.save_every), projector.steps})
+    kept = [str(step) for step in saved[-projector.keep_checkpoints :]]
+    if chosen.checkpoint not in kept:
+        raise SettingsError(
+            f"evaluate.checkpoint = {chosen.checkpoint}: that step is not kept",
+            f"there are {', '.join(['final', *kept])}; projector.keep_checkpoints keeps more",
+        )
+
+
 def checkpoint_of(folder: Path, step: str) -> Path:
     """The folder of a kept checkpoint.
 
@@ -92,6 +112,7 @@ STAGE = Stage(
     reads=("evaluate", *CONTENT, "data.sources.N.question"),
     run=run,
     upstream=upstream,
-    requests=("projector.features",),
+    requests=tuple(f"projector.{name}" for name in ("features", "save_every", "steps", "keep_checkpoints")),
     request_upstream=stored,
+    check=check,
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.settings import DataSettings, TrainingSettings, setting
 from mmphi.settings.view import SettingsView
-from mmphi.stages.common import CONTENT, log_report, read, scenes_if_read
+from mmphi.stages.common import CONTENT, check_training, log_report, read, scenes_if_read
 
 if TYPE_CHECKING:
     from mmphi.data.records import Example, ReadReport
@@ -44,6 +46,33 @@ class LightClipSettings(TrainingSettings):
     beta2: float = setting(0.98, "AdamW's second decay rate", gt=0, lt=1)
     dropout: float = setting(0.0, "share of a locked tower's outputs dropped in training", ge=0, lt=1)
     workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)
+
+
+def config_of(chosen: LightClipSettings) -> dict[str, Any]:
+    """open_clip's configuration of the CLIP that the settings describe, with a text tower built from nothing."""
+    from mmphi.models.light_clip import ClipShape, model_config
+
+    shape = ClipShape(**{name: getattr(chosen, name) for name in ClipShape.__dataclass_fields__})
+    return model_config(shape, None)
+
+
+def check(settings: SettingsView) -> None:
+    """A batch for every process, and towers that there are."""
+    chosen = settings(LightClipSettings)
+    check_training("light_clip", chosen)
+    if chosen.image_tower:
+        import timm
+
+        if not timm.is_model(chosen.image_tower):
+            near = difflib.get_close_matches(chosen.image_tower, timm.list_models(), n=3, cutoff=0.4)
+            raise SettingsError(
+                f"light_clip.image_tower = {chosen.image_tower} is not a timm model",
+                f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them",
+            )
+    if chosen.text_tower and not (Path(chosen.text_tower) / "config.json").is_file():
+        raise SettingsError(
+            f"light_clip.text_tower = {chosen.text_tower} holds no config.json", "give a Hugging Face model's folder"
+        )
 
 
 def cost(settings: SettingsView) -> Cost:
@@ -171,6 +200,7 @@ STAGE = Stage(
     run=run,
     upstream=scenes_if_read,
     requests=("data.sources.N.question",),
+    check=check,
     cost=cost,
     trains=True,
 )

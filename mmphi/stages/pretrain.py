@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
+from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.settings import TrainingSettings, setting
 from mmphi.settings.view import SettingsView
+from mmphi.stages.common import check_training
 
 if TYPE_CHECKING:
     from mmphi.models.packed import PackedModel
@@ -45,6 +47,17 @@ class PretrainSettings(TrainingSettings):
 def upstream(settings: SettingsView) -> tuple[str, ...]:
     """Scenes, where no text is given."""
     return () if settings(PretrainSettings).corpus else ("scenes",)
+
+
+def check(settings: SettingsView) -> None:
+    """A batch for every pass, and a context that holds a sequence."""
+    chosen = settings(PretrainSettings)
+    check_training("pretrain", chosen)
+    if chosen.context < chosen.max_length:
+        raise SettingsError(
+            f"pretrain.max_length = {chosen.max_length}, but pretrain.context = {chosen.context}",
+            f"the nearest max_length is {chosen.context}",
+        )
 
 
 def cost(settings: SettingsView) -> Cost:
@@ -220,5 +233,6 @@ STAGE = Stage(
     run=run,
     upstream=upstream,
     trains=True,
+    check=check,
     cost=cost,
 )

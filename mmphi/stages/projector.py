@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.settings import DataSettings, LanguageSettings, TrainingSettings, VisionSettings, setting
 from mmphi.settings.view import SettingsView
 from mmphi.stages.common import (
+    check_training,
     drop_unseen,
     language_of,
     log_report,
@@ -18,6 +20,7 @@ from mmphi.stages.common import (
     stored_features,
     tower_of,
 )
+from mmphi.stages.light_clip import LightClipSettings, config_of
 
 if TYPE_CHECKING:
     from mmphi.data.features import ImageFeatures
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from mmphi.models.vision import Vision
     from mmphi.tracking.tracker import Tracker
 
+ROOM = 8  # Tokens of text beside an image, at the least.
 VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
 
 
@@ -57,6 +61,38 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
     if settings(ProjectorSettings).features == "cached":
         needed.append("embed")
     return tuple(needed)
+
+
+def check(settings: SettingsView) -> None:
+    """A batch for every pass, a tower that gives such features, room for an image, a prompt that can be written."""
+    from mmphi.models.vision import LIGHT_CLIP, tower_shape
+
+    chosen, vision = settings(ProjectorSettings), settings(VisionSettings)
+    check_training("projector", chosen)
+    light_clip = config_of(settings(LightClipSettings)) if vision.model == LIGHT_CLIP else None
+    tokens, _ = tower_shape(vision, light_clip)
+    if chosen.max_length < tokens + ROOM:
+        raise SettingsError(
+            f"projector.max_length = {chosen.max_length} holds no image of {tokens} tokens and {ROOM} of text",
+            f"the nearest is {tokens + ROOM}; or raise vision.pool",
+        )
+    check_prompt(settings(LanguageSettings))
+
+
+def check_prompt(chosen: LanguageSettings) -> None:
+    """Refuse a style that the tokenizer cannot write.
+
+    Raises:
+        SettingsError: If it brings no chat template.
+    """
+    from mmphi.models.language import tokenizer_of
+
+    if chosen.prompt != "chat":
+        return
+    if chosen.model == "pretrain":
+        raise SettingsError("language.prompt = chat, but a model trained here has no chat template", "use auto")
+    if not tokenizer_of(chosen, chosen.model).chat_template:
+        raise SettingsError("language.prompt = chat, but the tokenizer brings no chat template", "use plain or phi")
 
 
 def cost(settings: SettingsView) -> Cost:
@@ -202,6 +238,8 @@ STAGE = Stage(
     reads=("projector", "language", "vision", "data"),
     run=run,
     upstream=upstream,
+    requests=("light_clip",),
+    check=check,
     cost=cost,
     then=("evaluate",),
     trains=True,
