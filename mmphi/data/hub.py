@@ -10,6 +10,7 @@ from typing import Any
 
 from mmphi.data.digests import cache_folder
 from mmphi.data.images import ImageFolder
+from mmphi.data.reach import hub_in_reach
 from mmphi.data.records import Example, ImageRef, ReadReport, Turn
 from mmphi.errors import DataError, ImageError
 
@@ -88,6 +89,8 @@ def _load(name: str, split: str, revision: str) -> Any:
             if split in loaded:
                 return loaded[split]
             raise ValueError(f"it has the splits {', '.join(loaded)}")
+        if not folder.exists():
+            hub_in_reach()  # Where it is not, `datasets` would try for most of a minute.
         owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")
         return datasets.load_dataset(owner, configuration or None, split=split, revision=revision or None)
     except Exception as error:  # Of `datasets`, pyarrow, fsspec or the HTTP client: they share no ancestor.

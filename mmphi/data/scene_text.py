@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mmphi.data.records import Turn
-from mmphi.data.scenes import KINDS, OPPOSITE, Combination, Scene, Thing, scenes
+from mmphi.data.scenes import COLORS, KINDS, OPPOSITE, SHAPES, Combination, Scene, Thing, scenes
 
 DESCRIBE = "describe the image."
 WHICH_SHAPES = "what shapes are there?"
@@ -70,6 +70,27 @@ def yes_no(scene: Scene, rng: random.Random) -> Turn:
     return Turn(f"is there a {rng.choice(absent)}?", "no")
 
 
+def yes_no_questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
+    """Several yes/no questions about a scene: half of a color or a shape alone, half of both together.
+
+    One question about both together is one bit, and from a bit an example a small model learns nothing: it says "no" to
+    everything. Those about a color or a shape alone are learned first, and put together after.
+    """
+    things = scene.big, scene.small
+    turns = []
+    for _ in range(count):
+        kind = rng.choice(("color", "shape", "both", "both"))
+        if kind == "both":
+            turns.append(yes_no(scene, rng))
+            continue
+        present = sorted({getattr(thing, kind) for thing in things})
+        absent = [word for word in (COLORS if kind == "color" else SHAPES) if word not in present]
+        there = rng.random() < 0.5
+        word = rng.choice(present if there else absent)
+        turns.append(Turn(f"is there a {word}{' shape' if kind == 'color' else ''}?", "yes" if there else "no"))
+    return tuple(turns)
+
+
 def grid(scene: Scene, rng: random.Random) -> str:
     """The scene as ``CELLS`` x ``CELLS`` words, row by row.
 
@@ -95,14 +116,16 @@ def _nearest(thing: Thing, count: int, taken: list[int]) -> list[int]:
 
 
 def corpus_texts(count: int, turns: int, rng: random.Random, among: list[Combination]) -> Iterator[SceneText]:
-    """Texts to read from: half are captions, half are questions.
+    """Texts to read from: a third are captions, a third are questions, a third are yes/no questions.
 
     Args:
         count: How many.
-        turns: Questions in each conversation.
+        turns: Questions in each conversation; there are three times as many yes/no questions.
         rng: Source of all variation.
         among: Combinations to draw from.
     """
     for i, scene in enumerate(scenes(count, rng, among)):
-        conversation = questions(scene, turns, rng) if turns and i % 2 else (Turn(DESCRIBE, caption(scene)),)
+        conversation: tuple[Turn, ...] = (Turn(DESCRIBE, caption(scene)),)
+        if turns and i % 3:
+            conversation = questions(scene, turns, rng) if i % 3 == 1 else yes_no_questions(scene, 3 * turns, rng)
         yield SceneText(grid(scene, rng), conversation)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
 from mmphi.data.digests import Digests
+from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
 from mmphi.models.packed import packing_error, shortest_window
 from mmphi.settings.shared import LanguageSettings
@@ -184,6 +185,8 @@ def tokenizer_of(settings: LanguageSettings, name: str) -> Any:
 def _tokenizer(name: str, revision: str) -> Any:
     if name == "phi-2":
         return phi2_tokenizer()
+    if not Path(name).exists():
+        hub_in_reach()  # Where it is not, transformers would try for most of a minute.
     try:
         return AutoTokenizer.from_pretrained(name, **_pinned(name, revision))
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
+from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
 from mmphi.models.layers import tokens_of
 from mmphi.settings.shared import VisionSettings
@@ -159,6 +160,8 @@ def _create(name: str, pretrained: str) -> Any:
     if not pretrained:
         raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", hint)
     tag = {} if Path(pretrained).exists() or pretrained == RANDOM else open_clip.get_pretrained_cfg(name, pretrained)
+    if pretrained != RANDOM and not Path(pretrained).exists():
+        hub_in_reach()  # Where it is not, open_clip would try for most of a minute.
     try:
         with warnings.catch_warnings(), open_clip_warnings() as said:
             warnings.filterwarnings("error", message="QuickGELU mismatch")

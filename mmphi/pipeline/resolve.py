@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmphi.data.reach import hub_in_reach
 from mmphi.settings.declare import Section
 from mmphi.settings.fields import field_of, leaves
 from mmphi.settings.view import covered
@@ -99,7 +100,7 @@ def hub_revision(name: str, kind: str) -> str:
     """
     from huggingface_hub import HfApi, constants
 
-    if not constants.HF_HUB_OFFLINE:
+    if hub_in_reach():
         try:
             info = HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
             return str(info.sha or "")

@@ -120,7 +120,7 @@ def _figure(shown: list[tuple[Path, Scene]]) -> Any:
 
 STAGE = Stage(
     name="scenes",
-    version=1,
+    version=2,
     help="draw the embedded data: coloured shapes, captions, questions",
     reads=("scenes",),
     run=run,
