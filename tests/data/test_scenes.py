@@ -21,6 +21,7 @@ from mmphi.data.scene_text import (
     grid,
     questions,
     yes_no,
+    yes_no_questions,
 )
 from mmphi.data.scenes import COLORS, RELATIONS, SHAPES, combinations, held_out, sample, scenes
 from mmphi.evaluation.attributes import attribute_accuracy
@@ -157,9 +158,23 @@ def test_answers_are_true():
     assert 150 < asked.count("yes") < 250
 
 
+def test_yes_no_questions_are_true_and_balanced():
+    rng = random.Random(0)
+    answers = Counter()
+    for scene in some_scenes(300):
+        words = {word for thing in (scene.big, scene.small) for word in (thing.color, thing.shape)}
+        kinds = {scene.big.kind, scene.small.kind}
+        for turn in yes_no_questions(scene, 6, rng):
+            asked = turn.question.removeprefix("is there a ").removesuffix("?").removesuffix(" shape")
+            assert (turn.answer == "yes") == (asked in (kinds if " " in asked else words))
+            answers[turn.answer] += 1
+    assert abs(answers["yes"] / answers.total() - 0.5) < 0.05
+
+
 def test_corpus_is_captions_and_questions():
-    texts = list(corpus_texts(10, 2, random.Random(0), list(combinations())))
-    assert sum(t.turns[0].question == DESCRIBE for t in texts) == 5
-    assert all(len(t.turns) == (1 if t.turns[0].question == DESCRIBE else 2) for t in texts)
+    texts = list(corpus_texts(12, 2, random.Random(0), list(combinations())))
+    assert [len(t.turns) for t in texts] == [1, 2, 6] * 4
+    assert all((t.turns[0].question == DESCRIBE) == (len(t.turns) == 1) for t in texts)
+    assert {turn.answer for t in texts[2::3] for turn in t.turns} == {"yes", "no"}
     one = sample(combinations()[0], random.Random(0))
     assert caption(one) == "a big red circle left of a small red square"
