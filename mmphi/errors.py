@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
+FULL = ("No space left on device", "database or disk is full", "PytorchStreamWriter failed writing file")
+
 
 class MmphiError(Exception):
     """A failure the user can act on; the command line prints it without a traceback.
@@ -49,6 +53,19 @@ class StoreError(MmphiError):
 
 class TrainingError(MmphiError):
     """Training that must not go on, such as a loss that is no longer finite."""
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it followed from, is that of a full disk, whatever library raised it.
+
+    SQLite has its own words, and torch says of a file that it could not write no more than that.
+    """
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Stopped(KeyboardInterrupt):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmphi.errors import Stopped, StoreError
+from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
 from mmphi.pipeline.keys import difference, key_of
 from mmphi.pipeline.plan import KEY, METRICS, Plan
 from mmphi.pipeline.ranks import Ranks, alone, as_json, follow
@@ -96,6 +96,8 @@ class Pipeline(Plan):
             result = self._lead(name, settings, request, no_build)
         except BaseException as error:
             ranks.tell({"error": str(error)})
+            if disk_is_full(error) and not isinstance(error, MmphiError):
+                raise full_disk(self.store.locks.parent) from error  # It was the store's own database.
             raise
         return result
 
@@ -238,14 +240,18 @@ def _recorded(store: Store, tracker: RunTracker) -> Iterator[None]:
         raise Stopped(str(error) or "interrupted; the same command goes on from there") from error
     except BaseException as error:
         store.fail(tracker, "FAILED", f"{type(error).__name__}: {error}")
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
-        if full:
-            free = shutil.disk_usage(tracker.folder).free
-            raise StoreError(
-                f"the disk of {tracker.folder} is full: {free / 1e6:.0f} MB are free",
-                "make room; the same command goes on from there",
-            ) from error
+        if disk_is_full(error) and not isinstance(error, StoreError):
+            raise full_disk(tracker.folder) from error
         raise
+
+
+def full_disk(folder: Path) -> StoreError:
+    """What to say of a disk that is full."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    return StoreError(
+        f"the disk of {folder} is full: {free / 1e6:.0f} MB are free", "make room; the same command goes on from there"
+    )
 
 
 def _print(line: str) -> None:

@@ -3,55 +3,17 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmphi.tracking.tracker import Tracker
-
-
-class Throughput:
-    """Tokens per second of training proper: validation and checkpoints do not count.
-
-    Attributes:
-        tokens: Positions that passed through the model since the last reading, on this process.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._seconds = 0.0
-        self._begun: float | None = None
-
-    def begin(self) -> None:
-        """Start the clock of a step."""
-        self._begun = time.perf_counter()
-
-    def end(self) -> None:
-        """Stop the clock."""
-        if self._begun is not None:
-            self._seconds += time.perf_counter() - self._begun
-        self._begun = None
-
-    def read(self) -> float:
-        """Tokens per second since the last reading."""
-        self.end()
-        rate = self.tokens / self._seconds if self._seconds else 0.0
-        self.tokens, self._seconds = 0, 0.0
-        return rate
-
-
-def peak_memory_bytes() -> int:
-    """Most memory used so far: the accelerator's where there is one, else this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return int(psutil.Process().memory_info().rss)
+from mmphi.training.meters import Throughput, peak_memory_bytes, reset_peak_memory
 
 
 class Monitor(TrainerCallback):
@@ -74,21 +36,16 @@ class Monitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar; a resumed training records again what it had recorded, its run being a new one."""
+        reset_peak_memory()
+        self.throughput.start()
         if not state.is_world_process_zero:
             return
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
         for entry in state.log_history:
             self._record({k: v for k, v in entry.items() if isinstance(v, int | float)}, int(entry["step"]))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self.throughput.begin()
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock and move the bar."""
-        self.throughput.end()
+        """Move the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

@@ -21,8 +21,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from mmphi.errors import Stopped, TrainingError
 from mmphi.settings.shared import TrainingSettings
 from mmphi.tracking.tracker import Tracker
-from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked, Throughput
+from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, mark_complete, prune, save_trained, step_of
+from mmphi.training.meters import Throughput
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -81,7 +82,8 @@ class Loop(Trainer):
         Raises:
             TrainingError: If the loss is not finite; the batch is saved first.
         """
-        self.throughput.tokens += inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        if "segments" in inputs:
+            self.throughput.tokens += int((inputs["segments"] >= 0).sum())
         loss: Tensor = model(**inputs) * (self.args.world_size / inputs["step_tokens"])
         if not torch.isfinite(loss):
             where = self.folder / "bad_batch.safetensors"
@@ -99,7 +101,8 @@ class Loop(Trainer):
         model: nn.Module = self.model
         training = model.training
         model.eval()
-        metrics = dict(self.validate(self.state.global_step))
+        with self.throughput.paused():
+            metrics = dict(self.validate(self.state.global_step))
         model.train(training)
         self.log(dict(metrics))
         return metrics
@@ -119,6 +122,10 @@ class Loop(Trainer):
         load_trained(self.task, Path(resume_from_checkpoint), self.state_tensors)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.throughput.paused():
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

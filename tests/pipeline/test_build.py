@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import toys
 import yaml
+from mlflow.exceptions import MlflowException
 
 from mmphi.errors import StoreError
 from mmphi.pipeline.build import Pipeline
@@ -261,3 +262,41 @@ def test_missing_file_is_told_before_anything_is_built(pipeline: Pipeline, store
         Pipeline(stages, store).build("late", settings(pretrain__corpus="[nowhere.txt]"))
     assert toys.CALLS == []
     assert list(store.search(stage="draw")) == []
+
+
+def raised(cause: Exception) -> Exception:
+    """An error that another one was made of, as libraries do."""
+    try:
+        try:
+            raise cause
+        except Exception as inner:
+            raise RuntimeError("it did not work") from inner
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/2"),
+        raised(OSError("(sqlite3.OperationalError) database or disk is full")),
+    ],
+    ids=["file", "optimiser", "sqlite"],
+)
+def test_full_disk_is_told_whoever_meets_it(store: Store, error: Exception) -> None:
+    def full(_: Context) -> Mapping[str, float]:
+        raise error
+
+    with pytest.raises(StoreError, match=r"is full: .* MB are free") as caught:
+        Pipeline({"draw": replace(toys.TOYS["draw"], run=full)}, store).build("draw", settings())
+    assert "make room" in caught.value.hint
+
+
+def test_full_disk_of_the_database_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MlflowException("(sqlite3.OperationalError) database or disk is full")
+
+    monkeypatch.setattr(store.client, "create_run", full)
+    with pytest.raises(StoreError, match="is full"):
+        Pipeline(toys.TOYS, store).build("draw", settings())

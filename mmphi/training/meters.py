@@ -1,0 +1,79 @@
+"""How fast training is and how much memory it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR_PEAK = "5"  # Documented in proc(5): resets the peak of the resident set.
+
+
+class Throughput:
+    """Tokens per second of training: what waits for data counts, validation and checkpoints do not.
+
+    Tokens are those of sequences, features in their places included; what fills rows up is none.
+
+    Attributes:
+        tokens: Tokens that passed through the model since the last reading, on this process.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._seconds = 0.0
+        self._begun: float | None = None
+
+    def start(self) -> None:
+        """Start the clock."""
+        self._begun = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        if self._begun is not None:
+            self._seconds += time.perf_counter() - self._begun
+        self._begun = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let what happens inside not count."""
+        running = self._begun is not None
+        self.stop()
+        try:
+            yield
+        finally:
+            if running:
+                self.start()
+
+    def read(self) -> float:
+        """Tokens per second since the last reading; 0 where none were counted."""
+        running = self._begun is not None
+        self.stop()
+        rate = self.tokens / self._seconds if self._seconds else 0.0
+        self.tokens, self._seconds = 0, 0.0
+        if running:
+            self.start()
+        return rate
+
+
+def reset_peak_memory() -> None:
+    """Forget what was used before: the peak is that of what follows. Only Linux can do so for a process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        CLEAR.write_text(CLEAR_PEAK)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory used at once since the last reset: the accelerator's where there is one, else this process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = STATUS.read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
