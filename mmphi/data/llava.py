@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmphi.data.images import ImageFolder
+from mmphi.data.kinds import kind_of
 from mmphi.data.records import Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
 from mmphi.text.prompt import MARK
@@ -104,7 +105,9 @@ def _example(row: Any, number: int, folder: ImageFolder, split: Split) -> Exampl
         turns=tuple(turns),
         source=folder.source,
         split=split,
-        attributes={str(k): str(v) for k, v in attributes.items()} if isinstance(attributes, dict) else {},
+        attributes={str(k): str(v) for k, v in attributes.items()}
+        if isinstance(attributes, dict)
+        else {"kind": kind_of(turns)},
     )
 
 

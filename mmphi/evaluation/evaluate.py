@@ -10,14 +10,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmphi.data.images import open_image
-from mmphi.data.records import Example, ImageRef
+from mmphi.data.records import Example
 from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.consensus import consensus
 from mmphi.evaluation.grounding import Scores, grounding
+from mmphi.evaluation.long_answers import kind, losses_by_kind, measure, to_answer
 from mmphi.evaluation.yes_no import ask, score
 from mmphi.models.generation import Answer
+from mmphi.models.multimodal import Question
 from mmphi.tracking.tracker import Tracker
 
 SHOWN = 12
@@ -32,6 +34,8 @@ class Measures:
         max_new_tokens: Longest answer, in tokens.
         batch_size: Answers generated at once.
         yes_no: Yes/no questions.
+        long_answers: Questions of each kind with long answers (conversation, detail, reasoning).
+        max_answer_tokens: Longest of these answers, in tokens.
         candidates: Captions sampled of each image, of which the most agreed on is taken; 1 is greedy.
         temperature: Of sampled candidates.
         seed: Of samples, questions and shuffles.
@@ -41,6 +45,8 @@ class Measures:
     max_new_tokens: int = 48
     batch_size: int = 32
     yes_no: int = 200
+    long_answers: int = 100
+    max_answer_tokens: int = 512
     candidates: int = 1
     temperature: float = 0.5
     seed: int = 0
@@ -49,14 +55,12 @@ class Measures:
 class Speaks(Scores, Protocol):
     """A model that can be scored and asked."""
 
-    def generate(
-        self, prompts: Sequence[tuple[ImageRef | None, str]], max_new_tokens: int = 48, batch_size: int = 32
-    ) -> list[Answer]:
+    def generate(self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32) -> list[Answer]:
         """Answers to questions about images."""
 
     def sample(
         self,
-        prompts: Sequence[tuple[ImageRef | None, str]],
+        prompts: Sequence[Question],
         count: int,
         temperature: float,
         max_new_tokens: int = 48,
@@ -79,8 +83,9 @@ def evaluate_model(
         prefix: Put before every metric's name.
 
     Returns:
-        Loss, perplexity and grounding gain; on captions the share that end by themselves, CIDEr and BLEU-4; on scenes
-        exact match and attribute accuracy; accuracy and F1 of yes/no questions.
+        Loss, perplexity and grounding gain, and the loss by kind of row; on captions the share that end by themselves,
+        CIDEr and BLEU-4; on scenes exact match and attribute accuracy; ROUGE-L of long answers; accuracy and F1 of
+        yes/no questions.
 
     Raises:
         DataError: If there is nothing to measure on.
@@ -92,7 +97,14 @@ def evaluate_model(
         raise DataError(f"the {prefix} split is empty", "keep images apart: data.validation_images, data.test_images")
     measured = grounding(model, examples, chosen.seed)
     metrics = {"loss": measured.loss, "perplexity": measured.perplexity, "grounding_gain": measured.gain}
+    metrics |= losses_by_kind(model, examples)
     metrics |= _captions(model, examples, chosen, tracker, prefix)
+    asked = to_answer(examples, chosen.long_answers)
+    if asked:
+        prompts = [(e.images, e.turns[0].question) for e in asked]
+        figures, rows = measure(asked, model.generate(prompts, chosen.max_answer_tokens, chosen.batch_size))
+        metrics |= figures
+        tracker.table(f"{prefix}_answers", rows[: 4 * SHOWN], image="image")
     questions = ask(examples, chosen.yes_no, chosen.seed)
     if questions:
         answers = model.generate([(q.image, q.text) for q in questions], 8, chosen.batch_size)
@@ -105,20 +117,15 @@ def evaluate_model(
 def _captions(
     model: Speaks, examples: Sequence[Example], chosen: Measures, tracker: Tracker, prefix: str
 ) -> dict[str, float]:
-    """Caption every image once; all its captions are references."""
-    of_image: dict[str, list[Example]] = {}
+    """Caption every image once for each way it is asked; all captions asked for in that way are references."""
+    groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
-        # Conversations of several turns have no single right first answer to compare with.
-        if (
-            example.image is not None
-            and len(example.images) == 1
-            and example.attributes.get("kind", "caption") == "caption"
-        ):
-            of_image.setdefault(example.images[0].id, []).append(example)
-    if not of_image:
+        if len(example.images) == 1 and kind(example) == "caption":
+            groups.setdefault((example.images[0].id, example.turns[0].question), []).append(example)
+    if not groups:
         return {}
-    firsts = [group[0] for group in of_image.values()]
-    references = [[e.turns[0].answer for e in group] for group in of_image.values()]
+    firsts = [group[0] for group in groups.values()]
+    references = [[e.turns[0].answer for e in group] for group in groups.values()]
     prompts = [(e.image, e.turns[0].question) for e in firsts]
     answers = _say(model, prompts, chosen)
     texts = [a.text for a in answers]
@@ -146,7 +153,7 @@ def _captions(
     return metrics
 
 
-def _say(model: Speaks, prompts: Sequence[tuple[ImageRef | None, str]], chosen: Measures) -> list[Answer]:
+def _say(model: Speaks, prompts: Sequence[Question], chosen: Measures) -> list[Answer]:
     """Greedy captions, or those that several samples agree on."""
     length, batch_size = chosen.max_new_tokens, chosen.batch_size
     if chosen.candidates == 1:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
 from mmphi.pipeline.keys import difference, key_of
 from mmphi.pipeline.plan import KEY, METRICS, Plan
+from mmphi.pipeline.quiet import quieten
 from mmphi.pipeline.ranks import Ranks, alone, as_json, follow
 from mmphi.pipeline.resources import PROCESS, Resources
 from mmphi.pipeline.stage import Context, Result, Stage
@@ -88,6 +89,7 @@ class Pipeline(Plan):
             StoreError: If something is missing under ``no_build``, or the store cannot be used.
             Stopped: If a signal asked to stop; the same call goes on from there.
         """
+        quieten()
         ranks = Ranks()
         if not ranks.first:
             return follow(ranks, self.stages[name], settings, self.resources)
@@ -104,7 +106,7 @@ class Pipeline(Plan):
     def _lead(self, name: str, settings: Section, request: Request, no_build: bool) -> Result:
         settings = self.resolved(name, settings)
         if request.run:
-            self.store.record_beside(request.run)
+            self.store.record_beside(request.run, title_of(name, settings, request.label))
         for each in self.order(name, settings):  # Missing files are told before anything heavy starts.
             self.input_digests(self.stages[each], settings)
         result = None if request.force else self.result(name, settings)
@@ -159,7 +161,7 @@ class Pipeline(Plan):
             _print(f"{name}: {holder} is building the same; waiting for it (Ctrl-C to leave it alone)")
 
         tags = {"mmphi.stage": name, "mmphi.key": key, "mmphi.preset": settings_name(settings), **request.tags}
-        title = " ".join(filter(None, (name, settings_name(settings), request.label)))
+        title = title_of(name, settings, request.label)
         with self.store.building(key, title, tags, request.run, waiting) as (tracker, waited):
             ready = self.result(name, settings) if waited and not request.force else None
             if ready:
@@ -223,6 +225,11 @@ class Pipeline(Plan):
             return f" (what run {newest.info.run_id} does not hold)"
         what = f"{changed}, compared with" if changed else "its files are not what its manifest says:"
         return f" ({what} run {newest.info.run_id})"
+
+
+def title_of(stage: str, settings: Section, label: str) -> str:
+    """Readable name of a run."""
+    return " ".join(filter(None, (stage, settings_name(settings), label)))
 
 
 def settings_name(settings: Section) -> str:

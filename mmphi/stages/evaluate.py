@@ -26,6 +26,8 @@ class EvaluateSettings(Section):
     batch_size: int = setting(32, "answers generated at once", unit="answers", matters=False, ge=1)
     checkpoint: str = setting("final", "final, or the step of a kept checkpoint")
     yes_no: int = setting(200, "POPE-style yes/no questions; 0 asks none", unit="questions", ge=0)
+    long_answers: int = setting(100, "long answers of each kind (conversation, ...); 0 none", unit="answers", ge=0)
+    max_answer_tokens: int = setting(512, "longest of these answers", unit="tokens", ge=1)
     candidates: int = setting(1, "captions sampled, of which the most agreed on is taken; 1 is greedy", ge=1)
     temperature: float = setting(0.5, "of sampled candidates", gt=0)
 

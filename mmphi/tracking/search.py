@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mmphi.pipeline.stage import Result
 
 EXPERIMENT = "mmphi"
+KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # As MLflow names a run that was given no name.
 PAGE = 5  # Runs of one key are few, and the newest is nearly always the one: a long page only costs time.
 
 
@@ -87,16 +89,28 @@ class RunStore:
         file = database(self.uri)
         root = (file.parent / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri() if file else None
         # Without its kind, MLflow's pages take an experiment with tables for the evaluation of agents.
-        tags = {"mlflow.experimentKind": "custom_model_development"}
+        tags = {KIND: TRAINING}
         return str(self.client.create_experiment(name, artifact_location=root, tags=tags))
 
-    def record_beside(self, run_id: str) -> None:
+    def record_beside(self, run_id: str, title: str) -> None:
         """Record in the experiment of a run from now on.
+
+        ``mlflow run`` begins a run under a random name, in an experiment without a kind, minutes before the stage that
+        it is for: the run is given its name and the experiment its kind at once.
+
+        Args:
+            run_id: A run that was begun elsewhere.
+            title: Its name, unless a person chose one.
 
         Raises:
             StoreError: If it is not in this store.
         """
-        self._beside = str(self.run(run_id).info.experiment_id)
+        run = self.run(run_id)
+        self._beside = str(run.info.experiment_id)
+        if GENERATED_NAME.fullmatch(run.info.run_name or ""):
+            self.client.update_run(run_id, name=title)
+        if KIND not in self.client.get_experiment(self._beside).tags:
+            self.client.set_experiment_tag(self._beside, KIND, TRAINING)
 
     def search(self, status: str = "", **tags: str) -> Iterator[Run]:
         """Runs of all experiments with these tags of ours (``key=...`` is ``mmphi.key``), newest first.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import socket
 import uuid
@@ -21,12 +20,10 @@ from mmphi.pipeline.manifest import MANIFEST, write_manifest
 from mmphi.tracking.artifacts import download
 from mmphi.tracking.lease import HELD, Lease
 from mmphi.tracking.run import RunTracker
-from mmphi.tracking.search import RunStore
+from mmphi.tracking.search import GENERATED_NAME, RunStore
 
 if TYPE_CHECKING:
     from mmphi.pipeline.stage import Result
-
-GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # As MLflow names a run that was given no name.
 
 
 class Store(RunStore):

@@ -227,6 +227,7 @@ def test_second_process_waits_and_reuses(store: Store, tmp_path: Path) -> None:
 
 def test_goes_on_in_the_run_that_mlflow_began(pipeline: Pipeline, store: Store) -> None:
     experiment = store.client.create_experiment("another")
+    assert "mlflow.experimentKind" not in store.client.get_experiment(experiment).tags
     given = store.client.create_run(experiment, run_name="merciful-ox-123")
     store.client.log_param(given.info.run_id, "seed", "preset")
     result = pipeline.build("train", settings(), run=given.info.run_id, tags={"team": "red"})
@@ -234,6 +235,8 @@ def test_goes_on_in_the_run_that_mlflow_began(pipeline: Pipeline, store: Store) 
     run = store.client.get_run(given.info.run_id)
     assert run.info.run_name == "train tiny"
     assert run.data.tags["team"] == "red"
+    # Without its kind, MLflow's pages open the experiment as one of agents' traces.
+    assert store.client.get_experiment(experiment).tags["mlflow.experimentKind"] == "custom_model_development"
     drawn = next(store.search(stage="draw"))
     assert drawn.info.experiment_id == experiment
     assert drawn.info.run_id != given.info.run_id
@@ -300,3 +303,17 @@ def test_full_disk_of_the_database_is_told(store: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(store.client, "create_run", full)
     with pytest.raises(StoreError, match="is full"):
         Pipeline(toys.TOYS, store).build("draw", settings())
+
+
+def test_run_that_mlflow_began_has_its_name_before_its_stage_starts(store: Store) -> None:
+    """What it is built on may take minutes."""
+    run = store.client.create_run("0", run_name="merciful-ox-123").info.run_id
+    names = []
+
+    def look(ctx: Context) -> Mapping[str, float]:
+        names.append(store.run(run).info.run_name)
+        return toys.draw(ctx)
+
+    stages = {**toys.TOYS, "draw": replace(toys.TOYS["draw"], run=look)}
+    Pipeline(stages, store).build("train", settings(), run=run, label="layers=2")
+    assert names == ["train tiny layers=2"]

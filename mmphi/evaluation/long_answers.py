@@ -1,0 +1,72 @@
+"""Answers that are no captions: their loss by kind, and how much of the reference they say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pycocoevalcap.rouge.rouge import Rouge
+
+from mmphi.data.kinds import LONG_KINDS
+from mmphi.data.records import Example
+from mmphi.evaluation.grounding import Scores
+from mmphi.evaluation.words import joined
+from mmphi.models.generation import Answer
+
+
+def kind(example: Example) -> str:
+    """What kind of row an example is; without a word of it, a caption."""
+    return example.attributes.get("kind", "caption")
+
+
+def losses_by_kind(model: Scores, examples: Sequence[Example]) -> dict[str, float]:
+    """Nats per supervised token of each kind of row, where there are several: ``loss/conversation``, ..."""
+    kinds = sorted({kind(example) for example in examples})
+    if len(kinds) < 2:
+        return {}
+    metrics = {}
+    for name in kinds:
+        nats, tokens = model.losses([e for e in examples if kind(e) == name])
+        metrics[f"loss/{name}"] = nats / max(tokens, 1)
+    return metrics
+
+
+def to_answer(examples: Sequence[Example], count: int) -> list[Example]:
+    """The first examples of every kind with long answers: at most so many of each."""
+    return [e for name in LONG_KINDS for e in [e for e in examples if kind(e) == name][:count]]
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004), 0 to 1, on COCO's words; beta 1.2 as in COCO's evaluation."""
+    if not joined(prediction) or not joined(reference):
+        return 0.0
+    return float(Rouge().calc_score([joined(prediction)], [joined(reference)]))
+
+
+def measure(asked: Sequence[Example], answers: Sequence[Answer]) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
+    """What answers to first questions are worth, by kind, and a table of them.
+
+    Args:
+        asked: Examples whose first question was asked.
+        answers: What was said.
+
+    Returns:
+        ``rouge_l/KIND`` and ``ended/KIND``; rows with image, question, prediction and reference.
+    """
+    metrics: dict[str, float] = {}
+    for name in sorted({kind(example) for example in asked}):
+        pairs = [(e, a) for e, a in zip(asked, answers, strict=True) if kind(e) == name]
+        scores = [rouge_l(answer.text, example.turns[0].answer) for example, answer in pairs]
+        metrics[f"rouge_l/{name}"] = sum(scores) / len(scores)
+        metrics[f"ended/{name}"] = sum(answer.ended for _, answer in pairs) / len(pairs)
+    rows: list[Mapping[str, Any]] = [
+        {
+            "image": e.image.path if e.image else "",
+            "kind": kind(e),
+            "question": e.turns[0].question,
+            "prediction": answer.text,
+            "reference": e.turns[0].answer,
+        }
+        for e, answer in zip(asked, answers, strict=True)
+    ]
+    return metrics, rows
