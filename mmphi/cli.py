@@ -23,6 +23,7 @@ LABEL_CHARACTERS = 80
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
        mmphi STAGE --help             every setting of a stage
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
+       mmphi fetch llava|models FOLDER  data and models that presets name
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 
 stages (each builds what it needs, and reuses what is built):
@@ -96,12 +97,16 @@ def _command(words: list[str]) -> int:
     name, *rest = words
     if name == "benchmark":
         return _benchmark(rest)
+    if name == "fetch":
+        from mmphi.data.fetch import main as fetch
+
+        return fetch(rest)
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark"])
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "fetch", "benchmark"])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )

@@ -29,7 +29,7 @@ def read_captions(
     Raises:
         DataError: If the file cannot be read or lacks a column.
     """
-    folder = ImageFolder(images, source)
+    folder = ImageFolder(images, source, report.note)
     last_line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -81,7 +81,7 @@ def read_karpathy(
     rows = content.get("images") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise DataError(f"{path} has no list called 'images'", "Karpathy's files have one")
-    folder = ImageFolder(images, source)
+    folder = ImageFolder(images, source, report.note)
     for number, row in enumerate(rows):
         where = f"{path.name}, image {number}"
         try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mmphi.data.records import ImageRef
 from mmphi.errors import ImageError
 
+COCO_NAME = re.compile(r"(?:.*/)?(?:COCO_(?:train|val)2014_)?(?P<number>\d{12})\.jpg")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_FILE_BYTES = 100 * 1024**2
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
@@ -45,11 +48,12 @@ class ImageFolder:
     Args:
         folder: What paths are relative to.
         source: Name of the source; ids begin with it.
+        note: Told the source and in what layout an image was found, where that is not the one that the data says.
     """
 
-    def __init__(self, folder: Path, source: str) -> None:
+    def __init__(self, folder: Path, source: str, note: Callable[[str, str], None] = lambda *_: None) -> None:
         self.folder = folder.resolve()
-        self.source = source
+        self.source, self.note = source, note
         self._known: dict[str, ImageRef] = {}
 
     def find(self, relative: str) -> ImageRef:
@@ -59,15 +63,43 @@ class ImageFolder:
             ImageError: If it is missing or lies outside.
         """
         if relative not in self._known:
-            path = resolve_inside(self.folder, relative)
-            try:
-                there = path.is_file()
-            except OSError as error:  # A name longer than file systems take.
-                raise ImageError("malformed path", f"{relative!r} is no path: {error.strerror}") from error
-            if not there:
+            path = self._file(relative)
+            if path is None:
                 raise ImageError("missing image", f"{relative} is not in {self.folder}")
             self._known[relative] = ImageRef(f"{self.source}/{path.relative_to(self.folder).as_posix()}", path)
         return self._known[relative]
+
+    def _file(self, relative: str) -> Path | None:
+        path = resolve_inside(self.folder, relative)
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:  # A name longer than file systems take.
+            raise ImageError("malformed path", f"{relative!r} is no path: {error.strerror}") from error
+        for layout, name in coco_names(relative):
+            path = resolve_inside(self.folder, name)
+            if path.is_file():
+                self.note(self.source, f"images found as {layout}")
+                return path
+        return None
+
+
+def coco_names(relative: str) -> Iterator[tuple[str, str]]:
+    """Other names of an image of COCO, each with its layout: the same picture goes by several in the wild.
+
+    ``llava_instruct_150k.json`` says ``000000033471.jpg``, ``llava_v1_5_mix665k.json``
+    ``coco/train2017/000000033471.jpg``, and the folders of 2014 hold ``COCO_train2014_000000033471.jpg``.
+    """
+    match = COCO_NAME.fullmatch(relative)
+    if match is None:
+        return
+    number = match.group("number")
+    for layout in ("NUMBER.jpg", "train2017/NUMBER.jpg", "coco/train2017/NUMBER.jpg", "val2017/NUMBER.jpg"):
+        yield layout, layout.replace("NUMBER", number)
+    for year in ("train2014", "val2014"):
+        for folder in ("", f"{year}/", f"coco/{year}/"):
+            layout = f"{folder}COCO_{year}_NUMBER.jpg"
+            yield layout, layout.replace("NUMBER", number)
 
 
 def open_image(path: Path) -> Image.Image:

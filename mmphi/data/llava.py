@@ -58,7 +58,7 @@ def read_llava(path: Path, images: Path, source: str, report: ReadReport, split:
     rows = load_json(path)
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}, not a list of conversations")
-    folder, seen = ImageFolder(images, source), Counter[str]()
+    folder, seen = ImageFolder(images, source, report.note), Counter[str]()
     for number, row in enumerate(rows):
         where = f"{path.name}, row {number}"
         try:

@@ -79,6 +79,11 @@ class ReadReport:
 
     kept: Counter[str] = field(default_factory=Counter)
     dropped: list[Dropped] = field(default_factory=list)
+    notes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def note(self, source: str, text: str) -> None:
+        """Count something worth knowing about rows that were kept."""
+        self.notes[source, text] += 1
 
     def keep(self, source: str, count: int = 1) -> None:
         """Count rows that were kept."""
@@ -103,6 +108,8 @@ class ReadReport:
         """One row per source and outcome, with an example of where: a table for the tracking store."""
         for source, count in sorted(self.kept.items()):
             yield {"source": source, "outcome": "kept", "rows": count, "for example": ""}
+        for (source, text), count in sorted(self.notes.items()):
+            yield {"source": source, "outcome": f"kept: {text}", "rows": count, "for example": ""}
         reasons = Counter((d.source, d.reason) for d in self.dropped)
         for (source, reason), count in sorted(reasons.items()):
             where = next(d.where for d in self.dropped if (d.source, d.reason) == (source, reason))

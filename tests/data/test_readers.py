@@ -149,3 +149,30 @@ def test_real_captions(real_photos):
     assert len(examples) == 4000
     assert not report.dropped
     assert len({e.image.id for e in examples if e.split == "test"}) == 100
+
+
+@pytest.mark.parametrize(
+    ("said", "layout"),
+    [
+        ("000000033471.jpg", "COCO_train2014_000000033471.jpg"),
+        ("coco/train2017/000000033471.jpg", "000000033471.jpg"),
+        ("COCO_train2014_000000033471.jpg", "train2017/000000033471.jpg"),
+        ("000000033471.jpg", "coco/train2017/000000033471.jpg"),
+        ("train2014/COCO_train2014_000000033471.jpg", "val2014/COCO_val2014_000000033471.jpg"),
+    ],
+)
+def test_coco_images_are_found_in_any_layout(folder, said, layout):
+    path = folder / "images" / layout
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "images" / "0.png").rename(path)
+    examples, report = read_examples(settings(folder, write(folder, [llava_row(1, image=said)])), None)
+    assert examples[0].image.path == path
+    assert examples[0].image.id == f"llava/{layout}"
+    (note,) = [row for row in report.rows() if "found as" in row["outcome"]]
+    assert note["outcome"] == f"kept: images found as {layout.replace('000000033471', 'NUMBER')}"
+
+
+def test_other_names_are_not_guessed_at(folder):
+    examples, report = read_examples(settings(folder, write(folder, [llava_row(1, image="sub/0.png")])), None)
+    assert examples == []
+    assert report.dropped[0].reason == "missing image"
