@@ -1,5 +1,6 @@
 # make projector                           the main job on the embedded data (PRESET=tiny, ARGS='-P layers=3')
-# make photos PHOTOS=folder MODELS=folder  the same on captioned photographs, as experiments/photos.yaml says
+# make photos PHOTOS=folder                the same on captioned photographs, as experiments/photos.yaml says; the three
+#                                          pretrained models are fetched, or lie in MODELS=folder
 # make status | ui                         what is built; MLflow's pages
 # make test                                lint, types and tests
 # Each sets up .venv first, anew when pyproject.toml or constraints.txt has changed.
@@ -8,6 +9,7 @@ PRESET ?= tiny
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PORT ?= 5000
+MODELS ?= $(CURDIR)/models
 
 EXPERIMENT ?= mmphi
 RUN := $(BIN)/mlflow run . -e projector --env-manager local --experiment-name $(EXPERIMENT)
@@ -23,7 +25,10 @@ projector: $(VENV)/ready
 	@echo "make ui shows it"
 
 photos: $(VENV)/ready
-	@test -d "$(PHOTOS)" -a -d "$(MODELS)" || { echo "say where they are: make photos PHOTOS=folder MODELS=folder"; exit 2; }
+	@test -f "$(PHOTOS)/captions.csv" -a -d "$(PHOTOS)/images" || { \
+	  echo "say where your photographs are: make photos PHOTOS=folder"; \
+	  echo "the folder holds images/ and captions.csv, which begins with the line image,caption"; exit 2; }
+	$(BIN)/mmphi fetch models "$(MODELS)"
 	MMPHI_PHOTOS="$(abspath $(PHOTOS))" MMPHI_MODELS="$(abspath $(MODELS))" $(RUN) -P preset=photos $(ARGS)
 	@echo "make ui shows it"
 

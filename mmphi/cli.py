@@ -121,12 +121,13 @@ def _command(words: list[str]) -> int:
         settings = load_settings(preset, overrides, name, expand=False)
         print(STATUS_HELP if name == "status" else stage_help(name, settings))
         return 0
-    settings = load_settings(preset, overrides, name)
     if name == "status":
         from mmphi.describe import status
 
-        print(status(settings))
+        # What is missing is what a status is for.
+        print(status(load_settings(preset, overrides, name, expand=False)))
         return 0
+    settings = load_settings(preset, overrides, name)
     return _stage(name, settings, overrides, force="force" in options, no_build="no_build" in options)
 
 

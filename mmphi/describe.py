@@ -6,12 +6,14 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from mmphi.errors import SettingsError
 from mmphi.pipeline.manifest import total_bytes
 from mmphi.pipeline.plan import Plan
-from mmphi.pipeline.stage import Result
+from mmphi.pipeline.stage import Cost, Result
 from mmphi.settings.fields import all_fields, canonical, leaves
 from mmphi.settings.view import covered
 from mmphi.stages import STAGES, Settings
+from mmphi.stages.estimates import to_fetch
 from mmphi.tracking.glance import Glance, glance
 
 if TYPE_CHECKING:
@@ -98,11 +100,16 @@ def status(settings: Settings) -> str:
         if name not in drawn:
             draw(name, "", "")
     width = max(len(name) for name, _ in rows)
-    return "\n".join([f"{settings.name}, in {looked.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)])
+    lines = [f"{settings.name}, in {looked.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)]
+    wanted = list(to_fetch(plan.view("projector", settings)))
+    return "\n".join([*lines, *(["", "would be fetched:", *(f"  {each}" for each in wanted)] if wanted else [])])
 
 
 def _state(plan: Plan, looked: Glance, name: str, settings: Settings) -> str:
-    key = plan.key(name, settings)
+    try:
+        key = plan.key(name, settings)
+    except SettingsError as error:
+        return f"missing {_would_take(STAGES[name].cost(plan.view(name, settings)))}; {error.what}"
     result = looked.result(key)
     if result:
         disk = f", {size(total_bytes(result.folder))}" if result.folder else ""
@@ -112,7 +119,11 @@ def _state(plan: Plan, looked: Glance, name: str, settings: Settings) -> str:
     past = looked.seconds(name, settings.name)
     seconds = past if past is not None else cost.seconds
     took = f", about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
-    return f"{'begun' if looked.begun(key) else 'missing':<8}  would take {size(cost.disk_bytes)}{took}"
+    return f"{'begun' if looked.begun(key) else 'missing':<8}{_would_take(cost)}{took}"
+
+
+def _would_take(cost: Cost) -> str:
+    return f"  would take {size(cost.disk_bytes)}"
 
 
 def ago(milliseconds: int) -> str:

@@ -22,7 +22,10 @@ FLOORS = [
 ]
 # What stages are given stands beside the floors: it knows what settings and data are, and no model and no stage.
 BESIDE = {"pipeline", "tracking"}
-MAY_USE = {"pipeline": {"errors", "settings", "data", "tracking"}, "tracking": {"errors", "data", "pipeline"}}
+MAY_USE = {
+    "pipeline": {"errors", "settings", "data", "tracking"},
+    "tracking": {"errors", "settings", "data", "pipeline"},
+}
 LIGHT = {"tracking.tracker"}  # A protocol that everybody may name.
 
 

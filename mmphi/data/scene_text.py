@@ -116,16 +116,17 @@ def _nearest(thing: Thing, count: int, taken: list[int]) -> list[int]:
 
 
 def corpus_texts(count: int, turns: int, rng: random.Random, among: list[Combination]) -> Iterator[SceneText]:
-    """Texts to read from: a third are captions, a third are questions, a third are yes/no questions.
+    """Texts to read from: of twenty, nine are captions, four are questions and seven are yes/no questions.
 
     Args:
         count: How many.
-        turns: Questions in each conversation; there are three times as many yes/no questions.
+        turns: Questions in each conversation; of yes/no questions there are twice as many.
         rng: Source of all variation.
         among: Combinations to draw from.
     """
     for i, scene in enumerate(scenes(count, rng, among)):
         conversation: tuple[Turn, ...] = (Turn(DESCRIBE, caption(scene)),)
-        if turns and i % 3:
-            conversation = questions(scene, turns, rng) if i % 3 == 1 else yes_no_questions(scene, 3 * turns, rng)
+        if turns and i % 20 >= 9:
+            plain = i % 20 < 13
+            conversation = questions(scene, turns, rng) if plain else yes_no_questions(scene, 2 * turns, rng)
         yield SceneText(grid(scene, rng), conversation)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,13 @@ from mmphi.settings.view import covered
 AS_PRESET = "preset"  # The word that MLproject's parameters default to: as the preset says.
 FILE_ENDINGS = (".bin", ".csv", ".json", ".jsonl", ".pt", ".pth", ".safetensors", ".tsv", ".txt")
 R = TypeVar("R", bound=Section)
+# What the presets that come with mmphi want in them.
+VARIABLES = {
+    "MMPHI_PHOTOS": "a folder with images/ and captions.csv, which begins with the line image,caption",
+    "MMPHI_MODELS": "a folder of pretrained models: `mmphi fetch models FOLDER` fetches them",
+    "MMPHI_LLAVA": "a folder with llava_instruct_150k.json: `mmphi fetch llava FOLDER` fetches it and its images",
+    "MMPHI_COCO": "a folder with train2017/ of COCO: `mmphi fetch llava FOLDER` fetches the images that are named",
+}
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -43,7 +51,7 @@ def load(
         overrides: Dotted keys and values as typed (``{"vision.pool": "2"}``); a key of the stage's own section may
             stand without its section. The value ``preset`` changes nothing.
         stage: The stage asked for.
-        expand: Whether to put the environment's variables in; without, ``${NAME}`` stays as written.
+        expand: Whether all of the environment's variables must be set; else ``${NAME}`` may stay as written.
 
     Raises:
         SettingsError: Naming the key, the value and the nearest valid one.
@@ -148,18 +156,48 @@ def _is_path(file: str, value: str, folder: Path) -> bool:
 
 def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
     field = field_of(root, name)
-    if not isinstance(value, str) or not expand:
+    if not isinstance(value, str):
         return value
-    value = VARIABLE.sub(lambda match: _variable(match.group(1), name), value)
+    if expand or all(os.environ.get(variable) for variable in VARIABLE.findall(value)):
+        value = VARIABLE.sub(lambda match: _variable(match.group(1), name), value)
+    elif VARIABLE.search(value):
+        return value
     if field is None or not field.file or not value:
         return value
-    return str(Path(value).expanduser().absolute()) if _is_path(field.file, value, Path.cwd()) else value
+    if not _is_path(field.file, value, Path.cwd()):
+        return value
+    path = Path(value).expanduser()
+    return str(path if path.is_absolute() else _from_caller(path))
+
+
+def _from_caller(relative: Path) -> Path:
+    """Where a relative path leads from: the current folder, or the one that `mlflow run` was called in.
+
+    `mlflow run` starts its commands in the project's folder, wherever it was called. The folders of the processes above
+    are looked through, the nearest that has the file first.
+    """
+    here = Path.cwd() / relative
+    if here.exists() or not os.environ.get("MLFLOW_RUN_ID"):
+        return here
+    above = (folder / relative for folder in caller_folders())
+    return next((path for path in above if path.exists()), here)
+
+
+def caller_folders() -> Iterator[Path]:
+    """Current folders of the processes that this one was started by, the nearest first."""
+    import psutil
+
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            yield Path(process.cwd())
 
 
 def _variable(variable: str, name: str) -> str:
     if not os.environ.get(variable):
+        what = VARIABLES.get(variable, "")
         raise SettingsError(
-            f"{name} needs the environment variable {variable}, which is not set", f"export {variable}=..."
+            f"{name} needs the environment variable {variable}, which is not set",
+            f"export {variable}=FOLDER{f', {what}' if what else ''}",
         )
     return os.environ[variable]
 

@@ -15,6 +15,7 @@ from mmphi.pipeline.stage import Context, Cost, Result, Stage
 from mmphi.settings import DataSettings, Section, VisionSettings, setting
 from mmphi.settings.view import SettingsView
 from mmphi.stages.common import read, scenes_if_read, tower_of
+from mmphi.stages.estimates import feature_bytes
 
 if TYPE_CHECKING:
     from mmphi.data.feature_writer import FeatureWriter
@@ -52,9 +53,9 @@ def covers(settings: SettingsView, upstream: Mapping[str, Result], folder: Path)
     return all(store.knows(digest) for digest in contents(settings, upstream))
 
 
-def cost(_: SettingsView) -> Cost:
-    """Nothing honest can be said before the images are counted; the stage says it before it starts."""
-    return Cost(0)
+def cost(settings: SettingsView) -> Cost:
+    """The features of all images, as far as they can be counted; the stage counts them before it starts."""
+    return Cost(feature_bytes(settings))
 
 
 class Decoded:
@@ -175,7 +176,7 @@ STAGE = Stage(
     reads=("embed", "vision"),
     run=run,
     upstream=upstream,
-    requests=("data",),
+    requests=("data", "scenes", "light_clip"),
     request_upstream=scenes_if_read,
     covers=covers,
     cost=cost,

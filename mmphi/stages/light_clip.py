@@ -60,6 +60,12 @@ def check(settings: SettingsView) -> None:
     """A batch for every process, and towers that there are."""
     chosen = settings(LightClipSettings)
     check_training("light_clip", chosen)
+    for half, weights in (("image", "image_weights"), ("text", "text_tower")):
+        if getattr(chosen, f"lock_{half}") and not getattr(chosen, weights):
+            raise SettingsError(
+                f"light_clip.lock_{half} keeps a tower of random weights as it is",
+                f"give light_clip.{weights}, or train it: lock_{half} false",
+            )
     if chosen.image_tower:
         import timm
 

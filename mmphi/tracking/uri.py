@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 SQLITE = "sqlite:///"
@@ -41,18 +40,12 @@ def _database(relative: Path) -> Path:
     """
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id:
-        for folder in (Path.cwd(), *_folders_of_ancestors()):
+        from mmphi.settings.presets import caller_folders
+
+        for folder in (Path.cwd(), *caller_folders()):
             if _holds(folder / relative, run_id):
                 return folder / relative
     return Path.cwd() / relative
-
-
-def _folders_of_ancestors() -> Iterator[Path]:
-    import psutil
-
-    for process in psutil.Process().parents():
-        with contextlib.suppress(psutil.Error):
-            yield Path(process.cwd())
 
 
 def _holds(database: Path, run_id: str) -> bool:

@@ -172,9 +172,9 @@ def test_yes_no_questions_are_true_and_balanced():
 
 
 def test_corpus_is_captions_and_questions():
-    texts = list(corpus_texts(12, 2, random.Random(0), list(combinations())))
-    assert [len(t.turns) for t in texts] == [1, 2, 6] * 4
+    texts = list(corpus_texts(40, 2, random.Random(0), list(combinations())))
+    assert [len(t.turns) for t in texts] == ([1] * 9 + [2] * 4 + [4] * 7) * 2
     assert all((t.turns[0].question == DESCRIBE) == (len(t.turns) == 1) for t in texts)
-    assert {turn.answer for t in texts[2::3] for turn in t.turns} == {"yes", "no"}
+    assert {turn.answer for t in texts[13:20] for turn in t.turns} == {"yes", "no"}
     one = sample(combinations()[0], random.Random(0))
     assert caption(one) == "a big red circle left of a small red square"

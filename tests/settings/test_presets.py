@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,7 @@ def test_environment_variables_in_paths(monkeypatch):
     with pytest.raises(SettingsError, match="MMPHI_PHOTOS, which is not set") as caught:
         load_settings("photos")
     assert "data.sources.0.path" in caught.value.what
+    assert "captions.csv" in caught.value.hint
     monkeypatch.setenv("MMPHI_PHOTOS", "photos")
     (source,) = load_settings("photos").data.sources
     assert source.path == str(Path.cwd() / "photos" / "captions.csv")
@@ -139,6 +143,23 @@ def test_names_of_models_are_not_taken_for_paths(tmp_path, monkeypatch):
     assert files(load_settings("tiny", {"language.model": "./mine"}), ["language"]) == {
         "language.model": tmp_path / "mine"
     }
+
+
+def test_relative_paths_under_mlflow_run_count_from_its_caller(tmp_path, monkeypatch):
+    """`mlflow run` starts its commands in the project's folder, wherever it was called."""
+    caller, project = tmp_path / "caller", tmp_path / "project"
+    caller.mkdir(), project.mkdir()
+    (caller / "text.txt").touch()
+    code = (
+        "import os, sys; os.chdir(sys.argv[1]); from mmphi.stages import load_settings;"
+        "print(load_settings('tiny', {'pretrain.corpus': '[text.txt]'}).pretrain.corpus[0])"
+    )
+    command = [sys.executable, "-c", code, str(project)]
+    shell = ["sh", "-c", 'cd "$0" && "$@"; true', str(caller), *command]
+    under = subprocess.run(shell, env={**os.environ, "MLFLOW_RUN_ID": "1"}, capture_output=True, text=True)
+    assert under.stdout.strip() == str(caller / "text.txt"), under.stderr
+    plain = subprocess.run(shell, capture_output=True, text=True)
+    assert plain.stdout.strip() == str(project / "text.txt")
 
 
 def test_presets_are_found_from_another_folder(tmp_path, monkeypatch):

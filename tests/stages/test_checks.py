@@ -32,6 +32,8 @@ from mmphi.tracking.store import Store
             {"light_clip.image_tower": "tf_efficientnet_lite"},
             ["not a timm model", "tf_efficientnet_lite0"],
         ),
+        ("projector", {"light_clip.lock_image": "true"}, ["random weights", "image_weights"]),
+        ("projector", {"light_clip.lock_text": "true"}, ["random weights", "text_tower"]),
         ("projector", {"vision.model": "ViT-B-32"}, ["says no weights", "laion2b_s34b_b79k"]),
         ("projector", {"vision.model": "ViT-B-23", "vision.pretrained": "openai"}, ["ViT-B-32"]),
         ("projector", {"pretrain.context": "64"}, ["pretrain.max_length = 96", "64"]),

@@ -1,0 +1,93 @@
+"""What stages would fetch, hash, embed and take, as far as it can be known before the data is there."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmphi.settings import DataSettings, LanguageSettings, SourceSettings, VisionSettings
+from mmphi.settings.shared import sources_of
+from mmphi.settings.view import SettingsView
+from mmphi.stages.light_clip import LightClipSettings
+from mmphi.stages.scenes import ScenesSettings
+
+FEATURE_BYTES = 2  # fp16
+# Images named by a file that may not be there yet: Liu et al. (2023), section 3, "approximately 80K images".
+KNOWN_IMAGES = {"llava_instruct_150k.json": 80_000}
+KNOWN_FILES = {"llava_instruct_150k.json": 229e6}  # Bytes, as LLaVA's docs/Data.md has it.
+KNOWN_PARAMETERS = {"microsoft/phi-2": 2_779_683_840}
+STORED_BYTES = 2  # Of a parameter, as hub models of this size are stored.
+
+
+def image_count(settings: SettingsView) -> int:
+    """Images that the data names, or is known to name; what cannot be known counts as none."""
+    data, total = settings(DataSettings), 0
+    for source in sources_of(data):
+        count = _scenes(settings) if source.kind == "scenes" else _named(source)
+        total += min(count, data.max_images) if data.max_images else count
+    return total
+
+
+def _scenes(settings: SettingsView) -> int:
+    chosen = settings(ScenesSettings)
+    return chosen.train_images + chosen.validation_images + chosen.test_images
+
+
+def _named(source: SourceSettings) -> int:
+    path = Path(source.path)
+    if not path.is_file():
+        return KNOWN_IMAGES.get(path.name, 0)
+    try:
+        if source.kind == "captions":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                return len({row.get(source.image_column) for row in csv.DictReader(file)})
+        content = json.loads(path.read_bytes())
+        rows = content.get("images", []) if isinstance(content, dict) else content
+        names = (row.get("image") or row.get("filename") for row in rows if isinstance(row, dict))
+        return len({str(name) for name in names if name})
+    except (OSError, ValueError):
+        return 0  # What is wrong with it is told when it is read.
+
+
+def feature_shape(settings: SettingsView) -> tuple[int, int]:
+    """Features per image and their width; (0, 0) where only building the tower would tell."""
+    vision = settings(VisionSettings)
+    if vision.model != "light_clip":
+        from mmphi.models.vision import tower_shape
+
+        return tower_shape(vision) if vision.pretrained else (0, 0)
+    clip = settings(LightClipSettings)
+    if clip.image_tower:
+        return 0, 0
+    if clip.from_nothing == "vit":
+        return (clip.image_size // clip.patch_size // vision.pool) ** 2, clip.width
+    stride, width = 32 >> (-vision.layer - 1), 8 * clip.width >> (-vision.layer - 1)
+    return (clip.image_size // max(stride, 4) // vision.pool) ** 2, width
+
+
+def feature_bytes(settings: SettingsView) -> int:
+    """Bytes of the features of all images."""
+    tokens, width = feature_shape(settings)
+    return image_count(settings) * tokens * width * FEATURE_BYTES
+
+
+def to_fetch(settings: SettingsView) -> Iterator[str]:
+    """What a projector of these settings would fetch, in words."""
+    language, vision = settings(LanguageSettings), settings(VisionSettings)
+    if "/" in language.model and not Path(language.model).exists() and not language.model.startswith("$"):
+        parameters = KNOWN_PARAMETERS.get(language.model)
+        size = f", {parameters * STORED_BYTES / 1e9:.1f} GB" if parameters else ""
+        yield f"{language.model}{size}, from the hub"
+    if (
+        vision.model != "light_clip"
+        and vision.pretrained not in ("", "random")
+        and not Path(vision.pretrained).exists()
+    ):
+        yield f"{vision.model} {vision.pretrained}, by open_clip"
+    for source in sources_of(settings(DataSettings)):
+        path = Path(source.path)
+        if source.kind == "llava" and path.name in KNOWN_FILES and not path.is_file():
+            size = f"{KNOWN_FILES[path.name] / 1e6:.0f} MB and about {KNOWN_IMAGES[path.name]:,} images of COCO"
+            yield f"{path.name}, {size}: `mmphi fetch llava FOLDER`"

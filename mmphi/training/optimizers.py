@@ -1,0 +1,80 @@
+"""Muon for matrices and AdamW for the rest, as one optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon (Jordan et al. 2024) on the matrices inside a model, AdamW on everything else.
+
+    Embeddings and the output head count as the rest: Muon is for matrices that map hidden states to hidden states.
+
+    Args:
+        model: What is trained; parameters without gradients are left out.
+        learning_rate: Of AdamW.
+        muon_learning_rate: Of Muon, for updates of unit spectral norm scaled by ``sqrt(max(1, rows / columns))``.
+        beta2: AdamW's second decay rate.
+        weight_decay: Of all matrices but embeddings.
+
+    Attributes:
+        matrices: Names of the parameters that Muon updates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        muon_learning_rate: float,
+        beta2: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        for module in model.modules():
+            head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+            outer |= {id(p) for p in head.parameters()} if head is not None else set()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        inner = {name: p for name, p in trained.items() if p.ndim == 2 and id(p) not in outer}
+        self.matrices = list(inner)
+        rest = [p for name, p in trained.items() if name not in inner]
+        self.muon: Any = torch.optim.Muon(
+            list(inner.values()), lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95
+        )
+        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0)
+        super().__init__([{"params": [*inner.values()]}, {"params": rest}], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let whoever changes learning rates here change them there."""
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of both."""
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of both back."""
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self._share()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import small
+
+from mmphi.cli import main
+from mmphi.data.features import FeatureStore
+from mmphi.pipeline.build import Pipeline
+from mmphi.stages import STAGES, load_settings
+from mmphi.stages.estimates import feature_bytes, feature_shape, image_count, to_fetch
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"vision__layer": "-1"}, {"vision__pool": "2"}, {"light_clip__from_nothing": "vit"}]
+)
+def test_size_of_features_is_what_embed_stores(empty_store: str, changes: dict[str, str]) -> None:
+    settings, pipeline = small.settings(**changes), Pipeline(STAGES)
+    view = pipeline.view("embed", settings)
+    result = pipeline.build("embed", settings)
+    store = FeatureStore(result.path)
+    assert feature_shape(view) == (store.tokens, store.width)
+    assert image_count(view) == len(store) == 54
+    assert feature_bytes(view) == result.metrics["embed/bytes"]
+
+
+def test_images_are_counted_where_the_data_is_there(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("image,caption\na.jpg,x\na.jpg,y\nb.jpg,z\n")
+    (tmp_path / "l.json").write_text(
+        json.dumps([{"image": "a.jpg"}, {"image": "b.jpg"}, {"id": 1}, {"image": "c.jpg"}])
+    )
+    sources = [
+        {"kind": "captions", "path": str(tmp_path / "c.csv"), "name": "c"},
+        {"kind": "llava", "path": str(tmp_path / "l.json"), "name": "l"},
+        {"kind": "llava", "path": str(tmp_path / "llava_instruct_150k.json"), "name": "instruct"},
+    ]
+    for limit, count in (("0", 2 + 3 + 80_000), ("2", 6)):
+        settings = load_settings("tiny", {"data.sources": json.dumps(sources), "data.max_images": limit})
+        assert image_count(Pipeline(STAGES).view("embed", settings)) == count
+
+
+def test_status_of_phi2_works_without_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("MMPHI_LLAVA", "MMPHI_COCO"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'none.db'}")
+    assert main(["status", "--preset", "phi2"]) == 0
+    out = capsys.readouterr().out
+    (embed,) = [line for line in out.splitlines() if "embed " in line and "(above)" not in line]
+    assert "would take 23.6 GB" in embed  # 80,000 images x 144 tokens x 1,024 x 2 bytes
+    assert "${MMPHI_LLAVA}/llava_instruct_150k.json: there is no such file" in embed
+    assert "microsoft/phi-2, 5.6 GB" in out
+    assert "ViT-L-14-336 openai, by open_clip" in out
+    assert "mmphi fetch llava FOLDER" in out
+
+
+def test_small_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("MMPHI_PHOTOS", "MMPHI_MODELS"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["projector", "--preset", "small"]) == 2
+    error = capsys.readouterr().err
+    assert "MMPHI_PHOTOS, which is not set" in error
+    assert "images/ and captions.csv" in error
+
+
+def test_nothing_to_fetch_for_tiny() -> None:
+    assert list(to_fetch(Pipeline(STAGES).view("projector", load_settings("tiny")))) == []

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import Recorder, encode, example, tiny_language
+
+from mmphi.errors import Stopped
+from mmphi.models.packed import PackedModel
+from mmphi.settings import TrainingSettings
+from mmphi.training.optimizers import MuonAdamW
+from mmphi.training.steps import packed_steps
+from mmphi.training.trainer import train
+
+
+def model() -> PackedModel:
+    language = tiny_language()
+    return PackedModel(language.model.requires_grad_(True))
+
+
+def optimizer(packed: PackedModel) -> MuonAdamW:
+    return MuonAdamW(packed, learning_rate=1e-2, muon_learning_rate=2e-2, weight_decay=0.1)
+
+
+def test_inner_matrices_alone_are_muons():
+    packed = model()
+    names = optimizer(packed).matrices
+    assert names
+    assert all(".layers." in name and name.endswith("weight") for name in names)
+    shapes = dict(packed.named_parameters())
+    assert all(shapes[name].ndim == 2 for name in names)
+    left = set(shapes) - set(names)
+    assert any("embed_tokens" in name for name in left)
+    assert any("lm_head" in name for name in left)
+
+
+def test_each_updates_its_own_as_torch_does():
+    packed, loss_of = model(), lambda m: sum((p * p).sum() for p in m.parameters())
+    reference = copy.deepcopy(packed)
+    ours = optimizer(packed)
+    named = dict(reference.named_parameters())
+    muon = torch.optim.Muon([named[n] for n in ours.matrices], lr=2e-2, weight_decay=0.1, momentum=0.95)
+    rest = [p for n, p in named.items() if n not in ours.matrices]
+    adamw = torch.optim.AdamW(rest, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(3):
+        ours.zero_grad()
+        loss_of(packed).backward()
+        ours.step()
+        muon.zero_grad()
+        adamw.zero_grad()
+        loss_of(reference).backward()
+        muon.step()
+        adamw.step()
+    for name, parameter in packed.named_parameters():
+        assert torch.equal(parameter, named[name]), name
+
+
+def run(folder, validate=None) -> PackedModel:
+    packed, language = model(), tiny_language()
+    samples = [encode(example(i, f"answer {i}", image=False), language.prompt, 0, 60) for i in range(8)]
+    settings = TrainingSettings(steps=6, batch_size=4, save_every=2, log_every=1, eval_every=1)
+    train(
+        packed,
+        packed_steps(samples, {}, settings),
+        settings,
+        folder=folder,
+        tracker=Recorder(),
+        title="test",
+        optimizer=optimizer(packed),
+        validate=validate,
+    )
+    return packed
+
+
+def test_resumed_equals_straight_to_the_bit(tmp_path):
+    straight = run(tmp_path / "straight")
+
+    def stop_after_three(step: int) -> dict[str, float]:
+        if step == 3:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val/loss": 1.0}
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "cut", stop_after_three)
+    resumed = run(tmp_path / "cut")
+    for (name, one), (_, other) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
