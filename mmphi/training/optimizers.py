@@ -36,7 +36,8 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         for module in model.modules():
-            head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+            head_of: Any = getattr(module, "get_output_embeddings", None)
+            head = head_of() if head_of is not None else None
             outer |= {id(p) for p in head.parameters()} if head is not None else set()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inner = {name: p for name, p in trained.items() if p.ndim == 2 and id(p) not in outer}
