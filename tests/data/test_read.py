@@ -5,12 +5,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Recorder
+from conftest import Recorder, byte_tokenizer, of_length
 from sources import captions, llava_row, photo_folder, settings, write
 
-from mmphi.data.read import mixture, read_examples
+from mmphi.data.encoded import count_left_out, encoded
+from mmphi.data.read import mixture, read_examples, stratified
+from mmphi.data.records import Example, Turn
 from mmphi.errors import DataError, SettingsError
 from mmphi.stages.common import log_report
+from mmphi.text.prompt import Prompt
 
 
 @pytest.fixture
@@ -106,6 +109,35 @@ def test_mixture_follows_the_weights(folder):
     assert mix() == mixed
     chosen.split_seed = 1
     assert mix() != mixed
+
+
+def test_validation_is_a_seeded_sample_of_every_source_and_kind():
+    """Not the first in the order of files: with several sources, that would be the first source alone."""
+    kinds = [("a", "caption")] * 300 + [("a", "questions")] * 20 + [("b", "caption")] * 40
+    examples = [Example(str(i), (), (Turn("", "x"),), s, attributes={"kind": k}) for i, (s, k) in enumerate(kinds)]
+    chosen = stratified(examples, 90, seed=0)
+    assert Counter((e.source, e.attributes["kind"]) for e in chosen) == {
+        ("a", "caption"): 35,
+        ("a", "questions"): 20,
+        ("b", "caption"): 35,
+    }
+    assert [e.id for e in chosen] == [e.id for e in stratified(examples, 90, seed=0)]
+    assert [e.id for e in chosen] != [e.id for e in stratified(examples, 90, seed=1)]
+    assert max(int(e.id) for e in chosen if e.source == "a" and e.attributes["kind"] == "caption") > 200
+    assert len(stratified(examples, 1000, seed=0)) == len(examples)
+
+
+def test_rows_that_do_not_fit_are_counted_once_however_often_the_mixture_repeats_them(folder, tmp_path):
+    """They were counted each time that the mixture took them: kept = -124."""
+    first = captions(folder, [(f"{i}.png", "far too long " * 50) for i in range(4)], "first.csv")
+    second = captions(folder, [(f"{i}.png", f"b {i}") for i in range(4, 20)], "second.csv")
+    chosen = settings(folder, {**first, "weight": 9}, {**second, "weight": 1})
+    examples, report = read_examples(chosen, None)
+    sequences = encoded(examples, Prompt(byte_tokenizer(), "plain"), of_length(4), 40, tmp_path / "cache")
+    count_left_out(sequences, examples, 40, report)
+    assert report.kept == {"first": 0, "second": 16}
+    assert len(report.dropped) == 4
+    assert {sequences.sources[i] for i in mixture(sequences.sources, chosen)} == {"second"}
 
 
 def test_most_images_of_each_split_that_a_source_brings(folder):

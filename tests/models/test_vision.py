@@ -15,7 +15,7 @@ from mmphi.data.features import FeatureStore, LiveFeatures
 from mmphi.data.records import ImageRef
 from mmphi.errors import DataError, ModelError, StoreError
 from mmphi.models.vision import load_tower
-from mmphi.pipeline.stage import Context
+from mmphi.pipeline.stage import Context, Result
 from mmphi.settings import DataSettings, SourceSettings, VisionSettings
 from mmphi.stages import Settings, embed
 from mmphi.stages.embed import EmbedSettings
@@ -166,14 +166,16 @@ def photos(folder: Path, count: int = 12) -> list[ImageRef]:
     return refs
 
 
-def context(folder: Path, out: Path, own: str, weights: str, workers: int = 0, earlier=(), **data) -> Context:
+def context(
+    folder: Path, out: Path, own: str, weights: str, workers: int = 0, earlier=(), shard_images: int = 5, **data
+) -> Context:
     rows = [f'{p.name},"a thing"' for p in sorted((folder / "images").iterdir())]
     (folder / "captions.csv").write_text("\n".join(["image,caption", *rows]))
     source = SourceSettings(kind="captions", path=str(folder / "captions.csv"), images=str(folder / "images"))
     settings = Settings(
         data=DataSettings(sources=[source], validation_images=0, test_images=1, **data),
         vision=VisionSettings(model=own, pretrained=weights),
-        embed=EmbedSettings(batch_size=4, workers=workers, shard_images=5),
+        embed=EmbedSettings(batch_size=4, workers=workers, shard_images=shard_images),
     )
     return context_of(embed.STAGE, out, settings, earlier=earlier)
 
@@ -228,6 +230,50 @@ def test_killed_embed_goes_on_and_equals_straight(tmp_path, own, weights, monkey
     embed.run(cut)
     assert len(computed) == 4  # eight of twelve were there
     assert torch.equal(FeatureStore(tmp_path / "cut").get(refs), FeatureStore(tmp_path / "straight").get(refs))
+
+
+def test_resumed_with_other_shards_every_row_is_in_its_place(tmp_path, own, weights, monkeypatch):
+    """The size of files is no part of what is stored: rows are found by file and place."""
+    refs = photos(tmp_path)
+    straight = context(tmp_path, tmp_path / "straight", own, weights)
+    embed.run(straight)
+    real, calls = FeatureWriter.write, []
+
+    def dies(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureWriter, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            embed.run(context(tmp_path, tmp_path / "cut", own, weights))
+    embed.run(context(tmp_path, tmp_path / "cut", own, weights, shard_images=3))
+    assert torch.equal(FeatureStore(tmp_path / "cut").get(refs), FeatureStore(tmp_path / "straight").get(refs))
+
+
+def test_another_source_embeds_its_own_images_alone(tmp_path, own, weights, monkeypatch):
+    """What an earlier result holds is taken over, without computing or copying it."""
+    refs = photos(tmp_path, 8)
+    (tmp_path / "more").mkdir()
+    embed.run(context(tmp_path, tmp_path / "first", own, weights))
+    added = photos(tmp_path, 11)
+    computed = []
+    decode = embed.Decoded.__getitem__
+    monkeypatch.setattr(embed.Decoded, "__getitem__", lambda self, i: computed.append(i) or decode(self, i))
+    earlier = [Result("embed", "key", "run", tmp_path / "first")]
+    second = context(tmp_path, tmp_path / "second", own, weights, earlier=earlier)
+    assert not embed.covers(second.settings, {}, tmp_path / "first")
+    metrics = embed.run(second)
+    assert len(computed) == metrics["embed/computed"] == 3
+    assert embed.covers(second.settings, {}, tmp_path / "second")
+    one, two = FeatureStore(tmp_path / "first"), FeatureStore(tmp_path / "second")
+    assert torch.equal(one.get(refs), two.get(refs))
+    live = LiveFeatures(tower(own, weights)).get(added)
+    torch.testing.assert_close(two.get(added), live, rtol=2e-3, atol=2e-3)
+    inodes = {p.stat().st_ino for p in (tmp_path / "first").glob("features-*.npy")}
+    assert inodes <= {p.stat().st_ino for p in (tmp_path / "second").glob("features-*.npy")}
 
 
 def test_same_content_is_computed_once(tmp_path, own, weights):

@@ -1,0 +1,105 @@
+"""By run ids: what embeds anew, and what does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mmphi.data.features import FeatureStore
+from mmphi.pipeline.build import Pipeline
+from mmphi.pipeline.stage import Result
+from mmphi.settings import DataSettings, SourceSettings, VisionSettings
+from mmphi.stages import STAGES, Settings
+from mmphi.stages.embed import EmbedSettings
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture
+def vision(tmp_path: Path) -> VisionSettings:
+    path, weights = tmp_path / "embed-tiny-clip.json", tmp_path / "weights.safetensors"
+    path.write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(str(path))
+    torch.manual_seed(0)
+    save_file(open_clip.create_model("embed-tiny-clip").state_dict(), weights)
+    return VisionSettings(model=str(path), pretrained=str(weights))
+
+
+def photos(folder: Path, name: str, count: int, first: int = 0) -> SourceSettings:
+    """A source of captions, with pictures of its own."""
+    images = folder / name
+    images.mkdir()
+    rows = ["image,caption"]
+    for i in range(first, first + count):
+        torch.manual_seed(i)
+        pixels = torch.randint(0, 255, (40, 40, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(images / f"{i}.png")
+        rows.append(f"{i}.png,a thing")
+    (folder / f"{name}.csv").write_text("\n".join(rows))
+    return SourceSettings(kind="captions", path=str(folder / f"{name}.csv"), images=str(images), name=name)
+
+
+def test_embed_goes_by_tower_and_images_alone(empty_store: str, tmp_path: Path, vision: VisionSettings) -> None:
+    one, two = photos(tmp_path, "one", 8), photos(tmp_path, "two", 5, first=6)  # Two pictures are in both.
+    pipeline = Pipeline(STAGES)
+
+    def embed(sources: list[SourceSettings], tower: VisionSettings = vision, **data: int) -> Result:
+        chosen = DataSettings(sources=sources, **{"validation_images": 1, "test_images": 1, **data})
+        settings = Settings(data=chosen, vision=tower, embed=EmbedSettings(workers=0, batch_size=4))
+        return pipeline.build("embed", settings)
+
+    first = embed([one])
+    assert first.metrics["embed/computed"] == 8
+    asked = one.model_copy(update={"question": "what?", "weight": 3.0})
+    for sources, data in (
+        ([one], {"split_seed": 7}),
+        ([one], {"validation_images": 3, "test_images": 2}),
+        ([one], {"max_images": 5}),
+        ([one], {"max_answer_words": 9}),
+        ([asked], {}),
+        ([one.model_copy(update={"name": "renamed"})], {}),
+    ):
+        assert embed(sources, **data).run_id == first.run_id
+    both = embed([one, two])
+    assert both.run_id != first.run_id
+    assert both.metrics["embed/computed"] == 3
+    assert both.metrics["embed/images"] == 11
+    assert embed([two]).run_id == embed([one]).run_id == both.run_id
+    assert embed([one], vision.model_copy(update={"layer": -1})).metrics["embed/computed"] == 8
+    assert embed([one], vision.model_copy(update={"pool": 2})).metrics["embed/computed"] == 8
+    assert len(FeatureStore(both.path)) == 11
+
+
+def test_limit_that_is_raised_embeds_the_new_images_alone(
+    empty_store: str, tmp_path: Path, vision: VisionSettings
+) -> None:
+    source, pipeline = photos(tmp_path, "one", 9), Pipeline(STAGES)
+
+    def computed(limit: int) -> float:
+        chosen = DataSettings(sources=[source], validation_images=1, test_images=1, max_images=limit)
+        settings = Settings(data=chosen, vision=vision, embed=EmbedSettings(workers=0))
+        return pipeline.build("embed", settings).metrics["embed/computed"]
+
+    assert computed(4) == 4
+    assert computed(7) == 3
+    assert computed(0) == 2
+
+
+def test_force_embeds_everything_anew(empty_store: str, tmp_path: Path, vision: VisionSettings) -> None:
+    source, pipeline = photos(tmp_path, "one", 4), Pipeline(STAGES)
+    chosen = DataSettings(sources=[source], validation_images=1, test_images=1)
+    settings = Settings(data=chosen, vision=vision, embed=EmbedSettings(workers=0))
+    first = pipeline.build("embed", settings)
+    forced = pipeline.build("embed", settings, force=True)
+    assert forced.run_id != first.run_id
+    assert forced.metrics["embed/computed"] == 4
