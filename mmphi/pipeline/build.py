@@ -123,17 +123,17 @@ class Pipeline(Plan):
             with alone():
                 done = self._ready(self.upstream(name, settings), settings)
             result = self._run(name, settings, done, request)
-        result = self._followed(result, settings, no_build)
+        result = self._followed(result, settings, request, no_build)
         if request.run and request.run != result.run_id:
             self.store.point(request.run, result, settings_name(settings))
         return result
 
-    def _followed(self, result: Result, settings: Section, no_build: bool) -> Result:
-        """The same result with the metrics of the stages that are asked for at its end."""
+    def _followed(self, result: Result, settings: Section, request: Request, no_build: bool) -> Result:
+        """The same result with the metrics of the stages that are asked for at its end; of a forced one, anew."""
         metrics, results = dict(result.metrics), []
         for name in self.stages[result.stage].then:
             with alone():
-                after = self.build(name, settings, no_build=no_build)
+                after = self.build(name, settings, force=request.force, no_build=no_build)
             self.store.add_metrics(result.run_id, after, metrics)
             metrics |= after.metrics
             results.append(after)

@@ -16,8 +16,6 @@ from mmphi.settings.view import SettingsView
 from mmphi.stages.common import check_training
 
 if TYPE_CHECKING:
-    import torch
-
     from mmphi.models.packed import PackedModel
     from mmphi.text.prompt import Prompt
     from mmphi.text.sequences import Sample
@@ -30,8 +28,6 @@ class PretrainSettings(TrainingSettings):
 
     corpus: list[str] = setting([], "text files; none means scenes written as words", file="path")
     learn: Literal["everything", "answers"] = setting("answers", "which tokens of scenes' texts are learned")
-    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon is for inner matrices, beside AdamW for the rest")
-    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0, le=1)
     layers: int = setting(4, "transformer layers", unit="layers", ge=1, le=128)
     width: int = setting(128, "hidden width", unit="units", ge=16)
     heads: int = setting(4, "attention heads", unit="heads", ge=1)
@@ -122,28 +118,12 @@ def run(ctx: Context) -> Mapping[str, float]:
             tracker=ctx.tracker,
             title="pretrain",
             validate=validate,
-            optimizer=_optimizer(packed, chosen),
         )
     packed.eval()
     figures = validate(chosen.steps)
     if ctx.first:
         _save(ctx, model, prompt, figures)
     return figures
-
-
-def _optimizer(packed: PackedModel, chosen: PretrainSettings) -> torch.optim.Optimizer | None:
-    """Muon with AdamW where it is asked for; else the loop's own AdamW."""
-    from mmphi.training.optimizers import MuonAdamW
-
-    if chosen.optimizer == "adamw":
-        return None
-    return MuonAdamW(
-        packed,
-        learning_rate=chosen.learning_rate,
-        muon_learning_rate=chosen.muon_learning_rate,
-        beta2=chosen.beta2,
-        weight_decay=chosen.weight_decay,
-    )
 
 
 def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]) -> None:

@@ -77,7 +77,16 @@ def _write(
     scene: Scene, path: Path, relative: str, side: int, question_count: int, rng: random.Random
 ) -> list[dict[str, Any]]:
     from mmphi.data.scene_drawing import draw
-    from mmphi.data.scene_text import DESCRIBE, WHICH_COLORS, WHICH_SHAPES, caption, colors, questions, shapes
+    from mmphi.data.scene_text import (
+        DESCRIBE,
+        WHICH_COLORS,
+        WHICH_SHAPES,
+        caption,
+        colors,
+        questions,
+        shapes,
+        yes_no_questions,
+    )
 
     draw(scene, side, rng).save(path)
     drawn = questions(scene, question_count, rng)
@@ -85,6 +94,7 @@ def _write(
         "caption": [(DESCRIBE, caption(scene))],
         "parts": [(WHICH_SHAPES, shapes(scene)), (WHICH_COLORS, colors(scene))],
         "questions": [(t.question, t.answer) for t in drawn],
+        "yes_no": [(t.question, t.answer) for t in yes_no_questions(scene, 2 * question_count, rng)],
     }
     rows = []
     for kind, turns in conversations.items():

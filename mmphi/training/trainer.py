@@ -24,6 +24,7 @@ from mmphi.tracking.tracker import Tracker
 from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, mark_complete, prune, save_trained, step_of
 from mmphi.training.meters import Throughput
+from mmphi.training.optimizers import MuonAdamW
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -203,6 +204,19 @@ def _arguments(settings: TrainingSettings, folder: Path, epsilon: float) -> Trai
     return arguments
 
 
+def _optimizer(task: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer | None:
+    """Muon with AdamW where it is asked for; ``None`` leaves the Trainer its own AdamW."""
+    if settings.optimizer == "adamw":
+        return None
+    return MuonAdamW(
+        task,
+        learning_rate=settings.learning_rate,
+        muon_learning_rate=settings.muon_learning_rate,
+        beta2=settings.beta2,
+        weight_decay=settings.weight_decay,
+    )
+
+
 def _only(batch: list[Any]) -> Any:
     """The batch that the dataset gives is whole already."""
     return batch[0]
@@ -233,7 +247,7 @@ def train(
         title: What stands before the progress bar.
         validate: Given the step, returns metrics named ``val/...``.
         state: Tensors beyond parameters and optimiser that training changes in place; part of every checkpoint.
-        optimizer: In place of AdamW.
+        optimizer: In place of the one that the settings name.
         epsilon: AdamW's.
         callbacks: Called beside the loop.
 
@@ -257,7 +271,7 @@ def train(
             args=_arguments(settings, folder, epsilon),
             train_dataset=steps,
             data_collator=_only,
-            optimizers=(optimizer, None),
+            optimizers=(optimizer or _optimizer(task, settings), None),
             callbacks=[Monitor(tracker, title, throughput), EvaluateEvery(settings.eval_every), stop, *callbacks],
         )
         for default in (PrinterCallback, ProgressCallback):

@@ -108,6 +108,15 @@ def test_evaluate_settings_change_evaluate_alone(pipeline: Pipeline) -> None:
     assert before.after[0].run_id != after.after[0].run_id
 
 
+def test_forced_projector_is_evaluated_anew(pipeline: Pipeline) -> None:
+    changes = {"projector__seed": "6"}
+    first = pipeline.build("projector", small.settings(**changes))
+    forced = pipeline.build("projector", small.settings(**changes), force=True)
+    assert forced.run_id != first.run_id
+    tags = pipeline.store.run(forced.after[0].run_id).data.tags
+    assert tags["mmphi.upstream.projector"] == forced.run_id
+
+
 def test_kept_checkpoints_can_be_evaluated(pipeline: Pipeline) -> None:
     changes = {"projector__seed": "5", "projector__keep_checkpoints": "9"}
     final = pipeline.build("evaluate", small.settings(**changes))
