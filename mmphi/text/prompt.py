@@ -120,20 +120,23 @@ class Prompt:
         parts = [Part(() if bos is None else (bos,)), *[Part(span="image")] * leading]
         if context:
             parts.append(Part(self._encode(context)))
-        begun = bool(context or leading)
         for number, (question, answer) in enumerate(turns):
-            line = f"Instruct: {question}\nOutput:" if self.style == "phi" and question else question
-            if line:
-                parts += self._question(f"\n{line}" if begun else line, placed)
-            bare = not line and not number and not context  # A caption follows its image at once.
-            space = " " if self.style == "phi" and question else "" if bare else "\n"
-            if self.style == "plain" and space:
-                parts.append(Part(self._encode(space)))
-                space = ""
+            first = not number and not context
+            parts += self._asked("" if first and not leading else "\n", question, placed)
+            at_once = first and not question  # A caption follows its image, with nothing between them.
+            if self.style == "plain" and not at_once:
+                parts.append(Part(self._encode("\n")))
             if answer is not None:
-                parts.append(Part((*self._encode(space + answer), self.tokenizer.eos_token_id), supervised=True))
-            begun = True
+                gap = "" if at_once or self.style == "plain" else " " if question else "\n"
+                parts.append(Part((*self._encode(gap + answer), self.tokenizer.eos_token_id), supervised=True))
         return parts
+
+    def _asked(self, before: str, question: str, placed: bool) -> list[Part]:
+        """A question on its line; nothing where there is none."""
+        if not question:
+            return []
+        line = f"Instruct: {question}\nOutput:" if self.style == "phi" else question
+        return self._question(before + line, placed)
 
     def _chat(self, turns: Sequence[tuple[str, str | None]], leading: int, context: str, placed: bool) -> list[Part]:
         """Render the template around markers, then put each text in its marker's place.

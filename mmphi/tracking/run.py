@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mmphi.tracking.artifacts import remove_artifacts
 from mmphi.tracking.pictures import cell, grid
+from mmphi.tracking.tables import Tables, plain
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -39,7 +40,7 @@ class RunTracker:
         self.client, self._run_id, self.folder, self.remote = client, run_id, folder, remote
         self._waiting: list[Metric] = []
         self._sent = time.monotonic()
-        self._tables: dict[str, list[dict[str, Any]]] = {}
+        self._tables = Tables(folder)
         self._not_finite: list[str] = []
         self._checkpoint = ""
 
@@ -92,32 +93,23 @@ class RunTracker:
         """
         if not rows:
             return
-        plain = [{str(k): _plain(v) for k, v in row.items()} for row in rows]
+        fresh = name not in self._tables
+        written = [plain(row) for row in rows]
         if image:
-            for row, original in zip(plain, rows, strict=True):
-                row[image] = cell(original[image], self.folder, name)
-        before = self._tables.get(name)
-        if before is None:
-            before = self._left(name, plain[0].get("step"))
+            self._show(name, written, rows, image)
+        self._write(f"{name}.json", self._tables.extend(name, written))
+        if fresh:
             self._announce(name)
-        self._tables[name] = [*before, *plain]
-        columns = list(dict.fromkeys(column for row in self._tables[name] for column in row))
-        data = [[row.get(column) for column in columns] for row in self._tables[name]]
-        self._write(f"{name}.json", json.dumps({"columns": columns, "data": data}).encode())
-        for file in {f for row in plain if image and row[image] for f in list(row[image].values())[1:]}:
+
+    def _show(self, name: str, written: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]], image: str) -> None:
+        """Put pictures into the rows of a table, and draw a grid of them."""
+        for row, original in zip(written, rows, strict=True):
+            row[image] = cell(original[image], self.folder, name)
+        for file in {f for row in written if row[image] for f in list(row[image].values())[1:]}:
             self._send(self.folder / file)
-        drawn = grid(rows, image) if image else None
+        drawn = grid(rows, image)
         if drawn:
             self.figure(name, drawn)
-
-    def _left(self, name: str, step: Any) -> list[dict[str, Any]]:
-        """Rows that a dead run left for this one and that are not about to be written again."""
-        try:
-            table = json.loads((self.folder / f"{name}.json").read_text())
-            rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-        except (OSError, ValueError, KeyError):
-            return []
-        return [row for row in rows if step is not None and row.get("step") is not None and row["step"] < step]
 
     def _announce(self, name: str) -> None:
         """Tell MLflow's pages that there is a table."""
@@ -164,10 +156,3 @@ class RunTracker:
         if self.remote:
             folder = path.parent.relative_to(self.folder).as_posix()
             self.client.log_artifact(self._run_id, str(path), None if folder == "." else folder)
-
-
-def _plain(value: Any) -> Any:
-    """A table's value as JSON knows it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
