@@ -45,7 +45,7 @@ tests: $(VENV)/ready
 	$(BIN)/pytest
 
 ui: $(VENV)/ready
-	$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI) --host 127.0.0.1 --port $(PORT)
+	$(BIN)/mmphi ui --port $(PORT)
 
 status: $(VENV)/ready
 	$(BIN)/mmphi status --preset $(PRESET)

@@ -23,6 +23,7 @@ LABEL_CHARACTERS = 80
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
        mmphi STAGE --help             every setting of a stage
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
+       mmphi ui                       MLflow's pages, opened on the training runs
        mmphi fetch llava|models FOLDER  data and models that presets name
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 
@@ -101,12 +102,16 @@ def _command(words: list[str]) -> int:
         from mmphi.data.fetch import main as fetch
 
         return fetch(rest)
+    if name == "ui":
+        from mmphi.tracking.ui import main as ui
+
+        return ui(rest)
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "fetch", "benchmark"])
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "benchmark"])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )

@@ -155,7 +155,7 @@ def ending(result: Result, store: Store) -> str:
     for table in (path for path in tables if path.exists()):
         lines += ["", "What it now says of held-out images:", *predictions(json.loads(table.read_text()))]
     server = store.uri.startswith("http")
-    opens = [] if server else [f"opened by  mlflow ui --backend-store-uri {store.uri} --host 127.0.0.1"]
+    opens = [] if server else [f"opened by  MLFLOW_TRACKING_URI={store.uri} mmphi ui"]
     return "\n".join(
         [
             *lines,

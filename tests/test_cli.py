@@ -67,7 +67,7 @@ def test_mistakes_end_with_two_and_a_hint(arguments, words, capsys):
 
 def test_status_draws_the_graph(empty_store, capsys):
     assert main(["scenes", "--train_images", "8", "--test_images", "2", "--texts", "5"]) == 0
-    assert "mlflow ui --backend-store-uri sqlite:///" in capsys.readouterr().out
+    assert "mmphi ui" in capsys.readouterr().out
     change = ["--scenes.train_images", "8", "--scenes.test_images", "2", "--scenes.texts", "5"]
     assert main(["status", *change]) == 0
     out = capsys.readouterr().out

@@ -1,0 +1,81 @@
+"""``mmphi ui``: MLflow's pages, opened on the training runs.
+
+By itself MLflow 3 opens on its pages for agents, where there is nothing of ours to see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import webbrowser
+
+from mmphi.errors import StoreError
+from mmphi.tracking.uri import absolute_uri, database
+
+HOST, TRAINING = "127.0.0.1", "workflowType=machine_learning"
+PATIENCE_S = 120.0
+
+
+def addresses(base: str, experiment: str) -> dict[str, str]:
+    """Where the pages show the runs of an experiment: as a table, and as charts beside one another."""
+    runs = f"{base}/#/experiments/{experiment}/runs?{TRAINING}"
+    return {"runs": runs, "charts": f"{runs}&compareRunsMode=CHART"}
+
+
+def experiment_id(uri: str) -> str:
+    """The experiment with the newest run, or MLflow's own first one where there is no run."""
+    file = database(uri)
+    if file is not None and file.exists():
+        newest = "SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file)) as connection:
+            row = connection.execute(newest).fetchone()
+            return str(row[0]) if row else "0"
+    return "0"
+
+
+def main(arguments: list[str]) -> int:
+    """``mmphi ui``.
+
+    Raises:
+        StoreError: If the port is taken, or the store is a server that has pages of its own.
+    """
+    parser = argparse.ArgumentParser(prog="mmphi ui", description="MLflow's pages, opened on the training runs")
+    parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 [5000]")
+    parser.add_argument("--no-browser", action="store_true", help="only say where the pages are")
+    options = parser.parse_args(arguments)
+    uri = absolute_uri()
+    if uri.startswith("http"):
+        raise StoreError(f"{uri} is a server with pages of its own", "open it in a browser")
+    with socket.socket() as probe:
+        if probe.connect_ex((HOST, options.port)) == 0:
+            raise StoreError(f"port {options.port} of {HOST} is taken", "give another: --port 5001")
+    pages = addresses(f"http://{HOST}:{options.port}", experiment_id(uri))
+    threading.Thread(target=_announce, args=(pages, options.port, not options.no_browser), daemon=True).start()
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST]
+    process = subprocess.Popen([*command, "--port", str(options.port)], env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        return process.wait()
+
+
+def _announce(pages: dict[str, str], port: int, browser: bool) -> None:
+    """Say where the pages are as soon as they are there."""
+    begun = time.monotonic()
+    while time.monotonic() - begun < PATIENCE_S:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                break
+        time.sleep(0.2)
+    print("\n".join(["", *(f"{name:<8}{address}" for name, address in pages.items()), ""]), flush=True)
+    if browser:
+        with contextlib.suppress(webbrowser.Error):
+            webbrowser.open(pages["runs"])
