@@ -34,7 +34,8 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._store: Any = None
-        Ranks._meetings += 1
+        if self.count > 1:  # The first process builds more, on its own, which the others know nothing of.
+            Ranks._meetings += 1
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix = f"mmphi/{restart}/{Ranks._meetings}"
 

@@ -166,7 +166,7 @@ def add_runs(uri: str, experiment: str, count: int) -> None:
 
 def toy_at(host: str, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """A toy stage built on another host: with a name and a cache folder of its own."""
-    own = {"MMPHI_HOST": host, "XDG_CACHE_HOME": str(cache / host), "MMPHI_LEASE_S": "3"}
+    own = {"MMPHI_HOST": host, "XDG_CACHE_HOME": str(cache / host), "MMPHI_LEASE_S": "6"}
     command = [sys.executable, toys.__file__, *arguments, "--projector.steps", "4"]
     return subprocess.Popen(
         command, env={**os.environ, **own, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -191,7 +191,7 @@ def test_live_run_of_another_host_is_waited_for_and_a_dead_one_taken_over(server
     second = toy_at("two", tmp_path, "train")
     output = lines_until(second, "waiting for it")
     assert f"process {first.pid} on one" in output
-    time.sleep(5)  # Longer than the lease: the heartbeat keeps it.
+    time.sleep(9)  # Longer than the lease: the heartbeat keeps it.
     assert second.poll() is None
     first.kill()
     first.wait()
