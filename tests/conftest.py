@@ -120,6 +120,7 @@ class Recorder:
     texts: dict[str, str] = field(default_factory=dict)
     tagged: dict[str, str] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
+    checkpoints: list[str] = field(default_factory=list)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         self.metric_rows.append((step, dict(values)))
@@ -134,7 +135,8 @@ class Recorder:
         self.texts[name] = content
 
     def checkpoint(self, folder: Path) -> None:
-        pass
+        assert (folder / "complete").exists()
+        self.checkpoints.append(folder.name)
 
     def tags(self, values: Mapping[str, str]) -> None:
         self.tagged.update(values)

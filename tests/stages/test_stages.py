@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ import mmphi
 from mmphi.data.records import ImageRef
 from mmphi.errors import ModelError
 from mmphi.models.bundle import load_bundle
+from mmphi.models.multimodal import Multimodal
 from mmphi.pipeline.build import Pipeline
+from mmphi.settings import LanguageSettings
 from mmphi.stages import STAGES
 from mmphi.tracking.store import Store
 
@@ -214,6 +217,44 @@ def test_model_answers_alone(pipeline: Pipeline, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+def test_saved_and_loaded_as_hugging_face_users_know_it(pipeline: Pipeline, tmp_path: Path) -> None:
+    result = pipeline.build("projector", small.settings())
+    scenes = pipeline.build("scenes", small.settings())
+    image = str(next((scenes.path / "images" / "test").glob("*.png")))
+    model = Multimodal.from_pretrained(result.path)
+    model.save_pretrained(tmp_path / "copy")
+    again = Multimodal.from_pretrained(tmp_path / "copy")
+    assert again.ask("", image) == model.ask("", image)
+    assert again.max_length == model.max_length
+    assert again.language.model is not model.language.model  # Shared only by `mmphi.load`.
+
+
+def test_what_is_not_what_it_was_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    result = pipeline.build("projector", small.settings())
+    model = Multimodal.from_pretrained(result.path)
+    other = tmp_path / "other"
+    shutil.copytree(result.path / "language", other)
+    model.own_language = False  # As one whose language model lies in a folder of its own.
+    model.language = replace(model.language, settings=LanguageSettings(model=str(other), prompt="plain"))
+    model.save_pretrained(tmp_path / "saved")
+    assert mmphi.load(tmp_path / "saved").language.digest == model.language.digest
+    (other / "generation_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is not the language model that .* was trained with"):
+        mmphi.load(tmp_path / "saved")
+    shutil.rmtree(other)
+    with pytest.raises(ModelError, match="which is not there") as caught:
+        mmphi.load(tmp_path / "saved")
+    assert "language=FOLDER" in caught.value.hint
+    assert mmphi.load(tmp_path / "saved", language=str(result.path / "language")).max_length == model.max_length
+    bundle = json.loads((tmp_path / "saved" / "mmphi.json").read_text())
+    bundle["vision"]["digest"] = "0" * 64
+    (tmp_path / "saved" / "mmphi.json").write_text(json.dumps(bundle))
+    with pytest.raises(ModelError, match="is not the one that the model was trained with"):
+        mmphi.load(tmp_path / "saved", language=str(result.path / "language"))
+    with pytest.raises(ModelError, match="no model that loads alone"):
+        mmphi.load(tmp_path)
 
 
 def test_any_model_is_measured_on_any_data(pipeline: Pipeline) -> None:

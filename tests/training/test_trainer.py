@@ -205,6 +205,14 @@ def test_two_processes_equal_one(tmp_path):
         assert two["losses"][step] == pytest.approx(loss, rel=1e-5)
 
 
+def test_checkpoints_are_shared_where_the_settings_say_so(tmp_path):
+    """A remote store gets them when they are complete."""
+    for share, expected in ((True, ["checkpoint-2", "checkpoint-4", "checkpoint-6"]), (False, [])):
+        recorder = Recorder()
+        run(tmp_path / str(share), recorder, share_checkpoints=share)
+        assert recorder.checkpoints == expected
+
+
 def test_one_process_takes_one_device(tmp_path, monkeypatch):
     """With two visible GPUs and no torchrun, transformers' Trainer would take both."""
     real = TrainingArguments._setup_devices.func
