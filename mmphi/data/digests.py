@@ -17,6 +17,7 @@ from pathlib import Path
 from mmphi.errors import SettingsError
 
 RACY_S = 2.0  # A file written this recently may change again within the resolution of its modification time.
+FEW = 1000  # Files of a folder that are looked at one by one every time, as those of a model are.
 BAR_FROM = 1000  # Files; fewer are read before anyone wonders.
 
 
@@ -44,9 +45,9 @@ class Digests:
     def of(self, path: Path) -> str:
         """SHA-256 of a file's content, or of the names and contents of all files in a folder.
 
-        A folder is listed and read again when files or folders were added, removed or renamed in it, which changes the
-        modification times of its folders. A file that is overwritten in place, under its old name, is not noticed until
-        its folder is touched.
+        A folder of many files is listed and read again when files or folders were added, removed or renamed in it,
+        which changes the modification times of its folders. A file of such a folder that is overwritten in place, under
+        its old name, is not noticed until the folder is touched.
 
         Raises:
             SettingsError: If it cannot be read.
@@ -77,7 +78,7 @@ class Digests:
         folders = sorted(Path(path) for path, _, _ in os.walk(folder, followlinks=False))
         look = hashlib.sha256("".join(f"{f}\0{_look(f)}\0" for f in folders).encode()).hexdigest()
         known = self._recall([f"{folder}/"]).get(f"{folder}/")
-        if known and known[0] == look:
+        if known and known[0].partition(" ")[0] == look and int(known[0].partition(" ")[2] or 0) > FEW:
             return known[1]
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         digests = self.of_files(files, title=f"reading {folder.name}")
@@ -85,7 +86,7 @@ class Digests:
         for path in files:
             whole.update(path.relative_to(folder).as_posix().encode() + b"\0" + digests.get(path, "").encode())
         if not _fresh([*folders, *files]):
-            self._remember({f"{folder}/": (look, whole.hexdigest())})
+            self._remember({f"{folder}/": (f"{look} {len(files)}", whole.hexdigest())})
         return whole.hexdigest()
 
     @contextlib.contextmanager

@@ -189,6 +189,12 @@ def test_folder_is_not_listed_again_while_nothing_was_added_or_renamed(
     os.utime(folder, (long_ago, long_ago))
     digests = Digests(tmp_path / "memory.sqlite")
     before = digests.of(folder)
+    (folder / "a.png").write_text("b")  # Few files, as of a model: each is looked at.
+    assert digests.of(folder) != before
+    (folder / "a.png").write_text("a")
+    os.utime(folder / "a.png", (long_ago, long_ago))
+    assert digests.of(folder) == before
+    monkeypatch.setattr("mmphi.data.digests.FEW", 0)
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rglob", lambda *_: pytest.fail("was listed again"))
         assert digests.of(folder) == before

@@ -30,7 +30,7 @@ from mmphi.tracking.store import Store
         (
             "projector",
             {"light_clip.image_tower": "tf_efficientnet_lite"},
-            ["not a timm model", "tf_efficientnet_lite0"],
+            ["not a timm model", "tf_efficientnet_lite4"],
         ),
         ("projector", {"light_clip.lock_image": "true"}, ["random weights", "image_weights"]),
         ("projector", {"light_clip.lock_text": "true"}, ["random weights", "text_tower"]),

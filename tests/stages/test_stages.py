@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import mmphi
 from mmphi.data.records import ImageRef
-from mmphi.errors import ModelError
+from mmphi.errors import ModelError, SettingsError
 from mmphi.models.bundle import load_bundle
 from mmphi.models.multimodal import Multimodal
 from mmphi.pipeline.build import Pipeline
@@ -127,7 +127,7 @@ def test_kept_checkpoints_can_be_evaluated(pipeline: Pipeline) -> None:
     last = pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="8"))
     assert early.metrics["test/loss"] != final.metrics["test/loss"]
     assert last.metrics["test/loss"] == final.metrics["test/loss"]
-    with pytest.raises(ModelError, match="there are final, 2, 4, 6, 8"):
+    with pytest.raises(SettingsError, match="there are final, 2, 4, 6, 8"):
         pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="3"))
 
 
