@@ -13,7 +13,7 @@ from mmphi.pipeline.stage import Cost, Result
 from mmphi.settings.fields import all_fields, canonical, leaves
 from mmphi.settings.view import covered
 from mmphi.stages import STAGES, Settings
-from mmphi.stages.estimates import to_fetch
+from mmphi.stages.estimates import to_fetch, to_hash
 from mmphi.tracking.glance import Glance, glance
 
 if TYPE_CHECKING:
@@ -101,8 +101,10 @@ def status(settings: Settings) -> str:
             draw(name, "", "")
     width = max(len(name) for name, _ in rows)
     lines = [f"{settings.name}, in {looked.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)]
-    wanted = list(to_fetch(plan.view("projector", settings)))
-    return "\n".join([*lines, *(["", "would be fetched:", *(f"  {each}" for each in wanted)] if wanted else [])])
+    view = plan.view("projector", settings)
+    for title, names in (("fetched", list(to_fetch(view))), ("hashed once", list(to_hash(view)))):
+        lines += ["", f"would be {title}:", *(f"  {name}" for name in names)] if names else []
+    return "\n".join(lines)
 
 
 def _state(plan: Plan, looked: Glance, name: str, settings: Settings) -> str:

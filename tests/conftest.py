@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -146,6 +149,32 @@ class Recorder:
 
     def series(self, name: str) -> dict[int, float]:
         return {step: values[name] for step, values in self.metric_rows if name in values}
+
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """An open_clip configuration of a ViT small enough for a test."""
+    path = tmp_path / "own-tiny-clip.json"
+    path.write_text(json.dumps(TINY_CLIP))
+    return str(path)
+
+
+@pytest.fixture
+def weights(own: str, tmp_path: Path) -> str:
+    """Weights of that ViT in a file."""
+    torch.manual_seed(0)
+    open_clip.add_model_config(own)
+    model = open_clip.create_model("own-tiny-clip")
+
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    return str(tmp_path / "weights.safetensors")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -58,6 +59,24 @@ TOYS = {
     "train": Stage("train", 1, "train on them", ("projector",), train, upstream=lambda _: ("draw",), trains=True),
     "read": Stage("read", 1, "read files", ("pretrain",), read),
 }
+
+
+def begin(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Build a toy stage of four steps in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--projector.steps", "4"]
+    merged = {**os.environ, **environment}
+    return subprocess.Popen(command, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def until(process: subprocess.Popen[str], line: str) -> str:
+    """What a process prints up to a line."""
+    assert process.stdout is not None
+    output = ""
+    for read in process.stdout:
+        output += read
+        if line in read:
+            return output
+    raise AssertionError(output)
 
 
 if __name__ == "__main__":

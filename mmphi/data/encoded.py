@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import overload
@@ -22,7 +23,25 @@ ARRAYS = ("ids", "supervised", "starts", "examples", "spans", "span_starts")
 FORMAT = 1
 
 
-class Encoded(Sequence[Sample]):
+class Samples(Sequence[Sample], ABC):
+    """Sequences that are made as they are asked for."""
+
+    @abstractmethod
+    def at(self, index: int) -> Sample:
+        """The sequence with an index from 0 on."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        places = range(len(self))[index]
+        return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
+
+
+class Encoded(Samples):
     """The sequences of examples, read from memory-mapped files as they are asked for.
 
     Args:
@@ -45,16 +64,8 @@ class Encoded(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def at(self, index: int) -> Sample:
+        """The sequence with an index from 0 on."""
         example = self._of[self._examples[index]]
         begin, end = self._starts[index], self._starts[index + 1]
         rows = self._spans[self._span_starts[index] : self._span_starts[index + 1]].tolist()
@@ -63,7 +74,7 @@ class Encoded(Sequence[Sample]):
         return Sample(ids, supervised, spans, f"{example.source}/{example.id}")
 
 
-class Subset(Sequence[Sample]):
+class Subset(Samples):
     """Some sequences of others, by index, in any order and any number of times."""
 
     def __init__(self, of: Sequence[Sample], indices: Sequence[int]) -> None:
@@ -72,15 +83,8 @@ class Subset(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self._of[i] for i in self._indices[index]]
+    def at(self, index: int) -> Sample:
+        """The sequence with an index from 0 on."""
         return self._of[self._indices[index]]
 
 

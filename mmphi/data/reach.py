@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
+import urllib.error
 import urllib.request
 from functools import cache
-from urllib.parse import urlparse
 
 TIMEOUT_S = 5.0
+REFUSED = (403, 407, 502, 503, 504)  # What a proxy answers that does not let one through.
 
 
 @cache
@@ -24,12 +24,14 @@ def hub_in_reach() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    endpoint = urlparse(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
-    if endpoint.scheme in urllib.request.getproxies():
-        return True  # Only the proxy knows.
+    question = urllib.request.Request(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, method="HEAD")
     try:
-        port = endpoint.port or (443 if endpoint.scheme == "https" else 80)
-        socket.create_connection((endpoint.hostname or "", port), timeout=TIMEOUT_S).close()
+        # A new opener goes through the proxy that the environment names now, if it names one.
+        urllib.request.build_opener().open(question, timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        if error.code in REFUSED:
+            _go_offline()
+            return False
     except OSError:
         _go_offline()
         return False

@@ -73,6 +73,15 @@ def feature_bytes(settings: SettingsView) -> int:
     return image_count(settings) * tokens * width * FEATURE_BYTES
 
 
+def to_hash(settings: SettingsView) -> Iterator[str]:
+    """The files and folders whose contents stand in keys: read once, and remembered by size and time."""
+    for source in sources_of(settings(DataSettings)):
+        yield from (path for path in (source.path, source.images) if path and source.kind not in ("scenes", "datasets"))
+    language = settings(LanguageSettings).model
+    if language.startswith(("/", "$")):
+        yield language
+
+
 def to_fetch(settings: SettingsView) -> Iterator[str]:
     """What a projector of these settings would fetch, in words."""
     language, vision = settings(LanguageSettings), settings(VisionSettings)

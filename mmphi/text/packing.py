@@ -160,6 +160,7 @@ def packs(
 
 def to_device(pack: T, device: torch.device) -> T:
     """The same tensors on another device."""
+    # T is a tensor or a mapping of such, as deep as packs go; mypy cannot be told so without naming every depth.
     if isinstance(pack, Tensor):
         return pack.to(device)  # type: ignore[return-value]
     return {name: to_device(value, device) for name, value in pack.items()}  # type: ignore[attr-defined,return-value]

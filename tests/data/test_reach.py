@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from huggingface_hub import constants
@@ -13,7 +16,7 @@ from mmphi.settings import LanguageSettings
 
 
 @pytest.fixture
-def online(monkeypatch):
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a process that nobody told to stay offline."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
@@ -25,28 +28,60 @@ def online(monkeypatch):
     reach.hub_in_reach.cache_clear()
 
 
-def test_a_hub_that_answers_is_in_reach(online, monkeypatch):
+class Endpoint(HTTPServer):
+    """Answers everything with one status."""
+
+    def __init__(self, status: int) -> None:
+        self.status, self.asked = status, 0
+        super().__init__(("127.0.0.1", 0), Answer)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.server.asked += 1
+        self.send_response(self.server.status)
+        self.end_headers()
+
+
+def closed_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(("status", "there"), [(200, True), (404, True), (403, False), (407, False), (503, False)])
+def test_hub_is_in_reach_where_it_answers_and_no_proxy_refuses(online, monkeypatch, status, there):
+    with Endpoint(status) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint.address)
+        assert reach.hub_in_reach() is there
+        assert reach.hub_in_reach() is there
+        assert endpoint.asked == 1
+        endpoint.shutdown()
+    assert constants.HF_HUB_OFFLINE is not there
+
+
+def test_it_is_asked_through_the_proxy_of_the_environment(online, monkeypatch):
+    """A socket of our own would say nothing about a hub behind a proxy."""
+    with Endpoint(200) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.address)
+        monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
         assert reach.hub_in_reach()
-    assert constants.HF_HUB_OFFLINE is False
+        assert proxy.asked == 1
+        proxy.shutdown()
 
 
 def test_without_a_hub_its_client_goes_offline_and_the_error_names_the_local_way(online, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("HF_ENDPOINT", closed_port())
     with pytest.raises(ModelError, match="the hub did not give it") as caught:
         load_language(LanguageSettings(model="nobody/nothing"), None, "cpu")
     assert "give the path of a folder" in caught.value.hint
     assert constants.HF_HUB_OFFLINE is True
-
-
-def test_hub_is_asked_once(online, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        socket, "create_connection", lambda *a, **k: calls.append(a) or (_ for _ in ()).throw(OSError())
-    )
-    assert not reach.hub_in_reach()
-    assert not reach.hub_in_reach()
-    assert len(calls) == 1

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from mmphi.data.features import FeatureStore
 from mmphi.pipeline.build import Pipeline
@@ -18,21 +15,10 @@ from mmphi.settings import DataSettings, SourceSettings, VisionSettings
 from mmphi.stages import STAGES, Settings
 from mmphi.stages.embed import EmbedSettings
 
-CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-}
-
 
 @pytest.fixture
-def vision(tmp_path: Path) -> VisionSettings:
-    path, weights = tmp_path / "embed-tiny-clip.json", tmp_path / "weights.safetensors"
-    path.write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(str(path))
-    torch.manual_seed(0)
-    save_file(open_clip.create_model("embed-tiny-clip").state_dict(), weights)
-    return VisionSettings(model=str(path), pretrained=str(weights))
+def vision(own: str, weights: str) -> VisionSettings:
+    return VisionSettings(model=own, pretrained=weights)
 
 
 def photos(folder: Path, name: str, count: int, first: int = 0) -> SourceSettings:

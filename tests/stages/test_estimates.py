@@ -55,6 +55,8 @@ def test_status_of_phi2_works_without_its_data(
     assert "microsoft/phi-2, 5.6 GB" in out
     assert "ViT-L-14-336 openai, by open_clip" in out
     assert "mmphi fetch llava FOLDER" in out
+    hashed = out.partition("would be hashed once:")[2].split()
+    assert hashed == ["${MMPHI_LLAVA}/llava_instruct_150k.json", "${MMPHI_COCO}/train2017"]
 
 
 def test_small_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,29 +167,16 @@ def add_runs(uri: str, experiment: str, count: int) -> None:
 def toy_at(host: str, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """A toy stage built on another host: with a name and a cache folder of its own."""
     own = {"MMPHI_HOST": host, "XDG_CACHE_HOME": str(cache / host), "MMPHI_LEASE_S": "6"}
-    command = [sys.executable, toys.__file__, *arguments, "--projector.steps", "4"]
-    return subprocess.Popen(
-        command, env={**os.environ, **own, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def lines_until(process: subprocess.Popen[str], line: str) -> str:
-    assert process.stdout is not None
-    output = ""
-    for read in process.stdout:
-        output += read
-        if line in read:
-            return output
-    raise AssertionError(output)
+    return toys.begin(*arguments, **own, **environment)
 
 
 def test_live_run_of_another_host_is_waited_for_and_a_dead_one_taken_over(server: str, tmp_path: Path) -> None:
     """Two hosts that share nothing but the server: each has a name and a cache folder of its own."""
     go = tmp_path / "go"
     first = toy_at("one", tmp_path, "train", TOY_HOLD=str(go), TOY_SHARE="1")
-    lines_until(first, "held")
+    toys.until(first, "held")
     second = toy_at("two", tmp_path, "train")
-    output = lines_until(second, "waiting for it")
+    output = toys.until(second, "waiting for it")
     assert f"process {first.pid} on one" in output
     time.sleep(9)  # Longer than the lease: the heartbeat keeps it.
     assert second.poll() is None
@@ -208,9 +195,9 @@ def test_live_run_of_another_host_is_waited_for_and_a_dead_one_taken_over(server
 def test_live_run_of_another_host_is_reused_when_it_ends(server: str, tmp_path: Path) -> None:
     go = tmp_path / "go"
     first = toy_at("one", tmp_path, "train", TOY_HOLD=str(go))
-    lines_until(first, "held")
+    toys.until(first, "held")
     second = toy_at("two", tmp_path, "train")
-    lines_until(second, "waiting for it")
+    toys.until(second, "waiting for it")
     go.touch()
     results = [json.loads(process.communicate(timeout=60)[0].splitlines()[-1]) for process in (first, second)]
     assert results[0]["run_id"] == results[1]["run_id"]

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from workers import spawn
 
 from mmphi.settings import TrainingSettings
 from mmphi.training.checkpoints import complete_checkpoints
@@ -111,40 +110,14 @@ def test_images_are_decoded_when_asked_for_and_once(tmp_path, monkeypatch):
 
 
 WORKER = """
-import os, sys
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {here!r}]
-import torch
-torch.set_num_threads(1)
-from conftest import Recorder
 from test_contrastive import run
-recorder = Recorder()
-clip = run(Path({folder!r}), recorder)
-if int(os.environ.get("RANK", "0")) == 0:
-    weights = {{n: p.detach() for n, p in clip.named_parameters()}}
-    torch.save({{"weights": weights, "losses": recorder.series("train/loss")}}, {out!r})
+clip = run(RUN, recorder)
+saved = {"weights": {n: p.detach() for n, p in clip.named_parameters()}, "losses": recorder.series("train/loss")}
 """
 
 
-def spawn(tmp_path: Path, processes: int) -> dict:
-    here, out = Path(__file__).parent, tmp_path / f"{processes}.pt"
-    script = tmp_path / f"worker{processes}.py"
-    folder = str(tmp_path / f"run{processes}")
-    script.write_text(WORKER.format(tests=str(here.parent), here=str(here), folder=folder, out=str(out)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
-
-
 def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
-    one, two = spawn(tmp_path, 1), spawn(tmp_path, 2)
+    one, two = (spawn(tmp_path, n, __file__, WORKER) for n in (1, 2))
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
     for step, loss in one["losses"].items():

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from conftest import RandomFeatures, Recorder, encode, example, tiny_language
 from safetensors.torch import load_file
 from transformers import TrainingArguments
+from workers import spawn
 
 from mmphi.errors import ModelError, Stopped, TrainingError
 from mmphi.models.packed import PackedModel
@@ -165,40 +164,14 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 
 
 WORKER = """
-import sys
-from functools import cached_property
-from pathlib import Path
-sys.path[:0] = [{tests!r}, {here!r}]
-import torch
-torch.set_num_threads(1)
-from conftest import Recorder
 from test_trainer import run, weights
-recorder = Recorder()
-found = run(Path({folder!r}), recorder, accumulation=2 // int(__import__("os").environ.get("WORLD_SIZE", "1")))
-if int(__import__("os").environ.get("RANK", "0")) == 0:
-    torch.save({{"weights": weights(found), "losses": recorder.series("train/loss")}}, {out!r})
+projector = run(RUN, recorder, accumulation=2 // int(os.environ.get("WORLD_SIZE", "1")))
+saved = {"weights": weights(projector), "losses": recorder.series("train/loss")}
 """
 
 
-def spawn(tmp_path: Path, processes: int) -> dict:
-    here, out = Path(__file__).parent, tmp_path / f"{processes}.pt"
-    script = tmp_path / f"worker{processes}.py"
-    folder = str(tmp_path / f"run{processes}")
-    script.write_text(WORKER.format(tests=str(here.parent), here=str(here), folder=folder, out=str(out)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
-
-
 def test_two_processes_equal_one(tmp_path):
-    one, two = spawn(tmp_path, 1), spawn(tmp_path, 2)
+    one, two = (spawn(tmp_path, n, __file__, WORKER) for n in (1, 2))
     torch.testing.assert_close(one["weights"], two["weights"], rtol=1e-4, atol=1e-5)
     assert one["losses"].keys() == two["losses"].keys()
     for step, loss in one["losses"].items():
