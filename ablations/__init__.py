@@ -1,1 +1,1 @@
-"""Studies that change one factor at a time."""
+"""Studies: levels of one factor compared over paired seeds, and searches for settings."""

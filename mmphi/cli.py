@@ -9,6 +9,7 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 import mmphi.benchmarks
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
 LABEL_CHARACTERS = 80
+COMMANDS, BENCHMARKS = "mmphi.commands", "mmphi.benchmarks"  # Groups of entry points: see pyproject.toml.
 
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
        mmphi STAGE --help             every setting of a stage
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
        mmphi ui                       MLflow's pages, opened on the training runs
+       mmphi ablate STUDY             run an ablation, or go on with it
        mmphi fetch llava|models FOLDER  data and models that presets name
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 
@@ -51,7 +54,12 @@ def usage() -> str:
 def benchmarks() -> list[str]:
     """Names of the benchmarks there are."""
     names = (module.name for module in pkgutil.iter_modules(mmphi.benchmarks.__path__))
-    return [name for name in names if not name.startswith("_")]
+    return sorted([*(name for name in names if not name.startswith("_")), *plugins(BENCHMARKS)])
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """Commands or benchmarks that packages above this one bring, by name."""
+    return {each.name: each for each in entry_points(group=group)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,12 +114,15 @@ def _command(words: list[str]) -> int:
         from mmphi.tracking.ui import main as ui
 
         return ui(rest)
+    if name in plugins(COMMANDS):
+        command: Callable[[list[str]], int] = plugins(COMMANDS)[name].load()
+        return command(rest)
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "benchmark"])
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "benchmark", *plugins(COMMANDS)])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )
@@ -180,7 +191,11 @@ def _benchmark(rest: list[str]) -> int:
         return 0 if rest else USER_ERROR
     if rest[0] not in benchmarks():
         raise SettingsError(f"there is no benchmark {rest[0]!r}", f"there are: {there}")
-    run: Callable[[list[str]], int | None] = importlib.import_module(f"mmphi.benchmarks.{rest[0]}").main
+    run: Callable[[list[str]], int | None]
+    if rest[0] in plugins(BENCHMARKS):
+        run = plugins(BENCHMARKS)[rest[0]].load()
+    else:
+        run = importlib.import_module(f"mmphi.benchmarks.{rest[0]}").main
     return run(rest[1:]) or 0
 
 

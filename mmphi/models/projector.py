@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,34 @@ class ProjectorConfig:
     activation: Activation = "gelu"
     norm: bool = False
     dropout: float = 0.0
+
+    def size(self) -> int:
+        """Trained parameters."""
+        hidden = self.width or self.output_width
+        widths = [self.input_width, *[hidden] * (self.layers - 1), self.output_width]
+        linear = sum((before + 1) * after for before, after in pairwise(widths))
+        return linear + (2 * self.input_width if self.norm else 0)
+
+    def of_size(self, parameters: int) -> ProjectorConfig:
+        """The same with the hidden width that comes nearest to a number of parameters.
+
+        Raises:
+            ModelError: If there is no hidden layer whose width could be chosen, or none of that size.
+        """
+        if self.layers == 1:
+            raise ModelError(
+                f"a projector of one layer has {self.size()} parameters, and no hidden width to give it {parameters}",
+                "give it two layers or more, or leave projector.parameters at 0",
+            )
+        low, high = 1, 2
+        while replace(self, width=high).size() < parameters:
+            high *= 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if replace(self, width=middle).size() <= parameters else (low, middle)
+        return min(
+            (replace(self, width=width) for width in (low, high)), key=lambda config: abs(config.size() - parameters)
+        )
 
 
 class Projector(nn.Module):

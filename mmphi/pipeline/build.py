@@ -21,7 +21,7 @@ from mmphi.pipeline.stage import Context, Result, Stage
 from mmphi.settings.declare import Section
 
 if TYPE_CHECKING:
-    from mmphi.tracking.run import RunTracker
+    from mmphi.tracking.run import RunTracker, Watch
     from mmphi.tracking.store import Store
 
 
@@ -34,6 +34,8 @@ class Request:
         run: Id of a run that was begun for it, as ``mlflow run`` does.
         label: Stands in the run's name after stage and preset.
         tags: Further tags of its run.
+        watch: Told of every metric of its run as it is recorded; may raise to end the run.
+        after: Whether the stages that are asked for at its end are built too.
         ranks: The processes it runs in.
     """
 
@@ -41,6 +43,8 @@ class Request:
     run: str = ""
     label: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
+    watch: Watch | None = None
+    after: bool = True
     ranks: Ranks = field(default_factory=Ranks.one)
 
 
@@ -69,6 +73,8 @@ class Pipeline(Plan):
         label: str = "",
         run: str = "",
         tags: Mapping[str, str] | None = None,
+        watch: Watch | None = None,
+        after: bool = True,
     ) -> Result:
         """The result of a stage, from the store or built now, with whatever it needs.
 
@@ -80,6 +86,8 @@ class Pipeline(Plan):
             label: Stands in the run's name after stage and preset.
             run: Id of a run that was begun for it, as ``mlflow run`` does: it becomes the result, or points at it.
             tags: Further tags of its run.
+            watch: Told of every metric of its run as it is recorded, and its step; may raise to end the run.
+            after: Whether the stages that are asked for at its end, such as its evaluation, are built too.
 
         Returns:
             The result; where stages are asked for at its end, with their metrics beside its own.
@@ -94,7 +102,7 @@ class Pipeline(Plan):
         if not ranks.first:
             return follow(ranks, self.stages[name], settings, self.resources)
         try:
-            request = Request(force, run, label, tags or {}, ranks)
+            request = Request(force, run, label, tags or {}, watch, after, ranks)
             result = self._lead(name, settings, request, no_build)
         except BaseException as error:
             ranks.tell({"error": str(error)})
@@ -131,7 +139,7 @@ class Pipeline(Plan):
     def _followed(self, result: Result, settings: Section, request: Request, no_build: bool) -> Result:
         """The same result with the metrics of the stages that are asked for at its end; of a forced one, anew."""
         metrics, results = dict(result.metrics), []
-        for name in self.stages[result.stage].then:
+        for name in self.stages[result.stage].then if request.after else ():
             with alone():
                 after = self.build(name, settings, force=request.force, no_build=no_build)
             self.store.add_metrics(result.run_id, after, metrics)
@@ -170,6 +178,7 @@ class Pipeline(Plan):
                 request.ranks.tell({"result": as_json(ready)})
                 return ready
             _print(f"{name}: building{' anew, as asked' if request.force else self._why(name, parts, settings)}")
+            tracker.watch = request.watch
             with _recorded(self.store, tracker):
                 return self._work(stage, settings, parts, upstream, tracker, request)
 

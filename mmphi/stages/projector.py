@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mmphi.models.vision import Vision
     from mmphi.tracking.tracker import Tracker
 
+FEATURE_BYTES = 2  # They are stored in half precision.
 ROOM = 8  # Tokens of text beside an image, at the least.
 VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
 
@@ -40,6 +41,10 @@ class ProjectorSettings(TrainingSettings):
     features: Literal["cached", "live"] = setting("cached", "stored features, or computed anew every step")
     layers: int = setting(2, "linear layers: 1 is linear, 2 is LLaVA-1.5's", unit="layers", ge=1, le=8)
     width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
+    parameters: int = setting(0, "choose the hidden width that comes nearest to this size; 0 takes `width`", ge=0)
+    supervised_tokens: int = setting(
+        0, "train until this many tokens were learned from, whatever `steps` says; 0 counts steps", unit="tokens", ge=0
+    )
     activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
     norm: bool = setting(False, "normalise every feature vector before the first layer")
     dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
@@ -119,7 +124,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     language = language_of(ctx)
     torch.manual_seed(chosen.seed)
     shape = {name: getattr(chosen, name) for name in ("layers", "width", "activation", "norm", "dropout")}
-    projector = Projector(ProjectorConfig(features.width, language.width, **shape))
+    config = ProjectorConfig(features.width, language.width, **shape)
+    projector = Projector(config.of_size(chosen.parameters) if chosen.parameters else config)
     light_clip = ctx.upstream.get("light_clip")
     vision = Vision(ctx.settings(VisionSettings), features.digest, light_clip.path if light_clip else None)
     model = Multimodal(
@@ -136,14 +142,23 @@ def run(ctx: Context) -> Mapping[str, float]:
     count_left_out(sequences, training, chosen.max_length, report)
     log_report(report, ctx.tracker, data)
     samples = Subset(sequences, mixture(sequences.sources, data))
-    parameters = sum(p.numel() for p in projector.parameters())
-    ctx.tracker.metrics({"projector/parameters": parameters, "projector/image_tokens": features.tokens})
+    steps = packed_steps(samples, model.sources, chosen, alone=model.packed.alone)
+    if chosen.supervised_tokens:
+        chosen = chosen.model_copy(update={"steps": steps.until(chosen.supervised_tokens)})
+        steps = packed_steps(samples, model.sources, chosen, alone=model.packed.alone)
+    figures = {
+        "parameters": sum(p.numel() for p in projector.parameters()),
+        "image_tokens": features.tokens,
+        "feature_bytes_per_image": features.tokens * features.width * FEATURE_BYTES,
+        "supervised_tokens": steps.supervised(),
+    }
+    ctx.tracker.metrics({f"projector/{name}": value for name, value in figures.items()})
     held = [e for e in examples if e.split == "validation"]
     validation = Validation(model, held, chosen, ctx.tracker) if held else None
     with model.packed.recomputing(chosen.gradient_checkpointing):
         trained = train(
             model.packed,
-            packed_steps(samples, model.sources, chosen, alone=model.packed.alone),
+            steps,
             chosen,
             folder=ctx.folder,
             tracker=ctx.tracker,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from mmphi.tracking.tables import Tables, plain
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+Watch = Callable[[Mapping[str, float], int], None]
 EVERY_S, AT_MOST = 1.0, 500  # Metrics are sent together, at most this much later and this many.
 TAG_CHARACTERS, PARAM_CHARACTERS = 5000, 6000  # MLflow's own limits.
 
@@ -43,6 +44,7 @@ class RunTracker:
         self._tables = Tables(folder)
         self._not_finite: list[str] = []
         self._checkpoint = ""
+        self.watch: Watch | None = None
 
     @property
     def run_id(self) -> str:
@@ -50,7 +52,12 @@ class RunTracker:
         return self._run_id
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step; one that is not finite becomes a tag, because no chart can show it."""
+        """Record numbers at a step; one that is not finite becomes a tag, because no chart can show it.
+
+        Whoever watches the run is told, and may raise to end it.
+        """
+        if self.watch:
+            self.watch(values, step)
         now = int(time.time() * 1000)
         for name, value in values.items():
             if math.isfinite(value):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from mlflow.entities import Run
+from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 
 from mmphi.errors import StoreError
@@ -24,6 +24,8 @@ from mmphi.tracking.search import GENERATED_NAME, RunStore
 
 if TYPE_CHECKING:
     from mmphi.pipeline.stage import Result
+
+REUSES = "mmphi.reuses"
 
 
 class Store(RunStore):
@@ -188,9 +190,39 @@ class Store(RunStore):
         else:
             self.client.delete_tag(run, "mmphi.key")
 
+    def copy(self, run: Run, name: str, tags: Mapping[str, str]) -> str:
+        """A run of its own that shows what another one found, with all its curves; returns its id.
+
+        What was asked for twice, as by two studies, is computed once and shown in both.
+
+        Args:
+            run: The finished run.
+            name: Of the new run.
+            tags: Of the new run; what the other run says of itself comes with it.
+        """
+        known = next(iter(self.search("FINISHED", **{k.removeprefix("mmphi."): v for k, v in tags.items()})), None)
+        if known is not None:
+            return str(known.info.run_id)
+        ours = ("mmphi.key", "mmphi.stage", "mmphi.study", "mmphi.level", "mmphi.cell", "mmphi.lease", "mlflow.runName")
+        kept = {k: v for k, v in run.data.tags.items() if not k.startswith(ours) and k != "mlflow.loggedArtifacts"}
+        source = str(run.info.run_id)
+        made = self.client.create_run(
+            self.experiment(), start_time=run.info.start_time, run_name=name, tags={**kept, **tags, REUSES: source}
+        )
+        run_id = str(made.info.run_id)
+        for first in range(0, len(run.data.params), 100):
+            some = list(run.data.params.items())[first : first + 100]
+            self.client.log_batch(run_id, params=[Param(*item) for item in some])
+        for metric in run.data.metrics:
+            history = self.client.get_metric_history(source, metric)
+            for first in range(0, len(history), 500):
+                self.client.log_batch(run_id, metrics=history[first : first + 500])
+        self.client.set_terminated(run_id, "FINISHED", end_time=run.info.end_time)
+        return run_id
+
     def point(self, run: str, result: Result, preset: str) -> None:
         """Let a run that was begun for a result point at the one that was there already."""
-        tags = {"mmphi.stage": result.stage, "mmphi.reuses": result.run_id, "mmphi.preset": preset}
+        tags = {"mmphi.stage": result.stage, REUSES: result.run_id, "mmphi.preset": preset}
         tracker = self.begin(f"{result.stage} {preset} (reused)", tags, run)
         tracker.metrics(result.metrics)
         tracker.flush()

@@ -67,6 +67,25 @@ class PackedSteps(Dataset[Pack]):
         count = len(self.samples)
         return [self.samples[self._order(place // count)[place % count]] for place in places]
 
+    def supervised(self) -> int:
+        """Tokens learned from in the whole training."""
+        return sum(self._supervised_of(step) for step in range(self.steps))
+
+    def until(self, tokens: int) -> int:
+        """Steps after which at least so many tokens were learned from, however many steps were asked for.
+
+        Two trainings of one seed and of sequences that say the same need the same number of steps, whatever the
+        features in them are.
+        """
+        step = learned = 0
+        while learned < tokens:
+            learned += self._supervised_of(step)
+            step += 1
+        return step
+
+    def _supervised_of(self, step: int) -> int:
+        return sum(int(s.supervised.sum()) for s in self.step(step))
+
     def __getitem__(self, index: int) -> Pack:
         samples = self.step(index // self.packs_per_step)
         total = sum(int(s.supervised.sum()) for s in samples)

@@ -1,0 +1,78 @@
+"""``mmphi ablate``, ``mmphi studies``, ``mmphi compare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ablations import study as studies
+from ablations.study import Study
+from mmphi.errors import SettingsError
+
+EPILOG = "Any setting may be changed for all levels alike: --projector.batch_size 64"
+
+
+def ablate(arguments: Sequence[str]) -> int:
+    """``mmphi ablate STUDY``: run a study, or go on with it."""
+    parser = argparse.ArgumentParser(
+        prog="mmphi ablate", description="Run a study or a search, or go on with it.", epilog=EPILOG
+    )
+    parser.add_argument("study", help=f"{', '.join(studies.names())}, or a Python file that defines STUDY")
+    parser.add_argument("--preset", default="", help="another preset than the study's own")
+    parser.add_argument("--name", default="", help="what it is called in the store [the study's name]")
+    parser.add_argument("--workers", type=int, default=0, help="processes that train [one a GPU, else 1]")
+    parser.add_argument("--storage", default="", help="Optuna's storage: postgresql+psycopg://... [beside MLflow's]")
+    parser.add_argument("--seeds", type=int, help="how many paired seeds")
+    parser.add_argument("--tokens", type=int, help="budget of a trial in supervised tokens")
+    parser.add_argument("--levels", help="only these levels, separated by commas")
+    parser.add_argument("--retries", type=int, default=5, help="how often a worker may die over one trial [5]")
+    options, rest = parser.parse_known_args(list(arguments))
+    options.storage = "" if options.storage == "preset" else options.storage
+    name, study = studies.load(options.study, "" if options.preset == "preset" else options.preset)
+    study = adjusted(study, options, rest)
+    from ablations.run import run
+
+    return run(
+        options.name or name,
+        study,
+        workers=options.workers,
+        storage=options.storage,
+        retries=options.retries,
+        run_id=os.environ.get("MLFLOW_RUN_ID", ""),
+    )
+
+
+def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> Any:
+    """A study as the command line changes it before it begins.
+
+    Raises:
+        SettingsError: If it has no such level.
+    """
+    from mmphi.cli import parse
+
+    flags, fixed = parse(rest)
+    if flags:
+        raise SettingsError(f"unknown option --{next(iter(flags))}", "`mmphi ablate --help` lists them")
+    if options.seeds is not None:
+        study = replace(study, seeds=options.seeds)
+    if options.tokens is not None:
+        study = replace(study, tokens=options.tokens)
+    if options.levels and options.levels != "preset":
+        wanted = [level.strip() for level in options.levels.split(",")]
+        for level in wanted:
+            known_level(study, level)
+        study = replace(study, levels={level: study.levels[level] for level in wanted})
+    return replace(study, fixed={**study.fixed, **fixed}) if fixed else study
+
+
+def known_level(study: Study, level: str) -> None:
+    """Refuse a level that a study does not have.
+
+    Raises:
+        SettingsError: Naming those there are.
+    """
+    if level not in study.levels:
+        raise SettingsError(f"there is no level {level!r}", f"the levels are {', '.join(study.levels)}")

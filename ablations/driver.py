@@ -1,0 +1,235 @@
+"""The driver: decides which cell is next, hands it to a worker, and records how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from ablations.cells import Cell, Outcome, chosen, tuning_cells, verdict_cells
+from ablations.crew import Crew, Worker
+from ablations.jobs import Answer, Job
+from ablations.ledger import Ledger
+from ablations.record import Change, Record
+from ablations.study import Study
+from mmphi.errors import MmphiError, SettingsError, StoreError
+
+if TYPE_CHECKING:
+    import optuna
+
+POLL_S = 1.0
+
+
+class TrialError(MmphiError):
+    """A trial that cannot work until a person mends something."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with what was changed while it ran.
+
+    Attributes:
+        study: With the levels that were added and the seeds as they are now.
+        stopped: Levels that get no more trials.
+    """
+
+    study: Study
+    stopped: frozenset[str] = frozenset()
+
+    @property
+    def levels(self) -> list[str]:
+        """Those that go on."""
+        return [level for level in self.study.levels if level not in self.stopped]
+
+
+def changed(study: Study, changes: list[Change]) -> Plan:
+    """A study after changes."""
+    stopped: set[str] = set()
+    for change in changes:
+        if change.what == "stop":
+            stopped.add(change.name)
+        elif change.what == "add":
+            stopped.discard(change.name)
+            study = replace(study, levels={**study.levels, change.name: change.value})
+        elif change.what == "seeds":
+            study = replace(study, seeds=int(change.value))
+    return Plan(study, frozenset(stopped))
+
+
+class Driver:
+    """Runs the cells of a study on workers.
+
+    Args:
+        study: As it was declared.
+        record: Its run in MLflow's store.
+        ledgers: Its trials in Optuna, by phase.
+        retries: How often a worker may die over a cell.
+        say: Prints a line.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        record: Record,
+        ledgers: Mapping[str, Ledger],
+        *,
+        retries: int = 5,
+        say: Callable[[str], None] = tqdm.write,
+    ) -> None:
+        self.declared, self.record, self.retries, self.say = study, record, retries, say
+        self.ledgers = ledgers
+        self.plan = Plan(study)
+        self._trials: dict[int, tuple[Ledger, optuna.trial.Trial, Cell]] = {}
+        self._given = 0
+
+    def wanted(self) -> list[Cell]:
+        """Cells that somebody must still run, the first first."""
+        study, levels = self.plan.study, self.plan.levels
+        tuned = chosen(study, levels, self.ledgers["tuning"].outcomes())
+        cells = [*tuning_cells(study, levels), *verdict_cells(tuned, study.seeds)]
+        ended = {o.cell.name for ledger in self.ledgers.values() for o in ledger.outcomes()}
+        return [cell for cell in cells if cell.name not in ended]
+
+    def run(self, workers: int, logs: Path, **crew: Any) -> None:
+        """Run until nothing is wanted any more.
+
+        Args:
+            workers: How many.
+            logs: Folder of what they print.
+            **crew: Further arguments of :class:`Crew`.
+
+        Raises:
+            TrialError: If a trial met what a person must mend; the others' results stay.
+        """
+        with self.ledgers["verdict"].owned(), Crew(workers, logs, **crew) as team, self._bar() as bar:
+            while True:
+                self.plan = changed(self.declared, self.record.changes())
+                wanted = self.wanted()
+                self._show(bar, wanted)
+                elsewhere = set().union(*(ledger.running() for ledger in self.ledgers.values()))
+                free = [cell for cell in wanted if cell.name not in elsewhere]
+                for worker in team.idle():
+                    if free:
+                        self._give(team, worker, free.pop(0))
+                if not wanted and not team.busy():
+                    return
+                for worker, answer in team.listen(POLL_S):
+                    self._heard(worker, answer)
+                for ledger in self.ledgers.values():
+                    ledger.beat()
+
+    def _bar(self) -> Any:
+        return tqdm(desc=self.record.name, unit="trial", dynamic_ncols=True)
+
+    def _show(self, bar: Any, wanted: list[Cell]) -> None:
+        done = sum(len(ledger.outcomes()) for ledger in self.ledgers.values())
+        tuned = chosen(self.plan.study, self.plan.levels, self.ledgers["tuning"].outcomes())
+        later = (len(self.plan.levels) - len(tuned)) * self.plan.study.seeds
+        if (bar.n, bar.total) != (done, done + len(wanted) + later):
+            bar.total = done + len(wanted) + later
+            bar.update(done - bar.n)
+            bar.refresh()
+
+    def _give(self, team: Crew, worker: Worker, cell: Cell) -> None:
+        ledger = self.ledgers[cell.phase]
+        trial = ledger.take(cell, list(self.plan.study.levels).index(cell.level))
+        if trial is None:
+            return
+        from ablations.ledger import cell_of
+
+        got = cell_of(trial)
+        self._given += 1
+        self._trials[self._given] = ledger, trial, got
+        team.give(worker, self.job(self._given, got, trial.number))
+
+    def job(self, number: int, cell: Cell, trial: int) -> Job:
+        """What a worker is told of a cell."""
+        study = self.plan.study
+        tuning = cell.phase == "tuning"
+        tokens = study.tuning_tokens if tuning and study.tuning_tokens else study.tokens
+        seed = cell.number if tuning else study.seed(cell.level, cell.number)
+        settings = study.settings(cell.level, seed, cell.nuisance, tokens)
+        return Job(
+            number=number,
+            stage=study.stage,
+            settings=settings.model_dump(),
+            label=f"{self.record.name} {cell.level} {'tuning' if tuning else 'seed'} {cell.number}",
+            tags={
+                "mmphi.study": self.record.name,
+                "mmphi.factor": study.factor,
+                "mmphi.level": cell.level,
+                "mmphi.seed": str(seed),
+                "mmphi.round": str(cell.number),
+                "mmphi.phase": cell.phase,
+                "mmphi.cell": cell.name,
+            },
+            params={"study.level": cell.level, "study.seed": str(seed)},
+            metric=study.tuning_metric if tuning else study.metric,
+            after=not tuning,
+            costs=not tuning,
+        )
+
+    def _heard(self, worker: Worker, answer: Answer | None) -> None:
+        if answer is None:
+            self._died(worker)
+            return
+        worker.job = None
+        ledger, trial, cell = self._trials.pop(answer.number)
+        if answer.kind == "done":
+            study = self.plan.study
+            metric = study.tuning_metric if cell.phase == "tuning" else study.metric
+            value = answer.metrics[metric]
+            ledger.tell(trial, [value], answer.run_id)
+            self.say(f"{cell.name}: {metric} {value:.4f}, {answer.seconds:.0f} s")
+        elif answer.kind == "failed":
+            ledger.fail(trial, answer.reason, final=True)
+            self.say(f"{cell.name}: no result: {answer.reason}")
+        else:
+            ledger.fail(trial, answer.reason, final=False)
+            if answer.kind == "broken":
+                raise TrialError(f"{cell.name} cannot be run: {answer.reason}", "mend that; what is finished stays")
+
+    def _died(self, worker: Worker) -> None:
+        """Ask again for the cell that a worker died over, unless that happened too often."""
+        if worker.job is None:
+            raise StoreError("a worker died before it had any work", f"what it said: {self._log_hint()}")
+        ledger, trial, cell = self._trials.pop(worker.job.number)
+        code = worker.process.returncode
+        deaths = ledger.deaths(cell) + 1
+        final = deaths > self.retries
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        reason = f"its worker died {deaths} times, last by {how}" if final else f"its worker died by {how}"
+        ledger.fail(trial, reason, final=final, died=True)
+        self.say(f"{cell.name}: {reason}{'' if final else '; asking again'}")
+
+    def _log_hint(self) -> str:
+        return "the worker's log lies beside the study's storage"
+
+
+def outcomes_of(driver: Driver) -> Mapping[str, Outcome]:
+    """How the cells of a study ended, by name."""
+    return {o.cell.name: o for ledger in driver.ledgers.values() for o in ledger.outcomes()}
+
+
+def level_value(study: Study, name: str, typed: str) -> Any:
+    """The value of a level that is added, as typed.
+
+    Args:
+        study: It is added to.
+        name: Of the level.
+        typed: ``value``, or ``setting=value,setting=value`` where the factor has several fields.
+
+    Raises:
+        SettingsError: If the factor has other fields.
+    """
+    if not study.fields:
+        return typed
+    pairs = [part.partition("=") for part in typed.split(",")]
+    if any(not equals for _, equals, _ in pairs):
+        raise SettingsError(
+            f"level {name!r}: {typed!r} gives no settings", f"write {','.join(f'{f}=VALUE' for f in study.fields)}"
+        )
+    return {key.strip(): value for key, _, value in pairs}

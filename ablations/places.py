@@ -1,0 +1,36 @@
+"""Where a study's trials and its workers' logs are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmphi.tracking.uri import SQLITE, database
+
+if TYPE_CHECKING:
+    from ablations.ledger import Ledger
+    from ablations.study import Study
+    from mmphi.tracking.search import RunStore
+
+
+def storage_url(store: RunStore, given: str = "") -> str:
+    """Optuna's storage: as given, else ``MMPHI_OPTUNA``, else a database beside MLflow's."""
+    named = given or os.environ.get("MMPHI_OPTUNA", "")
+    if named:
+        return named
+    file = database(store.uri)
+    return f"{SQLITE}{(file.parent if file else store.cache) / 'optuna.db'}"
+
+
+def logs_folder(store: RunStore, name: str) -> Path:
+    """Where the workers of a study print to."""
+    return store.locks.parent / ".logs" / name.replace("/", "_")
+
+
+def ledgers(store: RunStore, name: str, study: Study, storage: str) -> dict[str, Ledger]:
+    """The trials of a study, by phase: those that are judged, and those that find nuisance values."""
+    from ablations.ledger import Ledger
+
+    url = storage_url(store, storage)
+    return {"verdict": Ledger(url, name, [study.direction]), "tuning": Ledger(url, f"{name}/tuning", ["minimize"])}

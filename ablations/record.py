@@ -1,0 +1,141 @@
+"""A study in MLflow's store: one run that holds its declaration, and what was changed while it ran."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmphi.errors import SettingsError, StoreError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from mmphi.tracking.store import Store
+
+STUDY, RECORD, CHANGE = "mmphi.study", "mmphi.study_record", "mmphi.change."
+DECLARATION = "study.json"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that a person changed while the study ran.
+
+    Attributes:
+        what: ``stop`` a level, ``add`` one, or the number of ``seeds``.
+        name: Of the level.
+        value: Of the level, or the number.
+        at: When, in UTC.
+    """
+
+    what: str
+    name: str
+    value: Any
+    at: str
+
+
+class Record:
+    """The run of a study.
+
+    Args:
+        store: MLflow's.
+        name: Of the study.
+        run: It.
+    """
+
+    def __init__(self, store: Store, name: str, run: Run) -> None:
+        self.store, self.name, self.run_id = store, name, str(run.info.run_id)
+
+    @classmethod
+    def find(cls, store: Store, name: str) -> Record | None:
+        """The record of a study that was begun, the newest of its name."""
+        found = next(store.search(study_record=name), None)
+        return cls(store, name, found) if found else None
+
+    @classmethod
+    def open(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str = "") -> Record:
+        """The record of a study, begun now where there is none.
+
+        Args:
+            store: MLflow's.
+            name: Of the study.
+            declaration: What it is now.
+            run: Id of a run that was begun for it, or empty.
+
+        Raises:
+            SettingsError: If the study was begun as something else; says in what it differs.
+        """
+        known = cls.find(store, name)
+        if known is None:
+            tracker = store.begin(f"study {name}", {RECORD: name, "mmphi.question": str(declaration["question"])}, run)
+            tracker.text(DECLARATION, json.dumps(declaration, indent=1))
+            from mmphi.pipeline.lineage import code, hardware, packages
+
+            tracker.text("packages.txt", packages())
+            tags, diff = code()
+            tracker.tags({**tags, **hardware()})
+            if diff:
+                tracker.text("uncommitted.diff", diff)
+            return cls(store, name, store.run(tracker.run_id))
+        different = differences(known.declaration(), declaration)
+        if different:
+            raise SettingsError(
+                f"the study {name} was begun with other settings: {'; '.join(different)}",
+                f"give this one a name of its own: --name {name}2; levels and seeds of a study that runs are changed by"
+                f" `mmphi studies {name} --add | --stop | --seeds`",
+            )
+        if run and run != known.run_id:
+            store.client.set_tag(run, "mmphi.reuses", known.run_id)
+        store.client.update_run(known.run_id, status="RUNNING")
+        return known
+
+    def declaration(self) -> dict[str, Any]:
+        """What the study was begun as.
+
+        Raises:
+            StoreError: If its record is damaged.
+        """
+        found = self.store.json_of(self.store.run(self.run_id), DECLARATION)
+        if not found:
+            raise StoreError(
+                f"run {self.run_id} of the study {self.name} has no {DECLARATION}", "restore its artifacts"
+            )
+        return found
+
+    def changes(self) -> list[Change]:
+        """What was changed while it ran, in order."""
+        tags = self.store.run(self.run_id).data.tags
+        return [Change(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(CHANGE)]
+
+    def change(self, what: str, name: str = "", value: Any = None) -> Change:
+        """Note a change; the driver acts on it before its next trial."""
+        made = Change(what, name, value, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()))
+        number = len(self.changes())
+        self.store.client.set_tag(self.run_id, f"{CHANGE}{number:04d}", json.dumps(made.__dict__))
+        return made
+
+    def finish(self, status: str) -> None:
+        """Mark its run ``FINISHED``, ``KILLED`` or ``FAILED``."""
+        self.store.client.set_terminated(self.run_id, status)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """In what two declarations differ, in words."""
+    one, other = _flat(before), _flat(after)
+    return [
+        f"{name} is {other.get(name, 'not there')}, was {one.get(name, 'not there')}"
+        for name in sorted(set(one) | set(other))
+        if one.get(name) != other.get(name)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{before}{name}.")
+        else:
+            flat[before + name] = value
+    return flat

@@ -1,0 +1,55 @@
+"""A study from its declaration to its last trial."""
+
+from __future__ import annotations
+
+import sys
+
+from ablations.crew import visible_gpus
+from ablations.driver import Driver, changed
+from ablations.places import ledgers, logs_folder, storage_url
+from ablations.record import Record
+from ablations.study import Study
+from mmphi.errors import Stopped
+from mmphi.tracking.store import Store
+
+
+def run(
+    name: str, study: Study, *, workers: int = 0, storage: str = "", retries: int = 5, run_id: str = "", **crew: object
+) -> int:
+    """Run a study, or go on with it.
+
+    Args:
+        name: What it is called in the store.
+        study: What it is.
+        workers: Processes that train; 0 takes one a GPU, else one.
+        storage: Optuna's.
+        retries: How often a worker may die over a cell.
+        run_id: A run that was begun for it.
+        **crew: Further arguments of :class:`ablations.crew.Crew`.
+
+    Raises:
+        SettingsError: If it cannot be a comparison, or was begun as something else.
+        StoreError: If another driver runs it.
+        Stopped: If a signal asked to stop; the same command goes on from there.
+    """
+    study.check()
+    store = Store()
+    if run_id:
+        store.record_beside(run_id, f"study {name}")
+    record = Record.open(store, name, study.declaration(), run_id)
+    driver = Driver(study, record, ledgers(store, name, study, storage), retries=retries)
+    count = workers or max(1, len(visible_gpus()))
+    plan = changed(study, record.changes())
+    print(f"{study.question}\n{name}: {len(plan.levels)} levels x {plan.study.seeds} seeds, {count} worker(s)")
+    print(f"watch it: mmphi studies {name} --watch\nOptuna: optuna-dashboard {storage_url(store, storage)}", flush=True)
+    try:
+        driver.run(count, logs_folder(store, name), **crew)
+    except KeyboardInterrupt as error:
+        record.finish("KILLED")
+        raise Stopped(f"stopped; `mmphi ablate {name}` goes on from there") from error
+    except BaseException:
+        record.finish("FAILED")
+        raise
+    record.finish("FINISHED")
+    print(f"finished: mmphi report ablation --study {name}", file=sys.stdout, flush=True)
+    return 0

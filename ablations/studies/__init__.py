@@ -1,0 +1,1 @@
+"""The studies that come with mmphi, one small file each."""

@@ -1,0 +1,17 @@
+"""A factor that changes nothing: what the suite must call no difference."""
+
+from ablations.study import CURVES, Study
+
+STUDY = Study(
+    question="Does the suite see a difference where there is none?",
+    factor="nothing",
+    fields=("projector.layers",),
+    levels={"as it is": {}, "as it is, again": {}},
+    baseline="as it is",
+    shifts={"as it is, again": 500},
+    fixed={"projector.optimizer": "adamw", **CURVES},
+    tokens=150_000,
+    margin=0.02,
+    leaves_open="Both levels are the same settings; the second one's seeds are others, so that its trials share neither"
+    " weights nor order with their pairs, and the noise is that of unpaired runs.",
+)

@@ -1,0 +1,232 @@
+"""What a study is: one question, one factor, its levels, and what is held equal while they are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import ablations.studies
+from mmphi.errors import SettingsError
+from mmphi.settings.fields import leaves
+from mmphi.settings.messages import nearest
+from mmphi.stages import STAGES, Settings, load_settings
+
+Changes = Mapping[str, Any]
+# Validation often enough for a curve, without the captions that cost more than the loss.
+CURVES: Changes = {"projector.eval_every": 50, "projector.sample_images": 0, "evaluate.yes_no": 0}
+# Costs that every trial records; none of them decides a verdict.
+COSTS: Mapping[str, str] = {
+    "projector/parameters": "parameters",
+    "seconds": "training seconds",
+    "train/memory_gb": "peak memory, GB",
+    "projector/feature_bytes_per_image": "bytes of features an image",
+    "cost/first_token_s": "seconds to the first token",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of the levels of one factor, over paired seeds.
+
+    Attributes:
+        question: In a sentence.
+        factor: The setting that differs (dotted), or a name for several settings that only mean something together.
+        levels: By name: the value of the factor, or of each of ``fields``.
+        baseline: The level that all others are compared with.
+        fields: The settings that the levels give, where the factor is not a setting itself.
+        preset: What all levels are changes of.
+        stage: What is trained.
+        fixed: Settings that differ from the preset in all levels alike.
+        nuisance: Settings whose best value may differ from level to level: the values tried. Each level is judged at
+            its own best, found on the validation split with seeds that no verdict uses.
+        tuning_seeds: These seeds.
+        tuning_tokens: Budget of a tuning trial in supervised tokens; 0 takes ``tokens``.
+        tuning_metric: What is least at the best value.
+        tokens: Budget of a trial in supervised tokens, the same for all; 0 trains as many steps as the preset says.
+        seeds: How many; 0, 1, 2, ... are paired over the levels.
+        seed_settings: The settings that a seed is put in.
+        shifts: Added to the seeds of a level, so that its trials share nothing with their pairs.
+        metric: What is judged, as the stage or its evaluation names it.
+        unit: Of the metric.
+        direction: Whether less or more of it is better.
+        margin: The smallest difference that would matter to anybody; a verdict of equivalence is made against it.
+        costs: Further metrics by name: what they are.
+        leaves_open: What the study cannot answer, in a sentence; stands in its report.
+    """
+
+    question: str
+    factor: str
+    levels: Mapping[str, Any]
+    baseline: str
+    fields: tuple[str, ...] = ()
+    preset: str = "tiny"
+    stage: str = "projector"
+    fixed: Changes = field(default_factory=dict)
+    nuisance: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tuning_seeds: tuple[int, ...] = (1000,)
+    tuning_tokens: int = 0
+    tuning_metric: str = "val/loss"
+    tokens: int = 0
+    seeds: int = 8
+    seed_settings: tuple[str, ...] = ("projector.seed",)
+    shifts: Mapping[str, int] = field(default_factory=dict)
+    metric: str = "test/loss"
+    unit: str = "nats/token"
+    direction: Literal["minimize", "maximize"] = "minimize"
+    margin: float = 0.0
+    costs: Mapping[str, str] = field(default_factory=lambda: dict(COSTS))
+    leaves_open: str = ""
+
+    def changes(self, level: str) -> dict[str, Any]:
+        """What a level changes: settings by dotted name.
+
+        Raises:
+            SettingsError: If it gives more or fewer settings than the factor has.
+        """
+        value = self.levels[level]
+        if not self.fields:
+            if isinstance(value, Mapping):
+                raise SettingsError(
+                    f"level {level!r} changes {', '.join(value)}: the factor is {self.factor} alone",
+                    "a verdict is about one factor; settings that only mean something together are named in `fields`",
+                )
+            return {self.factor: value}
+        given = dict(value) if isinstance(value, Mapping) else {}
+        if set(given) - set(self.fields):
+            others = ", ".join(sorted(set(given) - set(self.fields)))
+            raise SettingsError(
+                f"level {level!r} changes {others}, which the factor {self.factor} does not hold",
+                f"its fields are {', '.join(self.fields)}; what all levels share belongs in `fixed`",
+            )
+        return given
+
+    def seed(self, level: str, number: int) -> int:
+        """The seed of a level in a round."""
+        return number + self.shifts.get(level, 0)
+
+    def overrides(self, level: str, seed: int, nuisance: Changes, tokens: int) -> dict[str, Any]:
+        """All that a trial changes on the preset."""
+        budget = {f"{self.stage}.supervised_tokens": tokens} if tokens else {}
+        seeds = dict.fromkeys(self.seed_settings, seed)
+        return {**self.fixed, **budget, **nuisance, **self.changes(level), **seeds}
+
+    def settings(self, level: str, seed: int = 0, nuisance: Changes | None = None, tokens: int = 0) -> Settings:
+        """Settings of a trial.
+
+        Raises:
+            SettingsError: If there is no such setting, or it cannot have that value.
+        """
+        return settings_of(self.preset, self.overrides(level, seed, nuisance or {}, tokens or self.tokens), self.stage)
+
+    def check(self) -> None:
+        """Refuse what cannot be a comparison, before anything is trained.
+
+        Raises:
+            SettingsError: Naming what is wrong, and what to do.
+        """
+        if self.stage not in STAGES:
+            raise SettingsError(f"there is no stage {self.stage!r}", f"there are {', '.join(STAGES)}")
+        if self.baseline not in self.levels:
+            raise SettingsError(
+                f"the baseline {self.baseline!r} is not among the levels", f"these are {', '.join(self.levels)}"
+            )
+        if self.seeds < 1:
+            raise SettingsError(f"{self.seeds} seeds: nothing would be run", "give one at least; 8 can show something")
+        if len(self.levels) < 2:
+            raise SettingsError("a study of one level compares nothing", "give two levels or more")
+        taken = {self.seed(level, n) for level in self.levels for n in range(self.seeds)}
+        if self.nuisance and taken & set(self.tuning_seeds):
+            raise SettingsError(
+                f"seeds {sorted(taken & set(self.tuning_seeds))} are for tuning and for the verdict",
+                "tune with seeds that the verdict does not use, such as 1000",
+            )
+        budget = f"{self.stage}.supervised_tokens"
+        if budget in self.fixed:
+            raise SettingsError(f"{budget} is the study's budget", "give it as `tokens`, on the command line --tokens")
+        held = set(self.fields or (self.factor,))
+        for what, names in (("fixed", self.fixed), ("nuisance", self.nuisance)):
+            if both := held & set(names):
+                raise SettingsError(f"{', '.join(sorted(both))} is the factor and stands in `{what}`", "leave one out")
+        stage = STAGES[self.stage]
+        for level in self.levels:
+            settings = self.settings(level)
+            for name in {stage.name, *plan_order(self.stage, settings)}:
+                from mmphi.settings.view import SettingsView
+
+                STAGES[name].check(SettingsView(settings, STAGES[name].declared))
+
+    def declaration(self) -> dict[str, Any]:
+        """All that makes the study what it is, as JSON: itself, and every setting of its baseline."""
+        settings = self.settings(self.baseline)
+        versions = {name: STAGES[name].version for name in plan_order(self.stage, settings)}
+        whole = {**asdict(self), "settings": dict(leaves(settings)), "versions": versions}
+        return dict(json.loads(json.dumps(whole, default=str)))
+
+
+def plan_order(stage: str, settings: Settings) -> list[str]:
+    """A stage, what it is built on, and what is asked for at its end."""
+    from mmphi.pipeline.plan import Plan
+
+    plan = Plan(STAGES)
+    return list(dict.fromkeys([*plan.order(stage, settings), *STAGES[stage].then]))
+
+
+def settings_of(preset: str, changes: Changes, stage: str) -> Settings:
+    """A preset with settings changed."""
+    typed = {name: v if isinstance(v, str) else json.dumps(v) for name, v in changes.items()}
+    return load_settings(preset, typed, stage)
+
+
+def digest(declaration: Mapping[str, Any]) -> str:
+    """Short name of a declaration's content."""
+    return hashlib.sha256(json.dumps(declaration, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def names() -> list[str]:
+    """The studies that come with mmphi."""
+    return sorted(module.name for module in pkgutil.iter_modules(ablations.studies.__path__))
+
+
+def load(name: str, preset: str = "") -> tuple[str, Any]:
+    """A study by its name or file.
+
+    Args:
+        name: Of a file in ``ablations/studies/``, or the path of a Python file that defines ``STUDY``.
+        preset: Another preset than the study's own; the file's ``PRESETS`` may say what the study is there.
+
+    Returns:
+        What it is called in the store, and the study or search.
+
+    Raises:
+        SettingsError: If there is none of that name.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise SettingsError(f"there is no study file {path}", "check the path")
+    else:
+        name = name.replace("-", "_")
+        if name not in names():
+            near = nearest(name, names())
+            raise SettingsError(
+                f"there is no study {name!r}", f"did you mean {near}?" if near else f"there are {', '.join(names())}"
+            )
+        path = Path(ablations.studies.__path__[0]) / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"ablations.studies.{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise SettingsError(f"{path} cannot be read as Python", "see ablations/studies/ for examples")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = getattr(module, "STUDY", None)
+    if study is None:
+        raise SettingsError(f"{path} defines no STUDY", "README's section on ablations shows one")
+    if not preset or preset == study.preset:
+        return path.stem, study
+    there = getattr(module, "PRESETS", {}).get(preset)
+    return f"{path.stem}.{Path(preset).stem}", there or replace(study, preset=preset)

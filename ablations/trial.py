@@ -1,0 +1,112 @@
+"""One trial: a stage built with given settings, as a flat run that says which cell of which study it is."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow.entities import Param
+from PIL import Image
+
+from ablations.jobs import Answer, Job
+from mmphi.errors import MmphiError, SettingsError, Stopped, TrainingError
+from mmphi.pipeline.build import Pipeline
+from mmphi.stages import Settings
+
+if TYPE_CHECKING:
+    from mmphi.pipeline.stage import Result
+    from mmphi.tracking.run import Watch
+    from mmphi.tracking.store import Store
+
+MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
+FIRST_TOKENS = 5  # The median of so many; the first of all is left out.
+
+
+class Pruned(Exception):  # noqa: N818 - no error: the driver asked for it.
+    """The driver does not want the rest of a training."""
+
+
+def run_trial(job: Job, pipeline: Pipeline, told: Callable[[str, float, int], bool] | None = None) -> Answer:
+    """Run a job to its end, whatever that is.
+
+    Args:
+        job: What to run.
+        pipeline: With what this process has loaded.
+        told: Given each reported metric, its value and step, says whether to go on.
+    """
+    begun = time.perf_counter()
+    watch = _reporting(job, told) if job.reports and told else None
+    try:
+        run_id, metrics = _trained(job, pipeline, watch)
+    except Pruned as pruned:
+        return Answer(job.number, "pruned", reason=str(pruned), seconds=time.perf_counter() - begun)
+    except Stopped as stopped:
+        return Answer(job.number, "stopped", reason=str(stopped))
+    except TrainingError as error:
+        return Answer(job.number, "failed", reason=error.what, seconds=time.perf_counter() - begun)
+    except MmphiError as error:
+        return Answer(job.number, "broken", reason=str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not any(words in str(error).lower() for words in MEMORY) and not isinstance(error, MemoryError):
+            raise
+        reason = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return Answer(job.number, "failed", reason=reason, seconds=time.perf_counter() - begun)
+    return Answer(job.number, "done", metrics, run_id, seconds=time.perf_counter() - begun)
+
+
+def _reporting(job: Job, told: Callable[[str, float, int], bool]) -> Watch:
+    def watch(values: Mapping[str, float], step: int) -> None:
+        if job.reports in values and not told(job.reports, values[job.reports], step):
+            raise Pruned(f"{job.reports} = {values[job.reports]:.4g} at step {step}")
+
+    return watch
+
+
+def _trained(job: Job, pipeline: Pipeline, watch: Watch | None) -> tuple[str, dict[str, float]]:
+    settings = Settings(**job.settings)
+    result = pipeline.build(job.stage, settings, label=job.label, tags=job.tags, watch=watch, after=job.after)
+    store = pipeline.store
+    run = store.run(result.run_id)
+    ours = all(run.data.tags.get(name) == value for name, value in job.tags.items())
+    run_id = result.run_id if ours else store.copy(run, f"{job.stage} {job.label}", job.tags)
+    store.client.log_batch(run_id, params=[Param(name, value) for name, value in job.params.items()])
+    if job.costs and "cost/first_token_s" not in run.data.metrics:
+        _record(store, run_id, {"cost/first_token_s": first_token_s(result, pipeline)})
+    metrics = dict(store.run(run_id).data.metrics)
+    if job.metric not in metrics:
+        near = ", ".join(sorted(name for name in metrics if name.startswith(job.metric.partition("/")[0])))
+        raise SettingsError(
+            f"run {run_id} has no metric {job.metric!r}", f"it has {near or ', '.join(sorted(metrics))}"
+        )
+    return run_id, metrics
+
+
+def _record(store: Store, run_id: str, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        store.client.log_metric(run_id, name, value)
+
+
+def first_token_s(result: Result, pipeline: Pipeline) -> float:
+    """Seconds from an image file and a question to the first token of the answer, image tower included.
+
+    The median of several, after one that is not counted, of a photograph of 640 x 480 px; 0 where the result is no
+    model that sees.
+    """
+    from mmphi.models.bundle import load_bundle
+
+    if not (result.path / "projector.json").exists():
+        return 0.0
+    model: Any = load_bundle(result.path, once=pipeline.resources.once)
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        photo = Path(folder) / "photo.jpg"
+        Image.effect_noise((640, 480), 64).convert("RGB").save(photo)
+        for _ in range(FIRST_TOKENS + 1):
+            begun = time.perf_counter()
+            model.ask("", str(photo), max_new_tokens=1)
+            seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])

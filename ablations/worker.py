@@ -1,0 +1,63 @@
+"""A worker: a process that runs one job after the other, and keeps models, features and encoded data between them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+from ablations.jobs import Answer, decode_answer, decode_job, encode
+from mmphi.errors import Stopped
+
+ALIVE_S = 0.5  # How often it looks whether its driver still lives.
+
+
+def main(descriptor: int) -> None:
+    """Run what comes through a pipe until it is closed.
+
+    Args:
+        descriptor: The pipe's file descriptor.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's matter.
+    _die_with_parent()
+    from ablations.trial import run_trial
+    from mmphi.pipeline.build import Pipeline
+    from mmphi.stages import STAGES
+
+    connection, pipeline = Connection(descriptor), Pipeline(STAGES)
+    connection.send_bytes(encode(Answer(-1, "report")))  # Ready.
+    while True:
+        try:
+            job = decode_job(connection.recv_bytes())
+        except (EOFError, Stopped):
+            return
+
+        def told(name: str, value: float, step: int, number: int = job.number) -> bool:
+            connection.send_bytes(encode(Answer(number, "report", {name: value, "step": step})))
+            return decode_answer(connection.recv_bytes()).kind == "report"
+
+        connection.send_bytes(encode(run_trial(job, pipeline, told)))
+
+
+def _stop(*_: object) -> None:
+    raise Stopped("stopped; the same command goes on from there")
+
+
+def _die_with_parent() -> None:
+    """End this process when its driver is gone: what it was building is gone on with by the next one."""
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(ALIVE_S)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True, name="mmphi-parent").start()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
