@@ -1,1 +1,1 @@
-"""Reports written from the tracking store."""
+"""Reports, written from the tracking store alone: queries, statistics, words, figures."""

@@ -19,12 +19,12 @@ STUDY = Study(
     fixed={
         "projector.optimizer": "adamw",
         **CURVES,
-        "light_clip.steps": 260,
+        "light_clip.steps": 200,
         "light_clip.workers": 0,
         "embed.workers": 0,
     },
     nuisance={"projector.learning_rate": [1e-3, 3e-3]},
-    tokens=100_000,
+    tokens=60_000,
     margin=0.02,
     leaves_open="All light CLIPs train for the same number of steps at the same learning rate: a kind that needs more"
     " of either is judged at what it reaches with these.",

@@ -1,0 +1,201 @@
+"""What the tracking store says of a study: its record, its trials, their curves. Loads no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mmphi.errors import SettingsError, StoreError
+from mmphi.settings.messages import nearest
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from mmphi.tracking.search import RunStore
+
+RECORD, CHANGE, DECLARATION = "study_record", "mmphi.change.", "study.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study.
+
+    Attributes:
+        run_id: The run.
+        phase: ``tuning``, ``verdict`` or ``search``.
+        level: Of the factor.
+        seed: Its number among the paired seeds.
+        status: MLflow's.
+        reason: Why there is no result.
+        metrics: The last value of each.
+        params: Settings by dotted name.
+        tags: All of them.
+        started_ms: When, since 1970.
+    """
+
+    run_id: str
+    phase: str
+    level: str
+    seed: int
+    status: str
+    reason: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    started_ms: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has a result."""
+        return self.status == "FINISHED"
+
+    @property
+    def went_on(self) -> bool:
+        """Whether another run went on from it after it was killed."""
+        return "mmphi.continued_by" in self.tags
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """A study as the store has it.
+
+    Attributes:
+        name: In the store.
+        run_id: Of its record.
+        experiment: Id of the experiment it is in.
+        declaration: What it was begun as.
+        changes: What was changed while it ran, in order.
+        trials: All of its runs, oldest first.
+        tags: Of its record: commit, machine.
+        curves: Values of a metric by step, by run id.
+        address: Of MLflow's pages.
+    """
+
+    name: str
+    run_id: str
+    experiment: str
+    declaration: Mapping[str, Any]
+    changes: Sequence[Mapping[str, Any]] = ()
+    trials: Sequence[Trial] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    address: str = "http://127.0.0.1:5000"
+
+    @property
+    def levels(self) -> list[str]:
+        """All levels that it has or had, in order."""
+        added = [c["name"] for c in self.changes if c["what"] == "add"]
+        return list(dict.fromkeys([*self.declaration.get("levels", {}), *added]))
+
+    @property
+    def stopped(self) -> list[str]:
+        """Levels that were stopped and not added again."""
+        state: dict[str, str] = {c["name"]: c["what"] for c in self.changes if c["what"] in ("stop", "add")}
+        return [level for level, what in state.items() if what == "stop"]
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds are asked for now."""
+        numbers = [int(c["value"]) for c in self.changes if c["what"] == "seeds"]
+        return numbers[-1] if numbers else int(self.declaration["seeds"])
+
+    def results(self, phase: str = "verdict", metric: str = "") -> dict[str, dict[int, Trial]]:
+        """The finished trials that have a metric, by level and seed; of several of one cell the oldest."""
+        found: dict[str, dict[int, Trial]] = {level: {} for level in self.levels}
+        for trial in self.trials:
+            if trial.phase == phase and trial.finished and (not metric or metric in trial.metrics):
+                found.setdefault(trial.level, {}).setdefault(trial.seed, trial)
+        return found
+
+    def values(self, metric: str) -> dict[str, dict[int, float]]:
+        """A metric of the judged trials, by level and seed."""
+        results = self.results("verdict", metric)
+        return {level: {n: t.metrics[metric] for n, t in sorted(of.items())} for level, of in results.items()}
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Cells that were asked for and have no finished run."""
+        there = self.results("verdict", self.declaration["metric"])
+        going = [level for level in self.levels if level not in self.stopped]
+        return [(level, n) for level in going for n in range(self.seeds) if n not in there[level]]
+
+    def failed(self) -> list[Trial]:
+        """Runs without a result that no other run went on from."""
+        return [t for t in self.trials if t.status in ("FAILED", "KILLED") and not t.went_on]
+
+    def link(self, run_id: str) -> str:
+        """Where MLflow's pages show a run."""
+        return f"{self.address}/#/experiments/{self.experiment}/runs/{run_id}"
+
+
+def load_study(store: RunStore, name: str, curve: str = "") -> StudyData:
+    """A study from the store.
+
+    Args:
+        store: MLflow's.
+        name: Of the study.
+        curve: Metric whose values over the training are loaded too.
+
+    Raises:
+        SettingsError: If there is none of that name; names those there are.
+        StoreError: If its record has no declaration.
+    """
+    record = next(store.search(**{RECORD: name}), None)
+    if record is None:
+        there = begun(store)
+        near = nearest(name, there)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(there)}" if there else f"mmphi ablate {name}"
+        raise SettingsError(f"{store.uri} has no study {name!r}", hint)
+    declaration = store.json_of(record, DECLARATION)
+    if not declaration:
+        raise StoreError(f"run {record.info.run_id} of the study {name} has no {DECLARATION}", "restore its artifacts")
+    runs = sorted(_trials(store, name), key=lambda trial: (trial.started_ms, trial.run_id))
+    curves = {
+        trial.run_id: sorted((m.step, m.value) for m in store.client.get_metric_history(trial.run_id, curve))
+        for trial in runs
+        if curve and trial.finished and trial.phase == "verdict"
+    }
+    tags = record.data.tags
+    base = store.uri if store.uri.startswith("http") else "http://127.0.0.1:5000"
+    return StudyData(
+        name=name,
+        run_id=str(record.info.run_id),
+        experiment=str(record.info.experiment_id),
+        declaration=declaration,
+        changes=[json.loads(tags[tag]) for tag in sorted(tags) if tag.startswith(CHANGE)],
+        trials=runs,
+        tags=tags,
+        curves=curves,
+        address=base.rstrip("/"),
+    )
+
+
+def _trials(store: RunStore, name: str) -> Iterator[Trial]:
+    for run in store.search(study=name):
+        if run.info.lifecycle_stage == "active":
+            yield trial_of(run)
+
+
+def trial_of(run: Run) -> Trial:
+    """A run as a trial."""
+    tags = run.data.tags
+    return Trial(
+        run_id=str(run.info.run_id),
+        phase=tags.get("mmphi.phase", "verdict"),
+        level=tags.get("mmphi.level", ""),
+        seed=int(tags.get("mmphi.round", "0")),
+        status=str(run.info.status),
+        reason=tags.get("mmphi.error", ""),
+        metrics=run.data.metrics,
+        params=run.data.params,
+        tags=tags,
+        started_ms=int(run.info.start_time or 0),
+    )
+
+
+def begun(store: RunStore) -> list[str]:
+    """Names of the studies that the store has."""
+    experiments = [str(e.experiment_id) for e in store.client.search_experiments()]
+    found = store.client.search_runs(experiments, f"tags.`mmphi.{RECORD}` != ''", max_results=1000)
+    return sorted({run.data.tags[f"mmphi.{RECORD}"] for run in found})
