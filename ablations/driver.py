@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ablations.cells import Cell, Outcome, chosen, tuning_cells, verdict_cells
+from ablations.cells import Cell, chosen, tuning_cells, verdict_cells
 from ablations.crew import Crew, Worker
 from ablations.jobs import Answer, Job
 from ablations.ledger import Ledger
@@ -84,6 +84,7 @@ class Driver:
         self.plan = Plan(study)
         self._trials: dict[int, tuple[Ledger, optuna.trial.Trial, Cell]] = {}
         self._given = 0
+        self._logs = Path()
 
     def wanted(self) -> list[Cell]:
         """Cells that somebody must still run, the first first."""
@@ -104,6 +105,7 @@ class Driver:
         Raises:
             TrialError: If a trial met what a person must mend; the others' results stay.
         """
+        self._logs = logs
         with self.ledgers["verdict"].owned(), Crew(workers, logs, **crew) as team, self._bar() as bar:
             while True:
                 self.plan = changed(self.declared, self.record.changes())
@@ -195,7 +197,7 @@ class Driver:
     def _died(self, worker: Worker) -> None:
         """Ask again for the cell that a worker died over, unless that happened too often."""
         if worker.job is None:
-            raise StoreError("a worker died before it had any work", f"what it said: {self._log_hint()}")
+            raise StoreError("a worker died before it had any work", f"its last words are in {self._logs}")
         ledger, trial, cell = self._trials.pop(worker.job.number)
         code = worker.process.returncode
         deaths = ledger.deaths(cell) + 1
@@ -204,14 +206,6 @@ class Driver:
         reason = f"its worker died {deaths} times, last by {how}" if final else f"its worker died by {how}"
         ledger.fail(trial, reason, final=final, died=True)
         self.say(f"{cell.name}: {reason}{'' if final else '; asking again'}")
-
-    def _log_hint(self) -> str:
-        return "the worker's log lies beside the study's storage"
-
-
-def outcomes_of(driver: Driver) -> Mapping[str, Outcome]:
-    """How the cells of a study ended, by name."""
-    return {o.cell.name: o for ledger in driver.ledgers.values() for o in ledger.outcomes()}
 
 
 def level_value(study: Study, name: str, typed: str) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +160,13 @@ class Study:
 
                 STAGES[name].check(SettingsView(settings, STAGES[name].declared))
 
+    @classmethod
+    def declared(cls, declaration: Mapping[str, Any]) -> Study:
+        """A study as its declaration has it."""
+        names, lists = {each.name for each in fields(cls)}, {"fields", "tuning_seeds", "seed_settings"}
+        given: dict[str, Any] = {n: tuple(v) if n in lists else v for n, v in declaration.items() if n in names}
+        return cls(**given)
+
     def declaration(self) -> dict[str, Any]:
         """All that makes the study what it is, as JSON: itself, and every setting of its baseline."""
         settings = self.settings(self.baseline)
@@ -181,11 +187,6 @@ def settings_of(preset: str, changes: Changes, stage: str) -> Settings:
     """A preset with settings changed."""
     typed = {name: v if isinstance(v, str) else json.dumps(v) for name, v in changes.items()}
     return load_settings(preset, typed, stage)
-
-
-def digest(declaration: Mapping[str, Any]) -> str:
-    """Short name of a declaration's content."""
-    return hashlib.sha256(json.dumps(declaration, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def names() -> list[str]:

@@ -27,6 +27,9 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
        mmphi ui                       MLflow's pages, opened on the training runs
        mmphi ablate STUDY             run an ablation, or go on with it
+       mmphi studies [STUDY]          what studies there are, how far they are; change them while they run
+       mmphi compare STUDY            MLflow's pages of exactly these runs
+       mmphi report ablation --study STUDY   what the study says, as markdown and html
        mmphi fetch llava|models FOLDER  data and models that presets name
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 

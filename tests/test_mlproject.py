@@ -24,11 +24,11 @@ ENTRY_POINTS: dict[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text())[
 
 
 def test_every_stage_has_an_entry_point() -> None:
-    assert set(ENTRY_POINTS) == {"main", *STAGES}
+    assert set(ENTRY_POINTS) == {"main", *STAGES, "ablate", "report"}
     assert ENTRY_POINTS["main"] == ENTRY_POINTS["projector"]
 
 
-@pytest.mark.parametrize("name", ENTRY_POINTS)
+@pytest.mark.parametrize("name", ["main", *STAGES])
 def test_parameters_are_settings_and_all_are_passed_on(name: str) -> None:
     parameters, command = ENTRY_POINTS[name]["parameters"], ENTRY_POINTS[name]["command"]
     assert set(re.findall(r"{(\w+)}", command)) == set(parameters)

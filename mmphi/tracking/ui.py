@@ -53,13 +53,30 @@ def main(arguments: list[str]) -> int:
     uri = absolute_uri()
     if uri.startswith("http"):
         raise StoreError(f"{uri} is a server with pages of its own", "open it in a browser")
-    with socket.socket() as probe:
-        if probe.connect_ex((HOST, options.port)) == 0:
-            raise StoreError(f"port {options.port} of {HOST} is taken", "give another: --port 5001")
+    if listening(options.port):
+        raise StoreError(f"port {options.port} of {HOST} is taken", "give another: --port 5001")
     pages = addresses(f"http://{HOST}:{options.port}", experiment_id(uri))
-    threading.Thread(target=_announce, args=(pages, options.port, not options.no_browser), daemon=True).start()
+    return serve(uri, options.port, pages, browser=not options.no_browser)
+
+
+def listening(port: int) -> bool:
+    """Whether something answers on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def serve(uri: str, port: int, pages: dict[str, str], *, browser: bool) -> int:
+    """Run MLflow's pages until they are stopped.
+
+    Args:
+        uri: Of the store.
+        port: On 127.0.0.1.
+        pages: Addresses by name, said as soon as the pages are there.
+        browser: Whether the first of them is opened.
+    """
+    threading.Thread(target=_announce, args=(pages, port, browser), daemon=True).start()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST]
-    process = subprocess.Popen([*command, "--port", str(options.port)], env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+    process = subprocess.Popen([*command, "--port", str(port)], env={**os.environ, "MLFLOW_TRACKING_URI": uri})
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -71,11 +88,10 @@ def _announce(pages: dict[str, str], port: int, browser: bool) -> None:
     """Say where the pages are as soon as they are there."""
     begun = time.monotonic()
     while time.monotonic() - begun < PATIENCE_S:
-        with socket.socket() as probe:
-            if probe.connect_ex((HOST, port)) == 0:
-                break
+        if listening(port):
+            break
         time.sleep(0.2)
     print("\n".join(["", *(f"{name:<8}{address}" for name, address in pages.items()), ""]), flush=True)
     if browser:
         with contextlib.suppress(webbrowser.Error):
-            webbrowser.open(pages["runs"])
+            webbrowser.open(next(iter(pages.values())))

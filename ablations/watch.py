@@ -1,0 +1,73 @@
+"""How far a study is: means so far, their intervals, differences to the baseline, seeds done, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmphi.describe import duration
+from reports.query import StudyData, load_study
+from reports.statistics import compare, interval
+from reports.verdict import number, range_of
+
+if TYPE_CHECKING:
+    from mmphi.tracking.search import RunStore
+
+CLEAR = "\x1b[H\x1b[2J"
+LAST = 12  # Trials that the pace is taken from.
+
+
+def table(data: StudyData) -> str:
+    """A study so far, as lines."""
+    metric, baseline = data.declaration["metric"], data.declaration["baseline"]
+    values = data.values(metric)
+    beside = {c.level: c for c in compare({level: values[level] for level in data.levels}, baseline)}
+    rows = [("level", "seeds", f"mean {metric}", "95 % interval", f"minus {baseline}", "95 % interval")]
+    for level in data.levels:
+        found = list(values[level].values())
+        comparison = beside.get(level)
+        mark = " (baseline)" if level == baseline else " (stopped)" if level in data.stopped else ""
+        known = comparison is not None and comparison.n
+        spread = range_of(comparison.interval) if comparison and comparison.n > 1 else "-"
+        rows.append(
+            (
+                level + mark,
+                f"{len(found)}/{data.seeds}",
+                number(float(np.mean(found)), 4) if found else "-",
+                range_of(interval(found)).removeprefix("95 % interval ") if len(found) > 1 else "-",
+                number(comparison.difference) if comparison and known else "-",
+                spread.removeprefix("95 % interval "),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([data.declaration["question"], "", *lines, "", progress(data)])
+
+
+def progress(data: StudyData) -> str:
+    """What is done, what runs, and how long the rest takes at the pace of the last trials."""
+    running = [t for t in data.trials if t.status == "RUNNING"]
+    tuning = sum(t.finished and t.phase == "tuning" for t in data.trials)
+    missing = data.missing()
+    parts = [f"{len(missing)} trials to go" if missing else "all trials are done"]
+    parts += [f"{tuning} tuning trials done"] if tuning else []
+    parts += [f"{len(running)} running"] if running and missing else []
+    parts += [f"{len(data.failed())} without a result"] if data.failed() else []
+    begun = sorted(t.started_ms for t in data.trials if t.finished or t.status == "RUNNING")[-LAST:]
+    if missing and running and len(begun) > 2:
+        parts.append(f"about {duration(len(missing) * (begun[-1] - begun[0]) / 1000 / (len(begun) - 1))} left")
+    return ", ".join(parts)
+
+
+def watch(store: RunStore, name: str, every_s: float = 5.0) -> None:
+    """Show a study until all of it is done or a person has seen enough."""
+    while True:
+        data = load_study(store, name)
+        shown = table(data)
+        print(f"{CLEAR if sys.stdout.isatty() else ''}{shown}", flush=True)
+        if not data.missing():
+            return
+        time.sleep(every_s)

@@ -1,0 +1,181 @@
+"""Figures of a study: readable at 800 px, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from reports.statistics import Comparison, Interval, Shares
+from reports.verdict import Metric
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+MARKERS = "osD^vPX*"
+WIDTH, HEIGHT, DPI = 8.0, 4.0, 100  # 800 px.
+GREY, BAND = "#666666", "#dddddd"
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG, the same bytes for the same figure."""
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _figure(height: float = HEIGHT, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False).flat)
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.tick_params(labelsize=10)
+    return figure, axes
+
+
+def _label(metric: Metric) -> str:
+    return f"{metric.name}, {metric.unit} ({'less' if metric.less else 'more'} is better)"
+
+
+def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -> Figure:
+    """Differences to the baseline with their intervals, beside the margin within which nothing would matter."""
+    figure, (axes,) = _figure(1.4 + 0.5 * len(comparisons))
+    if metric.margin:
+        axes.axvspan(-metric.margin, metric.margin, color=BAND, label=f"within {metric.margin:g}: no matter")
+    axes.axvline(0, color=GREY, linewidth=1)
+    marks = {"different": ("o", COLOURS[0]), "equivalent": ("s", COLOURS[2]), "open": ("D", COLOURS[5])}
+    words = {"different": "different", "equivalent": "the same within the margin", "open": "not decided"}
+    told: set[str] = set()
+    for row, comparison in enumerate(comparisons):
+        marker, colour = marks[comparison.verdict]
+        label = None if comparison.verdict in told else words[comparison.verdict]
+        told.add(comparison.verdict)
+        if comparison.interval:
+            axes.plot([comparison.interval.low, comparison.interval.high], [row, row], color=colour, linewidth=2)
+        axes.plot(comparison.difference, row, marker, color=colour, markersize=9, label=label, linestyle="none")
+    axes.set_yticks(range(len(comparisons)), [c.level for c in comparisons], fontsize=11)
+    axes.set_ylim(len(comparisons) - 0.5, -0.5)
+    better = "left" if metric.less else "right"
+    axes.set_xlabel(
+        f"difference to {baseline}, {metric.unit} (further {better} is better; line: 95 % interval)", fontsize=11
+    )
+    axes.legend(fontsize=9, frameon=False, loc="best")
+    return figure
+
+
+def seeds(
+    values: Mapping[str, Mapping[int, float]], intervals: Mapping[str, Interval | None], metric: Metric
+) -> Figure:
+    """Every seed's point, joined over the levels, and each level's mean with its interval."""
+    figure, (axes,) = _figure()
+    levels = list(values)
+    numbers = sorted({seed for of_level in values.values() for seed in of_level})
+    for seed in numbers:
+        there = [(place, values[level][seed]) for place, level in enumerate(levels) if seed in values[level]]
+        axes.plot(*zip(*there, strict=True), color="#aaaaaa", linewidth=0.8, marker="o", markersize=4, zorder=1)
+    for place, level in enumerate(levels):
+        if not values[level]:
+            continue
+        mean, around = float(np.mean(list(values[level].values()))), intervals[level]
+        if around:
+            axes.plot([place, place], [around.low, around.high], color=COLOURS[0], linewidth=3, zorder=2)
+        axes.plot(place, mean, "D", color=COLOURS[0], markersize=9, zorder=3)
+    axes.set_xticks(range(len(levels)), levels, fontsize=11)
+    axes.set_xlim(-0.5, len(levels) - 0.5)
+    axes.set_ylabel(_label(metric), fontsize=10)
+    axes.set_title("grey: seeds, joined; blue: mean and 95 % interval", fontsize=10, color=GREY, loc="left")
+    return figure
+
+
+def curves(
+    curves_of: Mapping[str, Sequence[Sequence[tuple[int, float]]]], baseline: str, name: str, unit: str
+) -> Figure:
+    """A metric over the training: each level's mean over its seeds, the baseline drawn black and thick."""
+    figure, (axes,) = _figure()
+    for place, (level, runs) in enumerate(curves_of.items()):
+        steps = sorted(set.intersection(*(set(dict(run)) for run in runs))) if runs else []
+        if not steps:
+            continue
+        grid = np.array([[dict(run)[step] for step in steps] for run in runs])
+        base = level == baseline
+        colour = "#000000" if base else COLOURS[place % 7]
+        line: dict[str, Any] = {
+            "linewidth": 2.6 if base else 1.6,
+            "marker": MARKERS[place % len(MARKERS)],
+            "markersize": 5,
+        }
+        axes.plot(steps, grid.mean(axis=0), color=colour, label=f"{level}{' (baseline)' if base else ''}", **line)
+        axes.fill_between(steps, grid.min(axis=0), grid.max(axis=0), color=colour, alpha=0.08, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("optimiser steps", fontsize=11)
+    axes.set_ylabel(f"{name}, {unit}", fontsize=11)
+    axes.set_title("mean over seeds; shaded: least to most", fontsize=10, color=GREY, loc="left")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=10, frameon=False)
+    return figure
+
+
+def front(points: Mapping[str, tuple[float, float]], less: bool) -> list[str]:
+    """The levels that no other beats in both cost and metric (the Pareto front), cheapest first.
+
+    Args:
+        points: Cost and metric by level; less cost is better.
+        less: Whether less of the metric is better.
+    """
+    sign = 1.0 if less else -1.0
+    kept = [
+        name
+        for name, (cost, value) in points.items()
+        if not any(
+            other_cost <= cost and sign * other <= sign * value and (other_cost < cost or sign * other < sign * value)
+            for other_cost, other in points.values()
+        )
+    ]
+    return sorted(kept, key=lambda name: points[name])
+
+
+def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: Metric) -> Figure:
+    """The metric against each cost, and the Pareto front.
+
+    Args:
+        costs: By name of the cost: cost and metric of every level.
+        metric: What was measured.
+    """
+    figure, all_axes = _figure(columns=max(1, len(costs)))
+    for axes, (cost, points) in zip(all_axes, costs.items(), strict=False):
+        best = front(points, metric.less)
+        axes.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[2], linewidth=1.5, zorder=1)
+        for place, (name, (x, y)) in enumerate(points.items()):
+            colour = COLOURS[2] if name in best else COLOURS[5]
+            axes.plot(x, y, MARKERS[place % len(MARKERS)], color=colour, markersize=8, zorder=2)
+            axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+        axes.set_xlabel(cost, fontsize=10)
+        axes.margins(x=0.2, y=0.15)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
+    all_axes[0].set_ylabel(_label(metric), fontsize=10)
+    figure.suptitle(
+        "green: no other level is better in both (Pareto front)", fontsize=10, color=GREY, x=0.01, ha="left"
+    )
+    return figure
+
+
+def importance(parts: Shares) -> Figure:
+    """How the variance divides between factor, seed and the rest."""
+    figure, (axes,) = _figure(1.9)
+    begun = 0.0
+    for share, name, colour in (
+        (parts.factor, "factor", COLOURS[0]),
+        (parts.seed, "seed", COLOURS[1]),
+        (parts.rest, "how levels take seeds", BAND),
+    ):
+        axes.barh(0, share, left=begun, color=colour, height=0.5, label=f"{name} {share:.0%}")
+        begun += share
+    axes.set_xlim(0, 1)
+    axes.set_yticks([])
+    axes.set_xlabel("share of the variance between all trials", fontsize=10)
+    axes.legend(fontsize=10, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.35))
+    return figure

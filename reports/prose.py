@@ -1,0 +1,132 @@
+"""What an ablation's report says beside its verdict: how it was made, and what a reader must know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from reports.query import StudyData
+from reports.tables import mean_of, order_of, tried_at
+from reports.verdict import Metric, listed
+
+SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.
+EDGE = "the best value lies at the edge of what was tried: a better one may lie beyond"
+STATISTICS = (
+    "Intervals are 95 % bootstrap intervals of the mean (scipy, 9,999 resamples; expanded for small samples as in"
+    " Hesterberg 2015), p values exact sign-flip permutation tests of the differences at the same seeds, corrected by"
+    " Holm's method over the comparisons of this study. Equivalence is judged by two one-sided tests of the same kind."
+)
+COSTS_NOTE = (
+    "Means over the seeds. Seconds and memory are those of the training as these machines ran it, beside whatever else"
+    " they ran; a trial that was interrupted and went on counts its last part only, and is left out of the seconds. The"
+    " first token is that of an answer about a photograph of 640 x 480 px, image tower included."
+)
+
+
+def design(data: StudyData) -> str:
+    """How the comparison was made, in a few sentences."""
+    declared = data.declaration
+    settings = declared["seed_settings"]
+    shifted = [level for level, shift in declared.get("shifts", {}).items() if shift]
+    paired = (
+        f"The seeds of {listed(shifted)} are others than those of their pairs, on purpose."
+        if shifted
+        else "Trials of one seed see the same batches in the same order and begin from the same random state wherever"
+        " shapes allow."
+    )
+    tokens = declared["tokens"]
+    budget = f"{tokens:,} supervised tokens" if tokens else "the preset's number of steps"
+    fixed = [s for s in ("pretrain.seed", "light_clip.seed", "scenes.seed", "data.split_seed") if s not in settings]
+    level = f"every level at {data.seeds} paired seeds, in rounds, {budget} each, nothing pruned"
+    judged = f"judged by `{declared['metric']}` on images that neither training nor tuning saw"
+    repeated, stands = (listed([f"`{name}`" for name in names]) for names in (settings, fixed))
+    return (
+        f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over seeds:"
+        f" {repeated}. **Not repeated**, and so not part of the uncertainty: {stands}: what was drawn or trained with"
+        " these stands for all."
+    )
+
+
+def warnings(data: StudyData, metric: Metric) -> Iterator[str]:
+    """What a reader must know before believing any of it."""
+    if missing := data.missing():
+        cells = listed([f"{level} seed {n}" for level, n in missing[:12]])
+        more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
+        yield f"{len(missing)} trials that were asked for have no result: {cells}{more}. Their pairs are left out."
+    failed: dict[str, int] = {}
+    for trial in data.failed():
+        if trial.phase == "verdict" and (trial.level, trial.seed) in missing:
+            failed[trial.level] = failed.get(trial.level, 0) + 1
+    for level, count in failed.items():
+        yield f"{level} failed at {count} of {data.seeds} seeds: its mean is that of the trials that did not."
+    found = [t for t in data.trials if t.phase == "verdict" and t.finished and metric.name in t.metrics]
+    cells_found = [(t.level, t.seed) for t in found]
+    if twice := sorted({cell for cell in cells_found if cells_found.count(cell) > 1}):
+        cells = listed([f"{level} seed {n}" for level, n in twice])
+        yield f"{len(twice)} cells have more than one finished run; the oldest counts: {cells}."
+    if data.stopped:
+        yield f"Stopped before their last seed: {listed(data.stopped)}."
+    commits = {t.tags.get("mmphi.git_commit", "unknown") for t in found}
+    if len(commits) > 1:
+        yield f"The trials were run by {len(commits)} commits of the code: {listed(sorted(c[:12] for c in commits))}."
+
+
+def budget(data: StudyData, metric: Metric) -> str:
+    """Whether all trials learned from the same number of tokens."""
+    name = f"{data.declaration['stage']}/supervised_tokens"
+    counts = {level: mean_of(of, name) for level, of in data.results("verdict", metric.name).items() if of}
+    known = {level: count for level, count in counts.items() if count is not None}
+    if not known:
+        return "Budgets were not checked: no run says how many tokens it learned from."
+    least, most = min(known.values()), max(known.values())
+    if most - least > SAME_TOKENS * most:
+        return f"**Budgets differ**: from {least:,.0f} to {most:,.0f} supervised tokens a trial."
+    return f"Budgets are equal: {least:,.0f} to {most:,.0f} supervised tokens a trial, whatever the level."
+
+
+def held(data: StudyData) -> str:
+    """What all levels share beyond the preset."""
+    fixed = data.declaration["fixed"]
+    shared = ", ".join(f"`{name}` = {value}" for name, value in fixed.items())
+    fields = data.declaration.get("fields") or [data.declaration["factor"]]
+    return (
+        f"Between levels differ: {listed([f'`{f}`' for f in fields])}. Held fixed beside the preset"
+        f" `{data.declaration['preset']}`: {shared or 'nothing'}. All settings of a run stand in its `settings.yaml`."
+    )
+
+
+def failures(data: StudyData) -> str:
+    """How many runs have no result, and how many were interrupted and gone on with."""
+    failed, went_on = data.failed(), [t for t in data.trials if t.went_on]
+    first = f"{len(failed)} runs ended without a result." if failed else "None: every trial begun has a result."
+    resumed = f" {len(went_on)} runs were interrupted, and others went on from their checkpoints." if went_on else ""
+    return first + resumed
+
+
+def importance(factor: float, seed: float, rest: float) -> str:
+    """The shares of the variance in words."""
+    return (
+        f"Of the variance between all trials the factor explains {factor:.0%}, the seed alone {seed:.0%}, and"
+        f" {rest:.0%} is how differently the levels take the seeds (functional ANOVA, exact on a full grid)."
+    )
+
+
+def command(data: StudyData) -> str:
+    """What repeats study and report."""
+    declared = data.declaration
+    base, _, preset = data.name.partition(".")
+    extra = f" --preset {preset}" if preset else ""
+    return (
+        f"mmphi ablate {base}{extra} --seeds {data.seeds} --tokens {declared['tokens']}\n"
+        f"mmphi report ablation --study {data.name}"
+    )
+
+
+def tuning_notes(data: StudyData) -> Iterator[str]:
+    """Levels whose best nuisance value lies at the edge of what was tried."""
+    for level in data.levels:
+        tried = tried_at(data, level)
+        for place, name in enumerate(data.declaration["nuisance"]):
+            choices = sorted({values[place] for values, _ in tried}, key=lambda v: order_of([v]))
+            if len(choices) > 1 and min(tried, key=lambda item: item[1])[0][place] in (choices[0], choices[-1]):
+                best = min(tried, key=lambda item: item[1])[0][place]
+                yield f"{level}, `{name}` = {best}: {EDGE}."

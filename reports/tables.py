@@ -1,0 +1,169 @@
+"""The tables of an ablation's report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from reports.document import Table
+from reports.query import StudyData, Trial
+from reports.statistics import Comparison, Interval
+from reports.verdict import Metric, number, p_value, range_of
+
+# Of every level: the interval of its mean, then what is to be said of it beside the baseline.
+LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval ", "p (Holm)", "verdict", "tokens")
+
+
+def tables(
+    data: StudyData,
+    metric: Metric,
+    comparisons: Sequence[Comparison],
+    intervals: Mapping[str, Interval | None],
+    means: Mapping[str, float],
+) -> dict[str, Table]:
+    """All tables of the report, by name."""
+    declared, results = data.declaration, data.results("verdict", metric.name)
+    beside = {c.level: c for c in comparisons}
+    baseline = declared["baseline"]
+    rows, costs = [], []
+    against: list[str]
+    for level in data.levels:
+        found, comparison = results[level], beside.get(level)
+        mean = number(means[level], 4) if level in means else "-"
+        around = range_of(intervals[level]).removeprefix("95 % interval ") if len(found) > 1 else "-"
+        if comparison is None or comparison.n == 0:
+            against = ["baseline" if level == baseline else "-", "-", "-", "-"]
+        else:
+            spread = range_of(comparison.interval).removeprefix("95 % interval ")
+            against = [
+                number(comparison.difference),
+                spread,
+                p_value(comparison.p).removeprefix("p = "),
+                comparison.verdict,
+            ]
+        tokens = mean_of(found, f"{declared['stage']}/supervised_tokens")
+        rows.append([level, len(found), mean, around, *against, f"{tokens:,.0f}" if tokens else "-"])
+        costs.append([level, *(_cost(mean_of(found, name)) for name in declared["costs"])])
+    made = {
+        "levels": Table([declared["factor"], "n", f"mean {metric.name}", *LEVEL_COLUMNS], rows),
+        "costs": Table([declared["factor"], *declared["costs"].values()], costs),
+        "trials": by_seed(data, metric, results),
+        "environment": environment(data),
+    }
+    made |= _tuning(data)
+    if failed := data.failed():
+        made["failed"] = Table(
+            ["phase", "level", "seed", "status", "reason", "run"],
+            [
+                [t.phase, t.level, t.seed, t.status, t.reason or "-", f"[{t.run_id[:8]}]({data.link(t.run_id)})"]
+                for t in failed
+            ],
+        )
+    if data.changes:
+        made["changes"] = Table(
+            ["when (UTC)", "what", "level", "value"],
+            [[c["at"], c["what"], c["name"], "-" if c["value"] is None else c["value"]] for c in data.changes],
+        )
+    return made
+
+
+def linked(data: StudyData, trial: Trial) -> str:
+    """A short link to a run."""
+    return f"[{trial.run_id[:8]}]({data.link(trial.run_id)})"
+
+
+def by_seed(data: StudyData, metric: Metric, results: Mapping[str, Mapping[int, Trial]]) -> Table:
+    """The metric of every trial, a seed a row, each a link to its run."""
+    numbers = sorted({n for of in results.values() for n in of})
+
+    def cell(trial: Trial | None) -> str:
+        return f"[{number(trial.metrics[metric.name], 4)}]({data.link(trial.run_id)})" if trial else "-"
+
+    rows = [[n, *(cell(results[level].get(n)) for level in data.levels)] for n in numbers]
+    return Table(["seed", *data.levels], rows)
+
+
+def _cost(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else number(value, 3)
+
+
+def _tuning(data: StudyData) -> dict[str, Table]:
+    if not data.declaration["nuisance"]:
+        return {}
+    rows = []
+    for level in data.levels:
+        tried = tried_at(data, level)
+        best = min(tried, key=lambda item: item[1]) if tried else None
+        shown = "; ".join(f"{', '.join(map(str, values))}: {number(mean, 4)}" for values, mean in tried) or "-"
+        rows.append([level, ", ".join(map(str, best[0])) if best else "-", shown])
+    names = ", ".join(data.declaration["nuisance"])
+    return {
+        "tuning": Table(
+            [data.declaration["factor"], names, f"mean {data.declaration['tuning_metric']} at each value"], rows
+        )
+    }
+
+
+def tried_at(data: StudyData, level: str) -> list[tuple[tuple[Any, ...], float]]:
+    """Nuisance values tried at a level, and the mean of what they were judged by, in the order of the declaration."""
+    names, metric = list(data.declaration["nuisance"]), data.declaration["tuning_metric"]
+    found: dict[tuple[Any, ...], list[float]] = {}
+    for trial in data.trials:
+        if trial.phase == "tuning" and trial.level == level and trial.finished and metric in trial.metrics:
+            found.setdefault(tuple(trial.params.get(n, "?") for n in names), []).append(trial.metrics[metric])
+    return sorted(((values, float(np.mean(of))) for values, of in found.items()), key=lambda item: order_of(item[0]))
+
+
+def order_of(values: Sequence[Any]) -> tuple[Any, ...]:
+    """What sorts values of settings: as numbers where all are."""
+    try:
+        return tuple(float(v) for v in values)
+    except ValueError:
+        return tuple(map(str, values))
+
+
+def environment(data: StudyData) -> Table:
+    """Commit, machines and data of the trials."""
+    trials = [t for t in data.trials if t.finished]
+    hours = sum(t.metrics.get("seconds", 0.0) for t in trials) / 3600
+    rows = [["trials", f"{len(trials)} finished, {hours:.2f} hours of training"]]
+    for title, tag in (
+        ("commit", "mmphi.git_commit"),
+        ("uncommitted changes", "mmphi.git_dirty"),
+        ("processor", "mmphi.cpu"),
+        ("cores", "mmphi.cores"),
+        ("GPU", "mmphi.gpu"),
+        ("memory, GB", "mmphi.memory_gb"),
+        ("stage version", "mmphi.version"),
+    ):
+        if seen := sorted({t.tags[tag] for t in trials if tag in t.tags}):
+            rows.append([title, ", ".join(seen)])
+    digests = {
+        (tag.removeprefix("mmphi.data."), value)
+        for t in trials
+        for tag, value in t.tags.items()
+        if tag.startswith("mmphi.data.")
+    }
+    rows += [[f"digest of {name}", value] for name, value in sorted(digests)]
+    upstream: dict[str, set[str]] = {}
+    for trial in trials:
+        for tag, run_id in trial.tags.items():
+            if tag.startswith("mmphi.upstream."):
+                upstream.setdefault(tag.removeprefix("mmphi.upstream."), set()).add(run_id)
+    for name, runs in sorted(upstream.items()):
+        only = f"[{next(iter(runs))[:8]}]({data.link(next(iter(runs)))})" if len(runs) == 1 else f"{len(runs)} runs"
+        rows.append([f"built on {name}", only])
+    return Table(["what", "value"], rows)
+
+
+def mean_of(trials: Mapping[int, Trial], name: str) -> float | None:
+    """Mean of a metric over trials; of seconds without those that went on from another run."""
+    went_on = name == "seconds"
+    found = [
+        t.metrics[name] for t in trials.values() if name in t.metrics and not (went_on and "mmphi.continues" in t.tags)
+    ]
+    return float(np.mean(found)) if found else None

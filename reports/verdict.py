@@ -1,0 +1,151 @@
+"""What a study says, in words, with its uncertainty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reports.statistics import ALPHA, POWER, Comparison, Interval, seeds_needed, smallest_p
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is judged.
+
+    Attributes:
+        name: As runs name it.
+        unit: Of it.
+        less: Whether less of it is better.
+        margin: The smallest difference that would matter; 0 for none.
+    """
+
+    name: str
+    unit: str
+    less: bool
+    margin: float = 0.0
+
+    def better(self, difference: float) -> bool:
+        """Whether a difference to the baseline is an improvement."""
+        return (difference < 0) == self.less
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number as a person would write it, with a minus sign that is one."""
+    if not np.isfinite(value):
+        return "-"
+    text = f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.{digits + 1}g}"
+    if "e" in text and abs(value) >= 1:
+        text = f"{value:,.0f}"
+    elif "e" in text:
+        text = f"{value:.1e}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def range_of(interval: Interval | None, sign: float = 1.0) -> str:
+    """An interval in words."""
+    if interval is None:
+        return "no interval: one seed"
+    ends = sorted((sign * interval.low, sign * interval.high))
+    return f"95 % interval {number(ends[0])} to {number(ends[1])}"
+
+
+def p_value(p: float) -> str:
+    """A p value, with as many digits as it deserves."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def after_holm(comparison: Comparison) -> str:
+    """What a p value was corrected for."""
+    many = comparison.comparisons
+    return f" after Holm over {many} comparisons" if many > 1 else ""
+
+
+def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
+    """The verdict on one level.
+
+    Args:
+        comparison: Of the level with the baseline.
+        baseline: Its name.
+        metric: What was measured.
+    """
+    level, n = comparison.level, comparison.n
+    if n == 0:
+        return f"Nothing can be said of {level}: it has no seed in common with {baseline}."
+    size = f"{number(abs(comparison.difference))} {metric.unit}"
+    seeds = f"{n} seeds" if n > 1 else "1 seed"
+    if comparison.verdict == "different":
+        better = metric.better(comparison.difference)
+        what = "beats" if better else "is worse than"
+        sign = 1.0 if comparison.difference > 0 else -1.0
+        return (
+            f"**{level} {what} {baseline} by {size}** ({range_of(comparison.interval, sign)},"
+            f" {p_value(comparison.p)}{after_holm(comparison)}, {seeds})."
+        )
+    seen = f"{number(comparison.difference)} {metric.unit}, {range_of(comparison.interval)}"
+    if comparison.verdict == "equivalent":
+        return (
+            f"**{level} equals {baseline} within {number(metric.margin)} {metric.unit}** (difference {seen};"
+            f" two one-sided tests, {p_value(comparison.p_equivalence)}{after_holm(comparison)}, {seeds})."
+        )
+    why = _why_not(comparison, metric)
+    return f"**No difference can be shown between {level} and {baseline}** with {seeds} ({seen},{why})."
+
+
+def _why_not(comparison: Comparison, metric: Metric) -> str:
+    """What kept a comparison from a verdict, and how many seeds would not be kept."""
+    least = min(1.0, smallest_p(comparison.n) * comparison.comparisons)
+    parts = [f" {p_value(comparison.p)}{after_holm(comparison)}"]
+    if least >= ALPHA:
+        parts = [f" the smallest p possible with {comparison.n} is {number(least, 2)}{after_holm(comparison)}"]
+    wanted = metric.margin or abs(comparison.difference)
+    if comparison.n > 1 and wanted:
+        needed = seeds_needed(wanted, comparison.deviation, ALPHA / comparison.comparisons)
+        what = f"{number(wanted)} {metric.unit}{'' if metric.margin else ', the difference seen,'}"
+        parts.append(
+            f" at the noise seen, {needed} seeds would show {what} with power {POWER}"
+            if needed
+            else f" at the noise seen, no number of seeds below 10,000 would show {what} with power {POWER}"
+        )
+    return ";".join(parts)
+
+
+def headline(comparisons: Sequence[Comparison], means: Mapping[str, float], baseline: str, metric: Metric) -> str:
+    """The whole study in a sentence or two.
+
+    Args:
+        comparisons: Of every level with the baseline.
+        means: Of the metric, by level.
+        baseline: Its name.
+        metric: What was measured.
+    """
+    better = [c for c in comparisons if c.verdict == "different" and metric.better(c.difference)]
+    worse = [c for c in comparisons if c.verdict == "different" and not metric.better(c.difference)]
+    same = [c.level for c in comparisons if c.verdict == "equivalent"]
+    unsaid = [c.level for c in comparisons if c.verdict == "open"]
+    parts = []
+    if better:
+        best = min(better, key=lambda c: means[c.level] if metric.less else -means[c.level])
+        parts.append(sentence(best, baseline, metric))
+        others = [c.level for c in better if c is not best]
+        if others:
+            parts.append(f"{listed(others)} also beat{'s' if len(others) == 1 else ''} it.")
+    else:
+        parts.append(f"**No level is shown to be better than {baseline}.**")
+        if len(comparisons) == 1:
+            return sentence(comparisons[0], baseline, metric)
+    if worse:
+        parts.append(f"{listed([c.level for c in worse])} {'are' if len(worse) > 1 else 'is'} worse.")
+    if same:
+        parts.append(
+            f"{listed(same)} equal{'s' if len(same) == 1 else ''} it within {number(metric.margin)} {metric.unit}."
+        )
+    if unsaid:
+        parts.append(f"Of {listed(unsaid)} no difference can be shown.")
+    return " ".join(parts)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as prose lists them."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

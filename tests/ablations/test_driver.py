@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import toy_studies
+from toy_studies import STUDY, drive, driver, loss, results
+
+from ablations.cells import chosen
+from ablations.driver import TrialError
+from ablations.record import Record
+from mmphi.errors import SettingsError, StoreError
+from mmphi.tracking.store import Store
+from reports.query import load_study
+
+
+def expected(seeds: int, layers: dict[str, int] | None = None) -> dict[str, float]:
+    """What the judged trials must find: each level at its own best learning rate."""
+    best = {1: 1e-2, 2: 1e-3, 3: 1e-3, 4: 1e-3}
+    levels = layers or {"one": 1, "two": 2, "three": 3}
+    return {
+        f"verdict/{level}/{seed}": loss(count, best[count], seed) + 0.01
+        for seed in range(seeds)
+        for level, count in levels.items()
+    }
+
+
+def judged(found: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: value for name, value in found.items() if name.startswith("verdict/")}
+
+
+def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
+    made = driver()
+    drive(made)
+    assert judged(results(made)) == pytest.approx(expected(3))
+    assert made.wanted() == []
+    outcomes = made.ledgers["tuning"].outcomes()
+    assert chosen(STUDY, STUDY.levels, outcomes)["one"] == {"projector.learning_rate": 1e-2}
+    assert chosen(STUDY, STUDY.levels, outcomes)["three"] == {"projector.learning_rate": 1e-3}
+    data = load_study(Store(), "toy", "val/loss")
+    runs = Counter((t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials)
+    assert set(runs.values()) == {1}
+    assert len(runs) == 6 + 9
+    assert data.missing() == []
+    # Tags say which cell of which study a run is; the settings are its parameters.
+    trial = data.results()["three"][2]
+    assert (trial.tags["mmphi.study"], trial.tags["mmphi.factor"]) == ("toy", "projector.layers")
+    assert (trial.tags["mmphi.seed"], trial.tags["mmphi.round"]) == ("2", "2")
+    assert trial.params["study.level"] == "three"
+    assert trial.params["projector.layers"] == "3"
+    assert dict(data.curves[trial.run_id])[3] == 3.0 / 4
+    # In rounds: when a seed begins, the one before has been begun at all levels.
+    order = [t.seed for t in sorted(data.trials, key=lambda t: t.started_ms) if t.phase == "verdict"]
+    assert order == sorted(order)
+    # Once more: nothing is left to do, and nothing is done.
+    drive(driver())
+    assert len(load_study(Store(), "toy").trials) == len(data.trials)
+
+
+def test_results_with_a_reason(empty_store: str) -> None:
+    """NaN and a full memory are results, told once and not tried again; the others go on."""
+    study = replace(
+        STUDY, nuisance={}, factor="projector.dropout", levels={"none": 0.0, "nan": 0.5, "full": 0.25}, baseline="none"
+    )
+    made = driver(replace(study, seeds=2))
+    drive(made)
+    values = results(made)
+    assert values["verdict/nan/1"] is None
+    assert values["verdict/none/1"] is not None
+    reasons = {o.cell.level: o.reason for o in made.ledgers["verdict"].outcomes()}
+    assert reasons["nan"] == "the loss at step 3 is nan"
+    assert reasons["full"].startswith("out of memory")
+    failed = load_study(Store(), "toy").failed()
+    assert Counter(t.level for t in failed) == {"nan": 2, "full": 2}
+    assert any("the loss at step 3 is nan" in t.reason for t in failed)
+
+
+def test_worker_that_dies_is_replaced_and_its_trial_asked_again(
+    empty_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "die").write_text("once")
+    monkeypatch.setenv("TOY_DIE", str(tmp_path / "die"))
+    said: list[str] = []
+    made = driver(replace(STUDY, nuisance={}, seeds=1, levels={"two": 2, "three": 3}), say=said.append)
+    drive(made)
+    assert set(results(made)) == {"verdict/two/0", "verdict/three/0"}
+    assert any("died by signal 9; asking again" in line for line in said)
+    data = load_study(Store(), "toy")
+    assert Counter(t.status for t in data.trials) == {"FINISHED": 2, "KILLED": 1}
+    assert data.failed() == []  # The killed one was gone on with.
+
+
+def test_trial_that_always_kills_its_worker_is_given_up(
+    empty_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "die").write_text("always")
+    monkeypatch.setenv("TOY_DIE", str(tmp_path / "die"))
+    monkeypatch.setattr(toy_studies, "STEP_S", 0.0)
+    made = driver(replace(STUDY, nuisance={}, seeds=1, levels={"two": 2, "three": 3}), retries=0)
+    drive(made)
+    reasons = {o.cell.name: o.reason for o in made.ledgers["verdict"].outcomes()}
+    assert set(reasons) == {"verdict/two/0", "verdict/three/0"}
+    assert reasons["verdict/two/0"] == "its worker died 1 times, last by signal 9"
+
+
+def test_metric_that_no_run_has_is_told(empty_store: str) -> None:
+    with pytest.raises(TrialError, match=r"no metric 'test/cider'[\s\S]*test/loss"):
+        drive(driver(replace(STUDY, nuisance={}, metric="test/cider")))
+
+
+def test_changes_while_it_runs(empty_store: str) -> None:
+    """A level is stopped, one is added, seeds are added: each trial that was finished stays."""
+    study = replace(STUDY, seeds=1)
+    drive(driver(study))
+    before = {t.run_id for t in load_study(Store(), "toy").trials}
+    from ablations.manage import studies
+
+    studies(["toy", "--stop", "one"])
+    studies(["toy", "--add", "four=4"])
+    studies(["toy", "--seeds", "2"])
+    made = driver(study)
+    drive(made)
+    values = judged(results(made))
+    assert values == pytest.approx(
+        expected(2, {"two": 2, "three": 3, "four": 4}) | {"verdict/one/0": loss(1, 1e-2, 0) + 0.01}
+    )
+    data = load_study(Store(), "toy")
+    assert before < {t.run_id for t in data.trials}
+    assert (data.stopped, data.seeds, data.levels) == (["one"], 2, ["one", "two", "three", "four"])
+    assert [c["what"] for c in data.changes] == ["stop", "add", "seeds"]
+    for wrong, said in (
+        (["--stop", "five"], "there is no level 'five'"),
+        (["--stop", "two"], "the baseline"),
+        (["--add", "five"], "give it a value"),
+        (["--add", "five=99"], "projector.layers"),
+        (["--seeds", "0"], "nothing would be run"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            studies(["toy", *wrong])
+    with pytest.raises(SettingsError, match=r"did you mean toy\?"):
+        studies(["tou", "--seeds", "3"])
+
+
+def test_study_begun_as_something_else_is_refused(empty_store: str) -> None:
+    driver()
+    with pytest.raises(SettingsError, match=r"fixed.projector.steps is 9, was 8[\s\S]*--name toy2"):
+        driver(replace(STUDY, fixed={"projector.steps": 9}))
+    with pytest.raises(SettingsError, match="seeds is 4, was 3"):
+        driver(replace(STUDY, seeds=4))
+
+
+def test_second_driver_of_a_study_is_refused(empty_store: str) -> None:
+    made = driver()
+    with (
+        made.ledgers["verdict"].owned(),
+        pytest.raises(StoreError, match="another process"),
+        driver().ledgers["verdict"].owned(),
+    ):
+        pass
+
+
+def test_what_another_study_found_is_shown_in_both(empty_store: str) -> None:
+    """The same settings are computed once; the second study gets a run of its own with all curves."""
+    study = replace(STUDY, nuisance={}, seeds=1, levels={"two": 2, "three": 3})
+    drive(driver(study, "first"))
+    drive(driver(replace(study, question="Again?"), "second"))
+    first, second = (load_study(Store(), name, "val/loss") for name in ("first", "second"))
+    one, other = first.results()["three"][0], second.results()["three"][0]
+    assert other.tags["mmphi.reuses"] == one.run_id
+    assert other.metrics["test/loss"] == one.metrics["test/loss"]
+    assert second.curves[other.run_id] == first.curves[one.run_id]
+    assert other.params["projector.layers"] == "3"
+    assert Store().is_result(Store().run(other.run_id)) is False  # It shows a result, and is none itself.
+
+
+def test_killed_at_any_moment_the_study_ends_as_if_nothing_had_been(empty_store: str, tmp_path: Path) -> None:
+    """Driver and workers are killed at random; MMPHI_KILLS says how often."""
+    kills, seeds = int(os.environ.get("MMPHI_KILLS", "5")), 3
+    rng = random.Random(int(os.environ.get("MMPHI_KILL_SEED", "0")))
+    script = [sys.executable, str(Path(toy_studies.__file__)), "drive", str(seeds), "2"]
+    path = os.pathsep.join([str(Path(toy_studies.__file__).parent), str(Path(__file__).parents[2])])
+
+    def begin() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(script, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE)
+
+    process, done = begin(), 0
+    while process.poll() is None and done < kills:
+        time.sleep(rng.uniform(2.0, 9.0))
+        workers = psutil.Process(process.pid).children() if process.poll() is None else []
+        if workers and rng.random() < 0.5:
+            rng.choice(workers).kill()
+        else:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process = begin()
+        done += 1
+    assert process.wait(240) == 0
+    made = driver(replace(STUDY, seeds=seeds))
+    assert judged(results(made)) == pytest.approx(expected(seeds))
+    data = load_study(Store(), "toy")
+    finished = Counter(
+        (t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials if t.finished
+    )
+    assert set(finished.values()) == {1}
+    assert len(finished) == 6 + 3 * seeds
+    assert data.missing() == []
+    assert data.failed() == []
+
+
+def test_record_without_its_declaration(empty_store: str) -> None:
+    made = driver()
+    folder = Store().local_folder(Store().run(made.record.run_id))
+    assert folder is not None
+    (folder / "study.json").unlink()
+    with pytest.raises(StoreError, match=r"has no study.json"):
+        load_study(Store(), "toy")
+    record = Record.find(Store(), "toy")
+    assert record is not None
+    with pytest.raises(StoreError, match=r"has no study.json"):
+        record.declaration()

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from reports.statistics import Interval, compare
+from reports.verdict import Metric, headline, number, p_value, range_of, sentence
+
+LOSS = Metric("test/loss", "nats/token", less=True, margin=0.02)
+
+
+def study(**effects: float) -> dict[str, dict[int, float]]:
+    """Levels that differ from the baseline by an effect, each seed a little differently."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(1.0, 0.1, 8)
+    levels = {"2 layers": dict(enumerate(base))}
+    for name, by in effects.items():
+        levels[name] = dict(enumerate(base + by + rng.normal(0, 0.003, 8)))
+    return levels
+
+
+def test_difference_in_words() -> None:
+    three, one = compare(study(three=-0.05, one=0.08), "2 layers", 0.02)
+    said = sentence(three, "2 layers", LOSS)
+    assert said.startswith("**three beats 2 layers by 0.0")
+    assert "95 % interval 0.05" in said  # Of the size of the improvement: positive, as the number before it.
+    assert said.endswith("p = 0.016 after Holm over 2 comparisons, 8 seeds).")
+    assert sentence(one, "2 layers", LOSS).startswith("**one is worse than 2 layers by 0.0")
+    more = Metric("test/exact_match", "of captions", less=False)
+    assert sentence(one, "2 layers", more).startswith("**one beats 2 layers by")
+
+
+def test_equality_in_words() -> None:
+    (same,) = compare(study(same=0.001), "2 layers", 0.02)
+    said = sentence(same, "2 layers", LOSS)
+    assert said.startswith("**same equals 2 layers within 0.02 nats/token** (difference ")
+    assert "two one-sided tests, p = 0.004, 8 seeds" in said
+
+
+def test_too_few_seeds_in_words() -> None:
+    few = {level: {n: v for n, v in values.items() if n < 3} for level, values in study(three=-0.05).items()}
+    said = sentence(compare(few, "2 layers")[0], "2 layers", LOSS)
+    assert said.startswith("**No difference can be shown between three and 2 layers** with 3 seeds (")
+    assert "the smallest p possible with 3 is 0.25; at the noise seen, 6 seeds would show 0.02 nats/token" in said
+    assert "with power 0.8" in said
+    (alone,) = compare({"2 layers": {0: 1.0}, "three": {0: 0.9}}, "2 layers")
+    assert "with 1 seed (" in sentence(alone, "2 layers", LOSS)
+    (none,) = compare({"2 layers": {0: 1.0}, "three": {}}, "2 layers")
+    assert sentence(none, "2 layers", LOSS) == "Nothing can be said of three: it has no seed in common with 2 layers."
+
+
+def test_noise_in_words() -> None:
+    rng = np.random.default_rng(1)
+    noisy = {"a": dict(enumerate(rng.normal(0, 1, 8))), "b": dict(enumerate(rng.normal(0, 1, 8)))}
+    said = sentence(compare(noisy, "a", 0.02)[0], "a", LOSS)
+    assert "no number of seeds below 10,000 would show 0.02" in said
+
+
+def test_headline() -> None:
+    levels = study(three=-0.05, four=-0.07, same=0.001, one=0.08)
+    means = {level: float(np.mean(list(values.values()))) for level, values in levels.items()}
+    said = headline(compare(levels, "2 layers", 0.02), means, "2 layers", LOSS)
+    assert said.startswith("**four beats 2 layers by 0.0")
+    assert said.endswith("three also beats it. one is worse. same equals it within 0.02 nats/token.")
+    levels = study(one=0.08, two=0.09)
+    means = {level: float(np.mean(list(values.values()))) for level, values in levels.items()}
+    said = headline(compare(levels, "2 layers"), means, "2 layers", LOSS)
+    assert said == "**No level is shown to be better than 2 layers.** one and two are worse."
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.02134, "0.0213"),
+        (-0.02134, "−0.0213"),
+        (1.23456, "1.235"),
+        (0.0000123, "1.2e-05"),
+        (float("nan"), "-"),
+        (197760.0, "197,760"),
+        (0.0, "0"),
+    ],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_p_values_and_intervals() -> None:
+    assert [p_value(p) for p in (0.0001, 0.0234, 0.25)] == ["p < 0.001", "p = 0.023", "p = 0.25"]
+    assert range_of(Interval(-0.03, -0.012), -1) == "95 % interval 0.012 to 0.03"
+    assert range_of(None) == "no interval: one seed"
