@@ -26,6 +26,7 @@ def ablate(arguments: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes that train [one a GPU, else 1]")
     parser.add_argument("--storage", default="", help="Optuna's storage: postgresql+psycopg://... [beside MLflow's]")
     parser.add_argument("--seeds", type=int, help="how many paired seeds")
+    parser.add_argument("--trials", type=int, help="of a search: how many")
     parser.add_argument("--tokens", type=int, help="budget of a trial in supervised tokens")
     parser.add_argument("--levels", help="only these levels, separated by commas")
     parser.add_argument("--retries", type=int, default=5, help="how often a worker may die over one trial [5]")
@@ -57,10 +58,17 @@ def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> An
     if flags:
         raise SettingsError(f"unknown option --{next(iter(flags))}", "`mmphi ablate --help` lists them")
     if options.seeds is not None:
-        study = replace(study, seeds=options.seeds)
+        many = options.seeds if isinstance(study, Study) else tuple(range(options.seeds))
+        study = replace(study, seeds=many)
+    if options.trials is not None:
+        if isinstance(study, Study):
+            raise SettingsError("a study has levels and seeds, not --trials", "give --seeds or --levels")
+        study = replace(study, trials=options.trials)
     if options.tokens is not None:
         study = replace(study, tokens=options.tokens)
     if options.levels and options.levels != "preset":
+        if not isinstance(study, Study):
+            raise SettingsError("a search has a space, not --levels", "give --trials or --seeds")
         wanted = [level.strip() for level in options.levels.split(",")]
         for level in wanted:
             known_level(study, level)

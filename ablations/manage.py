@@ -65,7 +65,7 @@ def listing(store: RunStore) -> str:
     lines += ["", f"in {store.uri}:", *([] if there else ["  nothing was begun yet"])]
     for name in there:
         data = load_study(store, name)
-        lines.append(f"  {name:<22} {progress(data) if 'levels' in data.declaration else f'{len(data.trials)} runs'}")
+        lines.append(f"  {name:<22} {progress(data)}")
     return "\n".join([*lines, "", "mmphi ablate STUDY runs one; mmphi studies STUDY --watch follows it"])
 
 
@@ -95,6 +95,8 @@ def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int 
     from ablations.study import Study
 
     record = record_of(store, name)
+    if record.declaration().get("kind") == "search":
+        raise SettingsError(f"{name} is a search: it has no levels and no seeds to change", "begin another: --name")
     plan = changed(Study.declared(record.declaration()), record.changes())
     known = ", ".join(plan.study.levels)
     if stop is not None:
@@ -142,6 +144,8 @@ def compare(arguments: Sequence[str]) -> int:
 
     store = Store()
     data = load_study(store, options.study)
+    if not any(trial.finished for trial in data.trials):
+        raise SettingsError(f"no trial of {options.study} is finished yet", f"mmphi studies {options.study} --watch")
     server = store.uri.startswith("http")
     pages = addresses(data, data.address if server else f"http://{HOST}:{options.port}")
     if server or listening(options.port) or options.no_browser:
@@ -159,10 +163,9 @@ def addresses(data: StudyData, base: str) -> dict[str, str]:
         data: The study.
         base: Address of the pages.
     """
-    metric = data.declaration["metric"]
-    runs = [t.run_id for of in data.results("verdict", metric).values() for t in of.values()][:MOST_COMPARED]
+    runs = [t.run_id for t in data.trials if t.finished and t.phase != "tuning"][:MOST_COMPARED]
     listed, experiments = quote(json.dumps(runs)), quote(json.dumps([data.experiment]))
-    only = quote(f"tags.`mmphi.study` = '{data.name}' AND tags.`mmphi.phase` = 'verdict'")
+    only = quote(f"tags.`mmphi.study` = '{data.name}' AND tags.`mmphi.phase` != 'tuning'")
     table = f"{base}/#/experiments/{data.experiment}/runs?workflowType=machine_learning&searchFilter={only}"
     curve = f"runs={listed}&metric={quote(json.dumps('val/loss'))}&experiments={experiments}"
     return {

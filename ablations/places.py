@@ -10,6 +10,7 @@ from mmphi.tracking.uri import SQLITE, database
 
 if TYPE_CHECKING:
     from ablations.ledger import Ledger
+    from ablations.search import Search
     from ablations.study import Study
     from mmphi.tracking.search import RunStore
 
@@ -34,3 +35,11 @@ def ledgers(store: RunStore, name: str, study: Study, storage: str) -> dict[str,
 
     url = storage_url(store, storage)
     return {"verdict": Ledger(url, name, [study.direction]), "tuning": Ledger(url, f"{name}/tuning", ["minimize"])}
+
+
+def search_ledger(store: RunStore, name: str, search: Search, storage: str) -> Ledger:
+    """The trials of a search."""
+    from ablations.ledger import Ledger
+
+    url = storage_url(store, storage)
+    return Ledger(url, name, list(search.objectives.values()), search.made_sampler(), search.made_pruner())

@@ -6,15 +6,24 @@ import sys
 
 from ablations.crew import visible_gpus
 from ablations.driver import Driver, changed
-from ablations.places import ledgers, logs_folder, storage_url
+from ablations.places import ledgers, logs_folder, search_ledger, storage_url
 from ablations.record import Record
+from ablations.search import Search
+from ablations.search_driver import SearchDriver
 from ablations.study import Study
 from mmphi.errors import Stopped
 from mmphi.tracking.store import Store
 
 
 def run(
-    name: str, study: Study, *, workers: int = 0, storage: str = "", retries: int = 5, run_id: str = "", **crew: object
+    name: str,
+    study: Study | Search,
+    *,
+    workers: int = 0,
+    storage: str = "",
+    retries: int = 5,
+    run_id: str = "",
+    **crew: object,
 ) -> int:
     """Run a study, or go on with it.
 
@@ -37,10 +46,16 @@ def run(
     if run_id:
         store.record_beside(run_id, f"study {name}")
     record = Record.open(store, name, study.declaration(), run_id)
-    driver = Driver(study, record, ledgers(store, name, study, storage), retries=retries)
+    driver: Driver | SearchDriver
+    if isinstance(study, Search):
+        driver = SearchDriver(study, record, search_ledger(store, name, study, storage), retries=retries)
+        what = study.summary()
+    else:
+        driver = Driver(study, record, ledgers(store, name, study, storage), retries=retries)
+        plan = changed(study, record.changes())
+        what = f"{len(plan.levels)} levels x {plan.study.seeds} seeds"
     count = workers or max(1, len(visible_gpus()))
-    plan = changed(study, record.changes())
-    print(f"{study.question}\n{name}: {len(plan.levels)} levels x {plan.study.seeds} seeds, {count} worker(s)")
+    print(f"{study.question}\n{name}: {what}, {count} worker(s)")
     print(f"watch it: mmphi studies {name} --watch\nOptuna: optuna-dashboard {storage_url(store, storage)}", flush=True)
     try:
         driver.run(count, logs_folder(store, name), **crew)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmphi.describe import duration
 from reports.query import StudyData, load_study
+from reports.search import tried
 from reports.statistics import compare, interval
 from reports.verdict import number, range_of
 
@@ -21,7 +22,9 @@ LAST = 12  # Trials that the pace is taken from.
 
 
 def table(data: StudyData) -> str:
-    """A study so far, as lines."""
+    """A study or search so far, as lines."""
+    if data.declaration.get("kind") == "search":
+        return _search_table(data)
     metric, baseline = data.declaration["metric"], data.declaration["baseline"]
     values = data.values(metric)
     beside = {c.level: c for c in compare({level: values[level] for level in data.levels}, baseline)}
@@ -47,8 +50,23 @@ def table(data: StudyData) -> str:
     return "\n".join([data.declaration["question"], "", *lines, "", progress(data)])
 
 
+def _search_table(data: StudyData) -> str:
+    trials, objectives = tried(data), list(data.declaration["objectives"])
+    best = sorted(trials, key=lambda t: t.mean(objectives[0]))
+    if data.declaration["objectives"][objectives[0]] == "maximize":
+        best.reverse()
+    lines = []
+    for t in best:
+        settings = ", ".join(f"{name} {value}" for name, value in t.params.items())
+        means = ", ".join(f"{o} {number(t.mean(o), 4)}" for o in objectives)
+        lines.append(f"{t.name:<10} {means}  {settings}{f'  ({t.pruned})' if t.pruned else ''}")
+    return "\n".join([data.declaration["question"], "", *lines, "", progress(data)])
+
+
 def progress(data: StudyData) -> str:
     """What is done, what runs, and how long the rest takes at the pace of the last trials."""
+    if data.declaration.get("kind") == "search":
+        return f"{len(tried(data))} of {data.declaration['trials']} trials begun"
     running = [t for t in data.trials if t.status == "RUNNING"]
     tuning = sum(t.finished and t.phase == "tuning" for t in data.trials)
     missing = data.missing()
@@ -68,6 +86,7 @@ def watch(store: RunStore, name: str, every_s: float = 5.0) -> None:
         data = load_study(store, name)
         shown = table(data)
         print(f"{CLEAR if sys.stdout.isatty() else ''}{shown}", flush=True)
-        if not data.missing():
+        search = data.declaration.get("kind") == "search"
+        if data.status == "FINISHED" if search else not data.missing():
             return
         time.sleep(every_s)

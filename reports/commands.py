@@ -23,17 +23,18 @@ def report(arguments: Sequence[str]) -> int:
     from mmphi.tracking.search import RunStore
     from reports.ablation import CURVE, ablation
     from reports.query import load_study
+    from reports.search import search
 
     store = RunStore()
     data = load_study(store, options.study, CURVE)
-    document = ablation(data)
+    document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
     folder = Path("reports") / "out" / options.study if options.out in (None, AS_PRESET) else options.out
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in document.files().items():
         (folder / name).write_bytes(content)
     if not options.no_log:
         store.client.log_artifacts(data.run_id, str(folder), "report")
-    print(document.values["headline"].replace("**", ""))
+    print(str(document.values.get("headline") or document.values["best"]).replace("**", ""))
     print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
     if not options.no_log:
         print(f"{data.link(data.run_id)}/artifacts")

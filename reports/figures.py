@@ -179,3 +179,32 @@ def importance(parts: Shares) -> Figure:
     axes.set_xlabel("share of the variance between all trials", fontsize=10)
     axes.legend(fontsize=10, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.35))
     return figure
+
+
+def history(trials: Sequence[tuple[str, float]], name: str, less: bool) -> Figure:
+    """What each trial reached, in their order, and the best so far."""
+    figure, (axes,) = _figure()
+    values = np.array([value for _, value in trials])
+    best = np.minimum.accumulate(values) if less else np.maximum.accumulate(values)
+    axes.plot(range(len(values)), values, "o", color=COLOURS[0], markersize=6, label="trial")
+    axes.step(range(len(values)), best, where="post", color=COLOURS[5], linewidth=1.6, label="best so far")
+    axes.set_xlabel("trials that ran to their end", fontsize=11)
+    axes.set_ylabel(name, fontsize=11)
+    axes.legend(fontsize=10, frameon=False)
+    return figure
+
+
+def pareto(
+    points: Mapping[str, tuple[float, float]], best: Sequence[str], across: str, up: str, signs: Mapping[str, float]
+) -> Figure:
+    """Two objectives of all trials, and those that no other beats in both."""
+    figure, (axes,) = _figure()
+    axes.plot(*zip(*points.values(), strict=True), "o", color="#aaaaaa", markersize=6, linestyle="none", label="trials")
+    front_points = [points[name] for name in best]
+    axes.plot(*zip(*front_points, strict=True), "D-", color=COLOURS[2], markersize=8, label="Pareto front")
+    for name in best:
+        axes.annotate(name, points[name], xytext=(5, 5), textcoords="offset points", fontsize=9)
+    for set_label, objective in ((axes.set_xlabel, across), (axes.set_ylabel, up)):
+        set_label(f"{objective} ({'less' if signs[objective] > 0 else 'more'} is better)", fontsize=11)
+    axes.legend(fontsize=10, frameon=False)
+    return figure

@@ -71,6 +71,7 @@ class StudyData:
         tags: Of its record: commit, machine.
         curves: Values of a metric by step, by run id.
         address: Of MLflow's pages.
+        status: Of its record: whether a driver saw its end.
     """
 
     name: str
@@ -82,6 +83,7 @@ class StudyData:
     tags: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     address: str = "http://127.0.0.1:5000"
+    status: str = "FINISHED"
 
     @property
     def levels(self) -> list[str]:
@@ -168,6 +170,7 @@ def load_study(store: RunStore, name: str, curve: str = "") -> StudyData:
         tags=tags,
         curves=curves,
         address=base.rstrip("/"),
+        status=str(record.info.status),
     )
 
 

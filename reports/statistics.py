@@ -101,7 +101,7 @@ def _patterns(n: int) -> NDArray[np.float64]:
     else:
         bits = np.random.default_rng(0).integers(0, 2, (2**EXACT_UP_TO, n))
         bits[0] = 0
-    signs: NDArray[np.float64] = 1.0 - 2.0 * bits
+    signs: NDArray[np.float64] = (1.0 - 2.0 * bits).astype(np.float64)
     return signs
 
 

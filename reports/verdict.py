@@ -36,7 +36,7 @@ def number(value: float, digits: int = 3) -> str:
     if not np.isfinite(value):
         return "-"
     text = f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.{digits + 1}g}"
-    if "e" in text and abs(value) >= 1:
+    if abs(value) >= 1000:
         text = f"{value:,.0f}"
     elif "e" in text:
         text = f"{value:.1e}"

@@ -1,0 +1,164 @@
+"""What a search is: a space of settings in which Optuna looks for good ones. It finds, and proves nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from ablations.study import Changes, plan_order, settings_of
+from mmphi.errors import SettingsError
+from mmphi.settings.fields import all_fields, leaves
+from mmphi.stages import STAGES, Settings
+
+Direction = Literal["minimize", "maximize"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two ends, both included.
+
+    Attributes:
+        low: The least.
+        high: The most.
+        log: Whether factors count rather than differences.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Space = Mapping[str, Range | Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search.
+
+    Attributes:
+        question: In a sentence.
+        space: Settings by dotted name: a range, or the values to choose from.
+        objectives: Metrics by name, and whether less or more of each is better; several give a Pareto front.
+        trials: How many.
+        seeds: Of every trial; with several it is judged by its mean over them.
+        sampler: Optuna's: ``tpe``, ``random``, or ``nsga2`` for several objectives.
+        pruner: ``wilcoxon`` ends a trial after the first seeds when a signed-rank test says that the best one so far is
+            better at them; ``hyperband`` ends a training early by its validation curve; empty ends none.
+        reports: The metric that ``hyperband`` looks at.
+        sampler_seed: What the sampler draws from.
+        preset: What all trials are changes of.
+        stage: What is trained.
+        fixed: Settings that differ from the preset in all trials alike.
+        seed_settings: The settings that a seed is put in.
+        tokens: Budget of one training in supervised tokens; 0 trains as many steps as the preset says.
+        unit: Of the first objective.
+    """
+
+    question: str
+    space: Space
+    objectives: Mapping[str, Direction] = field(default_factory=lambda: {"val/loss": "minimize"})
+    trials: int = 20
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sampler: Literal["tpe", "random", "nsga2"] = "tpe"
+    pruner: Literal["", "wilcoxon", "hyperband"] = "wilcoxon"
+    reports: str = "val/loss"
+    sampler_seed: int = 0
+    preset: str = "tiny"
+    stage: str = "projector"
+    fixed: Changes = field(default_factory=dict)
+    seed_settings: tuple[str, ...] = ("projector.seed",)
+    tokens: int = 0
+    unit: str = "nats/token"
+
+    def summary(self) -> str:
+        """What it looks through, in a line."""
+        how = f", pruned by {self.pruner}" if self.pruner else ""
+        return f"search of {self.trials} trials over {', '.join(self.space)}{how}"
+
+    def check(self) -> None:
+        """Refuse what cannot be searched, before anything is trained.
+
+        Raises:
+            SettingsError: Naming what is wrong, and what to do.
+        """
+        if self.trials < 1 or not self.seeds:
+            raise SettingsError("a search of no trials finds nothing", "give one trial and one seed at least")
+        if len(self.objectives) > 1 and self.pruner:
+            raise SettingsError(
+                f"{self.pruner} cannot prune by {len(self.objectives)} objectives at once", "leave `pruner` empty"
+            )
+        if self.pruner == "wilcoxon" and len(self.seeds) < 2:
+            raise SettingsError("wilcoxon compares trials over paired seeds, and there is one", "give three or more")
+        self.settings({name: self._first(name) for name in self.space}, self.seeds[0])
+
+    def _first(self, name: str) -> Any:
+        choices = self.space[name]
+        if not isinstance(choices, Range):
+            return choices[0]
+        return int(choices.low) if self.whole(name) else choices.low
+
+    def whole(self, name: str) -> bool:
+        """Whether a setting takes whole numbers only."""
+        declared = all_fields(Settings).get(name)
+        return declared is not None and declared.kind == "int"
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The space in Optuna's terms."""
+        found: dict[str, BaseDistribution] = {}
+        for name, values in self.space.items():
+            if not isinstance(values, Range):
+                found[name] = CategoricalDistribution(list(values))
+            elif self.whole(name):
+                found[name] = IntDistribution(int(values.low), int(values.high), log=values.log)
+            else:
+                found[name] = FloatDistribution(values.low, values.high, log=values.log)
+        return found
+
+    def made_sampler(self) -> optuna.samplers.BaseSampler:
+        """Optuna's sampler."""
+        if self.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=self.sampler_seed)
+        if self.sampler == "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=self.sampler_seed)
+        return optuna.samplers.TPESampler(seed=self.sampler_seed)
+
+    def made_pruner(self) -> optuna.pruners.BasePruner:
+        """Optuna's pruner."""
+        if self.pruner == "hyperband":
+            return optuna.pruners.HyperbandPruner()
+        if self.pruner == "wilcoxon":
+            import warnings
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # It is marked experimental.
+                return optuna.pruners.WilcoxonPruner(n_startup_steps=2)
+        return optuna.pruners.NopPruner()
+
+    def settings(self, values: Changes, seed: int) -> Settings:
+        """Settings of a training.
+
+        Raises:
+            SettingsError: If there is no such setting, or it cannot have that value.
+        """
+        budget = {f"{self.stage}.supervised_tokens": self.tokens} if self.tokens else {}
+        changes = {**self.fixed, **budget, **values, **dict.fromkeys(self.seed_settings, seed)}
+        return settings_of(self.preset, changes, self.stage)
+
+    def declaration(self) -> dict[str, Any]:
+        """All that makes the search what it is, as JSON."""
+        settings = self.settings({name: self._first(name) for name in self.space}, self.seeds[0])
+        versions = {name: STAGES[name].version for name in plan_order(self.stage, settings)}
+        varied = {*self.space, *self.seed_settings}
+        held = {name: value for name, value in leaves(settings) if name not in varied}
+        whole = {**asdict(self), "kind": "search", "settings": held, "versions": versions}
+        return dict(json.loads(json.dumps(whole, default=str)))

@@ -1,0 +1,202 @@
+"""The driver of a search: Optuna suggests settings, each is trained at one seed after the other while that pays."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.trial import TrialState
+from tqdm.auto import tqdm
+
+from ablations.crew import Crew, Worker
+from ablations.driver import POLL_S, TrialError
+from ablations.jobs import Answer, Job
+from ablations.ledger import Ledger
+from ablations.record import Record
+from ablations.search import Search
+from mmphi.errors import StoreError
+
+if TYPE_CHECKING:
+    import optuna
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass
+class Active:
+    """A trial that is being run.
+
+    Attributes:
+        trial: Optuna's.
+        origin: Number it is known by: its own, or that of the trial that it goes on from.
+        found: Values of the objectives, one list a seed.
+        runs: Ids of its runs.
+        running: Whether a worker has it.
+        died: How often a worker died over it.
+    """
+
+    trial: optuna.trial.Trial
+    origin: int
+    found: list[list[float]] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    running: bool = False
+    died: int = 0
+
+
+class SearchDriver:
+    """Runs a search on workers.
+
+    Args:
+        search: As it was declared.
+        record: Its run in MLflow's store.
+        ledger: Its trials in Optuna.
+        retries: How often a worker may die over a trial.
+        say: Prints a line.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        record: Record,
+        ledger: Ledger,
+        *,
+        retries: int = 5,
+        say: Callable[[str], None] = tqdm.write,
+    ) -> None:
+        self.search, self.record, self.ledger, self.retries, self.say = search, record, ledger, retries, say
+        self.active: dict[int, Active] = {}
+
+    def done(self) -> int:
+        """Trials that have ended, whatever came of them."""
+        ended = self.ledger.trials(*ENDED)
+        return sum(t.state != TrialState.FAIL or t.user_attrs.get("final", False) for t in ended)
+
+    def run(self, workers: int, logs: Path, **crew: Any) -> None:
+        """Run until as many trials as were asked for have ended.
+
+        Args:
+            workers: How many.
+            logs: Folder of what they print.
+            **crew: Further arguments of :class:`Crew`.
+
+        Raises:
+            TrialError: If a trial met what a person must mend; the others' results stay.
+        """
+        with self.ledger.owned(), Crew(workers, logs, **crew) as team:
+            self._ask_again()
+            with tqdm(desc=self.record.name, unit="trial", total=self.search.trials, dynamic_ncols=True) as bar:
+                while (done := self.done()) < self.search.trials or team.busy():
+                    bar.update(done - bar.n)
+                    for worker in team.idle():
+                        self._give(team, worker)
+                    for worker, answer in team.listen(POLL_S):
+                        self._heard(team, worker, answer)
+                    self.ledger.beat()
+                bar.update(self.done() - bar.n)
+
+    def _ask_again(self) -> None:
+        """Put the trials that a dead driver left at the head of the queue, with the same settings and number."""
+        again = {t.user_attrs.get("origin") for t in self.ledger.trials()}
+        for trial in self.ledger.trials(TrialState.FAIL):
+            if not trial.user_attrs.get("final") and trial.number not in again:
+                attributes = {"origin": trial.user_attrs.get("origin", trial.number)}
+                self.ledger.study.enqueue_trial(trial.params, user_attrs=attributes)
+                self.ledger.storage.set_trial_user_attr(trial._trial_id, "origin", attributes["origin"])
+
+    def _give(self, team: Crew, worker: Worker) -> None:
+        waiting = next((a for a in self.active.values() if not a.running), None)
+        if waiting is None:
+            if self.done() + len(self.active) >= self.search.trials:
+                return
+            trial = self.ledger.study.ask(self.search.distributions())
+            self.ledger.mine[trial.number] = trial
+            waiting = Active(trial, int(trial.user_attrs.get("origin", trial.number)))
+            self.active[trial.number] = waiting
+        waiting.running = True
+        team.give(worker, self.job(waiting))
+
+    def job(self, active: Active) -> Job:
+        """What a worker is told of the next seed of a trial."""
+        place = len(active.found)
+        seed = self.search.seeds[place]
+        name = f"trial {active.origin}"
+        judged_on_test = any(metric.startswith("test/") for metric in self.search.objectives)
+        return Job(
+            number=active.trial.number,
+            stage=self.search.stage,
+            settings=self.search.settings(active.trial.params, seed).model_dump(),
+            label=f"{self.record.name} {name} seed {seed}",
+            tags={
+                "mmphi.study": self.record.name,
+                "mmphi.level": name,
+                "mmphi.seed": str(seed),
+                "mmphi.round": str(place),
+                "mmphi.phase": "search",
+                "mmphi.cell": f"search/{name}/{seed}",
+            },
+            params={"study.level": name, "study.seed": str(seed)},
+            metric=next(iter(self.search.objectives)),
+            after=judged_on_test,
+            costs=any(metric.startswith("cost/") for metric in self.search.objectives),
+            reports=self.search.reports if self.search.pruner == "hyperband" else "",
+        )
+
+    def _heard(self, team: Crew, worker: Worker, answer: Answer | None) -> None:
+        if answer is None:
+            self._died(worker)
+            return
+        active = self.active[answer.number]
+        if answer.kind == "report":
+            step = int(answer.metrics["step"])
+            active.trial.report(answer.metrics[self.search.reports], step)
+            team.reply(worker, not active.trial.should_prune())
+            return
+        worker.job, active.running = None, False
+        if answer.kind == "done":
+            self._measured(active, answer)
+        elif answer.kind == "pruned":
+            self._end(active, f"pruned: {answer.reason}")
+            self.ledger.study.tell(active.trial, state=TrialState.PRUNED)
+        else:
+            self._end(active, f"no result: {answer.reason}")
+            self.ledger.fail(active.trial, answer.reason, final=answer.kind == "failed")
+            if answer.kind == "broken":
+                raise TrialError(f"trial {active.origin} cannot be run: {answer.reason}", "mend that")
+
+    def _measured(self, active: Active, answer: Answer) -> None:
+        lacking = [name for name in self.search.objectives if name not in answer.metrics]
+        if lacking:
+            raise TrialError(f"run {answer.run_id} has no metric {lacking[0]!r}", f"it has {sorted(answer.metrics)}")
+        active.found.append([answer.metrics[name] for name in self.search.objectives])
+        active.runs.append(answer.run_id)
+        over = len(active.found) == len(self.search.seeds)
+        means = [statistics.fmean(values) for values in zip(*active.found, strict=True)]
+        if self.search.pruner == "wilcoxon":
+            active.trial.report(active.found[-1][0], self.search.seeds[len(active.found) - 1])
+            if not over and active.trial.should_prune():
+                # Optuna's own advice: a pruned trial is told its mean, which says more than its last seed.
+                self.ledger.storage.set_trial_user_attr(active.trial._trial_id, "pruned_after", len(active.found))
+                over = True
+        if over:
+            values = ", ".join(f"{n} {v:.4f}" for n, v in zip(self.search.objectives, means, strict=True))
+            self._end(active, f"{values} over {len(active.found)} of {len(self.search.seeds)} seeds")
+            self.ledger.tell(active.trial, means, ", ".join(active.runs))
+
+    def _end(self, active: Active, how: str) -> None:
+        self.active.pop(active.trial.number)
+        self.ledger.mine.pop(active.trial.number, None)
+        settings = ", ".join(f"{name} {value}" for name, value in active.trial.params.items())
+        self.say(f"trial {active.origin} ({settings}): {how}")
+
+    def _died(self, worker: Worker) -> None:
+        if worker.job is None:
+            raise StoreError("a worker died before it had any work", "its last words are in the study's logs")
+        active = self.active[worker.job.number]
+        active.died, active.running = active.died + 1, False
+        if active.died > self.retries:
+            reason = f"its worker died {active.died} times"
+            self._end(active, reason)
+            self.ledger.fail(active.trial, reason, final=True, died=True)

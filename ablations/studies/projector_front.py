@@ -1,0 +1,20 @@
+"""A search for projectors that are small and good: a Pareto front."""
+
+from ablations.search import Range, Search
+from ablations.study import CURVES
+
+STUDY = Search(
+    question="How small may a projector be for how much loss?",
+    space={
+        "projector.learning_rate": Range(1e-3, 3e-2, log=True),
+        "projector.layers": Range(1, 3),
+        "projector.width": Range(16, 512, log=True),
+    },
+    objectives={"val/loss": "minimize", "projector/parameters": "minimize"},
+    trials=24,
+    seeds=(0,),
+    sampler="nsga2",
+    pruner="",
+    fixed={"projector.optimizer": "adamw", **CURVES},
+    tokens=60_000,
+)

@@ -1,0 +1,218 @@
+"""The report of a search, from the tracking store alone: what was found, and why that is no verdict."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmphi.errors import StoreError
+from reports import figures
+from reports.document import Document, Table
+from reports.query import StudyData, Trial
+from reports.statistics import interval
+from reports.tables import environment
+from reports.verdict import listed, number, range_of
+
+PRUNED = "Pruned:"
+SHOWN = 8  # Trials in the table of the best.
+NO_VERDICT = (
+    "A search looks for good settings: trials that look poor are ended early, so that budgets differ, the best of many"
+    " is flattered by its luck, and what it was chosen by is the validation split. What it proposes is to be compared"
+    " with something by a study."
+)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial of a search: settings, and what they gave at each seed.
+
+    Attributes:
+        name: Of the trial.
+        params: Its settings, as written.
+        values: Of every objective, by seed; of seeds that finished.
+        runs: All of its runs.
+        pruned: Why it was ended early, or empty.
+    """
+
+    name: str
+    params: Mapping[str, str]
+    values: Mapping[str, Sequence[float]]
+    runs: Sequence[Trial]
+    pruned: str = ""
+
+    def mean(self, objective: str) -> float:
+        """Mean over its seeds; not a number where none finished."""
+        found = self.values[objective]
+        return float(np.mean(found)) if found else float("nan")
+
+
+def tried(data: StudyData) -> list[Tried]:
+    """The trials of a search, in order of number."""
+    objectives, space = list(data.declaration["objectives"]), list(data.declaration["space"])
+    seeds = len(data.declaration["seeds"])
+    runs: dict[str, list[Trial]] = {}
+    for trial in data.trials:
+        if trial.phase == "search" and not trial.went_on and trial.status != "RUNNING":
+            runs.setdefault(trial.level, []).append(trial)
+    found = []
+    for name in sorted(runs, key=lambda name: int(name.rpartition(" ")[2])):
+        by_seed = {t.seed: t for t in runs[name] if t.finished and all(o in t.metrics for o in objectives)}
+        values = {o: [t.metrics[o] for _, t in sorted(by_seed.items())] for o in objectives}
+        early = next((t.reason for t in runs[name] if t.reason.startswith(PRUNED)), "")
+        failed = next((t.reason for t in runs[name] if t.status == "FAILED"), "")
+        if not early and 0 < len(by_seed) < seeds and not failed:
+            early = f"ended after {len(by_seed)} of {seeds} seeds"
+        params = {setting: runs[name][0].params.get(setting, "?") for setting in space}
+        found.append(Tried(name, params, values, runs[name], early or failed))
+    return found
+
+
+def search(data: StudyData) -> Document:
+    """The report of a search.
+
+    Args:
+        data: As the store has it.
+
+    Raises:
+        StoreError: If no trial has a result.
+    """
+    objectives: dict[str, str] = data.declaration["objectives"]
+    trials = tried(data)
+    whole = [t for t in trials if not t.pruned and all(t.values[o] for o in objectives)]
+    if not whole:
+        raise StoreError(f"no trial of the search {data.name} is finished", f"mmphi ablate {data.name} goes on with it")
+    first = next(iter(objectives))
+    sign = 1.0 if objectives[first] == "minimize" else -1.0
+    ranked = sorted(whole, key=lambda t: sign * t.mean(first))
+    on_front = pareto(whole, objectives)
+    shown = [t for t in ranked if t in on_front] if len(objectives) > 1 else ranked
+    document = Document(
+        "search.md.j2",
+        f"Search {data.name}",
+        {
+            "question": data.declaration["question"],
+            "best": _best(shown, objectives, data),
+            "no_verdict": NO_VERDICT,
+            "importance": "",
+            "ended": f"{len(whole)} of {len(trials)} trials ran to their end.",
+            "held": _held(data),
+            "command": f"mmphi ablate {data.name.partition('.')[0]} --trials {data.declaration['trials']}\n"
+            f"mmphi report ablation --study {data.name}",
+        },
+    )
+    document.tables["best"] = _table(data, shown[:SHOWN], objectives)
+    document.tables["trials"] = _table(data, trials, objectives)
+    document.tables["environment"] = environment(data)
+    document.figures["history"] = figures.png(
+        figures.history([(t.name, t.mean(first)) for t in whole], first, sign > 0)
+    )
+    if len(objectives) == 2:
+        second = list(objectives)[1]
+        points = {t.name: (t.mean(second), t.mean(first)) for t in whole}
+        signs = {name: 1.0 if direction == "minimize" else -1.0 for name, direction in objectives.items()}
+        best = [t.name for t in sorted(on_front, key=lambda t: t.mean(second))]
+        document.figures["front"] = figures.png(figures.pareto(points, best, second, first, signs))
+    told, table = importance(whole, data, first)
+    document.values = {**document.values, "importance": told}
+    if table:
+        document.tables["importance"] = table
+    return document
+
+
+def pareto(trials: Sequence[Tried], objectives: Mapping[str, str]) -> list[Tried]:
+    """The trials that no other beats in all objectives."""
+    signs = np.array([1.0 if direction == "minimize" else -1.0 for direction in objectives.values()])
+    points = np.array([[t.mean(o) for o in objectives] for t in trials]) * signs
+    kept = []
+    for place, point in enumerate(points):
+        beaten = np.all(points <= point, axis=1) & np.any(points < point, axis=1)
+        if not beaten.any():
+            kept.append(trials[place])
+    return kept
+
+
+def _best(shown: Sequence[Tried], objectives: Mapping[str, str], data: StudyData) -> str:
+    if len(objectives) > 1:
+        names = listed([f"`{o}`" for o in objectives])
+        return f"{len(shown)} trials that no other beats in both {names} (the Pareto front):"
+    (objective,) = objectives
+    best = shown[0]
+    settings = ", ".join(f"`{name}` = {value}" for name, value in best.params.items())
+    seeds = len(best.values[objective])
+    around = range_of(interval(best.values[objective])) if seeds > 1 else "one seed"
+    return (
+        f"Best of {len(shown)} whole trials: {settings}, with {objective} {number(best.mean(objective), 4)}"
+        f" {data.declaration['unit']} ({around}, {seeds} seed{'s' if seeds > 1 else ''})."
+    )
+
+
+def _table(data: StudyData, trials: Sequence[Tried], objectives: Mapping[str, str]) -> Table:
+    rows = []
+    for t in trials:
+        links = " ".join(f"[{r.run_id[:8]}]({data.link(r.run_id)})" for r in t.runs)
+        values = [number(t.mean(o), 4) for o in objectives]
+        seeds = max(len(v) for v in t.values.values())
+        rows.append([t.name, *t.params.values(), *values, seeds, t.pruned or "-", links])
+    means = [f"mean {o}" for o in objectives]
+    return Table(["trial", *data.declaration["space"], *means, "seeds", "ended early", "runs"], rows)
+
+
+def importance(trials: Sequence[Tried], data: StudyData, objective: str) -> tuple[str, Table | None]:
+    """How much each setting and the seed explain of what the trials reached.
+
+    Settings by fANOVA (Hutter, Hoos, Leyton-Brown 2014) as Optuna has it, on the trials' means; the seed by the share
+    of the variance of all runs that lies within trials.
+    """
+    import optuna
+
+    if len(trials) < 4 or len({t.mean(objective) for t in trials}) < 2:
+        return "Too few trials ran to their end to say which setting mattered.", None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    values = {name: [_number(t.params[name]) for t in trials] for name in data.declaration["space"]}
+    varied = {name: of for name, of in values.items() if len(set(of)) > 1}
+    study = optuna.create_study()
+    for place, t in enumerate(trials):
+        study.add_trial(
+            optuna.create_trial(
+                params={name: of[place] for name, of in varied.items()},
+                distributions={name: _distribution(of) for name, of in varied.items()},
+                value=t.mean(objective),
+            )
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+        )
+    every = [list(t.values[objective]) for t in trials]
+    total = float(np.var(np.concatenate(every)))
+    within = float(np.mean([np.var(v) for v in every])) / total if total else 0.0
+    told = (
+        "Shares of what the trials' means differ by (fANOVA, by Optuna), and of what all runs differ by within trials:"
+        f" {within:.0%} lies between the seeds of the same settings."
+    )
+    return told, Table(["setting", "share"], [[name, f"{share:.0%}"] for name, share in found.items()])
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _distribution(values: Sequence[Any]) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if all(isinstance(v, float) for v in values):
+        return FloatDistribution(min(values), max(values))
+    return CategoricalDistribution(sorted(set(map(str, values))))
+
+
+def _held(data: StudyData) -> str:
+    fixed = ", ".join(f"`{name}` = {value}" for name, value in data.declaration["fixed"].items())
+    return f"Preset `{data.declaration['preset']}`, with {fixed or 'nothing changed'} in all trials."
