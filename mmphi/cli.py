@@ -9,7 +9,6 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 import mmphi.benchmarks
@@ -20,7 +19,14 @@ if TYPE_CHECKING:
 
 TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
 LABEL_CHARACTERS = 80
-COMMANDS, BENCHMARKS = "mmphi.commands", "mmphi.benchmarks"  # Groups of entry points: see pyproject.toml.
+# What the packages above this one bring; named and not imported, because nothing here may know them.
+COMMANDS = {
+    "ablate": "ablations.commands:ablate",
+    "studies": "ablations.manage:studies",
+    "compare": "ablations.manage:compare",
+    "report": "reports.commands:report",
+}
+BENCHMARKS = {"ablation": "ablations.benchmark:main"}
 
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
        mmphi STAGE --help             every setting of a stage
@@ -57,12 +63,14 @@ def usage() -> str:
 def benchmarks() -> list[str]:
     """Names of the benchmarks there are."""
     names = (module.name for module in pkgutil.iter_modules(mmphi.benchmarks.__path__))
-    return sorted([*(name for name in names if not name.startswith("_")), *plugins(BENCHMARKS)])
+    return sorted([*(name for name in names if not name.startswith("_")), *BENCHMARKS])
 
 
-def plugins(group: str) -> dict[str, EntryPoint]:
-    """Commands or benchmarks that packages above this one bring, by name."""
-    return {each.name: each for each in entry_points(group=group)}
+def function(name: str) -> Callable[[list[str]], int | None]:
+    """A function by its module and name."""
+    module, _, attribute = name.partition(":")
+    found: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,15 +125,14 @@ def _command(words: list[str]) -> int:
         from mmphi.tracking.ui import main as ui
 
         return ui(rest)
-    if name in plugins(COMMANDS):
-        command: Callable[[list[str]], int] = plugins(COMMANDS)[name].load()
-        return command(rest)
+    if name in COMMANDS:
+        return function(COMMANDS[name])(rest) or 0
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "benchmark", *plugins(COMMANDS)])
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "benchmark", *COMMANDS])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )
@@ -194,11 +201,7 @@ def _benchmark(rest: list[str]) -> int:
         return 0 if rest else USER_ERROR
     if rest[0] not in benchmarks():
         raise SettingsError(f"there is no benchmark {rest[0]!r}", f"there are: {there}")
-    run: Callable[[list[str]], int | None]
-    if rest[0] in plugins(BENCHMARKS):
-        run = plugins(BENCHMARKS)[rest[0]].load()
-    else:
-        run = importlib.import_module(f"mmphi.benchmarks.{rest[0]}").main
+    run = function(BENCHMARKS.get(rest[0], f"mmphi.benchmarks.{rest[0]}:main"))
     return run(rest[1:]) or 0
 
 

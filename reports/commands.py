@@ -30,10 +30,12 @@ def report(arguments: Sequence[str]) -> int:
     document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
     folder = Path("reports") / "out" / options.study if options.out in (None, AS_PRESET) else options.out
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in document.files().items():
+    files = document.files()
+    for name, content in files.items():
         (folder / name).write_bytes(content)
     if not options.no_log:
-        store.client.log_artifacts(data.run_id, str(folder), "report")
+        for name in files:
+            store.client.log_artifact(data.run_id, str(folder / name), "report")
     print(str(document.values.get("headline") or document.values["best"]).replace("**", ""))
     print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
     if not options.no_log:

@@ -197,6 +197,11 @@ class Comparison:
             return "different"
         return "equivalent" if self.p_equivalence < ALPHA else "open"
 
+    @property
+    def small(self) -> bool:
+        """Whether there is a difference, and one that is shown to lie within the margin."""
+        return self.p < ALPHA and self.p_equivalence < ALPHA
+
 
 def compare(
     levels: dict[str, dict[int, float]], baseline: str, margin: float = 0.0, seeds: int | None = None

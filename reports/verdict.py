@@ -77,16 +77,17 @@ def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
     seeds = f"{n} seeds" if n > 1 else "1 seed"
     if comparison.verdict == "different":
         better = metric.better(comparison.difference)
-        what = "beats" if better else "is worse than"
+        what = "beat" if better else "did worse than"  # In the past all numbers agree.
         sign = 1.0 if comparison.difference > 0 else -1.0
+        small = f"; yet shown to lie within {number(metric.margin)}, too little to matter" if comparison.small else ""
         return (
             f"**{level} {what} {baseline} by {size}** ({range_of(comparison.interval, sign)},"
-            f" {p_value(comparison.p)}{after_holm(comparison)}, {seeds})."
+            f" {p_value(comparison.p)}{after_holm(comparison)}, {seeds}{small})."
         )
     seen = f"{number(comparison.difference)} {metric.unit}, {range_of(comparison.interval)}"
     if comparison.verdict == "equivalent":
         return (
-            f"**{level} equals {baseline} within {number(metric.margin)} {metric.unit}** (difference {seen};"
+            f"**{level} equalled {baseline} within {number(metric.margin)} {metric.unit}** (difference {seen};"
             f" two one-sided tests, {p_value(comparison.p_equivalence)}{after_holm(comparison)}, {seeds})."
         )
     why = _why_not(comparison, metric)
@@ -130,17 +131,15 @@ def headline(comparisons: Sequence[Comparison], means: Mapping[str, float], base
         parts.append(sentence(best, baseline, metric))
         others = [c.level for c in better if c is not best]
         if others:
-            parts.append(f"{listed(others)} also beat{'s' if len(others) == 1 else ''} it.")
+            parts.append(f"{listed(others)} also beat it.")
     else:
         parts.append(f"**No level is shown to be better than {baseline}.**")
         if len(comparisons) == 1:
             return sentence(comparisons[0], baseline, metric)
     if worse:
-        parts.append(f"{listed([c.level for c in worse])} {'are' if len(worse) > 1 else 'is'} worse.")
+        parts.append(f"{listed([c.level for c in worse])} did worse.")
     if same:
-        parts.append(
-            f"{listed(same)} equal{'s' if len(same) == 1 else ''} it within {number(metric.margin)} {metric.unit}."
-        )
+        parts.append(f"{listed(same)} equalled it within {number(metric.margin)} {metric.unit}.")
     if unsaid:
         parts.append(f"Of {listed(unsaid)} no difference can be shown.")
     return " ".join(parts)

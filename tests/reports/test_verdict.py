@@ -22,18 +22,25 @@ def study(**effects: float) -> dict[str, dict[int, float]]:
 def test_difference_in_words() -> None:
     three, one = compare(study(three=-0.05, one=0.08), "2 layers", 0.02)
     said = sentence(three, "2 layers", LOSS)
-    assert said.startswith("**three beats 2 layers by 0.0")
+    assert said.startswith("**three beat 2 layers by 0.0")
     assert "95 % interval 0.05" in said  # Of the size of the improvement: positive, as the number before it.
     assert said.endswith("p = 0.016 after Holm over 2 comparisons, 8 seeds).")
-    assert sentence(one, "2 layers", LOSS).startswith("**one is worse than 2 layers by 0.0")
+    assert sentence(one, "2 layers", LOSS).startswith("**one did worse than 2 layers by 0.0")
     more = Metric("test/exact_match", "of captions", less=False)
-    assert sentence(one, "2 layers", more).startswith("**one beats 2 layers by")
+    assert sentence(one, "2 layers", more).startswith("**one beat 2 layers by")
+
+
+def test_difference_too_small_to_matter_in_words() -> None:
+    (little,) = compare(study(little=0.009), "2 layers", 0.02)
+    said = sentence(little, "2 layers", LOSS)
+    assert said.startswith("**little did worse than 2 layers by 0.0")
+    assert said.endswith("8 seeds; yet shown to lie within 0.02, too little to matter).")
 
 
 def test_equality_in_words() -> None:
     (same,) = compare(study(same=0.001), "2 layers", 0.02)
     said = sentence(same, "2 layers", LOSS)
-    assert said.startswith("**same equals 2 layers within 0.02 nats/token** (difference ")
+    assert said.startswith("**same equalled 2 layers within 0.02 nats/token** (difference ")
     assert "two one-sided tests, p = 0.004, 8 seeds" in said
 
 
@@ -60,12 +67,12 @@ def test_headline() -> None:
     levels = study(three=-0.05, four=-0.07, same=0.001, one=0.08)
     means = {level: float(np.mean(list(values.values()))) for level, values in levels.items()}
     said = headline(compare(levels, "2 layers", 0.02), means, "2 layers", LOSS)
-    assert said.startswith("**four beats 2 layers by 0.0")
-    assert said.endswith("three also beats it. one is worse. same equals it within 0.02 nats/token.")
+    assert said.startswith("**four beat 2 layers by 0.0")
+    assert said.endswith("three also beat it. one did worse. same equalled it within 0.02 nats/token.")
     levels = study(one=0.08, two=0.09)
     means = {level: float(np.mean(list(values.values()))) for level, values in levels.items()}
     said = headline(compare(levels, "2 layers"), means, "2 layers", LOSS)
-    assert said == "**No level is shown to be better than 2 layers.** one and two are worse."
+    assert said == "**No level is shown to be better than 2 layers.** one and two did worse."
 
 
 @pytest.mark.parametrize(

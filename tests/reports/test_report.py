@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from synthetic import read, record, study, trial
+
+from mmphi.errors import SettingsError, StoreError
+from mmphi.tracking.store import Store
+from reports.commands import report
+from reports.figures import front
+from reports.query import begun, load_study
+
+EFFECTS = {"2 layers": 0.0, "3 layers": -0.05, "odd | one": -0.001}
+
+
+def write(name: str, folder: Path, *arguments: str) -> str:
+    assert report(["ablation", "--study", name, "--out", str(folder), *arguments]) == 0
+    return read(folder)
+
+
+def test_verdict_first_then_what_it_stands_on(
+    empty_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = study("depth", EFFECTS)
+    text = write("depth", tmp_path / "out")
+    verdict = text.index("**3 layers beat 2 layers by 0.0")
+    assert verdict < text.index("## Levels") < text.index("## Every seed") < text.index("## What it costs")
+    assert "odd | one equalled it within 0.02 nats/token" in text
+    assert "8 paired seeds" in text
+    assert "**Not repeated**" in text
+    assert "Budgets are equal: 1,000 to 1,000" in text
+    assert "None: every trial begun has a result." in text
+    assert "mmphi ablate depth --seeds 8 --tokens 1000" in text
+    assert capsys.readouterr().out.startswith("3 layers beat 2 layers by 0.0")
+    # Links lead to the runs; what would end a cell of a table is escaped.
+    run = load_study(Store(), "depth").results()["3 layers"][4].run_id
+    assert f"/runs/{run})" in text
+    assert "| odd \\| one |" in text
+    # Every table is a csv too, and every figure a picture of 800 px.
+    with (tmp_path / "out" / "levels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["projector.layers"] for row in rows] == ["2 layers", "3 layers", "odd | one"]
+    mean = sum(found["3 layers"].values()) / 8
+    assert float(rows[1]["mean test/loss"]) == pytest.approx(mean, abs=1e-4)
+    assert {row["n"] for row in rows} == {"8"}
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert set(pictures) == {"effects.png", "seeds.png", "curves.png", "tradeoffs.png", "importance.png"}
+    for picture in pictures:
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert image.width == 800
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert "<td>odd | one</td>" in page
+    assert 'src="http' not in page
+    # It is logged beside the study's declaration.
+    data = load_study(Store(), "depth")
+    logged = {f.path for f in Store().client.list_artifacts(data.run_id, "report")}
+    assert {"report/report.md", "report/report.html", "report/levels.csv"} <= logged
+
+
+def test_same_store_same_bytes(empty_store: str, tmp_path: Path) -> None:
+    study("depth", EFFECTS)
+    for folder in ("one", "two"):
+        write("depth", tmp_path / folder, "--no-log")
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()} for folder in ("one", "two"))
+    assert one == two
+    assert len(one) > 8
+
+
+def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path: Path) -> None:
+    run_id = record("gaps", seeds=3)
+    for seed in range(3):
+        trial("gaps", "2 layers", seed, {"test/loss": 1.0 + seed / 10, "projector/supervised_tokens": 1000.0})
+    trial(
+        "gaps",
+        "3 layers",
+        0,
+        {"test/loss": 0.9, "projector/supervised_tokens": 500.0},
+        tags={"mmphi.git_commit": "f" * 16},
+    )
+    trial("gaps", "3 layers", 0, {"test/loss": 0.2}, started=99)
+    trial("gaps", "3 layers", 1, {}, status="FAILED", tags={"mmphi.error": "TrainingError: the loss at step 3 is nan"})
+    trial("gaps", "3 layers", 2, {}, status="KILLED", tags={"mmphi.continued_by": "another"})
+    change = '{"what": "stop", "name": "odd | one", "value": null, "at": "2026-11-25 01:00:00"}'
+    Store().client.set_tag(run_id, "mmphi.change.0000", change)
+    text = write("gaps", tmp_path)
+    assert "2 trials that were asked for have no result: 3 layers seed 1 and 3 layers seed 2" in text
+    assert "3 layers failed at 1 of 3 seeds" in text
+    assert "1 cells have more than one finished run; the oldest counts: 3 layers seed 0" in text
+    assert "Stopped before their last seed: odd | one" in text
+    assert "2 commits of the code" in text
+    assert "**Budgets differ**: from 500 to 1,000" in text
+    assert "1 runs ended without a result. 1 runs were interrupted" in text
+    assert "| verdict | 3 layers | 1 | FAILED | TrainingError: the loss at step 3 is nan |" in text
+    assert "| 2026-11-25 01:00:00 | stop | odd \\| one | - |" in text
+    assert "Nothing can be said of odd | one" in text
+    data = load_study(Store(), "gaps")
+    assert data.values("test/loss")["3 layers"] == {0: 0.9}
+
+
+def test_tuning_is_shown_and_its_edges(empty_store: str, tmp_path: Path) -> None:
+    study("tuned", EFFECTS, nuisance={"projector.learning_rate": [0.001, 0.003, 0.01]})
+    for level, best in (("2 layers", 0.003), ("3 layers", 0.01)):
+        for rate in (0.001, 0.003, 0.01):
+            params = {"projector.learning_rate": rate}
+            reached = {"val/loss": 1.0 + abs(rate - best)}
+            trial("tuned", level, 1000, reached, phase="tuning", params=params)
+    text = write("tuned", tmp_path)
+    assert "| 2 layers | 0.003 | 0.001: 1.002; 0.003: 1; 0.01: 1.007 |" in text
+    assert "3 layers, `projector.learning_rate` = 0.01: the best value lies at the edge" in text
+    assert "2 layers, `projector" not in text
+
+
+def test_bad_stores(empty_store: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"has no study 'depth'\n  mmphi ablate depth"):
+        write("depth", tmp_path)
+    record("depth")
+    with pytest.raises(StoreError, match="no trial of the study depth is finished"):
+        write("depth", tmp_path)
+    trial("depth", "2 layers", 0, {"test/cider": 0.3, "val/loss": 1.0})
+    with pytest.raises(StoreError, match=r"has the metric test/loss\n  they have test/cider, val/loss"):
+        write("depth", tmp_path)
+    with pytest.raises(SettingsError, match=r"did you mean depth\?"):
+        write("deptj", tmp_path)
+    record("other")
+    assert begun(Store()) == ["depth", "other"]
+
+
+def test_one_seed_is_no_verdict(empty_store: str, tmp_path: Path) -> None:
+    study("one", {"2 layers": 0.0, "3 layers": -0.5}, seeds=1, levels={"2 layers": 2, "3 layers": 3})
+    text = write("one", tmp_path)
+    assert "**No difference can be shown between 3 layers and 2 layers** with 1 seed" in text
+    assert "no interval: one seed" in text
+
+
+def test_front_is_who_is_beaten_by_nobody() -> None:
+    points = {"small": (1.0, 3.0), "middle": (2.0, 2.0), "worse": (2.5, 2.5), "large": (4.0, 1.0), "twin": (4.0, 1.0)}
+    assert front(points, less=True) == ["small", "middle", "large", "twin"]
+    assert front({"a": (1.0, 1.0), "b": (2.0, 0.5)}, less=False) == ["a"]
