@@ -189,6 +189,8 @@ class Driver:
         elif answer.kind == "failed":
             ledger.fail(trial, answer.reason, final=True)
             self.say(f"{cell.name}: no result: {answer.reason}")
+        elif answer.kind == "crashed":
+            self._again(ledger, trial, cell, f"crashed {{}}times, last by {answer.reason}")
         else:
             ledger.fail(trial, answer.reason, final=False)
             if answer.kind == "broken":
@@ -200,10 +202,13 @@ class Driver:
             raise StoreError("a worker died before it had any work", f"its last words are in {self._logs}")
         ledger, trial, cell = self._trials.pop(worker.job.number)
         code = worker.process.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        self._again(ledger, trial, cell, f"its worker died {{}}times, last by {how}")
+
+    def _again(self, ledger: Ledger, trial: optuna.trial.Trial, cell: Cell, how: str) -> None:
         deaths = ledger.deaths(cell) + 1
         final = deaths > self.retries
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        reason = f"its worker died {deaths} times, last by {how}" if final else f"its worker died by {how}"
+        reason = how.format(f"{deaths} ") if deaths > 1 else how.format("").replace("times, last ", "")
         ledger.fail(trial, reason, final=final, died=True)
         self.say(f"{cell.name}: {reason}{'' if final else '; asking again'}")
 

@@ -44,7 +44,8 @@ class Answer:
     Attributes:
         number: The job's.
         kind: ``done``; ``failed``, which is a result with a reason; ``pruned``; ``stopped``, because it was asked to;
-            ``broken``, because something is wrong that a person must mend; ``report`` while it runs.
+            ``crashed``, by an error that nobody foresaw; ``broken``, because something is wrong that a person must
+            mend; ``report`` while it runs.
         metrics: Of its run; of a report, the value and its step.
         run_id: Its run, where there is one.
         reason: Why there is no result.
@@ -52,7 +53,7 @@ class Answer:
     """
 
     number: int
-    kind: Literal["done", "failed", "pruned", "stopped", "broken", "report"]
+    kind: Literal["done", "failed", "pruned", "stopped", "crashed", "broken", "report"]
     metrics: Mapping[str, float] = field(default_factory=dict)
     run_id: str = ""
     reason: str = ""

@@ -99,12 +99,12 @@ class SearchDriver:
 
     def _ask_again(self) -> None:
         """Put the trials that a dead driver left at the head of the queue, with the same settings and number."""
-        again = {t.user_attrs.get("origin") for t in self.ledger.trials()}
+        again = {t.user_attrs.get("again_of") for t in self.ledger.trials()}
         for trial in self.ledger.trials(TrialState.FAIL):
             if not trial.user_attrs.get("final") and trial.number not in again:
-                attributes = {"origin": trial.user_attrs.get("origin", trial.number)}
+                origin = trial.user_attrs.get("origin", trial.number)
+                attributes = {"origin": origin, "again_of": trial.number}
                 self.ledger.study.enqueue_trial(trial.params, user_attrs=attributes)
-                self.ledger.storage.set_trial_user_attr(trial._trial_id, "origin", attributes["origin"])
 
     def _give(self, team: Crew, worker: Worker) -> None:
         waiting = next((a for a in self.active.values() if not a.running), None)
@@ -157,6 +157,8 @@ class SearchDriver:
         worker.job, active.running = None, False
         if answer.kind == "done":
             self._measured(active, answer)
+        elif answer.kind == "crashed":
+            self._again(active, f"crashed: {answer.reason}")
         elif answer.kind == "pruned":
             self._end(active, f"pruned: {answer.reason}")
             self.ledger.study.tell(active.trial, state=TrialState.PRUNED)
@@ -194,9 +196,12 @@ class SearchDriver:
     def _died(self, worker: Worker) -> None:
         if worker.job is None:
             raise StoreError("a worker died before it had any work", "its last words are in the study's logs")
-        active = self.active[worker.job.number]
+        self._again(self.active[worker.job.number], "its worker died")
+
+    def _again(self, active: Active, how: str) -> None:
         active.died, active.running = active.died + 1, False
         if active.died > self.retries:
-            reason = f"its worker died {active.died} times"
-            self._end(active, reason)
-            self.ledger.fail(active.trial, reason, final=True, died=True)
+            self._end(active, f"no result: {how}")
+            self.ledger.fail(active.trial, f"{how} ({active.died} times)", final=True, died=True)
+        else:
+            self.say(f"trial {active.origin}: {how}; asking again")

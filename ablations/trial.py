@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,11 +51,12 @@ def run_trial(job: Job, pipeline: Pipeline, told: Callable[[str, float, int], bo
         return Answer(job.number, "failed", reason=error.what, seconds=time.perf_counter() - begun)
     except MmphiError as error:
         return Answer(job.number, "broken", reason=str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not any(words in str(error).lower() for words in MEMORY) and not isinstance(error, MemoryError):
-            raise
-        reason = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        return Answer(job.number, "failed", reason=reason, seconds=time.perf_counter() - begun)
+    except Exception as error:
+        words = (str(error).splitlines() or [""])[0]
+        if isinstance(error, MemoryError) or any(words_of in str(error).lower() for words_of in MEMORY):
+            return Answer(job.number, "failed", reason=f"out of memory: {words}", seconds=time.perf_counter() - begun)
+        traceback.print_exc()
+        return Answer(job.number, "crashed", reason=f"{type(error).__name__}: {words}")
     return Answer(job.number, "done", metrics, run_id, seconds=time.perf_counter() - begun)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from reports.statistics import Comparison, Interval, Shares
 from reports.verdict import Metric
@@ -111,6 +112,8 @@ def curves(
         axes.plot(steps, grid.mean(axis=0), color=colour, label=f"{level}{' (baseline)' if base else ''}", **line)
         axes.fill_between(steps, grid.min(axis=0), grid.max(axis=0), color=colour, alpha=0.08, linewidth=0)
     axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     axes.set_xlabel("optimiser steps", fontsize=11)
     axes.set_ylabel(f"{name}, {unit}", fontsize=11)
     axes.set_title("mean over seeds; shaded: least to most", fontsize=10, color=GREY, loc="left")

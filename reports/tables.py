@@ -13,7 +13,7 @@ from reports.statistics import Comparison, Interval
 from reports.verdict import Metric, number, p_value, range_of
 
 # Of every level: the interval of its mean, then what is to be said of it beside the baseline.
-LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval ", "p (Holm)", "verdict", "tokens")
+LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval of it", "p (Holm)", "verdict", "tokens")
 
 
 def tables(

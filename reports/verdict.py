@@ -105,7 +105,7 @@ def _why_not(comparison: Comparison, metric: Metric) -> str:
         needed = seeds_needed(wanted, comparison.deviation, ALPHA / comparison.comparisons)
         what = f"{number(wanted)} {metric.unit}{'' if metric.margin else ', the difference seen,'}"
         parts.append(
-            f" at the noise seen, {needed} seeds would show {what} with power {POWER}"
+            f" at the noise seen, {needed:,} seeds would show {what} with power {POWER}"
             if needed
             else f" at the noise seen, no number of seeds below 10,000 would show {what} with power {POWER}"
         )

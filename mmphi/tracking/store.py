@@ -210,9 +210,9 @@ class Store(RunStore):
             self.experiment(), start_time=run.info.start_time, run_name=name, tags={**kept, **tags, REUSES: source}
         )
         run_id = str(made.info.run_id)
-        for first in range(0, len(run.data.params), 100):
-            some = list(run.data.params.items())[first : first + 100]
-            self.client.log_batch(run_id, params=[Param(*item) for item in some])
+        params = [Param(*item) for item in run.data.params.items() if not item[0].startswith("study.")]
+        for first in range(0, len(params), 100):
+            self.client.log_batch(run_id, params=params[first : first + 100])
         for metric in run.data.metrics:
             history = self.client.get_metric_history(source, metric)
             for first in range(0, len(history), 500):

@@ -109,7 +109,18 @@ def test_trial_that_always_kills_its_worker_is_given_up(
     drive(made)
     reasons = {o.cell.name: o.reason for o in made.ledgers["verdict"].outcomes()}
     assert set(reasons) == {"verdict/two/0", "verdict/three/0"}
-    assert reasons["verdict/two/0"] == "its worker died 1 times, last by signal 9"
+    assert reasons["verdict/two/0"] == "its worker died by signal 9"
+
+
+def test_error_that_nobody_foresaw_is_told_and_tried_again(empty_store: str) -> None:
+    """The worker lives on; what it said stands in the reason."""
+    study = replace(STUDY, nuisance={}, seeds=1, factor="projector.dropout", levels={"none": 0.0, "odd": 0.75})
+    said: list[str] = []
+    made = driver(replace(study, baseline="none"), retries=1, say=said.append)
+    drive(made)
+    reasons = {o.cell.level: o.reason for o in made.ledgers["verdict"].outcomes()}
+    assert reasons == {"none": "", "odd": "crashed 2 times, last by ZeroDivisionError: an odd toy"}
+    assert sum("asking again" in line for line in said) == 1
 
 
 def test_metric_that_no_run_has_is_told(empty_store: str) -> None:
@@ -172,9 +183,9 @@ def test_what_another_study_found_is_shown_in_both(empty_store: str) -> None:
     """The same settings are computed once; the second study gets a run of its own with all curves."""
     study = replace(STUDY, nuisance={}, seeds=1, levels={"two": 2, "three": 3})
     drive(driver(study, "first"))
-    drive(driver(replace(study, question="Again?"), "second"))
+    drive(driver(replace(study, question="Again?", levels={"two": 2, "deep": 3}), "second"))
     first, second = (load_study(Store(), name, "val/loss") for name in ("first", "second"))
-    one, other = first.results()["three"][0], second.results()["three"][0]
+    one, other = first.results()["three"][0], second.results()["deep"][0]
     assert other.tags["mmphi.reuses"] == one.run_id
     assert other.metrics["test/loss"] == one.metrics["test/loss"]
     assert second.curves[other.run_id] == first.curves[one.run_id]

@@ -56,6 +56,8 @@ def toy(ctx: Context) -> Mapping[str, float]:
             os.kill(os.getpid(), signal.SIGKILL)
     if chosen.dropout == 0.5:
         raise TrainingError("the loss at step 3 is nan")
+    if chosen.dropout == 0.75:
+        raise ZeroDivisionError("an odd toy")
     if chosen.dropout == 0.25:
         raise MemoryError("out of memory")
     reached = loss(chosen.layers, chosen.learning_rate, chosen.seed)

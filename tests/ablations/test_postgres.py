@@ -1,0 +1,121 @@
+"""Several drivers on one study in a real PostgreSQL server, which the tests start where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy_studies
+from toy_studies import STUDY, driver, results
+
+from ablations.cells import Cell
+from ablations.ledger import Ledger, connect
+from mmphi.errors import StoreError
+from mmphi.tracking.store import Store
+from reports.query import load_study
+
+
+def program(name: str) -> str | None:
+    """A program of PostgreSQL, which Debian keeps off the path."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return shutil.which(name, path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an empty database."""
+    initdb, pg_ctl = program("initdb"), program("pg_ctl")
+    if not initdb or not pg_ctl:
+        pytest.skip("PostgreSQL is not installed")
+    folder = Path(tmp_path_factory.mktemp("postgres"))
+    # The server refuses to run as root, and the folders above must let its user in.
+    user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []
+    if user:
+        folder = Path(f"/tmp/mmphi-postgres-{os.getpid()}")
+        folder.mkdir()
+        shutil.chown(folder, "nobody")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data, log = folder / "data", folder / "log"
+    subprocess.run(
+        [*user, initdb, "-D", str(data), "-U", "mmphi", "-A", "trust"], check=True, capture_output=True, cwd="/"
+    )
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    start = [*user, pg_ctl, "-D", str(data), "-l", str(log), "-w", "-o", options, "start"]
+    subprocess.run(start, check=True, capture_output=True, cwd="/")
+    yield f"postgresql+psycopg://mmphi@127.0.0.1:{port}/postgres"
+    subprocess.run([*user, pg_ctl, "-D", str(data), "-m", "immediate", "stop"], capture_output=True, cwd="/")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin(seeds: int, storage: str, **environment: str) -> subprocess.Popen[str]:
+    script = [sys.executable, str(Path(toy_studies.__file__)), "drive", str(seeds), "1", storage]
+    path = os.pathsep.join([str(Path(toy_studies.__file__).parent), str(Path(__file__).parents[2])])
+    merged = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.Popen(script, env=merged, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_drivers_share_a_study_and_one_dies(empty_store: str, server: str) -> None:
+    """Each cell is run once; what the dead driver had is taken over when its heartbeat is old."""
+    # `MMPHI_HOST` and its own lock folder would make them two machines; here the file locks serve both.
+    one = begin(2, server, MMPHI_LEASE_S="4")
+    two = begin(2, server, MMPHI_LEASE_S="4")
+    assert one.stdout is not None
+    assert one.stdout.readline() == "driving\n"
+    time.sleep(8)
+    one.kill()
+    one.wait()
+    out, _ = two.communicate(timeout=200)
+    assert two.returncode == 0
+    found = json.loads(out.splitlines()[-1])
+    study = replace(STUDY, seeds=2)
+    assert set(found) == {c for c in found if found[c] is not None}
+    assert sum(name.startswith("verdict/") for name in found) == 6
+    made = driver(study, storage=server)
+    assert results(made) == pytest.approx(found)
+    data = load_study(Store(), "toy")
+    runs = Counter((t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials if t.finished)
+    assert set(runs.values()) == {1}
+    assert data.missing() == []
+
+
+def test_a_cell_that_two_drivers_ask_for_goes_to_one(server: str) -> None:
+    ledgers = [Ledger(server, "race", ["minimize"]) for _ in range(2)]
+    cell = Cell("verdict", "two", 0)
+    first = ledgers[0].take(cell, 0)
+    assert first is not None
+    assert ledgers[1].take(cell, 0) is None
+    assert ledgers[1].running() == {cell.name}
+    ledgers[0].tell(first, [1.5], "run")
+    (outcome,) = ledgers[1].outcomes()
+    assert (outcome.cell, outcome.value) == (cell, 1.5)
+
+
+def test_silent_driver_loses_its_trials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMPHI_LEASE_S", "3")
+    alive, silent = (Ledger(server, "silent", ["minimize"]) for _ in range(2))
+    kept, lost = Cell("verdict", "two", 0), Cell("verdict", "two", 1)
+    assert alive.take(kept, 0) is not None
+    assert silent.take(lost, 0) is not None
+    for _ in range(6):
+        time.sleep(1)
+        alive.beat()
+    assert alive.running() == {kept.name}
+    assert alive.outcomes() == []  # It is no result: the cell is asked for again.
+
+
+def test_server_that_is_not_there() -> None:
+    with pytest.raises(StoreError, match=r"postgresql\+psycopg://\.\.\.@127\.0\.0\.1:1/none cannot be used") as error:
+        connect("postgresql+psycopg://user:secret@127.0.0.1:1/none")
+    assert "secret" not in str(error.value)

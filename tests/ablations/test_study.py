@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ablations.cells import Cell, Outcome, chosen, tuning_cells, verdict_cells
+from ablations.commands import ablate
+from ablations.search import Range, Search
+from ablations.study import Study, load, names, settings_of
+from mmphi.errors import MmphiError, SettingsError
+
+STUDY = Study(
+    question="Which?",
+    factor="projector.layers",
+    levels={"one": 1, "two": 2},
+    baseline="two",
+    nuisance={"projector.learning_rate": [1e-3, 1e-2]},
+    tuning_seeds=(1000, 1001),
+    seeds=2,
+    tokens=500,
+)
+
+BOTH = {"projector.layers": 1, "projector.width": 8}
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_study_that_comes_with_mmphi_can_be_run(name: str) -> None:
+    called, study = load(name)
+    assert called == name
+    study.check()
+    assert study.declaration()["settings"]["language.model"] == "pretrain"
+
+
+@pytest.mark.parametrize("name", ["clip_variant", "image_tokens", "projector_depth"])
+def test_studies_on_another_preset(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("MMPHI_LLAVA", "MMPHI_COCO"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    called, study = load(name, "phi2")
+    assert called == f"{name}.phi2"
+    for level in study.levels:
+        assert study.settings(level).language.model == "microsoft/phi-2"
+
+
+def test_published_clips_are_ones_that_open_clip_has() -> None:
+    import open_clip
+
+    _, study = load("clip_variant", "phi2")
+    for value in study.levels.values():
+        assert value["vision.pretrained"] in open_clip.list_pretrained_tags_by_model(value["vision.model"])
+
+
+def test_a_study_is_a_small_file(tmp_path: Path) -> None:
+    """README's example: a study in under 20 lines, run by its path."""
+    path = tmp_path / "activation.py"
+    path.write_text(
+        "from ablations.study import Study\n"
+        "STUDY = Study(question='Which activation?', factor='projector.activation',\n"
+        "              levels={'gelu': 'gelu', 'relu': 'relu'}, baseline='gelu')\n"
+    )
+    name, study = load(str(path))
+    study.check()
+    assert name == "activation"
+    assert study.settings("relu").projector.activation == "relu"
+    assert study.settings("relu", seed=3).projector.seed == 3
+    with pytest.raises(SettingsError, match="no study file"):
+        load(str(tmp_path / "none.py"))
+    path.write_text("x = 1\n")
+    with pytest.raises(SettingsError, match="defines no STUDY"):
+        load(str(path))
+
+
+def test_what_a_trial_changes() -> None:
+    settings = STUDY.settings("one", 7, {"projector.learning_rate": 0.01})
+    assert settings.projector.layers == 1
+    assert settings.projector.seed == 7
+    assert settings.projector.learning_rate == 0.01
+    assert settings.projector.supervised_tokens == 500
+    assert settings_of("tiny", {}, "projector").projector.supervised_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"baseline": "three"}, "the baseline 'three' is not among the levels"),
+        ({"seeds": 0}, "0 seeds: nothing would be run"),
+        ({"levels": {"two": 2}}, "a study of one level compares nothing"),
+        (
+            {"levels": {"two": 2, "both": {"projector.layers": 1, "projector.width": 8}}},
+            "the factor is projector.layers",
+        ),
+        (
+            {"fields": ("projector.layers",), "levels": {"two": {}, "x": {"vision.pool": 2}}},
+            "vision.pool, which the fac",
+        ),
+        ({"levels": {"two": 2, "none": 0}}, "projector.layers"),
+        ({"factor": "projector.layer"}, r"projector.layers"),
+        ({"fixed": {"projector.layers": 2}}, "is the factor and stands in `fixed`"),
+        ({"fixed": {"projector.supervised_tokens": 9}}, "the study's budget"),
+        ({"tuning_seeds": (1,)}, "are for tuning and for the verdict"),
+        ({"stage": "projecter"}, "there is no stage"),
+        ({"fixed": {"vision.pool": 3}}, "vision.pool"),
+    ],
+)
+def test_what_cannot_be_a_comparison(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(MmphiError, match=said):
+        replace(STUDY, **changes).check()
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(SettingsError, match=r"no study 'projector_dept'\n  did you mean projector_depth"):
+        ablate(["projector_dept"])
+    with pytest.raises(SettingsError, match=r"no level 'nine layers'\n  the levels are 1 layer, 2 layers"):
+        ablate(["projector_depth", "--levels", "nine layers"])
+    with pytest.raises(SettingsError, match="there is no setting"):
+        ablate(["projector_depth", "--projector.layerss", "3"])
+    with pytest.raises(SettingsError, match="has levels and seeds, not --trials"):
+        ablate(["projector_depth", "--trials", "3"])
+    with pytest.raises(SettingsError, match="has a space, not --levels"):
+        ablate(["projector_settings", "--levels", "a"])
+    with pytest.raises(SettingsError, match="0 seeds"):
+        ablate(["control", "--seeds", "0"])
+
+
+def test_rounds_and_tuning() -> None:
+    tuning = list(tuning_cells(STUDY, STUDY.levels))
+    assert [(c.number, c.nuisance["projector.learning_rate"], c.level) for c in tuning[:4]] == [
+        (1000, 1e-3, "one"),
+        (1000, 1e-3, "two"),
+        (1000, 1e-2, "one"),
+        (1000, 1e-2, "two"),
+    ]
+    assert len({c.name for c in tuning}) == 8
+    verdicts = list(verdict_cells({"one": {"a": 1}, "two": {"a": 2}}, 2))
+    assert [(c.number, c.level) for c in verdicts] == [(0, "one"), (0, "two"), (1, "one"), (1, "two")]
+    assert not list(tuning_cells(replace(STUDY, nuisance={}), STUDY.levels))
+    assert chosen(replace(STUDY, nuisance={}), STUDY.levels, []) == {"one": {}, "two": {}}
+
+
+def test_nuisance_value_with_the_least_mean_is_chosen() -> None:
+    def ended(level: str, rate: float, *values: float | None) -> list[Outcome]:
+        cells = [Cell("tuning", level, n, {"projector.learning_rate": rate}) for n in STUDY.tuning_seeds]
+        return [Outcome(cell, value) for cell, value in zip(cells, values, strict=False)]
+
+    both = [*ended("one", 1e-3, 1.0, 2.0), *ended("one", 1e-2, 1.4, 1.5)]
+    assert chosen(STUDY, ["one"], both) == {"one": {"projector.learning_rate": 1e-2}}
+    # One seed is still out; a value that failed once is not taken; a level at which all failed has none.
+    assert chosen(STUDY, ["one"], both[:3]) == {}
+    failed = [*ended("one", 1e-3, 1.0, 2.0), *ended("one", 1e-2, 0.1, None)]
+    assert chosen(STUDY, ["one"], failed) == {"one": {"projector.learning_rate": 1e-3}}
+    assert chosen(STUDY, ["one"], [*ended("one", 1e-3, None, 1.0), *ended("one", 1e-2, None, None)]) == {}
+
+
+def test_control_shares_nothing_with_its_pair() -> None:
+    _, control = load("control")
+    first, second = (control.settings(level, control.seed(level, 3)) for level in control.levels)
+    assert (first.projector.seed, second.projector.seed) == (3, 503)
+    assert first.model_copy(update={"projector": second.projector}) == second
+
+
+def test_searches_that_cannot_be() -> None:
+    search = Search("Which?", {"projector.layers": Range(1, 3), "projector.learning_rate": Range(1e-4, 1e-2, log=True)})
+    search.check()
+    kinds = {name: type(d).__name__ for name, d in search.distributions().items()}
+    assert kinds == {"projector.layers": "IntDistribution", "projector.learning_rate": "FloatDistribution"}
+    for changes, said in (
+        ({"trials": 0}, "finds nothing"),
+        ({"seeds": (0,)}, "wilcoxon compares trials"),
+        ({"objectives": {"val/loss": "minimize", "seconds": "minimize"}}, "cannot prune by 2 objectives"),
+        ({"space": {"projector.layers": Range(0, 3)}}, "projector.layers"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            replace(search, **changes).check()  # type: ignore[arg-type]
