@@ -158,7 +158,7 @@ class Driver:
             number=number,
             stage=study.stage,
             settings=settings.model_dump(),
-            label=f"{self.record.name} {cell.level} {'tuning' if tuning else 'seed'} {cell.number}",
+            title=f"{cell.level}, {'tuning' if tuning else 'seed'} {cell.number} of {self.record.name}",
             tags={
                 "mmphi.study": self.record.name,
                 "mmphi.factor": study.factor,

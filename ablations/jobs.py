@@ -16,7 +16,7 @@ class Job:
         number: What its answer is known by.
         stage: To build.
         settings: All of them.
-        label: Stands in the run's name.
+        title: The run's name.
         tags: Of its run.
         params: Of its run, beside the settings: what MLflow's charts can show as an axis.
         metric: What is judged.
@@ -28,7 +28,7 @@ class Job:
     number: int
     stage: str
     settings: Mapping[str, Any]
-    label: str
+    title: str
     tags: Mapping[str, str]
     params: Mapping[str, str]
     metric: str

@@ -128,7 +128,7 @@ class SearchDriver:
             number=active.trial.number,
             stage=self.search.stage,
             settings=self.search.settings(active.trial.params, seed).model_dump(),
-            label=f"{self.record.name} {name} seed {seed}",
+            title=f"{name}, seed {seed} of {self.record.name}",
             tags={
                 "mmphi.study": self.record.name,
                 "mmphi.level": name,

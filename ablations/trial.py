@@ -70,11 +70,11 @@ def _reporting(job: Job, told: Callable[[str, float, int], bool]) -> Watch:
 
 def _trained(job: Job, pipeline: Pipeline, watch: Watch | None) -> tuple[str, dict[str, float]]:
     settings = Settings(**job.settings)
-    result = pipeline.build(job.stage, settings, label=job.label, tags=job.tags, watch=watch, after=job.after)
+    result = pipeline.build(job.stage, settings, title=job.title, tags=job.tags, watch=watch, after=job.after)
     store = pipeline.store
     run = store.run(result.run_id)
     ours = all(run.data.tags.get(name) == value for name, value in job.tags.items())
-    run_id = result.run_id if ours else store.copy(run, f"{job.stage} {job.label}", job.tags)
+    run_id = result.run_id if ours else store.copy(run, job.title, job.tags)
     store.client.log_batch(run_id, params=[Param(name, value) for name, value in job.params.items()])
     if job.costs and "cost/first_token_s" not in run.data.metrics:
         _record(store, run_id, {"cost/first_token_s": first_token_s(result, pipeline)})

@@ -33,6 +33,7 @@ class Request:
         force: Anew, even if it is there; what it is built on is reused.
         run: Id of a run that was begun for it, as ``mlflow run`` does.
         label: Stands in the run's name after stage and preset.
+        title: The run's whole name, in place of these.
         tags: Further tags of its run.
         watch: Told of every metric of its run as it is recorded; may raise to end the run.
         after: Whether the stages that are asked for at its end are built too.
@@ -42,6 +43,7 @@ class Request:
     force: bool = False
     run: str = ""
     label: str = ""
+    title: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     watch: Watch | None = None
     after: bool = True
@@ -71,6 +73,7 @@ class Pipeline(Plan):
         force: bool = False,
         no_build: bool = False,
         label: str = "",
+        title: str = "",
         run: str = "",
         tags: Mapping[str, str] | None = None,
         watch: Watch | None = None,
@@ -84,6 +87,7 @@ class Pipeline(Plan):
             force: Build it anew even if it is there; what it is built on is reused.
             no_build: Build nothing.
             label: Stands in the run's name after stage and preset.
+            title: The run's whole name, in place of these.
             run: Id of a run that was begun for it, as ``mlflow run`` does: it becomes the result, or points at it.
             tags: Further tags of its run.
             watch: Told of every metric of its run as it is recorded, and its step; may raise to end the run.
@@ -102,7 +106,7 @@ class Pipeline(Plan):
         if not ranks.first:
             return follow(ranks, self.stages[name], settings, self.resources)
         try:
-            request = Request(force, run, label, tags or {}, watch, after, ranks)
+            request = Request(force, run, label, title, tags or {}, watch, after, ranks)
             result = self._lead(name, settings, request, no_build)
         except BaseException as error:
             ranks.tell({"error": str(error)})
@@ -169,7 +173,7 @@ class Pipeline(Plan):
             _print(f"{name}: {holder} is building the same; waiting for it (Ctrl-C to leave it alone)")
 
         tags = {"mmphi.stage": name, "mmphi.key": key, "mmphi.preset": settings_name(settings), **request.tags}
-        title = title_of(name, settings, request.label)
+        title = request.title or title_of(name, settings, request.label)
         with self.store.building(key, title, tags, request.run, waiting) as (tracker, waited):
             ready = self.result(name, settings) if waited and not request.force else None
             if ready:
