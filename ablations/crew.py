@@ -14,8 +14,10 @@ from pathlib import Path
 from types import TracebackType
 
 from ablations.jobs import Answer, Job, decode_answer, encode
+from mmphi.errors import StoreError
 
 COMMAND = (sys.executable, "-m", "ablations.worker")
+PATIENCE = 3  # Times that every worker may fail to start.
 PATIENCE_S = 60.0  # A worker that was asked to stop finishes its step and saves.
 GO_ON, ENOUGH = Answer(-1, "report"), Answer(-1, "pruned")
 
@@ -44,10 +46,14 @@ class Crew:
         count: How many.
         logs: Folder of what they print.
         command: That starts one.
+
+    Raises:
+        StoreError: When listened to, if none of them can start.
     """
 
     def __init__(self, count: int, logs: Path, command: Sequence[str] = COMMAND) -> None:
         self.count, self.logs, self.command = count, logs, command
+        self.barren = 0  # Workers that died one after the other before they were ready.
         self.workers: list[Worker] = []
 
     def __enter__(self) -> Crew:
@@ -95,14 +101,25 @@ class Crew:
                 answer = decode_answer(worker.connection.recv_bytes())
             except (EOFError, OSError):
                 worker.process.wait()
+                self._buried(worker, place)
                 heard.append((worker, None))
                 self.workers[place] = self._start(place)
                 continue
             if answer.number < 0:
-                worker.ready = True
+                worker.ready, self.barren = True, 0
             else:
                 heard.append((worker, answer))
         return heard
+
+    def _buried(self, worker: Worker, place: int) -> None:
+        """Give up where no worker can even start.
+
+        Raises:
+            StoreError: Saying where their last words are.
+        """
+        self.barren = 0 if worker.ready else self.barren + 1
+        if self.barren > PATIENCE * self.count:
+            raise StoreError("no worker can start", f"its last words are in {self.logs / f'worker{place}.log'}")
 
     def reply(self, worker: Worker, go_on: bool) -> None:
         """Tell a worker that reported whether to go on."""
@@ -112,13 +129,13 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         for worker in self.workers:
             worker.process.terminate()
+            worker.connection.close()  # Whoever waits for work need not wait any longer.
         for worker in self.workers:
             try:
                 worker.process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
-            worker.connection.close()
 
 
 def environment(place: int, count: int) -> dict[str, str]:

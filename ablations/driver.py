@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from ablations.jobs import Answer, Job
 from ablations.ledger import Ledger
 from ablations.record import Change, Record
 from ablations.study import Study
-from mmphi.errors import MmphiError, SettingsError, StoreError
+from mmphi.errors import MmphiError, SettingsError
 
 if TYPE_CHECKING:
     import optuna
@@ -84,7 +85,6 @@ class Driver:
         self.plan = Plan(study)
         self._trials: dict[int, tuple[Ledger, optuna.trial.Trial, Cell]] = {}
         self._given = 0
-        self._logs = Path()
 
     def wanted(self) -> list[Cell]:
         """Cells that somebody must still run, the first first."""
@@ -105,8 +105,10 @@ class Driver:
         Raises:
             TrialError: If a trial met what a person must mend; the others' results stay.
         """
-        self._logs = logs
-        with self.ledgers["verdict"].owned(), Crew(workers, logs, **crew) as team, self._bar() as bar:
+        with ExitStack() as held:
+            for ledger in self.ledgers.values():
+                held.enter_context(ledger.owned())
+            team, bar = held.enter_context(Crew(workers, logs, **crew)), held.enter_context(self._bar())
             while True:
                 self.plan = changed(self.declared, self.record.changes())
                 wanted = self.wanted()
@@ -199,11 +201,14 @@ class Driver:
     def _died(self, worker: Worker) -> None:
         """Ask again for the cell that a worker died over, unless that happened too often."""
         if worker.job is None:
-            raise StoreError("a worker died before it had any work", f"its last words are in {self._logs}")
+            return
         ledger, trial, cell = self._trials.pop(worker.job.number)
         code = worker.process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        self._again(ledger, trial, cell, f"its worker died {{}}times, last by {how}")
+        if worker.ready:
+            self._again(ledger, trial, cell, f"its worker died {{}}times, last by {how}")
+        else:  # It never came to work: no fault of the cell's.
+            ledger.fail(trial, f"its worker did not start: {how}", final=False)
 
     def _again(self, ledger: Ledger, trial: optuna.trial.Trial, cell: Cell, how: str) -> None:
         deaths = ledger.deaths(cell) + 1

@@ -137,7 +137,7 @@ class Ledger:
 
     def running(self) -> set[str]:
         """Names of the cells that anybody is running."""
-        return {cell_of(trial).name for trial in self.trials(TrialState.RUNNING, TrialState.WAITING)}
+        return {cell_of(trial).name for trial in self.trials(TrialState.RUNNING)}
 
     def deaths(self, cell: Cell) -> int:
         """How often a worker died over a cell."""
@@ -147,25 +147,34 @@ class Ledger:
     def take(self, cell: Cell, level: int) -> optuna.trial.Trial | None:
         """Ask for a cell; nothing where another driver was faster.
 
+        What comes may be another cell, one that a driver put there before it died: it is as good.
+
         Args:
             cell: Which.
             level: Its level's place, which Optuna's pages show.
         """
         self.study.enqueue_trial({"level": level, "seed": cell.number}, user_attrs={"cell": asdict(cell)})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Heartbeats are sent here, without Study.optimize.
-            place = IntDistribution(0, MOST)
-            spaces: dict[str, BaseDistribution] = {"level": place, "seed": place}
-            trial = self.study.ask(spaces)
-        # Another driver may have taken the trial that was put there, and left its own: what counts is what was got.
-        got = cell_of(trial)
-        frozen = self.trials(TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE)
-        if any(t.number < trial.number and cell_of(t).name == got.name for t in frozen):
-            self._fail(trial, "another driver runs this cell", final=False)
-            return None
-        self.mine[trial.number] = trial
-        self.beat()
-        return trial
+        place = IntDistribution(0, MOST)
+        spaces: dict[str, BaseDistribution] = {"level": place, "seed": place}
+        while True:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Heartbeats are sent here, without Study.optimize.
+                trial = self.study.ask(spaces)
+            if "cell" not in trial.user_attrs:  # Nothing waited any more: Optuna made one up.
+                self._fail(trial, "another driver was faster", final=False)
+                return None
+            if not self._elsewhere(trial):
+                self.mine[trial.number] = trial
+                self.beat()
+                return trial
+            self._fail(trial, "this cell is run, or was run, by another trial", final=False)
+
+    def _elsewhere(self, trial: optuna.trial.Trial) -> bool:
+        """Whether the cell of a trial has a result, or is being run by an earlier trial."""
+        name = cell_of(trial).name
+        ended = any(o.cell.name == name for o in self.outcomes())
+        earlier = (t for t in self.trials(TrialState.RUNNING) if t.number < trial.number)
+        return ended or any(cell_of(t).name == name for t in earlier)
 
     def tell(self, trial: optuna.trial.Trial, values: Sequence[float], run_id: str) -> None:
         """Record a result."""

@@ -17,7 +17,6 @@ from ablations.jobs import Answer, Job
 from ablations.ledger import Ledger
 from ablations.record import Record
 from ablations.search import Search
-from mmphi.errors import StoreError
 
 if TYPE_CHECKING:
     import optuna
@@ -195,8 +194,12 @@ class SearchDriver:
 
     def _died(self, worker: Worker) -> None:
         if worker.job is None:
-            raise StoreError("a worker died before it had any work", "its last words are in the study's logs")
-        self._again(self.active[worker.job.number], "its worker died")
+            return
+        active = self.active[worker.job.number]
+        if worker.ready:
+            self._again(active, "its worker died")
+        else:
+            active.running = False
 
     def _again(self, active: Active, how: str) -> None:
         active.died, active.running = active.died + 1, False

@@ -37,10 +37,17 @@ def main(descriptor: int) -> None:
             return
 
         def told(name: str, value: float, step: int, number: int = job.number) -> bool:
-            connection.send_bytes(encode(Answer(number, "report", {name: value, "step": step})))
-            return decode_answer(connection.recv_bytes()).kind == "report"
+            try:
+                connection.send_bytes(encode(Answer(number, "report", {name: value, "step": step})))
+                return decode_answer(connection.recv_bytes()).kind == "report"
+            except (EOFError, OSError) as error:
+                raise Stopped("its driver ended") from error
 
-        connection.send_bytes(encode(run_trial(job, pipeline, told)))
+        answer = run_trial(job, pipeline, told)
+        try:
+            connection.send_bytes(encode(answer))
+        except OSError:  # Nobody listens any more: what is finished is found by its key.
+            return
 
 
 def _stop(*_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def report(arguments: Sequence[str]) -> int:
     from reports.search import search
 
     store = RunStore()
+    begun = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
+    if begun:
+        store.record_beside(begun, f"report {options.study}")
     data = load_study(store, options.study, CURVE)
     document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
     folder = Path("reports") / "out" / options.study if options.out in (None, AS_PRESET) else options.out
@@ -35,7 +39,8 @@ def report(arguments: Sequence[str]) -> int:
         (folder / name).write_bytes(content)
     if not options.no_log:
         for name in files:
-            store.client.log_artifact(data.run_id, str(folder / name), "report")
+            for run_id in filter(None, (data.run_id, begun)):
+                store.client.log_artifact(run_id, str(folder / name), "report")
     print(str(document.values.get("headline") or document.values["best"]).replace("**", ""))
     print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
     if not options.no_log:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import yaml
 
 from mmphi.cli import parse
 from mmphi.settings.overrides import full_name
 from mmphi.stages import STAGES, Settings
 from mmphi.tracking.store import Store
+from reports.query import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["-P", "train_images=8", "-P", "test_images=2", "-P", "validation_images=1", "-P", "texts=3"]
@@ -51,12 +53,12 @@ def test_conda_environment_is_that_of_the_package() -> None:
     assert {name.lower().replace("_", "-") for name in pip[1:]} <= {name.replace("_", "-") for name in pinned}
 
 
-def mlflow_run(folder: Path, *arguments: str, **environment: str) -> str:
+def mlflow_run(folder: Path, *arguments: str, entry: str = "scenes", **environment: str) -> str:
     bin_folder = str(Path(sys.executable).parent)
     path = os.pathsep.join([bin_folder, os.environ["PATH"]])
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "scenes", "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry, "--env-manager", "local"]
     done = subprocess.run(
-        [*command, *SMALL, *arguments],
+        [*command, *(SMALL if entry == "scenes" else []), *arguments],
         cwd=folder,
         env={**os.environ, "PATH": path, **environment},
         capture_output=True,
@@ -87,6 +89,28 @@ def test_from_another_folder_with_a_relative_store(tmp_path: Path, empty_store: 
     experiment = [str(run.info.experiment_id)]
     names = {r.info.run_name: r.data.tags for r in store.client.search_runs(experiment)}
     assert names["mine"]["mmphi.reuses"] == run.info.run_id
+
+
+def test_a_study_and_its_report(tmp_path: Path, empty_store: str) -> None:
+    """The run that MLflow began is the study's record; the report is in it, and in the run that was begun for it."""
+    changes = {**small.SMALL, "seeds": "2", "tokens": "300", "workers": "1", "study": "control"}
+    del changes["projector.steps"]
+    parameters = [word for name, value in changes.items() for word in ("-P", f"{name}={value}")]
+    said = mlflow_run(tmp_path, *parameters, entry="ablate")
+    assert "control: 2 levels x 2 seeds, 1 worker(s)" in said
+    store = Store(empty_store)
+    data = load_study(store, "control")
+    record = store.run(data.run_id)
+    assert record.info.run_name == "study control"
+    assert record.data.params["study"] == "control"
+    assert data.missing() == []
+    assert {t.seed for t in data.trials} == {0, 1}
+    out = tmp_path / "out"
+    mlflow_run(tmp_path, "-P", "study=control", "-P", f"out={out}", entry="report")
+    assert "with 2 seeds" in (out / "report.md").read_text()
+    (written,) = store.client.search_runs([record.info.experiment_id], "attributes.run_name = 'report control'")
+    for run_id in (data.run_id, written.info.run_id):
+        assert "report/report.html" in {f.path for f in store.client.list_artifacts(run_id, "report")}
 
 
 def test_python_without_the_packages_hands_over_to_the_projects_own(tmp_path: Path) -> None:

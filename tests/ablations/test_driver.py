@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ from ablations.driver import TrialError
 from ablations.record import Record
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.store import Store
-from reports.query import load_study
+from reports.query import Trial, load_study
 
 
 def expected(seeds: int, layers: dict[str, int] | None = None) -> dict[str, float]:
@@ -36,6 +36,18 @@ def expected(seeds: int, layers: dict[str, int] | None = None) -> dict[str, floa
 
 def judged(found: dict[str, float | None]) -> dict[str, float | None]:
     return {name: value for name, value in found.items() if name.startswith("verdict/")}
+
+
+def begin(seeds: int, workers: int = 2, **environment: str) -> subprocess.Popen[bytes]:
+    """A driver of the toy study in a process of its own."""
+    script = [sys.executable, str(Path(toy_studies.__file__)), "drive", str(seeds), str(workers)]
+    path = os.pathsep.join([str(Path(toy_studies.__file__).parent), str(Path(__file__).parents[2])])
+    merged = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.Popen(script, env=merged, stdout=subprocess.PIPE)
+
+
+def runs_now() -> list[Trial]:
+    return list(load_study(Store(), "toy").trials)
 
 
 def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
@@ -123,6 +135,48 @@ def test_error_that_nobody_foresaw_is_told_and_tried_again(empty_store: str) -> 
     assert sum("asking again" in line for line in said) == 1
 
 
+def test_cells_that_a_dead_driver_left_waiting_or_running_are_run(empty_store: str) -> None:
+    study = replace(STUDY, seeds=1)
+    made = driver(study)
+    tuning, verdict = made.ledgers["tuning"], made.ledgers["verdict"]
+    first, second = made.wanted()[:2]
+    assert tuning.take(first, 0) is not None  # Killed while it ran ...
+    tuning.study.enqueue_trial(
+        {"level": 0, "seed": 1000}, user_attrs={"cell": asdict(second)}
+    )  # ... and before it did.
+    drive(driver(study))
+    assert judged(results(made)) == pytest.approx(expected(1))
+    assert Counter(t.level for t in load_study(Store(), "toy").trials) == {"one": 3, "two": 3, "three": 3}
+    assert verdict.running() == tuning.running() == set()
+
+
+def test_workers_that_cannot_start_are_no_result(empty_store: str, tmp_path: Path) -> None:
+    made = driver(replace(STUDY, nuisance={}, seeds=1))
+    script = tmp_path / "broken.py"
+    script.write_text("raise ImportError('no such thing')")
+    with pytest.raises(StoreError, match=r"no worker can start\n.*worker0\.log"):
+        made.run(1, tmp_path / "logs", command=(sys.executable, str(script)))
+    assert "no such thing" in (tmp_path / "logs" / "worker0.log").read_text()
+    assert results(made) == {}
+
+
+def test_stopped_by_a_signal_it_goes_on_from_there(empty_store: str) -> None:
+    """Workers finish their step and end; the run says that it was stopped, and is gone on with."""
+    process = begin(1, TOY_SLOW="1")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"driving\n"
+    while not any("val/loss" in t.metrics for t in runs_now()):  # It trains.
+        time.sleep(0.2)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(50)
+    assert time.monotonic() - begun < 50
+    assert {t.status for t in runs_now()} <= {"FINISHED", "KILLED"}
+    made = driver(replace(STUDY, seeds=1))
+    drive(made)
+    assert judged(results(made)) == pytest.approx(expected(1))
+
+
 def test_metric_that_no_run_has_is_told(empty_store: str) -> None:
     with pytest.raises(TrialError, match=r"no metric 'test/cider'[\s\S]*test/loss"):
         drive(driver(replace(STUDY, nuisance={}, metric="test/cider")))
@@ -197,13 +251,7 @@ def test_killed_at_any_moment_the_study_ends_as_if_nothing_had_been(empty_store:
     """Driver and workers are killed at random; MMPHI_KILLS says how often."""
     kills, seeds = int(os.environ.get("MMPHI_KILLS", "5")), 3
     rng = random.Random(int(os.environ.get("MMPHI_KILL_SEED", "0")))
-    script = [sys.executable, str(Path(toy_studies.__file__)), "drive", str(seeds), "2"]
-    path = os.pathsep.join([str(Path(toy_studies.__file__).parent), str(Path(__file__).parents[2])])
-
-    def begin() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(script, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE)
-
-    process, done = begin(), 0
+    process, done = begin(seeds), 0
     while process.poll() is None and done < kills:
         time.sleep(rng.uniform(2.0, 9.0))
         workers = psutil.Process(process.pid).children() if process.poll() is None else []
@@ -212,7 +260,7 @@ def test_killed_at_any_moment_the_study_ends_as_if_nothing_had_been(empty_store:
         else:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            process = begin()
+            process = begin(seeds)
         done += 1
     assert process.wait(240) == 0
     made = driver(replace(STUDY, seeds=seeds))

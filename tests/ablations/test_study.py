@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,12 +54,11 @@ def test_published_clips_are_ones_that_open_clip_has() -> None:
 
 def test_a_study_is_a_small_file(tmp_path: Path) -> None:
     """README's example: a study in under 20 lines, run by its path."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "STUDY" in block]
+    assert len(example.splitlines()) < 20
     path = tmp_path / "activation.py"
-    path.write_text(
-        "from ablations.study import Study\n"
-        "STUDY = Study(question='Which activation?', factor='projector.activation',\n"
-        "              levels={'gelu': 'gelu', 'relu': 'relu'}, baseline='gelu')\n"
-    )
+    path.write_text(example)
     name, study = load(str(path))
     study.check()
     assert name == "activation"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from small import SMALL
 
 from ablations import manage
 from ablations.run import run
@@ -18,9 +18,6 @@ from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.tracking.store import Store
 from reports.query import load_study
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
-from small import SMALL
 
 FIXED = {name: value for name, value in SMALL.items() if name != "projector.steps"}
 STUDY = Study(

@@ -48,7 +48,7 @@ def toy(ctx: Context) -> Mapping[str, float]:
     chosen = ctx.settings(ProjectorSettings)
     begun = len(list(ctx.folder.glob("step-*")))
     for step in range(begun, chosen.steps):
-        time.sleep(STEP_S)
+        time.sleep(STEP_S * (20 if os.environ.get("TOY_SLOW") else 1))
         (ctx.folder / f"step-{step}").write_text(str(step))
         ctx.tracker.metrics({"val/loss": 3.0 / (step + 1)}, step)
         die = Path(os.environ.get("TOY_DIE", "/nowhere"))
@@ -96,6 +96,8 @@ if __name__ == "__main__":
         mmphi.stages.STAGES.update(TOYS)
         worker.main(int(sys.argv[2]))
     else:
+        # A shell in the background, as continuous integration may be, starts its commands deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         seeds, workers, storage = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else ""
         made = driver(replace(STUDY, seeds=seeds), storage=storage, retries=1000)
         print("driving", flush=True)

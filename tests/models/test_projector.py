@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,3 +82,29 @@ def test_broken_files_are_refused(tmp_path):
     (tmp_path / "projector.json").write_text(json.dumps({"input_width": 6, "output_width": 10, "heads": 2}))
     with pytest.raises(ModelError, match="no projector can be read"):
         Projector.load(tmp_path)
+
+
+def test_projectors_of_one_seed_begin_alike_where_their_shapes_allow() -> None:
+    def first(layers: int) -> torch.Tensor:
+        torch.manual_seed(3)
+        return Projector(ProjectorConfig(12, 32, layers=layers, width=20, norm=True)).layers[1].weight
+
+    assert torch.equal(first(2), first(3))
+    assert torch.equal(first(3), first(6))
+
+
+@pytest.mark.parametrize("layers", [2, 3, 6])
+@pytest.mark.parametrize("parameters", [500, 40_000, 1_000_000])
+def test_width_that_comes_nearest_to_a_size(layers: int, parameters: int) -> None:
+    config = ProjectorConfig(128, 128, layers=layers, norm=True)
+    found = config.of_size(parameters)
+    assert found.size() == sum(p.numel() for p in Projector(found).parameters())
+    for width in (found.width - 1, found.width + 1):
+        if width:
+            other = replace(found, width=width)
+            assert abs(other.size() - parameters) >= abs(found.size() - parameters)
+
+
+def test_one_layer_has_no_width_to_choose() -> None:
+    with pytest.raises(ModelError, match="no hidden width"):
+        ProjectorConfig(12, 32, layers=1).of_size(1000)

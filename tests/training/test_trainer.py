@@ -147,6 +147,22 @@ def test_another_order_for_another_seed(tmp_path):
     assert not torch.equal(weights(run(tmp_path / "a")), weights(run(tmp_path / "b", seed=1)))
 
 
+def test_a_budget_of_tokens_is_as_many_steps_whatever_the_features() -> None:
+    """The steps that learn from at least so many tokens; and their number does not depend on how images are seen."""
+    language, answers = tiny_language(), ANSWERS * 3
+    made = {}
+    for tokens in (2, 4):
+        samples = [encode(example(i, a), language.prompt, tokens, 200) for i, a in enumerate(answers)]
+        made[tokens] = packed_steps(samples, {}, TrainingSettings(steps=5, batch_size=4))
+    learned = [sum(int(s.supervised.sum()) for s in made[4].step(step)) for step in range(40)]
+    assert made[4].supervised() == sum(learned[:5])
+    for budget in (1, learned[0], learned[0] + 1, sum(learned[:30])):
+        steps = made[4].until(budget)
+        assert sum(learned[:steps]) >= budget > sum(learned[: steps - 1])
+        assert made[2].until(budget) == steps
+    assert [s.name for s in made[2].step(3)] == [s.name for s in made[4].step(3)]
+
+
 def test_prune_keeps_the_newest(tmp_path):
     for step in (2, 4, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
