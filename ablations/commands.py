@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,7 @@ def ablate(arguments: Sequence[str]) -> int:
         storage=options.storage,
         retries=options.retries,
         run_id=os.environ.get("MLFLOW_RUN_ID", ""),
+        command=shlex.join(["mmphi", "ablate", *arguments]),
     )
 
 

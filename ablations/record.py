@@ -55,7 +55,7 @@ class Record:
         return cls(store, name, found) if found else None
 
     @classmethod
-    def open(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str = "") -> Record:
+    def open(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str = "", command: str = "") -> Record:
         """The record of a study, begun now where there is none.
 
         Args:
@@ -63,13 +63,15 @@ class Record:
             name: Of the study.
             declaration: What it is now.
             run: Id of a run that was begun for it, or empty.
+            command: What began it, for whoever wants to do so again.
 
         Raises:
             SettingsError: If the study was begun as something else; says in what it differs.
         """
         known = cls.find(store, name)
         if known is None:
-            tracker = store.begin(f"study {name}", {RECORD: name, "mmphi.question": str(declaration["question"])}, run)
+            told = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
+            tracker = store.begin(f"study {name}", {RECORD: name, **told}, run)
             tracker.text(DECLARATION, json.dumps(declaration, indent=1))
             from mmphi.pipeline.lineage import code, hardware, packages
 

@@ -23,6 +23,7 @@ def run(
     storage: str = "",
     retries: int = 5,
     run_id: str = "",
+    command: str = "",
     **crew: object,
 ) -> int:
     """Run a study, or go on with it.
@@ -34,6 +35,7 @@ def run(
         storage: Optuna's.
         retries: How often a worker may die over a cell.
         run_id: A run that was begun for it.
+        command: What was typed.
         **crew: Further arguments of :class:`ablations.crew.Crew`.
 
     Raises:
@@ -45,7 +47,7 @@ def run(
     store = Store()
     if run_id:
         store.record_beside(run_id, f"study {name}")
-    record = Record.open(store, name, study.declaration(), run_id)
+    record = Record.open(store, name, study.declaration(), run_id, command)
     driver: Driver | SearchDriver
     if isinstance(study, Search):
         driver = SearchDriver(study, record, search_ledger(store, name, study, storage), retries=retries)

@@ -26,7 +26,7 @@ COMMANDS = {
     "compare": "ablations.manage:compare",
     "report": "reports.commands:report",
 }
-BENCHMARKS = {"ablation": "ablations.benchmark:main"}
+BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
 
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
        mmphi STAGE --help             every setting of a stage

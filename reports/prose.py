@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reports.query import StudyData
-from reports.tables import mean_of, order_of, tried_at
+from reports.tables import mean_of
 from reports.verdict import Metric, listed
 
 SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.
@@ -112,13 +112,10 @@ def importance(factor: float, seed: float, rest: float) -> str:
 
 def command(data: StudyData) -> str:
     """What repeats study and report."""
-    declared = data.declaration
     base, _, preset = data.name.partition(".")
     extra = f" --preset {preset}" if preset else ""
-    return (
-        f"mmphi ablate {base}{extra} --seeds {data.seeds} --tokens {declared['tokens']}\n"
-        f"mmphi report ablation --study {data.name}"
-    )
+    plain = f"mmphi ablate {base}{extra} --seeds {data.seeds} --tokens {data.declaration.get('tokens', 0)}"
+    return f"{data.tags.get('mmphi.command') or plain}\nmmphi report ablation --study {data.name}"
 
 
 def tuning_notes(data: StudyData) -> Iterator[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from mmphi.errors import StoreError
 from reports import figures
 from reports.document import Document, Table
+from reports.prose import command
 from reports.query import StudyData, Trial
 from reports.statistics import interval
 from reports.tables import environment
@@ -100,8 +101,7 @@ def search(data: StudyData) -> Document:
             "importance": "",
             "ended": f"{len(whole)} of {len(trials)} trials ran to their end.",
             "held": _held(data),
-            "command": f"mmphi ablate {data.name.partition('.')[0]} --trials {data.declaration['trials']}\n"
-            f"mmphi report ablation --study {data.name}",
+            "command": command(data),
         },
     )
     document.tables["best"] = _table(data, shown[:SHOWN], objectives)

@@ -104,6 +104,7 @@ def test_a_study_and_its_report(tmp_path: Path, empty_store: str) -> None:
     assert record.info.run_name == "study control"
     assert record.data.params["study"] == "control"
     assert data.missing() == []
+    assert record.data.tags["mmphi.command"].startswith("mmphi ablate control --preset preset --workers 1")
     assert {t.seed for t in data.trials} == {0, 1}
     out = tmp_path / "out"
     mlflow_run(tmp_path, "-P", "study=control", "-P", f"out={out}", entry="report")

@@ -162,7 +162,7 @@ def test_workers_that_cannot_start_are_no_result(empty_store: str, tmp_path: Pat
 
 def test_stopped_by_a_signal_it_goes_on_from_there(empty_store: str) -> None:
     """Workers finish their step and end; the run says that it was stopped, and is gone on with."""
-    process = begin(1, TOY_SLOW="1")
+    process = begin(1, workers=1, TOY_SLOW="1")
     assert process.stdout is not None
     assert process.stdout.readline() == b"driving\n"
     while not any("val/loss" in t.metrics for t in runs_now()):  # It trains.

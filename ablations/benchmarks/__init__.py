@@ -1,0 +1,1 @@
+"""Side by side with other ways to run many trainings."""
