@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reports.query import StudyData
-from reports.tables import mean_of
+from reports.tables import mean_of, order_of, tried_at
 from reports.verdict import Metric, listed
 
 SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.

@@ -4,7 +4,7 @@ All three train the same projectors: the same frozen models, images, texts, orde
 
 - ``study``: `mmphi ablate` with one worker, which keeps models, features and encoded texts from trial to trial;
 - ``cold``: `mmphi projector --force`, a process a training;
-- ``script``: transformers' LLaVA as its documentation has it (`llava_script.py` beside this file), a process a training.
+- ``script``: transformers' LLaVA as documented (`llava_script.py` beside this file), a process a training.
 
 What all of them stand on (drawn images, stored features) is made before; the study's own time to embed is told.
 """
