@@ -40,7 +40,7 @@ def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
 
     torch.manual_seed(0)
     tokenizer = phi2_tokenizer()
-    config = phi_config(shape.layers, shape.width, max(1, shape.width // 64), 512, 51200, tokenizer.eos_token_id)
+    config = phi_config(shape.layers, shape.width, max(1, shape.width // 32), 512, 51200, tokenizer.eos_token_id)
     PhiForCausalLM(config).save_pretrained(folder / "language")
     tokenizer.save_pretrained(folder / "language")
     heads = 64 if shape.vision_width % 64 == 0 else 32
