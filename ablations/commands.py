@@ -19,7 +19,10 @@ EPILOG = "Any setting may be changed for all levels alike: --projector.batch_siz
 def ablate(arguments: Sequence[str]) -> int:
     """``mmphi ablate STUDY``: run a study, or go on with it."""
     parser = argparse.ArgumentParser(
-        prog="mmphi ablate", description="Run a study or a search, or go on with it.", epilog=EPILOG
+        prog="mmphi ablate",
+        description="Run a study or a search, or go on with it.",
+        epilog=EPILOG,
+        allow_abbrev=False,  # `--seed` is no short form of `--seeds`.
     )
     parser.add_argument("study", help=f"{', '.join(studies.names())}, or a Python file that defines STUDY")
     parser.add_argument("--preset", default="", help="another preset than the study's own")
@@ -55,6 +58,8 @@ def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> An
         SettingsError: If it has no such level.
     """
     from mmphi.cli import parse
+    from mmphi.settings.overrides import full_name
+    from mmphi.stages import Settings
 
     flags, fixed = parse(rest)
     if flags:
@@ -75,7 +80,8 @@ def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> An
         for level in wanted:
             known_level(study, level)
         study = replace(study, levels={level: study.levels[level] for level in wanted})
-    return replace(study, fixed={**study.fixed, **fixed}) if fixed else study
+    named = {full_name(Settings, key, study.stage): value for key, value in fixed.items()}
+    return replace(study, fixed={**study.fixed, **named}) if named else study
 
 
 def known_level(study: Study, level: str) -> None:

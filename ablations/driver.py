@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ablations.cells import Cell, chosen, tuning_cells, verdict_cells
+from ablations.cells import Cell, Outcome, chosen, tuning_cells, verdict_cells
 from ablations.crew import Crew, Worker
 from ablations.jobs import Answer, Job
-from ablations.ledger import Ledger
+from ablations.ledger import Ledger, cell_of
 from ablations.record import Change, Record
 from ablations.study import Study
 from mmphi.errors import MmphiError, SettingsError
@@ -87,12 +87,15 @@ class Driver:
         self._given = 0
 
     def wanted(self) -> list[Cell]:
-        """Cells that somebody must still run, the first first."""
+        """Cells that somebody must still run, the first first.
+
+        Nothing is judged while anything is being tuned: else the level that is tuned first would be rounds ahead.
+        """
         study, levels = self.plan.study, self.plan.levels
-        tuned = chosen(study, levels, self.ledgers["tuning"].outcomes())
-        cells = [*tuning_cells(study, levels), *verdict_cells(tuned, study.seeds)]
-        ended = {o.cell.name for ledger in self.ledgers.values() for o in ledger.outcomes()}
-        return [cell for cell in cells if cell.name not in ended]
+        outcomes = self.ledgers["tuning"].outcomes()
+        tuning = _without(tuning_cells(study, levels), outcomes)
+        judged = verdict_cells(chosen(study, levels, outcomes), study.seeds)
+        return tuning or _without(judged, self.ledgers["verdict"].outcomes())
 
     def run(self, workers: int, logs: Path, **crew: Any) -> None:
         """Run until nothing is wanted any more.
@@ -129,9 +132,11 @@ class Driver:
         return tqdm(desc=self.record.name, unit="trial", dynamic_ncols=True)
 
     def _show(self, bar: Any, wanted: list[Cell]) -> None:
-        done = sum(len(ledger.outcomes()) for ledger in self.ledgers.values())
-        tuned = chosen(self.plan.study, self.plan.levels, self.ledgers["tuning"].outcomes())
-        later = (len(self.plan.levels) - len(tuned)) * self.plan.study.seeds
+        verdicts = self.ledgers["verdict"].outcomes()
+        done = len(verdicts) + len(self.ledgers["tuning"].outcomes())
+        judged = sum(outcome.cell.level in self.plan.levels for outcome in verdicts)
+        tuning = any(cell.phase == "tuning" for cell in wanted)
+        later = len(self.plan.levels) * self.plan.study.seeds - judged if tuning else 0
         if (bar.n, bar.total) != (done, done + len(wanted) + later):
             bar.total = done + len(wanted) + later
             bar.update(done - bar.n)
@@ -142,14 +147,12 @@ class Driver:
         trial = ledger.take(cell, list(self.plan.study.levels).index(cell.level))
         if trial is None:
             return
-        from ablations.ledger import cell_of
-
         got = cell_of(trial)
         self._given += 1
         self._trials[self._given] = ledger, trial, got
-        team.give(worker, self.job(self._given, got, trial.number))
+        team.give(worker, self.job(self._given, got))
 
-    def job(self, number: int, cell: Cell, trial: int) -> Job:
+    def job(self, number: int, cell: Cell) -> Job:
         """What a worker is told of a cell."""
         study = self.plan.study
         tuning = cell.phase == "tuning"
@@ -192,7 +195,7 @@ class Driver:
             ledger.fail(trial, answer.reason, final=True)
             self.say(f"{cell.name}: no result: {answer.reason}")
         elif answer.kind == "crashed":
-            self._again(ledger, trial, cell, f"crashed {{}}times, last by {answer.reason}")
+            self._again(ledger, trial, cell, "crashed", answer.reason)
         else:
             ledger.fail(trial, answer.reason, final=False)
             if answer.kind == "broken":
@@ -206,16 +209,22 @@ class Driver:
         code = worker.process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if worker.ready:
-            self._again(ledger, trial, cell, f"its worker died {{}}times, last by {how}")
+            self._again(ledger, trial, cell, "its worker died", how)
         else:  # It never came to work: no fault of the cell's.
             ledger.fail(trial, f"its worker did not start: {how}", final=False)
 
-    def _again(self, ledger: Ledger, trial: optuna.trial.Trial, cell: Cell, how: str) -> None:
+    def _again(self, ledger: Ledger, trial: optuna.trial.Trial, cell: Cell, what: str, how: str) -> None:
         deaths = ledger.deaths(cell) + 1
         final = deaths > self.retries
-        reason = how.format(f"{deaths} ") if deaths > 1 else how.format("").replace("times, last ", "")
+        reason = f"{what} {deaths} times, last by {how}" if deaths > 1 else f"{what} by {how}"
         ledger.fail(trial, reason, final=final, died=True)
         self.say(f"{cell.name}: {reason}{'' if final else '; asking again'}")
+
+
+def _without(cells: Iterable[Cell], outcomes: Sequence[Outcome]) -> list[Cell]:
+    """Cells that have not ended."""
+    ended = {outcome.cell.name for outcome in outcomes}
+    return [cell for cell in cells if cell.name not in ended]
 
 
 def level_value(study: Study, name: str, typed: str) -> Any:

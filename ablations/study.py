@@ -148,6 +148,13 @@ class Study:
         budget = f"{self.stage}.supervised_tokens"
         if budget in self.fixed:
             raise SettingsError(f"{budget} is the study's budget", "give it as `tokens`, on the command line --tokens")
+        if seeds := set(self.seed_settings) & set(self.fixed):
+            raise SettingsError(f"{', '.join(sorted(seeds))} takes the paired seeds", "give how many: --seeds 8")
+        if self.tokens and f"{self.stage}.steps" in self.fixed:
+            raise SettingsError(
+                f"{self.stage}.steps = {self.fixed[f'{self.stage}.steps']}, but the budget is {self.tokens} tokens",
+                "give --tokens, or --tokens 0 to count steps",
+            )
         held = set(self.fields or (self.factor,))
         for what, names in (("fixed", self.fixed), ("nuisance", self.nuisance)):
             if both := held & set(names):

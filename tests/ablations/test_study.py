@@ -98,6 +98,7 @@ def test_what_a_trial_changes() -> None:
         ({"factor": "projector.layer"}, r"projector.layers"),
         ({"fixed": {"projector.layers": 2}}, "is the factor and stands in `fixed`"),
         ({"fixed": {"projector.supervised_tokens": 9}}, "the study's budget"),
+        ({"fixed": {"projector.steps": 9}}, "but the budget is 500 tokens"),
         ({"tuning_seeds": (1,)}, "are for tuning and for the verdict"),
         ({"stage": "projecter"}, "there is no stage"),
         ({"fixed": {"vision.pool": 3}}, "vision.pool"),
@@ -108,7 +109,7 @@ def test_what_cannot_be_a_comparison(changes: dict[str, object], said: str) -> N
         replace(STUDY, **changes).check()
 
 
-def test_unknown_names() -> None:
+def test_unknown_names(empty_store: str) -> None:
     with pytest.raises(SettingsError, match=r"no study 'projector_dept'\n  did you mean projector_depth"):
         ablate(["projector_dept"])
     with pytest.raises(SettingsError, match=r"no level 'nine layers'\n  the levels are 1 layer, 2 layers"):
@@ -119,6 +120,8 @@ def test_unknown_names() -> None:
         ablate(["projector_depth", "--trials", "3"])
     with pytest.raises(SettingsError, match="has a space, not --levels"):
         ablate(["projector_settings", "--levels", "a"])
+    with pytest.raises(SettingsError, match=r"projector\.seed takes the paired seeds"):
+        ablate(["control", "--seed", "3"])
     with pytest.raises(SettingsError, match="0 seeds"):
         ablate(["control", "--seeds", "0"])
 
