@@ -68,3 +68,27 @@ def test_few_files_stand_loose() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT / "mmphi").as_posix())
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 300
+
+
+def packages(path: Path) -> set[str]:
+    """Every package that a file imports from, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+    return found
+
+
+def test_houses_stand_on_one_another() -> None:
+    """Ablations use reports and mmphi, reports use mmphi, mmphi knows neither."""
+    for house, unknown in (("mmphi", {"ablations", "reports"}), ("reports", {"ablations"})):
+        for path in (ROOT / house).rglob("*.py"):
+            assert not packages(path) & unknown, path
+
+
+@pytest.mark.parametrize("house", ["ablations", "reports"])
+def test_their_files_can_be_read_in_one_sitting_too(house: str) -> None:
+    for path in (ROOT / house).rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 300, path

@@ -21,11 +21,11 @@ class Shape:
     vision_width: int = 384
     vision_layers: int = 8
     image_size: int = 224
-    patch_size: int = 32
-    steps: int = 24
-    batch_size: int = 16
-    images: int = 300
-    test_images: int = 16
+    patch_size: int = 16
+    steps: int = 8
+    batch_size: int = 8
+    images: int = 200
+    test_images: int = 4
 
 
 def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:
     """What all trainings have in common, as settings of mmphi."""
     return {
         "scenes.train_images": shape.images,
-        "scenes.validation_images": 4,
+        "scenes.validation_images": 2,
         "scenes.test_images": shape.test_images,
         "scenes.texts": 4,
         "scenes.image_size": 64,
@@ -114,7 +114,7 @@ def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:
         "projector.norm": False,
         "projector.steps": shape.steps,
         "projector.batch_size": shape.batch_size,
-        "projector.max_length": 256,
+        "projector.max_length": 320,
         "projector.log_every": 1,
         "projector.eval_every": shape.steps,
         "projector.save_every": shape.steps,
