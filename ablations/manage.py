@@ -92,7 +92,7 @@ def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int 
         SettingsError: If there is no such level, a new one has no value, or the seeds are fewer than one.
     """
     from ablations.driver import changed, level_value
-    from ablations.study import Study
+    from ablations.study import Study, check_name
 
     record = record_of(store, name)
     if record.declaration().get("kind") == "search":
@@ -112,6 +112,7 @@ def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int 
             raise SettingsError(
                 f"there is no level {level!r}", f"give it a value: --add '{level}=VALUE'; there are {known}"
             )
+        check_name(level)
         value = level_value(plan.study, level, typed) if equals else plan.study.levels[level]
         changed(plan.study, [record_change(level, value)]).study.settings(level)  # Refuses what cannot be set.
         record.change("add", level, value)

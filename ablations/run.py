@@ -10,7 +10,7 @@ from ablations.places import ledgers, logs_folder, search_ledger, storage_url
 from ablations.record import Record
 from ablations.search import Search
 from ablations.search_driver import SearchDriver
-from ablations.study import Study
+from ablations.study import Study, check_name
 from mmphi.errors import Stopped
 from mmphi.tracking.store import Store
 
@@ -43,6 +43,7 @@ def run(
         StoreError: If another driver runs it.
         Stopped: If a signal asked to stop; the same command goes on from there.
     """
+    check_name(name)
     study.check()
     store = Store()
     if run_id:

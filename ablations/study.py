@@ -135,6 +135,8 @@ class Study:
             raise SettingsError(
                 f"the baseline {self.baseline!r} is not among the levels", f"these are {', '.join(self.levels)}"
             )
+        for level in self.levels:
+            check_name(level)
         if self.seeds < 1:
             raise SettingsError(f"{self.seeds} seeds: nothing would be run", "give one at least; 8 can show something")
         if len(self.levels) < 2:
@@ -180,6 +182,16 @@ class Study:
         versions = {name: STAGES[name].version for name in plan_order(self.stage, settings)}
         whole = {**asdict(self), "settings": dict(leaves(settings)), "versions": versions}
         return dict(json.loads(json.dumps(whole, default=str)))
+
+
+def check_name(name: str) -> None:
+    """Refuse a name of a study or level that a query of MLflow's cannot hold.
+
+    Raises:
+        SettingsError: If it is empty or has quotes in it.
+    """
+    if not name.strip() or any(mark in name for mark in "'\"`\n"):
+        raise SettingsError(f"{name!r} is no name: it is empty or has quotes in it", "leave the quotes out")
 
 
 def plan_order(stage: str, settings: Settings) -> list[str]:

@@ -85,6 +85,7 @@ def test_what_a_trial_changes() -> None:
     [
         ({"baseline": "three"}, "the baseline 'three' is not among the levels"),
         ({"seeds": 0}, "0 seeds: nothing would be run"),
+        ({"levels": {"two": 2, "it's": 1}}, "has quotes in it"),
         ({"levels": {"two": 2}}, "a study of one level compares nothing"),
         (
             {"levels": {"two": 2, "both": {"projector.layers": 1, "projector.width": 8}}},
