@@ -52,7 +52,7 @@ def connect(url: str) -> RDBStorage:
             )
         except Exception as error:  # Whatever the database's own driver raises.
             first = str(error).splitlines()[0]
-            hint = "pip install 'mmphi[postgres]'" if isinstance(error, ImportError) else "check --storage"
+            hint = "pip install 'psycopg[binary]'" if isinstance(error, ImportError) else "check --storage"
             raise StoreError(f"the study's storage {_without_password(url)} cannot be used: {first}", hint) from error
 
 
