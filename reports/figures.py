@@ -44,7 +44,7 @@ def _label(metric: Metric) -> str:
 
 def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -> Figure:
     """Differences to the baseline with their intervals, beside the margin within which nothing would matter."""
-    figure, (axes,) = _figure(1.4 + 0.5 * len(comparisons))
+    figure, (axes,) = _figure(1.6 + 0.5 * len(comparisons))
     if metric.margin:
         axes.axvspan(-metric.margin, metric.margin, color=BAND, label=f"within {metric.margin:g}: no matter")
     axes.axvline(0, color=GREY, linewidth=1)
@@ -64,7 +64,7 @@ def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) ->
     axes.set_xlabel(
         f"difference to {baseline}, {metric.unit} (further {better} is better; line: 95 % interval)", fontsize=11
     )
-    axes.legend(fontsize=9, frameon=False, loc="best")
+    figure.legend(fontsize=9, frameon=False, loc="outside upper center", ncols=4)
     return figure
 
 
