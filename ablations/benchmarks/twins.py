@@ -22,7 +22,7 @@ class Shape:
     vision_layers: int = 8
     image_size: int = 224
     patch_size: int = 16
-    steps: int = 8
+    steps: int = 24
     batch_size: int = 8
     images: int = 200
     test_images: int = 4
