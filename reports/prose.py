@@ -116,7 +116,12 @@ def command(data: StudyData) -> str:
     """What repeats study and report."""
     base, _, preset = data.name.partition(".")
     extra = f" --preset {preset}" if preset else ""
-    plain = f"mmphi ablate {base}{extra} --seeds {data.seeds} --tokens {data.declaration.get('tokens', 0)}"
+    many = (
+        f"--trials {data.declaration['trials']}"
+        if data.declaration.get("kind") == "search"
+        else f"--seeds {data.seeds}"
+    )
+    plain = f"mmphi ablate {base}{extra} {many} --tokens {data.declaration.get('tokens', 0)}"
     return f"{data.tags.get('mmphi.command') or plain}\nmmphi report ablation --study {data.name}"
 
 
