@@ -94,13 +94,16 @@ class SearchDriver:
                     for worker, answer in team.listen(POLL_S):
                         self._heard(team, worker, answer)
                     self.ledger.beat()
+                    if self.ledger.shared:
+                        self._ask_again()  # What drivers that fell silent had.
                 bar.update(self.done() - bar.n)
 
     def _ask_again(self) -> None:
         """Put the trials that a dead driver left at the head of the queue, with the same settings and number."""
         again = {t.user_attrs.get("again_of") for t in self.ledger.trials()}
         for trial in self.ledger.trials(TrialState.FAIL):
-            if not trial.user_attrs.get("final") and trial.number not in again:
+            known = trial.number in again or trial.user_attrs.get("twice") or trial.user_attrs.get("final")
+            if not known:
                 origin = trial.user_attrs.get("origin", trial.number)
                 attributes = {"origin": origin, "again_of": trial.number}
                 self.ledger.study.enqueue_trial(trial.params, user_attrs=attributes)
@@ -108,14 +111,25 @@ class SearchDriver:
     def _give(self, team: Crew, worker: Worker) -> None:
         waiting = next((a for a in self.active.values() if not a.running), None)
         if waiting is None:
-            if self.done() + len(self.active) >= self.search.trials:
+            running = len(self.ledger.trials(TrialState.RUNNING))  # By any driver.
+            if self.done() + running >= self.search.trials:
                 return
             trial = self.ledger.study.ask(self.search.distributions())
+            if self._twice(trial):
+                self.ledger.storage.set_trial_user_attr(trial._trial_id, "twice", True)
+                self.ledger.fail(trial, "another driver asked for the same again", final=False)
+                return
             self.ledger.mine[trial.number] = trial
             waiting = Active(trial, int(trial.user_attrs.get("origin", trial.number)))
             self.active[trial.number] = waiting
         waiting.running = True
         team.give(worker, self.job(waiting))
+
+    def _twice(self, trial: optuna.trial.Trial) -> bool:
+        """Whether another driver has put the same dead trial in the queue before."""
+        again = trial.user_attrs.get("again_of")
+        before = (t for t in self.ledger.trials() if t.number < trial.number)
+        return again is not None and any(t.user_attrs.get("again_of") == again for t in before)
 
     def job(self, active: Active) -> Job:
         """What a worker is told of the next seed of a trial."""

@@ -16,10 +16,15 @@ from pathlib import Path
 
 import pytest
 import toy_studies
-from toy_studies import STUDY, driver, results
+from optuna.trial import TrialState
+from test_search import SEARCH
+from toy_studies import COMMAND, STUDY, driver, results
 
 from ablations.cells import Cell
 from ablations.ledger import Ledger, connect
+from ablations.places import logs_folder, search_ledger
+from ablations.record import Record
+from ablations.search_driver import SearchDriver
 from mmphi.errors import StoreError
 from mmphi.tracking.store import Store
 from reports.query import load_study
@@ -119,3 +124,25 @@ def test_server_that_is_not_there() -> None:
     with pytest.raises(StoreError, match=r"postgresql\+psycopg://\.\.\.@127\.0\.0\.1:1/none cannot be used") as error:
         connect("postgresql+psycopg://user:secret@127.0.0.1:1/none")
     assert "secret" not in str(error.value)
+
+
+def test_search_of_two_drivers_has_as_many_trials_as_were_asked_for(empty_store: str, server: str) -> None:
+    """One finds what the other left when it fell silent; what both put in the queue is run once."""
+    search = replace(SEARCH, pruner="", seeds=(0,), trials=3)
+    store = Store()
+    record = Record.open(store, "shared", search.declaration())
+    one, two = (SearchDriver(search, record, search_ledger(store, "shared", search, server)) for _ in range(2))
+    left = one.ledger.study.ask(search.distributions())
+    running = two.ledger.study.ask(search.distributions())  # A third driver's, which lives.
+    one.ledger.fail(left, "its driver fell silent", final=False)
+    waiting = one.ledger.trials(TrialState.WAITING)
+    assert waiting == []
+    one._ask_again()
+    attributes = {"origin": left.number, "again_of": left.number}
+    two.ledger.study.enqueue_trial(left.params, user_attrs=attributes)  # At the very same moment.
+    two.ledger.study.tell(running, 9.0)
+    two.run(1, logs_folder(store, "shared"), command=COMMAND)
+    ended = two.ledger.trials(TrialState.COMPLETE)
+    assert len(ended) == two.done() == 3
+    assert len({t.user_attrs.get("origin", t.number) for t in ended}) == 3
+    assert sum(t.params == left.params and t.user_attrs.get("again_of") == left.number for t in ended) == 1

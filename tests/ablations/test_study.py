@@ -175,4 +175,4 @@ def test_searches_that_cannot_be() -> None:
         ({"space": {"projector.layers": Range(0, 3)}}, "projector.layers"),
     ):
         with pytest.raises(SettingsError, match=said):
-            replace(search, **changes).check()  # type: ignore[arg-type]
+            replace(search, **changes).check()

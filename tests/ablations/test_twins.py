@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -80,7 +81,7 @@ def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     assert out["test"] < out["losses"][1] < out["losses"][0]  # It learns these three by heart.
 
 
-def test_ratios_and_distances(capsys) -> None:  # type: ignore[no-untyped-def]
+def test_ratios_and_distances(capsys: pytest.CaptureFixture[str]) -> None:
     losses = {side: [[2.0, 1.0 + 1e-6 * place]] * 8 for place, side in enumerate(("study", "cold", "script"))}
     found = {"seconds": {"study": 10.0, "cold": 15.0, "script": 31.0}, "losses": losses, "embedding": 2.0}
     ablation.report(found, ablation.SHAPES["tiny"])

@@ -17,7 +17,7 @@ from mmphi.cli import main
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.tracking.store import Store
-from reports.query import load_study
+from reports.query import StudyData, Trial, load_study
 
 FIXED = {name: value for name, value in SMALL.items() if name != "projector.steps"}
 STUDY = Study(
@@ -85,8 +85,6 @@ def test_charts_hold_no_tuning(empty_store: str) -> None:
     assert "'tuning'" in unquote(pages["table"])
 
 
-def load_data():  # type: ignore[no-untyped-def]
-    from reports.query import StudyData, Trial
-
+def load_data() -> StudyData:
     trials = [Trial("a", "verdict", "one", 0, "FINISHED"), Trial("b", "tuning", "one", 0, "FINISHED")]
     return StudyData("depth", "r", "1", {"levels": {"one": 1}, "metric": "test/loss"}, trials=trials)

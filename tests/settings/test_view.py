@@ -21,16 +21,16 @@ def test_declared_settings_are_read() -> None:
 @pytest.mark.parametrize("declared", [(), ("vision",), ("language.tokenizer",)])
 def test_other_sections_and_settings_raise(declared: tuple[str, ...]) -> None:
     with pytest.raises(UndeclaredError, match=r"language(\.model)? is read, but not declared"):
-        view(*declared)(LanguageSettings).model  # noqa: B018
+        view(*declared)(LanguageSettings).model  # noqa: B018 - to read it is the test
 
 
 def test_other_settings_of_an_item_raise() -> None:
     (source,) = view("data.sources.N.kind")(DataSettings).sources
     assert source.kind == "scenes"
     with pytest.raises(UndeclaredError, match=r"data\.sources\.0\.weight is read"):
-        source.weight  # noqa: B018
+        source.weight  # noqa: B018 - to read it is the test
     with pytest.raises(AttributeError):
-        source.nothing  # noqa: B018  # type: ignore[attr-defined]
+        source.nothing  # noqa: B018 - to read it is the test
 
 
 def test_a_name_covers_what_is_below_it_alone() -> None:

@@ -60,7 +60,7 @@ def main() -> None:
             if self.state.global_step >= left:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Loop._save_checkpoint = dying  # type: ignore[method-assign]
+        Loop._save_checkpoint = dying
     changes = dict(word.split("=", 1) for word in sys.argv[2:])
     result = Pipeline(STAGES).build(sys.argv[1], settings(**changes))
     print(json.dumps({"run_id": result.run_id, "path": str(result.path), "metrics": dict(result.metrics)}))

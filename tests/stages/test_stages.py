@@ -160,7 +160,7 @@ def test_two_projectors_share_one_language_model(pipeline: Pipeline) -> None:
     results = [pipeline.build("projector", small.settings(projector__layers=n)) for n in "12"]
     one, two = (mmphi.load(result.path) for result in results)
     assert one.language.model is two.language.model
-    assert one.features.tower is two.features.tower  # type: ignore[union-attr]
+    assert one.features.tower is two.features.tower
     assert one.projector is not two.projector
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in one.language.model.modules())
     assert not one.language.model.training
