@@ -12,7 +12,7 @@ from mmphi.describe import duration
 from reports.query import StudyData, load_study
 from reports.search import tried
 from reports.statistics import compare, interval
-from reports.verdict import number, range_of
+from reports.verdict import ends_of, number
 
 if TYPE_CHECKING:
     from mmphi.tracking.search import RunStore
@@ -34,15 +34,14 @@ def table(data: StudyData) -> str:
         comparison = beside.get(level)
         mark = " (baseline)" if level == baseline else " (stopped)" if level in data.stopped else ""
         known = comparison is not None and comparison.n
-        spread = range_of(comparison.interval) if comparison and comparison.n > 1 else "-"
         rows.append(
             (
                 level + mark,
                 f"{len(found)}/{data.seeds}",
                 number(float(np.mean(found)), 4) if found else "-",
-                range_of(interval(found)).removeprefix("95 % interval ") if len(found) > 1 else "-",
+                ends_of(interval(found)),
                 number(comparison.difference) if comparison and known else "-",
-                spread.removeprefix("95 % interval "),
+                ends_of(comparison.interval) if comparison else "-",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -15,7 +15,7 @@ from reports.document import Document, Table
 from reports.prose import command
 from reports.query import StudyData, Trial
 from reports.statistics import interval
-from reports.tables import environment
+from reports.tables import environment, linked
 from reports.verdict import listed, number, range_of
 
 PRUNED = "Pruned:"
@@ -153,7 +153,7 @@ def _best(shown: Sequence[Tried], objectives: Mapping[str, str], data: StudyData
 def _table(data: StudyData, trials: Sequence[Tried], objectives: Mapping[str, str]) -> Table:
     rows = []
     for t in trials:
-        links = " ".join(f"[{r.run_id[:8]}]({data.link(r.run_id)})" for r in t.runs)
+        links = " ".join(linked(data, run) for run in t.runs)
         values = [number(t.mean(o), 4) for o in objectives]
         seeds = max(len(v) for v in t.values.values())
         rows.append([t.name, *t.params.values(), *values, seeds, t.pruned or "-", links])

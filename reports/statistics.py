@@ -6,7 +6,7 @@ exact sign-flip permutations, several comparisons of one study are corrected by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -253,7 +253,7 @@ class Shares:
     rest: float
 
 
-def shares(levels: dict[str, dict[int, float]]) -> Shares | None:
+def shares(levels: Mapping[str, Mapping[int, float]]) -> Shares | None:
     """Shares of the variance, over the seeds that all levels have; nothing where there is no variance."""
     if not levels:
         return None

@@ -8,58 +8,47 @@ from typing import Any
 import numpy as np
 
 from reports.document import Table
+from reports.findings import Findings
 from reports.query import StudyData, Trial
-from reports.statistics import Comparison, Interval
-from reports.verdict import Metric, number, p_value, range_of
+from reports.verdict import ends_of, number, p_value
 
 # Of every level: the interval of its mean, then what is to be said of it beside the baseline.
 LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval of it", "p (Holm)", "verdict", "tokens")
 
 
-def tables(
-    data: StudyData,
-    metric: Metric,
-    comparisons: Sequence[Comparison],
-    intervals: Mapping[str, Interval | None],
-    means: Mapping[str, float],
-) -> dict[str, Table]:
+def tables(found: Findings) -> dict[str, Table]:
     """All tables of the report, by name."""
-    declared, results = data.declaration, data.results("verdict", metric.name)
-    beside = {c.level: c for c in comparisons}
-    baseline = declared["baseline"]
+    data, metric, declared = found.data, found.metric, found.data.declaration
+    beside = {c.level: c for c in found.comparisons}
     rows, costs = [], []
     against: list[str]
     for level in data.levels:
-        found, comparison = results[level], beside.get(level)
-        mean = number(means[level], 4) if level in means else "-"
-        around = range_of(intervals[level]).removeprefix("95 % interval ") if len(found) > 1 else "-"
+        trials, comparison = found.results[level], beside.get(level)
+        mean = number(found.means[level], 4) if level in found.means else "-"
         if comparison is None or comparison.n == 0:
-            against = ["baseline" if level == baseline else "-", "-", "-", "-"]
+            against = ["baseline" if level == found.baseline else "-", "-", "-", "-"]
         else:
-            spread = range_of(comparison.interval).removeprefix("95 % interval ")
             against = [
                 number(comparison.difference),
-                spread,
+                ends_of(comparison.interval),
                 p_value(comparison.p).removeprefix("p = "),
                 comparison.verdict,
             ]
-        tokens = mean_of(found, f"{declared['stage']}/supervised_tokens")
-        rows.append([level, len(found), mean, around, *against, f"{tokens:,.0f}" if tokens else "-"])
-        costs.append([level, *(_cost(mean_of(found, name)) for name in declared["costs"])])
+        tokens = mean_of(trials, f"{declared['stage']}/supervised_tokens")
+        around = ends_of(found.intervals[level])
+        rows.append([level, len(trials), mean, around, *against, f"{tokens:,.0f}" if tokens else "-"])
+        costs.append([level, *(_cost(mean_of(trials, name)) for name in declared["costs"])])
     made = {
         "levels": Table([declared["factor"], "n", f"mean {metric.name}", *LEVEL_COLUMNS], rows),
         "costs": Table([declared["factor"], *declared["costs"].values()], costs),
-        "trials": by_seed(data, metric, results),
+        "trials": by_seed(found),
         "environment": environment(data),
     }
     made |= _tuning(data)
     if failed := data.failed():
         made["failed"] = Table(
             ["phase", "level", "seed", "status", "reason", "run"],
-            [
-                [t.phase, t.level, t.seed, t.status, t.reason or "-", f"[{t.run_id[:8]}]({data.link(t.run_id)})"]
-                for t in failed
-            ],
+            [[t.phase, t.level, t.seed, t.status, t.reason or "-", linked(data, t)] for t in failed],
         )
     if data.changes:
         made["changes"] = Table(
@@ -74,8 +63,9 @@ def linked(data: StudyData, trial: Trial) -> str:
     return f"[{trial.run_id[:8]}]({data.link(trial.run_id)})"
 
 
-def by_seed(data: StudyData, metric: Metric, results: Mapping[str, Mapping[int, Trial]]) -> Table:
+def by_seed(found: Findings) -> Table:
     """The metric of every trial, a seed a row, each a link to its run."""
+    data, metric, results = found.data, found.metric, found.results
     numbers = sorted({n for of in results.values() for n in of})
 
     def cell(trial: Trial | None) -> str:

@@ -43,12 +43,17 @@ def number(value: float, digits: int = 3) -> str:
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
+def ends_of(interval: Interval | None, sign: float = 1.0) -> str:
+    """An interval as a cell of a table."""
+    if interval is None:
+        return "-"
+    low, high = sorted((sign * interval.low, sign * interval.high))
+    return f"{number(low)} to {number(high)}"
+
+
 def range_of(interval: Interval | None, sign: float = 1.0) -> str:
     """An interval in words."""
-    if interval is None:
-        return "no interval: one seed"
-    ends = sorted((sign * interval.low, sign * interval.high))
-    return f"95 % interval {number(ends[0])} to {number(ends[1])}"
+    return f"95 % interval {ends_of(interval, sign)}" if interval else "no interval: one seed"
 
 
 def p_value(p: float) -> str:
