@@ -118,13 +118,13 @@ class Store(RunStore):
         for run in dead:
             if run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")
-        for run in dead:
-            if self._take_files(run, tracker):
-                source = str(run.info.run_id)
-                self.client.set_tag(source, "mmphi.continued_by", tracker.run_id)
-                tracker.tags({"mmphi.continues": source})
-                return source
-        return ""
+        source = next((str(run.info.run_id) for run in dead if self._take_files(run, tracker)), "")
+        for run in dead:  # One that was killed before it left a file has a successor as well.
+            if "mmphi.continued_by" not in run.data.tags:
+                self.client.set_tag(run.info.run_id, "mmphi.continued_by", tracker.run_id)
+        if source:
+            tracker.tags({"mmphi.continues": source})
+        return source
 
     def _finished(self, run: Run) -> bool:
         return run.info.status == "FINISHED" and self.has_manifest(run)

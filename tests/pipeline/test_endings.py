@@ -175,3 +175,13 @@ def test_full_disk_of_the_database_is_told(store: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(store.client, "create_run", full)
     with pytest.raises(StoreError, match="is full"):
         Pipeline(toys.TOYS, store).build("draw", settings())
+
+
+def test_run_killed_before_it_left_a_file_has_a_successor(pipeline: Pipeline, store: Store) -> None:
+    """It is not listed among the failed ones of a study then."""
+    key = pipeline.key("train", settings())
+    dead = store.begin("train", {"mmphi.stage": "train", "mmphi.key": key})
+    result = pipeline.build("train", settings())
+    tags = store.run(dead.run_id).data.tags
+    assert tags["mmphi.continued_by"] == result.run_id
+    assert "mmphi.continues" not in store.run(result.run_id).data.tags
