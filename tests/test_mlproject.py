@@ -40,7 +40,7 @@ def test_parameters_are_settings_and_all_are_passed_on(name: str) -> None:
     assert options == {"preset": "tiny"}
     assert set(overrides.values()) <= {"preset"}
     for key in overrides:
-        assert full_name(Settings, key, stage) in (key, f"{stage}.{key}")
+        assert full_name(Settings, key, stage) in (key, f"{stage}.{key}", f"{key}.sources")
 
 
 def test_conda_environment_is_that_of_the_package() -> None:

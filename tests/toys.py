@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context, Stage
+from mmphi.settings.corpus import CorpusSettings
 from mmphi.stages import load_settings
-from mmphi.stages.pretrain import PretrainSettings
 from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings
 
@@ -51,13 +51,13 @@ def train(ctx: Context) -> Mapping[str, float]:
 
 def read(ctx: Context) -> Mapping[str, float]:
     CALLS.append("read")
-    return {"bytes": sum(Path(p).stat().st_size for p in ctx.settings(PretrainSettings).corpus)}
+    return {"bytes": sum(Path(p.path).stat().st_size for p in ctx.settings(CorpusSettings).sources)}
 
 
 TOYS = {
     "draw": Stage("draw", 1, "draw numbers", ("scenes",), draw),
     "train": Stage("train", 1, "train on them", ("projector",), train, upstream=lambda _: ("draw",), trains=True),
-    "read": Stage("read", 1, "read files", ("pretrain",), read),
+    "read": Stage("read", 1, "read files", ("corpus.sources.N.path",), read),
 }
 
 

@@ -35,7 +35,7 @@ def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, CLIPVisionModel, PhiForCausalLM
 
-    from mmphi.models.language import phi_config
+    from mmphi.models.phi import phi_config
     from mmphi.text.tokenizer import phi2_tokenizer
 
     torch.manual_seed(0)

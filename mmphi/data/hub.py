@@ -10,8 +10,8 @@ from typing import Any
 
 from mmphi.data.digests import cache_folder
 from mmphi.data.images import ImageFolder
-from mmphi.data.reach import hub_in_reach
 from mmphi.data.records import Example, ImageRef, ReadReport, Turn
+from mmphi.data.rows import load_rows
 from mmphi.errors import DataError, ImageError
 
 
@@ -47,7 +47,7 @@ def read_dataset(
     Raises:
         DataError: If the dataset cannot be had, or lacks a column.
     """
-    rows = _with_files(_load(name, split, revision), name, image_column, text_column)
+    rows = _with_files(load_rows(name, split, revision), name, image_column, text_column)
     folder = cache or cache_folder() / "images"
     images = Images(ImageFolder(Path(name), source), folder, _fetched_to(name))
     for number, row in enumerate(rows):
@@ -75,31 +75,6 @@ def _fetched_to(name: str) -> list[Path]:
         return []
     repository = f"datasets--{name.partition(':')[0].replace('/', '--')}"
     return [Path(constants.HF_HUB_CACHE) / repository, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
-
-
-def _load(name: str, split: str, revision: str) -> Any:
-    import datasets
-
-    folder = Path(name)
-    try:
-        if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-            loaded: Any = datasets.load_from_disk(name)
-            if not isinstance(loaded, datasets.DatasetDict):
-                return loaded
-            if split in loaded:
-                return loaded[split]
-            raise ValueError(f"it has the splits {', '.join(loaded)}")
-        if not folder.exists():
-            hub_in_reach()  # Where it is not, `datasets` would try for most of a minute.
-        owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")
-        return datasets.load_dataset(owner, configuration or None, split=split, revision=revision or None)
-    except Exception as error:  # Of `datasets`, pyarrow, fsspec or the HTTP client: they share no ancestor.
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        hint = "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"
-        raise DataError(
-            f"the dataset {name!r}, split {split!r}, cannot be loaded: {reason[0]}",
-            "mend the folder, or name another split" if folder.exists() else hint,
-        ) from error
 
 
 def _with_files(rows: Any, name: str, image_column: str, text_column: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PhiConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mmphi.data.digests import Digests
 from mmphi.data.reach import hub_in_reach
@@ -69,31 +69,6 @@ class Language:
     def local(self) -> Path | None:
         """Its folder, where it is one on this machine."""
         return Path(self.name) if Path(self.name).is_dir() else None
-
-
-def phi_config(layers: int, width: int, heads: int, context: int, vocabulary: int, end: int) -> PhiConfig:
-    """A Phi of any size: Phi-2's shape, scaled.
-
-    Args:
-        layers: Transformer layers.
-        width: Hidden width.
-        heads: Attention heads.
-        context: Longest context, in tokens.
-        vocabulary: Rows of the embedding.
-        end: Id of the end of text, which is also Phi-2's beginning.
-    """
-    return PhiConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=context,
-        partial_rotary_factor=0.5 if width // heads < 64 else 0.4,
-        resid_pdrop=0.0,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
 
 
 def _quantization(precision: str, device: torch.device) -> Any:

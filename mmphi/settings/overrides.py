@@ -16,13 +16,15 @@ from mmphi.settings.messages import unknown
 def full_name(root: type[Section], key: str, stage: str) -> str:
     """The dotted name of a key as typed.
 
-    Looks in the section of the stage first, then among all names; ``-`` counts as ``_``.
+    Looks in the section of the stage first, then among all names; ``-`` counts as ``_``. The name of a section whose
+    sources may be mere paths stands for them: ``corpus`` for ``corpus.sources``.
 
     Raises:
         SettingsError: If there is no such setting; names the nearest.
     """
     key = key.replace("-", "_")
-    for name in (f"{stage}.{key}", key):
+    sources = all_fields(root).get(f"{key}.sources")
+    for name in (f"{stage}.{key}", key, *([sources.name] if sources and sources.file else [])):
         if canonical(name) in all_fields(root) or (re.fullmatch(r".+\.\d+", name) and field_of(root, name)):
             return name
     raise unknown(root, key, stage)

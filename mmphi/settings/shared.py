@@ -98,7 +98,10 @@ class TrainingSettings(Section):
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", gt=0, le=1)
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0, le=1)
     warmup: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "learning rate after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine", "learning rate after the warm-up; wsd stays at the peak, then cools down"
+    )
+    decay: float = setting(0.2, "share of the steps that cool down at the end (wsd)", ge=0, le=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay, on matrices only", ge=0, le=1)
     beta2: float = setting(0.999, "AdamW's second decay rate", gt=0, lt=1)
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", gt=0)

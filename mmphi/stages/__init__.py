@@ -4,16 +4,17 @@ from collections.abc import Mapping
 
 from mmphi.pipeline.stage import Stage
 from mmphi.settings import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
-from mmphi.stages import embed, evaluate, light_clip, pretrain, projector, scenes
+from mmphi.settings.corpus import CorpusSettings
+from mmphi.settings.pretrain import PretrainSettings
+from mmphi.stages import embed, evaluate, light_clip, pretrain, projector, scenes, tokens
 from mmphi.stages.embed import EmbedSettings
 from mmphi.stages.evaluate import EvaluateSettings
 from mmphi.stages.light_clip import LightClipSettings
-from mmphi.stages.pretrain import PretrainSettings
 from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings
 
 STAGES: dict[str, Stage] = {
-    module.STAGE.name: module.STAGE for module in (scenes, pretrain, light_clip, embed, projector, evaluate)
+    module.STAGE.name: module.STAGE for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate)
 }
 
 
@@ -25,6 +26,7 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     vision: VisionSettings = VisionSettings()
     language: LanguageSettings = LanguageSettings()
+    corpus: CorpusSettings = CorpusSettings()
     pretrain: PretrainSettings = PretrainSettings()
     light_clip: LightClipSettings = LightClipSettings()
     embed: EmbedSettings = EmbedSettings()

@@ -95,8 +95,9 @@ def run(ctx: Context) -> Mapping[str, float]:
 
     from mmphi.models.device import this_device
     from mmphi.models.light_clip import ClipShape, build, save
+    from mmphi.training.arguments import world_rank, world_size
     from mmphi.training.contrastive import ClampScale, Clip, PairSteps, Pixels
-    from mmphi.training.trainer import train, world_rank, world_size
+    from mmphi.training.trainer import train
 
     chosen = ctx.settings(LightClipSettings)
     examples, report = read(ctx.settings, ctx.upstream)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmphi.errors import ModelError
+from mmphi.training.sharding import spread_like
 
 MARKER = "complete"
 WEIGHTS = "trained.safetensors"
@@ -53,16 +54,19 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write the trained parameters and further state, and nothing that is frozen.
+def checkpoint_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What a checkpoint holds: the trained parameters and further state, and nothing that is frozen.
 
     Args:
         model: What is trained.
-        checkpoint: Folder.
         state: Tensors beyond the parameters that training changes, such as running means.
     """
+    return {**trained_state(model), **{f"{STATE}{name}": tensor for name, tensor in (state or {}).items()}}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Write what :func:`checkpoint_tensors` gave."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    tensors = {**trained_state(model), **{f"{STATE}{name}": t for name, t in (state or {}).items()}}
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, checkpoint / WEIGHTS)
 
 
@@ -73,10 +77,10 @@ def load_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor]
         ModelError: If names or shapes are not those of this model.
     """
     saved = load_file(checkpoint / WEIGHTS)
-    tensors = {**trained_state(model), **{f"{STATE}{name}": t for name, t in (state or {}).items()}}
+    tensors = checkpoint_tensors(model, state)
     wrong = sorted(saved.keys() ^ tensors.keys()) or [n for n, t in saved.items() if t.shape != tensors[n].shape]
     if wrong:
         raise ModelError(f"{checkpoint} was written by another model: {wrong[0]} differs", "start anew with --force")
     with torch.no_grad():
         for name, tensor in saved.items():
-            tensors[name].copy_(tensor)
+            tensors[name].copy_(spread_like(tensor, tensors[name]))

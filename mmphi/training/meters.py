@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CLEAR_PEAK = "5"  # Documented in proc(5): resets the peak of the resident set.
@@ -22,11 +23,13 @@ class Throughput:
 
     Attributes:
         tokens: Tokens that passed through the model since the last reading, on this process.
+        pairs: Pairs of a position and one that it sees, since the beginning, on this process.
+        total_s: Seconds of training up to the last pause.
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self._seconds = 0.0
+        self.tokens = self.pairs = 0
+        self._seconds = self.total_s = 0.0
         self._begun: float | None = None
 
     def start(self) -> None:
@@ -36,8 +39,14 @@ class Throughput:
     def stop(self) -> None:
         """Stop the clock."""
         if self._begun is not None:
-            self._seconds += time.perf_counter() - self._begun
+            passed = time.perf_counter() - self._begun
+            self._seconds += passed
+            self.total_s += passed
         self._begun = None
+
+    def elapsed_s(self) -> float:
+        """Seconds of training so far."""
+        return self.total_s + (0.0 if self._begun is None else time.perf_counter() - self._begun)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -59,6 +68,25 @@ class Throughput:
         if running:
             self.start()
         return rate
+
+
+class StepLoss:
+    """The loss of an optimiser step, added up over its forward passes."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+
+    def add(self, share: float) -> None:
+        """Add what one forward pass of this process has of it."""
+        self._sum += share
+
+    def take(self, device: torch.device) -> float:
+        """The loss of the step that ended, over all processes; the next begins at nothing."""
+        total, self._sum = torch.tensor(self._sum, dtype=torch.float64), 0.0
+        if dist.is_initialized():
+            total = total.to(device)
+            dist.all_reduce(total)
+        return float(total)
 
 
 def reset_peak_memory() -> None:

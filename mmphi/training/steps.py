@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from mmphi.settings.shared import TrainingSettings
 from mmphi.text.packing import Pack, SpanFeatures, pack, partition
 from mmphi.text.sequences import Sample
-from mmphi.training.trainer import world_size
+from mmphi.training.arguments import world_size
 
 
 class PackedSteps(Dataset[Pack]):

@@ -6,9 +6,9 @@ What is trained is a *task*: a module that takes a batch by name and gives its s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mmphi.errors import Stopped, TrainingError
 from mmphi.settings.shared import TrainingSettings
 from mmphi.tracking.tracker import Tracker
+from mmphi.training.arguments import arguments_of, optimizer_of, world_rank
 from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked
-from mmphi.training.checkpoints import complete_checkpoints, load_trained, mark_complete, prune, save_trained, step_of
-from mmphi.training.meters import Throughput
-from mmphi.training.optimizers import MuonAdamW
-
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+from mmphi.training.checkpoints import (
+    checkpoint_tensors,
+    complete_checkpoints,
+    load_trained,
+    mark_complete,
+    prune,
+    save_tensors,
+    step_of,
+)
+from mmphi.training.meters import StepLoss, Throughput
+from mmphi.training.sharding import is_sharded, load_sharded, whole
 
 
 class Borrowed(nn.Module):
@@ -51,7 +59,9 @@ class Loop(Trainer):
         settings: Of the training.
         tracker: The run to record in.
         throughput: Counts the tokens that passed.
-        validate: Returns metrics named ``val/...``; called on the main process at each evaluation.
+        step_loss: Adds up the loss of each step.
+        validate: Returns metrics named ``val/...``; called on the main process at each evaluation, on all of them where
+            the task's parameters are spread over them.
         **kwargs: The Trainer's own.
     """
 
@@ -63,13 +73,18 @@ class Loop(Trainer):
         settings: TrainingSettings,
         tracker: Tracker,
         throughput: Throughput,
+        step_loss: StepLoss,
         validate: Callable[[int], Mapping[str, float]] | None,
         **kwargs: Any,
     ) -> None:
         # A loss function that is given tells the Trainer that the loss is normalised over the accumulated batch.
         super().__init__(model=Borrowed(task), compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
         self.task, self.state_tensors, self.settings, self.tracker = task, state, settings, tracker
-        self.throughput, self.validate = throughput, validate
+        self.throughput, self.step_loss, self.validate = throughput, step_loss, validate
+        self.sharded = is_sharded(task)
+        if self.sharded:  # Spread parameters average their own gradients: accelerate must not wrap them in DDP.
+            prepare: Any = self.accelerator.prepare_model
+            self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
         self.folder = Path(self.args.output_dir)
 
     def compute_loss(
@@ -85,6 +100,9 @@ class Loop(Trainer):
         """
         if "segments" in inputs:
             self.throughput.tokens += int((inputs["segments"] >= 0).sum())
+        if "borders" in inputs:
+            lengths = inputs["borders"].diff().long()
+            self.throughput.pairs += int((lengths * (lengths + 1) // 2).sum())
         loss: Tensor = model(**inputs) * (self.args.world_size / inputs["step_tokens"])
         if not torch.isfinite(loss):
             where = self.folder / "bad_batch.safetensors"
@@ -93,11 +111,12 @@ class Loop(Trainer):
                 f"the loss at step {self.state.global_step + 1} is {loss.item()}; the batch is saved as {where}",
                 "a lower learning rate, a longer warm-up or fp32 usually mends this",
             )
+        self.step_loss.add(loss.item() / self.args.world_size)
         return (loss, loss) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Run the validation given, and log what it returns."""
-        if self.validate is None or not self.is_world_process_zero():
+        if self.validate is None or not (self.is_world_process_zero() or self.sharded):
             return {}
         model: nn.Module = self.model
         training = model.training
@@ -116,8 +135,28 @@ class Loop(Trainer):
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)  # The order is the dataset's own matter.
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_trained(self.task, Path(output_dir or self.folder), self.state_tensors)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained; parameters that are spread over processes are put together first."""
+        tensors = whole(checkpoint_tensors(self.task, self.state_tensors))  # By all processes.
+        if self.args.should_save:
+            save_tensors(tensors, Path(output_dir or self.folder))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        load_sharded(self.optimizer, state, [p for g in self.optimizer.param_groups for p in g["params"]])
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.task, Path(resume_from_checkpoint), self.state_tensors)
@@ -151,70 +190,12 @@ class Trained:
     resumed_from: int
 
 
-def world_rank() -> int:
-    """This process's number among those that train together."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes that train together, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _flat(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     for name, value in batch.items():
         if isinstance(value, Tensor):
             yield prefix + name, value.detach().cpu().contiguous()
         else:
             yield from _flat(value, f"{prefix}{name}.")
-
-
-def _arguments(settings: TrainingSettings, folder: Path, epsilon: float) -> TrainingArguments:
-    cuda = torch.cuda.is_available()
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
-        warmup_steps=round(settings.warmup * settings.steps),
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.beta2,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=bf16,
-        adam_epsilon=epsilon,
-        seed=settings.seed,
-        use_cpu=not cuda,
-        ddp_backend=None if cuda or world_size() == 1 else "gloo",
-        ddp_find_unused_parameters=False,
-        logging_steps=settings.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_every,
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=cuda,
-        dataloader_num_workers=settings.workers,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device; the Trainer would take all there are.
-    return arguments
-
-
-def _optimizer(task: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer | None:
-    """Muon with AdamW where it is asked for; ``None`` leaves the Trainer its own AdamW."""
-    if settings.optimizer == "adamw":
-        return None
-    return MuonAdamW(
-        task,
-        learning_rate=settings.learning_rate,
-        muon_learning_rate=settings.muon_learning_rate,
-        beta2=settings.beta2,
-        weight_decay=settings.weight_decay,
-    )
 
 
 def _only(batch: list[Any]) -> Any:
@@ -235,6 +216,9 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     epsilon: float = 1e-8,
     callbacks: Sequence[TrainerCallback] = (),
+    throughput: Throughput | None = None,
+    step_loss: StepLoss | None = None,
+    ended: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train whatever in ``task`` requires gradients.
 
@@ -250,6 +234,9 @@ def train(
         optimizer: In place of the one that the settings name.
         epsilon: AdamW's.
         callbacks: Called beside the loop.
+        throughput: Counts tokens, where somebody else reads it too.
+        step_loss: Adds up the loss of each step, where somebody reads it.
+        ended: Asked after ``state`` was put back from a checkpoint: whether that training had come to its end.
 
     Raises:
         TrainingError: If the loss stops being finite.
@@ -259,7 +246,11 @@ def train(
     done = complete_checkpoints(folder)
     if world_rank() == 0:
         prune(folder, settings.keep_checkpoints)
-    throughput = Throughput()
+    throughput = throughput or Throughput()
+    if done:
+        load_trained(task, done[-1], state)
+        if ended():
+            return Trained(step_of(done[-1]), step_of(done[-1]))
     with StopWhenAsked() as stop:
         loop = Loop(
             task,
@@ -267,11 +258,12 @@ def train(
             settings=settings,
             tracker=tracker,
             throughput=throughput,
+            step_loss=step_loss or StepLoss(),
             validate=validate,
-            args=_arguments(settings, folder, epsilon),
+            args=arguments_of(settings, folder, epsilon),
             train_dataset=steps,
             data_collator=_only,
-            optimizers=(optimizer or _optimizer(task, settings), None),
+            optimizers=(optimizer or optimizer_of(task, settings), None),
             callbacks=[Monitor(tracker, title, throughput), EvaluateEvery(settings.eval_every), stop, *callbacks],
         )
         for default in (PrinterCallback, ProgressCallback):

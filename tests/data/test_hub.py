@@ -103,7 +103,7 @@ def test_a_row_names_no_file_outside_the_dataset(tmp_path, monkeypatch):
     secret = photos(tmp_path / "private") / "3.png"
     own = photos(tmp_path / "stored") / "1.png"
     rows = [{"image": {"bytes": None, "path": str(path)}, "caption": path.stem} for path in (secret, own)]
-    monkeypatch.setattr(hub, "_load", lambda *_: None)
+    monkeypatch.setattr(hub, "load_rows", lambda *_: None)
     monkeypatch.setattr(hub, "_with_files", lambda *_: rows)
     examples, report = read(tmp_path / "stored")
     assert [e.turns[0].answer for e in examples] == ["1"]
@@ -151,7 +151,7 @@ def test_a_name_may_say_its_configuration(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or 1 / 0)
     for name in ("owner/name:small", "owner/name"):
         with pytest.raises(DataError, match="division"):
-            hub._load(name, "test", "abc")
+            hub.load_rows(name, "test", "abc")
     options = {"split": "test", "revision": "abc"}
     assert asked == [(("owner/name", "small"), options), (("owner/name", None), options)]
 

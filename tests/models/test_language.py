@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 from mmphi.errors import ModelError
-from mmphi.models.language import load_language, phi_config
+from mmphi.models.language import load_language
+from mmphi.models.phi import phi_config
 from mmphi.settings import LanguageSettings
 
 CPU = torch.device("cpu")

@@ -94,8 +94,8 @@ def test_lineage_is_recorded(pipeline: Pipeline, store: Store, tmp_path: Path) -
     assert yaml.safe_load((result.path / "settings.yaml").read_text())["projector"]["steps"] == 4
     assert "mlflow==" in (result.path / "packages.txt").read_text()
     assert run.data.metrics["begun_at"] == 0
-    read = pipeline.build("read", settings(pretrain__corpus=f"[{tmp_path / 'text.txt'}]"))
-    assert "mmphi.data.pretrain.corpus.0" in store.client.get_run(read.run_id).data.tags
+    read = pipeline.build("read", settings(corpus__sources=f"[{tmp_path / 'text.txt'}]"))
+    assert "mmphi.data.corpus.sources.0.path" in store.client.get_run(read.run_id).data.tags
 
 
 def test_goes_on_in_the_run_that_mlflow_began(pipeline: Pipeline, store: Store) -> None:
@@ -135,7 +135,7 @@ def test_missing_file_is_told_before_anything_is_built(pipeline: Pipeline, store
         "late": replace(toys.TOYS["read"], name="late", upstream=lambda _: ("draw",)),
     }
     with pytest.raises(Exception, match="no such file"):
-        Pipeline(stages, store).build("late", settings(pretrain__corpus="[nowhere.txt]"))
+        Pipeline(stages, store).build("late", settings(corpus__sources="[nowhere.txt]"))
     assert toys.CALLS == []
     assert list(store.search(stage="draw")) == []
 

@@ -58,15 +58,15 @@ def test_key_changes_with_the_version(pipeline: Pipeline) -> None:
 def test_key_goes_by_content_and_not_by_place(tmp_path: Path, pipeline: Pipeline) -> None:
     here, there, other = (tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))
     here.write_text("one"), there.write_text("one"), other.write_text("two")
-    keys = [key(pipeline, "read", pretrain__corpus=f"[{path}]") for path in (here, there, other)]
+    keys = [key(pipeline, "read", corpus__sources=f"[{path}]") for path in (here, there, other)]
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_missing_file_is_told_with_its_key_and_the_nearest(tmp_path: Path, pipeline: Pipeline) -> None:
     (tmp_path / "corpus.txt").write_text("one")
     with pytest.raises(SettingsError) as error:
-        key(pipeline, "read", pretrain__corpus=f"[{tmp_path / 'korpus.txt'}]")
-    assert "pretrain.corpus.0" in error.value.what
+        key(pipeline, "read", corpus__sources=f"[{tmp_path / 'korpus.txt'}]")
+    assert "corpus.sources.0.path" in error.value.what
     assert str(tmp_path / "corpus.txt") in error.value.hint
 
 

@@ -152,7 +152,7 @@ def test_relative_paths_under_mlflow_run_count_from_its_caller(tmp_path, monkeyp
     (caller / "text.txt").touch()
     code = (
         "import os, sys; os.chdir(sys.argv[1]); from mmphi.stages import load_settings;"
-        "print(load_settings('tiny', {'pretrain.corpus': '[text.txt]'}).pretrain.corpus[0])"
+        "print(load_settings('tiny', {'corpus': '[text.txt]'}).corpus.sources[0].path)"
     )
     command = [sys.executable, "-c", code, str(project)]
     shell = ["sh", "-c", 'cd "$0" && "$@"; true', str(caller), *command]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import context
 
-from mmphi.errors import DataError
 from mmphi.models.language import load_language
 from mmphi.pipeline.stage import Result
 from mmphi.settings import LanguageSettings
+from mmphi.settings.pretrain import PretrainSettings
 from mmphi.stages import Settings, pretrain, scenes
-from mmphi.stages.pretrain import PretrainSettings
+from mmphi.stages.pretrain_scenes import scene_samples
 from mmphi.stages.scenes import ScenesSettings
 
 SMALL = {"layers": 2, "width": 32, "heads": 2, "steps": 8, "batch_size": 8, "max_length": 128, "vocabulary": 320}
@@ -46,21 +46,8 @@ def test_answers_only_are_learned_or_everything(drawn):
     row = json.loads((drawn.path / "corpus.jsonl").read_text().splitlines()[0])
     chosen = PretrainSettings(max_length=400)
     for answers_only in (True, False):
-        (sample,) = pretrain.scene_samples([row], Prompt(tokenizer, "plain"), chosen, answers_only=answers_only)
+        (sample,) = scene_samples([row], Prompt(tokenizer, "plain"), chosen, answers_only=answers_only)
         learned = tokenizer.decode(sample.input_ids[sample.supervised].tolist())
         text = "".join(answer + "<|endoftext|>" for _, answer in row["turns"])
         assert (learned == text) == answers_only
         assert learned.endswith(text)
-
-
-def test_texts_with_phi2s_tokenizer(tmp_path, recorder):
-    path = tmp_path / "book.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 4000)
-    chosen = PretrainSettings(**{**SMALL, "vocabulary": 0, "steps": 2, "max_length": 64}, corpus=[str(path)])
-    metrics = pretrain.run(context(pretrain.STAGE, tmp_path / "out", Settings(pretrain=chosen), tracker=recorder))
-    assert metrics["val/loss"] < 11.2  # ln 51200 = 10.84 at the start
-    assert recorder.series("train/loss")[1] == pytest.approx(10.84, abs=0.3)
-    short = chosen.model_copy(update={"corpus": [str(tmp_path / "short.txt")]})
-    (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(DataError, match="only 1 stretches"):
-        pretrain.run(context(pretrain.STAGE, tmp_path / "out2", Settings(pretrain=short)))

@@ -16,9 +16,10 @@ from mmphi.errors import ModelError, Stopped, TrainingError
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.settings import TrainingSettings
+from mmphi.training.arguments import arguments_of
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
 from mmphi.training.steps import packed_steps
-from mmphi.training.trainer import _arguments, train
+from mmphi.training.trainer import train
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
 
@@ -215,4 +216,4 @@ def test_one_process_takes_one_device(tmp_path, monkeypatch):
     devices.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
     assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]).n_gpu == 2
-    assert _arguments(TrainingSettings(), tmp_path, 1e-8).n_gpu == 1
+    assert arguments_of(TrainingSettings(), tmp_path, 1e-8).n_gpu == 1

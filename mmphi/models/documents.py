@@ -1,0 +1,93 @@
+"""Attention inside documents that lie end to end in one row: none of it is computed across their borders.
+
+Given to transformers' models as an attention implementation of their own. Where it is called without borders, as in
+generating, it is transformers' own ``sdpa``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "documents"
+
+
+def document_attention(
+    module: Any,
+    query_RHTD: Tensor,
+    key_RHTD: Tensor,
+    value_RHTD: Tensor,
+    attention_mask: Tensor | None,
+    borders: Tensor | None = None,
+    longest: int = 0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document of one row.
+
+    Args:
+        module: The attention layer.
+        query_RHTD: Of one row, (1, heads, tokens, head width).
+        key_RHTD: Likewise.
+        value_RHTD: Likewise.
+        attention_mask: Unused where there are borders.
+        borders: Where each document begins, and where the last ends, int32 (documents + 1,).
+        longest: Tokens of the longest document.
+        **kwargs: transformers' own.
+
+    Returns:
+        (1, tokens, heads, head width), and no weights.
+    """
+    if borders is None:
+        output, _ = sdpa_attention_forward(module, query_RHTD, key_RHTD, value_RHTD, attention_mask, **kwargs)
+        return output, None
+    scale = kwargs.get("scaling")
+    # Rotating under autocast leaves queries and keys in fp32.
+    query_RHTD, key_RHTD = query_RHTD.to(value_RHTD.dtype), key_RHTD.to(value_RHTD.dtype)
+    if query_RHTD.is_cuda and query_RHTD.dtype in (torch.bfloat16, torch.float16):
+        query, key, value = (x[0].transpose(0, 1) for x in (query_RHTD, key_RHTD, value_RHTD))
+        return _varlen(query, key, value, borders, longest, scale)[None], None
+    one_by_one = [
+        F.scaled_dot_product_attention(
+            query_RHTD[:, :, a:b], key_RHTD[:, :, a:b], value_RHTD[:, :, a:b], is_causal=True, scale=scale
+        )
+        for a, b in itertools.pairwise(borders.tolist())
+    ]
+    return torch.cat(one_by_one, dim=2).transpose(1, 2), None
+
+
+def _varlen(query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, borders: Tensor, longest: int, scale: Any) -> Tensor:
+    """Torch's flash attention over sequences of any lengths; what says that it is causal differs between versions."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if "scale" in known:
+        causal["scale"] = scale
+    attend: Any = varlen_attn
+    output: Tensor = attend(query_THD, key_THD, value_THD, borders, borders, longest, longest, **causal)
+    return output
+
+
+AttentionInterface.register(NAME, document_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def attending_inside_documents(model: Any) -> Iterator[None]:
+    """Let a model attend by borders, until the end."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:  # Not earlier: layers that recompute in the backward pass ask again.
+        model.set_attn_implementation(before)

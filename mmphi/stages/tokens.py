@@ -1,0 +1,167 @@
+"""Stage ``tokens``: the texts of a corpus as token ids in memory-mapped shards, written once for all trainings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmphi.errors import DataError, SettingsError
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings.corpus import CorpusSettings, TextSourceSettings
+from mmphi.settings.view import SettingsView
+
+if TYPE_CHECKING:
+    from mmphi.data.texts import Piece, TextReport
+
+READ = ("path", "name", "kind", "column", "separator", "encoding", "split", "revision")
+TOKENIZER = "tokenizer"
+BPE_CHARACTERS = 20_000_000  # What an own BPE is learned from, at most.
+
+
+def check(settings: SettingsView) -> None:
+    """Sources that are there, and are named so that their content is in the key."""
+    from mmphi.data.texts import check_sources
+
+    sources = settings(CorpusSettings).sources
+    if not sources:
+        raise SettingsError("there is no text to tokenise", "name some: --corpus.sources '[book.txt, folder/]'")
+    for source in sources:
+        if "/" not in source.path and "." not in source.path and Path(source.path).exists():
+            raise SettingsError(f"{source.path} may be a folder or a dataset's name", f"write ./{source.path}")
+    check_sources([source.path for source in sources])
+
+
+def cost(settings: SettingsView) -> Cost:
+    """Two bytes a token, of which English has one in four and a half bytes."""
+    paths = [Path(source.path) for source in settings(CorpusSettings).sources]
+    files = (f for p in paths if p.exists() for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file())
+    return Cost(sum(f.stat().st_size for f in files) * 2 // 4)
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Tokenise all texts; goes on with the shards that are there."""
+    from tqdm.auto import tqdm
+
+    from mmphi.data.texts import TextReport
+    from mmphi.data.tokens import INDEX, TokenWriting
+
+    chosen = ctx.settings(CorpusSettings)
+    tokenizer = tokenizer_of(ctx, chosen)
+    reports = {_title(source): TextReport() for source in chosen.sources}
+    readers = {_title(s): reader(s, reports[_title(s)]) for s in chosen.sources}
+    with tqdm(desc="tokens", unit="tok", unit_scale=True) as bar:
+        writing = TokenWriting(
+            ctx.folder,
+            readers,
+            tokenizer,
+            kept_apart=partial(kept_apart, chosen.split_seed, chosen.validation_share),
+            say=ctx.tracker.say,
+            progress=bar.update,
+        )
+        shards = writing()
+    counts = {name: [sum(s.counts[name][i] for s in shards) for i in (0, 1)] for name in readers}
+    sizes = {name: sum(s.bytes[name] for s in shards) for name in readers}
+    ctx.tracker.table("texts_read", [_row(n, reports[n], counts[n], sizes[n]) for n in readers])
+    for name, report in reports.items():
+        for line in report.lines():
+            ctx.tracker.say(f"{name}: {line}")
+    empty = next((name for name, (train, _) in counts.items() if not train), None)
+    if empty is not None:
+        raise DataError(f"{empty} has no text to train on", "see the table texts_read of the run, or leave it out")
+    if not any(held for _, held in counts.values()):
+        raise DataError("no text was kept apart for validation", "give more, or a larger corpus.validation_share")
+    index = {
+        "vocabulary": _rows_of(tokenizer),
+        "end": tokenizer.eos_token_id,
+        "sources": {name: {"train": c[0], "validation": c[1], "bytes": sizes[name]} for name, c in counts.items()},
+        "shards": [shard.name for shard in shards],
+    }
+    (ctx.folder / INDEX).write_text(json.dumps(index, indent=1))
+    total, skipped = sum(map(sum, counts.values())), sum(r.skipped.total() for r in reports.values())
+    bytes_per_token = sum(sizes.values()) / total
+    return {"tokens/tokens": total, "tokens/bytes_per_token": bytes_per_token, "tokens/skipped": skipped}
+
+
+def _title(source: TextSourceSettings) -> str:
+    return source.name or source.path.rstrip("/").rpartition("/")[2]
+
+
+def _row(name: str, report: TextReport, counts: list[int], size: int) -> dict[str, Any]:
+    told = "; ".join(report.lines())
+    figures = {"documents": report.documents, "bytes": size, "train tokens": counts[0], "validation tokens": counts[1]}
+    return {"source": name, **figures, "skipped": report.skipped.total(), "why": told}
+
+
+def _rows_of(tokenizer: Any) -> int:
+    from mmphi.text.tokenizer import PHI2_VOCABULARY
+
+    return PHI2_VOCABULARY if len(tokenizer) > PHI2_VOCABULARY - 2048 else len(tokenizer)
+
+
+def kept_apart(seed: int, share: float, source: int, piece: int, place: int) -> bool:
+    """Whether a stretch is for validation: by its place in the corpus alone, so that shards can be built again."""
+    digest = hashlib.blake2b(f"{seed}/{source}/{piece}/{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def reader(source: TextSourceSettings, report: TextReport) -> Callable[[], Iterable[Piece]]:
+    """What reads a source, anew at every call; the report is of the last."""
+    from mmphi.data.texts import TextReport, read_texts
+
+    def read() -> Iterable[Piece]:
+        report.__dict__.update(TextReport().__dict__)
+        options = {name: getattr(source, name) for name in READ if name not in ("path", "name")}
+        return read_texts(source.path, report, **options)
+
+    return read
+
+
+def tokenizer_of(ctx: Context, chosen: CorpusSettings) -> Any:
+    """Phi-2's tokenizer, or a BPE of the corpus's own; saved beside the shards."""
+    from transformers import AutoTokenizer
+
+    from mmphi.data.texts import TextReport
+    from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
+
+    folder = ctx.folder / TOKENIZER
+    if (folder / "tokenizer.json").exists():
+        return AutoTokenizer.from_pretrained(folder)
+    if chosen.vocabulary:
+        tokenizer = train_bpe(_sample([reader(s, TextReport()) for s in chosen.sources]), chosen.vocabulary)
+    else:
+        tokenizer = phi2_tokenizer()
+    part = ctx.folder / f".{TOKENIZER}"
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+    return tokenizer
+
+
+def _sample(readers: list[Callable[[], Iterable[Piece]]]) -> Iterable[str]:
+    """The beginning of every source."""
+    for read in readers:
+        left = BPE_CHARACTERS // len(readers)
+        for piece in read():
+            yield piece.text
+            left -= len(piece.text)
+            if left <= 0:
+                break
+
+
+STAGE = Stage(
+    name="tokens",
+    version=1,
+    help="tokenise a corpus once, into memory-mapped shards",
+    reads=(
+        *(f"corpus.sources.N.{name}" for name in READ),
+        "corpus.vocabulary",
+        "corpus.validation_share",
+        "corpus.split_seed",
+    ),
+    run=run,
+    check=check,
+    cost=cost,
+)

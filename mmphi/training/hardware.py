@@ -1,0 +1,70 @@
+"""How fast this machine could multiply: what MFU divides by."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+PEAKS = {  # Dense bf16 TFLOP/s of the makers' data sheets; the first name found in the device's counts.
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "A10G": 70.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "4090": 165.2,
+    "3090": 71.0,
+}
+SIDE, TRIES = 1024, 5
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A speed to compare with.
+
+    Attributes:
+        flops: Per second, of one process's device.
+        name: What it is of.
+    """
+
+    flops: float
+    name: str
+
+
+def peak(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> Peak:
+    """The peak of this process's device: as given, by its data sheet, or measured.
+
+    Args:
+        tflops: As given, in TFLOP/s; 0 where nothing is.
+        dtype: What matrices are multiplied in, where it is measured.
+    """
+    if tflops:
+        return Peak(tflops * 1e12, f"{tflops:g} TFLOP/s as given")
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        for name, value in PEAKS.items():
+            if name in device and dtype == torch.bfloat16:
+                return Peak(value * 1e12, f"{device}, {value:g} TFLOP/s bf16 by its data sheet")
+    return measured(dtype)
+
+
+def measured(dtype: torch.dtype) -> Peak:
+    """The best of a few products of square matrices."""
+    cuda = torch.cuda.is_available()
+    matrix = torch.randn(SIDE, SIDE).to("cuda" if cuda else "cpu", dtype)
+    best = 0.0
+    for _ in range(TRIES):
+        if cuda:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        matrix @ matrix
+        if cuda:
+            torch.cuda.synchronize()
+        best = max(best, 2 * SIDE**3 / (time.perf_counter() - begun))
+    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads of this CPU"
+    return Peak(
+        best, f"{device}, {best / 1e12:.3g} TFLOP/s {str(dtype).removeprefix('torch.')} in a product measured here"
+    )

@@ -1,0 +1,63 @@
+"""Parameters spread over processes (FSDP2): each holds a share, and whole ones only while a layer needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+
+def shard(task: Any, layers: Iterable[nn.Module]) -> None:
+    """Spread the parameters of a task over all processes, layer by layer (Zhao et al. 2023); in place.
+
+    Gradients are averaged over the processes, as DDP does.
+
+    Args:
+        task: What is trained; whole parameters are there while its forward pass runs.
+        layers: Of it, each put together only while it is needed.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(task)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any parameter is spread over processes."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def whole(tree: Any) -> Any:
+    """The same tree with every spread tensor put together; to be called by all processes."""
+    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor(), tree)
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, spread as another is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def load_sharded(optimizer: torch.optim.Optimizer, state: dict[str, Any], parameters: list[Tensor]) -> None:
+    """Put the whole state of an optimiser back, spread as its parameters are.
+
+    Args:
+        optimizer: Whose state it is.
+        state: As its ``state_dict`` was, put together.
+        parameters: All that it updates, in the order of its groups.
+    """
+    by_shape = {tuple(p.shape): p for p in parameters}
+
+    def put(tensor: Tensor) -> Tensor:
+        like = by_shape.get(tuple(tensor.shape))
+        return tensor if like is None or tensor.ndim == 0 else spread_like(tensor, like)
+
+    optimizer.load_state_dict(tree_map_only(Tensor, put, state))

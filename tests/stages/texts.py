@@ -1,0 +1,62 @@
+"""Pretraining on a little text at a size that takes seconds; as a script, in a process of its own."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import Recorder, context
+
+from mmphi.pipeline.stage import Result
+from mmphi.settings.corpus import CorpusSettings
+from mmphi.settings.pretrain import PretrainSettings
+from mmphi.stages import Settings, pretrain, tokens
+
+SHAPE = {"layers": 2, "width": 32, "heads": 2, "context": 32, "batch_tokens": 512, "stop": "steps 24"}
+REST = {"optimizer": "muon", "schedule": "wsd", "warmup": 0.0, "log_every": 4, "eval_every": 6, "save_every": 1}
+WORDS = "one two three four five six seven eight nine ten eleven twelve and or but then so".split()  # noqa: SIM905
+
+
+def write_text(path: Path, words: int = 6000) -> Path:
+    """Sentences of a few words, in an order that follows their number."""
+    rng = random.Random(words)
+    path.write_text("\n".join(" ".join(rng.choices(WORDS, k=8)) for _ in range(words // 8)))
+    return path
+
+
+def settings(*sources: str, corpus: dict[str, Any] | None = None, **changes: Any) -> Settings:
+    """Small settings, with others changed."""
+    read = {"sources": list(sources), "vocabulary": 300, "validation_share": 0.3, **(corpus or {})}
+    chosen = {**SHAPE, **REST, "learning_rate": 0.01, "prompts": ["one"], "precision": "fp32", **changes}
+    return Settings(corpus=CorpusSettings(**read), pretrain=PretrainSettings(**chosen))
+
+
+def tokenised(folder: Path, chosen: Settings, recorder: Recorder | None = None) -> Result:
+    """The tokens of the corpus."""
+    given = {"tracker": recorder} if recorder else {}
+    metrics = tokens.run(context(tokens.STAGE, folder, chosen, **given))
+    return Result("tokens", "key", "run", folder, metrics)
+
+
+def pretrained(folder: Path, read: Result, chosen: Settings, recorder: Any = None, **given: Any) -> dict[str, float]:
+    """Train, and return the figures."""
+    made = context(pretrain.STAGE, folder, chosen, upstream={"tokens": read}, tracker=recorder or Recorder(), **given)
+    return dict(pretrain.run(made))
+
+
+def main() -> None:
+    """Train in the folder given, on the tokens given; for tests that kill it."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder, read, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    print("begun", flush=True)
+    chosen = settings("text.txt", stop=f"steps {steps}")
+    pretrained(folder, Result("tokens", "key", "run", read), chosen)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
