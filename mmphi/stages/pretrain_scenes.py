@@ -63,7 +63,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
         train(
             packed,
             packed_steps(samples, {}, chosen),
-            rated(chosen, parameters.inner, batch_tokens),
+            rated(chosen, parameters.inner, chosen.width, batch_tokens),
             folder=ctx.folder,
             tracker=ctx.tracker,
             title="pretrain",

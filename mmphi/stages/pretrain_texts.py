@@ -66,7 +66,7 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
     chosen, config, say = ctx.settings(PretrainSettings), model.config, ctx.tracker.say
     parameters, stop = count_parameters(config), parse_stop(chosen.stop)
     say(f"Phi, {chosen.size}: {parameters}")
-    settings = rated(chosen, parameters.inner, chosen.batch_tokens)
+    settings = rated(chosen, parameters.inner, config.hidden_size, chosen.batch_tokens)
     settings = settings.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
     tokens = Tokens(ctx.upstream["tokens"].path, index["shards"])
     weights = [source.weight for source in ctx.settings(CorpusSettings).sources]

@@ -64,14 +64,17 @@ def test_rates_follow_size_and_batch():
     assert adamw_rate(85_000_000, 10**9) == pytest.approx(0.003239 - 0.0001395 * math.log(85e6), rel=1e-3)
     assert adamw_rate(10**6, 2**19) > adamw_rate(10**9, 2**19) > 0
     assert batch_factor(10**9) == pytest.approx(1, abs=1e-3)
-    assert batch_factor(2000) / batch_factor(500) == pytest.approx(2, rel=0.1)  # The square root, where it is small.
+    assert batch_factor(400) / batch_factor(100) == pytest.approx(2, rel=0.1)  # The square root, where it is small.
 
 
 def test_rates_that_are_given_stay():
-    assert rated(TrainingSettings(learning_rate=0.5, muon_learning_rate=0.3), 10**6, 4096).learning_rate == 0.5
-    filled = rated(PretrainSettings(), 10**6, 4096)
+    assert rated(TrainingSettings(learning_rate=0.5, muon_learning_rate=0.3), 10**6, 64, 4096).learning_rate == 0.5
+    filled = rated(PretrainSettings(), 10**6, 64, 4096)
     assert 0 < filled.learning_rate < 0.1
     assert 0 < filled.muon_learning_rate < 0.1
+    beside = rated(PretrainSettings(optimizer="muon"), 10**6, 768, 10**9)
+    assert beside.learning_rate == pytest.approx(0.004, rel=1e-3)
+    assert beside.muon_learning_rate == pytest.approx(0.02, rel=1e-3)
 
 
 def test_peak_is_named():
