@@ -3,10 +3,12 @@
 #                                          pretrained models are fetched, or lie in MODELS=folder
 # make status | ui                         what is built; MLflow's pages
 # make test                                lint, types and tests
+# make cloud                               the tasks for clouds, run here; with SkyPilot, which has an environment of its own
 # Each sets up .venv first, anew when pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
 PRESET ?= tiny
 VENV := .venv
+SKY := .sky
 BIN := $(CURDIR)/$(VENV)/bin
 PORT ?= 5000
 MODELS ?= $(CURDIR)/models
@@ -18,7 +20,7 @@ export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(BIN):$(PATH)
 
-.PHONY: projector photos test lint types tests ui status clean
+.PHONY: projector photos test cloud lint types tests ui status clean
 
 projector: $(VENV)/ready
 	$(RUN) -P preset=$(PRESET) $(ARGS)
@@ -43,6 +45,15 @@ types: $(VENV)/ready
 
 tests: $(VENV)/ready
 	$(BIN)/pytest
+
+cloud: $(VENV)/ready $(SKY)/tried
+	test ! -f $(SKY)/ready || export MMPHI_SKY="$(CURDIR)/$(SKY)/bin/python"; $(BIN)/pytest -m cloud tests/test_cloud.py
+
+$(SKY)/tried:
+	$(PYTHON) -m venv $(SKY)
+	$(SKY)/bin/python -m pip install --quiet 'skypilot>=0.14' && touch $(SKY)/ready || \
+	  echo "SkyPilot could not be installed: its parser does not read the tasks here"
+	touch $@
 
 ui: $(VENV)/ready
 	$(BIN)/mmphi ui --port $(PORT)

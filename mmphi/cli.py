@@ -25,6 +25,7 @@ COMMANDS = {
     "studies": "ablations.manage:studies",
     "compare": "ablations.manage:compare",
     "report": "reports.commands:report",
+    "reference": "reports.reference_command:reference",
 }
 BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
 
@@ -36,6 +37,8 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi studies [STUDY]          what studies there are, how far they are; change them while they run
        mmphi compare STUDY            MLflow's pages of exactly these runs
        mmphi report ablation --study STUDY   what the study says, as markdown and html
+       mmphi report pretraining       how far pretrainings are from Phi-2, and how much more it would take
+       mmphi reference --lm X --text Y   the loss of any model on any text, stored for reports
        mmphi fetch llava|models FOLDER  data and models that presets name
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 

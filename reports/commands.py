@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-KINDS = ("ablation",)
-AS_PRESET = Path("preset")  # What MLproject's parameters say where nothing is said.
+from mmphi.errors import SettingsError
+
+if TYPE_CHECKING:
+    from mmphi.tracking.search import RunStore
+    from reports.document import Document
+
+KINDS = ("ablation", "pretraining")
+AS_PRESET = "preset"  # What MLproject's parameters say where nothing is said.
+
+
+@dataclass(frozen=True)
+class Made:
+    """A report that was made.
+
+    Attributes:
+        document: It.
+        name: Of its folder.
+        about: Runs that it is about, by id, each with its address.
+    """
+
+    document: Document
+    name: str
+    about: Mapping[str, str]
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -17,32 +40,57 @@ def report(arguments: Sequence[str]) -> int:
         prog="mmphi report", description="Write a report from the tracking store alone; no model is loaded."
     )
     parser.add_argument("kind", nargs="?", default="ablation", choices=KINDS, help="what it is about [ablation]")
-    parser.add_argument("--study", required=True, help="name of the study in the store: `mmphi studies` lists them")
-    parser.add_argument("--out", type=Path, help="folder to write to [reports/out/STUDY]")
+    parser.add_argument("--study", default="", help="ablation: the study; `mmphi studies` lists them")
+    parser.add_argument(
+        "--runs", default="", help="pretraining: ids of runs, separated by commas, or all [the newest that finished]"
+    )
+    parser.add_argument("--out", default="", help="folder to write to [reports/out/NAME]")
     parser.add_argument("--no-log", action="store_true", help="write the files only; leave MLflow as it is")
     options = parser.parse_args(list(arguments))
+    given = {name: "" if getattr(options, name) == AS_PRESET else getattr(options, name) for name in ("study", "runs")}
     from mmphi.tracking.search import RunStore
-    from reports.ablation import CURVE, ablation
-    from reports.query import load_study
-    from reports.search import search
 
     store = RunStore()
     begun = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
     if begun:
-        store.record_beside(begun, f"report {options.study}")
-    data = load_study(store, options.study, CURVE)
-    document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
-    folder = Path("reports") / "out" / options.study if options.out in (None, AS_PRESET) else options.out
+        store.record_beside(begun, f"report {given['study'] or options.kind}")
+    made = _ablation(store, given["study"]) if options.kind == "ablation" else _pretraining(store, given["runs"])
+    folder = Path("reports") / "out" / made.name if options.out in ("", AS_PRESET) else Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    files = document.files()
+    files = made.document.files()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     if not options.no_log:
         for name in files:
-            for run_id in filter(None, (data.run_id, begun)):
+            for run_id in filter(None, (*made.about, begun)):
                 store.client.log_artifact(run_id, str(folder / name), "report")
-    print(str(document.values.get("headline") or document.values["best"]).replace("**", ""))
+    values = made.document.values
+    print(str(values.get("headline") or values["best"]).replace("**", ""))
     print(f"\n{folder / 'report.md'}\n{folder / 'report.html'}")
     if not options.no_log:
-        print(f"{data.link(data.run_id)}/artifacts")
+        for address in made.about.values():
+            print(f"{address}/artifacts")
     return 0
+
+
+def _ablation(store: RunStore, study: str) -> Made:
+    from reports.ablation import CURVE, ablation
+    from reports.query import begun, load_study
+    from reports.search import search
+
+    if not study:
+        there = ", ".join(begun(store)) or "none yet"
+        raise SettingsError("which study is the report about?", f"--study NAME; the store has: {there}")
+    data = load_study(store, study, CURVE)
+    document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
+    return Made(document, study, {data.run_id: data.link(data.run_id)})
+
+
+def _pretraining(store: RunStore, chosen: str) -> Made:
+    from reports.pretraining import pretraining
+    from reports.pretrainings import load_pretrainings
+    from reports.references import reference_of
+
+    runs = load_pretrainings(store, [name.strip() for name in chosen.split(",") if name.strip()])
+    # It is kept with the run that its verdict is about.
+    return Made(pretraining(runs, reference_of()), "pretraining", {runs[0].run_id: runs[0].link})

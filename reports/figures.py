@@ -12,6 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from reports.pretrainings import Pretraining
+from reports.references import Reference
+from reports.scaling import Outlook
 from reports.statistics import Comparison, Interval, Shares
 from reports.verdict import Metric
 
@@ -209,5 +212,61 @@ def pareto(
         axes.annotate(name, points[name], xytext=(5, 5), textcoords="offset points", fontsize=9)
     for set_label, objective in ((axes.set_xlabel, across), (axes.set_ylabel, up)):
         set_label(f"{objective} ({'less' if signs[objective] > 0 else 'more'} is better)", fontsize=11)
+    axes.legend(fontsize=10, frameon=False)
+    return figure
+
+
+def losses_over_tokens(runs: Mapping[str, Pretraining], reference: Reference) -> Figure:
+    """Training losses over tokens on a log axis, what was scored on the public text, and what is to be reached."""
+    figure, (axes,) = _figure(4.6)
+    for place, (name, run) in enumerate(runs.items()):
+        colour = COLOURS[place % 6]
+        steps, losses = np.array(run.losses, dtype=float).T
+        axes.plot(steps * run.batch_tokens, losses, color=colour, linewidth=1.4, label=f"{name}, training")
+        if run.public:
+            at, public = np.array(run.public, dtype=float).T
+            label = f"{name}, {reference.text}"
+            axes.plot(at * run.batch_tokens, public, "D--", color=colour, markersize=6, linewidth=1, label=label)
+        axes.axhline(run.initial - 1, color=colour, linewidth=0.9, linestyle=":")
+        place_of: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom"}
+        axes.annotate("initial - 1", (0.99, run.initial - 1), fontsize=9, ha="right", color=colour, **place_of)
+    axes.axhline(reference.loss, color="#000000", linewidth=1.6, linestyle="--")
+    where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom"}
+    axes.annotate(f"{reference.model}, {reference.loss:.3f}", (0.01, reference.loss), fontsize=10, **where)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=min(2.0, reference.loss - 0.3))
+    axes.set_xlabel("tokens trained on", fontsize=11)
+    axes.set_ylabel("loss, nats per token", fontsize=11)
+    axes.legend(fontsize=9, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.1))
+    return figure
+
+
+def losses_over_updates(runs: Mapping[str, Pretraining], original: Sequence[Mapping[str, float]]) -> Figure:
+    """Training losses over updates, beside the original run's log."""
+    figure, (axes,) = _figure()
+    there = [(row["optimizer_step"], row["loss_nats_per_token"]) for row in original]
+    axes.plot(*zip(*there, strict=True), "o-", color=GREY, markersize=4, linewidth=1, label="the original run")
+    for place, (name, run) in enumerate(runs.items()):
+        axes.plot(*zip(*run.losses, strict=True), color=COLOURS[place % 6], linewidth=1.4, label=name)
+    axes.set_xlabel("updates", fontsize=11)
+    axes.set_ylabel("loss, nats per token", fontsize=11)
+    axes.legend(fontsize=10, frameon=False)
+    return figure
+
+
+def law(outlook: Outlook) -> Figure:
+    """The binned curve that a law was fitted to, and the law, over the area of the learning rate."""
+    figure, (axes,) = _figure()
+    s1, s2, losses, _ = outlook.curve.points()
+    axes.plot(s1, losses, "o", color=COLOURS[0], markersize=5, label="training loss, binned")
+    if outlook.law is not None:
+        axes.plot(s1, outlook.law(s1, s2), color=COLOURS[5], linewidth=1.6, label="its law")
+        spread = np.array([drawn(s1, s2) for drawn in outlook.resampled])
+        if len(spread):
+            low, high = np.quantile(spread, [0.025, 0.975], axis=0)
+            axes.fill_between(s1, low, high, color=COLOURS[5], alpha=0.2, linewidth=0, label="95 % of resampled laws")
+    axes.set_xscale("log")
+    axes.set_xlabel("S1: sum of the learning rates, as shares of the peak (updates at full rate)", fontsize=11)
+    axes.set_ylabel("loss, nats per token", fontsize=11)
     axes.legend(fontsize=10, frameon=False)
     return figure

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 from mmphi.data.rows import load_rows
 from mmphi.errors import DataError
 
-SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".json")
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
 PIECE = 1 << 18  # Characters of a piece: what one call of the tokenizer gets.
 BLOCK = 1 << 22  # Characters read from a file at once.
 SAFE_CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
@@ -135,7 +135,7 @@ def read_texts(
     if not files:
         raise DataError(f"{path} has no texts", f"texts end in {', '.join(SUFFIXES)}, each also with .gz")
     for file in files:
-        as_rows = kind == "jsonl" or (kind == "auto" and file.name.removesuffix(".gz").endswith((".jsonl", ".json")))
+        as_rows = kind == "jsonl" or (kind == "auto" and file.name.removesuffix(".gz").endswith(".jsonl"))
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             found = _encoding(stream, encoding, file, report)  # type: ignore[arg-type]  # gzip's is one in all but name
             if not found:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PhiConfig
+if TYPE_CHECKING:
+    from transformers import PhiConfig
 
-from mmphi.text.tokenizer import PHI2_VOCABULARY
+PHI2_VOCABULARY = 51200  # Rows of Phi-2's embedding; its tokenizer uses 50,295 of them.
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def phi_config(
         end: Id of the end of text, which is also Phi-2's beginning.
         tied: Whether the output head shares the embedding's weights.
     """
+    from transformers import PhiConfig  # Counting parameters needs none of it.
+
     return PhiConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -95,14 +98,21 @@ class Parameters:
         return f"{self.total:,} parameters ({parts})"
 
 
-def count_parameters(config: Any) -> Parameters:
-    """Parameters of a Phi, from its configuration alone."""
-    width, ffn, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+def parameters_of(shape: PhiSize, vocabulary: int = PHI2_VOCABULARY) -> Parameters:
+    """Parameters of a Phi of some shape."""
+    width, ffn = shape.width, 4 * shape.width
     attention = 4 * (width * width + width)
     feed_forward = 2 * width * ffn + ffn + width
-    inner = config.num_hidden_layers * (attention + feed_forward + 2 * width) + 2 * width
-    head = vocabulary if config.tie_word_embeddings else vocabulary * width + vocabulary
+    inner = shape.layers * (attention + feed_forward + 2 * width) + 2 * width
+    head = vocabulary if shape.tied else vocabulary * width + vocabulary
     return Parameters(vocabulary * width, inner, head)
+
+
+def count_parameters(config: Any) -> Parameters:
+    """Parameters of a Phi that :func:`phi_config` made, from its configuration alone."""
+    tied = bool(config.tie_word_embeddings)
+    shape = PhiSize(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, tied)
+    return parameters_of(shape, config.vocab_size)
 
 
 def training_flops(config: Any, tokens: int, pairs: int) -> float:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from mmphi.data.reach import hub_in_reach
 from mmphi.settings.declare import Section
 from mmphi.settings.fields import field_of, leaves
+from mmphi.settings.presets import FILE_ENDINGS
 from mmphi.settings.view import covered
 
 R = TypeVar("R", bound=Section)
@@ -61,7 +62,7 @@ def _revision(section: str, names: dict[str, Any]) -> str:
     if section == "vision":
         tag = names["vision.pretrained"]
         return _of_repository(_tag_repository(names["vision.model"], tag), "model") if tag else ""
-    if names.get(f"{section}.kind") == "datasets":
+    if names.get(f"{section}.kind") in ("datasets", "auto"):  # Texts say by their name what they are.
         return _of_repository(names[f"{section}.path"].partition(":")[0], "dataset")
     return ""
 
@@ -75,7 +76,7 @@ def _tag_repository(model: str, tag: str) -> str:
 
 
 def _of_repository(name: str, kind: str) -> str:
-    if "/" not in name or name.startswith(("/", ".", "~")) or name.endswith(".json") or Path(name).exists():
+    if "/" not in name or name.startswith(("/", ".", "~")) or name.endswith(FILE_ENDINGS) or Path(name).exists():
         return ""
     return hub_revision(name, kind)
 

@@ -27,6 +27,7 @@ VARIABLES = {
     "MMPHI_PHOTOS": "a folder with images/ and captions.csv, which begins with the line image,caption",
     "MMPHI_MODELS": "a folder of pretrained models: `mmphi fetch models FOLDER` fetches them",
     "MMPHI_LLAVA": "a folder with llava_instruct_150k.json: `mmphi fetch llava FOLDER` fetches it and its images",
+    "MMPHI_TEXT": "a text file, or a folder of texts",
     "MMPHI_COCO": "a folder with train2017/ of COCO: `mmphi fetch llava FOLDER` fetches the images that are named",
 }
 VARIABLE = re.compile(r"\$\{(\w+)\}")

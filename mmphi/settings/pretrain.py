@@ -31,6 +31,9 @@ class PretrainSettings(TrainingSettings):
     stop: str = setting(
         "initial-1", "when to end (corpus): initial-1, loss 5, tokens 2M, steps 100, time 20m; the first of several"
     )
+    supervised_tokens: int = setting(
+        0, "end after so many tokens, whatever stop says (corpus); 0 leaves it to stop", unit="tokens", ge=0
+    )
     public_text: str = setting("", "a text that others report, such as WikiText-2's test split", file="path")
     public_windows: int = setting(0, "score at most so many windows of it at each validation; 0 scores all", ge=0)
     reference: float = setting(

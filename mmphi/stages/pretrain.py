@@ -49,14 +49,13 @@ def check(settings: SettingsView) -> None:
 
 def cost(settings: SettingsView) -> Cost:
     """Weights, and a checkpoint with two moments of each."""
-    from mmphi.models.phi import count_parameters, phi_config, size_config
+    from mmphi.models.phi import SIZES, PhiSize, parameters_of
 
     chosen = settings(PretrainSettings)
     if chosen.size != "custom":
-        return Cost(16 * count_parameters(size_config(chosen.size)).total)
-    vocabulary = chosen.vocabulary or 51200
-    shape = phi_config(chosen.layers, chosen.width, chosen.heads, chosen.context, vocabulary, 0, tied=chosen.tied)
-    return Cost(16 * count_parameters(shape).total)
+        return Cost(16 * parameters_of(SIZES[chosen.size]).total)
+    shape = PhiSize(chosen.layers, chosen.width, chosen.heads, chosen.tied)
+    return Cost(16 * parameters_of(shape, *([chosen.vocabulary] if chosen.vocabulary else [])).total)
 
 
 def run(ctx: Context) -> Mapping[str, float]:

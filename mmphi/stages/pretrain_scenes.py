@@ -29,9 +29,9 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
 
     from mmphi.models.device import this_device
     from mmphi.models.packed import PackedModel
-    from mmphi.models.phi import count_parameters, phi_config
+    from mmphi.models.phi import PHI2_VOCABULARY, count_parameters, phi_config
     from mmphi.text.prompt import Prompt
-    from mmphi.text.tokenizer import PHI2_VOCABULARY, phi2_tokenizer, train_bpe
+    from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
     from mmphi.training.rates import rated
     from mmphi.training.steps import packed_steps
     from mmphi.training.trainer import train

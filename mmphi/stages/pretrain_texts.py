@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmphi.pipeline.stage import Context
@@ -13,7 +11,6 @@ from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
 
 if TYPE_CHECKING:
-    from mmphi.data.tokens import Tokens
     from mmphi.models.causal import CausalTask
     from mmphi.text.prompt import Prompt
     from mmphi.training.meters import StepLoss, Throughput
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
 
 MILESTONES = {"7": 7.0, "5": 5.0}
 WALLS_TOLERANCE, WALLS_TOLERANCE_ROUNDED = 1e-4, 3e-2  # Nats per token; the other in bf16.
-PUBLIC_WINDOW, AT_ONCE = 2048, 4096  # Tokens.
-SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 40, 0.8
 
 
 def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
@@ -54,17 +49,19 @@ def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
 
 def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -> tuple[Any, dict[str, float]]:
     from mmphi.data.tokens import Tokens
+    from mmphi.evaluation.texts import Validation
     from mmphi.models.packed import PackedModel
     from mmphi.models.phi import count_parameters
     from mmphi.training.arguments import world_size
     from mmphi.training.meters import StepLoss, Throughput
     from mmphi.training.rates import rated
-    from mmphi.training.stopping import parse_stop
+    from mmphi.training.stopping import Stop, parse_stop
     from mmphi.training.text_steps import TextSteps
     from mmphi.training.trainer import train
 
     chosen, config, say = ctx.settings(PretrainSettings), model.config, ctx.tracker.say
-    parameters, stop = count_parameters(config), parse_stop(chosen.stop)
+    budget = chosen.supervised_tokens
+    parameters, stop = count_parameters(config), Stop(tokens=budget) if budget else parse_stop(chosen.stop)
     say(f"Phi, {chosen.size}: {parameters}")
     settings = rated(chosen, parameters.inner, config.hidden_size, chosen.batch_tokens)
     settings = settings.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
@@ -88,7 +85,7 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
     throughput, step_loss = Throughput(), StepLoss()
     progress = progress_of(ctx, settings, config, stop, throughput, step_loss)
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": steps.tokens})
-    validate = Validation(ctx, task, tokens, len(weights), prompt)
+    validate = Validation(task, tokens, len(weights), prompt, chosen, ctx.tracker if ctx.first else None)
     with recomputing:
         train(
             task,
@@ -122,6 +119,7 @@ def progress_of(
 
     fastest = peak(settings.peak_tflops, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     ctx.tracker.tags({"mmphi.peak": fastest.name})
+    ctx.tracker.say(f"MFU is the share of {fastest.name}, attention counted")
     ctx.tracker.metrics(
         {
             "pretrain/inner_parameters": count_parameters(config).inner,
@@ -193,103 +191,3 @@ def whole_model(task: CausalTask, config: Any) -> Any:
     model = PhiForCausalLM(config)
     model.load_state_dict(state)
     return model.eval()
-
-
-class Validation:
-    """Losses on what was kept apart and on a public text, and samples.
-
-    Args:
-        ctx: Of the stage.
-        task: What is trained.
-        tokens: Of the corpus.
-        sources: How many it has.
-        prompt: With the tokenizer.
-    """
-
-    def __init__(self, ctx: Context, task: CausalTask, tokens: Tokens, sources: int, prompt: Prompt) -> None:
-        import numpy as np
-
-        self.ctx, self.task, self.prompt = ctx, task, prompt
-        self.chosen = ctx.settings(PretrainSettings)
-        held = np.concatenate([tokens.of(source, validation=True) for source in range(sources)])
-        self.held, left = [], self.chosen.validation_tokens
-        for stretch in np.random.default_rng(0).permutation(held):
-            ids = tokens.ids(int(stretch)).astype(np.int64)
-            for first in range(0, len(ids) - 1, self.chosen.context):
-                part = ids[first : first + self.chosen.context + 1]
-                self.held.append(part[: left + 1])
-                left -= len(self.held[-1]) - 1
-                if left <= 0:
-                    break
-            if left <= 0:
-                break
-        self.public = self._public() if self.chosen.public_text else []
-        self._last: tuple[int, dict[str, float]] = (-1, {})
-
-    def _public(self) -> list[Any]:
-        """Windows of the public text, as the protocol has them."""
-        import numpy as np
-
-        from mmphi.evaluation.perplexity import Protocol
-
-        text = Path(self.chosen.public_text).read_text(encoding="utf-8")
-        ids = np.asarray(self.prompt.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        window = min(PUBLIC_WINDOW, self.chosen.context)
-        protocol = Protocol(window, window, most_windows=self.chosen.public_windows)
-        return [ids[begin:end] for begin, end, _ in protocol.windows(len(ids))]
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """The losses at a step, in nats per token and bits per byte."""
-        if self._last[0] == step:
-            return self._last[1]
-        figures = self._loss("val", self.held)
-        if self.public:
-            figures |= self._loss("public", self.public)
-        if self.ctx.first and self.chosen.prompts and not self._sharded():
-            self._samples(step)
-        self._last = step, figures
-        return figures
-
-    def _sharded(self) -> bool:
-        from mmphi.training.sharding import is_sharded
-
-        return is_sharded(self.task)
-
-    def _loss(self, name: str, windows: list[Any]) -> dict[str, float]:
-        """Each window a document of its own, of which all but the first token is predicted."""
-        import torch
-
-        from mmphi.text.packing import to_device
-        from mmphi.training.text_steps import batch_of, row_of
-
-        device, nats, tokens, size = next(self.task.parameters()).device, 0.0, 0, 0
-        each = max(1, AT_ONCE // self.chosen.context)
-        with torch.inference_mode():
-            for first in range(0, len(windows), each):
-                row = row_of(windows[first : first + each])
-                nats += float(self.task(**to_device(batch_of([row], 1), device)))
-                tokens += len(row["targets"])
-                size += sum(len(self.prompt.tokenizer.decode(w[1:]).encode()) for w in windows[first : first + each])
-        return {f"{name}/loss": nats / tokens, f"{name}/bits_per_byte": nats / math.log(2) / size}
-
-    def _samples(self, step: int) -> None:
-        """What the model writes on from each prompt."""
-        import torch
-
-        model, tokenizer = self.task.model, self.prompt.tokenizer
-        rows = []
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(0)
-            for text in self.chosen.prompts:
-                ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]], device=model.device)
-                written = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=min(SAMPLE_TOKENS, self.chosen.context - ids.shape[1]),
-                    do_sample=True,
-                    temperature=SAMPLE_TEMPERATURE,
-                    top_k=0,
-                    pad_token_id=tokenizer.eos_token_id,
-                )
-                rows.append({"step": step, "prompt": text, "text": tokenizer.decode(written[0, 1:].tolist())})
-        self.ctx.tracker.table("samples", rows)

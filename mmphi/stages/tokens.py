@@ -97,7 +97,7 @@ def _row(name: str, report: TextReport, counts: list[int], size: int) -> dict[st
 
 
 def _rows_of(tokenizer: Any) -> int:
-    from mmphi.text.tokenizer import PHI2_VOCABULARY
+    from mmphi.models.phi import PHI2_VOCABULARY
 
     return PHI2_VOCABULARY if len(tokenizer) > PHI2_VOCABULARY - 2048 else len(tokenizer)
 

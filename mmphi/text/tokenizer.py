@@ -19,7 +19,6 @@ from mmphi.errors import ModelError
 
 END = "<|endoftext|>"
 WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
-PHI2_VOCABULARY = 51200  # Rows of Phi-2's embedding; the tokenizer uses 50,295 of them.
 
 
 def _byte_names() -> dict[int, str]:

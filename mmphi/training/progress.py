@@ -90,6 +90,7 @@ class Progress(TrainerCallback):
         """What was reached when, and the totals."""
         found = {"pretrain/initial_loss": self.initial, "pretrain/tokens": float(self._totals[TOKENS])}
         found["pretrain/seconds"] = float(self._totals[SECONDS])
+        found["pretrain/supervised_tokens"] = found["pretrain/tokens"]  # Every token is learned.
         for name, (tokens, seconds, steps) in zip(self.names, self._reached.tolist(), strict=True):
             if not math.isnan(tokens):
                 found |= {f"reached/{name}/tokens": tokens, f"reached/{name}/seconds": seconds}

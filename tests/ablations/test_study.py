@@ -27,7 +27,10 @@ BOTH = {"projector.layers": 1, "projector.width": 8}
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_study_that_comes_with_mmphi_can_be_run(name: str) -> None:
+def test_every_study_that_comes_with_mmphi_can_be_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MMPHI_TEXT", str(tmp_path))
     called, study = load(name)
     assert called == name
     study.check()

@@ -27,8 +27,8 @@ def model() -> PhiForCausalLM:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("function", [lce.linear_cross_entropy, lce.chunked])
-def test_loss_and_gradients_are_those_of_all_logits(function, bias, monkeypatch):
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_loss_and_gradients_are_those_of_all_logits(scale, bias, monkeypatch):
     monkeypatch.setattr(lce, "CHUNK", 8)
     torch.manual_seed(0)
     hidden, weight = torch.randn(33, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
@@ -36,10 +36,17 @@ def test_loss_and_gradients_are_those_of_all_logits(function, bias, monkeypatch)
     targets = torch.randint(0, 50, (33,))
     inputs = [x for x in (hidden, weight, offset) if x is not None]
     expected = F.cross_entropy(F.linear(hidden, weight, offset), targets, reduction="sum")
-    found = function(hidden, weight, offset, targets)
+    found = lce.linear_cross_entropy(hidden, weight, offset, targets)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    both = zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True)
+    both = zip(torch.autograd.grad(scale * found, inputs), torch.autograd.grad(scale * expected, inputs), strict=True)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in both)
+
+
+def test_loss_alone_needs_no_gradient():
+    hidden, weight, targets = torch.randn(9, 4), torch.randn(7, 4), torch.randint(0, 7, (9,))
+    found = lce.linear_cross_entropy(hidden, weight, None, targets)
+    assert not found.requires_grad
+    assert found.item() == pytest.approx(F.cross_entropy(hidden @ weight.T, targets, reduction="sum").item(), rel=1e-5)
 
 
 def test_loss_under_autocast_is_near(monkeypatch):

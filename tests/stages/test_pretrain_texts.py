@@ -45,6 +45,14 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def alike(recorder: Recorder, figures: dict[str, float], straight: Path) -> None:
+    """The losses of every step are the same but for rounding, which a training of 24 steps magnifies."""
+    wanted = {int(step): loss for step, loss in json.loads((straight / "losses.json").read_text()).items()}
+    assert recorder.series("train/step_loss") == pytest.approx(wanted, abs=2e-3)
+    held = json.loads((straight / "figures.json").read_text())["val/loss"]
+    assert figures["val/loss"] == pytest.approx(held, abs=2e-3)
+
+
 @pytest.fixture(scope="module")
 def straight(read, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
@@ -53,6 +61,7 @@ def straight(read, tmp_path_factory) -> Path:
     figures = texts.pretrained(folder, read, texts.settings("text.txt"), recorder)
     (folder / "figures.json").write_text(json.dumps(figures))
     (folder / "lines.json").write_text(json.dumps(recorder.said))
+    (folder / "losses.json").write_text(json.dumps(recorder.series("train/step_loss")))
     return folder
 
 
@@ -199,9 +208,9 @@ def test_two_processes_are_one(tmp_path, read):
 
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"accumulation": 4}])
 def test_what_saves_memory_changes_nothing(tmp_path, read, straight, changes):
-    texts.pretrained(tmp_path, read, texts.settings("text.txt", **changes))
-    found, wanted = weights(tmp_path), weights(straight)
-    assert max(float((found[n] - wanted[n]).abs().max()) for n in wanted) < 2e-3
+    recorder = Recorder()
+    figures = texts.pretrained(tmp_path, read, texts.settings("text.txt", **changes), recorder)
+    alike(recorder, figures, straight)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +220,12 @@ def test_it_stops_where_it_is_told(tmp_path, read, stop, steps):
     figures = texts.pretrained(tmp_path, read, texts.settings("text.txt", stop=stop, steps=40))
     done = figures["pretrain/tokens"] / 512
     assert done == steps if steps else 1 < done < 40
+
+
+def test_a_budget_of_tokens_ends_it(tmp_path, read):
+    """As studies give it."""
+    figures = texts.pretrained(tmp_path, read, texts.settings("text.txt", supervised_tokens=1500, steps=40))
+    assert figures["pretrain/supervised_tokens"] == figures["pretrain/tokens"] == 3 * 512
 
 
 def test_a_first_loss_that_cannot_be_is_told(tmp_path, read, monkeypatch):
@@ -235,10 +250,9 @@ def test_compile_that_fails_is_told(tmp_path, read, monkeypatch):
 def test_walls_that_do_not_hold_are_replaced(tmp_path, read, straight, monkeypatch):
     monkeypatch.setattr(pretrain_texts, "WALLS_TOLERANCE", -1.0)
     recorder = Recorder()
-    texts.pretrained(tmp_path, read, texts.settings("text.txt"), recorder)
+    figures = texts.pretrained(tmp_path, read, texts.settings("text.txt"), recorder)
     assert any("masked rows are used" in line for line in recorder.said)
-    found, wanted = weights(tmp_path), weights(straight)
-    assert max(float((found[n] - wanted[n]).abs().max()) for n in wanted) < 2e-3
+    alike(recorder, figures, straight)
 
 
 def test_public_text_is_scored_by_the_protocol(tmp_path, read, straight):
@@ -292,3 +306,29 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch):
         checked("books")
     with pytest.raises(SettingsError, match="no text to tokenise"):
         tokens.STAGE.check(SettingsView(load_settings("tiny"), tokens.STAGE.declared))
+
+
+def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
+    """The disk is full while the ninth checkpoint is written: told, and gone on from the eighth."""
+    from mmphi.errors import disk_is_full
+    from mmphi.training import trainer
+
+    real, left = trainer.save_tensors, [8]
+
+    def full(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            arguments[1].mkdir(parents=True, exist_ok=True)
+            (arguments[1] / "trained.safetensors").write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_tensors", full)
+        with pytest.raises(OSError, match="No space") as caught:
+            texts.pretrained(tmp_path, read, texts.settings("text.txt"))
+    assert disk_is_full(caught.value)
+    recorder = Recorder()
+    texts.pretrained(tmp_path, read, texts.settings("text.txt"), recorder)
+    assert any("going on from step 8" in line for line in recorder.said)
+    assert same(tmp_path, straight)

@@ -1,0 +1,252 @@
+"""The sides of ``mmphi benchmark pretrain``: the same steps, as each of them takes them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of the batch."""
+
+    layers: int = 6
+    width: int = 160
+    heads: int = 5
+    vocabulary: int = 51200
+    context: int = 512
+    batch_tokens: int = 8192
+    shortest: int = 24
+    precision: str = "fp32"
+
+
+SHAPES = {
+    "10M": Shape(),
+    "tiny": Shape(2, 32, 2, 300, 32, 128, 4),
+    "124M": Shape(12, 768, 12, 51200, 1024, 65536, 32, "bf16"),
+}
+
+
+def documents(shape: Shape, step: int, kind: str) -> list[list[int]]:
+    """Token ids of the documents of a step, that make ``batch_tokens`` predictions.
+
+    Of mixed ones the lengths are spread evenly on a log scale, as those of texts are; the others fill a row each.
+    """
+    import numpy as np
+
+    rng, left, made = np.random.default_rng(step), shape.batch_tokens, []
+    while left:
+        length = shape.context
+        if kind == "mixed":
+            length = round(float(np.exp(rng.uniform(np.log(shape.shortest), np.log(shape.context)))))
+        length = min(length, left)
+        made.append(rng.integers(1, shape.vocabulary, length + 1).tolist())
+        left -= length
+    return made
+
+
+def build(shape: Shape) -> Any:
+    """The model that all begin with."""
+    import torch
+    from transformers import PhiForCausalLM
+
+    from mmphi.models.phi import phi_config
+
+    torch.manual_seed(0)
+    config = phi_config(shape.layers, shape.width, shape.heads, shape.context, shape.vocabulary, 0)
+    config._attn_implementation = "sdpa"
+    return PhiForCausalLM(config)
+
+
+def groups(model: Any) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay: none for vectors and embeddings."""
+    vectors = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    kept = {id(p) for p in vectors}
+    return [
+        {"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+class Clock:
+    """Notes when each step ended and what it lost; as a callback of the Trainer's."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.ends = [time.perf_counter()]
+
+    def step(self, loss: float) -> None:
+        """A step ended."""
+        self.losses.append(loss)
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Of each step."""
+        return [b - a for a, b in zip(self.ends[:-1], self.ends[1:], strict=True)]
+
+
+def trainer_side(shape: Shape, steps: int, kind: str, *, packed: bool) -> Clock:
+    """Transformers' own Trainer: a step is one batch of all its documents."""
+    import torch
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorWithFlattening,
+        PreTrainedTokenizerFast,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from mmphi.models.device import this_device
+    from mmphi.text.tokenizer import train_bpe
+
+    model, clock = build(shape).to(this_device()), Clock()
+    model.config.use_cache = False  # With a cache the neighbours in a packed row see one another.
+    each = [documents(shape, step, kind) for step in range(steps)]
+    flat = [{"input_ids": ids, "labels": ids} for batch in each for ids in batch]
+    sizes = [len(batch) for batch in each]
+
+    class Batches(torch.utils.data.Sampler[list[int]]):
+        def __iter__(self) -> Iterator[list[int]]:
+            first = 0
+            for size in sizes:
+                yield list(range(first, first + size))
+                first += size
+
+        def __len__(self) -> int:
+            return steps
+
+    tokenizer: PreTrainedTokenizerFast = train_bpe(["a b c"], 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    collator: Any = DataCollatorWithFlattening() if packed else DataCollatorForSeq2Seq(tokenizer)
+
+    class Ends(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in (logs or {}):
+                clock.step(logs["loss"])
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.ends = [time.perf_counter()]
+
+    class Given(Trainer):
+        def get_train_dataloader(self) -> Any:
+            rows: Any = flat
+            loader: Any = torch.utils.data.DataLoader(rows, batch_sampler=Batches(), collate_fn=collator)
+            return self.accelerator.prepare(loader)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            bf16=shape.precision == "bf16",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=(0.9, 0.95))
+        trainer = Given(
+            model=model,
+            args=arguments,
+            train_dataset=flat,
+            callbacks=[Ends()],
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+    return clock
+
+
+def loop_side(shape: Shape, steps: int, kind: str) -> Clock:
+    """A plain loop over a plain transformer of Phi's shape, written out below."""
+    import torch
+
+    from mmphi.benchmarks._minimal_phi import MinimalPhi
+    from mmphi.models.device import this_device
+
+    device = this_device()
+    model, clock = MinimalPhi.from_hugging_face(build(shape)).to(device), Clock()
+    optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=(0.9, 0.95), fused=True)
+    clock.ends = [time.perf_counter()]
+    for step in range(steps):
+        ids = torch.tensor(documents(shape, step, kind), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=shape.precision == "bf16"):
+            loss = model(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        clock.step(loss.item())
+    return clock
+
+
+def mmphi_side(shape: Shape, steps: int, kind: str) -> Clock:
+    """As the stage ``pretrain`` runs it."""
+    import numpy as np
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import TrainerCallback
+
+    from mmphi.models.causal import CausalTask
+    from mmphi.models.device import this_device
+    from mmphi.models.documents import attending_inside_documents
+    from mmphi.settings import TrainingSettings
+    from mmphi.tracking.tracker import SilentTracker
+    from mmphi.training.meters import StepLoss
+    from mmphi.training.text_steps import batch_of, row_of
+    from mmphi.training.trainer import train
+
+    class Steps(Dataset[dict[str, torch.Tensor]]):
+        def __len__(self) -> int:
+            return steps
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            parts = [np.asarray(ids) for ids in documents(shape, index, kind)]
+            return batch_of([row_of(parts)], shape.batch_tokens)
+
+    model, clock, losses = build(shape).to(this_device()), Clock(), StepLoss()
+
+    class Ends(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.ends = [time.perf_counter()]
+
+        def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
+            clock.step(losses.take(args.device))
+
+    settings = TrainingSettings(
+        steps=steps,
+        batch_size=1,
+        learning_rate=RATE,
+        schedule="constant",
+        warmup=0.0,
+        weight_decay=0.1,
+        beta2=0.95,
+        precision="bf16" if shape.precision == "bf16" else "fp32",
+        save_every=10 * steps,
+        eval_every=10 * steps,
+        log_every=10 * steps,
+    )
+    with tempfile.TemporaryDirectory() as folder, attending_inside_documents(model):
+        train(
+            CausalTask(model),
+            Steps(),
+            settings,
+            folder=Path(folder),
+            tracker=SilentTracker(),
+            title="mmphi",
+            callbacks=[Ends()],
+            step_loss=losses,
+        )
+    return clock

@@ -1,0 +1,94 @@
+"""Pretraining steps side by side: the same Phi from the same weights on the same documents, as others run it, and here.
+
+- ``padded``: transformers' Trainer as it comes, a document a row, padded to the longest;
+- ``packed``: the same with transformers' own packing (``DataCollatorWithFlattening``);
+- ``loop``: an independent minimal loop in the style of nanoGPT, on rows that one document fills;
+- ``mmphi``: documents end to end, attention inside each, head and loss in one, under the same Trainer.
+
+``padded`` and ``packed`` are compared on documents of mixed lengths, ``loop`` on rows of one document each, because it
+knows no borders. Each side runs in a process of its own, so that its peak memory is its own. Losses are shown step by
+step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmphi.benchmarks._pretrain_sides import SHAPES, Shape, loop_side, mmphi_side, trainer_side
+
+SIDES = {"mixed": ("padded", "packed", "mmphi"), "rows": ("loop", "mmphi")}
+
+
+def run_side(side: str, kind: str, shape: Shape, steps: int) -> dict[str, Any]:
+    """Losses, seconds of each step, and peak memory of one side."""
+    from mmphi.training.meters import peak_memory_bytes
+
+    sides = {
+        "padded": lambda: trainer_side(shape, steps, kind, packed=False),
+        "packed": lambda: trainer_side(shape, steps, kind, packed=True),
+        "loop": lambda: loop_side(shape, steps, kind),
+        "mmphi": lambda: mmphi_side(shape, steps, kind),
+    }
+    clock = sides[side]()
+    return {"losses": clock.losses, "seconds": clock.seconds(), "memory_gb": peak_memory_bytes() / 1e9}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi benchmark pretrain``."""
+    parser = argparse.ArgumentParser(prog="mmphi benchmark pretrain", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", default="10M", choices=list(SHAPES), help="sizes of model and batch [10M]")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each side; the first is not timed [5]")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--kind", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(list(arguments))
+    shape = SHAPES[options.shape]
+    if options.side:
+        print(json.dumps(run_side(options.side, options.kind, shape, options.steps)))
+        return 0
+    if options.steps < 2:
+        parser.error("--steps: two at least, because the first is not timed")
+    names = [(kind, side) for kind, sides in SIDES.items() for side in sides]
+    found: dict[str, list[dict[str, Any]]] = {f"{kind}/{side}": [] for kind, side in names}
+    for _ in range(options.rounds):
+        for kind, side in names:
+            found[f"{kind}/{side}"].append(in_process(side, kind, options.shape, options.steps))
+    print(f"shape {options.shape}: {asdict(shape)}")
+    for kind, sides in SIDES.items():
+        show(kind, sides, found, shape)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def in_process(side: str, kind: str, shape: str, steps: int) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, "-m", "mmphi", "benchmark", "pretrain", "--side", side, "--kind", kind]
+    done = subprocess.run([*command, "--shape", shape, "--steps", str(steps)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def show(kind: str, sides: Sequence[str], found: Mapping[str, list[dict[str, Any]]], shape: Shape) -> None:
+    """Print the sides of one kind of batch beside one another: medians over all timed steps."""
+
+    def seconds(side: str) -> float:
+        return float(statistics.median(s for run in found[f"{kind}/{side}"] for s in run["seconds"][1:]))
+
+    titles = {"mixed": "documents of mixed lengths", "rows": "rows of one document each"}
+    print(f"\n{titles[kind]}\n{'side':8} {'tokens/s':>10} {'mmphi is':>9} {'peak GB':>8}  losses")
+    for side in sides:
+        memory = max(run["memory_gb"] for run in found[f"{kind}/{side}"])
+        losses = " ".join(f"{loss:.4f}" for loss in found[f"{kind}/{side}"][0]["losses"][:5])
+        ratio = f"{seconds(side) / seconds('mmphi'):.2f}x"
+        print(f"{side:8} {shape.batch_tokens / seconds(side):10,.0f} {ratio:>9} {memory:8.2f}  {losses}")

@@ -1,0 +1,203 @@
+"""The report of pretrainings, from runs written straight into a store."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+from mlflow.entities import Metric, Param, RunTag
+from test_scaling import curve
+
+from mmphi.cli import main
+from mmphi.errors import DataError, SettingsError
+from mmphi.tracking.store import Store
+from reports import references
+from reports.commands import report
+from reports.distance import Distance
+from reports.pretraining import pretraining
+from reports.pretrainings import load_pretrainings
+from reports.references import original_run, phi2_budget, prices, reference_of
+from reports.scaling import Outlook
+
+PARAMS = {
+    "pretrain.size": "10M",
+    "pretrain.batch_tokens": "8192",
+    "pretrain.context": "512",
+    "pretrain.schedule": "constant",
+    "pretrain.warmup": "0.02",
+    "pretrain.decay": "0.2",
+    "pretrain.stop": "tokens 3M",
+    "corpus.sources.0.path": "/somewhere/book.txt",
+    "corpus.sources.1.path": "/somewhere/b/",
+}
+
+
+def run(name: str, status: str = "FINISHED", steps: int = 400, public: float = 4.3, **metrics: float) -> str:
+    """A pretraining of a planted law."""
+    store, made = Store(), curve("constant", steps=steps)
+    tags = {"mmphi.stage": "pretrain", "mmphi.key": name, "mmphi.git_commit": "c0ffee", "mmphi.cpu": "a | cpu"}
+    tracker = store.begin(name, {**tags, "mmphi.preset": "text"})
+    values = {
+        "pretrain/initial_loss": 10.8,
+        "pretrain/tokens": steps * 8192.0,
+        "pretrain/seconds": 1200.0,
+        "pretrain/parameters": 10_097_280.0,
+        "pretrain/schedule_steps": steps,
+        "pretrain/flops_per_token": 6e7,
+        "pretrain/corpus_tokens": 3e6,
+        "train/mfu": 0.61,
+        "val/loss": 4.1,
+        "val/bits_per_byte": 1.4,
+        "public/bits_per_byte": 1.5,
+        "reached/initial-1/tokens": 8192.0 * 9,
+        "reached/initial-1/seconds": 40.0,
+        "reached/initial-1/steps": 9.0,
+        **metrics,
+    }
+    if public:
+        values["public/loss"] = public
+    points = [Metric("train/step_loss", loss, 1, step) for step, loss in zip(made.steps, made.losses, strict=True)]
+    points += [Metric(name, value, 2, steps) for name, value in values.items()]
+    for first in range(0, len(points), 500):
+        store.client.log_batch(tracker.run_id, metrics=points[first : first + 500])
+    params = [Param(name, value) for name, value in PARAMS.items()]
+    store.client.log_batch(tracker.run_id, params=params, tags=[RunTag("mmphi.peak", "2 threads")])
+    tracker.table(
+        "samples",
+        [{"step": 10, "prompt": "The", "text": "The old"}, {"step": steps, "prompt": "The", "text": "The\nnew"}],
+    )
+    if status == "FINISHED":
+        store.client.set_terminated(tracker.run_id, status)
+    return tracker.run_id
+
+
+def test_verdict_first_then_what_it_stands_on(empty_store, tmp_path, capsys):
+    run_id = run("mine")
+    assert report(["pretraining", "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    first = text.split("\n\n")[1]
+    assert first.startswith(
+        f"**The 10M Phi of run {run_id[:6]} reached 4.300 nats/token on WikiText-2 (raw, test split);"
+        " microsoft/phi-2 has 2.273.**"
+    )
+    assert "`initial - 1` (10.800 - 1) after 73,728 tokens, 40.0 s and 9 updates" in first
+    assert "How much more: this curve cannot say:" in first
+    assert capsys.readouterr().out.startswith(f"The 10M Phi of run {run_id[:6]} reached 4.300")
+    assert "https://github.com/casper-hansen/AutoAWQ/pull/496" in text
+    assert "**Not quite the same protocol**" in text
+    assert "Phi-2 was trained on 1.4e+12 tokens with 2.33e+22 FLOPs" in text
+    assert "The\nnew" not in text
+    assert "*The*: The new" in text  # The last, not the first.
+    assert "a \\| cpu" in text
+    assert f"mmphi report pretraining --runs {run_id[:12]}" in text
+    assert "mmphi pretrain --preset text --corpus '[book.txt, b]' --size '10M' --stop 'tokens 3M'" in text
+    with (tmp_path / "out" / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 400
+    assert rows[3]["tokens"] == str(4 * 8192)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert ".png" not in page
+    logged = {f.path for f in Store().client.list_artifacts(run_id, "report")}
+    assert {"report/report.md", "report/report.html", "report/curves.png"} <= logged
+
+
+def test_the_same_store_gives_the_same_bytes(empty_store, tmp_path):
+    run("mine")
+    made = [pretraining(load_pretrainings(Store()), reference_of()).files() for _ in range(2)]
+    assert made[0] == made[1]
+
+
+def test_an_answer_comes_with_time_and_money(empty_store):
+    run("mine", public=0.0)
+    (found,) = load_pretrainings(Store())
+    distance = Distance(found, reference_of(), Outlook.of(found.curve()))
+    object.__setattr__(distance, "targets", lambda: {"near": 3.9, "the reference": 2.273})
+    row, beyond = distance.table().rows
+    assert beyond[1].startswith("cannot be said")
+    tokens = float(row[1].split(" ")[0].replace(",", ""))
+    hours = float(row[2].split(" ")[0].replace(",", ""))
+    assert hours == pytest.approx(tokens / (400 * 8192 / 1200) / 3600, rel=0.02)
+    price = prices()["accelerators"]["H100"]
+    seconds = tokens * 6e7 / (price["bf16_tflops"] * 1e12 * 0.4)
+    dollars = float(row[4].split("H100: ")[1].split(" ")[0])
+    assert dollars == pytest.approx(seconds / 3600 * price["dollars_per_hour"], rel=0.02)
+    assert "was not scored on" in distance.verdict()
+
+
+def test_what_was_reached_is_not_foretold(empty_store):
+    run("mine", public=2.1)
+    (found,) = load_pretrainings(Store())
+    distance = Distance(found, reference_of(), Outlook.of(found.curve()))
+    assert distance.more() == "none."
+    assert [row[1] for row in distance.table().rows] == ["reached", "reached"]
+
+
+def test_any_set_of_runs(empty_store, tmp_path):
+    one, two = run("one"), run("two", public=4.0)
+    run("three", status="RUNNING")
+    assert [r.run_id for r in load_pretrainings(Store())] == [two]
+    assert {r.run_id for r in load_pretrainings(Store(), ["all"])} == {one, two}
+    assert [r.run_id for r in load_pretrainings(Store(), [two[:8], one])] == [two, one]
+    assert report(["pretraining", "--runs", f"{one},{two}", "--out", str(tmp_path), "--no-log"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert f"- **The 10M Phi of run {two[:6]} reached 4.000" in text
+    assert f"### the 10M Phi of run {one[:6]}" in text
+
+
+def test_what_is_not_there(empty_store, capsys):
+    with pytest.raises(SettingsError, match="no pretraining on a corpus"):
+        load_pretrainings(Store())
+    run("three", status="RUNNING")
+    with pytest.raises(SettingsError, match="no pretraining has finished"):
+        load_pretrainings(Store())
+    with pytest.raises(SettingsError, match="0 pretrainings"):
+        load_pretrainings(Store(), ["nowhere"])
+    assert main(["report", "ablation"]) == 2
+    assert "--study NAME" in capsys.readouterr().err
+
+
+def test_references_have_their_sources(tmp_path):
+    phi2 = reference_of()
+    assert phi2.loss == pytest.approx(math.log(9.705), abs=1e-3)
+    assert phi2.source.startswith("https://")
+    assert phi2_budget()["flops"] == pytest.approx(6 * phi2_budget()["parameters"] * phi2_budget()["tokens"], rel=0.01)
+    assert prices()["source"]
+    assert len(original_run()) == 31
+    with pytest.raises(DataError, match="no reference loss of x"):
+        reference_of("x")
+    (tmp_path / "losses.yaml").write_text("- model: x")
+    with pytest.raises(DataError, match="cannot be read"):
+        references.references(tmp_path)
+
+
+def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
+    """`mmphi reference` on a model of one's own: the same loss as its protocol says, kept with all that repeats it."""
+    from conftest import byte_tokenizer, tiny_language
+
+    from mmphi.evaluation.perplexity import Protocol, text_loss
+    from mmphi.models.device import this_device
+    from mmphi.models.language import load_language
+    from mmphi.settings import LanguageSettings
+
+    folder = tmp_path / "mine"
+    tiny_language().model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 40)
+    out = tmp_path / "reference" / "measured"
+    words = ["--lm", str(folder), "--text", str(text), "--window", "32", "--stride", "16", "--out", str(out)]
+    assert main(["reference", *words]) == 0
+    assert "nats/token" in capsys.readouterr().out
+    (file,) = out.glob("*.json")
+    found = json.loads(file.read_text())
+    language = load_language(LanguageSettings(model=str(folder)), None, this_device())
+    wanted = text_loss(language.model, language.tokenizer, text.read_text(), Protocol(32, 16))
+    assert found["loss_nats_per_token"] == pytest.approx(wanted.loss)
+    assert str(tmp_path) not in file.read_text()
+    (tmp_path / "reference" / "losses.yaml").write_text("[]")
+    assert reference_of("mine", "text.txt", tmp_path / "reference").measured
+    assert main(["reference", "--lm", str(folder), "--text", str(tmp_path / "gone.txt")]) == 2
+    assert main(["reference", *words[:4], "--window", "1"]) == 2
