@@ -13,7 +13,7 @@ from reports.references import Reference, original_run
 from reports.scaling import Outlook
 from reports.verdict import listed
 
-TARGETS = {"initial-1": "initial - 1", "7": "7 nats", "5": "5 nats", "reference+1": "reference + 1"}
+TARGETS = {"initial-1": "initial - 1", "7": "7 nats", "5": "5 nats", "reference-plus-1": "reference + 1"}
 SHOWN = (
     *(f"pretrain.{name}" for name in ("size", "context", "batch_tokens", "optimizer", "schedule", "warmup", "decay")),
     *(f"pretrain.{name}" for name in ("weight_decay", "beta2", "max_grad_norm", "precision", "stop", "seed")),

@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import open_clip
 import pytest
 import torch
+from mlflow.utils.validation import _validate_metric_name
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -126,6 +127,8 @@ class Recorder:
     checkpoints: list[str] = field(default_factory=list)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        for name in values:
+            _validate_metric_name(name)  # As MLflow itself does, which some tests leave out.
         self.metric_rows.append((step, dict(values)))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,13 +53,13 @@ def test_skypilot_reads_it(path, tmp_path):
     assert found["run"] == yaml.safe_load(path.read_text())["run"]
 
 
-def begin(task: str, folder: Path, machine: str, **environment: str) -> subprocess.Popen[str]:
-    """What a task runs, on a machine of this name, whose own disk is empty at first."""
+def begin(task: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """What a task runs, with a bucket and a disk of its own."""
     written = yaml.safe_load((ROOT / "experiments" / "cloud" / f"{task}.yaml").read_text())
     given = {name: value or "" for name, value in written["envs"].items()}
     ours = {
         "MMPHI_BUCKET": str(folder / "bucket"),
-        "MMPHI_WORK": str(folder / machine),
+        "MMPHI_WORK": str(folder / "disk"),
         "MMPHI_PYTHON": sys.executable,
         "MMPHI_KEEP_S": "1",
         "MMPHI_LEASE_S": "4",
@@ -104,7 +105,7 @@ def test_pretraining_goes_on_on_another_machine(tmp_path):
         "BATCH_TOKENS": "512",
         "ARGUMENTS": f"{words} --corpus.vocabulary 300 --corpus.validation_share 0.3",
     }
-    first = begin("pretrain", tmp_path, "one", **environment)
+    first = begin("pretrain", tmp_path, **environment)
     until = time.monotonic() + 120
     while not list(tmp_path.glob("bucket/artifacts/*/artifacts/checkpoint-*/complete")):
         assert first.poll() is None, first.communicate()[0][-3000:]
@@ -113,7 +114,8 @@ def test_pretraining_goes_on_on_another_machine(tmp_path):
     time.sleep(2.5)  # The database is copied every second.
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    output = ended(begin("pretrain", tmp_path, "two", MMPHI_PORT="29517", **environment))
+    shutil.rmtree(tmp_path / "disk")  # The next machine's own disk is empty.
+    output = ended(begin("pretrain", tmp_path, MMPHI_PORT="29517", **environment))
     assert "going on from what run" in output
     assert "pretrain: going on from step" in output
     runs = list(store(tmp_path).search(stage="pretrain"))
@@ -125,7 +127,7 @@ def test_pretraining_goes_on_on_another_machine(tmp_path):
 @pytest.mark.cloud
 def test_projector_on_two_processes(tmp_path):
     words = " ".join(f"--{name} {value}" for name, value in small.SMALL.items())
-    output = ended(begin("projector", tmp_path, "one", PRESET="tiny", ARGUMENTS=words, MMPHI_PORT="29519"))
+    output = ended(begin("projector", tmp_path, PRESET="tiny", ARGUMENTS=words, MMPHI_PORT="29519"))
     assert "test/loss" in output
     assert [run.info.status for run in store(tmp_path).search(stage="projector")] == ["FINISHED"]
 
@@ -133,7 +135,7 @@ def test_projector_on_two_processes(tmp_path):
 @pytest.mark.cloud
 def test_ablation_in_one_driver(tmp_path):
     study = ROOT / "tests" / "ablations" / "cloud_study.py"
-    output = ended(begin("ablate", tmp_path, "one", STUDY=str(study), ARGUMENTS="--seeds 1 --workers 1"))
+    output = ended(begin("ablate", tmp_path, STUDY=str(study), ARGUMENTS="--seeds 1 --workers 1"))
     assert "cloud_study" in output
     done = [r for r in store(tmp_path).search(study="cloud_study") if r.info.status == "FINISHED"]
     assert len(done) == 2

@@ -133,7 +133,7 @@ def progress_of(
     return Progress(
         ctx.tracker,
         stop,
-        {**MILESTONES, "reference+1": settings.reference + 1},
+        {**MILESTONES, "reference-plus-1": settings.reference + 1},
         step_tokens=settings.batch_tokens,
         vocabulary=config.vocab_size,
         flops=lambda tokens, pairs: training_flops(config, tokens, pairs),
