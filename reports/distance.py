@@ -32,13 +32,20 @@ class Distance:
     @property
     def loss(self) -> float:
         """On the reference's text; the training's own where that was not scored."""
-        return self.run.metrics.get("public/loss", self.run.losses[-1][1] if self.run.losses else math.nan)
+        if self.comparable:
+            return self.run.metrics["public/loss"]
+        return self.run.losses[-1][1] if self.run.losses else math.nan
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it was scored on the reference's text."""
+        return self.run.scored_on(self.reference.text)
 
     @property
     def gap(self) -> float:
         """Nats by which the public text is harder than the training's, at the end."""
         recent = [loss for _, loss in self.run.losses[-20:]]
-        return self.loss - sum(recent) / len(recent) if recent and "public/loss" in self.run.metrics else 0.0
+        return self.loss - sum(recent) / len(recent) if recent and self.comparable else 0.0
 
     def targets(self) -> dict[str, float]:
         """Losses on the reference's text that are asked about, by name."""
@@ -52,7 +59,7 @@ class Distance:
         """The report's first sentence."""
         run, to = self.run, self.reference
         name = run.title[0].upper() + run.title[1:]
-        if "public/loss" in run.metrics:
+        if self.comparable:
             there = f"**{name} reached {self.loss:.3f} nats/token on {to.text}; {to.model} has {to.loss:.3f}.**"
         else:
             there = f"**{name} was not scored on {to.text}, where {to.model} has {to.loss:.3f} nats/token; its own"
@@ -69,7 +76,7 @@ class Distance:
     def more(self) -> str:
         """How much more training the reference would take, or why that cannot be said."""
         answer = self.answers()["the reference"]
-        if self.loss <= self.reference.loss:
+        if self.comparable and self.loss <= self.reference.loss:
             return "none."
         if answer.refusal:
             return f"this curve cannot say: {answer.refusal}."
@@ -81,7 +88,7 @@ class Distance:
         rows = []
         for name, answer in self.answers().items():
             target = self.targets()[name]
-            if self.loss <= target:
+            if self.comparable and self.loss <= target:
                 rows.append([f"{name} ({target:.3f})", "reached", "-", "-", "-"])
             elif answer.refusal:
                 rows.append([f"{name} ({target:.3f})", f"cannot be said: {answer.refusal}", "-", "-", "-"])
@@ -135,7 +142,9 @@ class Distance:
                 f" {law.scale:.3g} S1^-{law.exponent:.3g} - {law.annealing:.2g} S2, S1 the sum of the learning rates as"
                 f" shares of the peak, S2 what cooling down adds{missed}."
             )
-        if self.gap:
+        if not self.comparable:
+            yield f"The law is that of the training loss; {self.reference.text} was not scored, and may be harder."
+        elif self.gap:
             yield (
                 f"The law is that of the training loss; {self.reference.text} lies {self.gap:.2f} nats above it at the"
                 " end of this run, which is taken to stay so."

@@ -225,7 +225,7 @@ def losses_over_tokens(runs: Mapping[str, Pretraining], reference: Reference) ->
         axes.plot(steps * run.batch_tokens, losses, color=colour, linewidth=1.4, label=f"{name}, training")
         if run.public:
             at, public = np.array(run.public, dtype=float).T
-            label = f"{name}, {reference.text}"
+            label = f"{name}, {reference.text if run.scored_on(reference.text) else 'public text'}"
             axes.plot(at * run.batch_tokens, public, "D--", color=colour, markersize=6, linewidth=1, label=label)
         axes.axhline(run.initial - 1, color=colour, linewidth=0.9, linestyle=":")
         place_of: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom"}

@@ -77,6 +77,8 @@ def pretraining(runs: Sequence[Pretraining], reference: Reference) -> Document:
 
 
 def _protocol(runs: Sequence[Pretraining], reference: Reference) -> str:
+    if not any(run.scored_on(reference.text) for run in runs):
+        return f"No run was scored on {reference.text}: `--public_text FILE` of `mmphi pretrain` does so."
     contexts = sorted({int(run.params["pretrain.context"]) for run in runs})
     windows = sorted({int(run.params.get("pretrain.public_windows", "0")) for run in runs})
     own = f"windows of {listed([f'{min(c, 2048):,}' for c in contexts])} tokens, the longest that these models read"

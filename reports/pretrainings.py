@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,12 @@ class Pretraining:
         if size == "custom":
             size = f"{self.metrics.get('pretrain/parameters', math.nan) / 1e6:.3g}M"
         return f"the {size} Phi of run {self.run_id[:6]}"
+
+    def scored_on(self, text: str) -> bool:
+        """Whether its public text is one of this name, as far as its file's name says."""
+        file = self.params.get("pretrain.public_text", "").rpartition("/")[2]
+        plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (file, text.partition(" ")[0])]
+        return "public/loss" in self.metrics and plain[1] in plain[0]
 
     @property
     def schedule(self) -> Schedule:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -136,14 +137,16 @@ def read_texts(
         raise DataError(f"{path} has no texts", f"texts end in {', '.join(SUFFIXES)}, each also with .gz")
     for file in files:
         as_rows = kind == "jsonl" or (kind == "auto" and file.name.removesuffix(".gz").endswith(".jsonl"))
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            found = _encoding(stream, encoding, file, report)  # type: ignore[arg-type]  # gzip's is one in all but name
-            if not found:
-                continue
-            if as_rows:
-                yield from _rows(stream, file, column, found, report)  # type: ignore[arg-type]
-            else:
-                yield from _text(stream, file, separator, found, report)  # type: ignore[arg-type]
+        try:
+            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+                stream: Any = opened  # gzip's is a stream of bytes in all but name.
+                found = _encoding(stream, encoding, file, report)
+                if found and as_rows:
+                    yield from _rows(stream, file, column, found, report)
+                elif found:
+                    yield from _text(stream, file, separator, found, report)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            report.skip("a .gz that is broken, or the rest of it", f"{file}: {error}")
 
 
 def _encoding(stream: IO[bytes], asked: str, file: Path, report: TextReport) -> str:

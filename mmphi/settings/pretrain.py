@@ -37,7 +37,11 @@ class PretrainSettings(TrainingSettings):
     public_text: str = setting("", "a text that others report, such as WikiText-2's test split", file="path")
     public_windows: int = setting(0, "score at most so many windows of it at each validation; 0 scores all", ge=0)
     reference: float = setting(
-        2.273, "loss to come near (Phi-2 on WikiText-2), for the time to reference+1", unit="nats", matters=False, gt=0
+        2.273,
+        "loss to come near (Phi-2 on WikiText-2), for the time to one nat above",
+        unit="nats",
+        matters=False,
+        gt=0,
     )
     validation_tokens: int = setting(65536, "score at most so many tokens kept apart", unit="tokens", ge=512)
     prompts: list[str] = setting(

@@ -87,7 +87,7 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": steps.tokens})
     validate = Validation(task, tokens, len(weights), prompt, chosen, ctx.tracker if ctx.first else None)
     with recomputing:
-        train(
+        trained = train(
             task,
             steps,
             settings,
@@ -103,7 +103,7 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
         )
     task.eval()
     say(f"ended after {progress.reason or f'{settings.steps} steps'}")
-    figures = {**progress.figures(), **validate(settings.steps)}
+    figures = {**progress.figures(), **validate(trained.steps)}
     return whole_model(task, config), figures
 
 

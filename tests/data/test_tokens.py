@@ -72,6 +72,17 @@ def test_what_cannot_be_read_is_counted(tmp_path):
     assert read(tmp_path / "latin.txt", encoding="latin-1")[0] == ["déjà vu"]
 
 
+@pytest.mark.parametrize("damage", ["cut short", "no gzip"])
+def test_a_broken_archive_is_counted(tmp_path, damage):
+    (tmp_path / "a.txt").write_text("good")
+    whole = gzip.compress(b"one line\n" * 10_000)
+    (tmp_path / "b.txt.gz").write_bytes(whole[:-20] if damage == "cut short" else b"one line" * 20)
+    documents, report = read(tmp_path)
+    assert documents[0] == "good"
+    assert report.skipped["a .gz that is broken, or the rest of it"] == 1
+    assert "b.txt.gz" in report.examples["a .gz that is broken, or the rest of it"]
+
+
 def test_missing_sources(tmp_path):
     with pytest.raises(DataError, match="no texts"):
         read(tmp_path)

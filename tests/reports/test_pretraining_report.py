@@ -29,6 +29,7 @@ PARAMS = {
     "pretrain.warmup": "0.02",
     "pretrain.decay": "0.2",
     "pretrain.stop": "tokens 3M",
+    "pretrain.public_text": "/somewhere/wikitext2-raw-test.txt",
     "corpus.sources.0.path": "/somewhere/book.txt",
     "corpus.sources.1.path": "/somewhere/b/",
 }
@@ -125,6 +126,17 @@ def test_an_answer_comes_with_time_and_money(empty_store):
     dollars = float(row[4].split("H100: ")[1].split(" ")[0])
     assert dollars == pytest.approx(seconds / 3600 * price["dollars_per_hour"], rel=0.02)
     assert "was not scored on" in distance.verdict()
+
+
+def test_another_text_is_not_taken_for_the_references(empty_store, monkeypatch):
+    monkeypatch.setitem(PARAMS, "pretrain.public_text", "/somewhere/lambada.txt")
+    run("mine", public=1.0)
+    found = load_pretrainings(Store())
+    distance = Distance(found[0], reference_of(), Outlook.of(found[0].curve()))
+    assert not distance.comparable
+    assert "was not scored on WikiText-2" in distance.verdict()
+    assert "none." not in distance.more()
+    assert "No run was scored on WikiText-2" in pretraining(found, reference_of()).markdown()
 
 
 def test_what_was_reached_is_not_foretold(empty_store):

@@ -223,6 +223,14 @@ def test_it_stops_where_it_is_told(tmp_path, read, stop, steps):
     assert done == steps if steps else 1 < done < 40
 
 
+def test_it_is_validated_once_at_its_end(tmp_path, read):
+    """Wherever that is."""
+    recorder = Recorder()
+    figures = texts.pretrained(tmp_path, read, texts.settings("text.txt", stop="steps 5", steps=40), recorder)
+    assert [row["step"] for row in recorder.tables["samples"]] == [5]
+    assert recorder.series("val/loss") == {5: figures["val/loss"]}
+
+
 def test_a_budget_of_tokens_ends_it(tmp_path, read):
     """As studies give it."""
     figures = texts.pretrained(tmp_path, read, texts.settings("text.txt", supervised_tokens=1500, steps=40))
