@@ -200,7 +200,7 @@ class Pipeline(Plan):
         key = key_of(parts)
         if request.force:
             self.store.clear(tracker)
-        elif source := self.store.adopt(tracker, key):
+        elif source := self.store.adopt(tracker, key, damaged=stage.verifies):
             _print(f"{stage.name}: going on from what run {source} left")
         lineage.describe(tracker, stage, settings, parts, upstream)
         earlier = () if request.force or stage.covers is None else tuple(self.results(stage.name, settings))

@@ -95,6 +95,7 @@ class Stage:
         check: Raises where the settings cannot work together; called before anything is built.
         cost: Estimate of what running it takes.
         then: Stages asked for at its end, such as its evaluation.
+        verifies: Whether it checks each file that it finds in its folder, and so may go on from a damaged result.
         trains: Whether it may run in several processes at once; others run once, in the first process.
     """
 
@@ -110,6 +111,7 @@ class Stage:
     check: Callable[[SettingsView], None] = lambda _: None
     cost: Callable[[SettingsView], Cost] = lambda _: Cost(0)
     then: tuple[str, ...] = ()
+    verifies: bool = False
     trains: bool = False
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -127,9 +128,10 @@ def tokenizer_of(ctx: Context, chosen: CorpusSettings) -> Any:
     from mmphi.data.texts import TextReport
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
 
-    folder = ctx.folder / TOKENIZER
-    if (folder / "tokenizer.json").exists():
+    folder, proof = ctx.folder / TOKENIZER, ctx.folder / f"{TOKENIZER}.sha256"
+    if folder.exists() and proof.exists() and proof.read_text() == _digest(folder):
         return AutoTokenizer.from_pretrained(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     if chosen.vocabulary:
         tokenizer = train_bpe(_sample([reader(s, TextReport()) for s in chosen.sources]), chosen.vocabulary)
     else:
@@ -137,7 +139,12 @@ def tokenizer_of(ctx: Context, chosen: CorpusSettings) -> Any:
     part = ctx.folder / f".{TOKENIZER}"
     tokenizer.save_pretrained(part)
     part.rename(folder)
+    proof.write_text(_digest(folder))
     return tokenizer
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir()))).hexdigest()
 
 
 def _sample(readers: list[Callable[[], Iterable[Piece]]]) -> Iterable[str]:
@@ -162,6 +169,7 @@ STAGE = Stage(
         "corpus.split_seed",
     ),
     run=run,
+    verifies=True,
     check=check,
     cost=cost,
 )

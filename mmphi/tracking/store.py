@@ -108,13 +108,20 @@ class Store(RunStore):
         tracker.tags({**tags, "mmphi.host": self.host, "mmphi.pid": str(os.getpid())})
         return tracker
 
-    def adopt(self, tracker: RunTracker, key: str) -> str:
+    def adopt(self, tracker: RunTracker, key: str, *, damaged: bool = False) -> str:
         """Go on from the newest run of a key that did not finish; to be called by the only process that builds it.
+
+        Args:
+            tracker: Of the run that goes on.
+            key: What it builds.
+            damaged: Whether one that finished, and whose files are no longer what they were, counts too: the stage must
+                look at each file before it believes it.
 
         Returns:
             Id of the run gone on from, empty where there is none.
         """
-        dead = [run for run in self._others(key, tracker.run_id) if not self._finished(run)]
+        others = self._others(key, tracker.run_id)
+        dead = [run for run in others if not self._finished(run) or (damaged and not self.is_result(run))]
         for run in dead:
             if run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")

@@ -341,3 +341,38 @@ def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
     texts.pretrained(tmp_path, read, texts.settings("text.txt"), recorder)
     assert any("going on from step 8" in line for line in recorder.said)
     assert same(tmp_path, straight)
+
+
+def test_a_corrupt_shard_of_a_result_is_named_and_built_again(tmp_path, empty_store, capsys, monkeypatch):
+    """The others are taken over from the damaged result; the training built on it is the same as before."""
+    from mmphi.data import tokens as shards
+    from mmphi.pipeline.build import Pipeline
+    from mmphi.stages import STAGES
+
+    written = []
+    write = shards.ShardWriter.write
+    monkeypatch.setattr(
+        shards.ShardWriter, "write", lambda self, name, *rest: written.append(name) or write(self, name, *rest)
+    )
+    one, two = (
+        str(texts.write_text(tmp_path / f"{name}.txt", words)) for name, words in (("one", 3000), ("two", 3400))
+    )
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(
+        shards.TokenWriting.__init__,
+        "__kwdefaults__",
+        {**shards.TokenWriting.__init__.__kwdefaults__, "shard_tokens": 10},
+    )
+    chosen = texts.settings(one, two)
+    first = Pipeline(STAGES).build("tokens", chosen)
+    assert len(written) == 2
+    victim = first.path / f"{written[1]}.ids.npy"
+    kept = victim.read_bytes()
+    victim.write_bytes(kept[:-1] + b"\xff")
+    (first.path / "tokenizer" / "tokenizer.json").write_text("{}")
+    second = Pipeline(STAGES).build("tokens", chosen)
+    said = capsys.readouterr()
+    assert f"shard {written[1]} is not as it was written" in said.out + said.err
+    assert written == [written[0], written[1], written[1]]
+    assert (second.path / victim.name).read_bytes() == kept
+    assert AutoTokenizer.from_pretrained(second.path / "tokenizer").eos_token_id is not None
