@@ -32,7 +32,7 @@ STUDY = Study(
         "pretrain.prompts": "[]",
         "pretrain.validation_tokens": 16384,
     },
-    tokens=70_000,
+    tokens=300_000,
     seeds=7,
     seed_settings=("pretrain.seed",),
     metric="val/loss",
