@@ -105,8 +105,11 @@ class Pretraining:
 
     def reached(self, name: str) -> tuple[float, float, float] | None:
         """Tokens, seconds and updates at which something was reached; nothing where it was not."""
-        found = [self.metrics.get(f"reached/{name}/{what}") for what in ("tokens", "seconds", "steps")]
-        return (found[0], found[1], found[2]) if None not in found else None  # type: ignore[return-value]
+        of, tokens, seconds, steps = (
+            self.metrics,
+            *(f"reached/{name}/{what}" for what in ("tokens", "seconds", "steps")),
+        )
+        return (of[tokens], of[seconds], of[steps]) if tokens in of else None
 
 
 def load_pretrainings(store: RunStore, chosen: Sequence[str] = ()) -> list[Pretraining]:

@@ -39,7 +39,7 @@ def design(data: StudyData) -> str:
     drawn = [f"{stage}.seed" for stage in ("scenes", "pretrain", "light_clip") if stage in upstream]
     fixed = [name for name in (*drawn, "data.split_seed") if name not in settings]
     level = f"every level at {data.seeds} paired seeds, in rounds, {budget} each, nothing pruned"
-    judged = f"judged by `{declared['metric']}` on images that neither training nor tuning saw"
+    judged = f"judged by `{declared['metric']}` on what neither training nor tuning saw"
     repeated, stands = (listed([f"`{name}`" for name in names]) for names in (settings, fixed))
     return (
         f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over seeds:"

@@ -124,8 +124,7 @@ def writing(folder: Path, documents: list[str], say=lambda _: None, shard_tokens
             yield Piece(document[half:], False, True)
 
     folder.mkdir(exist_ok=True)
-    apart = lambda source, piece, place: piece % 7 == 0  # noqa: E731
-    options = {"kept_apart": apart, "say": say, "shard_tokens": shard_tokens}
+    options = {"kept_apart": lambda source, piece, place: piece % 7 == 0, "say": say, "shard_tokens": shard_tokens}
     return TokenWriting(folder, {"mine": pieces}, byte_tokenizer(), **options)
 
 
