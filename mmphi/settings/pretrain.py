@@ -22,7 +22,7 @@ class PretrainSettings(TrainingSettings):
     tied: bool = setting(False, "whether the output head shares the embedding's weights (custom)")
     context: int = setting(512, "longest context; of a corpus, the tokens of a row", unit="tokens", ge=16)
     learning_rate: float = setting(
-        0.0, "peak learning rate of AdamW; 0 follows size and batch", introduced=1e-3, ge=0, le=1
+        0.0, "peak learning rate of AdamW; 0 follows size, batch and length", introduced=1e-3, ge=0, le=1
     )
     muon_learning_rate: float = setting(
         0.0, "peak learning rate of Muon; 0 follows the batch", introduced=0.02, ge=0, le=1

@@ -63,8 +63,8 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
     budget = chosen.supervised_tokens
     parameters, stop = count_parameters(config), Stop(tokens=budget) if budget else parse_stop(chosen.stop)
     say(f"Phi, {chosen.size}: {parameters}")
-    settings = rated(chosen, parameters.inner, config.hidden_size, chosen.batch_tokens)
-    settings = settings.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
+    settings = chosen.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
+    settings = rated(settings, parameters.inner, config.hidden_size, chosen.batch_tokens)
     tokens = Tokens(ctx.upstream["tokens"].path, index["shards"])
     weights = [source.weight for source in ctx.settings(CorpusSettings).sources]
     steps = TextSteps(

@@ -1,4 +1,4 @@
-"""Learning rates that follow the size of a model and of its batch."""
+"""Learning rates that follow the size of a model, of its batch and of its training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ MUON_RATE = 0.02  # Jordan et al. 2024, for updates of unit spectral norm; it ha
 BESIDE_MUON = 0.004, 768  # Of embeddings and head, falling with the square root of the width: karpathy/nanochat.
 
 
-def adamw_rate(parameters: int, batch_tokens: int) -> float:
+def adamw_rate(parameters: int, tokens: int, batch_tokens: int) -> float:
     """AdamW's peak learning rate where it updates everything.
 
-    Size: ``0.003239 - 0.0001395 ln(N)`` (Kaplan et al. 2020, arXiv 2001.08361, equation D.1; N without embeddings),
-    measured at batches of half a million tokens, far above the critical one. Batch: :func:`batch_factor`.
+    ``1.79 N^-0.713 D^0.307`` for N parameters and D tokens in all, at a batch of ``0.58 D^0.571`` tokens (the step law
+    of Li et al. 2025, arXiv 2503.04715). Above that batch it is flat, below it falls with the square root
+    (Malladi et al. 2022, arXiv 2205.10287, for Adam).
 
     Args:
         parameters: Without embeddings and head.
+        tokens: Of the whole training.
         batch_tokens: Tokens of an optimiser step.
     """
-    return max(1e-4, 0.003239 - 0.0001395 * math.log(parameters)) * batch_factor(batch_tokens)
+    best_batch = 0.58 * tokens**0.571
+    return 1.79 * parameters**-0.713 * tokens**0.307 * math.sqrt(min(1.0, batch_tokens / best_batch))
 
 
 def muon_rate(batch_tokens: int) -> float:
@@ -40,7 +43,7 @@ def rate_beside_muon(width: int, batch_tokens: int) -> float:
 
 
 def batch_factor(batch_tokens: int) -> float:
-    """What is left of a learning rate at a batch of so many tokens, 1 for a large one.
+    """What is left of Muon's learning rates at a batch of so many tokens, 1 for a large one.
 
     Below the critical batch it falls with the square root, above it is flat (McCandlish et al. 2018, arXiv 1812.06162,
     equation 2.8 with exponent 1/2, as Adam has it).
@@ -50,11 +53,12 @@ def batch_factor(batch_tokens: int) -> float:
 
 
 def rated(settings: S, parameters: int, width: int, batch_tokens: int) -> S:
-    """The same settings with the learning rates that they leave to the rule filled in."""
+    """The same settings with the learning rates that they leave to the rule filled in; their steps are all there are."""
     changes = {}
     if not settings.learning_rate:
         beside = settings.optimizer == "muon"
-        rate = rate_beside_muon(width, batch_tokens) if beside else adamw_rate(parameters, batch_tokens)
+        tokens = settings.steps * batch_tokens
+        rate = rate_beside_muon(width, batch_tokens) if beside else adamw_rate(parameters, tokens, batch_tokens)
         changes["learning_rate"] = rate
     if not settings.muon_learning_rate:
         changes["muon_learning_rate"] = muon_rate(batch_tokens)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import Recorder, context
+from safetensors.torch import load_file
 
 from mmphi.pipeline.stage import Result
 from mmphi.settings.corpus import CorpusSettings
@@ -46,10 +49,36 @@ def pretrained(folder: Path, read: Result, chosen: Settings, recorder: Any = Non
     return dict(pretrain.run(made))
 
 
+def read_few(folder: Path) -> Result:
+    """Tokens of a text of about three epochs of the small training."""
+    return tokenised(folder / "tokens", settings(str(write_text(folder / "text.txt", 4000))))
+
+
+def trained_straight(folder: Path, read: Result) -> Path:
+    """The small training from beginning to end, with what it told beside its result."""
+    recorder = Recorder()
+    torch.set_num_threads(1)  # As in all tests; sums are taken in another order by more.
+    figures = pretrained(folder, read, settings("text.txt"), recorder)
+    recorder.metrics(figures)  # Names that MLflow takes.
+    (folder / "figures.json").write_text(json.dumps(figures))
+    (folder / "lines.json").write_text(json.dumps(recorder.said))
+    (folder / "losses.json").write_text(json.dumps(recorder.series("train/step_loss")))
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a trained model."""
+    return load_file(folder / "language" / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two trained models are, to the bit."""
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def main() -> None:
     """Train in the folder given, on the tokens given; for tests that kill it."""
-    import torch
-
     torch.set_num_threads(1)
     folder, read, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     print("begun", flush=True)

@@ -60,9 +60,12 @@ def test_schedule_is_laid_over_what_is_known():
 
 
 def test_rates_follow_size_and_batch():
-    # Kaplan et al. 2020, equation D.1, at GPT-2's 85M inner parameters and a large batch.
-    assert adamw_rate(85_000_000, 10**9) == pytest.approx(0.003239 - 0.0001395 * math.log(85e6), rel=1e-3)
-    assert adamw_rate(10**6, 2**19) > adamw_rate(10**9, 2**19) > 0
+    # The best of a grid by others (lucaslingle.substack.com, "Scaling laws for optimal LR and batch", 2025).
+    assert adamw_rate(46_006_272, 127_991_808, 32768) == pytest.approx(0.001953, rel=0.15)
+    assert adamw_rate(109_051_904, 255_983_616, 65536) == pytest.approx(0.001381, rel=0.15)
+    assert adamw_rate(10**6, 10**9, 2**19) > adamw_rate(10**9, 10**9, 2**19) > 0
+    assert adamw_rate(10**6, 10**9, 2000) / adamw_rate(10**6, 10**9, 500) == pytest.approx(2)
+    assert adamw_rate(10**6, 10**9, 2**22) == adamw_rate(10**6, 10**9, 2**23)
     assert batch_factor(10**9) == pytest.approx(1, abs=1e-3)
     assert batch_factor(400) / batch_factor(100) == pytest.approx(2, rel=0.1)  # The square root, where it is small.
 
