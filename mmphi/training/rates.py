@@ -53,7 +53,7 @@ def batch_factor(batch_tokens: int) -> float:
 
 
 def rated(settings: S, parameters: int, width: int, batch_tokens: int) -> S:
-    """The same settings with the learning rates that they leave to the rule filled in; their steps are all there are."""
+    """The same settings, whose steps are all there are, with the learning rates filled in that they leave to a rule."""
     changes = {}
     if not settings.learning_rate:
         beside = settings.optimizer == "muon"
