@@ -27,8 +27,9 @@ def adamw_rate(parameters: int, tokens: int, batch_tokens: int) -> float:
         tokens: Of the whole training.
         batch_tokens: Tokens of an optimiser step.
     """
-    best_batch = 0.58 * tokens**0.571
-    return 1.79 * parameters**-0.713 * tokens**0.307 * math.sqrt(min(1.0, batch_tokens / best_batch))
+    best_batch = 0.58 * math.pow(tokens, 0.571)
+    best_rate = 1.79 * math.pow(parameters, -0.713) * math.pow(tokens, 0.307)
+    return best_rate * math.sqrt(min(1.0, batch_tokens / best_batch))
 
 
 def muon_rate(batch_tokens: int) -> float:
