@@ -32,7 +32,7 @@ STUDY = Study(
         "pretrain.prompts": "[]",
         "pretrain.validation_tokens": 16384,
     },
-    tokens=300_000,
+    tokens=200_000,
     seeds=7,
     seed_settings=("pretrain.seed",),
     metric="val/loss",
