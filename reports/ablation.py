@@ -10,7 +10,7 @@ from reports.statistics import shares
 from reports.tables import mean_of, tables
 from reports.verdict import headline, sentence
 
-CURVE = "val/loss"
+CURVES = "val/loss", "train/loss"  # The second where the first was hardly measured on the way.
 SHOWN_COSTS = ("projector/parameters", "cost/first_token_s")  # Against these the metric is drawn.
 
 
@@ -18,7 +18,7 @@ def ablation(data: StudyData) -> Document:
     """The report of a study.
 
     Args:
-        data: As the store has it, with the curves of :data:`CURVE`.
+        data: As the store has it, with one of :data:`CURVES`.
 
     Raises:
         StoreError: If no trial has what is judged; says what the trials do have.
@@ -38,7 +38,7 @@ def ablation(data: StudyData) -> Document:
             "warnings": list(prose.warnings(data, metric)),
             "budget": prose.budget(data, metric),
             "statistics": prose.STATISTICS,
-            "costs_note": prose.COSTS_NOTE,
+            "costs_note": prose.costs_note(data),
             "held": prose.held(data),
             "tuning_notes": list(prose.tuning_notes(data)),
             "failures": prose.failures(data),
@@ -64,7 +64,7 @@ def drawn(found: Findings) -> dict[str, bytes]:
     made["seeds"] = figures.png(figures.seeds(found.values, found.intervals, metric))
     curves = {level: [data.curves.get(t.run_id, []) for t in of.values()] for level, of in results.items()}
     if any(len(run) > 1 for runs in curves.values() for run in runs):
-        made["curves"] = figures.png(figures.curves(curves, baseline, CURVE, metric.unit))
+        made["curves"] = figures.png(figures.curves(curves, baseline, data.curve, metric.unit))
     costs: dict[str, dict[str, tuple[float, float]]] = {}
     for name in SHOWN_COSTS:
         points = {level: (mean_of(results[level], name), found.means[level]) for level in found.means}

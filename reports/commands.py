@@ -74,14 +74,14 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def _ablation(store: RunStore, study: str) -> Made:
-    from reports.ablation import CURVE, ablation
+    from reports.ablation import CURVES, ablation
     from reports.query import begun, load_study
     from reports.search import search
 
     if not study:
         there = ", ".join(begun(store)) or "none yet"
         raise SettingsError("which study is the report about?", f"--study NAME; the store has: {there}")
-    data = load_study(store, study, CURVE)
+    data = load_study(store, study, CURVES)
     document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
     return Made(document, study, {data.run_id: data.link(data.run_id)})
 

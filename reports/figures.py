@@ -65,7 +65,7 @@ def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) ->
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     better = "left" if metric.less else "right"
     axes.set_xlabel(
-        f"difference to {baseline}, {metric.unit} (further {better} is better; line: 95 % interval)", fontsize=11
+        f"difference to {baseline}, {metric.unit}\n(further {better} is better; line: 95 % interval)", fontsize=11
     )
     figure.legend(fontsize=9, frameon=False, loc="outside upper center", ncols=4)
     return figure
@@ -98,8 +98,13 @@ def seeds(
 def curves(
     curves_of: Mapping[str, Sequence[Sequence[tuple[int, float]]]], baseline: str, name: str, unit: str
 ) -> Figure:
-    """A metric over the training: each level's mean over its seeds, the baseline drawn black and thick."""
+    """A metric over the training: each level's mean over its seeds, the baseline drawn black and thick.
+
+    Where levels take different numbers of steps for the same tokens, the axis is the share of the training.
+    """
     figure, (axes,) = _figure()
+    ends = [max(dict(run)) for runs in curves_of.values() for run in runs if run]
+    relative = bool(ends) and max(ends) > 1.1 * min(ends)
     for place, (level, runs) in enumerate(curves_of.items()):
         steps = sorted(set.intersection(*(set(dict(run)) for run in runs))) if runs else []
         if not steps:
@@ -110,14 +115,15 @@ def curves(
         line: dict[str, Any] = {
             "linewidth": 2.6 if base else 1.6,
             "marker": MARKERS[place % len(MARKERS)],
-            "markersize": 5,
+            "markersize": 5 if len(steps) <= 20 else 0,
         }
-        axes.plot(steps, grid.mean(axis=0), color=colour, label=f"{level}{' (baseline)' if base else ''}", **line)
-        axes.fill_between(steps, grid.min(axis=0), grid.max(axis=0), color=colour, alpha=0.08, linewidth=0)
+        places = np.array(steps) / (steps[-1] / 100 if relative else 1)
+        axes.plot(places, grid.mean(axis=0), color=colour, label=f"{level}{' (baseline)' if base else ''}", **line)
+        axes.fill_between(places, grid.min(axis=0), grid.max(axis=0), color=colour, alpha=0.08, linewidth=0)
     axes.set_yscale("log")
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
-    axes.set_xlabel("optimiser steps", fontsize=11)
+    axes.set_xlabel("share of the training, %" if relative else "optimiser steps", fontsize=11)
     axes.set_ylabel(f"{name}, {unit}", fontsize=11)
     axes.set_title("mean over seeds; shaded: least to most", fontsize=10, color=GREY, loc="left")
     if axes.get_legend_handles_labels()[1]:

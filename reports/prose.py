@@ -17,9 +17,14 @@ STATISTICS = (
 )
 COSTS_NOTE = (
     "Means over the seeds. Seconds and memory are those of the training as these machines ran it, beside whatever else"
-    " they ran; a trial that was interrupted and went on counts its last part only, and is left out of the seconds. The"
-    " first token is that of an answer about a photograph of 640 x 480 px, image tower included."
+    " they ran; a trial that was interrupted and went on counts its last part only, and is left out of the seconds."
 )
+FIRST_TOKEN = " The first token is that of an answer about a photograph of 640 x 480 px, image tower included."
+
+
+def costs_note(data: StudyData) -> str:
+    """How what it costs was measured."""
+    return COSTS_NOTE + FIRST_TOKEN * ("cost/first_token_s" in data.declaration["costs"])
 
 
 def design(data: StudyData) -> str:

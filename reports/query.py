@@ -11,10 +11,11 @@ from mmphi.errors import SettingsError, StoreError
 from mmphi.settings.messages import nearest
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
     from mmphi.tracking.search import RunStore
 
+CURVE_POINTS = 3
 RECORD, CHANGE, DECLARATION = "study_record", "mmphi.change.", "study.json"
 
 
@@ -70,6 +71,7 @@ class StudyData:
         trials: All of its runs, oldest first.
         tags: Of its record: commit, machine.
         curves: Values of a metric by step, by run id.
+        curve: That metric.
         address: Of MLflow's pages.
         status: Of its record: whether a driver saw its end.
     """
@@ -82,6 +84,7 @@ class StudyData:
     trials: Sequence[Trial] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    curve: str = ""
     address: str = "http://127.0.0.1:5000"
     status: str = "FINISHED"
 
@@ -131,13 +134,20 @@ class StudyData:
         return f"{self.address}/#/experiments/{self.experiment}/runs/{run_id}"
 
 
-def load_study(store: RunStore, name: str, curve: str = "") -> StudyData:
+def over_training(history: Sequence[Metric]) -> list[tuple[int, float]]:
+    """Steps and values of a metric, without the figure that a stage leaves at its end, which has no step."""
+    last = max((m.timestamp for m in history if m.step), default=None)
+    return sorted((m.step, m.value) for m in history if m.step or last is None or m.timestamp < last)
+
+
+def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyData:
     """A study from the store.
 
     Args:
         store: MLflow's.
         name: Of the study.
-        curve: Metric whose values over the training are loaded too.
+        curves: Metrics whose values over the training are worth loading; the first that was measured
+            :data:`CURVE_POINTS` times is.
 
     Raises:
         SettingsError: If there is none of that name; names those there are.
@@ -153,11 +163,14 @@ def load_study(store: RunStore, name: str, curve: str = "") -> StudyData:
     if not declaration:
         raise StoreError(f"run {record.info.run_id} of the study {name} has no {DECLARATION}", "restore its artifacts")
     runs = sorted(_trials(store, name), key=lambda trial: (trial.started_ms, trial.run_id))
-    curves = {
-        trial.run_id: sorted((m.step, m.value) for m in store.client.get_metric_history(trial.run_id, curve))
-        for trial in runs
-        if curve and trial.finished and trial.phase == "verdict"
-    }
+    judged = [trial.run_id for trial in runs if trial.finished and trial.phase == "verdict"]
+    points: dict[str, list[tuple[int, float]]] = {}
+    drawn, most = "", -1
+    for metric in curves:
+        of_run = {run_id: over_training(store.client.get_metric_history(run_id, metric)) for run_id in judged}
+        measured = min(CURVE_POINTS, max(map(len, of_run.values()), default=0))
+        if measured > most:
+            drawn, points, most = metric, of_run, measured
     tags = record.data.tags
     base = store.uri if store.uri.startswith("http") else "http://127.0.0.1:5000"
     return StudyData(
@@ -168,7 +181,8 @@ def load_study(store: RunStore, name: str, curve: str = "") -> StudyData:
         changes=[json.loads(tags[tag]) for tag in sorted(tags) if tag.startswith(CHANGE)],
         trials=runs,
         tags=tags,
-        curves=curves,
+        curves=points,
+        curve=drawn,
         address=base.rstrip("/"),
         status=str(record.info.status),
     )

@@ -131,7 +131,8 @@ def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, 
 
     from ablations.study import settings_of
     from mmphi.data.encoded import encode_example, encoded
-    from mmphi.data.read import mixture, read_examples
+    from mmphi.data.mixing import mixture
+    from mmphi.data.read import read_examples
     from mmphi.models.language import load_language
     from mmphi.models.projector import Projector, ProjectorConfig
     from mmphi.pipeline.build import Pipeline

@@ -49,7 +49,7 @@ class Encoded(Samples):
         examples: What was encoded.
 
     Attributes:
-        sources: Source of every sequence.
+        kept: The example of every sequence.
         left_out: Indices of the examples that no sequence was made of.
     """
 
@@ -58,11 +58,16 @@ class Encoded(Samples):
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS
         )
         self._of = examples
-        self.sources = [examples[i].source for i in self._examples]
+        self.kept = [examples[i] for i in self._examples]
         self.left_out: list[int] = json.loads((folder / "left_out.json").read_text())
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    @property
+    def sources(self) -> list[str]:
+        """Source of every sequence."""
+        return [example.source for example in self.kept]
 
     def at(self, index: int) -> Sample:
         """The sequence with an index from 0 on."""
@@ -103,7 +108,8 @@ def encode_example(
 ) -> Sample | None:
     """One conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
     inputs = image_inputs(example.images, length)
-    return encode(example.questions, inputs, prompt, max_length, f"{example.source}/{example.id}")
+    name = f"{example.source}/{example.id}"
+    return encode(example.questions, inputs, prompt, max_length, name, example.context)
 
 
 def identity(examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int) -> str:
@@ -155,6 +161,8 @@ def _digest(examples: Sequence[Example], prompt: Prompt, length: Callable[[Image
     digest = hashlib.sha256(f"{FORMAT}\0{prompt.digest}\0{max_length}\0".encode())
     for example in examples:
         digest.update(f"{[length(image) for image in example.images]}\0".encode())
+        if example.context:
+            digest.update(f"{example.context}\0".encode())
         for turn in example.turns:
             digest.update(f"{turn.question}\0{turn.answer}\0".encode())
     return digest.hexdigest()[:32]

@@ -153,35 +153,6 @@ def one_split_per_file(examples: list[Example]) -> list[Example]:
     return [e if e.split == split else replace(e, split=split) for e, split in zip(examples, agreed, strict=True)]
 
 
-def mixture(sources: Sequence[str], data: DataSettings) -> list[int]:
-    """Which training examples to take, in the proportions of their sources' weights.
-
-    The mixture is as long as all sources together; each source is repeated whole and then sampled, with a seed, up to
-    its share.
-
-    Args:
-        sources: Source of every training example.
-        data: Holds weights and seed.
-
-    Returns:
-        Indices of examples, some of them several times.
-    """
-    if len(data.sources) < 2:
-        return list(range(len(sources)))
-    of_source: dict[str, list[int]] = {s.name or s.kind: [] for s in data.sources}
-    for index, name in enumerate(sources):
-        of_source[name].append(index)
-    weights = {s.name or s.kind: s.weight for s in data.sources if of_source[s.name or s.kind]}
-    total = sum(weights.values())
-    rng = random.Random(data.split_seed)
-    mixed: list[int] = []
-    for name, weight in weights.items():
-        have, count = of_source[name], round(len(sources) * weight / total)
-        mixed += have * (count // len(have)) + rng.sample(have, count % len(have))
-    rng.shuffle(mixed)
-    return mixed
-
-
 def images_of(examples: Iterable[Example]) -> list[ImageRef]:
     """Every image of examples once, in order."""
     return list({image.path: image for e in examples for image in e.images}.values())

@@ -44,6 +44,7 @@ class Example:
         source: Name of the source it was read from.
         split: The split its *images* belong to.
         attributes: What an answer can be scored on (scenes: ``kind`` and the drawn objects), else empty.
+        context: Text that stands where images would: what a conversation without any is about.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Example:
     source: str
     split: Split = "train"
     attributes: dict[str, str] = field(default_factory=dict, compare=False)
+    context: str = ""
 
     @property
     def image(self) -> ImageRef | None:

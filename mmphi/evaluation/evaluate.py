@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -165,6 +165,29 @@ def _say(model: Speaks, prompts: Sequence[Question], chosen: Measures) -> list[A
 
 def picture(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
     """A grid of images with what was said of them and what is right."""
+
+    def title(row: Mapping[str, Any]) -> tuple[str, bool]:
+        right = row["prediction"] == row["reference"]
+        prediction, truth = _wrapped(str(row["prediction"])), _wrapped(str(row["reference"]))
+        return (prediction if right else f"{prediction}\n({truth})"), right
+
+    return _grid(rows, title, columns)
+
+
+def compared(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
+    """A grid of images with a question, the answers before and after a training, and what is right."""
+
+    def title(row: Mapping[str, Any]) -> tuple[str, bool]:
+        asked = [row["question"]] if row["question"] else []
+        lines = [*asked, f"before: {row['before']}", f"after: {row['after']}", f"({row['reference']})"]
+        return "\n".join(_wrapped(str(line)) for line in lines), row["after"] == row["reference"]
+
+    return _grid(rows, title, columns)
+
+
+def _grid(
+    rows: Sequence[Mapping[str, Any]], title: Callable[[Mapping[str, Any]], tuple[str, bool]], columns: int
+) -> Figure:
     lines = -(-len(rows) // columns)
     figure = Figure(figsize=(3.4 * columns, 3.9 * lines), layout="constrained")
     for axes in figure.subplots(lines, columns, squeeze=False).flat:
@@ -172,11 +195,8 @@ def picture(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
     for axes, row in zip(figure.axes, rows, strict=False):
         image = open_image(row["image"])
         axes.imshow(image.resize((320, 320 * image.height // image.width), Image.Resampling.LANCZOS))
-        right = row["prediction"] == row["reference"]
-        prediction, truth = _wrapped(str(row["prediction"])), _wrapped(str(row["reference"]))
-        axes.set_title(
-            prediction if right else f"{prediction}\n({truth})", fontsize=9, color="#1a7f37" if right else "#333333"
-        )
+        text, right = title(row)
+        axes.set_title(text, fontsize=9, color="#1a7f37" if right else "#333333")
     return figure
 
 

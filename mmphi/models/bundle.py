@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from mmphi.data.features import ImageFeatures, LiveFeatures
 from mmphi.errors import ModelError
+from mmphi.models.adapter import ADAPTER, adapter_digest, save_adapter, with_saved
 from mmphi.models.device import this_device
 from mmphi.models.language import PRETRAIN, STYLE_FILE, Language, language_digest, load_language
 from mmphi.models.multimodal import Multimodal
@@ -60,6 +61,9 @@ def save_bundle(folder: Path, model: Multimodal) -> None:
         chosen |= {"model": LANGUAGE, "tokenizer": "", "revision": ""}
     content: dict[str, Any] = {"format": FORMAT, "max_length": model.max_length}
     content["language"] = {**chosen, "digest": language.digest}
+    if language.adapter is not None:
+        save_adapter(language, folder / ADAPTER)
+        content["adapter"] = adapter_digest(folder / ADAPTER)
     if vision is not None:
         if vision.folder is not None:
             _take(vision.folder, folder / VISION, CLIP_FILES)
@@ -160,7 +164,18 @@ def _language(
         settings = LanguageSettings(**chosen)
     except ValidationError as error:
         raise ModelError(f"{folder / BUNDLE}: {error.errors()[0]['msg']}", "use the file as it was written") from error
-    return borrowed_language(settings, None, device, once, digest, str(folder))
+    if "adapter" not in content:
+        return borrowed_language(settings, None, device, once, digest, str(folder))
+    found = adapter_digest(folder / ADAPTER)
+    if found != content["adapter"]:
+        raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it anew")
+
+    def load() -> Language:
+        # On layers that nobody else has: those of a shared model would be wrapped for all.
+        return with_saved(borrowed_language(settings, None, device, at_once, digest, str(folder)), folder / ADAPTER)
+
+    language: Language = once("language", "/".join([digest, found, settings.precision, str(device)]), load)
+    return language
 
 
 def borrowed_language(

@@ -51,14 +51,19 @@ class PackedModel(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether the language model itself is not trained."""
-        return not any(p.requires_grad for p in self.language_model.parameters())
+        """Whether the language model itself is not trained; an adapter on it may be."""
+        parameters = self.language_model.named_parameters()
+        return not any(p.requires_grad for name, p in parameters if "lora_" not in name)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode; a frozen language model never drops."""
         super().train(mode)
         if self.frozen:
             self.language_model.eval()
+            for layer in self.language_model.modules():
+                if hasattr(layer, "lora_dropout"):  # Of an adapter, which drops while it is trained.
+                    layer.training = mode
+                    layer.lora_dropout.train(mode)
             for layer in self._recomputing:
                 layer.training = mode
         return self

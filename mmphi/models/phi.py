@@ -66,7 +66,7 @@ def phi_config(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=context,
-        partial_rotary_factor=0.5 if width // heads < 64 else 0.4,
+        partial_rotary_factor=0.4 if width // heads == 80 else 0.5,  # 32 of 80 in Phi-2; half of 64 in Phi-1 and 1.5.
         resid_pdrop=0.0,
         tie_word_embeddings=tied,
         bos_token_id=end,

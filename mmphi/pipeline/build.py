@@ -143,9 +143,10 @@ class Pipeline(Plan):
     def _followed(self, result: Result, settings: Section, request: Request, no_build: bool) -> Result:
         """The same result with the metrics of the stages that are asked for at its end; of a forced one, anew."""
         metrics, results = dict(result.metrics), []
-        for name in self.stages[result.stage].then if request.after else ():
+        stage = self.stages[result.stage]
+        for name in stage.then if request.after else ():
             with alone():
-                after = self.build(name, settings, force=request.force, no_build=no_build)
+                after = self.build(name, stage.asking(settings), force=request.force, no_build=no_build)
             self.store.add_metrics(result.run_id, after, metrics)
             metrics |= after.metrics
             results.append(after)

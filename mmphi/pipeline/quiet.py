@@ -34,3 +34,5 @@ def quieten() -> None:
             logger.addFilter(Without(words))
     # MLflow's own use of SQLAlchemy, which nobody here can change.
     warnings.filterwarnings("ignore", message=".*``noload`` loader strategy is deprecated")
+    # PEFT's own use of transformers, likewise.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmphi.pipeline.resources import Resources
+from mmphi.settings.declare import Section
 from mmphi.settings.view import SettingsView
 from mmphi.tracking.tracker import Tracker
 
@@ -95,6 +96,7 @@ class Stage:
         check: Raises where the settings cannot work together; called before anything is built.
         cost: Estimate of what running it takes.
         then: Stages asked for at its end, such as its evaluation.
+        asking: From the settings to those that the stages at its end are asked for with.
         verifies: Whether it checks each file that it finds in its folder, and so may go on from a damaged result.
         trains: Whether it may run in several processes at once; others run once, in the first process.
     """
@@ -111,6 +113,7 @@ class Stage:
     check: Callable[[SettingsView], None] = lambda _: None
     cost: Callable[[SettingsView], Cost] = lambda _: Cost(0)
     then: tuple[str, ...] = ()
+    asking: Callable[[Section], Section] = lambda settings: settings
     verifies: bool = False
     trains: bool = False
 

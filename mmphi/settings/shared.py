@@ -116,3 +116,17 @@ class TrainingSettings(Section):
     )
     workers: int = setting(0, "processes that prepare batches", unit="processes", matters=False, ge=0)
     keep_checkpoints: int = setting(1, "finished checkpoints kept", unit="checkpoints", matters=False, ge=1)
+
+
+class ConversationSettings(TrainingSettings):
+    """What trainings on conversations share."""
+
+    supervised_tokens: int = setting(
+        0, "train until this many tokens were learned from, whatever `steps` says; 0 counts steps", unit="tokens", ge=0
+    )
+    sample_images: int = setting(
+        8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
+    )
+    sample_tokens: int = setting(
+        32, "longest caption at an evaluation during training", unit="tokens", matters=False, ge=1
+    )

@@ -6,7 +6,8 @@ from mmphi.pipeline.stage import Stage
 from mmphi.settings import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
 from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
-from mmphi.stages import embed, evaluate, light_clip, pretrain, projector, scenes, tokens
+from mmphi.settings.qlora import QloraSettings
+from mmphi.stages import embed, evaluate, light_clip, pretrain, projector, qlora, scenes, tokens
 from mmphi.stages.embed import EmbedSettings
 from mmphi.stages.evaluate import EvaluateSettings
 from mmphi.stages.light_clip import LightClipSettings
@@ -14,7 +15,8 @@ from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings
 
 STAGES: dict[str, Stage] = {
-    module.STAGE.name: module.STAGE for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate)
+    module.STAGE.name: module.STAGE
+    for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate, qlora)
 }
 
 
@@ -31,6 +33,7 @@ class Settings(Section):
     light_clip: LightClipSettings = LightClipSettings()
     embed: EmbedSettings = EmbedSettings()
     projector: ProjectorSettings = ProjectorSettings()
+    qlora: QloraSettings = QloraSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
 

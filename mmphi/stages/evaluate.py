@@ -8,17 +8,21 @@ from typing import Literal
 
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.settings import Section, setting
+from mmphi.settings.qlora import QloraSettings
 from mmphi.settings.view import SettingsView
 from mmphi.stages.common import CONTENT, drop_unseen, read, scenes_if_read, stored_features
 from mmphi.stages.projector import ProjectorSettings
+
+KEPT = "save_every", "steps", "keep_checkpoints"
 
 
 class EvaluateSettings(Section):
     """How answers are measured."""
 
     model: str = setting(
-        "", "folder, run or registered name of the model; empty takes the projector of these settings", file="model"
+        "", "folder, run or registered name of the model; empty takes that of `stage` with these settings", file="model"
     )
+    stage: Literal["projector", "qlora"] = setting("projector", "whose model, where none is named")
     split: Literal["train", "validation", "test"] = setting("test", "which images")
     seed: int = setting(0, "seed of samples, questions and shuffles", ge=0)
     max_images: int = setting(200, "at most this many images; 0 takes all", unit="images", ge=0)
@@ -33,8 +37,9 @@ class EvaluateSettings(Section):
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The projector, unless another model is named, and the scenes where they are read."""
-    own = () if settings(EvaluateSettings).model else ("projector",)
+    """Whose model it is, unless one is named, and the scenes where they are read."""
+    chosen = settings(EvaluateSettings)
+    own = () if chosen.model else (chosen.stage,)
     return (*own, *scenes_if_read(settings))
 
 
@@ -52,7 +57,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     from mmphi.training.checkpoints import load_trained
 
     chosen = ctx.settings(EvaluateSettings)
-    folder = ctx.models["evaluate.model"] if chosen.model else ctx.upstream["projector"].path
+    folder = ctx.models["evaluate.model"] if chosen.model else ctx.upstream[chosen.stage].path
     features = stored_features(ctx) if "embed" in ctx.upstream else None
     model = load_bundle(folder, features=features, once=ctx.resources.once)
     if chosen.checkpoint != "final":
@@ -77,15 +82,16 @@ def check(settings: SettingsView) -> None:
     """
     from mmphi.errors import SettingsError
 
-    chosen, projector = settings(EvaluateSettings), settings(ProjectorSettings)
+    chosen = settings(EvaluateSettings)
     if chosen.checkpoint == "final" or chosen.model:
         return
-    saved = sorted({*range(projector.save_every, projector.steps + 1, projector.save_every), projector.steps})
-    kept = [str(step) for step in saved[-projector.keep_checkpoints :]]
+    trained = settings(QloraSettings) if chosen.stage == "qlora" else settings(ProjectorSettings)
+    saved = sorted({*range(trained.save_every, trained.steps + 1, trained.save_every), trained.steps})
+    kept = [str(step) for step in saved[-trained.keep_checkpoints :]]
     if chosen.checkpoint not in kept:
         raise SettingsError(
             f"evaluate.checkpoint = {chosen.checkpoint}: that step is not kept",
-            f"there are {', '.join(['final', *kept])}; projector.keep_checkpoints keeps more",
+            f"there are {', '.join(['final', *kept])}; keep_checkpoints of its stage keeps more",
         )
 
 
@@ -102,7 +108,7 @@ def checkpoint_of(folder: Path, step: str) -> Path:
     if step not in kept:
         raise ModelError(
             f"evaluate.checkpoint = {step}: that step was not kept",
-            f"there are {', '.join(['final', *kept])}; projector.keep_checkpoints keeps more",
+            f"there are {', '.join(['final', *kept])}; keep_checkpoints of its stage keeps more",
         )
     return kept[step]
 
@@ -114,7 +120,7 @@ STAGE = Stage(
     reads=("evaluate", *CONTENT, "data.sources.N.question"),
     run=run,
     upstream=upstream,
-    requests=tuple(f"projector.{name}" for name in ("features", "save_every", "steps", "keep_checkpoints")),
+    requests=("projector.features", *(f"{stage}.{name}" for stage in ("projector", "qlora") for name in KEPT)),
     request_upstream=stored,
     check=check,
 )

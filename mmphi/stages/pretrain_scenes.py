@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.data.records import Example, Turn
 from mmphi.pipeline.stage import Context
 from mmphi.settings.pretrain import PretrainSettings
 
@@ -77,6 +78,19 @@ def _scene_rows(scenes: Path) -> Iterator[dict[str, Any]]:
     with (scenes / "corpus.jsonl").open() as file:
         for line in file:
             yield json.loads(line)
+
+
+def scene_texts(scenes: Path, *, held: bool) -> Iterator[Example]:
+    """The same rows as conversations about a text.
+
+    Args:
+        scenes: Folder of the stage ``scenes``.
+        held: Those kept apart, or the others.
+    """
+    rows = list(_scene_rows(scenes))
+    for number, row in enumerate(rows[-VALIDATION:] if held else rows[:-VALIDATION]):
+        turns = tuple(Turn(question, answer) for question, answer in row["turns"])
+        yield Example(f"text-{number}", (), turns, "scenes", context=row["context"])
 
 
 def scene_samples(

@@ -2,58 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import DataSettings, LanguageSettings, TrainingSettings, VisionSettings, setting
+from mmphi.settings import DataSettings, LanguageSettings, VisionSettings, setting
+from mmphi.settings.shared import ConversationSettings
 from mmphi.settings.view import SettingsView
 from mmphi.stages.common import (
     check_training,
     drop_unseen,
     language_of,
-    log_report,
     read,
     scenes_if_read,
     stored_features,
     tower_of,
 )
+from mmphi.stages.conversations import Validation, say_if_alone, steps_of
 from mmphi.stages.light_clip import LightClipSettings, config_of
 
 if TYPE_CHECKING:
     from mmphi.data.features import ImageFeatures
-    from mmphi.data.records import Example
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector
     from mmphi.models.vision import Vision
-    from mmphi.tracking.tracker import Tracker
 
 FEATURE_BYTES = 2  # They are stored in half precision.
 ROOM = 8  # Tokens of text beside an image, at the least.
-VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
 
 
-class ProjectorSettings(TrainingSettings):
+class ProjectorSettings(ConversationSettings):
     """The layers between image features and language model, trained with both frozen."""
 
     features: Literal["cached", "live"] = setting("cached", "stored features, or computed anew every step")
     layers: int = setting(2, "linear layers: 1 is linear, 2 is LLaVA-1.5's", unit="layers", ge=1, le=8)
     width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
     parameters: int = setting(0, "choose the hidden width that comes nearest to this size; 0 takes `width`", ge=0)
-    supervised_tokens: int = setting(
-        0, "train until this many tokens were learned from, whatever `steps` says; 0 counts steps", unit="tokens", ge=0
-    )
     activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
     norm: bool = setting(False, "normalise every feature vector before the first layer")
     dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
-    sample_images: int = setting(
-        8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
-    )
-    sample_tokens: int = setting(
-        32, "longest caption at an evaluation during training", unit="tokens", matters=False, ge=1
-    )
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -109,12 +98,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     import torch
 
-    from mmphi.data.encoded import Subset, count_left_out, encoded, identity
-    from mmphi.data.read import mixture
+    from mmphi.data.mixing import mixture
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
     from mmphi.models.vision import Vision
-    from mmphi.training.steps import packed_steps
     from mmphi.training.trainer import train
 
     chosen, data = ctx.settings(ProjectorSettings), ctx.settings(DataSettings)
@@ -131,21 +118,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     model = Multimodal(
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
     )
-    if model.packed.alone:
-        ctx.tracker.say(
-            f"projector: {language.name} does not keep packed sequences apart (by {language.packing_error:.2g} of its"
-            " logits' spread, or past its window): one sequence a row"
-        )
-    training = [e for e in examples if e.split == "train"]
-    conversations = training, language.prompt, features.length, chosen.max_length
-    sequences = ctx.resources.once("encoded", identity(*conversations), lambda: encoded(*conversations))
-    count_left_out(sequences, training, chosen.max_length, report)
-    log_report(report, ctx.tracker, data)
-    samples = Subset(sequences, mixture(sequences.sources, data))
-    steps = packed_steps(samples, model.sources, chosen, alone=model.packed.alone)
-    if chosen.supervised_tokens:
-        chosen = chosen.model_copy(update={"steps": steps.until(chosen.supervised_tokens)})
-        steps = packed_steps(samples, model.sources, chosen, alone=model.packed.alone)
+    say_if_alone(model, "projector", ctx.tracker)
+    steps, chosen = steps_of(ctx, model, chosen, examples, report, lambda kept: mixture([e.source for e in kept], data))
     figures = {
         "parameters": sum(p.numel() for p in projector.parameters()),
         "image_tokens": features.tokens,
@@ -202,48 +176,6 @@ def _write_card(
         },
         lineage={name: result.run_id for name, result in ctx.upstream.items()},
     )
-
-
-class Validation:
-    """Loss and grounding gain on held-out images, and what the model says about a few of them.
-
-    Attributes:
-        figures: Those of the last evaluation.
-    """
-
-    def __init__(
-        self, model: Multimodal, examples: Sequence[Example], chosen: ProjectorSettings, tracker: Tracker
-    ) -> None:
-        from mmphi.data.read import stratified
-
-        self.model, self.chosen, self.tracker = model, chosen, tracker
-        self.held = stratified(examples, VALIDATION_EXAMPLES, seed=0)
-        self.figures: Mapping[str, float] = {}
-        shown: dict[str, Example] = {}
-        for example in self.held:
-            if example.image is not None and len(shown) < chosen.sample_images:
-                shown.setdefault(example.image.id, example)
-        self.shown = list(shown.values())
-
-    def __call__(self, step: int) -> Mapping[str, float]:
-        """Measure after a step."""
-        from mmphi.evaluation.grounding import grounding
-
-        measured = grounding(self.model, self.held)
-        self.figures = {"val/loss": measured.loss, "val/grounding_gain": measured.gain}
-        prompts = [(e.images, e.turns[0].question) for e in self.shown]
-        rows = [
-            {
-                "step": step,
-                "image": e.images[0].path,
-                "question": e.turns[0].question,
-                "prediction": answer.text,
-                "reference": e.turns[0].answer,
-            }
-            for e, answer in zip(self.shown, self.model.generate(prompts, self.chosen.sample_tokens), strict=True)
-        ]
-        self.tracker.table("predictions", rows, image="image")
-        return self.figures
 
 
 STAGE = Stage(

@@ -85,6 +85,7 @@ def encode(
     prompt: Prompt,
     max_length: int,
     name: str = "",
+    context: str = "",
 ) -> Sample | None:
     """A conversation as a sequence of at most ``max_length`` tokens.
 
@@ -97,13 +98,14 @@ def encode(
         prompt: Writes it.
         max_length: In tokens, features included.
         name: Where it came from, for messages.
+        context: Text that stands where images would.
 
     Returns:
         ``None`` where even the last turn alone is too long, or no token of it is supervised.
     """
     placed = places_images([question for question, _ in turns], len(inputs))
     while turns:
-        sample = join(prompt.parts(turns, images=len(inputs)), inputs, name)
+        sample = join(prompt.parts(turns, images=len(inputs), context=context), inputs, name)
         if len(sample) <= max_length:
             return sample if sample.supervised.any() else None
         if placed:

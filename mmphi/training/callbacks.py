@@ -136,3 +136,36 @@ class EvaluateEvery(TrainerCallback):
         """Ask on multiples of the interval."""
         if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+class StepTable(TrainerCallback):
+    """Keeps the training loss of every logged step, from the beginning on, as transformers' own table shows it.
+
+    Attributes:
+        rows: Step and training loss.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the rows from the history, in which those of before an interruption stand too."""
+        self.rows = [
+            {"step": int(entry["step"]), "training loss": float(entry["loss"])}
+            for entry in state.log_history
+            if "loss" in entry
+        ]
+
+    def picture(self) -> Any:
+        """Training loss over steps."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([row["step"] for row in self.rows], [row["training loss"] for row in self.rows])
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss, nats/token")
+        axes.grid(alpha=0.3)
+        return figure

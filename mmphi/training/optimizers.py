@@ -1,12 +1,37 @@
-"""Muon for matrices and AdamW for the rest, as one optimiser."""
+"""What updates the weights beyond the Trainer's own: AdamW in groups, and Muon for matrices with AdamW for the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def grouped_adamw(
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]], *, weight_decay: float, beta2: float, paged: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW with a learning rate of its own for each group of parameters.
+
+    Args:
+        groups: Parameters and their peak learning rate; empty ones are left out.
+        weight_decay: Of matrices.
+        beta2: The second decay rate.
+        paged: Keep the state in memory that moves between GPU and CPU as it is needed (bitsandbytes).
+    """
+    given: list[dict[str, Any]] = []
+    for parameters, rate in groups:
+        for matrices in (True, False):
+            chosen = [p for p in parameters if (p.ndim > 1) == matrices]
+            if chosen:
+                given.append({"params": chosen, "lr": rate, "weight_decay": weight_decay if matrices else 0.0})
+    if paged and torch.cuda.is_available():
+        from bitsandbytes.optim import PagedAdamW32bit
+
+        optimizer: torch.optim.Optimizer = PagedAdamW32bit(given, betas=(0.9, beta2))
+        return optimizer
+    return torch.optim.AdamW(given, betas=(0.9, beta2))
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -58,7 +58,7 @@ def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
     outcomes = made.ledgers["tuning"].outcomes()
     assert chosen(STUDY, STUDY.levels, outcomes)["one"] == {"projector.learning_rate": 1e-2}
     assert chosen(STUDY, STUDY.levels, outcomes)["three"] == {"projector.learning_rate": 1e-3}
-    data = load_study(Store(), "toy", "val/loss")
+    data = load_study(Store(), "toy", ["val/loss"])
     runs = Counter((t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials)
     assert set(runs.values()) == {1}
     assert len(runs) == 6 + 9
@@ -238,7 +238,7 @@ def test_what_another_study_found_is_shown_in_both(empty_store: str) -> None:
     study = replace(STUDY, nuisance={}, seeds=1, levels={"two": 2, "three": 3})
     drive(driver(study, "first"))
     drive(driver(replace(study, question="Again?", levels={"two": 2, "deep": 3}), "second"))
-    first, second = (load_study(Store(), name, "val/loss") for name in ("first", "second"))
+    first, second = (load_study(Store(), name, ["val/loss"]) for name in ("first", "second"))
     one, other = first.results()["three"][0], second.results()["deep"][0]
     assert other.tags["mmphi.reuses"] == one.run_id
     assert other.metrics["test/loss"] == one.metrics["test/loss"]

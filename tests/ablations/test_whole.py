@@ -36,7 +36,7 @@ def test_study_of_real_trainings(empty_store: str, tmp_path: Path, capfd: pytest
     assert run("depth", STUDY, workers=1) == 0
     assert "finished: mmphi report ablation --study depth" in capfd.readouterr().out
     store = Store()
-    data = load_study(store, "depth", "val/loss")
+    data = load_study(store, "depth", ["val/loss"])
     assert data.missing() == []
     assert data.status == "FINISHED"
     trials = data.results()

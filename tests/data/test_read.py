@@ -9,7 +9,8 @@ from conftest import Recorder, byte_tokenizer, of_length
 from sources import captions, llava_row, photo_folder, settings, write
 
 from mmphi.data.encoded import count_left_out, encoded
-from mmphi.data.read import mixture, read_examples, stratified
+from mmphi.data.mixing import mixture
+from mmphi.data.read import read_examples, stratified
 from mmphi.data.records import Example, Turn
 from mmphi.errors import DataError, SettingsError
 from mmphi.stages.common import log_report

@@ -134,6 +134,15 @@ def test_parameters_are_counted_as_they_are(tied):
     assert count_parameters(config).total == sum(p.numel() for p in PhiForCausalLM(config).parameters())
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_runs(size):
+    """One layer of it, on a few tokens."""
+    config = size_config(size, vocabulary=64)
+    config.num_hidden_layers = 1
+    with torch.no_grad():
+        assert PhiForCausalLM(config)(torch.arange(8)[None]).logits.isfinite().all()
+
+
 def test_sizes_are_what_they_are_called():
     totals = {name: count_parameters(size_config(name)).total for name in SIZES}
     assert totals["phi-2"] == 2_779_683_840  # Phi-2's own count.

@@ -1,0 +1,217 @@
+"""Stage ``qlora``: a low-rank adapter on the quantised language model, beside the projector that was trained before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from mmphi.errors import ModelError, SettingsError
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings import DataSettings, LanguageSettings, Section
+from mmphi.settings.qlora import QloraSettings
+from mmphi.settings.view import SettingsView
+from mmphi.stages.before_after import measured_after, measured_before, record_before_and_after
+from mmphi.stages.common import check_training, drop_unseen, read, scenes_if_read
+from mmphi.stages.conversations import Validation, say_if_alone, steps_of
+from mmphi.stages.projector import ProjectorSettings, image_features
+
+if TYPE_CHECKING:
+    from mmphi.data.records import Example
+    from mmphi.models.multimodal import Multimodal
+    from mmphi.training.steps import PackedSteps
+
+S = TypeVar("S", bound=Section)
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
+    """The projector, unless another is named, and what its data come from."""
+    needed = list(scenes_if_read(settings))
+    if settings(ProjectorSettings).features == "cached":
+        needed.append("embed")
+    if not settings(QloraSettings).model:
+        needed.append("projector")
+    return tuple(needed)
+
+
+def check(settings: SettingsView) -> None:
+    """A batch for every pass, and a mixture that can be read."""
+    from mmphi.data.mixing import parse_weights
+
+    chosen = settings(QloraSettings)
+    check_training("qlora", chosen)
+    parse_weights(chosen.mixture, "qlora.mixture")
+    if chosen.optimizer != "adamw":
+        raise SettingsError(f"qlora.optimizer = {chosen.optimizer}, but adapters are trained with AdamW", "use adamw")
+    if chosen.dora and chosen.rslora:
+        raise SettingsError("qlora.dora and qlora.rslora are both on", "DoRA learns the scale itself: take rslora off")
+
+
+def cost(settings: SettingsView) -> Cost:
+    """An adapter is small: four copies of at most a hundredth of the base for every 16 of rank."""
+    return Cost(disk_bytes=4 * 4 * settings(QloraSettings).rank * 10_000_000)
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Train, and save a model that loads alone."""
+    from mmphi.data.mixing import grouped, mixed, mixture, parse_weights
+    from mmphi.models.adapter import adapter_parameters
+
+    chosen, data = ctx.settings(QloraSettings), ctx.settings(DataSettings)
+    examples, report = read(ctx.settings, ctx.upstream)
+    model = joined(ctx, chosen)
+    assert model.features is not None
+    assert model.projector is not None
+    examples = drop_unseen(examples, model.features, report)
+    weights = parse_weights(chosen.mixture, "qlora.mixture")
+    texts = text_rows(ctx) if "text" in weights else []
+    for row in texts:
+        report.keep(row.source)
+
+    def choose(kept: Sequence[Example]) -> list[int]:
+        if not weights:
+            return mixture([e.source for e in kept], data)
+        return mixed(grouped(kept, weights, "qlora.mixture"), weights, data.split_seed)
+
+    say_if_alone(model, "qlora", ctx.tracker)
+    steps, chosen = steps_of(ctx, model, chosen, [*examples, *texts], report, choose)
+    adapter = adapter_parameters(model.language)
+    figures = {
+        "parameters": sum(p.numel() for p in adapter.values()),
+        "projector_parameters": sum(p.numel() for p in model.projector.parameters()),
+        "supervised_tokens": steps.supervised(),
+    }
+    ctx.tracker.metrics({f"qlora/{name}": value for name, value in figures.items()})
+    return _trained(ctx, model, chosen, examples, steps)
+
+
+def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
+    """The projector's model on a language model of its own, quantised, with a new adapter.
+
+    Raises:
+        ModelError: If there is no projector, or it was trained on other features.
+    """
+    from mmphi.models.adapter import Shape, adapted, targets_of
+    from mmphi.models.bundle import load_bundle
+    from mmphi.models.multimodal import Multimodal
+
+    folder = ctx.models["qlora.model"] if chosen.model else ctx.upstream["projector"].path
+    features = image_features(ctx)
+    base = load_bundle(folder, precision=chosen.base, features=features)
+    if base.projector is None or base.vision is None:
+        raise ModelError(f"{folder} has no projector", "train one first, and give its run or folder in qlora.model")
+    if base.language.adapter is not None:
+        raise ModelError(f"{folder} has an adapter already", "give the run of a projector in qlora.model")
+    if features.digest != base.vision.digest:
+        raise ModelError(
+            "the projector was trained on other image features than these settings give",
+            "give the vision section that it was trained with",
+        )
+    shape = {name: getattr(chosen, name) for name in ("rank", "alpha", "rslora", "dropout", "dora", "seed")}
+    language = adapted(base.language, Shape(targets=tuple(chosen.targets), **shape))
+    ctx.tracker.say(f"qlora: adapters of rank {chosen.rank} on {', '.join(targets_of(language.model, ()))}")
+    base.projector.requires_grad_(chosen.projector_learning_rate > 0)
+    return Multimodal(
+        language, base.projector, features, chosen.max_length, base.vision, own_language=base.own_language
+    )
+
+
+def text_rows(ctx: Context) -> list[Example]:
+    """The drawn scenes as words, where they are read: conversations about a text in place of an image."""
+    from mmphi.stages.pretrain_scenes import scene_texts
+
+    scenes = ctx.upstream.get("scenes")
+    return list(scene_texts(scenes.path, held=False)) if scenes else []
+
+
+def _trained(
+    ctx: Context, model: Multimodal, chosen: QloraSettings, examples: Sequence[Example], steps: PackedSteps
+) -> dict[str, float]:
+    from mmphi.models.adapter import adapter_parameters
+    from mmphi.training.callbacks import StepTable
+    from mmphi.training.optimizers import grouped_adamw
+    from mmphi.training.trainer import train
+
+    assert model.projector is not None
+    held = [e for e in examples if e.split == "validation"]
+    validation = Validation(model, held, chosen, ctx.tracker) if held else None
+    before = measured_before(ctx, model, validation)
+    groups = [
+        (list(adapter_parameters(model.language).values()), chosen.learning_rate),
+        ([p for p in model.projector.parameters() if p.requires_grad], chosen.projector_learning_rate),
+    ]
+    optimizer = grouped_adamw(groups, weight_decay=chosen.weight_decay, beta2=chosen.beta2, paged=chosen.paged)
+    table = StepTable()
+    with model.packed.recomputing(chosen.gradient_checkpointing):
+        trained = train(
+            model.packed,
+            steps,
+            chosen,
+            folder=ctx.folder,
+            tracker=ctx.tracker,
+            title="qlora",
+            validate=validation,
+            optimizer=optimizer,
+            callbacks=[table],
+        )
+    model.packed.eval()
+    if not ctx.first:
+        return {}
+    figures = {f"before/{name}": value for name, value in before["figures"].items()}
+    figures |= measured_after(ctx, model, validation, trained.steps)
+    if table.rows:
+        ctx.tracker.table("steps", table.rows)
+        ctx.tracker.figure("training_loss", table.picture())
+    if validation:
+        both = [{**row, "before": old} for row, old in zip(validation.rows, before["answers"], strict=True)]
+        record_before_and_after(both, ctx.tracker)
+    model.save_pretrained(ctx.folder)
+    _write_card(ctx, model, chosen, figures)
+    return {"qlora/steps": trained.steps, **figures}
+
+
+def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures: Mapping[str, float]) -> None:
+    from mmphi.models.card import write_card
+
+    assert model.vision is not None
+    assert model.projector is not None
+    scale = "alpha / sqrt(rank)" if chosen.rslora else "alpha / rank"
+    write_card(
+        ctx.folder,
+        title=f"{Path(model.language.name).name} that answers about images",
+        what="A low-rank adapter on a frozen, quantised causal language model, and the projector that it sees through.",
+        base=ctx.settings(LanguageSettings).model,
+        example='"what is this?", "photo.jpg"',
+        run_id=ctx.tracker.run_id,
+        figures=figures,
+        parts={
+            "language model": f"{ctx.settings(LanguageSettings).model} in {chosen.base} ({model.language.digest})",
+            "adapter": f"rank {chosen.rank}, alpha {chosen.alpha:g}, scaled by {scale}{', DoRA' * chosen.dora}",
+            "prompt style": model.language.prompt.style,
+            "image tower": f"{model.vision.settings.model} {model.vision.settings.pretrained}".strip(),
+            "projector": model.projector.config,
+        },
+        lineage={name: result.run_id for name, result in ctx.upstream.items()},
+    )
+
+
+def evaluating_this(settings: S) -> S:
+    """The settings with which ``evaluate`` measures this stage's model."""
+    evaluate = settings.evaluate.model_copy(update={"stage": "qlora"})  # type: ignore[attr-defined]
+    return settings.model_copy(update={"evaluate": evaluate})
+
+
+STAGE = Stage(
+    name="qlora",
+    version=1,
+    help="train an adapter on the quantised language model, and the projector with it",
+    reads=("qlora", "data", "language.model"),
+    run=run,
+    upstream=upstream,
+    requests=("projector.features",),
+    check=check,
+    cost=cost,
+    then=("evaluate",),
+    asking=evaluating_this,
+    trains=True,
+)

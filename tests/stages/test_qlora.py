@@ -1,0 +1,206 @@
+"""The adapter's training as the pipeline builds it, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from safetensors.torch import load_file, save_file
+
+import mmphi
+from mmphi.data.records import ImageRef
+from mmphi.errors import ModelError, SettingsError
+from mmphi.models.bundle import load_bundle
+from mmphi.pipeline.build import Pipeline
+from mmphi.pipeline.stage import Result
+from mmphi.stages import STAGES
+from mmphi.tracking.store import Store
+
+
+@pytest.fixture(scope="module")
+def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """A store in which a small adapter is trained already."""
+    folder = tmp_path_factory.mktemp("qlora")
+    shutil.copy(_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pipeline = Pipeline(STAGES)
+        pipeline.build("qlora", small.settings())
+        torch.set_num_threads(threads)
+        yield pipeline
+
+
+@pytest.fixture
+def result(pipeline: Pipeline) -> Result:
+    return pipeline.build("qlora", small.settings())
+
+
+def adapter(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "adapter" / "adapter_model.safetensors")
+
+
+def questions(pipeline: Pipeline) -> list[tuple[ImageRef, str]]:
+    scenes = pipeline.result("scenes", small.settings())
+    images = sorted((scenes.path / "images" / "test").glob("*.png"))[:4]
+    return [(ImageRef(path.name, path), "what shapes are there?") for path in images]
+
+
+def test_it_trains_what_it_should_and_tells(pipeline, result):
+    base = pipeline.result("projector", small.settings()).path
+    before, after = (load_file(path / "projector.safetensors") for path in (base, result.path))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert any(tensor.abs().sum() > 0 for name, tensor in adapter(result.path).items() if "lora_B" in name)
+    own, theirs = result.path / "language", base / "language"
+    assert (own / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    layers = {name.split(".layers.")[1].split(".lora_")[0][2:] for name in adapter(result.path)}
+    assert layers == {*(f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "dense")), "mlp.fc1", "mlp.fc2"}
+    assert {"before/val/loss", "val/loss", "val/grounding_gain", "val/text_loss", "test/loss"} <= set(result.metrics)
+    tables = pipeline.store.client.list_artifacts(result.run_id)
+    assert {"before_and_after.json", "steps.json"} <= {Path(artifact.path).name for artifact in tables}
+    (evaluated,) = result.after
+    assert pipeline.store.run(evaluated.run_id).data.tags["mmphi.upstream.qlora"] == result.run_id
+
+
+def test_loaded_anew_it_answers_the_same(pipeline, result):
+    """In this process twice, in another once, and by PEFT alone."""
+    loaded = load_bundle(result.path)
+    asked = questions(pipeline)
+    answers = [answer.text for answer in loaded.generate(asked, 6)]
+    held = loaded.losses([example for example in examples(pipeline) if example.split == "test"])
+    assert mmphi.load(result.run_id).losses(
+        [example for example in examples(pipeline) if example.split == "test"]
+    ) == pytest.approx(held, rel=1e-5)
+    code = (
+        "import json, sys, torch, mmphi\n"
+        "from pathlib import Path\n"
+        "from mmphi.data.records import ImageRef\n"
+        "torch.set_num_threads(1)\n"
+        "asked = [(ImageRef(Path(p).name, Path(p)), 'what shapes are there?') for p in sys.argv[2:]]\n"
+        "print(json.dumps([a.text for a in mmphi.load(sys.argv[1]).generate(asked, 6)]))\n"
+    )
+    command = [sys.executable, "-c", code, str(result.path), *(str(image.path) for image, _ in asked)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout.splitlines()[-1]) == answers
+
+    from peft import PeftModel
+    from transformers import PhiForCausalLM
+
+    from mmphi.models.language import _quantization, keep_exact
+
+    config = _quantization("4bit", torch.device("cpu"))
+    base = keep_exact(PhiForCausalLM.from_pretrained(result.path / "language", quantization_config=config))
+    theirs = PeftModel.from_pretrained(base, str(result.path / "adapter")).eval()
+    ids = torch.arange(5, 25)[None]
+    assert torch.allclose(theirs(ids).logits, loaded.language.model(ids).logits, atol=1e-5)
+
+
+def examples(pipeline: Pipeline) -> list:
+    from mmphi.data.read import read_examples
+
+    scenes = pipeline.result("scenes", small.settings())
+    return read_examples(small.settings().data, scenes.path)[0]
+
+
+def test_two_models_of_one_base_do_not_meet(pipeline, result):
+    """A projector's model that is loaded after an adapter's has no adapter, and is what it was."""
+    projector = pipeline.result("projector", small.settings()).path
+    test = [example for example in examples(pipeline) if example.split == "test"]
+    before = mmphi.load(projector).losses(test)
+    mmphi.load(result.path)
+    again = mmphi.load(projector)
+    assert again.language.adapter is None
+    assert again.losses(test) == before
+
+
+def test_killed_it_goes_on_to_the_same(pipeline):
+    command = [sys.executable, str(Path(small.__file__)), "qlora", "qlora.seed=7", "qlora.dropout=0.1"]
+    died = subprocess.run(command, env={**os.environ, "SMALL_DIE_AT": "4"}, capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL
+    resumed = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
+    assert "going on from step 4" in resumed.stderr + resumed.stdout
+    path = Path(json.loads(resumed.stdout.splitlines()[-1])["path"])
+    straight = Pipeline(STAGES).build("qlora", small.settings(qlora__seed="7", qlora__dropout="0.1"), force=True)
+    one, other = adapter(path), adapter(straight.path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_frozen_projector_stays(pipeline):
+    frozen = pipeline.build("qlora", small.settings(qlora__projector_learning_rate="0", qlora__steps="2"), after=False)
+    base = pipeline.result("projector", small.settings()).path
+    before, after = (load_file(path / "projector.safetensors") for path in (base, frozen.path))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_mixtures_take_groups(pipeline):
+    mixed = {"qlora__mixture": "scenes:caption=1, text=2", "qlora__steps": "2"}
+    found = pipeline.build("qlora", small.settings(**mixed), after=False)
+    rows = (
+        json.loads(Path(found.path / "data_read.json").read_text()) if (found.path / "data_read.json").exists() else []
+    )
+    assert found.metrics["qlora/steps"] == 2 or rows
+    with pytest.raises(SettingsError, match="no training row is called 'jokes'") as caught:
+        pipeline.build("qlora", small.settings(qlora__mixture="jokes=1"))
+    assert "scenes:caption" in caught.value.hint
+    with pytest.raises(SettingsError, match="no group with a weight"):
+        pipeline.build("qlora", small.settings(qlora__mixture="caption=-1"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"qlora__rank": "33"}, ModelError, "rank 33 is above the width"),
+        ({"qlora__targets": "[q_proj, w_proj]"}, ModelError, "no linear layer 'w_proj'"),
+        ({"qlora__optimizer": "muon"}, SettingsError, "trained with AdamW"),
+        ({"qlora__batch_size": "2", "qlora__accumulation": "3"}, SettingsError, "qlora.batch_size = 2"),
+        ({"qlora__dora": "true", "qlora__rslora": "true"}, SettingsError, "both on"),
+    ],
+)
+def test_what_cannot_be_is_told(pipeline, changes, error, words):
+    with pytest.raises(error, match=words):
+        pipeline.build("qlora", small.settings(**changes))
+
+
+def test_a_damaged_or_foreign_adapter_is_refused(pipeline, result, tmp_path):
+    shutil.copytree(result.path, tmp_path / "other")
+    file = tmp_path / "other" / "adapter" / "adapter_model.safetensors"
+    file.unlink()
+    tensors = adapter(result.path)
+    save_file({name: torch.full_like(t, torch.nan) for name, t in tensors.items()}, file)
+    with pytest.raises(ModelError, match="not the one that was saved"):
+        load_bundle(tmp_path / "other")
+    from mmphi.models.adapter import with_saved
+
+    language = load_bundle(pipeline.result("projector", small.settings()).path).language
+    with pytest.raises(ModelError, match="not finite"):
+        with_saved(language, tmp_path / "other" / "adapter")
+    save_file({name: t[:, :-1].contiguous() if t.ndim == 2 else t for name, t in tensors.items()}, file)
+    with pytest.raises(ModelError, match="does not fit"):
+        with_saved(language, tmp_path / "other" / "adapter")
+    other = pipeline.build("pretrain", small.settings(pretrain__seed="5"))
+    with pytest.raises(ModelError, match="not the language model that"):
+        load_bundle(result.path, language=str(other.path / "language"))
+
+
+def test_an_adapter_is_not_put_on_an_adapter(pipeline, result):
+    with pytest.raises(ModelError, match="has an adapter already"):
+        pipeline.build("qlora", small.settings(qlora__model=result.run_id))
+
+
+def test_a_projector_of_another_run_is_taken_over(pipeline):
+    other = Store().model_folder(pipeline.result("projector", small.settings()).run_id)
+    found = pipeline.build("qlora", small.settings(qlora__model=str(other), qlora__steps="2"), after=False)
+    assert found.metrics["qlora/steps"] == 2
+    with pytest.raises(ModelError, match="other image features"):
+        pipeline.build("qlora", small.settings(qlora__model=str(other), vision__pool="2"), after=False)
