@@ -214,9 +214,16 @@ def _weight(layer: Any) -> torch.Tensor:
 
 
 def _add(plain: nn.Linear, layer: Any) -> None:
-    """Add what an adapter learned to the weights of a plain layer."""
+    """Add what an adapter learned to the weights of a plain layer.
+
+    Raises:
+        ModelError: If it is neither LoRA nor DoRA.
+    """
     for name in layer.active_adapters:
-        if name in layer.lora_variant:  # DoRA scales each row of the sum.
-            plain.weight.copy_(layer.lora_variant[name].merge_safe(layer, name, plain.weight.data).float())
-        else:
-            plain.weight += layer.get_delta_weight(name).float()
+        plain.weight += layer.get_delta_weight(name).float()
+        if name in layer.lora_magnitude_vector:  # DoRA: each row of the sum has a length of its own (equation 5).
+            lengths = layer.lora_magnitude_vector[name].weight.float()
+            plain.weight *= (lengths / plain.weight.norm(dim=1))[:, None]
+        elif name in layer.lora_variant:
+            kind = type(layer.lora_variant[name]).__name__
+            raise ModelError(f"an adapter of the kind {kind} cannot be merged", "merge LoRA or DoRA")

@@ -22,7 +22,7 @@ class EvaluateSettings(Section):
     model: str = setting(
         "", "folder, run or registered name of the model; empty takes that of `stage` with these settings", file="model"
     )
-    stage: Literal["projector", "qlora"] = setting("projector", "whose model, where none is named")
+    stage: Literal["projector", "qlora", "merge"] = setting("projector", "whose model, where none is named")
     split: Literal["train", "validation", "test"] = setting("test", "which images")
     seed: int = setting(0, "seed of samples, questions and shuffles", ge=0)
     max_images: int = setting(200, "at most this many images; 0 takes all", unit="images", ge=0)
@@ -85,6 +85,8 @@ def check(settings: SettingsView) -> None:
     chosen = settings(EvaluateSettings)
     if chosen.checkpoint == "final" or chosen.model:
         return
+    if chosen.stage == "merge":
+        raise SettingsError(f"evaluate.checkpoint = {chosen.checkpoint}: a merged model has none", "there is final")
     trained = settings(QloraSettings) if chosen.stage == "qlora" else settings(ProjectorSettings)
     saved = sorted({*range(trained.save_every, trained.steps + 1, trained.save_every), trained.steps})
     kept = [str(step) for step in saved[-trained.keep_checkpoints :]]

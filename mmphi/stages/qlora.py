@@ -43,6 +43,8 @@ def check(settings: SettingsView) -> None:
     parse_weights(chosen.mixture, "qlora.mixture")
     if chosen.optimizer != "adamw":
         raise SettingsError(f"qlora.optimizer = {chosen.optimizer}, but adapters are trained with AdamW", "use adamw")
+    if chosen.dora and chosen.base == "8bit":  # PEFT 0.21 leaves bitsandbytes' layers without their scales.
+        raise SettingsError("qlora.dora does not work on qlora.base = 8bit", "use 4bit or bf16")
     if chosen.dora and chosen.rslora:
         raise SettingsError("qlora.dora and qlora.rslora are both on", "DoRA learns the scale itself: take rslora off")
 

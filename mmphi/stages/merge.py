@@ -1,0 +1,101 @@
+"""Stage ``merge``: one plain language model of base and adapter, with the projector, in a folder that loads alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from mmphi.errors import ModelError
+from mmphi.pipeline.stage import Context, Stage
+from mmphi.settings import LanguageSettings, Section, setting
+from mmphi.settings.view import SettingsView
+from mmphi.stages.common import CONTENT, drop_unseen, read, scenes_if_read
+from mmphi.stages.projector import ProjectorSettings, image_features
+
+SCORED = 200  # Held-out conversations that the loss before and after is of.
+
+
+class MergeSettings(Section):
+    """An adapter merged into its dequantised base."""
+
+    model: str = setting("", "folder or run of the adapter; empty takes that of these settings", file="model")
+    precision: Literal["bf16", "fp32"] = setting("bf16", "merged weights; sums are made in fp32")
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
+    """The adapter, unless another is named, and what the loss is measured on."""
+    needed = list(scenes_if_read(settings))
+    if settings(ProjectorSettings).features == "cached":
+        needed.append("embed")
+    return (*needed, *(() if settings(MergeSettings).model else ("qlora",)))
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Merge, measure, save.
+
+    Raises:
+        ModelError: If the model has no adapter.
+    """
+    import torch
+
+    from mmphi.data.read import stratified
+    from mmphi.models.adapter import merged
+    from mmphi.models.bundle import LANGUAGE, load_bundle
+    from mmphi.models.language import DTYPES, language_digest, save_language
+    from mmphi.models.multimodal import Multimodal
+
+    chosen = ctx.settings(MergeSettings)
+    folder = ctx.models["merge.model"] if chosen.model else ctx.upstream["qlora"].path
+    model = load_bundle(folder, features=image_features(ctx))
+    assert model.features is not None
+    if model.language.adapter is None:
+        raise ModelError(f"{folder} has no adapter to merge", "give the run of a qlora in merge.model")
+    examples, report = read(ctx.settings, ctx.upstream)
+    held = [e for e in examples if e.split == "validation"]
+    held = stratified(drop_unseen(held, model.features, report), SCORED, seed=0)
+
+    def loss(of: Multimodal) -> float:
+        nats, tokens = of.losses(held)
+        return nats / max(tokens, 1)
+
+    before = loss(model)
+    language = merged(model.language, torch.bfloat16 if chosen.precision == "bf16" else DTYPES["fp32"])
+    place = ctx.folder / LANGUAGE
+    save_language(language.model, language.prompt, place)
+    settings = language.settings.model_copy(update={"model": str(place), "tokenizer": "", "revision": ""})
+    language = replace(language, name=str(place), digest=language_digest(str(place), ""), settings=settings)
+    joined = Multimodal(language, model.projector, model.features, model.max_length, model.vision, own_language=True)
+    after = loss(joined)
+    joined.save_pretrained(ctx.folder)
+    ctx.tracker.say(f"merge: {before:.4f} nats/token before, {after:.4f} after, on {len(held)} held-out conversations")
+    _write_card(ctx, {"val/loss before": before, "val/loss": after})
+    return {"before/val/loss": before, "val/loss": after}
+
+
+def _write_card(ctx: Context, figures: Mapping[str, float]) -> None:
+    from mmphi.models.card import write_card
+
+    base, chosen = ctx.settings(LanguageSettings).model, ctx.settings(MergeSettings)
+    write_card(
+        ctx.folder,
+        title="A language model that answers about images",
+        what="An adapter merged into its dequantised language model, and the projector that it sees through.",
+        base=base,
+        example='"what is this?", "photo.jpg"',
+        run_id=ctx.tracker.run_id,
+        figures=figures,
+        parts={"language model": f"{base}, merged, in {chosen.precision}"},
+        lineage={name: result.run_id for name, result in ctx.upstream.items()},
+    )
+
+
+STAGE = Stage(
+    name="merge",
+    version=1,
+    help="merge an adapter into its dequantised language model",
+    reads=("merge", *CONTENT, "language.model"),
+    run=run,
+    upstream=upstream,
+    requests=("projector.features",),
+)
