@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 from mmphi.errors import ModelError
-from mmphi.models.language import load_language
+from mmphi.models.language import keep_exact, load_language
 from mmphi.models.phi import phi_config
 from mmphi.settings import LanguageSettings
 
@@ -99,3 +99,17 @@ def test_phi_config_is_phi2s_at_its_size():
     model = PhiForCausalLM(phi_config(1, 320, 4, 64, 100, 0))
     assert model.model.rotary_emb.inv_freq.shape == (16,)  # 0.4 of 80, in pairs: as in Phi-2
     assert config.num_key_value_heads == 32
+
+
+def test_four_bits_give_gradients_after_an_answer():
+    """bitsandbytes would repack them on a CPU with AVX-512, for a kernel that has none."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = keep_exact(Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu").eval())
+    inputs = torch.randn(3, 64, requires_grad=True)
+    before, after = [], []
+    for found in (before, after):
+        found += [layer(inputs), *torch.autograd.grad(layer(inputs).sum(), inputs)]
+        with torch.no_grad():
+            layer(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
