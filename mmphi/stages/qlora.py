@@ -110,8 +110,9 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
             "give the vision section that it was trained with",
         )
     shape = {name: getattr(chosen, name) for name in ("rank", "alpha", "rslora", "dropout", "dora", "seed")}
-    language = adapted(base.language, Shape(targets=tuple(chosen.targets), **shape))
-    ctx.tracker.say(f"qlora: adapters of rank {chosen.rank} on {', '.join(targets_of(language.model, ()))}")
+    names = targets_of(base.language.model, tuple(chosen.targets))
+    language = adapted(base.language, Shape(targets=tuple(names), **shape))
+    ctx.tracker.say(f"qlora: adapters of rank {chosen.rank} on {', '.join(names)}")
     base.projector.requires_grad_(chosen.projector_learning_rate > 0)
     return Multimodal(
         language, base.projector, features, chosen.max_length, base.vision, own_language=base.own_language

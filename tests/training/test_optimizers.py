@@ -9,7 +9,7 @@ from conftest import Recorder, encode, example, tiny_language
 from mmphi.errors import Stopped
 from mmphi.models.packed import PackedModel
 from mmphi.settings import TrainingSettings
-from mmphi.training.optimizers import MuonAdamW
+from mmphi.training.optimizers import MuonAdamW, grouped_adamw
 from mmphi.training.steps import packed_steps
 from mmphi.training.trainer import train
 
@@ -89,3 +89,14 @@ def test_resumed_equals_straight_to_the_bit(tmp_path):
     resumed = run(tmp_path / "cut")
     for (name, one), (_, other) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_groups_have_rates_of_their_own_and_decay_is_for_matrices():
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    optimizer = grouped_adamw(
+        [(list(one.parameters()), 0.1), ([], 0.5), (list(other.parameters()), 0.01)], weight_decay=0.3, beta2=0.9
+    )
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    wanted = {one.weight: (0.1, 0.3), one.bias: (0.1, 0.0), other.weight: (0.01, 0.3), other.bias: (0.01, 0.0)}
+    assert found == {id(parameter): values for parameter, values in wanted.items()}
+    assert all(group["betas"] == (0.9, 0.9) for group in optimizer.param_groups)
