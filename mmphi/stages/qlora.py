@@ -200,8 +200,8 @@ def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures:
 
 def evaluating_this(settings: S) -> S:
     """The settings with which ``evaluate`` measures this stage's model."""
-    evaluate = settings.evaluate.model_copy(update={"stage": "qlora"})  # type: ignore[attr-defined]
-    return settings.model_copy(update={"evaluate": evaluate})
+    evaluate: Section = getattr(settings, "evaluate")  # noqa: B009  # A stage does not know the class of all settings.
+    return settings.model_copy(update={"evaluate": evaluate.model_copy(update={"stage": "qlora"})})
 
 
 STAGE = Stage(

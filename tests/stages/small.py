@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from mmphi.stages import Settings, load_settings
+import pytest
+import torch
+
+from mmphi.pipeline.build import Pipeline
+from mmphi.stages import STAGES, Settings, load_settings
 
 SMALL = {
     "scenes.train_images": "40",
@@ -50,12 +57,29 @@ def settings(**changes: str) -> Settings:
     return load_settings("tiny", {**SMALL, **{name.replace("__", "."): value for name, value in changes.items()}})
 
 
+@contextmanager
+def built(stage: str, database: Path, folder: Path) -> Iterator[Pipeline]:
+    """A store of its own in which a stage is built already.
+
+    Args:
+        stage: What to build.
+        database: An empty store, which is copied.
+        folder: Where it goes, and the cache beside it.
+    """
+    shutil.copy(database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pipeline = Pipeline(STAGES)
+        pipeline.build(stage, settings())
+        torch.set_num_threads(threads)
+        yield pipeline
+
+
 def main() -> None:
     """Build a stage; with SMALL_DIE_AT the process kills itself after so many optimiser steps."""
-    import torch
-
-    from mmphi.pipeline.build import Pipeline
-    from mmphi.stages import STAGES
     from mmphi.training.trainer import Loop
 
     torch.set_num_threads(1)

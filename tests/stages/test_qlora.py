@@ -31,16 +31,7 @@ from mmphi.tracking.store import Store
 @pytest.fixture(scope="module")
 def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A store in which a small adapter is trained already."""
-    folder = tmp_path_factory.mktemp("qlora")
-    shutil.copy(_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        pipeline = Pipeline(STAGES)
-        pipeline.build("qlora", small.settings())
-        torch.set_num_threads(threads)
+    with small.built("qlora", _database, tmp_path_factory.mktemp("qlora")) as pipeline:
         yield pipeline
 
 

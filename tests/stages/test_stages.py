@@ -24,7 +24,6 @@ from mmphi.models.bundle import load_bundle
 from mmphi.models.multimodal import Multimodal
 from mmphi.pipeline.build import Pipeline
 from mmphi.settings import LanguageSettings
-from mmphi.stages import STAGES
 from mmphi.tracking.store import Store
 
 UPSTREAM = ("scenes", "pretrain", "light_clip", "embed")
@@ -33,16 +32,7 @@ UPSTREAM = ("scenes", "pretrain", "light_clip", "embed")
 @pytest.fixture(scope="module")
 def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A store in which the small projector is built already."""
-    folder = tmp_path_factory.mktemp("stages")
-    shutil.copy(_database, folder / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        pipeline = Pipeline(STAGES)
-        pipeline.build("projector", small.settings())
-        torch.set_num_threads(threads)
+    with small.built("projector", _database, tmp_path_factory.mktemp("stages")) as pipeline:
         yield pipeline
 
 
