@@ -7,9 +7,10 @@ from mmphi.settings import DataSettings, LanguageSettings, Section, VisionSettin
 from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
 from mmphi.settings.qlora import QloraSettings
-from mmphi.stages import embed, evaluate, light_clip, merge, pretrain, projector, qlora, scenes, tokens
+from mmphi.stages import embed, evaluate, export, light_clip, merge, pretrain, projector, qlora, scenes, tokens
 from mmphi.stages.embed import EmbedSettings
 from mmphi.stages.evaluate import EvaluateSettings
+from mmphi.stages.export import ExportSettings
 from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.merge import MergeSettings
 from mmphi.stages.projector import ProjectorSettings
@@ -17,7 +18,7 @@ from mmphi.stages.scenes import ScenesSettings
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
-    for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate, qlora, merge)
+    for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate, qlora, merge, export)
 }
 
 
@@ -36,6 +37,7 @@ class Settings(Section):
     projector: ProjectorSettings = ProjectorSettings()
     qlora: QloraSettings = QloraSettings()
     merge: MergeSettings = MergeSettings()
+    export: ExportSettings = ExportSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
 

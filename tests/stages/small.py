@@ -58,13 +58,14 @@ def settings(**changes: str) -> Settings:
 
 
 @contextmanager
-def built(stage: str, database: Path, folder: Path) -> Iterator[Pipeline]:
+def built(stage: str, database: Path, folder: Path, **changes: str) -> Iterator[Pipeline]:
     """A store of its own in which a stage is built already.
 
     Args:
         stage: What to build.
         database: An empty store, which is copied.
         folder: Where it goes, and the cache beside it.
+        **changes: Of the settings.
     """
     shutil.copy(database, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +74,7 @@ def built(stage: str, database: Path, folder: Path) -> Iterator[Pipeline]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         pipeline = Pipeline(STAGES)
-        pipeline.build(stage, settings())
+        pipeline.build(stage, settings(**changes))
         torch.set_num_threads(threads)
         yield pipeline
 

@@ -1,0 +1,129 @@
+"""Stage ``export``: a model as a folder that ``LlavaForConditionalGeneration.from_pretrained`` loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from mmphi.errors import ModelError
+from mmphi.pipeline.stage import Context, Stage
+from mmphi.settings import Section, VisionSettings, setting
+from mmphi.settings.view import SettingsView
+from mmphi.stages.light_clip import LightClipSettings
+from mmphi.stages.projector import ProjectorSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmphi.models.multimodal import Multimodal
+
+TOLERANCE = 1e-4  # Of a logit, in fp32.
+
+
+class ExportSettings(Section):
+    """A model in the classes of transformers, for its server, vLLM and whatever else takes LLaVA."""
+
+    model: str = setting("", "folder or run of the model; empty takes that of `stage`", file="model")
+    stage: Literal["projector", "qlora", "merge"] = setting("qlora", "whose model, where none is named")
+    precision: Literal["bf16", "fp32"] = setting("bf16", "weights as written; they are compared in fp32 before")
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
+    """Whose model it is, unless one is named."""
+    chosen = settings(ExportSettings)
+    return () if chosen.model else (chosen.stage,)
+
+
+def check(settings: SettingsView) -> None:
+    """A shape that LLaVA has, told before anything is trained.
+
+    Raises:
+        ModelError: With the reason.
+    """
+    from mmphi.models.llava import UNFIT, check_projector
+    from mmphi.models.projector import ProjectorConfig
+
+    if settings(ExportSettings).model:
+        return
+    projector, vision = settings(ProjectorSettings), settings(VisionSettings)
+    check_projector(ProjectorConfig(1, projector.width, projector.layers, projector.width, norm=projector.norm))
+    if vision.pool != 1:
+        raise ModelError(f"vision.pool = {vision.pool}, and LLaVA averages no patches", UNFIT)
+    clip = settings(LightClipSettings)
+    if vision.model == "light_clip" and (clip.image_tower or clip.from_nothing != "vit"):
+        raise ModelError(
+            f"the image tower is a {clip.image_tower or clip.from_nothing}, and LLaVA's is a CLIP ViT",
+            "train with vision.model = ViT-..., or light_clip.from_nothing = vit",
+        )
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Convert, compare, save.
+
+    Raises:
+        ModelError: If LLaVA cannot be this model, or what was made says something else.
+    """
+    import torch
+
+    from mmphi.models.llava import as_llava, save_llava
+    from mmphi.models.llava_check import QUESTIONS, difference, pictures, said
+
+    chosen = ctx.settings(ExportSettings)
+    folder = ctx.models["export.model"] if chosen.model else ctx.upstream[chosen.stage].path
+    model = plain_model(folder)
+    images = pictures()
+    expected = said(model, images, QUESTIONS)
+    exported, processor = as_llava(model)
+    found = difference(exported, processor, expected, images, QUESTIONS)
+    ctx.tracker.say(
+        f"export: logits of {len(QUESTIONS)} questions differ by {found.logits:.1e} at most, pixels by"
+        f" {found.pixels:.2f} of 255"
+    )
+    if not found.logits < TOLERANCE:
+        raise ModelError(
+            f"the exported model's logits differ by {found.logits:.2g}, more than {TOLERANCE:g}: its language model"
+            " does something that LLaVA's does not (scaled or capped logits, for instance)",
+            "use the model with mmphi.load",
+        )
+    if found.tokens:
+        raise ModelError(
+            f"the processor writes {found.tokens} of {len(QUESTIONS)} questions in other tokens than the model was"
+            " trained with",
+            "use the model with mmphi.load, or train it with language.prompt = chat",
+        )
+    figures = {"export/logit_difference": found.logits, "export/pixel_difference": found.pixels}
+    exported.to(torch.bfloat16 if chosen.precision == "bf16" else torch.float32)
+    if chosen.precision == "bf16":
+        figures["export/logit_difference_bf16"] = difference(exported, processor, expected, images, QUESTIONS).logits
+    save_llava(exported, processor, ctx.folder)
+    ctx.tracker.say(f"export: LlavaForConditionalGeneration.from_pretrained({str(ctx.folder)!r})")
+    return figures
+
+
+def plain_model(folder: Path) -> Multimodal:
+    """A model in fp32 whose language model has neither quantised layers nor an adapter."""
+    import torch
+
+    from mmphi.models.adapter import merged
+    from mmphi.models.bundle import load_bundle, read_bundle
+    from mmphi.models.multimodal import Multimodal
+
+    # Beside an adapter the base stays as it was rounded; else its own weights are the better ones.
+    model = load_bundle(folder, precision="" if "adapter" in read_bundle(folder) else "fp32")
+    language = merged(model.language, torch.float32)
+    tower = getattr(model.features, "tower", None)
+    if tower is not None:
+        tower.visual.float()
+    return Multimodal(language, model.projector, model.features, model.max_length, model.vision)
+
+
+STAGE = Stage(
+    name="export",
+    version=1,
+    help="write the model in transformers' LLaVA format",
+    reads=("export",),
+    run=run,
+    upstream=upstream,
+    requests=("projector", "vision", "light_clip"),
+    check=check,
+)

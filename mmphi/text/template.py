@@ -1,0 +1,55 @@
+"""How conversations are written, as the chat template that a processor of transformers carries."""
+
+from __future__ import annotations
+
+from mmphi.errors import ModelError
+from mmphi.text.prompt import MARK, Prompt
+
+# Images of a message stand first, then its text on a line of its own, as in the training.
+READ = (
+    "{%- set part = namespace(images='', text='') -%}"
+    "{%- if message['content'] is string -%}{%- set part.text = message['content'] -%}"
+    "{%- else -%}{%- for item in message['content'] -%}"
+    "{%- if item['type'] in ['image', 'image_url'] -%}{%- set part.images = part.images + 'MARK' -%}"
+    "{%- elif item['type'] == 'text' -%}{%- set part.text = part.text + item['text'] -%}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+).replace("MARK", MARK)
+LINES = (
+    "{%- if BOS -%}{{- bos_token -}}{%- endif -%}"
+    "{%- for message in messages -%}" + READ + "{%- if message['role'] == 'user' -%}{{- part.images -}}"
+    "{%- if part.text -%}{%- if part.images or not loop.first -%}{{- '\\n' -}}{%- endif -%}{{- ASKED -}}{%- endif -%}"
+    "{%- elif message['role'] == 'assistant' -%}{{- GAP + part.text + eos_token -}}"
+    "{%- else -%}{{- raise_exception('this model was trained without messages of the role ' + message['role']) -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
+STYLES = {
+    "plain": ("part.text + '\\n'", "''"),
+    "phi": ("'Instruct: ' + part.text + '\\nOutput:'", "' '"),
+}
+# The tokenizer's own template sees plain texts: what stands in a list of parts is joined for it first.
+CHAT = (
+    "{%- set joined = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}" + READ + "{%- set gap = '\\n' if part.images and part.text else '' -%}"
+    "{%- set joined.messages = joined.messages + "
+    "[{'role': message['role'], 'content': part.images + gap + part.text}] -%}{%- endfor -%}"
+    "{%- set messages = joined.messages -%}"
+)
+
+
+def llava_template(prompt: Prompt) -> str:
+    """A chat template (Jinja) that writes what the prompt writes, with ``<image>`` where an image stands.
+
+    Args:
+        prompt: Of the model.
+
+    Raises:
+        ModelError: If the tokenizer has several templates.
+    """
+    if prompt.style == "chat":
+        own = prompt.tokenizer.chat_template
+        if not isinstance(own, str):
+            raise ModelError("the tokenizer has several chat templates", "keep one of them")
+        return CHAT + own
+    asked, gap = STYLES[prompt.style]
+    bos = "true" if prompt.tokenizer.bos_token is not None else "false"
+    return LINES.replace("BOS", bos).replace("ASKED", asked).replace("GAP", gap)

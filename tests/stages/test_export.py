@@ -1,0 +1,57 @@
+"""A trained model exported by the pipeline, at a size that takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import small
+from safetensors import safe_open
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from mmphi.errors import ModelError
+from mmphi.models.llava_check import QUESTIONS, difference, pictures, said
+from mmphi.pipeline.build import Pipeline
+from mmphi.stages import STAGES
+from mmphi.stages.export import plain_model
+
+LLAVA = {
+    "light_clip__from_nothing": "vit",
+    "projector__norm": "false",
+    "projector__width": "0",
+    "projector__layers": "2",
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """A store in which a small adapter of LLaVA's shape is exported already."""
+    with small.built("export", _database, tmp_path_factory.mktemp("export"), **LLAVA) as pipeline:
+        yield pipeline
+
+
+def test_what_the_pipeline_exports_loads_in_transformers_and_is_the_adapters_model(pipeline: Pipeline) -> None:
+    result = pipeline.build("export", small.settings(**LLAVA))
+    assert 0 <= result.metrics["export/logit_difference"] < 1e-4
+    adapter = pipeline.result("qlora", small.settings(**LLAVA)).path
+    model, images = plain_model(adapter), pictures()
+    loaded = LlavaForConditionalGeneration.from_pretrained(result.path, dtype="bfloat16").eval()
+    processor = AutoProcessor.from_pretrained(result.path, use_fast=False)
+    found = difference(loaded, processor, said(model, images, QUESTIONS), images, QUESTIONS)
+    assert found.tokens == 0
+    assert found.logits == pytest.approx(result.metrics["export/logit_difference_bf16"], rel=0.05)
+    with safe_open(result.path / "model.safetensors", "pt") as weights:
+        assert not weights.get_tensor("lm_head.bias").any()  # vLLM's Phi has one.
+        assert str(weights.get_tensor("lm_head.weight").dtype) == "torch.bfloat16"
+
+
+def test_what_has_no_counterpart_is_refused_before_anything_is_trained(empty_store: str) -> None:
+    for changes, said_so in (
+        (LLAVA | {"projector__norm": "true"}, "normalises its input"),
+        (LLAVA | {"projector__width": "48"}, "wide inside"),
+        (LLAVA | {"vision__pool": "2"}, "averages no patches"),
+        (LLAVA | {"light_clip__from_nothing": "resnet"}, "is a resnet, and LLaVA's is a CLIP ViT"),
+    ):
+        with pytest.raises(ModelError, match=said_so):
+            Pipeline(STAGES).build("export", small.settings(**changes))
