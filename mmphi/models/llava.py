@@ -6,10 +6,12 @@ what has another shape is refused with the reason, and what is made is compared 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmphi.errors import ModelError
@@ -20,7 +22,6 @@ from mmphi.models.projector import ProjectorConfig
 from mmphi.text.prompt import MARK
 from mmphi.text.template import llava_template
 
-HEAD_BIAS = "lm_head.bias"
 UNFIT = "this shape has no counterpart in transformers' LLaVA: use mmphi.load, or train one that has"
 
 
@@ -166,11 +167,26 @@ def save_llava(model: Any, processor: Any, folder: Path) -> None:
         processor: Its processor.
         folder: Where to.
     """
-    state = model.state_dict()
-    if model.config.text_config.architectures == ["PhiForCausalLM"]:
-        state[HEAD_BIAS] = torch.zeros(model.lm_head.out_features, dtype=model.lm_head.weight.dtype)
-    model.save_pretrained(folder, state_dict=state)
+    head, model.config.text_config._name_or_path = model.lm_head, ""
+    if model.config.text_config.architectures == ["PhiForCausalLM"] and head.bias is None:
+        head.bias = nn.Parameter(torch.zeros_like(head.weight[:, 0]), requires_grad=False)
+    model.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        weights = {_published(name): tensor for name, tensor in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {_published(name): shard for name, shard in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2) + "\n")
     processor.save_pretrained(folder)
+
+
+def _published(name: str) -> str:
+    """A weight's name as in the published LLaVA models, which every version of transformers and vLLM reads."""
+    own, inner = "vision_tower.", "vision_model."
+    rest = name.removeprefix(own)
+    return own + inner + rest if rest != name and not rest.startswith(inner) else name
 
 
 def _head(language: Language, token: int) -> nn.Linear:

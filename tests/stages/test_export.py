@@ -42,8 +42,9 @@ def test_what_the_pipeline_exports_loads_in_transformers_and_is_the_adapters_mod
     assert found.tokens == 0
     assert found.logits == pytest.approx(result.metrics["export/logit_difference_bf16"], rel=0.05)
     with safe_open(result.path / "model.safetensors", "pt") as weights:
-        assert not weights.get_tensor("lm_head.bias").any()  # vLLM's Phi has one.
-        assert str(weights.get_tensor("lm_head.weight").dtype) == "torch.bfloat16"
+        assert not weights.get_tensor("language_model.lm_head.bias").any()  # vLLM's Phi has one.
+        assert "vision_tower.vision_model.pre_layrnorm.weight" in set(weights.keys())  # As published models have it.
+        assert str(weights.get_tensor("language_model.lm_head.weight").dtype) == "torch.bfloat16"
 
 
 def test_what_has_no_counterpart_is_refused_before_anything_is_trained(empty_store: str) -> None:
