@@ -33,8 +33,9 @@ def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
     import open_clip
     import torch
     from safetensors.torch import save_file
-    from transformers import CLIPVisionConfig, CLIPVisionModel, PhiForCausalLM
+    from transformers import PhiForCausalLM
 
+    from mmphi.models.clip_vision import clip_vision
     from mmphi.models.phi import phi_config
     from mmphi.text.tokenizer import phi2_tokenizer
 
@@ -52,50 +53,8 @@ def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
     open_clip.add_model_config(path)
     clip = open_clip.create_model("benchmark-vit")
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "vision.safetensors")
-    theirs = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=shape.vision_width,
-            intermediate_size=4 * shape.vision_width,
-            num_hidden_layers=shape.vision_layers,
-            num_attention_heads=shape.vision_width // heads,
-            image_size=shape.image_size,
-            patch_size=shape.patch_size,
-            hidden_act="gelu",
-        )
-    )
-    renamed = as_transformers(clip.visual.state_dict(), shape.vision_layers)
-    known = set(theirs.state_dict())
-    prefix = "" if "embeddings.class_embedding" in known else "vision_model."
-    theirs.load_state_dict({prefix + k: v for k, v in renamed.items()}, strict=False)
-    theirs.save_pretrained(folder / "vision")
+    clip_vision(clip.visual).save_pretrained(folder / "vision")
     return dict(clip.visual.preprocess_cfg)
-
-
-def as_transformers(weights: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """Weights of open_clip's ViT under the names that transformers' CLIPVisionModel has for them."""
-    named = {
-        "embeddings.class_embedding": weights["class_embedding"],
-        "embeddings.position_embedding.weight": weights["positional_embedding"],
-        "embeddings.patch_embedding.weight": weights["conv1.weight"],
-    }
-    for ours, theirs in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
-        named |= {f"{theirs}.{part}": weights[f"{ours}.{part}"] for part in ("weight", "bias")}
-    pairs = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "attn.out_proj": "self_attn.out_proj",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    for layer in range(layers):
-        before, after = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
-        for part in ("weight", "bias"):
-            for ours, theirs in pairs.items():
-                named[f"{after}.{theirs}.{part}"] = weights[f"{before}.{ours}.{part}"]
-            thirds = weights[f"{before}.attn.in_proj_{part}"].chunk(3)
-            for name, third in zip("qkv", thirds, strict=True):
-                named[f"{after}.self_attn.{name}_proj.{part}"] = third
-    return named
 
 
 def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:

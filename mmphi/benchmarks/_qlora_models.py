@@ -1,0 +1,159 @@
+"""What both sides of ``mmphi benchmark qlora`` read: models with random weights, images, rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the models and of the batch; answers have ``shortest`` to ``longest`` words, evenly on a log scale."""
+
+    width: int = 256
+    layers: int = 4
+    head: int = 32
+    vision_width: int = 384
+    vision_layers: int = 8
+    image_size: int = 224
+    patch_size: int = 16
+    batch_size: int = 16
+    images: int = 64
+    shortest: int = 4
+    longest: int = 120
+    max_length: int = 2048
+    precision: str = "fp32"
+
+
+SHAPES = {
+    "small": Shape(),
+    "tiny": Shape(32, 2, 8, 32, 2, 64, 16, 4, 6, 2, 6, 256),
+    "phi2": Shape(2560, 32, 80, 1024, 24, 336, 14, 16, 256, 10, 400, 2048, "bf16"),
+}
+
+
+def prepare(folder: Path, shape: Shape, steps: int) -> None:
+    """Write models with random weights, images and rows: what both sides read."""
+    import numpy as np
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+    from transformers import PhiForCausalLM
+
+    from mmphi.benchmarks.embed import draw_photos
+    from mmphi.data.features import LiveFeatures
+    from mmphi.models.llava import as_llava, save_llava
+    from mmphi.models.multimodal import Multimodal
+    from mmphi.models.phi import phi_config
+    from mmphi.models.projector import Projector, ProjectorConfig
+    from mmphi.models.vision import Vision
+    from mmphi.text.sequences import Input, join
+    from mmphi.text.tokenizer import phi2_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = phi2_tokenizer()
+    heads = shape.width // shape.head
+    config = phi_config(shape.layers, shape.width, heads, shape.max_length, 51200, tokenizer.eos_token_id)
+    language = PhiForCausalLM(config)
+    if shape.precision == "bf16":
+        language.to(torch.bfloat16)
+    language.save_pretrained(folder / "language")
+    tokenizer.save_pretrained(folder / "language")
+    vision = {"image_size": shape.image_size, "layers": shape.vision_layers, "width": shape.vision_width}
+    vision |= {"patch_size": shape.patch_size, "head_width": min(64, shape.vision_width)}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1}
+    (folder / "benchmark-vit.json").write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(folder / "benchmark-vit.json")
+    clip = open_clip.create_model("benchmark-vit")
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "vision.safetensors")
+    Projector(ProjectorConfig(shape.vision_width, shape.width)).save(folder)
+
+    images = draw_photos(folder / "images", shape.images)
+    spoken, tower = loaded_language(folder, "fp32"), loaded_tower(folder)
+    rng, rows = np.random.default_rng(0), []
+    words = ["table", "people", "the", "red", "standing", "a", "near", "street", "of", "dog", "is", "two", "with"]
+    spread = np.geomspace(shape.shortest, shape.longest, shape.batch_size).astype(int)
+    for step in range(steps):
+        batch = []
+        for length in rng.permutation(spread):
+            image = images[int(rng.integers(len(images)))]
+            turns = [(" ".join(rng.choice(words, 8)), " ".join(rng.choice(words, max(1, length // 2)))) for _ in "ab"]
+            parts = spoken.prompt.parts(turns, images=1)
+            sample = join(parts, [Input("image", image, tower.tokens)], str(step))
+            batch.append(
+                {
+                    "ids": sample.input_ids.tolist(),
+                    "supervised": sample.supervised.tolist(),
+                    "image": [image.id, str(image.path)],
+                    "image_at": [sample.spans[0].start, sample.spans[0].length],
+                }
+            )
+        rows.append(batch)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    settings = vision_settings(folder)
+    model = Multimodal(spoken, Projector.load(folder), LiveFeatures(tower), 2048, Vision(settings, tower.digest))
+    save_llava(*as_llava(model), folder / "llava")
+
+
+def vision_settings(folder: Path) -> Any:
+    """Of the image tower that :func:`prepare` left."""
+    from mmphi.settings import VisionSettings
+
+    return VisionSettings(model=str(folder / "benchmark-vit.json"), pretrained=str(folder / "vision.safetensors"))
+
+
+def loaded_tower(folder: Path) -> Any:
+    """The image tower."""
+    from mmphi.models.vision import load_tower
+
+    return load_tower(vision_settings(folder))
+
+
+def loaded_language(folder: Path, precision: Any) -> Any:
+    """The language model."""
+    from mmphi.models.device import this_device
+    from mmphi.models.language import load_language
+    from mmphi.settings import LanguageSettings
+
+    settings = LanguageSettings(model=str(folder / "language"), precision=precision, prompt="phi")
+    return load_language(settings, None, this_device())
+
+
+class Stored:
+    """Features of images, made once."""
+
+    def __init__(self, folder: Path, paths: list[str]) -> None:
+        import torch
+
+        from mmphi.data.features import LiveFeatures
+        from mmphi.data.records import ImageRef
+        from mmphi.models.device import this_device
+
+        live = LiveFeatures(loaded_tower(folder).to(this_device()))
+        self.tokens, self.width, self.digest = live.tokens, live.width, live.digest
+        self._rows = {path: live.get([ImageRef(path, Path(path))])[0] for path in paths}
+        self._torch = torch
+
+    def __contains__(self, image: Any, /) -> bool:
+        return str(image.path) in self._rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def prepare(self, images: Any, /) -> None:
+        """They are there."""
+
+    def get(self, images: Any, /) -> Any:
+        """Features (len(images), tokens, width)."""
+        return self._torch.stack([self._rows[str(image.path)] for image in images])
+
+    def length(self, image: Any, /) -> int:
+        """Features of an image."""
+        return self.tokens
+
+    def rows(self, images: Any, /) -> Any:
+        """Features one after the other."""
+        return self.get(images).flatten(0, 1)
