@@ -9,6 +9,7 @@ PYTHON ?= python3
 PRESET ?= tiny
 VENV := .venv
 SKY := .sky
+LMMS := .lmms
 BIN := $(CURDIR)/$(VENV)/bin
 PORT ?= 5000
 MODELS ?= $(CURDIR)/models
@@ -20,7 +21,7 @@ export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(BIN):$(PATH)
 
-.PHONY: projector photos test cloud lint types tests ui status clean
+.PHONY: projector photos test cloud harness lint types tests ui status clean
 
 projector: $(VENV)/ready
 	$(RUN) -P preset=$(PRESET) $(ARGS)
@@ -55,6 +56,18 @@ $(SKY)/tried:
 	  echo "SkyPilot could not be installed: its parser does not read the tasks here"
 	touch $@
 
+harness: $(VENV)/ready $(LMMS)/tried
+	test ! -f $(LMMS)/ready || export MMPHI_LMMS="$(CURDIR)/$(LMMS)/bin/python"; $(BIN)/pytest -m harness tests/test_harness.py
+
+# Beside what mmphi has, and before it where the two want other versions.
+$(LMMS)/tried: $(VENV)/ready
+	$(BIN)/python -m venv $(LMMS)
+	$(BIN)/python -c 'import sysconfig; p = sysconfig.get_path("purelib"); print(f"import site; site.addsitedir({p!r})")' \
+	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mmphi.pth"
+	$(LMMS)/bin/python -m pip install --quiet --constraint constraints.txt 'lmms-eval>=0.7' && touch $(LMMS)/ready || \
+	  echo "lmms-eval could not be installed: what it runs here is not tested"
+	touch $@
+
 ui: $(VENV)/ready
 	$(BIN)/mmphi ui --port $(PORT)
 
@@ -69,4 +82,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LMMS) .mypy_cache .ruff_cache .pytest_cache

@@ -39,6 +39,7 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi report ablation --study STUDY   what the study says, as markdown and html
        mmphi report pretraining       how far pretrainings are from Phi-2, and how much more it would take
        mmphi reference --lm X --text Y   the loss of any model on any text, stored for reports
+       mmphi evaluate --harness lmms-eval --tasks pope --model RUN   published benchmarks, where lmms-eval is installed
        mmphi fetch llava|models FOLDER  data and models that presets name
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 
@@ -128,6 +129,10 @@ def _command(words: list[str]) -> int:
         from mmphi.tracking.ui import main as ui
 
         return ui(rest)
+    if name == "evaluate" and any(word.partition("=")[0] == "--harness" for word in rest):
+        from mmphi.harness.command import main as harness
+
+        return harness(rest)
     if name in COMMANDS:
         return function(COMMANDS[name])(rest) or 0
     from mmphi.stages import STAGES

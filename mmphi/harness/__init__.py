@@ -1,0 +1,1 @@
+"""Published benchmarks, run by harnesses that are installed beside mmphi."""
