@@ -38,6 +38,7 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi compare STUDY            MLflow's pages of exactly these runs
        mmphi report ablation --study STUDY   what the study says, as markdown and html
        mmphi report pretraining       how far pretrainings are from Phi-2, and how much more it would take
+       mmphi report benchmarks        what runs reach on published benchmarks, beside published figures
        mmphi reference --lm X --text Y   the loss of any model on any text, stored for reports
        mmphi evaluate --harness lmms-eval --tasks pope --model RUN   published benchmarks, where lmms-eval is installed
        mmphi fetch llava|models FOLDER  data and models that presets name

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmphi.tracking.search import RunStore
     from reports.document import Document
 
-KINDS = ("ablation", "pretraining")
+KINDS = ("ablation", "pretraining", "benchmarks")
 AS_PRESET = "preset"  # What MLproject's parameters say where nothing is said.
 
 
@@ -54,7 +54,10 @@ def report(arguments: Sequence[str]) -> int:
     begun = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
     if begun:
         store.record_beside(begun, f"report {given['study'] or options.kind}")
-    made = _ablation(store, given["study"]) if options.kind == "ablation" else _pretraining(store, given["runs"])
+    if options.kind == "ablation":
+        made = _ablation(store, given["study"])
+    else:
+        made = _pretraining(store, given["runs"]) if options.kind == "pretraining" else _benchmarks(store)
     folder = Path("reports") / "out" / made.name if options.out in ("", AS_PRESET) else Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     files = made.document.files()
@@ -94,3 +97,10 @@ def _pretraining(store: RunStore, chosen: str) -> Made:
     runs = load_pretrainings(store, [name.strip() for name in chosen.split(",") if name.strip()])
     # It is kept with the run that its verdict is about.
     return Made(pretraining(runs, reference_of()), "pretraining", {runs[0].run_id: runs[0].link})
+
+
+def _benchmarks(store: RunStore) -> Made:
+    from reports.benchmarks import benchmarks, load_benchmarked, published
+
+    runs = load_benchmarked(store)
+    return Made(benchmarks(runs, published()), "benchmarks", {runs[0].run_id: runs[0].link})

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmphi.data.records import Example, ImageRef
+from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.data.scenes import KINDS
 from mmphi.evaluation.things import named, possible
 from mmphi.evaluation.words import words
@@ -44,10 +44,41 @@ def ask(examples: Sequence[Example], count: int, seed: int) -> list[Question]:
     for number in range(count // 2):
         image = able[number % len(able)]
         for things, answer in ((present[image], True), (absent[image], False)):
-            thing = rng.choice(things)
-            article = "an" if thing[0] in "aeiou" else "a"
-            questions.append(Question(images[image], f"is there {article} {thing}?", answer))
+            questions.append(Question(images[image], _question(rng.choice(things)), answer))
     return questions
+
+
+def _question(thing: str) -> str:
+    return f"is there {'an' if thing[0] in 'aeiou' else 'a'} {thing}?"
+
+
+def conversations(examples: Sequence[Example], per_image: int, seed: int) -> list[Example]:
+    """Yes/no questions as conversations to learn from, one of every image, half of its questions with yes.
+
+    What is there and what is not are found as :func:`ask` finds them, among these examples alone: give it those of one
+    split, so that nothing of another is learned.
+
+    Args:
+        examples: With captions or attributes; several of one image are put together.
+        per_image: Questions of an image, at most; an image with fewer things that are or are not there has fewer.
+        seed: Seed of the choice.
+
+    Returns:
+        Conversations of the kind ``yes_no``; none of images of which nothing is known.
+    """
+    present, absent, images = _scene_things(examples) if _are_scenes(examples) else _photo_things(examples)
+    first = {e.image.id: e for e in examples if e.image is not None}
+    rng, made = random.Random(seed), []
+    for name, image in images.items():
+        count = min(per_image // 2, len(present[name]), len(absent[name]))
+        asked = [(thing, "yes") for thing in rng.sample(present[name], count)]
+        asked += [(thing, "no") for thing in rng.sample(absent[name], count)]
+        rng.shuffle(asked)
+        turns = tuple(Turn(_question(thing), answer) for thing, answer in asked)
+        if turns:
+            of, attributes = first[name], {"kind": "yes_no"}
+            made.append(Example(f"{name}-yes_no", (image,), turns, of.source, of.split, attributes))
+    return made
 
 
 Things = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, ImageRef]]

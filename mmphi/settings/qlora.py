@@ -27,6 +27,12 @@ class QloraSettings(ConversationSettings):
     mixture: str = setting(
         "", "groups to train on and their weights (caption=1, scenes:questions=2, text=1); empty takes data's own"
     )
+    questions: int = setting(
+        0,
+        "yes/no questions of each image, made of its captions, to learn beside them; half are to be answered with no",
+        unit="questions",
+        ge=0,
+    )
     plain_text: str = setting(
         "", "a text whose loss is measured before and after, to see what is forgotten", file="path"
     )

@@ -65,6 +65,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     assert model.features is not None
     assert model.projector is not None
     examples = drop_unseen(examples, model.features, report)
+    questions = asked_of(examples, chosen)
+    for row in questions:
+        report.keep(row.source)
+    examples += questions
     weights = parse_weights(chosen.mixture, "qlora.mixture")
     texts = text_rows(ctx) if "text" in weights else []
     for row in texts:
@@ -117,6 +121,16 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
     return Multimodal(
         language, base.projector, features, chosen.max_length, base.vision, own_language=base.own_language
     )
+
+
+def asked_of(examples: Sequence[Example], chosen: QloraSettings) -> list[Example]:
+    """Questions made of the captions of each split by itself; the test keeps to what it was."""
+    from mmphi.evaluation.yes_no import conversations
+
+    if not chosen.questions:
+        return []
+    splits = [[e for e in examples if e.split == split] for split in ("train", "validation")]
+    return [row for split in splits for row in conversations(split, chosen.questions, chosen.seed)]
 
 
 def text_rows(ctx: Context) -> list[Example]:

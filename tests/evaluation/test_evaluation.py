@@ -19,7 +19,7 @@ from mmphi.evaluation.evaluate import Measures, evaluate_model
 from mmphi.evaluation.grounding import grounding, shuffled_images
 from mmphi.evaluation.things import named, possible
 from mmphi.evaluation.words import words
-from mmphi.evaluation.yes_no import Question, ask, score
+from mmphi.evaluation.yes_no import Question, ask, conversations, score
 from mmphi.models.generation import Answer
 
 REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
@@ -232,6 +232,31 @@ def test_photo_questions_are_not_contradicted_on_real_captions(real_photos):
         if not question.answer:
             assert thing not in spoken
             assert not (thing in people and spoken & people)
+
+
+def test_questions_to_learn_from_are_balanced_and_true_and_asked_once():
+    captions = [
+        "a dog on the grass",
+        "two men and a dog",
+        "a red car in the street",
+        "children play with a ball",
+        "zzz",
+    ]
+    examples = [example(i, c) for i, c in enumerate(captions)] + [example(0, "a frisbee flies over water")]
+    made = {row.image.id: row for row in conversations(examples, 4, seed=1)}
+    assert set(made) == {f"photos/{i}.jpg" for i in range(4)}  # Of the last one nothing is known.
+    for row in made.values():
+        assert [turn.answer for turn in row.turns].count("yes") * 2 == len(row.turns) <= 4
+        assert len({turn.question for turn in row.turns}) == len(row.turns)
+        assert (row.attributes["kind"], row.source, row.split) == ("yes_no", "photos", "train")
+    said = {turn.question: turn.answer for turn in made["photos/0.jpg"].turns}
+    there = {f"is there a {thing}?" for thing in ("dog", "grass", "toy", "water", "ball")}
+    assert {question for question, answer in said.items() if answer == "yes"} <= there
+    assert not {question for question, answer in said.items() if answer == "no"} & there
+    assert conversations(examples, 4, seed=1) == list(made.values())
+    assert conversations(examples, 4, seed=2) != list(made.values())
+    (drawn,) = conversations([scene(0)], 2, seed=0)
+    assert {turn.answer for turn in drawn.turns} == {"yes", "no"}
 
 
 def test_photo_questions_never_deny_what_a_caption_names():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from conftest import example
 from safetensors.torch import load_file, save_file
 from transformers import PhiForCausalLM
 
@@ -24,7 +25,9 @@ from mmphi.models.adapter import Shape, adapted, adapter_parameters, merged
 from mmphi.models.bundle import load_bundle
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
+from mmphi.settings.qlora import QloraSettings
 from mmphi.stages import STAGES
+from mmphi.stages.qlora import asked_of
 from mmphi.tracking.store import Store
 
 
@@ -242,3 +245,15 @@ def test_every_kind_of_adapter_merges(pipeline, how, base):
         found = merged(language, torch.float32).model(ids).logits
     # In 8 bit the layer rounds its inputs too, which the merged one does not.
     assert torch.allclose(found, wanted, atol=0.3 if base == "8bit" else 1e-4)
+
+
+def test_questions_are_made_of_the_captions_of_their_own_split():
+    """And the test is left as it is."""
+    rows = [example(0, "a dog"), example(1, "a cat", split="validation"), example(2, "a car", split="test")]
+    rows += [example(3, "a boat"), example(4, "a horse", split="validation")]
+    made = asked_of(rows, QloraSettings(questions=2))
+    shown = sorted((row.split, row.image.id[-5]) for row in made)
+    assert shown == [("train", "0"), ("train", "3"), ("validation", "1"), ("validation", "4")]
+    learned = " ".join(turn.question for row in made if row.split == "train" for turn in row.turns)
+    assert not {"cat", "horse", "car"} & set(learned.replace("?", "").split())
+    assert asked_of(rows, QloraSettings()) == []

@@ -1,0 +1,131 @@
+"""The report of published benchmarks: what runs reach on them, beside what others published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmphi.errors import DataError
+from mmphi.tracking.search import RunStore
+from reports.document import Document, Table
+from reports.references import FOLDER
+
+PREFIX = "lmms/"
+COMMAND = "mmphi evaluate --harness lmms-eval --tasks {tasks} --model {model}{limit}"
+
+
+@dataclass(frozen=True)
+class Benchmarked:
+    """What a harness found of a model.
+
+    Attributes:
+        run_id: Of the run that it is kept in.
+        link: The run's page.
+        model: The model as it was named.
+        figures: By ``task/metric``.
+        questions: How many were asked, by task.
+        limit: At most this many of each task; 0 where all were asked.
+    """
+
+    run_id: str
+    link: str
+    model: str
+    figures: Mapping[str, float]
+    questions: Mapping[str, int]
+    limit: int
+
+
+def load_benchmarked(store: RunStore) -> list[Benchmarked]:
+    """All that the store has, newest first.
+
+    Raises:
+        DataError: If it has none.
+    """
+    found = [
+        Benchmarked(
+            str(run.info.run_id),
+            store.address(run.info.run_id),
+            run.data.tags.get("mmphi.model", ""),
+            {n.removeprefix(PREFIX): v for n, v in run.data.metrics.items() if n.startswith(PREFIX)},
+            json.loads(run.data.tags.get("mmphi.questions", "{}")),
+            int(run.data.tags.get("mmphi.limit", "0")),
+        )
+        for run in store.search("FINISHED", stage="harness")
+    ]
+    if not found:
+        raise DataError(
+            "no benchmark was run yet", COMMAND.format(tasks="pope,textvqa_val", model="RUN", limit="") + " runs two"
+        )
+    return found
+
+
+def published(folder: Path = FOLDER) -> Mapping[str, Any]:
+    """Figures of others, and which task is which benchmark.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    try:
+        content = dict(yaml.safe_load((folder / "benchmarks.yaml").read_text()))
+        for entry in content["published"]:
+            _ = entry["model"], entry["source"], entry["what"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{folder}/benchmarks.yaml cannot be read: {error}", "mend the file there") from error
+    return content
+
+
+def benchmarks(runs: Sequence[Benchmarked], known: Mapping[str, Any]) -> Document:
+    """The report.
+
+    Args:
+        runs: At least one, newest first.
+        known: As :func:`published` gives it.
+    """
+    names = list(known["tasks"])
+    rows = [
+        [f"[{entry['model']}]({entry['source']})", entry["what"], *(_percent(entry.get(name)) for name in names)]
+        for entry in known["published"]
+    ]
+    rows += [
+        [f"[{run.model}]({run.link})", _asked(run), *(_reached(run, known, name) for name in names)] for run in runs
+    ]
+    figures = [[run.model, name, f"{value:.4f}"] for run in runs for name, value in sorted(run.figures.items())]
+    newest = runs[0]
+    limit = f" --limit {newest.limit}" if newest.limit else ""
+    tasks = ",".join(newest.questions) or "pope"
+    return Document(
+        "benchmarks.md.j2",
+        "Published benchmarks",
+        {
+            "headline": f"{newest.model}: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in sorted(newest.figures.items())),
+            "command": COMMAND.format(tasks=tasks, model=newest.model, limit=limit) + "\nmmphi report benchmarks",
+        },
+        {
+            "beside": Table(["model", "of what", *names], rows),
+            "figures": Table(["model", "figure", "value"], figures),
+        },
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _asked(run: Benchmarked) -> str:
+    if not run.limit:
+        return "this store"
+    return "this store; " + ", ".join(f"{count} of {task}" for task, count in run.questions.items())
+
+
+def _reached(run: Benchmarked, known: Mapping[str, Any], name: str) -> str:
+    """A run's figure on a benchmark in percent; lmms-eval gives shares, and of some tasks percentages already."""
+    value = next((run.figures[task] for task in known["tasks"][name] if task in run.figures), None)
+    if value is not None and value <= 1:
+        value *= 100
+    return _percent(value)
