@@ -20,9 +20,11 @@ from transformers import PhiForCausalLM
 
 import mmphi
 from mmphi.data.records import ImageRef
-from mmphi.errors import ModelError, SettingsError
+from mmphi.errors import ModelError, SettingsError, TrainingError
 from mmphi.models.adapter import Shape, adapted, adapter_parameters, merged
 from mmphi.models.bundle import load_bundle
+from mmphi.models.packed import PackedModel
+from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.settings.qlora import QloraSettings
@@ -186,6 +188,38 @@ def test_a_damaged_or_foreign_adapter_is_refused(pipeline, result, tmp_path):
     other = pipeline.build("pretrain", small.settings(pretrain__seed="5"))
     with pytest.raises(ModelError, match="not the language model that"):
         load_bundle(result.path, language=str(other.path / "language"))
+
+
+def test_a_projector_of_another_width_is_refused(pipeline, tmp_path):
+    base = pipeline.result("projector", small.settings()).path
+    for side, words in (("output_width", "for the language model of width 31, not 32"), ("input_width", "of width 31")):
+        folder = tmp_path / side
+        shutil.copytree(base, folder)
+        config = ProjectorConfig(**{**json.loads((base / "projector.json").read_text()), side: 31})
+        Projector(config).save(folder)
+        with pytest.raises(ModelError, match=words):
+            pipeline.build("qlora", small.settings(qlora__model=str(folder)))
+
+
+def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pipeline, monkeypatch):
+    """At step 5, after the checkpoint of step 4, from which the next call goes on to what it would have been."""
+    settings = small.settings(qlora__seed="9")
+    forward = PackedModel.forward
+
+    def broken(self, **pack):
+        loss = forward(self, **pack)
+        broken.calls += torch.is_grad_enabled()
+        return loss * torch.nan if broken.calls == 5 else loss
+
+    broken.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedModel, "forward", broken)
+        with pytest.raises(TrainingError, match="the loss at step 5 is nan"):
+            pipeline.build("qlora", settings)
+    resumed = pipeline.build("qlora", settings)
+    straight = pipeline.build("qlora", settings, force=True)
+    one, other = adapter(resumed.path), adapter(straight.path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_an_adapter_is_not_put_on_an_adapter(pipeline, result):
