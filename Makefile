@@ -3,6 +3,7 @@
 #                                          pretrained models are fetched, or lie in MODELS=folder
 # make status | ui                         what is built; MLflow's pages
 # make test                                lint, types and tests
+# make harness                             the model class that lmms-eval asks, in an environment that has lmms-eval
 # make cloud                               the tasks for clouds, run here; with SkyPilot, which has an environment of its own
 # Each sets up .venv first, anew when pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
