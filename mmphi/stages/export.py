@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mmphi.errors import ModelError
@@ -13,11 +14,32 @@ from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.projector import ProjectorSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mmphi.models.multimodal import Multimodal
 
 TOLERANCE = 1e-4  # Of a logit, in fp32.
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# {name} that answers about images
+
+Made by mmphi from run {run} for `LlavaForConditionalGeneration`; on {asked} questions about drawn scenes its logits were
+within {logits:.1e} of the original's, before they were rounded to {precision}.
+
+```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained("FOLDER")
+processor = AutoProcessor.from_pretrained("FOLDER")
+message = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "what is this?"}}]}}]
+text = processor.apply_chat_template(message, add_generation_prompt=True)
+inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt")
+answer = processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+```
+
+`transformers serve` and vLLM take the folder as a model that reads images.
+"""
 
 
 class ExportSettings(Section):
@@ -96,6 +118,15 @@ def run(ctx: Context) -> Mapping[str, float]:
     if chosen.precision == "bf16":
         figures["export/logit_difference_bf16"] = difference(exported, processor, expected, images, QUESTIONS).logits
     save_llava(exported, processor, ctx.folder)
+    (ctx.folder / "README.md").write_text(
+        CARD.format(
+            name=Path(model.language.name).name,
+            run=ctx.upstream[chosen.stage].run_id if not chosen.model else chosen.model,
+            asked=len(QUESTIONS),
+            logits=found.logits,
+            precision=chosen.precision,
+        )
+    )
     ctx.tracker.say(f"export: LlavaForConditionalGeneration.from_pretrained({str(ctx.folder)!r})")
     return figures
 

@@ -41,6 +41,8 @@ def test_what_the_pipeline_exports_loads_in_transformers_and_is_the_adapters_mod
     found = difference(loaded, processor, said(model, images, QUESTIONS), images, QUESTIONS)
     assert found.tokens == 0
     assert found.logits == pytest.approx(result.metrics["export/logit_difference_bf16"], rel=0.05)
+    card = (result.path / "README.md").read_text()
+    assert pipeline.result("qlora", small.settings(**LLAVA)).run_id in card
     with safe_open(result.path / "model.safetensors", "pt") as weights:
         assert not weights.get_tensor("language_model.lm_head.bias").any()  # vLLM's Phi has one.
         assert "vision_tower.vision_model.pre_layrnorm.weight" in set(weights.keys())  # As published models have it.
