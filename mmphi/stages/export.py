@@ -24,8 +24,8 @@ pipeline_tag: image-text-to-text
 
 # {name} that answers about images
 
-Made by mmphi from run {run} for `LlavaForConditionalGeneration`; on {asked} questions about drawn scenes its logits were
-within {logits:.1e} of the original's, before they were rounded to {precision}.
+Made by mmphi from run {run} for `LlavaForConditionalGeneration`; on {asked} questions about drawn scenes its logits
+were within {logits:.1e} of the original's, before its weights were rounded to {precision}.
 
 ```python
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -38,7 +38,7 @@ inputs = processor(images=[image], text=[text], add_special_tokens=False, return
 answer = processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 ```
 
-`transformers serve` and vLLM take the folder as a model that reads images.
+`transformers serve` takes the folder, too.
 """
 
 
