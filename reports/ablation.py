@@ -11,7 +11,8 @@ from reports.tables import mean_of, tables
 from reports.verdict import headline, sentence
 
 CURVES = "val/loss", "train/loss"  # The second where the first was hardly measured on the way.
-SHOWN_COSTS = ("projector/parameters", "cost/first_token_s")  # Against these the metric is drawn.
+# Against these the metric is drawn.
+SHOWN_COSTS = ("projector/parameters", "qlora/parameters", "val/text_loss", "cost/first_token_s")
 
 
 def ablation(data: StudyData) -> Document:

@@ -41,8 +41,9 @@ def design(data: StudyData) -> str:
     tokens = declared["tokens"]
     budget = f"{tokens:,} supervised tokens" if tokens else "the preset's number of steps"
     upstream = {tag.removeprefix("mmphi.upstream.") for trial in data.trials for tag in trial.tags}
-    drawn = [f"{stage}.seed" for stage in ("scenes", "pretrain", "light_clip") if stage in upstream]
-    fixed = [name for name in (*drawn, "data.split_seed") if name not in settings]
+    drawn = [f"{stage}.seed" for stage in ("scenes", "pretrain", "light_clip", "projector") if stage in upstream]
+    split = "corpus.split_seed" if "tokens" in upstream else "data.split_seed"
+    fixed = [name for name in (*drawn, split) if name not in settings]
     level = f"every level at {data.seeds} paired seeds, in rounds, {budget} each, nothing pruned"
     judged = f"judged by `{declared['metric']}` on what neither training nor tuning saw"
     repeated, stands = (listed([f"`{name}`" for name in names]) for names in (settings, fixed))
