@@ -12,7 +12,8 @@ from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.store import Store
 from reports.commands import report
 from reports.figures import front
-from reports.query import begun, load_study
+from reports.prose import design
+from reports.query import StudyData, Trial, begun, load_study
 
 EFFECTS = {"2 layers": 0.0, "3 layers": -0.05, "odd | one": -0.001}
 
@@ -141,3 +142,27 @@ def test_front_is_who_is_beaten_by_nobody() -> None:
     points = {"small": (1.0, 3.0), "middle": (2.0, 2.0), "worse": (2.5, 2.5), "large": (4.0, 1.0), "twin": (4.0, 1.0)}
     assert front(points, less=True) == ["small", "middle", "large", "twin"]
     assert front({"a": (1.0, 1.0), "b": (2.0, 0.5)}, less=False) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "upstream", "said"),
+    [
+        ("projector", ("scenes", "embed"), "`scenes.seed` and `data.split_seed`"),
+        (
+            "qlora",
+            ("scenes", "pretrain", "projector"),
+            "`scenes.seed`, `pretrain.seed`, `projector.seed` and `data.spli",
+        ),
+        ("pretrain", ("tokens",), "`corpus.split_seed`:"),
+    ],
+)
+def test_what_was_drawn_once_for_all_is_named(stage, upstream, said):
+    declaration = {
+        "preset": "tiny", "stage": stage, "metric": "test/loss", "tokens": 10, "seeds": 2,
+        "seed_settings": [f"{stage}.seed"], "levels": {"a": 1, "b": 2},
+    }  # fmt: skip
+    tags = {f"mmphi.upstream.{name}": "a run" for name in upstream}
+    trial = Trial("run", "verdict", "a", 0, "FINISHED", tags=tags)
+    assert f"**Not repeated**, and so not part of the uncertainty: {said}" in design(
+        StudyData("study", "run", "1", declaration, trials=[trial])
+    )
