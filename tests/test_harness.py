@@ -114,6 +114,15 @@ def test_a_local_task_says_what_the_model_says(asked: Asked, tmp_path: Path) -> 
 
 @pytest.mark.harness
 @needs_it
+def test_lmms_eval_finds_the_model_by_its_name() -> None:
+    """As `python -m lmms_eval --model mmphi` looks it up: by the entry point of the package."""
+    code = "from lmms_eval.models import get_model; print(get_model('mmphi').__module__)"
+    done = subprocess.run([os.environ["MMPHI_LMMS"], "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split()[-1:] == ["mmphi.harness.lmms"], done.stderr[-2000:]
+
+
+@pytest.mark.harness
+@needs_it
 def test_losses_of_given_answers_are_the_models(asked: Asked, tmp_path: Path) -> None:
     rows = [{"image": path, "question": question} for path, question in asked.questions]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
