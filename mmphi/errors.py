@@ -43,6 +43,20 @@ class ImageError(DataError):
         self.reason = reason
 
 
+class AudioError(DataError):
+    """One recording that cannot be used.
+
+    Args:
+        reason: Short, countable reason ("not audio", "too long", ...).
+        what: What is wrong and where.
+        hint: What to do about it.
+    """
+
+    def __init__(self, reason: str, what: str, hint: str = "") -> None:
+        super().__init__(what, hint)
+        self.reason = reason
+
+
 class ModelError(MmphiError):
     """A model that cannot be found, loaded or joined to another."""
 

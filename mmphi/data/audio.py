@@ -1,0 +1,168 @@
+"""Opening recordings that others made: any format that FFmpeg's libraries decode, as 16 kHz mono, whole or told."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from mmphi.errors import AudioError
+
+RATE = 16_000  # What Whisper hears, in samples per second.
+MAX_SECONDS = 3600.0
+MAX_CHANNELS = 16
+SLACK_S = 0.15  # Codecs pad and trim: an encoder's delay is less than this.
+PROTOCOLS = "file"  # A playlist inside a file must not make anybody fetch what it names.
+
+Samples = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording as it is heard.
+
+    Attributes:
+        samples: float32 in about -1 to 1, shape (n,).
+        rate: Samples per second.
+        told: What is not as its file says, one sentence each.
+    """
+
+    samples: Samples
+    rate: int = RATE
+    told: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return len(self.samples) / self.rate
+
+
+def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, rate: int = RATE) -> Recording:
+    """Read a recording: a file of any format, the sound of a video, or the bytes of one.
+
+    Channels are averaged, which is what a person hears of both sides; the file's own rate may be anything.
+
+    Args:
+        source: A file, or what one holds.
+        max_seconds: Longer ones are refused, by what their header says where it says it, before anything is decoded.
+        rate: Samples per second of the result.
+
+    Raises:
+        AudioError: If there is no such file or no sound in it, or it cannot be decoded, is too long, or has too many
+            channels or samples that are no numbers. One that is shorter than its header says is no error, and told.
+    """
+    name = "the recording" if isinstance(source, bytes) else str(source)
+    opened = _opened(source, name)
+    with opened as container:
+        stream = _stream(container, name)
+        said = _seconds_said(container, stream)
+        if said is not None and said > max_seconds:
+            raise _too_long(name, said, max_seconds)
+        pieces, count, broken = [], 0, ""
+        try:
+            for piece in _mono(container, stream, rate, name):
+                pieces.append(piece)
+                count += len(piece)
+                if count > max_seconds * rate:
+                    raise _too_long(name, count / rate, max_seconds)
+        except av.error.FFmpegError as error:
+            broken = _what(error)
+    if not count:
+        why = f": {broken}" if broken else ""
+        raise AudioError("no sound", f"{name} has no sound that can be decoded{why}", "check that it plays elsewhere")
+    told = []
+    if broken:
+        told.append(f"{name} could be decoded for {count / rate:.2f} s only: {broken}")
+    elif said is not None and count / rate < said - max(SLACK_S, 0.01 * said):
+        told.append(f"{name} holds {count / rate:.2f} s of the {said:.2f} s that its header says: it is cut off")
+    return Recording(np.concatenate(pieces), rate, tuple(told))
+
+
+def audio_seconds(source: Path | str | bytes) -> float | None:
+    """How long a recording is by its header; ``None`` where it does not say.
+
+    Raises:
+        AudioError: If it cannot be opened, or has no sound.
+    """
+    name = "the recording" if isinstance(source, bytes) else str(source)
+    with _opened(source, name) as container:
+        return _seconds_said(container, _stream(container, name))
+
+
+def _opened(source: Path | str | bytes, name: str) -> Any:
+    if not isinstance(source, bytes):
+        path = Path(source)
+        if not path.is_file():
+            raise AudioError("missing", f"there is no recording {name}", "check the path")
+        if not path.stat().st_size:
+            raise AudioError("empty", f"{name} is empty", "record it anew, or copy it again")
+    elif not source:
+        raise AudioError("empty", f"{name} is empty", "give the bytes of an audio file")
+    try:
+        given = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        return av.open(given, mode="r", options={"protocol_whitelist": PROTOCOLS})
+    except (av.error.FFmpegError, ValueError, UnicodeError) as error:
+        raise AudioError(
+            "not audio", f"{name} is no recording that can be read: {_what(error)}", "give WAV, FLAC, MP3, OGG or M4A"
+        ) from error
+
+
+def _stream(container: Any, name: str) -> Any:
+    if not container.streams.audio:
+        kind = "a video without sound" if container.streams.video else "a file without sound"
+        raise AudioError("no sound", f"{name} is {kind}", "give a recording, or a video that has sound")
+    stream = container.streams.audio[0]
+    context = stream.codec_context
+    if context is None or not context.sample_rate or context.sample_rate < 0:
+        raise AudioError("no sample rate", f"{name} says a sample rate of 0", "save it anew: its header is damaged")
+    if not 0 < context.channels <= MAX_CHANNELS:
+        raise AudioError(
+            "too many channels",
+            f"{name} has {context.channels} channels; up to {MAX_CHANNELS} are read",
+            "mix it down to one or two",
+        )
+    return stream
+
+
+def _seconds_said(container: Any, stream: Any) -> float | None:
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return container.duration / av.time_base if container.duration and container.duration > 0 else None
+
+
+def _mono(container: Any, stream: Any, rate: int, name: str) -> Iterator[Samples]:
+    """The sound in pieces: resampled with its channels apart, then averaged.
+
+    swresample's own mixing sums two channels at 0.7 each where samples are floats, which is louder than either.
+    """
+    resampler: Any = None
+    for frame in container.decode(stream):
+        if resampler is None:
+            resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
+        if frame.format.name.startswith(("flt", "dbl")) and not np.isfinite(frame.to_ndarray()).all():
+            raise AudioError(
+                "samples are not finite",
+                f"{name} holds samples that are no numbers (NaN or infinite)",
+                "export it anew",
+            )
+        for piece in resampler.resample(frame):
+            yield piece.to_ndarray().mean(axis=0, dtype=np.float32)
+    if resampler is not None:
+        for piece in resampler.resample(None):
+            yield piece.to_ndarray().mean(axis=0, dtype=np.float32)
+
+
+def _too_long(name: str, seconds: float, limit: float) -> AudioError:
+    return AudioError(
+        "too long", f"{name} is {seconds:,.0f} s long, over the limit of {limit:,.0f} s", "cut it, or raise max_seconds"
+    )
+
+
+def _what(error: Exception) -> str:
+    return str(getattr(error, "strerror", "") or error)
