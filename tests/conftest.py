@@ -223,6 +223,11 @@ def real_models() -> Path:
 
 
 @pytest.fixture
+def real_folder() -> Path:
+    return _real("MMPHI_REAL")
+
+
+@pytest.fixture
 def real_photos() -> Path:
     return _real("MMPHI_PHOTOS")
 

@@ -1,0 +1,88 @@
+"""Where somebody speaks: a gate before Whisper, which hears words in silence, tones and noise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from mmphi.data.audio import RATE, Recording
+
+WINDOW_S = 30.0  # What Whisper hears at once.
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a recording, in seconds from its begin.
+
+    Attributes:
+        start: Where it begins.
+        end: Where it ends.
+    """
+
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.end - self.start
+
+
+@cache
+def _silero() -> Any:
+    """Silero's model (MIT), as its package brings it; loaded once a process."""
+    from silero_vad import load_silero_vad
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; the package has no other form without onnxruntime.
+        return load_silero_vad()
+
+
+def speech(recording: Recording, *, threshold: float = 0.5, longest: float = WINDOW_S) -> list[Part]:
+    """Where somebody speaks, by Silero's voice activity detection.
+
+    Args:
+        recording: At 16 kHz.
+        threshold: How sure of it the detector must be, 0 to 1.
+        longest: Longer speech is divided at its longest pause, in seconds.
+
+    Returns:
+        Stretches in order, none longer than ``longest``; none where nobody speaks.
+
+    Raises:
+        ValueError: If the recording has another rate.
+    """
+    from silero_vad import get_speech_timestamps
+
+    if recording.rate != RATE:
+        raise ValueError(f"the gate hears {RATE} samples a second, not {recording.rate}")
+    model = _silero()
+    model.reset_states()
+    with torch.inference_mode():
+        found = get_speech_timestamps(
+            torch.from_numpy(recording.samples), model, threshold=threshold, max_speech_duration_s=longest
+        )
+    return [Part(each["start"] / RATE, each["end"] / RATE) for each in found]
+
+
+def windows(parts: Sequence[Part], longest: float = WINDOW_S) -> list[Part]:
+    """Stretches that are heard at once: neighbours with the pause between them, as long as they fit.
+
+    Whisper says better what it hears whole: a sentence with its pauses, not its pieces.
+
+    Args:
+        parts: In order, none longer than ``longest``.
+        longest: Of a window, in seconds.
+    """
+    joined: list[Part] = []
+    for part in parts:
+        if joined and part.end - joined[-1].start <= longest:
+            joined[-1] = Part(joined[-1].start, part.end)
+        else:
+            joined.append(part)
+    return joined

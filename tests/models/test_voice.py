@@ -1,0 +1,77 @@
+"""What is no voice is not heard as one; what is one is found where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmphi.data.audio import RATE, Recording, read_audio
+from mmphi.models.voice import Part, speech, windows
+
+SECONDS = np.arange(10 * RATE) / RATE
+
+
+def chords() -> np.ndarray:
+    """Four struck chords over and over, with harmonics that die away."""
+    out, beat = np.zeros(len(SECONDS)), RATE // 2
+    for number in range(len(out) // beat):
+        root, since = (262, 220, 175, 196)[number % 4], SECONDS[:beat]
+        struck = sum(np.sin(2 * np.pi * root * k * h * since) / h for k in (1, 1.26, 1.5, 2) for h in (1, 2, 3))
+        out[number * beat : (number + 1) * beat] = 0.15 * np.exp(-3 * since) * struck
+    return out
+
+
+NOISE = np.random.default_rng(0).normal(0, 1, len(SECONDS))
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        np.zeros(len(SECONDS)),
+        0.5 * np.sin(2 * np.pi * 440 * SECONDS),
+        0.1 * NOISE,
+        0.5 * NOISE,
+        np.cumsum(NOISE) * 1e-3,
+        chords(),
+        np.zeros(100),
+    ],
+    ids=["silence", "tone", "noise", "loud noise", "brown noise", "chords", "a moment"],
+)
+def test_what_is_no_voice_is_not_heard_as_one(sound: np.ndarray) -> None:
+    assert speech(Recording(sound.astype(np.float32))) == []
+
+
+def test_another_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match="16000 samples a second, not 8000"):
+        speech(Recording(np.zeros(8000, np.float32), 8000))
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([], []),
+        ([(0, 2), (3, 4), (5, 9)], [(0, 9)]),
+        ([(0, 8), (9, 11), (12, 22)], [(0, 8), (9, 11), (12, 22)]),
+        ([(1, 5), (6, 11), (12, 13), (14, 20)], [(1, 11), (12, 20)]),
+    ],
+)
+def test_neighbours_are_heard_together_as_long_as_they_fit(parts, expected) -> None:
+    found = windows([Part(*each) for each in parts], 10)
+    assert found == [Part(*each) for each in expected]
+
+
+@pytest.mark.real
+def test_a_voice_is_found_between_silence_and_noise(real_folder: Path) -> None:
+    spoken = read_audio(real_folder / "speech" / "jfk.flac").samples
+    quiet = np.zeros(5 * RATE, np.float32)
+    recording = Recording(np.concatenate([quiet, spoken, quiet, 0.02 * NOISE.astype(np.float32), spoken]))
+    parts = speech(recording)
+    first = [p for p in parts if p.end < 17]
+    second = [p for p in parts if p.start > 30]
+    assert len(first) + len(second) == len(parts)
+    assert sum(p.seconds for p in first) == pytest.approx(sum(p.seconds for p in second), abs=0.5)
+    assert 5 <= first[0].start < 6
+    assert [round(w.start) for w in windows(parts, 20)] == [round(first[0].start), round(second[0].start)]
+    assert all(p.seconds <= 2 for p in speech(Recording(spoken), longest=2))
