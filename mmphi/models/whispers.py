@@ -1,0 +1,184 @@
+"""The Whispers that listen: openai-whisper, and faster-whisper where it is installed; one interface."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmphi.data.audio import RATE, Samples
+from mmphi.errors import ModelError
+from mmphi.models.hearing import Heard, Segment
+
+# Whisper's own rules (transcribe.py): what is repeated or unlikely is decoded anew, at a higher temperature.
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+REPEATED, UNLIKELY, SAMPLES_OF = 2.4, -1.0, 5
+FASTER = "pip install faster-whisper"
+
+
+class OpenAIWhisper:
+    """openai-whisper: a size by name, or a file of weights.
+
+    Args:
+        name: ``tiny.en``, ``base``, ..., or the path of a ``.pt`` file.
+        device: Where it goes.
+
+    Raises:
+        ModelError: If there is no such size, or its weights cannot be had.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        import whisper
+
+        file = Path(name).expanduser()
+        if not file.is_file() and name not in whisper.available_models():
+            raise ModelError(
+                f"there is no Whisper {name!r}", f"give a .pt file, or one of {', '.join(whisper.available_models())}"
+            )
+        try:
+            self.model = whisper.load_model(str(file) if file.is_file() else name, device=device).eval()
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"Whisper {name} cannot be loaded: {error}", "with no network, give the path of its .pt file"
+            ) from error
+        self.name, self.english = name, not self.model.is_multilingual
+        self.half = device.type == "cuda"
+
+    @property
+    def digest(self) -> str:
+        """Of its weights."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def mel(self, sounds: Sequence[Samples]) -> torch.Tensor:
+        """Spectrograms (B, mels, 3000) of windows, padded to 30 s."""
+        import whisper
+
+        bands = self.model.dims.n_mels
+        made = [
+            whisper.log_mel_spectrogram(whisper.pad_or_trim(torch.from_numpy(np.ascontiguousarray(s))), bands)
+            for s in sounds
+        ]
+        return torch.stack(made).to(self.model.device, torch.float16 if self.half else torch.float32)
+
+    @torch.inference_mode()
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
+        """What is said in windows: see :class:`~mmphi.models.hearing.Listener`."""
+        if not sounds:
+            return []
+        audio = self.model.embed_audio(self.mel(sounds))
+        known = list(languages)
+        unknown = [i for i, code in enumerate(known) if not code]
+        if unknown:
+            _, likely = self.model.detect_language(audio[unknown])
+            for i, odds in zip(unknown, likely, strict=True):
+                known[i] = max(odds, key=odds.get)
+        results: dict[int, Any] = {}
+        for code in sorted(set(known)):
+            places = [i for i, own in enumerate(known) if own == code]
+            results |= dict(zip(places, self._decoded(audio[places], code, prompt), strict=True))
+        return [
+            Heard(self._segments(results[i].tokens, known[i], len(sounds[i]) / RATE), known[i])
+            for i in range(len(sounds))
+        ]
+
+    def _decoded(self, audio: torch.Tensor, language: str, prompt: str) -> list[Any]:
+        """Decoded greedily, and anew what is repeated or unlikely."""
+        import whisper
+
+        results: list[Any] = [None] * len(audio)
+        waiting = list(range(len(audio)))
+        with torch.random.fork_rng(devices=[audio.device] if audio.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for temperature in TEMPERATURES:
+                options = whisper.DecodingOptions(
+                    language=language,
+                    temperature=temperature,
+                    best_of=SAMPLES_OF if temperature else None,
+                    prompt=prompt or None,
+                    fp16=self.half,
+                )
+                for place, result in zip(waiting, whisper.decode(self.model, audio[waiting], options), strict=True):
+                    results[place] = result
+                waiting = [i for i in waiting if _doubtful(results[i])]
+                if not waiting:
+                    break
+        return results
+
+    def _segments(self, tokens: Sequence[int], language: str, seconds: float) -> tuple[Segment, ...]:
+        """Text between time stamps."""
+        from whisper.tokenizer import get_tokenizer
+
+        tokenizer = get_tokenizer(
+            self.model.is_multilingual, num_languages=self.model.num_languages, language=language, task="transcribe"
+        )
+        found, start, text = [], 0.0, list[int]()
+        for token in [*tokens, tokenizer.timestamp_begin + round(seconds / 0.02)]:
+            if token < tokenizer.timestamp_begin:
+                if token < tokenizer.eot:
+                    text.append(token)
+                continue
+            at = min((token - tokenizer.timestamp_begin) * 0.02, seconds)
+            if text:
+                found.append(Segment(start, max(start, at), tokenizer.decode(text).strip()))
+                text = []
+            start = at
+        return tuple(segment for segment in found if segment.text)
+
+
+def _doubtful(result: Any) -> bool:
+    return bool(result.compression_ratio > REPEATED or result.avg_logprob < UNLIKELY)
+
+
+class FasterWhisper:
+    """faster-whisper: a size by name, or a folder that CTranslate2 converted.
+
+    Args:
+        name: ``tiny.en``, ``base``, ..., or the path of a folder.
+        device: Where it goes.
+
+    Raises:
+        ModelError: If the package is not installed, or the model cannot be had.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        try:
+            from faster_whisper import WhisperModel
+        except ImportError as error:
+            raise ModelError("faster-whisper is not installed", FASTER) from error
+        kind = "float16" if device.type == "cuda" else "float32"
+        try:
+            self.model = WhisperModel(name, device=device.type, compute_type=kind, cpu_threads=torch.get_num_threads())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"faster-whisper {name} cannot be loaded: {error}", "with no network, give the path of its folder"
+            ) from error
+        self.name, self.english = name, not self.model.model.is_multilingual
+
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
+        """What is said in windows: see :class:`~mmphi.models.hearing.Listener`."""
+        found = []
+        for sound, language in zip(sounds, languages, strict=True):
+            segments, about = self.model.transcribe(
+                np.ascontiguousarray(sound),
+                language=language or None,
+                beam_size=1,
+                temperature=list(TEMPERATURES),
+                initial_prompt=prompt or None,
+                condition_on_previous_text=False,
+                vad_filter=False,
+                no_speech_threshold=None,  # The gate before has said that somebody speaks.
+            )
+            spoken = tuple(Segment(s.start, s.end, s.text.strip()) for s in segments if s.text.strip())
+            found.append(Heard(spoken, about.language))
+        return found
+
+
+BACKENDS = {"openai": OpenAIWhisper, "faster": FasterWhisper}

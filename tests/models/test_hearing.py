@@ -1,0 +1,121 @@
+"""What is said is put together from windows, in its place and language; and what two Whispers hear is alike."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmphi.data.audio import RATE, Recording, Samples, read_audio
+from mmphi.errors import ModelError
+from mmphi.models import hearing
+from mmphi.models.hearing import Heard, Segment, transcribe
+from mmphi.models.voice import Part
+from mmphi.models.whispers import FasterWhisper, OpenAIWhisper
+
+CPU = torch.device("cpu")
+
+
+class Numbers:
+    """Says the first sample of what it hears, and notes in what language it was asked to."""
+
+    name, english = "numbers", False
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, str, str]] = []
+
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
+        self.asked += [(round(float(s[0])), code, prompt) for s, code in zip(sounds, languages, strict=True)]
+        return [
+            Heard((Segment(0.5, 99, str(round(float(s[0])))),), code or ("de" if s[0] < 100 else "en"))
+            for s, code in zip(sounds, languages, strict=True)
+        ]
+
+
+def spoken(*numbers: float) -> Recording:
+    """A second for each number."""
+    return Recording(np.repeat(np.array(numbers, np.float32), RATE), told=("cut off",) if numbers else ())
+
+
+@pytest.fixture
+def every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that lets each second through, by itself."""
+    monkeypatch.setattr(hearing, "speech", lambda each, **_: [Part(i, i + 1) for i in range(len(each.samples) // RATE)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_windows_of_many_recordings_find_back_to_their_places(every_second: None, batch_size: int) -> None:
+    listener = Numbers()
+    given = [spoken(1, 2, 3), spoken(), spoken(101), spoken(5, 102)]
+    found = transcribe(listener, given, window=1, batch_size=batch_size, prompt="so far")
+    assert [each.text for each in found] == ["1 2 3", "", "101", "5 102"]
+    assert [each.language for each in found] == ["de", "", "en", "de"]
+    assert [(s.start, s.end) for s in found[0].segments] == [(0.5, 1), (1.5, 2), (2.5, 3)]  # None past its window.
+    assert [each.told for each in found] == [("cut off",), (), ("cut off",), ("cut off",)]
+    asked = {number: code for number, code, _ in listener.asked}
+    assert asked == {1: "", 101: "", 5: "", 2: "de", 3: "de", 102: "de"}  # The later ones as the first one says.
+    assert {prompt for _, _, prompt in listener.asked} == {"so far"}
+
+
+def test_a_language_that_is_given_is_not_looked_for(every_second: None) -> None:
+    listener = Numbers()
+    assert transcribe(listener, [spoken(1, 2)], language="fr", window=1)[0].language == "fr"
+    assert {code for _, code, _ in listener.asked} == {"fr"}
+
+
+def test_windows_join_what_fits(every_second: None) -> None:
+    listener = Numbers()
+    assert transcribe(listener, [spoken(1, 2, 3)], window=2)[0].text == "1 3"
+    assert len(listener.asked) == 2
+
+
+def test_an_unknown_size_is_told() -> None:
+    with pytest.raises(ModelError, match="there is no Whisper 'tinny'") as caught:
+        OpenAIWhisper("tinny", CPU)
+    assert "tiny.en" in caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def whisper_tiny() -> OpenAIWhisper:
+    import os
+
+    if "MMPHI_MODELS" not in os.environ:
+        pytest.skip("MMPHI_MODELS is not set")
+    return OpenAIWhisper(os.environ["MMPHI_MODELS"] + "/whisper-tiny.en.pt", CPU)
+
+
+@pytest.mark.real
+def test_a_real_recording(whisper_tiny: OpenAIWhisper, real_folder: Path) -> None:
+    recording = read_audio(real_folder / "speech" / "jfk.flac")
+    twice = Recording(np.concatenate([recording.samples, np.zeros(3 * RATE, np.float32), recording.samples]))
+    one, two, silent = transcribe(whisper_tiny, [recording, twice, Recording(np.zeros(5 * RATE, np.float32))])
+    words = "ask not what your country can do for you"
+    assert words in one.text.lower().replace(",", "")
+    assert two.text.lower().replace(",", "").count(words) == 2
+    assert two.segments[-1].start > 14
+    assert all(a.end <= b.start + 0.5 for a, b in zip(two.segments, two.segments[1:], strict=False))
+    assert (one.language, silent.language, silent.text) == ("en", "", "")
+
+
+@pytest.mark.real
+def test_batched_is_single(whisper_tiny: OpenAIWhisper, real_folder: Path) -> None:
+    with (real_folder / "speech" / "transcripts.csv").open() as file:
+        rows = list(csv.DictReader(file))[:6]
+    name = next(key for key in rows[0] if rows[0][key].endswith(".mp3"))
+    recordings = [read_audio(real_folder / "speech" / Path(row[name]).name) for row in rows]
+    together = [each.text for each in transcribe(whisper_tiny, recordings, batch_size=6)]
+    assert together == [transcribe(whisper_tiny, [each])[0].text for each in recordings]
+    assert all(together)
+
+
+@pytest.mark.real
+def test_faster_whisper_hears_the_same(whisper_tiny: OpenAIWhisper, real_models: Path, real_folder: Path) -> None:
+    pytest.importorskip("faster_whisper")
+    faster = FasterWhisper(str(real_models / "whisper-tiny.en-ct2"), CPU)
+    recording = read_audio(real_folder / "speech" / "jfk.flac")
+    ours, theirs = (transcribe(each, [recording])[0].text for each in (whisper_tiny, faster))
+    assert ours == theirs
