@@ -4,10 +4,23 @@ from collections.abc import Mapping
 
 from mmphi.pipeline.stage import Stage
 from mmphi.settings import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
+from mmphi.settings.audio import AudioSettings
 from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
 from mmphi.settings.qlora import QloraSettings
-from mmphi.stages import embed, evaluate, export, light_clip, merge, pretrain, projector, qlora, scenes, tokens
+from mmphi.stages import (
+    embed,
+    evaluate,
+    export,
+    light_clip,
+    merge,
+    pretrain,
+    projector,
+    qlora,
+    scenes,
+    tokens,
+    transcribe,
+)
 from mmphi.stages.embed import EmbedSettings
 from mmphi.stages.evaluate import EvaluateSettings
 from mmphi.stages.export import ExportSettings
@@ -15,10 +28,11 @@ from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.merge import MergeSettings
 from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings
+from mmphi.stages.transcribe import TranscribeSettings
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
-    for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate, qlora, merge, export)
+    for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate, qlora, merge, export, transcribe)
 }
 
 
@@ -39,6 +53,8 @@ class Settings(Section):
     merge: MergeSettings = MergeSettings()
     export: ExportSettings = ExportSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    audio: AudioSettings = AudioSettings()
+    transcribe: TranscribeSettings = TranscribeSettings()
 
 
 def load_settings(

@@ -1,0 +1,20 @@
+"""The section of how recordings are heard."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmphi.settings.declare import Section, setting
+
+
+class AudioSettings(Section):
+    """Which Whisper hears recordings, and how."""
+
+    whisper: str = setting("tiny.en", "Whisper's size by name, or the path of its weights", file="name")
+    backend: Literal["openai", "faster"] = setting("openai", "openai-whisper, or faster-whisper where it is installed")
+    language: str = setting("", "code of the language, such as de; empty finds it out for every recording")
+    prompt: str = setting("", "put before every window: how names are spelled, what was said before")
+    threshold: float = setting(0.5, "how sure the voice gate must be that somebody speaks", ge=0, le=1)
+    window: float = setting(30.0, "longest stretch heard at once", unit="seconds", ge=2, le=30)
+    max_seconds: float = setting(3600.0, "longer recordings are refused by their header", unit="seconds", gt=0)
+    batch_size: int = setting(8, "windows heard at once", unit="windows", matters=False, ge=1)

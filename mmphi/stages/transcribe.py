@@ -1,0 +1,180 @@
+"""Stage ``transcribe``: what is said in recordings, when, and how far that is from what somebody wrote down."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmphi.errors import AudioError, DataError
+from mmphi.pipeline.stage import Context, Stage
+from mmphi.settings import Section, setting
+from mmphi.settings.audio import AudioSettings
+from mmphi.settings.view import SettingsView
+
+if TYPE_CHECKING:
+    from mmphi.data.recordings import Spoken
+    from mmphi.data.records import ReadReport
+    from mmphi.evaluation.wer import Words
+
+LINES = "transcripts.jsonl"
+AT_ONCE = 8  # Recordings read before their windows are heard together.
+
+
+class TranscribeSettings(Section):
+    """Recordings to transcribe."""
+
+    path: str = setting("", "CSV of recordings, with a header", file="path")
+    recordings: str = setting("", "folder that their paths are relative to; empty takes that of the CSV", file="path")
+    audio_column: str = setting("audio", "column of the recording")
+    text_column: str = setting("transcript", "column of what is said, for the error rate; may be missing")
+    max_bad_share: float = setting(
+        0.05, "stop where more recordings than this share are unusable", matters=False, ge=0, le=1
+    )
+
+
+def check(settings: SettingsView) -> None:
+    """Recordings to hear.
+
+    Raises:
+        SettingsError: If none are named.
+    """
+    from mmphi.errors import SettingsError
+
+    if not settings(TranscribeSettings).path:
+        raise SettingsError(
+            "transcribe.path names no recordings", "give a CSV whose header is audio,transcript: --path recordings.csv"
+        )
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Hear what was not heard before an interruption, then measure all of it."""
+    from tqdm.auto import tqdm
+
+    from mmphi.data.recordings import read_recordings
+    from mmphi.data.records import ReadReport
+    from mmphi.models.device import this_device
+    from mmphi.models.whispers import BACKENDS
+
+    chosen, given, report = ctx.settings(AudioSettings), ctx.settings(TranscribeSettings), ReadReport()
+    path = Path(given.path)
+    columns = {"audio_column": given.audio_column, "text_column": given.text_column}
+    spoken = list(read_recordings(path, Path(given.recordings or path.parent), report, **columns))
+    done = kept(ctx.folder / LINES)
+    left = [each for each in spoken if each.name not in done]
+    if done and left:
+        ctx.tracker.say(f"transcribe: going on after {len(done)} of {len(spoken)} recordings")
+    device = this_device()
+    make = BACKENDS[chosen.backend]
+    identity = f"{chosen.backend}/{chosen.whisper}/{device}"
+    listener = ctx.resources.once("whisper", identity, lambda: make(chosen.whisper, device)) if left else None
+    with (ctx.folder / LINES).open("a") as lines, tqdm(total=len(left), desc="transcribe", unit="recording") as bar:
+        for first in range(0, len(left), AT_ONCE):
+            for line in heard(left[first : first + AT_ONCE], listener, chosen, report):
+                done[line["audio"]] = line
+                lines.write(json.dumps(line) + "\n")
+            lines.flush()
+            bar.update(len(left[first : first + AT_ONCE]))
+    ctx.tracker.table("data_read", list(report.rows()))
+    if report.bad_share > given.max_bad_share:
+        raise DataError(
+            f"{len(report.dropped)} recordings cannot be used\n{report.table()}",
+            "mend them, or raise transcribe.max_bad_share",
+        )
+    return measured(ctx, [each for each in spoken if each.name in done], done)
+
+
+def kept(path: Path) -> dict[str, dict[str, Any]]:
+    """What an interrupted call had heard; a line that was cut off is heard again, and taken out of the file."""
+    found: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return found
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+            found[row["audio"]] = row
+        except (ValueError, KeyError, TypeError):
+            break
+    path.write_text("".join(json.dumps(row) + "\n" for row in found.values()))
+    return found
+
+
+def heard(batch: Sequence[Spoken], listener: Any, chosen: AudioSettings, report: ReadReport) -> list[dict[str, Any]]:
+    """Transcripts of a few recordings, as rows; one that cannot be read is counted and left out."""
+    from mmphi.data.audio import read_audio
+    from mmphi.data.recordings import SOURCE
+    from mmphi.models.hearing import transcribe
+
+    given, recordings = [], []
+    for each in batch:
+        try:
+            recordings.append(read_audio(each.path, max_seconds=chosen.max_seconds))
+            given.append(each)
+        except AudioError as error:
+            report.drop_kept(SOURCE, each.name, error.reason)
+    begun = time.perf_counter()
+    found = transcribe(
+        listener,
+        recordings,
+        language=chosen.language,
+        prompt=chosen.prompt,
+        threshold=chosen.threshold,
+        window=chosen.window,
+        batch_size=chosen.batch_size,
+    )
+    took = time.perf_counter() - begun
+    total = sum(recording.seconds for recording in recordings)
+    return [
+        {
+            "audio": each.name,
+            "text": transcript.text,
+            "language": transcript.language,
+            "seconds": round(recording.seconds, 3),
+            "took": took * recording.seconds / total if total else 0.0,
+            "segments": [[round(s.start, 2), round(s.end, 2), s.text] for s in transcript.segments],
+            "told": list(transcript.told),
+        }
+        for each, recording, transcript in zip(given, recordings, found, strict=True)
+    ]
+
+
+def measured(ctx: Context, spoken: Sequence[Spoken], done: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Tables, a page with the recordings, and the figures of them all."""
+    from mmphi.evaluation.listen import listening_page
+    from mmphi.evaluation.wer import total, word_errors
+
+    rows: list[dict[str, Any]] = []
+    errors: list[Words] = []
+    for each in spoken:
+        line = done[each.name]
+        row = {"audio": each.name, "seconds": line["seconds"], "heard": line["text"], "language": line["language"]}
+        if each.text is not None:
+            counted = word_errors(each.text, line["text"], line["language"])
+            errors.append(counted)
+            row |= {"said": each.text, "wer": round(counted.rate, 4)}
+        rows.append(row | {"told": " ".join(line["told"])})
+    ctx.tracker.table("transcripts", rows)
+    ctx.tracker.text("transcripts.html", listening_page([each.path for each in spoken], rows))
+    seconds = sum(line["seconds"] for line in done.values())
+    figures = {
+        "transcribe/recordings": float(len(rows)),
+        "transcribe/seconds": seconds,
+        "transcribe/real_time_factor": sum(line["took"] for line in done.values()) / max(seconds, 1e-9),
+        "transcribe/silent": float(sum(not line["text"] for line in done.values())),
+    }
+    if errors:
+        all_of = total(errors)
+        figures |= {"transcribe/wer": all_of.rate, "transcribe/words": float(all_of.said)}
+    return figures
+
+
+STAGE = Stage(
+    name="transcribe",
+    version=1,
+    help="hear what is said in recordings, and how far it is from what was written down",
+    reads=("transcribe", "audio"),
+    run=run,
+    check=check,
+)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from mmphi.evaluation.wer import Words, normalized, total, word_errors
+
+
+@pytest.mark.parametrize(
+    ("said", "heard", "expected"),
+    [
+        ("A dog runs.", "a dog runs", Words(3)),
+        ("Mr. Smith's colour", "mister smith is color", Words(4)),
+        ("two dogs", "2 dogs", Words(2)),
+        ("a b c d", "a x c", Words(2, 1, 1)),
+        ("a b", "a b c d", Words(2, insertions=2)),
+        ("", "you", Words(insertions=1)),
+        ("", "", Words()),
+        ("a dog", "", Words(deletions=2)),
+    ],
+)
+def test_words_are_counted_as_whisper_compares_them(said: str, heard: str, expected: Words) -> None:
+    assert word_errors(said, heard) == expected
+
+
+def test_the_rate_of_all_is_that_of_all_words() -> None:
+    each = [Words(9, 1), Words(0, 1)]
+    assert [w.rate for w in each] == [pytest.approx(0.1), 1]
+    assert total(each).rate == pytest.approx(2 / 11)
+    assert Words(insertions=3).rate == 3
+    assert Words().rate == 0
+
+
+def test_other_languages_are_only_cleaned() -> None:
+    assert normalized("Zwei Hunde, die laufen!", "de") == "zwei hunde die laufen"
