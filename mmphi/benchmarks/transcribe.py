@@ -1,0 +1,106 @@
+"""Two Whispers side by side on the same recordings: openai-whisper and faster-whisper, of one size.
+
+Both hear the same windows behind the same voice gate, greedily, with the same rules of what is decoded anew. Word error
+rate, real-time factor and the share of recordings of which both say the same are shown; each side runs in a process of its
+own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SIDES = ("openai", "faster")
+
+
+def run_side(side: str, model: str, path: Path, limit: int) -> dict[str, Any]:
+    """What one Whisper makes of the recordings: texts, errors, seconds, peak memory.
+
+    Args:
+        side: Of :data:`SIDES`.
+        model: Size or path of its weights.
+        path: CSV of recordings, whose header is ``audio,transcript``.
+        limit: At most this many; 0 takes all.
+    """
+    from mmphi.data.audio import read_audio
+    from mmphi.data.recordings import read_recordings
+    from mmphi.data.records import ReadReport
+    from mmphi.evaluation.wer import total, word_errors
+    from mmphi.models.device import this_device
+    from mmphi.models.hearing import transcribe
+    from mmphi.models.whispers import BACKENDS
+    from mmphi.training.meters import peak_memory_bytes
+
+    spoken = list(read_recordings(path, path.parent, ReadReport()))[: limit or None]
+    recordings = [read_audio(each.path) for each in spoken]
+    listener = BACKENDS[side](model, this_device())
+    transcribe(listener, recordings[:1])  # What is loaded and compiled at first is not timed.
+    begun = time.perf_counter()
+    found = transcribe(listener, recordings)
+    took = time.perf_counter() - begun
+    errors = [word_errors(s.text or "", t.text, t.language) for s, t in zip(spoken, found, strict=True)]
+    seconds = sum(each.seconds for each in recordings)
+    return {
+        "texts": [each.text for each in found],
+        "wer": total(errors).rate,
+        "words": total(errors).said,
+        "seconds": seconds,
+        "real_time_factor": took / seconds,
+        "memory_gb": peak_memory_bytes() / 1e9,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi benchmark transcribe``."""
+    parser = argparse.ArgumentParser(prog="mmphi benchmark transcribe", description=__doc__.partition("\n")[0])
+    parser.add_argument("--path", type=Path, required=True, help="CSV of recordings (audio,transcript), beside them")
+    parser.add_argument("--openai", default="tiny.en", help="size or .pt file for openai-whisper [tiny.en]")
+    parser.add_argument("--faster", default="tiny.en", help="size or folder for faster-whisper [tiny.en]")
+    parser.add_argument("--limit", type=int, default=0, help="recordings; 0 takes all [0]")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(list(arguments))
+    if options.side:
+        print(json.dumps(run_side(options.side, getattr(options, options.side), options.path, options.limit)))
+        return 0
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for _ in range(options.rounds):
+        for side in SIDES:
+            found[side].append(in_process(side, arguments))
+    show(found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def in_process(side: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """One side in a process of its own."""
+    command = [sys.executable, "-m", "mmphi", "benchmark", "transcribe", *arguments, "--side", side]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def show(found: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Print the sides beside one another."""
+
+    def factor(side: str) -> float:
+        return float(statistics.median(run["real_time_factor"] for run in found[side]))
+
+    print(f"{'side':8} {'WER':>7} {'real-time factor':>17} {'faster is':>10} {'peak GB':>8}")
+    for side, runs in found.items():
+        memory = max(run["memory_gb"] for run in runs)
+        ratio = f"{factor(side) / factor('faster'):.2f}x"
+        print(f"{side:8} {runs[0]['wer']:7.4f} {factor(side):17.4f} {ratio:>10} {memory:8.2f}")
+    pairs = list(zip(*(runs[0]["texts"] for runs in found.values()), strict=True))
+    same = sum(one == other for one, other in pairs)
+    print(f"{same} of {len(pairs)} recordings are heard as the same text")
