@@ -1,8 +1,8 @@
 """Two Whispers side by side on the same recordings: openai-whisper and faster-whisper, of one size.
 
-Both hear the same windows behind the same voice gate, greedily, with the same rules of what is decoded anew. Word error
-rate, real-time factor and the share of recordings of which both say the same are shown; each side runs in a process of its
-own, so that its peak memory is its own.
+Both hear the same windows behind the same voice gate, greedily, with the same rules of what is decoded anew. Shown are
+word error rate, real-time factor and how many recordings both hear as the same text; each side runs in a process of
+its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from mmphi.data.audio import RATE, Samples
 from mmphi.errors import ModelError
-from mmphi.models.hearing import Heard, Segment
+from mmphi.models.hearing import Heard, Listener, Segment
 
 # Whisper's own rules (transcribe.py): what is repeated or unlikely is decoded anew, at a higher temperature.
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -181,4 +181,4 @@ class FasterWhisper:
         return found
 
 
-BACKENDS = {"openai": OpenAIWhisper, "faster": FasterWhisper}
+BACKENDS: dict[str, Callable[[str, torch.device], Listener]] = {"openai": OpenAIWhisper, "faster": FasterWhisper}
