@@ -151,5 +151,7 @@ def headline(comparisons: Sequence[Comparison], means: Mapping[str, float], base
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as prose lists them."""
+    """Names as prose lists them; in quotes where one has a comma of its own."""
+    if len(names) > 1 and any(", " in name for name in names):
+        names = [f"“{name}”" for name in names]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from reports.statistics import Interval, compare
-from reports.verdict import Metric, headline, number, p_value, range_of, sentence
+from reports.verdict import Metric, headline, listed, number, p_value, range_of, sentence
 
 LOSS = Metric("test/loss", "nats/token", less=True, margin=0.02)
 
@@ -95,3 +95,10 @@ def test_p_values_and_intervals() -> None:
     assert [p_value(p) for p in (0.0001, 0.0234, 0.25)] == ["p < 0.001", "p = 0.023", "p = 0.25"]
     assert range_of(Interval(-0.03, -0.012), -1) == "95 % interval 0.012 to 0.03"
     assert range_of(None) == "no interval: one seed"
+
+
+def test_names_with_commas_are_told_apart():
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert listed(["a, half", "b", "c"]) == "“a, half”, “b” and “c”"
+    assert listed(["a, half"]) == "a, half"
