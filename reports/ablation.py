@@ -70,7 +70,7 @@ def drawn(found: Findings) -> dict[str, bytes]:
     for name in SHOWN_COSTS:
         points = {level: (mean_of(results[level], name), found.means[level]) for level in found.means}
         there = {level: (x, y) for level, (x, y) in points.items() if x}
-        if there and name in data.declaration["costs"]:
+        if len({x for x, _ in there.values()}) > 1 and name in data.declaration["costs"]:
             costs[data.declaration["costs"][name]] = there
     if costs:
         made["tradeoffs"] = figures.png(figures.tradeoffs(costs, metric))

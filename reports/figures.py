@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
 from reports.pretrainings import Pretraining
@@ -22,6 +23,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 MARKERS = "osD^vPX*"
 WIDTH, HEIGHT, DPI = 8.0, 4.0, 100  # 800 px.
 GREY, BAND = "#666666", "#dddddd"
+LABEL_CHARACTERS, LOG_FROM = 18, 5  # Longest name beside its point; ratio from which an axis is logarithmic.
 
 
 def png(figure: Figure) -> bytes:
@@ -158,17 +160,29 @@ def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: Me
         metric: What was measured.
     """
     figure, all_axes = _figure(columns=max(1, len(costs)))
+    names = list(dict.fromkeys(name for points in costs.values() for name in points))
+    beside = max(map(len, names)) > LABEL_CHARACTERS  # Long names would lie over one another.
     for axes, (cost, points) in zip(all_axes, costs.items(), strict=False):
         best = front(points, metric.less)
         axes.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[2], linewidth=1.5, zorder=1)
         for place, (name, (x, y)) in enumerate(points.items()):
             colour = COLOURS[2] if name in best else COLOURS[5]
             axes.plot(x, y, MARKERS[place % len(MARKERS)], color=colour, markersize=8, zorder=2)
-            axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+            if not beside:
+                axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
         axes.set_xlabel(cost, fontsize=10)
+        heights = [y for _, y in points.values()]
+        if min(heights) > 0 and max(heights) > LOG_FROM * min(heights):
+            axes.set_yscale("log")
         axes.margins(x=0.2, y=0.15)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
     all_axes[0].set_ylabel(_label(metric), fontsize=10)
+    if beside:
+        marks = [
+            Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=GREY, linestyle="none", label=name)
+            for i, name in enumerate(names)
+        ]
+        figure.legend(handles=marks, fontsize=9, frameon=False, loc="outside lower center", ncols=2)
     figure.suptitle(
         "green: no other level is better in both (Pareto front)", fontsize=10, color=GREY, x=0.01, ha="left"
     )
