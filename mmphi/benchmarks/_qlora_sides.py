@@ -45,7 +45,7 @@ def peft_side(folder: Path, shape: Shape, steps: int) -> Clock:
     model: Any = LlavaForConditionalGeneration.from_pretrained(
         folder / "llava", quantization_config=quantised, dtype=dtype, device_map={"": 0 if cuda else "cpu"}
     )
-    model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
+    model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]  # PEFT gives it no types.
         model, use_gradient_checkpointing=False
     )
     torch.manual_seed(0)
@@ -90,7 +90,8 @@ def peft_side(folder: Path, shape: Shape, steps: int) -> Clock:
 
     class Given(Trainer):
         def get_train_dataloader(self) -> Any:
-            loader: Any = torch.utils.data.DataLoader(flat, batch_size=shape.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+            rows: Any = flat  # A list is no Dataset by its type, and one for the loader.
+            loader: Any = torch.utils.data.DataLoader(rows, batch_size=shape.batch_size, collate_fn=collate)
             return self.accelerator.prepare(loader)
 
     with tempfile.TemporaryDirectory() as out:
