@@ -2,6 +2,7 @@
 
 >>> model = mmphi.load("RUN, FOLDER or models:/NAME/1")
 >>> model.ask("what is this?", "photo.jpg")
+>>> model.ask("", "photo.jpg", audio="question.mp3")
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ __version__ = "0.1.0"
 __all__ = ["build", "load"]
 
 
-def load(model: str | Path, *, device: str = "", language: str = "", precision: str = "") -> Multimodal:
+def load(
+    model: str | Path, *, device: str = "", language: str = "", precision: str = "", whisper: str = ""
+) -> Multimodal:
     """A trained model with all that it is joined from; models of one process share what they have in common.
 
     Args:
@@ -26,6 +29,8 @@ def load(model: str | Path, *, device: str = "", language: str = "", precision: 
         device: Where it goes, ``cpu`` or ``cuda:0``; this process's accelerator where left out, else the CPU.
         language: Folder or hub name of its language model, where that has moved.
         precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit`` for the language model; as it was trained where left out.
+        whisper: Size or file of the Whisper that it hears with; the one it was trained with, else tiny.en, where left
+            out. It is loaded when there is a recording to hear.
 
     Raises:
         ModelError: If a part cannot be had, or is not what it was.
@@ -44,7 +49,7 @@ def load(model: str | Path, *, device: str = "", language: str = "", precision: 
 
         folder = Store().model_folder(str(model))
     place = torch.device(device) if device else None
-    return load_bundle(folder, device=place, language=language, precision=precision, once=PROCESS.once)
+    return load_bundle(folder, device=place, language=language, precision=precision, whisper=whisper, once=PROCESS.once)
 
 
 def build(stage: str, preset: str = "tiny", **settings: Any) -> Result:

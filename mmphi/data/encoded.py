@@ -14,8 +14,8 @@ import numpy as np
 from filelock import FileLock
 
 from mmphi.data.digests import cache_folder
-from mmphi.data.records import Example, ImageRef, ReadReport
-from mmphi.errors import DataError
+from mmphi.data.records import AudioRef, Example, ImageRef, ReadReport
+from mmphi.errors import DataError, ModelError
 from mmphi.text.prompt import Prompt
 from mmphi.text.sequences import Input, Sample, Span, encode
 
@@ -104,10 +104,22 @@ def image_inputs(images: Iterable[ImageRef], length: Callable[[ImageRef], int]) 
 
 
 def encode_example(
-    example: Example, prompt: Prompt, length: Callable[[ImageRef], int], max_length: int
+    example: Example,
+    prompt: Prompt,
+    length: Callable[[ImageRef], int],
+    max_length: int,
+    audio_inputs: Callable[[Sequence[AudioRef]], list[Input]] | None = None,
 ) -> Sample | None:
-    """One conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
+    """One conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens.
+
+    Raises:
+        ModelError: If it has recordings, and nobody hears them.
+    """
     inputs = image_inputs(example.images, length)
+    if example.audio:
+        if audio_inputs is None:
+            raise ModelError(f"{example.source}/{example.id} has recordings, and nothing hears them")
+        inputs += audio_inputs(example.audio)
     name = f"{example.source}/{example.id}"
     return encode(example.questions, inputs, prompt, max_length, name, example.context)
 

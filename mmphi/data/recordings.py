@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmphi.data.images import resolve_inside
-from mmphi.data.records import ReadReport
+from mmphi.data.records import AudioRef, Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
 
 SOURCE = "recordings"
+SPLITS = ("", "train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,23 @@ class Spoken:
         name: Its path as the CSV says it.
         path: Where the file lies.
         text: What is said, as somebody wrote it down; ``None`` where nobody did.
+        split: ``train``, ``validation`` or ``test``, where the CSV says so.
     """
 
     name: str
     path: Path
     text: str | None = None
+    split: str = ""
 
 
 def read_recordings(
-    path: Path, folder: Path, report: ReadReport, *, audio_column: str = "audio", text_column: str = "transcript"
+    path: Path,
+    folder: Path,
+    report: ReadReport,
+    *,
+    audio_column: str = "audio",
+    text_column: str = "transcript",
+    split_column: str = "split",
 ) -> Iterator[Spoken]:
     """Read a CSV with a header, one recording a row.
 
@@ -40,6 +50,7 @@ def read_recordings(
         report: Counts rows that cannot be used.
         audio_column: Of the recording's path.
         text_column: Of what is said; a CSV without it has recordings to transcribe, and no error rate.
+        split_column: Of ``train``, ``validation`` or ``test``; it may be missing.
 
     Raises:
         DataError: If the file cannot be read or lacks the column of recordings.
@@ -67,9 +78,52 @@ def read_recordings(
                 if not found.is_file():
                     report.drop(SOURCE, where, "missing")
                     continue
+                split = (row.get(split_column) or "").strip()
+                if split not in SPLITS:
+                    report.drop(SOURCE, where, f"no split: {split_column} = {split}")
+                    continue
                 report.keep(SOURCE)
-                yield Spoken(name, found, row.get(text_column))
+                yield Spoken(name, found, row.get(text_column), split)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}", "save it as CSV in UTF-8") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", "check the path in transcribe.path") from error
+
+
+def spoken_examples(
+    spoken: Sequence[Spoken], report: ReadReport, *, question: str, validation: int, test: int, seed: int
+) -> list[Example]:
+    """Conversations about recordings: what is asked of each, and what is said in it as the answer.
+
+    Args:
+        spoken: With what is said; those without are counted and left out.
+        report: Counts them.
+        question: The recording stands where it says ``<audio>``.
+        validation: Recordings kept apart for validation, where the CSV does not say which.
+        test: Recordings kept apart for the test, likewise.
+        seed: Of the draw.
+
+    Raises:
+        DataError: If none are left to train on.
+    """
+    kept = []
+    for each in spoken:
+        if each.text and each.text.strip():
+            kept.append(each)
+        else:
+            report.drop_kept(SOURCE, each.name, "nothing said of it")
+    names = sorted({each.name for each in kept if not each.split})
+    random.Random(seed).shuffle(names)
+    drawn: dict[str, Split] = dict.fromkeys(names, "train")
+    if not any(each.split for each in kept):
+        drawn |= dict.fromkeys(names[:validation], "validation")
+        drawn |= dict.fromkeys(names[validation : validation + test], "test")
+    examples = []
+    for each in kept:
+        split: Split = each.split or drawn[each.name]  # type: ignore[assignment]  # One of SPLITS.
+        said = str(each.text).strip()
+        audio = (AudioRef(each.name, each.path),)
+        examples.append(Example(each.name, (), (Turn(question, said),), SOURCE, split, {"said": said}, audio=audio))
+    if not any(example.split == "train" for example in examples):
+        raise DataError(f"of {len(examples)} recordings none is left to train on", "keep fewer apart: validation, test")
+    return examples

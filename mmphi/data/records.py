@@ -25,6 +25,19 @@ class ImageRef:
 
 
 @dataclass(frozen=True, slots=True)
+class AudioRef:
+    """A recording, and the name it keeps wherever it is stored.
+
+    Attributes:
+        id: Tells it from others; splits go by it.
+        source: Its file, or what one holds.
+    """
+
+    id: str
+    source: Path | bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One question and its answer; the question of a plain caption is empty."""
 
@@ -45,6 +58,8 @@ class Example:
         split: The split its *images* belong to.
         attributes: What an answer can be scored on (scenes: ``kind`` and the drawn objects), else empty.
         context: Text that stands where images would: what a conversation without any is about.
+        audio: Recordings, in order; they stand where questions say ``<audio>`` as often as there are recordings, else
+            before the first question, or in its place where that is empty.
     """
 
     id: str
@@ -54,6 +69,7 @@ class Example:
     split: Split = "train"
     attributes: dict[str, str] = field(default_factory=dict, compare=False)
     context: str = ""
+    audio: tuple[AudioRef, ...] = ()
 
     @property
     def image(self) -> ImageRef | None:

@@ -22,10 +22,14 @@ from mmphi.data.features import ImageFeatures, LiveFeatures
 from mmphi.errors import ModelError
 from mmphi.models.adapter import ADAPTER, adapter_digest, save_adapter, with_saved
 from mmphi.models.device import this_device
+from mmphi.models.ears import Audio
 from mmphi.models.language import PRETRAIN, STYLE_FILE, Language, language_digest, load_language
+from mmphi.models.links import Hearing, hearing_of
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector
+from mmphi.models.speech import SHAPE, WEIGHTS, SpeechProjection
 from mmphi.models.vision import LIGHT_CLIP, Tower, Vision, load_tower
+from mmphi.settings.audio import AudioSettings
 from mmphi.settings.shared import LanguageSettings, VisionSettings
 
 T = TypeVar("T")
@@ -70,6 +74,9 @@ def save_bundle(folder: Path, model: Multimodal) -> None:
         content["vision"] = {**vision.settings.model_dump(), "digest": vision.digest}
     if model.projector is not None:
         model.projector.save(folder)
+    if model.speech is not None and model.audio is not None:
+        model.speech.save(folder)
+        content["audio"] = {**model.audio.settings.model_dump(), "digest": model.audio.digest}
     (folder / BUNDLE).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -103,13 +110,13 @@ def read_bundle(folder: Path) -> dict[str, Any]:
 
 
 def bundle_digest(folder: Path) -> str:
-    """What tells a model from every other: what it says of itself, and the weights of its projector.
+    """What tells a model from every other: what it says of itself, and the weights of its projectors.
 
     Raises:
         ModelError: If it is none.
     """
     digest = hashlib.sha256(json.dumps(read_bundle(folder), sort_keys=True).encode())
-    for name in ("projector.json", "projector.safetensors"):
+    for name in ("projector.json", "projector.safetensors", SHAPE, WEIGHTS):
         if (folder / name).exists():
             digest.update((folder / name).read_bytes())
     return digest.hexdigest()
@@ -122,6 +129,8 @@ def load_bundle(
     language: str = "",
     precision: str = "",
     features: ImageFeatures | None = None,
+    whisper: str = "",
+    hearing: Hearing | None = None,
     once: Once[Any] = at_once,
 ) -> Multimodal:
     """Load a model with all that it is joined from.
@@ -132,6 +141,8 @@ def load_bundle(
         language: Folder or hub name of its language model, where that has moved.
         precision: Of the language model, where it shall be another.
         features: Where image features come from; the tower is loaded where left out.
+        whisper: Size or file of the Whisper that it hears with, where that is another or has moved.
+        hearing: Where the features of recordings come from; a Whisper is loaded at the first one where left out.
         once: ``Resources.once``, so that what this process has loaded is shared.
 
     Raises:
@@ -144,8 +155,14 @@ def load_bundle(
         seen = LiveFeatures(_tower(_vision(content["vision"], folder), device, once))
     projector = Projector.load(folder) if (folder / "projector.json").exists() else None
     vision = _vision(content["vision"], folder) if "vision" in content else None
-    own = content["language"]["model"] == LANGUAGE
-    return Multimodal(spoken, projector, seen, content["max_length"], vision, own_language=own and not language)
+    own = content["language"]["model"] == LANGUAGE and not language
+    saved = dict(content.get("audio", {}))
+    digest = saved.pop("digest", "")
+    audio = Audio(AudioSettings(**saved | ({"whisper": whisper} if whisper else {})), digest)
+    speech = SpeechProjection.load(folder) if "audio" in content else None
+    config = speech.config if speech else None
+    hears = hearing or (lambda: hearing_of(spoken, audio, config, device, once))
+    return Multimodal(spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio)
 
 
 def _language(

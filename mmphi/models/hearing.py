@@ -55,7 +55,12 @@ class Transcript:
     @property
     def text(self) -> str:
         """All that is said, with single spaces."""
-        return " ".join(" ".join(segment.text for segment in self.segments).split())
+        return self.between(float("-inf"), float("inf"))
+
+    def between(self, start: float, end: float) -> str:
+        """What is said from one time to another, in seconds: all segments whose middle lies there."""
+        chosen = (s.text for s in self.segments if start <= (s.start + s.end) / 2 <= end)
+        return " ".join(" ".join(chosen).split())
 
 
 class Listener(Protocol):

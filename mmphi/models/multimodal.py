@@ -1,8 +1,8 @@
-"""A causal language model that sees: language model, projector and image features joined."""
+"""A causal language model that sees and hears: language model, projectors and features joined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,22 +12,27 @@ from torch import Tensor
 
 from mmphi.data.encoded import encode_example, image_inputs
 from mmphi.data.features import ImageFeatures
-from mmphi.data.records import Example, ImageRef
+from mmphi.data.records import AudioRef, Example, ImageRef
+from mmphi.errors import ModelError
 from mmphi.models.generation import Answer, answers_to
 from mmphi.models.language import Language
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector
+from mmphi.models.speech import SpeechProjection, words_as_they_are
 from mmphi.text.packing import SpanFeatures, packs, to_device
-from mmphi.text.sequences import Sample, join
+from mmphi.text.sequences import Input, Sample, join
 
 if TYPE_CHECKING:
+    from mmphi.models.ears import Audio
+    from mmphi.models.links import Hearing
     from mmphi.models.vision import Vision
 
-Question = tuple[ImageRef | Sequence[ImageRef] | None, str]
+Shown = ImageRef | Sequence[ImageRef] | None
+Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]]
 
 
 class Multimodal:
-    """Images and text in, text out.
+    """Images, recordings and text in, text out.
 
     The language model is borrowed: several of these may share one, and it is left as it was.
 
@@ -38,6 +43,9 @@ class Multimodal:
         max_length: Longest sequence, in tokens.
         vision: The image tower that the features are of; needed to save the model.
         own_language: Whether the language model was trained here, and is saved with this model.
+        hearing: Where the features of recordings come from, or what makes that at the first recording.
+        speech: What is between them and the language model; without it words are taken as they are.
+        audio: Which Whisper the speech projection is for; needed to save it.
 
     Raises:
         ModelError: If the projector does not fit the features or the language model.
@@ -51,6 +59,9 @@ class Multimodal:
         max_length: int = 512,
         vision: Vision | None = None,
         own_language: bool = False,
+        hearing: Hearing | Callable[[], Hearing] | None = None,
+        speech: SpeechProjection | None = None,
+        audio: Audio | None = None,
     ) -> None:
         if projector is not None:
             if features is not None:
@@ -58,7 +69,16 @@ class Multimodal:
             projector.to(device=next(language.model.parameters()).device)
         self.language, self.features, self.max_length, self.projector = language, features, max_length, projector
         self.vision, self.own_language = vision, own_language
-        projectors = {} if projector is None else {"image": projector}
+        self._hearing, self.speech, self.audio = hearing, speech, audio
+        projectors: dict[str, torch.nn.Module] = {} if projector is None else {"image": projector}
+        if speech is not None:
+            if speech.config.output_width != language.width:
+                raise ModelError(
+                    f"the speech projection was trained for a model of width {speech.config.output_width}, not"
+                    f" {language.width}",
+                    "train one for this model",
+                )
+            projectors["audio"] = speech.to(device=next(language.model.parameters()).device)
         alone = not language.packs(max_length)
         self.packed = PackedModel(language.model, alone=alone, **projectors).eval()
 
@@ -89,7 +109,40 @@ class Multimodal:
     @property
     def sources(self) -> dict[str, SpanFeatures]:
         """Where the features of each kind of span come from."""
-        return {} if self.features is None else {"image": self.features}
+        own: dict[str, SpanFeatures] = {} if self.features is None else {"image": self.features}
+        if self._hearing is not None and not callable(self._hearing):
+            own["audio"] = self._hearing
+        return own
+
+    @property
+    def hearing(self) -> Hearing:
+        """Where the features of recordings come from.
+
+        Raises:
+            ModelError: If this model does not hear.
+        """
+        if callable(self._hearing):
+            self._hearing = self._hearing()
+        if self._hearing is None:
+            raise ModelError("this model was given nothing to hear with", "give Multimodal its hearing")
+        if self.speech is None:
+            self.speech = words_as_they_are(self.language.width, self._hearing.link).to(self.device)
+            self.packed.projectors["audio"] = self.speech.eval()
+        if self.speech.config.input_width != self._hearing.width:
+            raise ModelError(
+                f"the speech projection reads features of width {self.speech.config.input_width}, this Whisper gives"
+                f" {self._hearing.width}",
+                "give the Whisper that it was trained with",
+            )
+        return self._hearing
+
+    def inputs(self, recordings: Sequence[AudioRef]) -> list[Input]:
+        """Recordings as a sequence takes them.
+
+        Raises:
+            ModelError: If there are any, and this model does not hear.
+        """
+        return self.hearing.inputs(recordings) if recordings else []
 
     def length(self, image: ImageRef) -> int:
         """Places that an image takes in a prompt."""
@@ -98,6 +151,10 @@ class Multimodal:
     def can_see(self, example: Example) -> bool:
         """Whether the example's images, if it has any, have features."""
         return not example.images or (self.features is not None and all(i in self.features for i in example.images))
+
+    def encode(self, example: Example) -> Sample | None:
+        """A conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
+        return encode_example(example, self.language.prompt, self.length, self.max_length, self.inputs)
 
     @torch.inference_mode()
     def losses(
@@ -115,36 +172,51 @@ class Multimodal:
         """
         if images is not None:
             examples = [replace(e, images=other) for e, other in zip(examples, images, strict=True)]
-        samples = (encode_example(e, self.language.prompt, self.length, self.max_length) for e in examples)
+        samples = (self.encode(e) for e in examples)
         nats, tokens = 0.0, 0
         for pack in packs([s for s in samples if s is not None], self.sources, max_tokens, alone=self.packed.alone):
             nats += float(self.packed(**to_device(pack, self.device)))
             tokens += len(pack["targets"])
         return nats, tokens
 
-    def ask(self, question: str, *images: Path | str, max_new_tokens: int = 48) -> str:
+    def ask(
+        self,
+        question: str,
+        *images: Path | str,
+        audio: Path | str | bytes | Sequence[Path | str | bytes] = (),
+        max_new_tokens: int = 48,
+    ) -> str:
         """Answer one question, greedily.
 
         Args:
-            question: What to answer; empty for a caption.
+            question: What to answer; empty for a caption, or where it is spoken.
             *images: Image files that it is about.
+            audio: A recording, or several: files of any format, or what they hold. They stand where the question says
+                ``<audio>``, else before it, or in its place where it is empty.
             max_new_tokens: Longest answer, in tokens.
+
+        Raises:
+            AudioError: If a recording cannot be heard.
         """
         references = [ImageRef(str(path), Path(path)) for path in images]
-        return self.generate([(references, question)], max_new_tokens)[0].text
+        given = [audio] if isinstance(audio, Path | str | bytes) else list(audio)
+        spoken = [
+            AudioRef("bytes", each) if isinstance(each, bytes) else AudioRef(str(each), Path(each)) for each in given
+        ]
+        return self.generate([(references, question, spoken)], max_new_tokens)[0].text
 
     def generate(self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32) -> list[Answer]:
         """Answer questions, greedily.
 
         Args:
-            prompts: An image, several or none, and a question (empty for a caption).
+            prompts: An image, several or none, a question (empty for a caption), and recordings, if any.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Answers generated at once; batched and single answers are the same.
 
         Returns:
             One answer per prompt, in order.
         """
-        samples = [self._open_prompt(*prompt) for prompt in prompts]
+        samples = [self.open_prompt(*prompt) for prompt in prompts]
         answers = answers_to(self, samples, batch_size, max_new_tokens=max_new_tokens, do_sample=False)
         return [answer for (answer,) in answers]
 
@@ -160,7 +232,7 @@ class Multimodal:
         """Draw several answers to each question.
 
         Args:
-            prompts: An image, several or none, and a question (empty for a caption).
+            prompts: An image, several or none, a question (empty for a caption), and recordings, if any.
             count: Answers to each.
             temperature: The logits are divided by it; near 0 all answers are the greedy one.
             max_new_tokens: Longest answer, in tokens.
@@ -175,7 +247,7 @@ class Multimodal:
             torch.manual_seed(seed)
             return answers_to(
                 self,
-                [self._open_prompt(*prompt) for prompt in prompts],
+                [self.open_prompt(*prompt) for prompt in prompts],
                 max(1, batch_size // count),
                 max_new_tokens=max_new_tokens,
                 do_sample=True,
@@ -185,7 +257,9 @@ class Multimodal:
                 top_p=1.0,
             )
 
-    def _open_prompt(self, images: ImageRef | Sequence[ImageRef] | None, question: str) -> Sample:
+    def open_prompt(self, images: Shown, question: str, audio: Sequence[AudioRef] = ()) -> Sample:
+        """A question as a sequence that the answer goes on from."""
         shown = [images] if isinstance(images, ImageRef) else list(images or ())
-        parts = self.language.prompt.parts([(question, None)], images=len(shown))
-        return join(parts, image_inputs(shown, self.length), question)
+        heard = self.inputs(audio)
+        parts = self.language.prompt.parts([(question, None)], images=len(shown), audio=[each.said for each in heard])
+        return join(parts, [*image_inputs(shown, self.length), *heard], question)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mmphi.models.hearing import Heard, Listener, Segment
 # Whisper's own rules (transcribe.py): what is repeated or unlikely is decoded anew, at a higher temperature.
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 REPEATED, UNLIKELY, SAMPLES_OF = 2.4, -1.0, 5
+FRAMES_S = 50  # Of its encoder, in a second.
 FASTER = "pip install faster-whisper"
 
 
@@ -68,6 +69,49 @@ class OpenAIWhisper:
         ]
         return torch.stack(made).to(self.model.device, torch.float16 if self.half else torch.float32)
 
+    @property
+    def width(self) -> int:
+        """Width of a frame of its encoder."""
+        return int(self.model.dims.n_audio_state)
+
+    @torch.no_grad()  # Not in inference mode: what is trained on these frames must be able to keep them.
+    def encode(self, sounds: Sequence[Samples]) -> list[torch.Tensor]:
+        """Frames (n, width) of its encoder for windows, 50 for each second of sound: those of the padding are cut."""
+        frames = self.model.embed_audio(self.mel(sounds))
+        return [each[: -(-len(sound) * FRAMES_S // RATE)] for each, sound in zip(frames, sounds, strict=True)]
+
+    @torch.no_grad()
+    def posterior(self, sound: Samples, text: str) -> tuple[list[int], torch.Tensor]:
+        """How likely every token of text is, in each place of a transcript.
+
+        Args:
+            sound: A window, float32 at 16 kHz.
+            text: What was heard in it.
+
+        Returns:
+            Its n tokens, and logits (n, V) over the V tokens that text is made of, given those before.
+        """
+        tokenizer = self._tokenizer("en")
+        tokens = list(tokenizer.encode(" " + text.strip())) if text.strip() else []
+        start = list(tokenizer.sot_sequence_including_notimestamps)
+        given = torch.tensor([start + tokens], device=self.model.device)
+        audio = self.model.embed_audio(self.mel([sound]))
+        logits = self.model.logits(given, audio)[0].float()
+        return tokens, logits[len(start) - 1 : len(start) - 1 + len(tokens), : tokenizer.eot]
+
+    def tokens(self) -> Iterator[tuple[int, bytes]]:
+        """Every token that text is made of, and how it is spelled."""
+        tokenizer = self._tokenizer("en")
+        for token in range(tokenizer.eot):
+            yield token, tokenizer.encoding.decode_single_token_bytes(token)
+
+    def _tokenizer(self, language: str) -> Any:
+        from whisper.tokenizer import get_tokenizer
+
+        return get_tokenizer(
+            self.model.is_multilingual, num_languages=self.model.num_languages, language=language, task="transcribe"
+        )
+
     @torch.inference_mode()
     def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
         """What is said in windows: see :class:`~mmphi.models.hearing.Listener`."""
@@ -114,11 +158,7 @@ class OpenAIWhisper:
 
     def _segments(self, tokens: Sequence[int], language: str, seconds: float) -> tuple[Segment, ...]:
         """Text between time stamps."""
-        from whisper.tokenizer import get_tokenizer
-
-        tokenizer = get_tokenizer(
-            self.model.is_multilingual, num_languages=self.model.num_languages, language=language, task="transcribe"
-        )
+        tokenizer = self._tokenizer(language)
         found, start, text = [], 0.0, list[int]()
         for token in [*tokens, tokenizer.timestamp_begin + round(seconds / 0.02)]:
             if token < tokenizer.timestamp_begin:

@@ -8,16 +8,19 @@ from mmphi.settings.audio import AudioSettings
 from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
 from mmphi.settings.qlora import QloraSettings
+from mmphi.settings.speech import SpeechSettings
 from mmphi.stages import (
     embed,
     evaluate,
     export,
     light_clip,
+    listen,
     merge,
     pretrain,
     projector,
     qlora,
     scenes,
+    speech,
     tokens,
     transcribe,
 )
@@ -25,6 +28,7 @@ from mmphi.stages.embed import EmbedSettings
 from mmphi.stages.evaluate import EvaluateSettings
 from mmphi.stages.export import ExportSettings
 from mmphi.stages.light_clip import LightClipSettings
+from mmphi.stages.listen import ListenSettings
 from mmphi.stages.merge import MergeSettings
 from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings
@@ -32,7 +36,21 @@ from mmphi.stages.transcribe import TranscribeSettings
 
 STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
-    for module in (scenes, tokens, pretrain, light_clip, embed, projector, evaluate, qlora, merge, export, transcribe)
+    for module in (
+        scenes,
+        tokens,
+        pretrain,
+        light_clip,
+        embed,
+        projector,
+        evaluate,
+        qlora,
+        merge,
+        export,
+        transcribe,
+        listen,
+        speech,
+    )
 }
 
 
@@ -55,6 +73,8 @@ class Settings(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     audio: AudioSettings = AudioSettings()
     transcribe: TranscribeSettings = TranscribeSettings()
+    listen: ListenSettings = ListenSettings()
+    speech: SpeechSettings = SpeechSettings()
 
 
 def load_settings(

@@ -9,11 +9,17 @@ from typing import Literal
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.settings import Section, setting
 from mmphi.settings.qlora import QloraSettings
+from mmphi.settings.shared import TrainingSettings
+from mmphi.settings.speech import SpeechSettings
 from mmphi.settings.view import SettingsView
 from mmphi.stages.common import CONTENT, drop_unseen, read, scenes_if_read, stored_features
 from mmphi.stages.projector import ProjectorSettings
 
 KEPT = "save_every", "steps", "keep_checkpoints"
+HEARD = (  # What decides which recordings there are, what is asked of them, and which are of the split.
+    *("path", "recordings", "audio_column", "text_column", "split_column"),
+    *("question", "validation", "test", "split_seed", "soft_temperature"),
+)
 
 
 class EvaluateSettings(Section):
@@ -22,7 +28,7 @@ class EvaluateSettings(Section):
     model: str = setting(
         "", "folder, run or registered name of the model; empty takes that of `stage` with these settings", file="model"
     )
-    stage: Literal["projector", "qlora", "merge"] = setting("projector", "whose model, where none is named")
+    stage: Literal["projector", "qlora", "merge", "speech"] = setting("projector", "whose model, where none is named")
     split: Literal["train", "validation", "test"] = setting("test", "which images")
     seed: int = setting(0, "seed of samples, questions and shuffles", ge=0)
     max_images: int = setting(200, "at most this many images; 0 takes all", unit="images", ge=0)
@@ -34,19 +40,26 @@ class EvaluateSettings(Section):
     max_answer_tokens: int = setting(512, "longest of these answers", unit="tokens", ge=1)
     candidates: int = setting(1, "captions sampled, of which the most agreed on is taken; 1 is greedy", ge=1)
     temperature: float = setting(0.5, "of sampled candidates", gt=0)
+    links: list[Literal["encoder", "transcript", "soft"]] = setting(
+        [], "links from recordings to measure, of a model that hears; none takes the one it was trained for"
+    )
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
     """Whose model it is, unless one is named, and the scenes where they are read."""
     chosen = settings(EvaluateSettings)
     own = () if chosen.model else (chosen.stage,)
-    return (*own, *scenes_if_read(settings))
+    return own if chosen.stage == "speech" else (*own, *scenes_if_read(settings))
 
 
 def stored(settings: SettingsView) -> tuple[str, ...]:
     """Stored features, where the projector was trained on them."""
+    chosen = settings(EvaluateSettings)
+    if chosen.stage == "speech":
+        heard = settings(SpeechSettings)
+        return ("listen",) if heard.link == "encoder" and heard.features == "cached" and not chosen.model else ()
     cached = settings(ProjectorSettings).features == "cached"
-    return ("embed",) if cached and not settings(EvaluateSettings).model else ()
+    return ("embed",) if cached and not chosen.model else ()
 
 
 def run(ctx: Context) -> Mapping[str, float]:
@@ -58,6 +71,8 @@ def run(ctx: Context) -> Mapping[str, float]:
 
     chosen = ctx.settings(EvaluateSettings)
     folder = ctx.models["evaluate.model"] if chosen.model else ctx.upstream[chosen.stage].path
+    if chosen.stage == "speech":
+        return evaluate_speech(ctx, folder)
     features = stored_features(ctx) if "embed" in ctx.upstream else None
     model = load_bundle(folder, features=features, once=ctx.resources.once)
     if chosen.checkpoint != "final":
@@ -74,6 +89,40 @@ def run(ctx: Context) -> Mapping[str, float]:
     return evaluate_model(model, seen, measures, ctx.tracker, prefix=chosen.split)
 
 
+def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
+    """Measure a model that hears, by every link that is asked for.
+
+    Raises:
+        DataError: If no recording is of the split.
+    """
+    from mmphi.data.records import ReadReport
+    from mmphi.errors import DataError
+    from mmphi.evaluation.spoken import SpokenMeasures, evaluate_hearing
+    from mmphi.models.bundle import load_bundle
+    from mmphi.stages.spoken import conversations, hearable, linked
+
+    chosen, report = ctx.settings(EvaluateSettings), ReadReport()
+    model = load_bundle(folder, once=ctx.resources.once)
+    model = linked(ctx, model, "")
+    if chosen.checkpoint != "final":
+        from mmphi.training.checkpoints import load_trained
+        from mmphi.training.distill import Distilled
+
+        load_trained(Distilled(model.packed, 1.0, 0.0), checkpoint_of(folder, chosen.checkpoint))
+    split = [e for e in conversations(ctx, report) if e.split == chosen.split]
+    measures = SpokenMeasures(chosen.max_images, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
+    figures: dict[str, float] = {}
+    for link in chosen.links or [model.hearing.link]:
+        own = linked(ctx, model, link)
+        seen = hearable(own, split, report)
+        if not seen:
+            raise DataError(f"no recording of the split {chosen.split} can be heard", "keep some apart: speech.test")
+        prefix = f"{chosen.split}/{link}" if chosen.links else chosen.split
+        figures |= evaluate_hearing(own, seen, measures, ctx.tracker, prefix)
+    ctx.tracker.table("data_read", list(report.rows()))
+    return figures
+
+
 def check(settings: SettingsView) -> None:
     """A checkpoint that the projector keeps.
 
@@ -87,7 +136,9 @@ def check(settings: SettingsView) -> None:
         return
     if chosen.stage == "merge":
         raise SettingsError(f"evaluate.checkpoint = {chosen.checkpoint}: a merged model has none", "there is final")
-    trained = settings(QloraSettings) if chosen.stage == "qlora" else settings(ProjectorSettings)
+    trained: TrainingSettings = settings(ProjectorSettings)
+    if chosen.stage in ("qlora", "speech"):
+        trained = settings(QloraSettings) if chosen.stage == "qlora" else settings(SpeechSettings)
     saved = sorted({*range(trained.save_every, trained.steps + 1, trained.save_every), trained.steps})
     kept = [str(step) for step in saved[-trained.keep_checkpoints :]]
     if chosen.checkpoint not in kept:
@@ -119,10 +170,15 @@ STAGE = Stage(
     name="evaluate",
     version=2,
     help="measure a model on any data, split and checkpoint",
-    reads=("evaluate", *CONTENT, "data.sources.N.question"),
+    reads=("evaluate", *CONTENT, "data.sources.N.question", *(f"speech.{name}" for name in HEARD)),
     run=run,
     upstream=upstream,
-    requests=("projector.features", *(f"{stage}.{name}" for stage in ("projector", "qlora") for name in KEPT)),
+    requests=(
+        "projector.features",
+        *(f"{stage}.{name}" for stage in ("projector", "qlora") for name in KEPT),
+        "speech",
+        "audio",
+    ),
     request_upstream=stored,
     check=check,
 )

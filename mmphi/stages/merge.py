@@ -65,7 +65,16 @@ def run(ctx: Context) -> Mapping[str, float]:
     save_language(language.model, language.prompt, place)
     settings = language.settings.model_copy(update={"model": str(place), "tokenizer": "", "revision": ""})
     language = replace(language, name=str(place), digest=language_digest(str(place), ""), settings=settings)
-    joined = Multimodal(language, model.projector, model.features, model.max_length, model.vision, own_language=True)
+    joined = Multimodal(
+        language,
+        model.projector,
+        model.features,
+        model.max_length,
+        model.vision,
+        own_language=True,
+        speech=model.speech,
+        audio=model.audio,
+    )
     after = loss(joined)
     joined.save_pretrained(ctx.folder)
     ctx.tracker.say(f"merge: {before:.4f} nats/token before, {after:.4f} after, on {len(held)} held-out conversations")

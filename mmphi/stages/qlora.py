@@ -118,8 +118,17 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
     language = adapted(base.language, Shape(targets=tuple(names), **shape))
     ctx.tracker.say(f"qlora: adapters of rank {chosen.rank} on {', '.join(names)}")
     base.projector.requires_grad_(chosen.projector_learning_rate > 0)
+    if base.speech is not None:  # It goes on to the new model as it is.
+        base.speech.requires_grad_(False)
     return Multimodal(
-        language, base.projector, features, chosen.max_length, base.vision, own_language=base.own_language
+        language,
+        base.projector,
+        features,
+        chosen.max_length,
+        base.vision,
+        own_language=base.own_language,
+        speech=base.speech,
+        audio=base.audio,
     )
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import AudioError, DataError
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings import Section, setting
 from mmphi.settings.audio import AudioSettings
+from mmphi.settings.speech import RecordingsSection
 from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
@@ -23,16 +23,8 @@ LINES = "transcripts.jsonl"
 AT_ONCE = 8  # Recordings read before their windows are heard together.
 
 
-class TranscribeSettings(Section):
+class TranscribeSettings(RecordingsSection):
     """Recordings to transcribe."""
-
-    path: str = setting("", "CSV of recordings, with a header", file="path")
-    recordings: str = setting("", "folder that their paths are relative to; empty takes that of the CSV", file="path")
-    audio_column: str = setting("audio", "column of the recording")
-    text_column: str = setting("transcript", "column of what is said, for the error rate; may be missing")
-    max_bad_share: float = setting(
-        0.05, "stop where more recordings than this share are unusable", matters=False, ge=0, le=1
-    )
 
 
 def check(settings: SettingsView) -> None:

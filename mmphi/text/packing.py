@@ -78,6 +78,7 @@ def pack(
     step_tokens: int | None = None,
     *,
     alone: bool = False,
+    rows: Sequence[Sequence[int]] | None = None,
 ) -> Pack:
     """Lay sequences end to end in rows of nearly equal length.
 
@@ -86,13 +87,13 @@ def pack(
         features: Where the features of each kind of span come from.
         step_tokens: Supervised tokens of the whole step; those of these samples where left out.
         alone: One sequence a row, for models that see through the walls between neighbours.
+        rows: Which sequences each row holds, by index, where they shall lie as others do: :func:`rows_of` those.
 
     Raises:
         ModelError: If a span has another length than what stands there has features.
     """
     lengths = [len(sample) for sample in samples]
-    count = len(samples) if alone else max(1, -(-sum(lengths) // max(ROW_TOKENS, *lengths, 1)))
-    rows = partition(lengths, count)
+    rows = rows_of(samples, alone=alone) if rows is None else rows
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segments, supervised = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
@@ -119,6 +120,12 @@ def pack(
         targets=torch.from_numpy(ids.ravel()[targets]),
         step_tokens=torch.tensor(float(len(targets) if step_tokens is None else step_tokens)),
     )
+
+
+def rows_of(samples: Sequence[Sample], *, alone: bool = False) -> list[list[int]]:
+    """Which sequences each row of a pack holds, by index."""
+    lengths = [len(sample) for sample in samples]
+    return partition(lengths, len(samples) if alone else max(1, -(-sum(lengths) // max(ROW_TOKENS, *lengths, 1))))
 
 
 def check_spans(sample: Sample, features: Mapping[str, SpanFeatures]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Style = Literal["plain", "phi", "chat"]
-MARK = "<image>"
+MARK, AUDIO_MARK = "<image>", "<audio>"
 IMAGE, QUESTION, ANSWER = "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
+AUDIO = "\x00audio\x00"  # In a question, where a recording stands; taken out of texts from outside.
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,31 @@ class Part:
     Attributes:
         ids: Token ids; empty where features stand.
         supervised: Whether these tokens are what the model learns to say.
-        span: Kind of the features that stand here (``image``), empty for tokens.
+        span: Kind of the features that stand here (``image`` or ``audio``), empty for tokens.
+        spelled: Whether the features stand for the tokens ``ids``, one for each: words that were heard.
     """
 
     ids: tuple[int, ...] = ()
     supervised: bool = False
     span: str = ""
+    spelled: bool = False
 
 
-def places_images(questions: Sequence[str], images: int) -> bool:
-    """Whether questions say where the images stand: they hold ``<image>`` as often as there are images.
+def places(questions: Sequence[str], count: int, mark: str = MARK) -> bool:
+    """Whether questions say where images (or recordings) stand: they hold the mark as often as there are any.
 
-    Otherwise all images stand before the first question, and ``<image>`` is text like any other.
+    Otherwise all of them stand before the first question, and the mark is text like any other.
     """
-    return 0 < images == sum(question.count(MARK) for question in questions)
+    return 0 < count == sum(question.count(mark) for question in questions)
+
+
+def with_recordings(turns: Sequence[tuple[str, str | None]], count: int) -> list[tuple[str, str | None]]:
+    """Turns with a place for every recording: where the questions say so, before the first one, or as the first one."""
+    turns = [(question.replace(AUDIO, ""), answer) for question, answer in turns]
+    if places([question for question, _ in turns], count, AUDIO_MARK):
+        return [(question.replace(AUDIO_MARK, AUDIO), answer) for question, answer in turns]
+    (first, answer), *rest = turns
+    return [(AUDIO * count + ("\n" if count and first else "") + first, answer), *rest]
 
 
 class Prompt:
@@ -99,7 +111,14 @@ class Prompt:
         special = [self.tokenizer.special_tokens_map, self.tokenizer.chat_template, self.style]
         return hashlib.sha256((rules + json.dumps(special, sort_keys=True, default=str)).encode()).hexdigest()
 
-    def parts(self, turns: Sequence[tuple[str, str | None]], *, images: int = 0, context: str = "") -> list[Part]:
+    def parts(
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        *,
+        images: int = 0,
+        context: str = "",
+        audio: Sequence[str | None] = (),
+    ) -> list[Part]:
         """The prompt of a conversation.
 
         Args:
@@ -107,22 +126,34 @@ class Prompt:
             images: How many images the conversation is about. They stand where the questions say ``<image>``, or after
                 the first token where the questions do not say it as often as there are images.
             context: Text that stands where images would; used to teach a model to read from context.
+            audio: For each recording what is said in it, where its words stand in the prompt, else ``None``. They stand
+                where the questions say ``<audio>``, before the first question where those do not say it as often, or
+                in place of a first question that is empty.
 
         Returns:
-            Parts in order; supervised parts are an answer and its end-of-sequence token.
+            Parts in order; supervised parts are an answer and its end-of-sequence token. The tokens of words that were
+            heard are those of the same words typed in their place.
         """
-        placed = places_images([question for question, _ in turns], images)
+        placed = places([question for question, _ in turns], images)
+        turns = with_recordings(turns, len(audio))
         write = self._chat if self.style == "chat" else self._lines
-        return write(turns, 0 if placed else images, context, placed)
+        return write(turns, 0 if placed else images, context, placed, iter(audio))
 
-    def _lines(self, turns: Sequence[tuple[str, str | None]], leading: int, context: str, placed: bool) -> list[Part]:
+    def _lines(
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        leading: int,
+        context: str,
+        placed: bool,
+        audio: Iterator[str | None],
+    ) -> list[Part]:
         bos = self.tokenizer.bos_token_id
         parts = [Part(() if bos is None else (bos,)), *[Part(span="image")] * leading]
         if context:
             parts.append(Part(self._encode(context)))
         for number, (question, answer) in enumerate(turns):
             first = not number and not context
-            parts += self._asked("" if first and not leading else "\n", question, placed)
+            parts += self._asked("" if first and not leading else "\n", question, placed, audio)
             at_once = first and not question  # A caption follows its image, with nothing between them.
             if self.style == "plain" and not at_once:
                 parts.append(Part(self._encode("\n")))
@@ -131,14 +162,21 @@ class Prompt:
                 parts.append(Part((*self._encode(gap + answer), self.tokenizer.eos_token_id), supervised=True))
         return parts
 
-    def _asked(self, before: str, question: str, placed: bool) -> list[Part]:
+    def _asked(self, before: str, question: str, placed: bool, audio: Iterator[str | None]) -> list[Part]:
         """A question on its line; nothing where there is none."""
         if not question:
             return []
         line = f"Instruct: {question}\nOutput:" if self.style == "phi" else question
-        return self._question(before + line, placed)
+        return self._question(before + line, placed, audio)
 
-    def _chat(self, turns: Sequence[tuple[str, str | None]], leading: int, context: str, placed: bool) -> list[Part]:
+    def _chat(
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        leading: int,
+        context: str,
+        placed: bool,
+        audio: Iterator[str | None],
+    ) -> list[Part]:
         """Render the template around markers, then put each text in its marker's place.
 
         Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
@@ -157,7 +195,7 @@ class Prompt:
             places.append((IMAGE, [Part(span="image")] * leading or [Part(self._encode(context))]))
         for i, (question, answer) in enumerate(turns):
             if question:
-                places.append((QUESTION.format(i), self._question(question, placed)))
+                places.append((QUESTION.format(i), self._question(question, placed, audio)))
             if answer is not None:
                 ids = (*self._encode(answer), *self.end)
                 places.append((ANSWER.format(i), [Part(ids, supervised=True)]))
@@ -173,14 +211,42 @@ class Prompt:
             parts.append(Part(self._encode_template(text)))
         return [part for part in parts if part.ids or part.span]
 
-    def _question(self, text: str, placed: bool) -> list[Part]:
-        """A question as parts, its images between its texts where it says where they stand."""
-        if not placed:
-            return [Part(self._encode(text))]
-        parts = []
-        for number, piece in enumerate(text.split(MARK)):
-            parts += [Part(span="image")] * bool(number) + [Part(self._encode(piece))] * bool(piece)
+    def _question(self, text: str, placed: bool, audio: Iterator[str | None]) -> list[Part]:
+        """A question as parts, its images and recordings between its texts where it says where they stand."""
+        parts: list[Part] = []
+        for number, piece in enumerate(text.split(MARK) if placed else [text]):
+            parts += [Part(span="image")] * bool(number)
+            typed, words = "", list[tuple[int, int]]()
+            for count, between in enumerate(piece.split(AUDIO)):
+                said = next(audio) if count else ""
+                if said is None:
+                    parts += [*self._typed(typed, words), Part(span="audio")]
+                    typed, words = "", []
+                elif count:
+                    words.append((len(typed), len(typed) + len(said)))
+                typed += (said or "") + between
+            parts += self._typed(typed, words)
         return parts
+
+    def _typed(self, text: str, words: Sequence[tuple[int, int]]) -> list[Part]:
+        """A text as parts, of which those that hold words (from, to) that were heard are spans.
+
+        The text is encoded as a whole, so that its tokens do not depend on what of it was heard.
+        """
+        if not words:
+            return [Part(self._encode(text))] * bool(text)
+        if not self.tokenizer.is_fast:
+            raise ModelError("this tokenizer does not say which letters a token is of", "use one that is fast")
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        ids, letters = tuple(encoded["input_ids"]), encoded["offset_mapping"]
+        parts, done = [], 0
+        for start, end in words:
+            inside = [i for i, (a, b) in enumerate(letters) if i >= done and a < end and start < b]
+            after = next((i for i, (a, _) in enumerate(letters) if i >= done and a >= start), len(ids))
+            first, last = (inside[0], inside[-1] + 1) if inside else (after, after)
+            parts += [Part(ids[done:first]), Part(ids[first:last], span="audio", spelled=True)]
+            done = last
+        return [part for part in [*parts, Part(ids[done:])] if part.ids or part.span]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text from outside: special tokens spelled in it stay plain text."""

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mmphi.text.prompt import MARK, Part, Prompt, places_images
+from mmphi.text.prompt import AUDIO_MARK, MARK, Part, Prompt, places
 
 
 class Span(NamedTuple):
     """A stretch of a sequence where features stand in place of tokens.
 
     Attributes:
-        kind: ``image``.
-        reference: What the features are of, as their source knows it.
+        kind: ``image`` or ``audio``.
+        reference: What the features are of, as their source knows it; :class:`Spelled` where words are heard.
         start: Position of the first.
         length: How many they are.
     """
@@ -29,11 +29,31 @@ class Span(NamedTuple):
 
 
 class Input(NamedTuple):
-    """What a span shall stand for: an image, and how many features it has."""
+    """What a span shall stand for.
+
+    Attributes:
+        kind: ``image`` or ``audio``.
+        reference: The image or recording.
+        length: How many features it has.
+        said: What is said in a recording, where its features are those words: the span is as long as they are tokens.
+    """
 
     kind: str
     reference: Any
     length: int
+    said: str | None = None
+
+
+class Spelled(NamedTuple):
+    """A recording and the tokens that its words are, where they stand in the prompt.
+
+    Attributes:
+        of: The recording.
+        ids: Token ids, as the words typed in its place would have.
+    """
+
+    of: Any
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +90,10 @@ def join(parts: Iterable[Part], inputs: Sequence[Input] = (), name: str = "") ->
         if part.span:
             (chosen,) = [i for i in waiting if i.kind == part.span][:1]
             waiting.remove(chosen)
-            spans.append(Span(chosen.kind, chosen.reference, len(ids), chosen.length))
-            length = chosen.length
+            reference, length = chosen.reference, chosen.length
+            if part.spelled:
+                reference, length = Spelled(reference, part.ids), len(part.ids)
+            spans.append(Span(chosen.kind, reference, len(ids), length))
         ids.extend(part.ids or [0] * length)
         supervised.extend([part.supervised] * length)
     if supervised:
@@ -89,12 +111,12 @@ def encode(
 ) -> Sample | None:
     """A conversation as a sequence of at most ``max_length`` tokens.
 
-    Where it is too long, the oldest turns go first, with the images that they place, and the answer stays whole (LLaVA
-    truncates after expanding the image, and so eats answers).
+    Where it is too long, the oldest turns go first, with the images and recordings that they place, and the answer
+    stays whole (LLaVA truncates after expanding the image, and so eats answers).
 
     Args:
         turns: Questions and answers.
-        inputs: The images that it is about, in their order.
+        inputs: The images and the recordings that it is about, each in their order.
         prompt: Writes it.
         max_length: In tokens, features included.
         name: Where it came from, for messages.
@@ -103,12 +125,18 @@ def encode(
     Returns:
         ``None`` where even the last turn alone is too long, or no token of it is supervised.
     """
-    placed = places_images([question for question, _ in turns], len(inputs))
+    images, audio = ([i for i in inputs if i.kind == kind] for kind in ("image", "audio"))
+    questions = [question for question, _ in turns]
+    images_placed, audio_placed = places(questions, len(images)), places(questions, len(audio), AUDIO_MARK)
     while turns:
-        sample = join(prompt.parts(turns, images=len(inputs), context=context), inputs, name)
+        said = [each.said for each in audio]
+        parts = prompt.parts(turns, images=len(images), context=context, audio=said)
+        sample = join(parts, [*images, *audio], name)
         if len(sample) <= max_length:
             return sample if sample.supervised.any() else None
-        if placed:
-            inputs = inputs[turns[0][0].count(MARK) :]
+        if images_placed:
+            images = images[turns[0][0].count(MARK) :]
+        if audio_placed:
+            audio = audio[turns[0][0].count(AUDIO_MARK) :]
         turns = turns[1:]
     return None

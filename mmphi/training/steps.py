@@ -61,11 +61,15 @@ class PackedSteps(Dataset[Pack]):
     def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
 
-    def step(self, step: int) -> list[Sample]:
-        """The samples of one optimiser step."""
+    def chosen(self, step: int) -> list[int]:
+        """The samples of one optimiser step, by index."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
         count = len(self.samples)
-        return [self.samples[self._order(place // count)[place % count]] for place in places]
+        return [int(self._order(place // count)[place % count]) for place in places]
+
+    def step(self, step: int) -> list[Sample]:
+        """The samples of one optimiser step."""
+        return [self.samples[i] for i in self.chosen(step)]
 
     def supervised(self) -> int:
         """Tokens learned from in the whole training."""

@@ -1,0 +1,191 @@
+"""Features of which some things have more than others, such as the frames of recordings: stored once, found by content.
+
+They lie one after the other in files that are written whole or not at all; the index says where each begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmphi.errors import StoreError
+
+INDEX, PROGRESS = "index.json", "progress.jsonl"
+Place = tuple[str, int, int]  # File, first row, rows.
+
+
+class RaggedWriter:
+    """Writes features by the digest of what they are of.
+
+    Args:
+        folder: Where to write; goes on from what it holds.
+        width: Width of a feature.
+        model: Digest of what gives the features.
+
+    Attributes:
+        places: Where every content's features lie, by digest.
+        unreadable: Contents that have none, and why.
+    """
+
+    def __init__(self, folder: Path, width: int, model: str) -> None:
+        self.folder, self.width, self.model = folder, width, model
+        self.places: dict[str, Place] = {}
+        self.unreadable: dict[str, str] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._recall()
+
+    def knows(self, digest: str) -> bool:
+        """Whether a content was dealt with."""
+        return digest in self.places or digest in self.unreadable
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all features."""
+        return sum(rows for _, _, rows in self.places.values()) * self.width * 2
+
+    def _recall(self) -> None:
+        path, whole = self.folder / PROGRESS, 0
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # Torn by a kill; what it says is done again.
+                self._note(json.loads(line))
+                whole += len(line)
+        os.truncate(path, whole)
+
+    def _note(self, batch: Mapping[str, Mapping[str, object]]) -> None:
+        self.places.update({digest: tuple(place) for digest, place in batch["places"].items()})  # type: ignore[arg-type,misc]
+        self.unreadable.update({digest: str(why) for digest, why in batch["unreadable"].items()})
+
+    def _write_down(self, places: Mapping[str, Place], unreadable: Mapping[str, str]) -> None:
+        with (self.folder / PROGRESS).open("a") as file:
+            file.write(json.dumps({"places": places, "unreadable": unreadable}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.places.update(places)
+        self.unreadable.update(unreadable)
+
+    def write(self, features: Mapping[str, Tensor], unreadable: Mapping[str, str]) -> None:
+        """Write what some contents have, in a file of its own.
+
+        Args:
+            features: Features (n, width) by digest, of contents not written before; n may be 0.
+            unreadable: Reasons by digest, of those that have none.
+
+        Raises:
+            StoreError: If the disk is full; what was written before stays good.
+        """
+        name, places, begin = self._free_name(), dict[str, Place](), 0
+        for digest, rows in features.items():
+            places[digest] = name, begin, len(rows)
+            begin += len(rows)
+        try:
+            if features:
+                part = (self.folder / name).with_suffix(".part")
+                with part.open("wb") as file:
+                    np.save(file, torch.cat([*features.values()]).half().numpy())
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.rename(self.folder / name)
+            if features or unreadable:
+                self._write_down(places, unreadable)
+        except OSError as error:
+            raise StoreError(
+                f"features cannot be written to {self.folder}: {error.strerror}",
+                f"make room and run the same command: it goes on after {len(self.places)} recordings",
+            ) from error
+
+    def _free_name(self) -> str:
+        number = len(list(self.folder.glob("features-*.npy")))
+        while (self.folder / f"features-{number:05d}.npy").exists():
+            number += 1
+        return f"features-{number:05d}.npy"
+
+    def take_over(self, earlier: Path) -> int:
+        """Take over what an earlier store of the same model has, without copying where the disk allows.
+
+        Returns:
+            How many contents it had that were not here yet.
+        """
+        index = json.loads((earlier / INDEX).read_text())
+        fresh = {digest: place for digest, place in index["places"].items() if not self.knows(digest)}
+        names: dict[str, str] = {}
+        for old in sorted({place[0] for place in fresh.values()}):
+            names[old] = self._free_name()
+            try:
+                os.link(earlier / old, self.folder / names[old])
+            except OSError:  # Another disk, or one without hard links.
+                shutil.copy2(earlier / old, self.folder / names[old])
+        unreadable = {digest: why for digest, why in index["unreadable"].items() if not self.knows(digest)}
+        if fresh or unreadable:
+            self._write_down({d: (names[old], begin, rows) for d, (old, begin, rows) in fresh.items()}, unreadable)
+        return len(fresh) + len(unreadable)
+
+    def finish(self) -> None:
+        """Write the index, and so make the store complete; what an interrupted call had begun in vain goes."""
+        used = {name for name, _, _ in self.places.values()}
+        for path in self.folder.glob("features-*"):
+            if path.name not in used:
+                path.unlink()
+        index = {"width": self.width, "model": self.model, "places": self.places, "unreadable": self.unreadable}
+        part = self.folder / f"{INDEX}.part"
+        part.write_text(json.dumps(index))
+        part.rename(self.folder / INDEX)
+
+
+class RaggedStore:
+    """Features in memory-mapped files: opening costs nothing, and processes share what they read.
+
+    Args:
+        folder: As :class:`RaggedWriter` left it.
+
+    Attributes:
+        width: Width of a feature.
+        model: Digest of what gave the features.
+
+    Raises:
+        StoreError: If they are not complete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            index = json.loads((folder / INDEX).read_text())
+            self.width, self.model = int(index["width"]), str(index["model"])
+            self._places: dict[str, Place] = index["places"]
+            self.unreadable: dict[str, str] = index["unreadable"]
+            names = {place[0] for place in self._places.values()}
+            self._files = {name: np.load(folder / name, mmap_mode="r") for name in names}
+        except (OSError, KeyError, ValueError) as error:
+            raise StoreError(f"no features can be read from {folder}: {error}", "run `mmphi listen --force`") from error
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._places
+
+    def knows(self, digest: str) -> bool:
+        """Whether a content was dealt with."""
+        return digest in self._places or digest in self.unreadable
+
+    def length(self, digest: str) -> int:
+        """Features of a content."""
+        return self._places[digest][2]
+
+    def get(self, digest: str) -> Tensor:
+        """Features of a content, float16, (n, width).
+
+        Raises:
+            StoreError: If it has none.
+        """
+        place = self._places.get(digest)
+        if place is None:
+            raise StoreError("a recording has no stored frames", "run `mmphi listen` on the same data")
+        name, begin, rows = place
+        return torch.from_numpy(np.array(self._files[name][begin : begin + rows]))

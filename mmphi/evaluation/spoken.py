@@ -1,0 +1,130 @@
+"""How well a model hears: what it repeats, whether it answers as if it read, and what the right recording is worth."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmphi.data.records import AudioRef, Example
+from mmphi.evaluation.grounding import Grounding
+from mmphi.evaluation.wer import total, word_errors
+from mmphi.models.multimodal import Multimodal
+from mmphi.tracking.tracker import Tracker
+
+
+def shuffled_recordings(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The same conversations, each about the recording of another one; with a single recording it stays."""
+    recordings = {audio.id: audio for e in examples for audio in e.audio}
+    circle = sorted(recordings)
+    random.Random(seed).shuffle(circle)
+    following = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+    return [replace(e, audio=tuple(recordings[following[a.id]] for a in e.audio)) for e in examples]
+
+
+def hearing_gain(model: Multimodal, examples: Sequence[Example], seed: int = 0) -> Grounding:
+    """Loss on the answers with the right recordings, and with another one in each one's place.
+
+    Args:
+        model: What to score.
+        examples: Conversations about at least two recordings.
+        seed: Seed of the shuffle.
+    """
+    nats, tokens = model.losses(examples)
+    other, other_tokens = model.losses(shuffled_recordings(examples, seed))
+    return Grounding(nats / max(tokens, 1), other / max(other_tokens, 1))
+
+
+@dataclass(frozen=True)
+class SpokenMeasures:
+    """How much is measured.
+
+    Attributes:
+        max_recordings: At most this many; 0 takes all.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Answers generated at once.
+        seed: Of the shuffle.
+    """
+
+    max_recordings: int = 0
+    max_new_tokens: int = 48
+    batch_size: int = 32
+    seed: int = 0
+
+
+def evaluate_hearing(
+    model: Multimodal, examples: Sequence[Example], chosen: SpokenMeasures, tracker: Tracker, prefix: str
+) -> dict[str, float]:
+    """Measure a model that hears on recordings whose words are known.
+
+    Args:
+        model: What to measure.
+        examples: Each asks to repeat what is said in its recording.
+        chosen: How much is measured.
+        tracker: The run to record in.
+        prefix: Put before every metric's name.
+
+    Returns:
+        Loss, and what the right recording saves; the word error rate of what it repeats, and of what it repeats where
+        the words are typed, which is the language model's own share of it; how often it answers a spoken question as
+        the typed one, word for word and by the words they share; seconds of hearing and of answering for a second of
+        speech, and tokens that this takes.
+    """
+    examples = list(examples)[: chosen.max_recordings or None]
+    measured = hearing_gain(model, examples, chosen.seed)
+    seconds = sum(_seconds(audio) for e in examples for audio in e.audio)
+    begun = time.perf_counter()
+    tokens = sum(span.length for e in examples for span in model.open_prompt(None, "", e.audio).spans)
+    heard_s = time.perf_counter() - begun
+    said = [e.attributes["said"] for e in examples]
+    typed = [(None, e.turns[0].question.replace("<audio>", words)) for e, words in zip(examples, said, strict=True)]
+    limits = chosen.max_new_tokens, chosen.batch_size
+    begun = time.perf_counter()
+    repeated = [a.text for a in model.generate([(None, e.turns[0].question, e.audio) for e in examples], *limits)]
+    answered_s = time.perf_counter() - begun
+    read = [a.text for a in model.generate(typed, *limits)]
+    asked = [a.text for a in model.generate([(None, "", e.audio) for e in examples], *limits)]
+    wanted = [a.text for a in model.generate([(None, words) for words in said], *limits)]
+    errors = [word_errors(words, text) for words, text in zip(said, repeated, strict=True)]
+    metrics = {
+        "loss": measured.loss,
+        "hearing_gain": measured.gain,
+        "wer": total(errors).rate,
+        "typed_wer": total([word_errors(words, text) for words, text in zip(said, read, strict=True)]).rate,
+        "answer_agreement": sum(a == b for a, b in zip(asked, wanted, strict=True)) / len(asked),
+        "answer_overlap": sum(_overlap(a, b) for a, b in zip(asked, wanted, strict=True)) / len(asked),
+        "hearing_s_per_s": heard_s / max(seconds, 1e-9),
+        "answering_s_per_s": answered_s / max(seconds, 1e-9),
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+    }
+    rows: list[dict[str, Any]] = [
+        {
+            "audio": e.id,
+            "said": words,
+            "repeated": text,
+            "wer": round(each.rate, 4),
+            "answer": answer,
+            "answer to the typed words": same,
+        }
+        for e, words, text, each, answer, same in zip(examples, said, repeated, errors, asked, wanted, strict=True)
+    ]
+    tracker.table(f"{prefix}_heard", rows)
+    named = {f"{prefix}/{name}": value for name, value in metrics.items()}
+    tracker.metrics(named)
+    return named
+
+
+def _overlap(one: str, two: str) -> float:
+    """Share of the words that two answers have in common, in order (2 matches over all words, as difflib's ratio)."""
+    from difflib import SequenceMatcher
+
+    return SequenceMatcher(a=one.split(), b=two.split(), autojunk=False).ratio()
+
+
+def _seconds(audio: AudioRef) -> float:
+    from mmphi.data.audio import audio_seconds, read_audio
+
+    said = audio_seconds(audio.source)
+    return said if said is not None else read_audio(audio.source).seconds

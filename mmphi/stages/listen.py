@@ -1,0 +1,142 @@
+"""Stage ``listen``: the frames that Whisper's encoder makes of every recording, computed once.
+
+As with the features of images: its key is the Whisper's and how it hears, and a result that does not hold all that is
+asked for is taken over by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmphi.errors import AudioError, DataError
+from mmphi.pipeline.stage import Context, Result, Stage
+from mmphi.settings import Section, setting
+from mmphi.settings.audio import AudioSettings
+from mmphi.settings.speech import SpeechSettings
+from mmphi.settings.view import SettingsView
+
+if TYPE_CHECKING:
+    from mmphi.data.recordings import Spoken
+    from mmphi.data.records import ReadReport
+
+AT_ONCE = 8  # Windows that the encoder is given together.
+
+
+class ListenSettings(Section):
+    """Frames of recordings computed once and stored."""
+
+    shard_recordings: int = setting(128, "recordings per file", unit="recordings", matters=False, ge=1)
+
+
+def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Spoken]:
+    """The recordings that the section ``speech`` names.
+
+    Raises:
+        DataError: If they cannot be read.
+    """
+    from mmphi.data.recordings import read_recordings
+
+    path = Path(chosen.path)
+    columns = {name: getattr(chosen, name) for name in ("audio_column", "text_column", "split_column")}
+    return list(read_recordings(path, Path(chosen.recordings or path.parent), report, **columns))
+
+
+def contents(settings: SettingsView) -> dict[str, Path]:
+    """A file of every recording, by the digest of its content."""
+    from mmphi.data.digests import Digests
+    from mmphi.data.records import ReadReport
+
+    paths = [each.path for each in recordings_of(settings(SpeechSettings), ReadReport())]
+    return {digest: path for path, digest in Digests().of_files(paths, "recording digests").items()}
+
+
+def covers(settings: SettingsView, _: Mapping[str, Result], folder: Path) -> bool:
+    """Whether stored frames are of every recording that is named."""
+    from mmphi.data.ragged import RaggedStore
+
+    store = RaggedStore(folder)
+    return all(store.knows(digest) for digest in contents(settings))
+
+
+def check(settings: SettingsView) -> None:
+    """Recordings to hear, by a Whisper that gives its frames.
+
+    Raises:
+        SettingsError: If none are named, or it is another one.
+    """
+    from mmphi.errors import SettingsError
+
+    if not settings(SpeechSettings).path:
+        raise SettingsError(
+            "speech.path names no recordings",
+            "give a CSV whose header is audio,transcript: --speech.path recordings.csv",
+        )
+    if settings(AudioSettings).backend != "openai":
+        raise SettingsError("faster-whisper does not give the frames of its encoder", "set audio.backend to openai")
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Compute what is not stored yet."""
+    from tqdm.auto import tqdm
+
+    from mmphi.data.ragged import RaggedWriter
+    from mmphi.data.records import AudioRef
+    from mmphi.models.device import this_device
+    from mmphi.models.ears import ears_of, openai_of
+    from mmphi.models.links import frames_in
+
+    wanted = contents(ctx.settings)
+    ears = ears_of(ctx.settings(AudioSettings), this_device(), ctx.resources.once)
+    whisper = openai_of(ears, "encoder")
+    writer = RaggedWriter(ctx.folder, whisper.width, whisper.digest)
+    taken = sum(writer.take_over(earlier.path) for earlier in ctx.earlier)
+    if taken:
+        ctx.tracker.say(f"listen: {taken} recordings are taken over from earlier runs")
+    missing = [(digest, path) for digest, path in wanted.items() if not writer.knows(digest)]
+    size = ctx.settings(ListenSettings).shard_recordings
+    with tqdm(total=len(missing), desc="listen", unit="recording") as bar:
+        for first in range(0, len(missing), size):
+            found: dict[str, Any] = {}
+            unreadable: dict[str, str] = {}
+            for begin in range(first, min(first + size, len(missing)), AT_ONCE):
+                some = missing[begin : min(begin + AT_ONCE, first + size)]
+                read = {}
+                for digest, path in some:
+                    try:
+                        read[digest] = ears.recording(AudioRef(str(path), path))
+                    except AudioError as error:
+                        unreadable[digest] = error.reason
+                found |= dict(zip(read, frames_in(ears, whisper, [*read.values()], AT_ONCE), strict=True))
+                bar.update(len(some))
+            writer.write(found, unreadable)
+    writer.finish()
+    bad = {digest: why for digest, why in writer.unreadable.items() if digest in wanted}
+    if bad:
+        ctx.tracker.table("unreadable", [{"recording": str(wanted[i]), "reason": why} for i, why in bad.items()])
+        ctx.tracker.say(f"listen: {len(bad)} recordings cannot be read and are left out")
+    if len(bad) / max(1, len(wanted)) > ctx.settings(SpeechSettings).max_bad_share:
+        raise DataError(
+            f"{len(bad)} of {len(wanted)} recordings cannot be read",
+            "the run's table `unreadable` lists them; mend them, or raise speech.max_bad_share",
+        )
+    return {
+        "listen/recordings": len(writer.places),
+        "listen/computed": len(missing),
+        "listen/unreadable": len(bad),
+        "listen/frames": sum(rows for _, _, rows in writer.places.values()),
+        "listen/bytes": writer.bytes,
+    }
+
+
+STAGE = Stage(
+    name="listen",
+    version=1,
+    help="compute the frames that Whisper's encoder makes of every recording, and store them",
+    reads=("listen", "audio.whisper", "audio.backend", "audio.threshold", "audio.window"),
+    run=run,
+    requests=("speech", "audio"),
+    covers=covers,
+    check=check,
+)

@@ -1,0 +1,182 @@
+"""Stage ``speech``: what is between recordings and the frozen language model, trained on what it says when it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mmphi.errors import DataError, SettingsError
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings import LanguageSettings, Section
+from mmphi.settings.audio import AudioSettings
+from mmphi.settings.speech import SpeechSettings
+from mmphi.settings.view import SettingsView
+from mmphi.stages.common import check_training
+from mmphi.stages.conversations import say_if_alone
+from mmphi.stages.spoken import conversations, hearable, hearing_model, own_answers, pairs
+
+if TYPE_CHECKING:
+    from mmphi.data.records import Example, ReadReport
+    from mmphi.models.multimodal import Multimodal
+
+S = TypeVar("S", bound=Section)
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
+    """Stored frames where they are read, and the language model where it is the one trained here."""
+    chosen, needed = settings(SpeechSettings), []
+    if settings(LanguageSettings).model == "pretrain" and not chosen.model:
+        needed.append("pretrain")
+    if chosen.link == "encoder" and chosen.features == "cached":
+        needed.append("listen")
+    return tuple(needed)
+
+
+def check(settings: SettingsView) -> None:
+    """Recordings, a place for them in the question, and a batch for every pass.
+
+    Raises:
+        SettingsError: If one is missing.
+    """
+    chosen = settings(SpeechSettings)
+    check_training("speech", chosen)
+    if not chosen.path:
+        raise SettingsError(
+            "speech.path names no recordings", "give a CSV whose header is audio,transcript: --path recordings.csv"
+        )
+    if chosen.question.count("<audio>") != 1:
+        raise SettingsError(
+            "speech.question does not say where the recording stands",
+            'write <audio> in it once: --question "Repeat after me: <audio>"',
+        )
+    if chosen.link != "transcript" and settings(AudioSettings).backend != "openai":
+        raise SettingsError(
+            f"faster-whisper does not give what the link {chosen.link} needs", "set audio.backend to openai"
+        )
+
+
+def cost(_: SettingsView) -> Cost:
+    """A projection and its optimiser are small."""
+    return Cost(disk_bytes=4 * 4 * 3 * 4096 * 4096)
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Train, and save a model that loads alone."""
+    from mmphi.data.records import ReadReport
+    from mmphi.training.distill import Distilled, paired_steps
+    from mmphi.training.trainer import train
+
+    chosen, report = ctx.settings(SpeechSettings), ReadReport()
+    examples = conversations(ctx, report)
+    model = hearing_model(ctx)
+    examples = hearable(model, examples, report)
+    training = [e for e in examples if e.split == "train"]
+    held = [e for e in examples if e.split == "validation"]
+    if chosen.answers == "own":
+        training, held = (own_answers(model, some, chosen.answer_tokens) for some in (training, held))
+    say_if_alone(model, "speech", ctx.tracker)
+    heard, read = pairs(model, training, report)
+    ctx.tracker.table("data_read", list(report.rows()))
+    _check_report(report, chosen)
+    end = model.language.prompt.end[-1]
+    steps = paired_steps(heard, read, model.sources, chosen, end, alone=model.packed.alone)
+    assert model.speech is not None
+    ctx.tracker.metrics(
+        {
+            "speech/parameters": sum(p.numel() for p in model.speech.parameters()),
+            "speech/supervised_tokens": steps.supervised(),
+            "speech/recordings": len(training),
+        }
+    )
+    task = Distilled(model.packed, chosen.temperature, chosen.end_weight)
+    with model.packed.recomputing(chosen.gradient_checkpointing):
+        trained = train(
+            task,
+            steps,
+            chosen,
+            folder=ctx.folder,
+            tracker=ctx.tracker,
+            title="speech",
+            validate=_validation(model, task, held, end) if held else None,
+        )
+    if ctx.first:
+        model.save_pretrained(ctx.folder)
+        _write_card(ctx, model)
+    return {"speech/steps": trained.steps}
+
+
+def _check_report(report: ReadReport, chosen: SpeechSettings) -> None:
+    if report.bad_share > chosen.max_bad_share or not report.kept.total():
+        raise DataError(
+            f"{report.bad_share:.1%} of the recordings cannot be used; at most {chosen.max_bad_share:.1%} may be\n"
+            + report.table(),
+            "mend them, or raise speech.max_bad_share",
+        )
+
+
+def _validation(
+    model: Multimodal, task: Any, held: Sequence[Example], end: int
+) -> Callable[[int], Mapping[str, float]]:
+    """Loss on held-out recordings, and what the right recording is worth."""
+    import torch
+
+    from mmphi.evaluation.spoken import hearing_gain
+    from mmphi.text.packing import to_device
+    from mmphi.training.distill import paired
+
+    heard, read = pairs(model, held)
+
+    def measure(_: int) -> Mapping[str, float]:
+        measured = hearing_gain(model, held)
+        both = to_device(paired(heard, read, model.sources, end, alone=model.packed.alone), model.device)
+        with torch.no_grad():
+            divergence = float(task(**both)) / float(both["step_tokens"])
+        return {"val/divergence": divergence, "val/loss": measured.loss, "val/hearing_gain": measured.gain}
+
+    return measure
+
+
+def _write_card(ctx: Context, model: Multimodal) -> None:
+    from mmphi.models.card import write_card
+
+    chosen, audio = ctx.settings(LanguageSettings), model.audio
+    assert model.speech is not None
+    assert audio is not None
+    write_card(
+        ctx.folder,
+        title=f"{Path(model.language.name).name} that hears",
+        what=f"A speech projection ({model.speech.config.link}) before a frozen causal language model.",
+        base=chosen.model,
+        example='"Repeat after me: <audio>", audio="speech.mp3"',
+        run_id=ctx.tracker.run_id,
+        figures={},
+        parts={
+            "language model": f"{model.language.name} ({model.language.digest})",
+            "prompt style": model.language.prompt.style,
+            "Whisper": f"{audio.settings.whisper} {audio.digest}".strip(),
+            "speech projection": model.speech.config,
+        },
+        lineage={name: result.run_id for name, result in ctx.upstream.items()},
+    )
+
+
+def evaluating_this(settings: S) -> S:
+    """The settings with which ``evaluate`` measures this stage's model."""
+    evaluate: Section = getattr(settings, "evaluate")  # noqa: B009  # A stage does not know the class of all settings.
+    return settings.model_copy(update={"evaluate": evaluate.model_copy(update={"stage": "speech"})})
+
+
+STAGE = Stage(
+    name="speech",
+    version=1,
+    help="train what is between recordings and the frozen language model",
+    reads=("speech", "language", "audio"),
+    run=run,
+    upstream=upstream,
+    check=check,
+    cost=cost,
+    asking=evaluating_this,
+    then=("evaluate",),
+    trains=True,
+)

@@ -1,0 +1,345 @@
+"""What is heard stands in a prompt as if it had been typed, until somebody trains what is between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import RandomFeatures, byte_tokenizer, tiny_language
+from transformers import PhiConfig, PhiForCausalLM
+
+from mmphi.data.audio import RATE, Recording, Samples
+from mmphi.data.records import AudioRef, Example, ImageRef, Turn
+from mmphi.errors import ModelError
+from mmphi.models import ears as ears_module
+from mmphi.models.bundle import bundle_digest, load_bundle
+from mmphi.models.ears import Audio, Ears
+from mmphi.models.hearing import Segment, Transcript
+from mmphi.models.language import Language, load_language, save_language
+from mmphi.models.links import EncoderLink, SoftLink, TranscriptLink, hearing_of
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.models.speech import SpeechConfig, SpeechProjection, words_as_they_are
+from mmphi.models.voice import Part
+from mmphi.models.whispers import OpenAIWhisper
+from mmphi.settings import LanguageSettings
+from mmphi.settings.audio import AudioSettings
+from mmphi.text.packing import packs
+from mmphi.text.prompt import Prompt, Style
+from mmphi.text.tokenizer import phi2_tokenizer
+
+SAID = {"q": "What is shown?", "r": "two of them", "s": "", "d": "a dog"}
+CPU = torch.device("cpu")
+
+
+class Knows(Ears):
+    """Ears that know what is said, and give silence for the sound of it."""
+
+    def __init__(self, listener: Any = None, **settings: Any) -> None:
+        super().__init__(listener, AudioSettings(**settings))
+
+    def transcripts(self, recordings: Sequence[AudioRef]) -> list[Transcript]:
+        return [Transcript((Segment(0, 1, SAID[audio.id]),), "en") for audio in recordings]
+
+    def recording(self, audio: AudioRef) -> Recording:
+        return Recording(np.zeros(RATE, np.float32))
+
+    def parts(self, recording: Recording) -> list[Part]:
+        return [Part(0, 1)]
+
+
+def heard(name: str) -> AudioRef:
+    return AudioRef(name, Path(name))
+
+
+def spoken(question: str, answer: str, *names: str, image: bool = False) -> Example:
+    images = (ImageRef("i", Path("i")),) if image else ()
+    return Example("1", images, (Turn(question, answer),), "s", audio=tuple(map(heard, names)))
+
+
+def typed(question: str, answer: str, image: bool = False) -> Example:
+    return spoken(question, answer, image=image)
+
+
+def listening(language: Language | None = None) -> Multimodal:
+    torch.manual_seed(2)
+    language = language or tiny_language()
+    projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
+    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptLink(language, Knows()))
+
+
+@cache
+def phi_language() -> Language:
+    """A tiny Phi with Phi-2's own tokenizer."""
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=51200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = PhiForCausalLM(config).requires_grad_(False).eval()
+    tokenizer = phi2_tokenizer()
+    return Language(model, tokenizer, Prompt(tokenizer, "phi"), 32, "tiny", "0", LanguageSettings(model="tiny"))
+
+
+def logits(model: Multimodal, example: Example) -> torch.Tensor:
+    sample = model.encode(example)
+    assert sample is not None
+    (pack,) = packs([sample], model.sources, 4096)
+    return model.packed.logits(pack)
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("style", ["plain", "phi", "chat"])
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize(
+    ("names", "question", "same"),
+    [
+        ("q", "", "What is shown?"),
+        ("q", "<audio>", "What is shown?"),
+        ("d", "Repeat:  <audio>, please.", "Repeat:  a dog, please."),
+        ("d", "Say it", "a dog\nSay it"),
+        ("dr", "<audio><audio>", "a dogtwo of them"),
+        ("ds", "first <audio> then <audio>.", "first a dog then ."),
+        ("d", "no <audio> of <audio> two", "a dog\nno <audio> of <audio> two"),
+    ],
+)
+def test_words_heard_are_the_words_typed_to_the_bit(
+    style: Style, image: bool, names: str, question: str, same: str
+) -> None:
+    language = phi_language()
+    language.tokenizer.chat_template = CHATML
+    model = listening(replace(language, prompt=Prompt(language.tokenizer, style)))
+    one, two = spoken(question, "an answer", *names, image=image), typed(same, "an answer", image=image)
+    ours, theirs = model.encode(one), model.encode(two)
+    assert ours is not None
+    assert theirs is not None
+    assert ours.input_ids.tolist() == theirs.input_ids.tolist()
+    assert [span.kind for span in ours.spans].count("audio") == len(names)
+    assert sum(span.length for span in ours.spans if span.kind == "audio") > 0
+    assert torch.equal(logits(model, one), logits(model, two))
+    assert model.losses([one]) == model.losses([two])
+
+
+def test_a_spoken_question_about_a_picture_is_answered_like_the_typed_one() -> None:
+    model = listening()
+    image = ImageRef("i", Path("i"))
+    asked = [(image, "", [heard("q")]), (image, SAID["q"]), (None, SAID["r"]), (None, "<audio>", [heard("r")])]
+    one, two, three, four = model.generate(asked, 12)
+    assert (one, three) == (two, four)
+    assert one != three
+
+
+def test_two_projections_that_differ_answer_differently() -> None:
+    """What is between is really between: a trained one changes what comes out."""
+    model = listening()
+    before = logits(model, spoken("", "yes", "q"))
+    assert model.speech is not None
+    torch.nn.init.normal_(model.speech.out.weight, std=0.1)
+    assert not torch.allclose(before, logits(model, spoken("", "yes", "q")))
+    assert torch.equal(logits(model, typed("x?", "yes")), logits(listening(), typed("x?", "yes")))
+
+
+def test_the_residual_learns_from_its_first_step() -> None:
+    """Its last matrix is zero, but it has a gradient; nothing begins dead."""
+    model = listening()
+    sample = model.encode(spoken("", "yes", "q"))
+    (pack,) = packs([sample], model.sources, 4096)  # type: ignore[list-item]
+    model.packed(**pack).backward()
+    assert model.speech is not None
+    assert model.speech.out.weight.grad is not None
+    assert model.speech.out.weight.grad.abs().sum() > 0
+
+
+def test_turns_that_do_not_fit_go_with_their_recordings() -> None:
+    model = listening()
+    turns = (Turn("hear <audio> " + "x" * 60, "a"), Turn("and <audio>?", "b"))
+    example = Example("1", (), turns, "s", audio=(heard("d"), heard("r")))
+    model.max_length = 60
+    sample = model.encode(example)
+    assert sample is not None
+    assert [span.reference.of.id for span in sample.spans] == ["r"]
+
+
+class Peaked(OpenAIWhisper):
+    """A Whisper of English that is sure of some words, and torn between two for others."""
+
+    english, name = True, "peaked"
+
+    def __init__(self) -> None:
+        from whisper.tokenizer import get_tokenizer
+
+        self.own = get_tokenizer(False)
+
+    def _tokenizer(self, language: str) -> Any:
+        return self.own
+
+    def posterior(self, sound: Samples, text: str) -> tuple[list[int], torch.Tensor]:
+        tokens = self.own.encode(" " + text)
+        logits = torch.full((len(tokens), self.own.eot), -30.0)
+        for place, token in enumerate(tokens):
+            logits[place, token] = 0.0
+            logits[place, 100 + place] = -1.0 if place % 2 == 0 else 1.0  # Odd places: another is likelier.
+        return tokens, logits
+
+
+def test_soft_becomes_the_transcript_as_its_temperature_goes_to_0() -> None:
+    language = phi_language()
+    words = Multimodal(language, None, None, hearing=TranscriptLink(language, Knows()))
+
+    def soft(temperature: float) -> torch.Tensor:
+        link = SoftLink(language, Knows(Peaked()), temperature)
+        return logits(Multimodal(language, None, None, hearing=link), spoken("", "an answer", "q"))
+
+    expected = logits(words, spoken("", "an answer", "q"))
+    distances = [float((soft(t) - expected).abs().max()) for t in (1.0, 0.3, 0.1, 0.01)]
+    assert distances[0] > distances[1] > distances[2] > 0
+    assert distances[-1] == 0
+
+
+def test_soft_rows_are_the_mean_of_all_embeddings() -> None:
+    language = phi_language()
+    link = SoftLink(language, Knows(Peaked()), 1.0)
+    sample = Multimodal(language, None, None, hearing=link).encode(spoken("", "x", "q"))
+    assert sample is not None
+    rows, ids = link.rows([sample.spans[0].reference]), sample.spans[0].reference.ids
+    table = language.model.get_input_embeddings().weight
+    odds = torch.softmax(torch.tensor([0.0, -1.0]), 0)
+    assert torch.allclose(rows[0], odds[0] * table[ids[0]] + odds[1] * table[100], atol=1e-6)
+    assert torch.equal(rows[1], table[ids[1]])  # Another is likelier there: the word's own.
+
+
+def test_soft_is_refused_where_token_ids_differ() -> None:
+    with pytest.raises(ModelError, match=r"token 256 is .* to tiny") as caught:
+        SoftLink(tiny_language(), Knows(Peaked()))
+    assert "transcript" in caught.value.hint
+    many = Peaked()
+    many.english = False
+    with pytest.raises(ModelError, match="knows many languages"):
+        SoftLink(phi_language(), Knows(many))
+    with pytest.raises(ModelError, match="faster-whisper does not give"):
+        SoftLink(phi_language(), Knows(object()))
+
+
+def frames(audio: AudioRef) -> torch.Tensor:
+    count = {"q": 21, "r": 8, "s": 0, "d": 13}[audio.id]
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(count)).half()
+
+
+def seeing_frames(stack: int = 4) -> Multimodal:
+    language = tiny_language()
+    torch.manual_seed(3)
+    speech = SpeechProjection(SpeechConfig("encoder", 6 * stack, 32, width=24, stack=stack), scale=0.2)
+    return Multimodal(language, None, None, hearing=EncoderLink(frames, 6, stack), speech=speech)
+
+
+def test_frames_are_stacked_and_filled_up() -> None:
+    link = EncoderLink(frames, 6, 4)
+    assert [link.length(heard(name)) for name in "qrsd"] == [6, 2, 0, 4]
+    rows = link.rows([heard("r"), heard("d")])
+    assert rows.shape == (6, 24)
+    assert torch.equal(rows[0], frames(heard("r"))[:4].flatten())
+    assert torch.equal(rows[5], torch.cat([frames(heard("d"))[12:].flatten(), torch.zeros(18).half()]))
+
+
+def test_packed_and_batched_frames_are_single_ones() -> None:
+    model = seeing_frames()
+    asked = [spoken("hear: <audio>", "ja", name) for name in "qrsd"]
+    alone = sum(model.losses([each])[0] for each in asked)
+    assert model.losses(asked)[0] == pytest.approx(alone, rel=1e-5)
+    prompts: list[Any] = [(None, "", [heard(name)]) for name in "qrd"]
+    assert model.generate(prompts, 8, batch_size=3) == [model.generate([p], 8)[0] for p in prompts]
+
+
+def test_the_projection_of_frames_begins_at_the_size_of_words() -> None:
+    torch.manual_seed(0)
+    projection = SpeechProjection(SpeechConfig("encoder", 64, 128, width=96, stack=2), scale=0.05)
+    out = projection(torch.randn(500, 64) * 7)
+    assert float(out.detach().square().mean().sqrt()) == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its speech projection and how it hears are saved with the rest, and the bundle's digest is of them."""
+    tiny = tiny_language()
+    save_language(tiny.model, tiny.prompt, tmp_path / "language")
+    language = load_language(LanguageSettings(model=str(tmp_path / "language")), None, CPU)
+    speech = words_as_they_are(language.width)
+    torch.nn.init.normal_(speech.out.weight, std=0.1)
+    settings = AudioSettings(whisper="base.en", threshold=0.7)
+    model = Multimodal(
+        language, None, None, hearing=TranscriptLink(language, Knows()), speech=speech, audio=Audio(settings, "abc")
+    )
+    model.save_pretrained(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "mmphi.json").read_text())["audio"]["threshold"] == 0.7
+    asked: list[tuple[AudioSettings, Any]] = []
+
+    def fake(settings: AudioSettings, device: Any, once: Callable[..., Any]) -> Ears:
+        asked.append((settings, device))
+        return Knows()
+
+    monkeypatch.setattr("mmphi.models.links.ears_of", fake)
+    loaded = load_bundle(tmp_path / "a")
+    assert not asked  # The Whisper is loaded when there is something to hear.
+    example = spoken("", "an answer", "q")
+    assert torch.equal(logits(loaded, example), logits(model, example))
+    assert asked[0][0] == settings
+    assert load_bundle(tmp_path / "a", whisper="small.en").hearing.link == "transcript"
+    assert asked[1][0].whisper == "small.en"
+    digest = bundle_digest(tmp_path / "a")
+    torch.nn.init.normal_(speech.out.weight, std=0.1)
+    model.save_pretrained(tmp_path / "b")
+    assert bundle_digest(tmp_path / "b") != digest
+    (tmp_path / "b" / "speech.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match="no speech projection can be read"):
+        load_bundle(tmp_path / "b")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    language = tiny_language()
+    with pytest.raises(ModelError, match="nothing to hear with"):
+        Multimodal(language, None, None).generate([(None, "", [heard("q")])])
+    with pytest.raises(ModelError, match="for a model of width 16, not 32"):
+        Multimodal(language, None, None, hearing=EncoderLink(frames, 6, 4), speech=words_as_they_are(16))
+    wrong = SpeechProjection(SpeechConfig("encoder", 99, 32, stack=4))
+    with pytest.raises(ModelError, match="reads features of width 99, this Whisper gives 24"):
+        Multimodal(language, None, None, hearing=EncoderLink(frames, 6, 4), speech=wrong).inputs([heard("q")])
+    prompt = Prompt(byte_tokenizer(), "plain")
+    assert [part.span for part in prompt.parts([("<audio>", "x")], audio=[None])].count("audio") == 1
+
+
+def test_ears_hear_every_recording_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fake(_: Any, recordings: Sequence[Recording], **__: Any) -> list[Transcript]:
+        calls.append(len(recordings))
+        return [Transcript((Segment(0, 1, str(len(each.samples))),)) for each in recordings]
+
+    monkeypatch.setattr(ears_module, "transcribe", fake)
+    monkeypatch.setattr(
+        ears_module, "read_audio", lambda source, **_: Recording(np.zeros(len(str(source)), np.float32))
+    )
+    ears = Ears(None, AudioSettings(batch_size=2))  # type: ignore[arg-type]
+    given = [AudioRef("a", Path("a")), AudioRef("b", Path("bb")), AudioRef("c", Path("a")), AudioRef("d", b"ccc")]
+    assert [t.text for t in ears.transcripts(given)] == ["1", "2", "1", "6"]
+    assert calls == [2, 1]
+    ears.transcripts(given)
+    assert calls == [2, 1]
+
+
+def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    whisper = Peaked()
+    monkeypatch.setattr(Peaked, "digest", "other", raising=False)
+    monkeypatch.setattr("mmphi.models.links.ears_of", lambda *_: Knows(whisper))
+    config = SpeechConfig("encoder", 24, 32, stack=4)
+    with pytest.raises(ModelError, match="not the Whisper that the model was trained with"):
+        hearing_of(tiny_language(), Audio(AudioSettings(), "mine"), config, CPU, lambda *_: None)
