@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,18 @@ def weights(own: str, tmp_path: Path) -> str:
 
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     return str(tmp_path / "weights.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a Whisper of English with random weights, as openai-whisper saves them: it hears nonsense, fast."""
+    from whisper.model import ModelDimensions, Whisper
+
+    torch.manual_seed(0)
+    shape = ModelDimensions(80, 1500, 16, 2, 1, 51864, 32, 16, 2, 1)
+    path = tmp_path_factory.mktemp("whisper") / "random.en.pt"
+    torch.save({"dims": asdict(shape), "model_state_dict": Whisper(shape).state_dict()}, path)
+    return path
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def run_side(side: str, model: str, path: Path, limit: int) -> dict[str, Any]:
 
     spoken = list(read_recordings(path, path.parent, ReadReport()))[: limit or None]
     recordings = [read_audio(each.path) for each in spoken]
-    listener = BACKENDS[side](model, this_device())
+    listener = BACKENDS[side](model, this_device(), 5)
     transcribe(listener, recordings[:1])  # What is loaded and compiled at first is not timed.
     begun = time.perf_counter()
     found = transcribe(listener, recordings)

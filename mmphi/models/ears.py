@@ -13,7 +13,7 @@ from mmphi.data.audio import Recording, read_audio
 from mmphi.data.records import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.hearing import Listener, Transcript, transcribe
-from mmphi.models.voice import Part, speech, windows
+from mmphi.models.voice import PAD_S, Part, speech, windows
 from mmphi.models.whispers import BACKENDS, OpenAIWhisper
 from mmphi.settings.audio import AudioSettings
 
@@ -76,7 +76,8 @@ class Ears:
     def parts(self, recording: Recording) -> list[Part]:
         """The stretches that are heard at once, silence left out."""
         longest = self.settings.window
-        return windows(speech(recording, threshold=self.settings.threshold, longest=longest), longest)
+        spoken = speech(recording, threshold=self.settings.threshold, longest=longest)
+        return windows(spoken, longest, pad=PAD_S, end=recording.seconds)
 
 
 def identity(audio: AudioRef) -> str:
@@ -86,17 +87,40 @@ def identity(audio: AudioRef) -> str:
     return str(audio.source)
 
 
-def ears_of(settings: AudioSettings, device: torch.device, once: Callable[[str, str, Callable[[], Any]], Any]) -> Ears:
-    """A Whisper that this process may have already, with what it has heard.
+Once = Callable[[str, str, Callable[[], Any]], Any]
+
+
+def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> Listener:
+    """A Whisper that this process may have already.
+
+    Args:
+        settings: Which.
+        device: Where it goes.
+        once: ``Resources.once``.
 
     Raises:
         ModelError: If it cannot be had.
     """
 
     def load() -> Listener:
-        return BACKENDS[settings.backend](settings.whisper, device)
+        return BACKENDS[settings.backend](settings.whisper, device, settings.beam)
 
-    listener: Listener = once("whisper", f"{settings.backend}/{settings.whisper}/{device}", load)
+    listener: Listener = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam}/{device}", load)
+    return listener
+
+
+def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Ears:
+    """A Whisper with what it has heard in this process.
+
+    Args:
+        settings: Which, and how it hears.
+        device: Where it goes.
+        once: ``Resources.once``.
+
+    Raises:
+        ModelError: If it cannot be had.
+    """
+    listener = listener_of(settings, device, once)
     ears: Ears = once("ears", f"{settings.model_dump_json()}/{device}", lambda: Ears(listener, settings))
     return ears
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mmphi.data.audio import Recording, Samples
-from mmphi.models.voice import WINDOW_S, Part, speech, windows
+from mmphi.models.voice import PAD_S, WINDOW_S, Part, speech, windows
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ def transcribe(
     Returns:
         A transcript of each recording; an empty one where nobody speaks.
     """
-    parts = [windows(speech(each, threshold=threshold, longest=window), window) for each in recordings]
+    parts = [
+        windows(speech(each, threshold=threshold, longest=window), window, pad=PAD_S, end=each.seconds)
+        for each in recordings
+    ]
     languages = ["en" if listener.english else language] * len(recordings)
     found: list[list[Segment]] = [[] for _ in recordings]
     first = [(place, own[0]) for place, own in enumerate(parts) if own]

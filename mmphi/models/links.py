@@ -14,7 +14,7 @@ from mmphi.data.digests import FileDigests
 from mmphi.data.ragged import RaggedStore
 from mmphi.data.records import AudioRef
 from mmphi.errors import ModelError
-from mmphi.models.ears import Audio, Ears, ears_of, identity, openai_of
+from mmphi.models.ears import Audio, Ears, Once, ears_of, identity, openai_of
 from mmphi.models.hearing import cut
 from mmphi.models.language import Language
 from mmphi.models.speech import Link, SpeechConfig
@@ -226,7 +226,7 @@ def hearing_of(
     audio: Audio,
     config: SpeechConfig | None,
     device: torch.device,
-    once: Callable[[str, str, Callable[[], Any]], Any],
+    once: Once,
 ) -> Hearing:
     """What a model hears with.
 

@@ -27,12 +27,13 @@ class OpenAIWhisper:
     Args:
         name: ``tiny.en``, ``base``, ..., or the path of a ``.pt`` file.
         device: Where it goes.
+        beam: Guesses that are followed at once; 1 is greedy.
 
     Raises:
         ModelError: If there is no such size, or its weights cannot be had.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, beam: int = 5) -> None:
         import whisper
 
         file = Path(name).expanduser()
@@ -46,7 +47,7 @@ class OpenAIWhisper:
             raise ModelError(
                 f"Whisper {name} cannot be loaded: {error}", "with no network, give the path of its .pt file"
             ) from error
-        self.name, self.english = name, not self.model.is_multilingual
+        self.name, self.english, self.beam = name, not self.model.is_multilingual, beam
         self.half = device.type == "cuda"
 
     @property
@@ -134,7 +135,7 @@ class OpenAIWhisper:
         ]
 
     def _decoded(self, audio: torch.Tensor, language: str, prompt: str) -> list[Any]:
-        """Decoded greedily, and anew what is repeated or unlikely."""
+        """The likeliest, and decoded anew what is repeated or unlikely."""
         import whisper
 
         results: list[Any] = [None] * len(audio)
@@ -146,11 +147,16 @@ class OpenAIWhisper:
                     language=language,
                     temperature=temperature,
                     best_of=SAMPLES_OF if temperature else None,
+                    beam_size=self.beam if self.beam > 1 and not temperature else None,
                     prompt=prompt or None,
                     fp16=self.half,
                 )
-                for place, result in zip(waiting, whisper.decode(self.model, audio[waiting], options), strict=True):
-                    results[place] = result
+                # openai-whisper 20250625 decodes several guesses of one window only.
+                single = temperature or self.beam > 1
+                together = [[place] for place in waiting] if single else [waiting]
+                for places in together:
+                    for place, result in zip(places, whisper.decode(self.model, audio[places], options), strict=True):
+                        results[place] = result
                 waiting = [i for i in waiting if _doubtful(results[i])]
                 if not waiting:
                     break
@@ -183,12 +189,13 @@ class FasterWhisper:
     Args:
         name: ``tiny.en``, ``base``, ..., or the path of a folder.
         device: Where it goes.
+        beam: Guesses that are followed at once; 1 is greedy.
 
     Raises:
         ModelError: If the package is not installed, or the model cannot be had.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, beam: int = 5) -> None:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
@@ -200,7 +207,7 @@ class FasterWhisper:
             raise ModelError(
                 f"faster-whisper {name} cannot be loaded: {error}", "with no network, give the path of its folder"
             ) from error
-        self.name, self.english = name, not self.model.model.is_multilingual
+        self.name, self.english, self.beam = name, not self.model.model.is_multilingual, beam
 
     def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
         """What is said in windows: see :class:`~mmphi.models.hearing.Listener`."""
@@ -209,7 +216,7 @@ class FasterWhisper:
             segments, about = self.model.transcribe(
                 np.ascontiguousarray(sound),
                 language=language or None,
-                beam_size=1,
+                beam_size=self.beam,
                 temperature=list(TEMPERATURES),
                 initial_prompt=prompt or None,
                 condition_on_previous_text=False,
@@ -221,4 +228,4 @@ class FasterWhisper:
         return found
 
 
-BACKENDS: dict[str, Callable[[str, torch.device], Listener]] = {"openai": OpenAIWhisper, "faster": FasterWhisper}
+BACKENDS: dict[str, Callable[[str, torch.device, int], Listener]] = {"openai": OpenAIWhisper, "faster": FasterWhisper}

@@ -82,13 +82,12 @@ def run(ctx: Context) -> Mapping[str, float]:
     end = model.language.prompt.end[-1]
     steps = paired_steps(heard, read, model.sources, chosen, end, alone=model.packed.alone)
     assert model.speech is not None
-    ctx.tracker.metrics(
-        {
-            "speech/parameters": sum(p.numel() for p in model.speech.parameters()),
-            "speech/supervised_tokens": steps.supervised(),
-            "speech/recordings": len(training),
-        }
-    )
+    figures: dict[str, float] = {
+        "speech/parameters": sum(p.numel() for p in model.speech.parameters()),
+        "speech/supervised_tokens": steps.supervised(),
+        "speech/recordings": len(heard),
+    }
+    ctx.tracker.metrics(figures)
     task = Distilled(model.packed, chosen.temperature, chosen.end_weight)
     with model.packed.recomputing(chosen.gradient_checkpointing):
         trained = train(
@@ -103,7 +102,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if ctx.first:
         model.save_pretrained(ctx.folder)
         _write_card(ctx, model)
-    return {"speech/steps": trained.steps}
+    return {**figures, "speech/steps": trained.steps}
 
 
 def _check_report(report: ReadReport, chosen: SpeechSettings) -> None:

@@ -48,7 +48,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     from mmphi.data.recordings import read_recordings
     from mmphi.data.records import ReadReport
     from mmphi.models.device import this_device
-    from mmphi.models.whispers import BACKENDS
+    from mmphi.models.ears import listener_of
 
     chosen, given, report = ctx.settings(AudioSettings), ctx.settings(TranscribeSettings), ReadReport()
     path = Path(given.path)
@@ -58,10 +58,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     left = [each for each in spoken if each.name not in done]
     if done and left:
         ctx.tracker.say(f"transcribe: going on after {len(done)} of {len(spoken)} recordings")
-    device = this_device()
-    make = BACKENDS[chosen.backend]
-    identity = f"{chosen.backend}/{chosen.whisper}/{device}"
-    listener = ctx.resources.once("whisper", identity, lambda: make(chosen.whisper, device)) if left else None
+    listener = listener_of(chosen, this_device(), ctx.resources.once) if left else None
     with (ctx.folder / LINES).open("a") as lines, tqdm(total=len(left), desc="transcribe", unit="recording") as bar:
         for first in range(0, len(left), AT_ONCE):
             for line in heard(left[first : first + AT_ONCE], listener, chosen, report):
@@ -164,7 +161,7 @@ def measured(ctx: Context, spoken: Sequence[Spoken], done: Mapping[str, Mapping[
 
 STAGE = Stage(
     name="transcribe",
-    version=1,
+    version=2,
     help="hear what is said in recordings, and how far it is from what was written down",
     reads=("transcribe", "audio"),
     run=run,

@@ -79,6 +79,24 @@ def test_an_unknown_size_is_told() -> None:
     assert "tiny.en" in caught.value.hint
 
 
+def test_doubtful_windows_are_decoded_anew_whatever_stands_beside_them(tiny_whisper: Path) -> None:
+    """Random weights are never sure: every window is guessed at several times, in a batch as alone."""
+    whisper = OpenAIWhisper(str(tiny_whisper), CPU)
+    sounds = [np.random.default_rng(seed).normal(size=RATE).astype(np.float32) for seed in range(3)]
+    together = whisper.hear(sounds, ["en"] * 3)
+    assert len(together) == 3
+    assert whisper.hear(sounds, ["en"] * 3) == together
+
+
+def test_frames_are_those_of_the_sound_alone(tiny_whisper: Path) -> None:
+    whisper = OpenAIWhisper(str(tiny_whisper), CPU)
+    sounds = [np.random.default_rng(n).normal(size=n).astype(np.float32) for n in (RATE, RATE // 4 + 1, 30 * RATE)]
+    frames = whisper.encode(sounds)
+    assert [tuple(each.shape) for each in frames] == [(50, 16), (13, 16), (1500, 16)]
+    for sound, each in zip(sounds, frames, strict=True):
+        torch.testing.assert_close(whisper.encode([sound])[0], each, atol=1e-5, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def whisper_tiny() -> OpenAIWhisper:
     import os

@@ -52,6 +52,21 @@ def test_another_rate_is_refused() -> None:
     ("parts", "expected"),
     [
         ([], []),
+        ([(0.5, 2), (3, 3.5)], [(0.1, 3.9)]),
+        ([(0.3, 2)], [(0, 2.4)]),  # No further than the recording goes,
+        ([(10, 19.7)], [(9.85, 19.85)]),  # than there is room in a window,
+        ([(1, 8), (8.5, 14), (20, 29.9)], [(0.6, 8.25), (8.25, 14.4), (19.95, 29.95)]),  # or than half of a pause.
+    ],
+)
+def test_windows_have_a_breath_around_them(parts, expected) -> None:
+    found = windows([Part(*each) for each in parts], 10, pad=0.4, end=31)
+    assert [(pytest.approx(each.start), pytest.approx(each.end)) for each in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([], []),
         ([(0, 2), (3, 4), (5, 9)], [(0, 9)]),
         ([(0, 8), (9, 11), (12, 22)], [(0, 8), (9, 11), (12, 22)]),
         ([(1, 5), (6, 11), (12, 13), (14, 20)], [(1, 11), (12, 20)]),

@@ -28,7 +28,7 @@ class Fake:
 
     english, heard, fail_at = True, [], 0
 
-    def __init__(self, name: str, _: object) -> None:
+    def __init__(self, name: str, *_: object) -> None:
         if name == "gone":
             raise ModelError("there is no Whisper 'gone'", "give another")
 
