@@ -185,7 +185,9 @@ def frames_in(ears: Ears, whisper: OpenAIWhisper, recordings: Sequence[Recording
     found = [[torch.zeros(0, whisper.width, dtype=torch.float16)] for _ in recordings]
     for first in range(0, len(sounds), batch_size):
         some = sounds[first : first + batch_size]
-        for (place, _), frames in zip(some, whisper.encode([sound for _, sound in some]), strict=True):
+        for (place, _), frames in zip(
+            some, whisper.encode([sound for _, sound in some], ears.settings.fill), strict=True
+        ):
             found[place].append(frames.half().cpu())
     return [torch.cat(own) for own in found]
 

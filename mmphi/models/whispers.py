@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from mmphi.data.audio import RATE, Samples
 from mmphi.errors import ModelError
 from mmphi.models.hearing import Heard, Listener, Segment
+from mmphi.models.voice import WINDOW_S
 
 # Whisper's own rules (transcribe.py): what is repeated or unlikely is decoded anew, at a higher temperature.
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -59,13 +61,15 @@ class OpenAIWhisper:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def mel(self, sounds: Sequence[Samples]) -> torch.Tensor:
-        """Spectrograms (B, mels, 3000) of windows, padded to 30 s."""
+    def mel(self, sounds: Sequence[Samples], seconds: float = WINDOW_S) -> torch.Tensor:
+        """Spectrograms (B, mels, 100 * seconds) of windows, padded to so many seconds."""
         import whisper
 
         bands = self.model.dims.n_mels
         made = [
-            whisper.log_mel_spectrogram(whisper.pad_or_trim(torch.from_numpy(np.ascontiguousarray(s))), bands)
+            whisper.log_mel_spectrogram(
+                whisper.pad_or_trim(torch.from_numpy(np.ascontiguousarray(s)), round(seconds * RATE)), bands
+            )
             for s in sounds
         ]
         return torch.stack(made).to(self.model.device, torch.float16 if self.half else torch.float32)
@@ -76,10 +80,35 @@ class OpenAIWhisper:
         return int(self.model.dims.n_audio_state)
 
     @torch.no_grad()  # Not in inference mode: what is trained on these frames must be able to keep them.
-    def encode(self, sounds: Sequence[Samples]) -> list[torch.Tensor]:
-        """Frames (n, width) of its encoder for windows, 50 for each second of sound: those of the padding are cut."""
-        frames = self.model.embed_audio(self.mel(sounds))
-        return [each[: -(-len(sound) * FRAMES_S // RATE)] for each, sound in zip(frames, sounds, strict=True)]
+    def encode(self, sounds: Sequence[Samples], fill: float = WINDOW_S) -> list[torch.Tensor]:
+        """Frames (n, width) of its encoder for windows, 50 for each second of sound: those of the filling are cut.
+
+        Args:
+            sounds: float32 at 16 kHz, at most 30 s each.
+            fill: Each is filled up with silence to a multiple of so many seconds. 30 is what Whisper was trained on;
+                with 5, frames of short sounds are made in a fraction of the time, and are nearly the same.
+        """
+        found: dict[int, torch.Tensor] = {}
+        places = dict[float, list[int]]()
+        for place, sound in enumerate(sounds):
+            seconds = min(WINDOW_S, fill * max(1, math.ceil(len(sound) / RATE / fill)))
+            places.setdefault(seconds, []).append(place)
+        for seconds, own in places.items():
+            frames = self._frames(self.mel([sounds[place] for place in own], seconds))
+            found.update(zip(own, frames, strict=True))
+        return [found[place][: -(-len(sound) * FRAMES_S // RATE)] for place, sound in enumerate(sounds)]
+
+    def _frames(self, mel: torch.Tensor) -> torch.Tensor:
+        """What whisper's own encoder does, for spectrograms of any length up to its own."""
+        from torch.nn.functional import gelu
+
+        encoder = self.model.encoder
+        hidden = gelu(encoder.conv2(gelu(encoder.conv1(mel)))).permute(0, 2, 1)
+        hidden = (hidden + encoder.positional_embedding[: hidden.shape[1]]).to(hidden.dtype)
+        for block in encoder.blocks:
+            hidden = block(hidden)
+        frames: torch.Tensor = encoder.ln_post(hidden)
+        return frames
 
     @torch.no_grad()
     def posterior(self, sound: Samples, text: str) -> tuple[list[int], torch.Tensor]:

@@ -16,6 +16,13 @@ class AudioSettings(Section):
     prompt: str = setting("", "put before every window: how names are spelled, what was said before")
     threshold: float = setting(0.5, "how sure the voice gate must be that somebody speaks", ge=0, le=1)
     window: float = setting(30.0, "longest stretch heard at once", unit="seconds", ge=2, le=30)
+    fill: float = setting(
+        5.0,
+        "frames: windows are filled up with silence to a multiple of this; Whisper learned on 30",
+        unit="seconds",
+        ge=1,
+        le=30,
+    )
     max_seconds: float = setting(3600.0, "longer recordings are refused by their header", unit="seconds", gt=0)
     beam: int = setting(5, "guesses at a transcript that are followed at once; 1 is greedy", unit="guesses", ge=1)
     batch_size: int = setting(8, "windows heard at once", unit="windows", matters=False, ge=1)

@@ -79,6 +79,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     heard, read = pairs(model, training, report)
     ctx.tracker.table("data_read", list(report.rows()))
     _check_report(report, chosen)
+    if chosen.link == "encoder" and chosen.align_steps:
+        align(ctx, model, training, held)
     end = model.language.prompt.end[-1]
     steps = paired_steps(heard, read, model.sources, chosen, end, alone=model.packed.alone)
     assert model.speech is not None
@@ -103,6 +105,38 @@ def run(ctx: Context) -> Mapping[str, float]:
         model.save_pretrained(ctx.folder)
         _write_card(ctx, model)
     return {**figures, "speech/steps": trained.steps}
+
+
+def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Sequence[Example]) -> None:
+    """Let frames learn to name the words that are said, before the language model takes part."""
+    import torch
+
+    from mmphi.tracking.tracker import Under
+    from mmphi.training.align import Named, NamedSteps, token_error_rate, vocabulary
+    from mmphi.training.trainer import train
+
+    chosen = ctx.settings(SpeechSettings)
+    known, words = vocabulary(model.language, [e.attributes["said"] for e in [*training, *held]])
+    table = model.language.model.get_input_embeddings().weight.detach()
+    assert model.speech is not None
+    task = Named(model.speech, table[torch.tensor(known, device=table.device)])
+    recordings = [e.audio[0] for e in [*training, *held]]
+    count, own = len(training), {"steps": chosen.align_steps, "batch_size": chosen.align_batch_size}
+    shape = {**own, "learning_rate": chosen.align_learning_rate, "accumulation": 1, "optimizer": "adamw"}
+    steps = NamedSteps(recordings[:count], words[:count], model.hearing, **own, seed=chosen.seed)
+
+    def measure(_: int) -> Mapping[str, float]:
+        return {"val/token_error_rate": token_error_rate(task, recordings[count:], words[count:], model.hearing)}
+
+    train(
+        task,
+        steps,
+        chosen.model_copy(update=shape),
+        folder=ctx.folder / "align",
+        tracker=Under(ctx.tracker, "align"),
+        title="align",
+        validate=measure if held else None,
+    )
 
 
 def _check_report(report: ReadReport, chosen: SpeechSettings) -> None:

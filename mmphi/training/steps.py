@@ -19,6 +19,28 @@ from mmphi.text.sequences import Sample
 from mmphi.training.arguments import world_size
 
 
+class Order:
+    """Which of some things each optimiser step takes: all of them in turn, shuffled anew each time all were seen.
+
+    Args:
+        count: How many things there are.
+        batch_size: Taken by a step.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+    def chosen(self, step: int) -> list[int]:
+        """What a step takes, by index."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [int(self._order(place // self.count)[place % self.count]) for place in places]
+
+
 class PackedSteps(Dataset[Pack]):
     """The packs of every optimiser step of a training, by index: a pure function of samples, seed and step.
 
@@ -53,19 +75,10 @@ class PackedSteps(Dataset[Pack]):
         self.samples, self.features = samples, features
         self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
         self.alone = alone
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self.chosen = Order(len(samples), batch_size, seed).chosen
 
     def __len__(self) -> int:
         return self.steps * self.packs_per_step
-
-    def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
-
-    def chosen(self, step: int) -> list[int]:
-        """The samples of one optimiser step, by index."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        count = len(self.samples)
-        return [int(self._order(place // count)[place % count]) for place in places]
 
     def step(self, step: int) -> list[Sample]:
         """The samples of one optimiser step."""

@@ -92,9 +92,16 @@ def test_frames_are_those_of_the_sound_alone(tiny_whisper: Path) -> None:
     whisper = OpenAIWhisper(str(tiny_whisper), CPU)
     sounds = [np.random.default_rng(n).normal(size=n).astype(np.float32) for n in (RATE, RATE // 4 + 1, 30 * RATE)]
     frames = whisper.encode(sounds)
+    torch.testing.assert_close(frames[2], whisper.model.embed_audio(whisper.mel(sounds[2:]))[0], atol=1e-5, rtol=1e-4)
     assert [tuple(each.shape) for each in frames] == [(50, 16), (13, 16), (1500, 16)]
     for sound, each in zip(sounds, frames, strict=True):
         torch.testing.assert_close(whisper.encode([sound])[0], each, atol=1e-5, rtol=1e-4)
+    short = whisper.encode(sounds, 5)
+    assert [each.shape for each in short] == [each.shape for each in frames]
+    for sound, each in zip(sounds, short, strict=True):
+        torch.testing.assert_close(whisper.encode([sound], 5)[0], each, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(short[0], frames[0], atol=1e-3)  # Less silence is something else,
+    torch.testing.assert_close(short[2], frames[2], atol=1e-5, rtol=1e-4)  # but where there is none to add.
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,8 @@ from mmphi.training.trainer import Loop
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "brown"]
 QUICK = {
     "speech.steps": "6",
+    "speech.align_steps": "4",
+    "speech.align_batch_size": "5",
     "speech.batch_size": "4",
     "speech.width": "24",
     "speech.validation": "2",
