@@ -42,6 +42,7 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi reference --lm X --text Y   the loss of any model on any text, stored for reports
        mmphi evaluate --harness lmms-eval --tasks pope --model RUN   published benchmarks, where lmms-eval is installed
        mmphi fetch llava|models FOLDER  data and models that presets name
+       mmphi say TEXTS.csv FOLDER     sentences read aloud by espeak-ng in many voices, to train on
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 
 stages (each builds what it needs, and reuses what is built):
@@ -126,6 +127,10 @@ def _command(words: list[str]) -> int:
         from mmphi.data.fetch import main as fetch
 
         return fetch(rest)
+    if name == "say":
+        from mmphi.data.say import main as say
+
+        return say(rest)
     if name == "ui":
         from mmphi.tracking.ui import main as ui
 
@@ -141,7 +146,7 @@ def _command(words: list[str]) -> int:
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "benchmark", *COMMANDS])
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "say", "benchmark", *COMMANDS])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )

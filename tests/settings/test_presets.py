@@ -11,7 +11,13 @@ from mmphi.errors import SettingsError
 from mmphi.settings.presets import files, presets_folder
 from mmphi.stages import load_settings
 
-ENVIRONMENT = {"MMPHI_PHOTOS": "photos", "MMPHI_MODELS": "models", "MMPHI_LLAVA": "llava", "MMPHI_COCO": "coco"}
+ENVIRONMENT = {
+    "MMPHI_PHOTOS": "photos",
+    "MMPHI_MODELS": "models",
+    "MMPHI_LLAVA": "llava",
+    "MMPHI_COCO": "coco",
+    "MMPHI_SPOKEN": "spoken",
+}
 
 
 @pytest.mark.parametrize("path", sorted(presets_folder().glob("*.yaml")), ids=lambda p: p.stem)

@@ -1,0 +1,152 @@
+"""``mmphi say``: sentences read aloud by espeak-ng in many voices, as recordings to train on."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmphi.errors import DataError
+
+PROGRAM = "espeak-ng"
+ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbcwmd", "en-gb-x-gbclan", "en-029")
+VOICES = ("", *(f"+m{n}" for n in range(1, 8)), *(f"+f{n}" for n in range(1, 6)))
+WORDS_A_MINUTE, PITCH = (130, 200), (30, 70)
+SPOKEN = "spoken.csv"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sentence and how it is read.
+
+    Attributes:
+        name: Of the recording.
+        text: What is read.
+        voice: espeak-ng's name of accent and speaker.
+        speed: In words per minute.
+        pitch: 0 to 99.
+    """
+
+    name: str
+    text: str
+    voice: str
+    speed: int
+    pitch: int
+
+
+def readings(texts: Sequence[str], seed: int) -> list[Reading]:
+    """Each text in a voice of its own; equal seeds give equal voices."""
+    draw = random.Random(seed)
+    return [
+        Reading(
+            f"{number:06d}.wav",
+            " ".join(text.split()),
+            draw.choice(ACCENTS) + draw.choice(VOICES),
+            draw.randint(*WORDS_A_MINUTE),
+            draw.randint(*PITCH),
+        )
+        for number, text in enumerate(texts)
+    ]
+
+
+def read_aloud(reading: Reading, folder: Path) -> Path:
+    """Write a recording, if it is not there yet.
+
+    Raises:
+        DataError: If espeak-ng cannot.
+    """
+    path = folder / reading.name
+    if path.exists():
+        return path
+    part = path.with_suffix(".part")
+    settings = ["-v", reading.voice, "-s", str(reading.speed), "-p", str(reading.pitch), "-w", str(part)]
+    done = subprocess.run([PROGRAM, *settings, "--", reading.text], capture_output=True, text=True, check=False)
+    if done.returncode or not part.exists():
+        raise DataError(
+            f"{PROGRAM} cannot read {reading.text[:40]!r}: {done.stderr.strip()[:200]}", "check that it speaks English"
+        )
+    part.rename(path)
+    return path
+
+
+def rows_of(path: Path, column: str) -> list[dict[str, str]]:
+    """Rows of a CSV that has a column.
+
+    Raises:
+        DataError: If it cannot be read, or has no such column.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            if column not in (rows.fieldnames or ()):
+                raise DataError(f"{path} has no column {column!r}", f"it has {', '.join(rows.fieldnames or ())}")
+            return [row for row in rows if (row[column] or "").strip()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}", "give a CSV in UTF-8, with a header") from error
+
+
+def say(texts: Path, folder: Path, *, column: str, count: int, seed: int, apart: Path | None = None) -> int:
+    """Recordings of sentences, and ``spoken.csv`` (audio, transcript, split) beside them.
+
+    Args:
+        texts: CSV of sentences.
+        folder: Where the recordings go.
+        column: Of the sentence.
+        count: At most so many, drawn; 0 takes all.
+        seed: Of the draw and of the voices.
+        apart: CSV of real recordings (audio, transcript) beside them: they are copied, and kept apart: a fifth for
+            validation, the others for the test. No sentence of theirs, and where both CSVs have a column ``image`` none
+            about the same image, is read aloud.
+
+    Returns:
+        How many sentences were read aloud.
+
+    Raises:
+        DataError: If there is no espeak-ng, or a file cannot be read.
+    """
+    from tqdm.auto import tqdm
+
+    if shutil.which(PROGRAM) is None:
+        raise DataError(f"there is no {PROGRAM} on this machine", "apt install espeak-ng, or brew install espeak-ng")
+    real = rows_of(apart, "transcript") if apart else []
+    said, images = {row["transcript"].strip() for row in real}, {row["image"] for row in real if row.get("image")}
+    rows = [r for r in rows_of(texts, column) if r[column].strip() not in said and r.get("image") not in images]
+    random.Random(seed).shuffle(rows)
+    chosen = readings([row[column] for row in rows[: count or None]], seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        spoken = workers.map(lambda each: read_aloud(each, folder), chosen)
+        for _ in tqdm(spoken, total=len(chosen), desc="say", unit="sentence"):
+            pass
+    lines = [(each.name, each.text, "train") for each in chosen]
+    for number, row in enumerate(real):
+        assert apart is not None
+        shutil.copy2(apart.parent / row["audio"], folder / Path(row["audio"]).name)
+        lines.append((Path(row["audio"]).name, row["transcript"].strip(), "test" if number % 5 else "validation"))
+    part = folder / f"{SPOKEN}.part"
+    with part.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("audio", "transcript", "split"), *lines])
+    part.rename(folder / SPOKEN)
+    return len(chosen)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi say``."""
+    parser = argparse.ArgumentParser(prog="mmphi say", description=__doc__.partition("\n")[0])
+    parser.add_argument("texts", type=Path, help="CSV of sentences")
+    parser.add_argument("folder", type=Path, help="where the recordings and spoken.csv go")
+    parser.add_argument("--column", default="caption", help="column of the sentence [caption]")
+    parser.add_argument("--count", type=int, default=0, help="at most so many sentences, drawn; 0 takes all [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw and of the voices [0]")
+    parser.add_argument("--apart", type=Path, help="CSV of real recordings (audio,transcript) to validate and test on")
+    given = parser.parse_args(list(arguments))
+    count = say(given.texts, given.folder, column=given.column, count=given.count, seed=given.seed, apart=given.apart)
+    print(f"{count} sentences in {given.folder / SPOKEN}")
+    return 0
