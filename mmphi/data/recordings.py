@@ -25,12 +25,16 @@ class Spoken:
         path: Where the file lies.
         text: What is said, as somebody wrote it down; ``None`` where nobody did.
         split: ``train``, ``validation`` or ``test``, where the CSV says so.
+        answer: What is to be answered to it; empty where it is to be repeated.
+        context: A text that it is about, if any.
     """
 
     name: str
     path: Path
     text: str | None = None
     split: str = ""
+    answer: str = ""
+    context: str = ""
 
 
 def read_recordings(
@@ -41,6 +45,8 @@ def read_recordings(
     audio_column: str = "audio",
     text_column: str = "transcript",
     split_column: str = "split",
+    answer_column: str = "answer",
+    context_column: str = "context",
 ) -> Iterator[Spoken]:
     """Read a CSV with a header, one recording a row.
 
@@ -51,6 +57,8 @@ def read_recordings(
         audio_column: Of the recording's path.
         text_column: Of what is said; a CSV without it has recordings to transcribe, and no error rate.
         split_column: Of ``train``, ``validation`` or ``test``; it may be missing.
+        answer_column: Of the answer to what is said; it may be missing.
+        context_column: Of a text that it is about; it may be missing.
 
     Raises:
         DataError: If the file cannot be read or lacks the column of recordings.
@@ -83,7 +91,8 @@ def read_recordings(
                     report.drop(SOURCE, where, f"no split: {split_column} = {split}")
                     continue
                 report.keep(SOURCE)
-                yield Spoken(name, found, row.get(text_column), split)
+                answer, context = (row.get(column) or "" for column in (answer_column, context_column))
+                yield Spoken(name, found, row.get(text_column), split, answer.strip(), context)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}", "save it as CSV in UTF-8") from error
     except OSError as error:
@@ -93,7 +102,7 @@ def read_recordings(
 def spoken_examples(
     spoken: Sequence[Spoken], report: ReadReport, *, question: str, validation: int, test: int, seed: int
 ) -> list[Example]:
-    """Conversations about recordings: what is asked of each, and what is said in it as the answer.
+    """Conversations about recordings: what is asked of each, and its answer, or what is said in it.
 
     Args:
         spoken: With what is said; those without are counted and left out.
@@ -123,7 +132,8 @@ def spoken_examples(
         split: Split = each.split or drawn[each.name]  # type: ignore[assignment]  # One of SPLITS.
         said = str(each.text).strip()
         audio = (AudioRef(each.name, each.path),)
-        examples.append(Example(each.name, (), (Turn(question, said),), SOURCE, split, {"said": said}, audio=audio))
+        turns = (Turn(question, each.answer or said),)
+        examples.append(Example(each.name, (), turns, SOURCE, split, {"said": said}, each.context, audio))
     if not any(example.split == "train" for example in examples):
         raise DataError(f"of {len(examples)} recordings none is left to train on", "keep fewer apart: validation, test")
     return examples

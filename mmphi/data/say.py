@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbcwmd", "
 VOICES = ("", *(f"+m{n}" for n in range(1, 8)), *(f"+f{n}" for n in range(1, 6)))
 WORDS_A_MINUTE, PITCH = (130, 200), (30, 70)
 SPOKEN = "spoken.csv"
+FURTHER = "answer", "context"  # Columns that go on from the sentences to the recordings.
 
 
 @dataclass(frozen=True)
@@ -77,26 +79,39 @@ def read_aloud(reading: Reading, folder: Path) -> Path:
 
 
 def rows_of(path: Path, column: str) -> list[dict[str, str]]:
-    """Rows of a CSV that has a column.
+    """Rows of a CSV that has a column; of JSON lines with turns, such as the stage ``scenes`` writes, their questions.
 
     Raises:
         DataError: If it cannot be read, or has no such column.
     """
     try:
+        if path.suffix == ".jsonl":
+            return [row for line in path.read_text(encoding="utf-8").splitlines() for row in _turns(line, column)]
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             if column not in (rows.fieldnames or ()):
                 raise DataError(f"{path} has no column {column!r}", f"it has {', '.join(rows.fieldnames or ())}")
             return [row for row in rows if (row[column] or "").strip()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read: {error}", "give a CSV in UTF-8, with a header") from error
+
+
+def _turns(line: str, column: str) -> list[dict[str, str]]:
+    """Questions of a conversation, each with its answer and the text that it is about."""
+    row = json.loads(line)
+    return [
+        {column: question, "answer": answer, "context": row.get("context", "")}
+        for question, answer in row["turns"]
+        if question.strip()
+    ]
 
 
 def say(texts: Path, folder: Path, *, column: str, count: int, seed: int, apart: Path | None = None) -> int:
     """Recordings of sentences, and ``spoken.csv`` (audio, transcript, split) beside them.
 
     Args:
-        texts: CSV of sentences.
+        texts: CSV of sentences; its columns ``answer`` and ``context`` go on into ``spoken.csv``. Or JSON lines, each
+            with ``turns`` of question and answer, and a ``context``.
         folder: Where the recordings go.
         column: Of the sentence.
         count: At most so many, drawn; 0 takes all.
@@ -119,20 +134,30 @@ def say(texts: Path, folder: Path, *, column: str, count: int, seed: int, apart:
     said, images = {row["transcript"].strip() for row in real}, {row["image"] for row in real if row.get("image")}
     rows = [r for r in rows_of(texts, column) if r[column].strip() not in said and r.get("image") not in images]
     random.Random(seed).shuffle(rows)
-    chosen = readings([row[column] for row in rows[: count or None]], seed)
+    rows = rows[: count or None]
+    chosen = readings([row[column] for row in rows], seed)
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         spoken = workers.map(lambda each: read_aloud(each, folder), chosen)
         for _ in tqdm(spoken, total=len(chosen), desc="say", unit="sentence"):
             pass
-    lines = [(each.name, each.text, "train") for each in chosen]
+    further = [name for name in FURTHER if rows and name in rows[0]]
+    lines = [
+        {"audio": each.name, "transcript": each.text, "split": "train" if real else ""}
+        | {name: row.get(name) or "" for name in further}
+        for each, row in zip(chosen, rows, strict=True)
+    ]
     for number, row in enumerate(real):
         assert apart is not None
-        shutil.copy2(apart.parent / row["audio"], folder / Path(row["audio"]).name)
-        lines.append((Path(row["audio"]).name, row["transcript"].strip(), "test" if number % 5 else "validation"))
+        name = Path(row["audio"]).name
+        shutil.copy2(apart.parent / row["audio"], folder / name)
+        split = "test" if number % 5 else "validation"
+        lines.append({"audio": name, "transcript": row["transcript"].strip(), "split": split})
     part = folder / f"{SPOKEN}.part"
     with part.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("audio", "transcript", "split"), *lines])
+        table = csv.DictWriter(file, ["audio", "transcript", "split", *further], restval="")
+        table.writeheader()
+        table.writerows(lines)
     part.rename(folder / SPOKEN)
     return len(chosen)
 
@@ -140,7 +165,7 @@ def say(texts: Path, folder: Path, *, column: str, count: int, seed: int, apart:
 def main(arguments: Sequence[str]) -> int:
     """``mmphi say``."""
     parser = argparse.ArgumentParser(prog="mmphi say", description=__doc__.partition("\n")[0])
-    parser.add_argument("texts", type=Path, help="CSV of sentences")
+    parser.add_argument("texts", type=Path, help="CSV of sentences, or JSON lines with turns")
     parser.add_argument("folder", type=Path, help="where the recordings and spoken.csv go")
     parser.add_argument("--column", default="caption", help="column of the sentence [caption]")
     parser.add_argument("--count", type=int, default=0, help="at most so many sentences, drawn; 0 takes all [0]")

@@ -11,7 +11,7 @@ from typing import Any
 from mmphi.data.records import AudioRef, Example
 from mmphi.evaluation.grounding import Grounding
 from mmphi.evaluation.wer import total, word_errors
-from mmphi.models.multimodal import Multimodal
+from mmphi.models.multimodal import Multimodal, Question
 from mmphi.tracking.tracker import Tracker
 
 
@@ -61,16 +61,16 @@ def evaluate_hearing(
 
     Args:
         model: What to measure.
-        examples: Each asks to repeat what is said in its recording.
+        examples: Each asks to repeat what is said in its recording, or has an answer of its own.
         chosen: How much is measured.
         tracker: The run to record in.
         prefix: Put before every metric's name.
 
     Returns:
-        Loss, and what the right recording saves; the word error rate of what it repeats, and of what it repeats where
-        the words are typed, which is the language model's own share of it; how often it answers a spoken question as
-        the typed one, word for word and by the words they share; seconds of hearing and of answering for a second of
-        speech, and tokens that this takes.
+        Loss, and what the right recording saves; how often it answers a spoken question as the typed one, word for word
+        and by the words they share; where it is to repeat, the word error rate, and that where the words are typed,
+        which is the language model's own share of it; where answers are known, how many are right, and how many where
+        the words are typed; seconds of hearing and of answering, and tokens, for a second of speech.
     """
     examples = list(examples)[: chosen.max_recordings or None]
     measured = hearing_gain(model, examples, chosen.seed)
@@ -79,41 +79,49 @@ def evaluate_hearing(
     tokens = sum(span.length for e in examples for span in model.open_prompt(None, "", e.audio).spans)
     heard_s = time.perf_counter() - begun
     said = [e.attributes["said"] for e in examples]
-    typed = [(None, e.turns[0].question.replace("<audio>", words)) for e, words in zip(examples, said, strict=True)]
-    limits = chosen.max_new_tokens, chosen.batch_size
+
+    def answers(prompts: Sequence[Question]) -> list[str]:
+        return [answer.text for answer in model.generate(prompts, chosen.max_new_tokens, chosen.batch_size)]
+
     begun = time.perf_counter()
-    repeated = [a.text for a in model.generate([(None, e.turns[0].question, e.audio) for e in examples], *limits)]
+    heard = answers([(None, e.turns[0].question, e.audio, e.context) for e in examples])
     answered_s = time.perf_counter() - begun
-    read = [a.text for a in model.generate(typed, *limits)]
-    asked = [a.text for a in model.generate([(None, "", e.audio) for e in examples], *limits)]
-    wanted = [a.text for a in model.generate([(None, words) for words in said], *limits)]
-    errors = [word_errors(words, text) for words, text in zip(said, repeated, strict=True)]
+    typed = [e.turns[0].question.replace("<audio>", words) for e, words in zip(examples, said, strict=True)]
+    read = answers([(None, question, (), e.context) for e, question in zip(examples, typed, strict=True)])
     metrics = {
         "loss": measured.loss,
         "hearing_gain": measured.gain,
-        "wer": total(errors).rate,
-        "typed_wer": total([word_errors(words, text) for words, text in zip(said, read, strict=True)]).rate,
-        "answer_agreement": sum(a == b for a, b in zip(asked, wanted, strict=True)) / len(asked),
-        "answer_overlap": sum(_overlap(a, b) for a, b in zip(asked, wanted, strict=True)) / len(asked),
         "hearing_s_per_s": heard_s / max(seconds, 1e-9),
         "answering_s_per_s": answered_s / max(seconds, 1e-9),
         "tokens_per_s": tokens / max(seconds, 1e-9),
     }
-    rows: list[dict[str, Any]] = [
-        {
-            "audio": e.id,
-            "said": words,
-            "repeated": text,
-            "wer": round(each.rate, 4),
-            "answer": answer,
-            "answer to the typed words": same,
-        }
-        for e, words, text, each, answer, same in zip(examples, said, repeated, errors, asked, wanted, strict=True)
-    ]
-    tracker.table(f"{prefix}_heard", rows)
+    rows: list[dict[str, Any]] = [{"audio": e.id, "said": words} for e, words in zip(examples, said, strict=True)]
+    wanted = [e.turns[0].answer for e in examples]
+    if wanted == said:
+        errors = [word_errors(words, text) for words, text in zip(said, heard, strict=True)]
+        own = [word_errors(words, text) for words, text in zip(said, read, strict=True)]
+        metrics |= {"wer": total(errors).rate, "typed_wer": total(own).rate}
+        for row, text, each in zip(rows, heard, errors, strict=True):
+            row |= {"repeated": text, "wer": round(each.rate, 4)}
+        heard = answers([(None, "", e.audio) for e in examples])
+        read = answers([(None, words) for words in said])
+    else:
+        metrics |= {"exact_match": _same(heard, wanted), "typed_exact_match": _same(read, wanted)}
+        for row, answer in zip(rows, wanted, strict=True):
+            row |= {"right answer": answer}
+    overlap = sum(_overlap(a, b) for a, b in zip(heard, read, strict=True)) / len(heard)
+    metrics |= {"answer_agreement": _same(heard, read), "answer_overlap": overlap}
+    for row, one, two in zip(rows, heard, read, strict=True):
+        row |= {"answer": one, "answer to the typed words": two}
+    tracker.table(f"{prefix}_heard".replace("/", "_"), rows)
     named = {f"{prefix}/{name}": value for name, value in metrics.items()}
     tracker.metrics(named)
     return named
+
+
+def _same(one: Sequence[str], two: Sequence[str]) -> float:
+    """Share of answers that are the same text."""
+    return sum(a == b for a, b in zip(one, two, strict=True)) / max(1, len(one))
 
 
 def _overlap(one: str, two: str) -> float:

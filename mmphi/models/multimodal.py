@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mmphi.models.vision import Vision
 
 Shown = ImageRef | Sequence[ImageRef] | None
-Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]]
+Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]] | tuple[Shown, str, Sequence[AudioRef], str]
 
 
 class Multimodal:
@@ -209,7 +209,8 @@ class Multimodal:
         """Answer questions, greedily.
 
         Args:
-            prompts: An image, several or none, a question (empty for a caption), and recordings, if any.
+            prompts: An image, several or none, a question (empty for a caption), recordings, if any, and a text that
+                it is about, if any.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Answers generated at once; batched and single answers are the same.
 
@@ -232,7 +233,8 @@ class Multimodal:
         """Draw several answers to each question.
 
         Args:
-            prompts: An image, several or none, a question (empty for a caption), and recordings, if any.
+            prompts: An image, several or none, a question (empty for a caption), recordings, if any, and a text that
+                it is about, if any.
             count: Answers to each.
             temperature: The logits are divided by it; near 0 all answers are the greedy one.
             max_new_tokens: Longest answer, in tokens.
@@ -257,9 +259,10 @@ class Multimodal:
                 top_p=1.0,
             )
 
-    def open_prompt(self, images: Shown, question: str, audio: Sequence[AudioRef] = ()) -> Sample:
+    def open_prompt(self, images: Shown, question: str, audio: Sequence[AudioRef] = (), context: str = "") -> Sample:
         """A question as a sequence that the answer goes on from."""
         shown = [images] if isinstance(images, ImageRef) else list(images or ())
         heard = self.inputs(audio)
-        parts = self.language.prompt.parts([(question, None)], images=len(shown), audio=[each.said for each in heard])
+        said = [each.said for each in heard]
+        parts = self.language.prompt.parts([(question, None)], images=len(shown), context=context, audio=said)
         return join(parts, [*image_inputs(shown, self.length), *heard], question)

@@ -15,6 +15,8 @@ class RecordingsSection(Section):
     recordings: str = setting("", "folder that their paths are relative to; empty takes that of the CSV", file="path")
     audio_column: str = setting("audio", "column of the recording")
     text_column: str = setting("transcript", "column of what is said")
+    answer_column: str = setting("answer", "column of the answer to what is said; without it, it is to be repeated")
+    context_column: str = setting("context", "column of a text that the question is about; may be missing")
     max_bad_share: float = setting(
         0.05, "stop where more recordings than this share are unusable", matters=False, ge=0, le=1
     )

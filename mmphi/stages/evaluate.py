@@ -13,11 +13,12 @@ from mmphi.settings.shared import TrainingSettings
 from mmphi.settings.speech import SpeechSettings
 from mmphi.settings.view import SettingsView
 from mmphi.stages.common import CONTENT, drop_unseen, read, scenes_if_read, stored_features
+from mmphi.stages.listen import COLUMNS
 from mmphi.stages.projector import ProjectorSettings
 
 KEPT = "save_every", "steps", "keep_checkpoints"
 HEARD = (  # What decides which recordings there are, what is asked of them, and which are of the split.
-    *("path", "recordings", "audio_column", "text_column", "split_column"),
+    *("path", "recordings", *(f"{name}_column" for name in COLUMNS)),
     *("question", "validation", "test", "split_seed", "soft_temperature"),
 )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmphi.data.recordings import Spoken
     from mmphi.data.records import ReadReport
 
+COLUMNS = "audio", "text", "split", "answer", "context"
 AT_ONCE = 8  # Windows that the encoder is given together.
 
 
@@ -39,7 +40,7 @@ def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Spoken]:
     from mmphi.data.recordings import read_recordings
 
     path = Path(chosen.path)
-    columns = {name: getattr(chosen, name) for name in ("audio_column", "text_column", "split_column")}
+    columns = {f"{name}_column": getattr(chosen, f"{name}_column") for name in COLUMNS}
     return list(read_recordings(path, Path(chosen.recordings or path.parent), report, **columns))
 
 

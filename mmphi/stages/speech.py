@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
 
 S = TypeVar("S", bound=Section)
+AT_ONCE = 16  # Held-out conversations whose logits are in memory at once.
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -152,6 +153,7 @@ def _validation(
     model: Multimodal, task: Any, held: Sequence[Example], end: int
 ) -> Callable[[int], Mapping[str, float]]:
     """Loss on held-out recordings, and what the right recording is worth."""
+    import numpy as np
     import torch
 
     from mmphi.evaluation.spoken import hearing_gain
@@ -162,10 +164,14 @@ def _validation(
 
     def measure(_: int) -> Mapping[str, float]:
         measured = hearing_gain(model, held)
-        both = to_device(paired(heard, read, model.sources, end, alone=model.packed.alone), model.device)
+        nats, tokens = 0.0, 0
         with torch.no_grad():
-            divergence = float(task(**both)) / float(both["step_tokens"])
-        return {"val/divergence": divergence, "val/loss": measured.loss, "val/hearing_gain": measured.gain}
+            for first in range(0, len(heard), AT_ONCE):
+                some = np.s_[first : first + AT_ONCE]
+                batch = paired(heard[some], read[some], model.sources, end, alone=model.packed.alone)
+                nats += float(task(**to_device(batch, model.device)))
+                tokens += len(batch["ends"])
+        return {"val/divergence": nats / max(tokens, 1), "val/loss": measured.loss, "val/hearing_gain": measured.gain}
 
     return measure
 

@@ -89,7 +89,9 @@ def heard_by(ctx: Context, language: Language, link: Link) -> tuple[Hearing, Aud
     if link == "transcript":
         return TranscriptLink(language, ears), Audio(settings)
     if link == "soft":
-        return SoftLink(language, ears, chosen.soft_temperature), Audio(settings)
+        temperature = chosen.soft_temperature
+        whose = f"{settings.model_dump_json()}/{language.digest}/{temperature}"  # It keeps what it has computed.
+        return ctx.resources.once("soft", whose, lambda: SoftLink(language, ears, temperature)), Audio(settings)
     whisper = openai_of(ears, "encoder")
     frames: Callable[[AudioRef], Any] = live_frames(ears)
     if "listen" in ctx.upstream:

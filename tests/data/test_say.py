@@ -86,6 +86,16 @@ def test_voices_differ_and_are_the_seeds() -> None:
     assert one[5].text == "The sea"
 
 
+def test_questions_of_conversations_keep_their_answers(tmp_path: Path, spoken: list[list[str]]) -> None:
+    lines = ['{"context": "a b", "turns": [["is it red?", "no"], ["what is it?", "a dog"]]}', '{"turns": [["", "x"]]}']
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    assert main(["say", str(tmp_path / "corpus.jsonl"), str(tmp_path / "out")]) == 0
+    found = {row["transcript"]: (row["answer"], row["context"], row["split"]) for row in rows(tmp_path / "out")}
+    assert found == {"is it red?": ("no", "a b", ""), "what is it?": ("a dog", "a b", "")}
+    (tmp_path / "corpus.jsonl").write_text("[]")
+    assert main(["say", str(tmp_path / "corpus.jsonl"), str(tmp_path / "out")]) == 2
+
+
 @pytest.mark.parametrize(
     ("texts", "column", "message"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sounds import NOISE, SECONDS, chords
 
 from mmphi.data.audio import RATE, Recording, Samples, read_audio
 from mmphi.errors import ModelError
@@ -124,6 +125,15 @@ def test_a_real_recording(whisper_tiny: OpenAIWhisper, real_folder: Path) -> Non
     assert two.segments[-1].start > 14
     assert all(a.end <= b.start + 0.5 for a, b in zip(two.segments, two.segments[1:], strict=False))
     assert (one.language, silent.language, silent.text) == ("en", "", "")
+
+
+@pytest.mark.real
+def test_what_is_no_voice_has_no_words(whisper_tiny: OpenAIWhisper) -> None:
+    """Silence, a tone, noise and struck chords, in which this Whisper alone hears words."""
+    sounds = [np.zeros(10 * RATE), 0.5 * np.sin(2 * np.pi * 440 * SECONDS), 0.1 * NOISE, chords()]
+    found = transcribe(whisper_tiny, [Recording(sound.astype(np.float32)) for sound in sounds])
+    assert [each.text for each in found] == [""] * 4
+    assert any(heard.segments for heard in whisper_tiny.hear([s.astype(np.float32) for s in sounds], ["en"] * 4))
 
 
 @pytest.mark.real

@@ -343,3 +343,47 @@ def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: p
     config = SpeechConfig("encoder", 24, 32, stack=4)
     with pytest.raises(ModelError, match="not the Whisper that the model was trained with"):
         hearing_of(tiny_language(), Audio(AudioSettings(), "mine"), config, CPU, lambda *_: None)
+
+
+def real_ears(models: Path) -> Ears:
+    return Ears(OpenAIWhisper(str(models / "whisper-tiny.en.pt"), CPU), AudioSettings())
+
+
+@pytest.mark.real
+def test_a_real_question_heard_is_the_question_typed(real_models: Path, real_folder: Path) -> None:
+    """SmolLM2 in its own chat template, with a picture: the answer, and every bit of the loss."""
+    language = load_language(LanguageSettings(model=str(real_models / "smollm2-135m-instruct")), None, CPU)
+    ears = real_ears(real_models)
+    torch.manual_seed(0)
+    projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
+    model = Multimodal(language, projector, RandomFeatures(), hearing=TranscriptLink(language, ears))
+    recording = AudioRef("jfk", real_folder / "speech" / "jfk.flac")
+    (said,) = (transcript.text for transcript in ears.transcripts([recording]))
+    assert "what your country can do for you" in said
+    image = ImageRef("i", Path("i"))
+    heard_one, typed_one = model.generate([(image, "", [recording]), (image, said)], 12)
+    assert heard_one == typed_one
+    assert heard_one.text
+    example = replace(typed(said, "I will.", image=True), audio=())
+    spoken_one = replace(example, turns=(Turn("", "I will."),), audio=(recording,))
+    assert model.losses([spoken_one]) == model.losses([example])
+
+
+@pytest.mark.real
+def test_a_real_posterior_becomes_the_transcript(real_models: Path, real_folder: Path) -> None:
+    """Whisper tiny.en and Phi-2's own tokenizer: the ids are the same, and doubt goes as the temperature does."""
+    language, ears = phi_language(), real_ears(real_models)
+    recording = AudioRef("jfk", real_folder / "speech" / "jfk.flac")
+    example = Example("1", (), (Turn("", "yes"),), "s", audio=(recording,))
+
+    def rows(link: TranscriptLink) -> torch.Tensor:
+        sample = Multimodal(language, None, None, hearing=link).encode(example)
+        assert sample is not None
+        return link.rows([sample.spans[0].reference])
+
+    words = rows(TranscriptLink(language, ears))
+    soft, cold = rows(SoftLink(language, ears, 1.0)), rows(SoftLink(language, ears, 1e-3))
+    assert torch.allclose(cold, words, atol=1e-6)
+    moved = (soft - words).norm(dim=1) / words.norm(dim=1)
+    assert (moved > 1e-4).float().mean() > 0.8  # Nearly every word leaves some doubt,
+    assert moved.median() < 0.3  # and most of them little.

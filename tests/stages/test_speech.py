@@ -181,6 +181,33 @@ def test_all_links_are_measured_side_by_side(trained: Any) -> None:
     assert measured["test/transcript/wer"] == measured["test/encoder/typed_wer"]
 
 
+def test_questions_that_have_answers_are_answered(trained: Any, tmp_path: Path) -> None:
+    """With a text that they are about; heard as they are typed, they are answered as they are typed."""
+    pipeline, changes = trained
+    answers = ["yes" if number % 2 else "no" for number in range(12)]
+    contexts = [f"{COLOURS[number % 8]} . square {number}" for number in range(12)]
+    path = recordings(tmp_path, answer=answers, context=contexts)
+    own = {**changes, "speech.path": str(path), "speech.question": "<audio>", "speech.link": "transcript"}
+    build(pipeline, "speech", own)
+    measured = build(pipeline, "evaluate", own, evaluate__stage="speech")
+    assert "test/wer" not in measured.metrics
+    assert measured.metrics["test/answer_agreement"] == 1
+    assert measured.metrics["test/exact_match"] == measured.metrics["test/typed_exact_match"]
+    table = json.loads((measured.path / "test_heard.json").read_text())
+    assert {"said", "right answer", "answer", "answer to the typed words"} <= set(table["columns"])
+    examples = spoken_examples(
+        list(read_recordings(path, tmp_path, ReadReport())),
+        ReadReport(),
+        question="<audio>",
+        validation=0,
+        test=0,
+        seed=0,
+    )
+    assert [(e.turns[0].answer, e.context, e.attributes["said"]) for e in examples[:1]] == [
+        ("no", "red . square 0", "a red circle 0")
+    ]
+
+
 def test_a_trained_model_loads_alone_and_hears(trained: Any, tmp_path: Path) -> None:
     pipeline, changes = trained
     result = build(pipeline, "speech", changes)
