@@ -11,8 +11,11 @@ from typing import Any
 from mmphi.data.records import AudioRef, Example
 from mmphi.evaluation.grounding import Grounding
 from mmphi.evaluation.wer import total, word_errors
+from mmphi.models.links import Hearing
 from mmphi.models.multimodal import Multimodal, Question
 from mmphi.tracking.tracker import Tracker
+
+TIMED = 8  # Recordings that the time of hearing is measured on.
 
 
 def shuffled_recordings(examples: Sequence[Example], seed: int) -> list[Example]:
@@ -55,7 +58,12 @@ class SpokenMeasures:
 
 
 def evaluate_hearing(
-    model: Multimodal, examples: Sequence[Example], chosen: SpokenMeasures, tracker: Tracker, prefix: str
+    model: Multimodal,
+    examples: Sequence[Example],
+    chosen: SpokenMeasures,
+    tracker: Tracker,
+    prefix: str,
+    fresh: Hearing,
 ) -> dict[str, float]:
     """Measure a model that hears on recordings whose words are known.
 
@@ -65,6 +73,7 @@ def evaluate_hearing(
         chosen: How much is measured.
         tracker: The run to record in.
         prefix: Put before every metric's name.
+        fresh: The same hearing, that has heard nothing yet: how long it takes is measured on it.
 
     Returns:
         Loss, and what the right recording saves; how often it answers a spoken question as the typed one, word for word
@@ -75,8 +84,11 @@ def evaluate_hearing(
     examples = list(examples)[: chosen.max_recordings or None]
     measured = hearing_gain(model, examples, chosen.seed)
     seconds = sum(_seconds(audio) for e in examples for audio in e.audio)
+    spans = [span for e in examples for span in model.open_prompt(None, "", e.audio).spans]
     begun = time.perf_counter()
-    tokens = sum(span.length for e in examples for span in model.open_prompt(None, "", e.audio).spans)
+    for e, span in zip(examples[:TIMED], spans, strict=False):
+        fresh.inputs(e.audio)
+        fresh.rows([span.reference])
     heard_s = time.perf_counter() - begun
     said = [e.attributes["said"] for e in examples]
 
@@ -91,9 +103,9 @@ def evaluate_hearing(
     metrics = {
         "loss": measured.loss,
         "hearing_gain": measured.gain,
-        "hearing_s_per_s": heard_s / max(seconds, 1e-9),
+        "hearing_s_per_s": heard_s / max(1e-9, sum(_seconds(a) for e in examples[:TIMED] for a in e.audio)),
         "answering_s_per_s": answered_s / max(seconds, 1e-9),
-        "tokens_per_s": tokens / max(seconds, 1e-9),
+        "tokens_per_s": sum(span.length for span in spans) / max(seconds, 1e-9),
     }
     rows: list[dict[str, Any]] = [{"audio": e.id, "said": words} for e, words in zip(examples, said, strict=True)]
     wanted = [e.turns[0].answer for e in examples]

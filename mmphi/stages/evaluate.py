@@ -32,7 +32,7 @@ class EvaluateSettings(Section):
     stage: Literal["projector", "qlora", "merge", "speech"] = setting("projector", "whose model, where none is named")
     split: Literal["train", "validation", "test"] = setting("test", "which images")
     seed: int = setting(0, "seed of samples, questions and shuffles", ge=0)
-    max_images: int = setting(200, "at most this many images; 0 takes all", unit="images", ge=0)
+    max_images: int = setting(200, "at most this many images, or recordings; 0 takes all", unit="images", ge=0)
     max_new_tokens: int = setting(48, "longest answer", unit="tokens", ge=1)
     batch_size: int = setting(32, "answers generated at once", unit="answers", matters=False, ge=1)
     checkpoint: str = setting("final", "final, or the step of a kept checkpoint")
@@ -100,7 +100,7 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     from mmphi.errors import DataError
     from mmphi.evaluation.spoken import SpokenMeasures, evaluate_hearing
     from mmphi.models.bundle import load_bundle
-    from mmphi.stages.spoken import conversations, hearable, linked
+    from mmphi.stages.spoken import conversations, hearable, heard_afresh, linked
 
     chosen, report = ctx.settings(EvaluateSettings), ReadReport()
     model = load_bundle(folder, once=ctx.resources.once)
@@ -119,7 +119,8 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
         if not seen:
             raise DataError(f"no recording of the split {chosen.split} can be heard", "keep some apart: speech.test")
         prefix = f"{chosen.split}/{link}" if chosen.links else chosen.split
-        figures |= evaluate_hearing(own, seen, measures, ctx.tracker, prefix)
+        fresh = heard_afresh(ctx, own.language, own.hearing.link)
+        figures |= evaluate_hearing(own, seen, measures, ctx.tracker, prefix, fresh)
     ctx.tracker.table("data_read", list(report.rows()))
     return figures
 

@@ -76,6 +76,19 @@ def with_hearing(base: Multimodal, hearing: Hearing, speech: SpeechProjection | 
     )
 
 
+def heard_afresh(ctx: Context, language: Language, link: Link) -> Hearing:
+    """What a link reads, by ears that have heard nothing yet."""
+    from mmphi.models.device import this_device
+    from mmphi.models.ears import Ears, listener_of, openai_of
+    from mmphi.models.links import EncoderLink, SoftLink, TranscriptLink, live_frames
+
+    chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
+    ears = Ears(listener_of(settings, this_device(), ctx.resources.once), settings)
+    if link == "encoder":
+        return EncoderLink(live_frames(ears), openai_of(ears, link).width, chosen.stack)
+    return TranscriptLink(language, ears) if link == "transcript" else SoftLink(language, ears, chosen.soft_temperature)
+
+
 def heard_by(ctx: Context, language: Language, link: Link) -> tuple[Hearing, Audio]:
     """What a link reads, stored frames where there are any, and the Whisper that it must be."""
     from mmphi.data.digests import FileDigests
