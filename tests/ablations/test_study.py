@@ -30,7 +30,8 @@ BOTH = {"projector.layers": 1, "projector.width": 8}
 def test_every_study_that_comes_with_mmphi_can_be_run(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MMPHI_TEXT", str(tmp_path))
+    for variable in ("MMPHI_TEXT", "MMPHI_SPOKEN"):
+        monkeypatch.setenv(variable, str(tmp_path))
     called, study = load(name)
     assert called == name
     study.check()
@@ -45,6 +46,17 @@ def test_studies_on_another_preset(name: str, monkeypatch: pytest.MonkeyPatch, t
     assert called == f"{name}.phi2"
     for level in study.levels:
         assert study.settings(level).language.model == "microsoft/phi-2"
+
+
+@pytest.mark.parametrize("preset", ["speech", "speech-phi2"])
+def test_links_on_models_that_are_pretrained(preset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("MMPHI_SPOKEN", "MMPHI_MODELS"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    called, study = load("audio_link", preset)
+    assert called == f"audio_link.{preset}"
+    for level in study.levels:
+        assert study.settings(level).speech.link == level
+    assert ("soft" in study.levels) == (preset == "speech-phi2")  # Only Phi-2's token ids are Whisper's.
 
 
 def test_published_clips_are_ones_that_open_clip_has() -> None:
