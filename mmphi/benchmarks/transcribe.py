@@ -1,8 +1,8 @@
 """Two Whispers side by side on the same recordings: openai-whisper and faster-whisper, of one size.
 
-Both hear the same windows behind the same voice gate, greedily, with the same rules of what is decoded anew. Shown are
-word error rate, real-time factor and how many recordings both hear as the same text; each side runs in a process of
-its own, so that its peak memory is its own.
+Both hear the same windows behind the same voice gate, with as many beams and the same rules of what is decoded anew.
+Shown are word error rate, real-time factor and how many recordings both hear as the same text; each side runs in a
+process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 SIDES = ("openai", "faster")
 
 
-def run_side(side: str, model: str, path: Path, limit: int) -> dict[str, Any]:
+def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> dict[str, Any]:
     """What one Whisper makes of the recordings: texts, errors, seconds, peak memory.
 
     Args:
@@ -28,6 +28,7 @@ def run_side(side: str, model: str, path: Path, limit: int) -> dict[str, Any]:
         model: Size or path of its weights.
         path: CSV of recordings, whose header is ``audio,transcript``.
         limit: At most this many; 0 takes all.
+        beam: Guesses that are followed at once; 1 is greedy.
     """
     from mmphi.data.audio import read_audio
     from mmphi.data.recordings import read_recordings
@@ -40,7 +41,7 @@ def run_side(side: str, model: str, path: Path, limit: int) -> dict[str, Any]:
 
     spoken = list(read_recordings(path, path.parent, ReadReport()))[: limit or None]
     recordings = [read_audio(each.path) for each in spoken]
-    listener = BACKENDS[side](model, this_device(), 5)
+    listener = BACKENDS[side](model, this_device(), beam)
     transcribe(listener, recordings[:1])  # What is loaded and compiled at first is not timed.
     begun = time.perf_counter()
     found = transcribe(listener, recordings)
@@ -64,12 +65,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--openai", default="tiny.en", help="size or .pt file for openai-whisper [tiny.en]")
     parser.add_argument("--faster", default="tiny.en", help="size or folder for faster-whisper [tiny.en]")
     parser.add_argument("--limit", type=int, default=0, help="recordings; 0 takes all [0]")
+    parser.add_argument("--beam", type=int, default=5, help="guesses followed at once; 1 is greedy [5]")
     parser.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(list(arguments))
     if options.side:
-        print(json.dumps(run_side(options.side, getattr(options, options.side), options.path, options.limit)))
+        model = getattr(options, options.side)
+        print(json.dumps(run_side(options.side, model, options.path, options.limit, options.beam)))
         return 0
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
