@@ -1,4 +1,4 @@
-"""A Whisper, and what it has heard: recordings decoded, gated and transcribed once in a process."""
+"""A Whisper, and what it has heard: recordings are decoded, gated and transcribed once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from mmphi.data.audio import Recording, read_audio
+from mmphi.data.digests import Digests
 from mmphi.data.records import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.hearing import Listener, Transcript, transcribe
+from mmphi.models.transcript_memory import TranscriptMemory
 from mmphi.models.voice import PAD_S, Part, speech, windows
 from mmphi.models.whispers import BACKENDS, OpenAIWhisper
 from mmphi.settings.audio import AudioSettings
@@ -37,10 +39,11 @@ class Ears:
     Args:
         listener: Who hears.
         settings: How.
+        memory: What it has heard in other processes.
     """
 
-    def __init__(self, listener: Listener, settings: AudioSettings) -> None:
-        self.listener, self.settings = listener, settings
+    def __init__(self, listener: Listener, settings: AudioSettings, memory: TranscriptMemory | None = None) -> None:
+        self.listener, self.settings, self.memory = listener, settings, memory
         self._heard: dict[str, Transcript] = {}
 
     def recording(self, audio: AudioRef) -> Recording:
@@ -57,21 +60,28 @@ class Ears:
         Raises:
             AudioError: If one cannot be decoded.
         """
-        fresh = [a for a in {identity(a): a for a in recordings}.values() if identity(a) not in self._heard]
+        keys = [identity(audio) for audio in recordings]
+        new = {key: audio for key, audio in zip(keys, recordings, strict=True) if key not in self._heard}
+        if self.memory is not None and new:
+            self._heard |= self.memory.recall(list(new))
+        fresh = [(key, audio) for key, audio in new.items() if key not in self._heard]
         chosen = self.settings
         for first in range(0, len(fresh), chosen.batch_size):
             some = fresh[first : first + chosen.batch_size]
             heard = transcribe(
                 self.listener,
-                [self.recording(audio) for audio in some],
+                [self.recording(audio) for _, audio in some],
                 language=chosen.language,
                 prompt=chosen.prompt,
                 threshold=chosen.threshold,
                 window=chosen.window,
                 batch_size=chosen.batch_size,
             )
-            self._heard.update({identity(audio): what for audio, what in zip(some, heard, strict=True)})
-        return [self._heard[identity(audio)] for audio in recordings]
+            found = {key: what for (key, _), what in zip(some, heard, strict=True)}
+            self._heard |= found
+            if self.memory is not None:
+                self.memory.remember(found)
+        return [self._heard[key] for key in keys]
 
     def parts(self, recording: Recording) -> list[Part]:
         """The stretches that are heard at once, silence left out."""
@@ -81,10 +91,10 @@ class Ears:
 
 
 def identity(audio: AudioRef) -> str:
-    """What tells a recording from others in one process."""
+    """What tells a recording from others: the digest of its content, or the name of a file that is not there."""
     if isinstance(audio.source, bytes):
         return hashlib.sha256(audio.source).hexdigest()
-    return str(audio.source)
+    return Digests().of(audio.source) if audio.source.is_file() else str(audio.source)
 
 
 Once = Callable[[str, str, Callable[[], Any]], Any]
@@ -110,7 +120,7 @@ def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> Li
 
 
 def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Ears:
-    """A Whisper with what it has heard in this process.
+    """A Whisper with what it has heard, in this process and before.
 
     Args:
         settings: Which, and how it hears.
@@ -121,7 +131,13 @@ def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Ears:
         ModelError: If it cannot be had.
     """
     listener = listener_of(settings, device, once)
-    ears: Ears = once("ears", f"{settings.model_dump_json()}/{device}", lambda: Ears(listener, settings))
+
+    def make() -> Ears:
+        if isinstance(listener, OpenAIWhisper):
+            return Ears(listener, settings, TranscriptMemory(listener.digest, settings))
+        return Ears(listener, settings)  # The other one does not say which weights it has.
+
+    ears: Ears = once("ears", f"{settings.model_dump_json()}/{device}", make)
     return ears
 
 

@@ -102,6 +102,7 @@ class SoftLink(TranscriptLink):
         self.whisper, self.temperature = openai_of(ears, "soft"), temperature
         _check_ids(language, self.whisper)
         self._found: dict[str, tuple[list[int], Tensor, Tensor]] = {}
+        self._digests = FileDigests()
 
     @torch.no_grad()
     def rows(self, references: Sequence[Spelled], /) -> Tensor:
@@ -121,7 +122,7 @@ class SoftLink(TranscriptLink):
 
     def _soft(self, audio: AudioRef) -> tuple[list[int], Tensor, Tensor]:
         """Tokens of all windows, their mean embeddings, and whether each is the likeliest in its place."""
-        key = identity(audio)
+        key = _content(audio, self._digests)
         if key not in self._found:
             recording = self.ears.recording(audio)
             (transcript,) = self.ears.transcripts([audio])
@@ -196,9 +197,7 @@ def stored_frames(store: RaggedStore, digests: FileDigests) -> Callable[[AudioRe
     """Frames as the stage ``listen`` stored them; they are found by the content of the recording."""
 
     def frames(audio: AudioRef) -> Tensor:
-        if isinstance(audio.source, bytes):
-            return store.get(identity(audio))
-        return store.get(digests[audio.source])
+        return store.get(_content(audio, digests))
 
     return frames
 
@@ -212,10 +211,10 @@ def live_frames(ears: Ears) -> Callable[[AudioRef], Tensor]:
     Raises:
         ModelError: If this Whisper does not give its frames.
     """
-    whisper, known = openai_of(ears, "encoder"), dict[str, Tensor]()
+    whisper, known, digests = openai_of(ears, "encoder"), dict[str, Tensor](), FileDigests()
 
     def frames(audio: AudioRef) -> Tensor:
-        key = identity(audio)
+        key = _content(audio, digests)
         if key not in known:
             (known[key],) = frames_in(ears, whisper, [ears.recording(audio)])
         return known[key]
@@ -254,6 +253,11 @@ def hearing_of(
             f"{whisper.name} is not the Whisper that the model was trained with", "give that one: mmphi.load(whisper=)"
         )
     return EncoderLink(live_frames(ears), whisper.width, config.stack)
+
+
+def _content(audio: AudioRef, digests: FileDigests) -> str:
+    """Digest of a recording, looked up once where it is a file."""
+    return identity(audio) if isinstance(audio.source, bytes) else digests[audio.source] or str(audio.source)
 
 
 def _check_ids(language: Language, whisper: OpenAIWhisper) -> None:

@@ -27,6 +27,7 @@ from mmphi.models.links import EncoderLink, SoftLink, TranscriptLink, hearing_of
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.models.speech import SpeechConfig, SpeechProjection, words_as_they_are
+from mmphi.models.transcript_memory import TranscriptMemory
 from mmphi.models.voice import Part
 from mmphi.models.whispers import OpenAIWhisper
 from mmphi.settings import LanguageSettings
@@ -317,23 +318,41 @@ def test_what_does_not_fit_is_refused() -> None:
     assert [part.span for part in prompt.parts([("<audio>", "x")], audio=[None])].count("audio") == 1
 
 
-def test_ears_hear_every_recording_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ears_hear_every_recording_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[int] = []
+
+    def size(source: Path | bytes) -> int:
+        return len(source) if isinstance(source, bytes) else source.stat().st_size
 
     def fake(_: Any, recordings: Sequence[Recording], **__: Any) -> list[Transcript]:
         calls.append(len(recordings))
         return [Transcript((Segment(0, 1, str(len(each.samples))),)) for each in recordings]
 
     monkeypatch.setattr(ears_module, "transcribe", fake)
-    monkeypatch.setattr(
-        ears_module, "read_audio", lambda source, **_: Recording(np.zeros(len(str(source)), np.float32))
-    )
-    ears = Ears(None, AudioSettings(batch_size=2))  # type: ignore[arg-type]
-    given = [AudioRef("a", Path("a")), AudioRef("b", Path("bb")), AudioRef("c", Path("a")), AudioRef("d", b"ccc")]
-    assert [t.text for t in ears.transcripts(given)] == ["1", "2", "1", "6"]
+    monkeypatch.setattr(ears_module, "read_audio", lambda source, **_: Recording(np.zeros(size(source), np.float32)))
+    for name, content in (("a", "x"), ("bb", "yy"), ("c", "x")):
+        (tmp_path / name).write_text(content)
+    given = [AudioRef(name, tmp_path / name) for name in ("a", "bb", "c")] + [AudioRef("d", b"ccc")]
+
+    def ears(**settings: Any) -> Ears:
+        chosen = AudioSettings(batch_size=2, **settings)
+        return Ears(None, chosen, TranscriptMemory("w", chosen, tmp_path / "memory"))  # type: ignore[arg-type]
+
+    one = ears()
+    texts = [t.text for t in one.transcripts(given)]
+    assert texts[0] == texts[2]  # Of one content, whatever it is called.
+    assert len(set(texts)) == 3
     assert calls == [2, 1]
-    ears.transcripts(given)
+    assert [t.text for t in one.transcripts(given)] == texts
+    assert [t.text for t in ears().transcripts(given)] == texts  # In another process,
     assert calls == [2, 1]
+    ears(beam=1).transcripts(given)  # but not where it hears in another way.
+    assert calls == [2, 1, 2, 1]
+    (tmp_path / "memory").write_text("spoilt")
+    assert [t.text for t in ears().transcripts(given)] == texts
+    assert calls == [2, 1, 2, 1, 2, 1]
+    (tmp_path / "a").write_text("another recording now")
+    assert ears().transcripts(given[:1])[0].text != texts[0]
 
 
 def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
