@@ -43,14 +43,23 @@ class Reading:
     pitch: int
 
 
-def readings(texts: Sequence[str], seed: int) -> list[Reading]:
-    """Each text in a voice of its own; equal seeds give equal voices."""
+def readings(
+    texts: Sequence[str], seed: int, accents: Sequence[str] = ACCENTS, voices: Sequence[str] = VOICES
+) -> list[Reading]:
+    """Each text in a voice of its own; equal seeds give equal voices.
+
+    Args:
+        texts: What is read.
+        seed: Of accents, speakers, speeds and pitches.
+        accents: espeak-ng's voices.
+        voices: Its variants of them, such as ``+f5``; empty for none.
+    """
     draw = random.Random(seed)
     return [
         Reading(
             f"{number:06d}.wav",
             " ".join(text.split()),
-            draw.choice(ACCENTS) + draw.choice(VOICES),
+            draw.choice(accents) + draw.choice(voices),
             draw.randint(*WORDS_A_MINUTE),
             draw.randint(*PITCH),
         )
@@ -106,7 +115,17 @@ def _turns(line: str, column: str) -> list[dict[str, str]]:
     ]
 
 
-def say(texts: Path, folder: Path, *, column: str, count: int, seed: int, apart: Path | None = None) -> int:
+def say(
+    texts: Path,
+    folder: Path,
+    *,
+    column: str,
+    count: int,
+    seed: int,
+    apart: Path | None = None,
+    accents: Sequence[str] = ACCENTS,
+    voices: Sequence[str] = VOICES,
+) -> int:
     """Recordings of sentences, and ``spoken.csv`` (audio, transcript, split) beside them.
 
     Args:
@@ -119,6 +138,8 @@ def say(texts: Path, folder: Path, *, column: str, count: int, seed: int, apart:
         apart: CSV of real recordings (audio, transcript) beside them: they are copied, and kept apart: a fifth for
             validation, the others for the test. No sentence of theirs, and where both CSVs have a column ``image`` none
             about the same image, is read aloud.
+        accents: espeak-ng's voices.
+        voices: Its variants of them.
 
     Returns:
         How many sentences were read aloud.
@@ -135,7 +156,7 @@ def say(texts: Path, folder: Path, *, column: str, count: int, seed: int, apart:
     rows = [r for r in rows_of(texts, column) if r[column].strip() not in said and r.get("image") not in images]
     random.Random(seed).shuffle(rows)
     rows = rows[: count or None]
-    chosen = readings([row[column] for row in rows], seed)
+    chosen = readings([row[column] for row in rows], seed, accents, voices)
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         spoken = workers.map(lambda each: read_aloud(each, folder), chosen)
@@ -171,7 +192,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=0, help="at most so many sentences, drawn; 0 takes all [0]")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of the voices [0]")
     parser.add_argument("--apart", type=Path, help="CSV of real recordings (audio,transcript) to validate and test on")
+    parser.add_argument("--accents", default=",".join(ACCENTS), help=f"espeak-ng's voices [{','.join(ACCENTS)}]")
+    parser.add_argument(
+        "--voices",
+        default=",".join(VOICES),
+        help="its variants; begin with a comma to keep the plain one [all]; Whisper understands the plain one, +m1, +m2,"
+        " +m6 and +f5 of en-us best",
+    )
     given = parser.parse_args(list(arguments))
-    count = say(given.texts, given.folder, column=given.column, count=given.count, seed=given.seed, apart=given.apart)
+    shape = {name: getattr(given, name) for name in ("column", "count", "seed", "apart")}
+    count = say(given.texts, given.folder, **shape, accents=given.accents.split(","), voices=given.voices.split(","))
     print(f"{count} sentences in {given.folder / SPOKEN}")
     return 0

@@ -84,6 +84,13 @@ def test_voices_differ_and_are_the_seeds() -> None:
     assert len({each.voice for each in one}) > 30
     assert all(130 <= each.speed <= 200 and 30 <= each.pitch <= 70 for each in one)
     assert one[5].text == "The sea"
+    assert {each.voice for each in readings(SENTENCES, 0, ["en-us"], ["", "+f5"])} == {"en-us", "en-us+f5"}
+
+
+def test_voices_can_be_chosen(tmp_path: Path, spoken: list[list[str]]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["say", str(captions(tmp_path)), out, "--accents", "en-gb", "--voices", ",+m1"]) == 0
+    assert {command[2] for command in spoken} == {"en-gb", "en-gb+m1"}
 
 
 def test_questions_of_conversations_keep_their_answers(tmp_path: Path, spoken: list[list[str]]) -> None:
