@@ -196,8 +196,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--voices",
         default=",".join(VOICES),
-        help="its variants; begin with a comma to keep the plain one [all]; Whisper understands the plain one, +m1, +m2,"
-        " +m6 and +f5 of en-us best",
+        help="its variants; begin with a comma to keep the plain one [all]; Whisper understands the plain one, +m1,"
+        " +m2, +m6 and +f5 of en-us best",
     )
     given = parser.parse_args(list(arguments))
     shape = {name: getattr(given, name) for name in ("column", "count", "seed", "apart")}
