@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,9 +63,11 @@ class RaggedWriter:
                 whole += len(line)
         os.truncate(path, whole)
 
-    def _note(self, batch: Mapping[str, Mapping[str, object]]) -> None:
-        self.places.update({digest: tuple(place) for digest, place in batch["places"].items()})  # type: ignore[arg-type,misc]
-        self.unreadable.update({digest: str(why) for digest, why in batch["unreadable"].items()})
+    def _note(self, batch: Mapping[str, Mapping[str, Any]]) -> None:
+        self.places.update(
+            {d: (str(name), int(begin), int(rows)) for d, (name, begin, rows) in batch["places"].items()}
+        )
+        self.unreadable.update(batch["unreadable"])
 
     def _write_down(self, places: Mapping[str, Place], unreadable: Mapping[str, str]) -> None:
         with (self.folder / PROGRESS).open("a") as file:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from mmphi.errors import DataError, SettingsError
+from mmphi.settings.declare import Section
 from mmphi.settings.shared import DataSettings, LanguageSettings, TrainingSettings, VisionSettings, uses_scenes
 from mmphi.settings.view import SettingsView
 
@@ -43,6 +44,16 @@ def check_training(name: str, chosen: TrainingSettings) -> None:
             f"{name}.batch_size = {chosen.batch_size}, but each step makes {passes} forward passes over all processes",
             f"the nearest batch size is {passes}; or lower {name}.accumulation",
         )
+
+
+def evaluating(stage: str) -> Callable[[Section], Section]:
+    """What ``evaluate`` is asked for with at the end of a stage: to measure that stage's model."""
+
+    def asking(settings: Section) -> Section:
+        evaluate: Section = getattr(settings, "evaluate")  # noqa: B009  # Stages do not know the class of all settings.
+        return settings.model_copy(update={"evaluate": evaluate.model_copy(update={"stage": stage})})
+
+    return asking
 
 
 def scenes_if_read(settings: SettingsView) -> tuple[str, ...]:

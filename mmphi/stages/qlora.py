@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mmphi.errors import ModelError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import DataSettings, LanguageSettings, Section
+from mmphi.settings import DataSettings, LanguageSettings
 from mmphi.settings.qlora import QloraSettings
 from mmphi.settings.view import SettingsView
 from mmphi.stages.before_after import measured_after, measured_before, record_before_and_after
-from mmphi.stages.common import check_training, drop_unseen, read, scenes_if_read
+from mmphi.stages.common import check_training, drop_unseen, evaluating, read, scenes_if_read
 from mmphi.stages.conversations import Validation, say_if_alone, steps_of
 from mmphi.stages.projector import ProjectorSettings, image_features
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mmphi.data.records import Example
     from mmphi.models.multimodal import Multimodal
     from mmphi.training.steps import PackedSteps
-
-S = TypeVar("S", bound=Section)
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -221,12 +219,6 @@ def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures:
     )
 
 
-def evaluating_this(settings: S) -> S:
-    """The settings with which ``evaluate`` measures this stage's model."""
-    evaluate: Section = getattr(settings, "evaluate")  # noqa: B009  # A stage does not know the class of all settings.
-    return settings.model_copy(update={"evaluate": evaluate.model_copy(update={"stage": "qlora"})})
-
-
 STAGE = Stage(
     name="qlora",
     version=1,
@@ -238,6 +230,6 @@ STAGE = Stage(
     check=check,
     cost=cost,
     then=("evaluate",),
-    asking=evaluating_this,
+    asking=evaluating("qlora"),
     trains=True,
 )

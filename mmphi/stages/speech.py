@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import LanguageSettings, Section
+from mmphi.settings import LanguageSettings
 from mmphi.settings.audio import AudioSettings
 from mmphi.settings.speech import SpeechSettings
 from mmphi.settings.view import SettingsView
-from mmphi.stages.common import check_training
+from mmphi.stages.common import check_training, evaluating
 from mmphi.stages.conversations import say_if_alone
 from mmphi.stages.spoken import conversations, hearable, hearing_model, own_answers, pairs
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mmphi.data.records import Example, ReadReport
     from mmphi.models.multimodal import Multimodal
 
-S = TypeVar("S", bound=Section)
 AT_ONCE = 16  # Held-out conversations whose logits are in memory at once.
 
 
@@ -200,12 +199,6 @@ def _write_card(ctx: Context, model: Multimodal) -> None:
     )
 
 
-def evaluating_this(settings: S) -> S:
-    """The settings with which ``evaluate`` measures this stage's model."""
-    evaluate: Section = getattr(settings, "evaluate")  # noqa: B009  # A stage does not know the class of all settings.
-    return settings.model_copy(update={"evaluate": evaluate.model_copy(update={"stage": "speech"})})
-
-
 STAGE = Stage(
     name="speech",
     version=1,
@@ -215,7 +208,7 @@ STAGE = Stage(
     upstream=upstream,
     check=check,
     cost=cost,
-    asking=evaluating_this,
+    asking=evaluating("speech"),
     then=("evaluate",),
     trains=True,
 )

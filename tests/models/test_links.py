@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,87 +12,38 @@ import numpy as np
 import pytest
 import torch
 from conftest import RandomFeatures, byte_tokenizer, tiny_language
-from transformers import PhiConfig, PhiForCausalLM
+from listening import (
+    CPU,
+    SAID,
+    Knows,
+    Peaked,
+    frames,
+    heard,
+    listening,
+    logits,
+    phi_language,
+    spoken,
+    typed,
+)
 
-from mmphi.data.audio import RATE, Recording, Samples
+from mmphi.data.audio import Recording
 from mmphi.data.records import AudioRef, Example, ImageRef, Turn
 from mmphi.errors import ModelError
 from mmphi.models import ears as ears_module
 from mmphi.models.bundle import bundle_digest, load_bundle
 from mmphi.models.ears import Audio, Ears
 from mmphi.models.hearing import Segment, Transcript
-from mmphi.models.language import Language, load_language, save_language
+from mmphi.models.language import load_language, save_language
 from mmphi.models.links import EncoderLink, SoftLink, TranscriptLink, hearing_of
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.models.speech import SpeechConfig, SpeechProjection, words_as_they_are
 from mmphi.models.transcript_memory import TranscriptMemory
-from mmphi.models.voice import Part
 from mmphi.models.whispers import OpenAIWhisper
 from mmphi.settings import LanguageSettings
 from mmphi.settings.audio import AudioSettings
 from mmphi.text.packing import packs
 from mmphi.text.prompt import Prompt, Style
-from mmphi.text.tokenizer import phi2_tokenizer
-
-SAID = {"q": "What is shown?", "r": "two of them", "s": "", "d": "a dog"}
-CPU = torch.device("cpu")
-
-
-class Knows(Ears):
-    """Ears that know what is said, and give silence for the sound of it."""
-
-    def __init__(self, listener: Any = None, **settings: Any) -> None:
-        super().__init__(listener, AudioSettings(**settings))
-
-    def transcripts(self, recordings: Sequence[AudioRef]) -> list[Transcript]:
-        return [Transcript((Segment(0, 1, SAID[audio.id]),), "en") for audio in recordings]
-
-    def recording(self, audio: AudioRef) -> Recording:
-        return Recording(np.zeros(RATE, np.float32))
-
-    def parts(self, recording: Recording) -> list[Part]:
-        return [Part(0, 1)]
-
-
-def heard(name: str) -> AudioRef:
-    return AudioRef(name, Path(name))
-
-
-def spoken(question: str, answer: str, *names: str, image: bool = False) -> Example:
-    images = (ImageRef("i", Path("i")),) if image else ()
-    return Example("1", images, (Turn(question, answer),), "s", audio=tuple(map(heard, names)))
-
-
-def typed(question: str, answer: str, image: bool = False) -> Example:
-    return spoken(question, answer, image=image)
-
-
-def listening(language: Language | None = None) -> Multimodal:
-    torch.manual_seed(2)
-    language = language or tiny_language()
-    projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
-    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptLink(language, Knows()))
-
-
-@cache
-def phi_language() -> Language:
-    """A tiny Phi with Phi-2's own tokenizer."""
-    torch.manual_seed(0)
-    config = PhiConfig(
-        vocab_size=51200, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = PhiForCausalLM(config).requires_grad_(False).eval()
-    tokenizer = phi2_tokenizer()
-    return Language(model, tokenizer, Prompt(tokenizer, "phi"), 32, "tiny", "0", LanguageSettings(model="tiny"))
-
-
-def logits(model: Multimodal, example: Example) -> torch.Tensor:
-    sample = model.encode(example)
-    assert sample is not None
-    (pack,) = packs([sample], model.sources, 4096)
-    return model.packed.logits(pack)
-
 
 CHATML = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -172,28 +122,6 @@ def test_turns_that_do_not_fit_go_with_their_recordings() -> None:
     assert [span.reference.of.id for span in sample.spans] == ["r"]
 
 
-class Peaked(OpenAIWhisper):
-    """A Whisper of English that is sure of some words, and torn between two for others."""
-
-    english, name = True, "peaked"
-
-    def __init__(self) -> None:
-        from whisper.tokenizer import get_tokenizer
-
-        self.own = get_tokenizer(False)
-
-    def _tokenizer(self, language: str) -> Any:
-        return self.own
-
-    def posterior(self, sound: Samples, text: str) -> tuple[list[int], torch.Tensor]:
-        tokens = self.own.encode(" " + text)
-        logits = torch.full((len(tokens), self.own.eot), -30.0)
-        for place, token in enumerate(tokens):
-            logits[place, token] = 0.0
-            logits[place, 100 + place] = -1.0 if place % 2 == 0 else 1.0  # Odd places: another is likelier.
-        return tokens, logits
-
-
 def test_soft_becomes_the_transcript_as_its_temperature_goes_to_0() -> None:
     language = phi_language()
     words = Multimodal(language, None, None, hearing=TranscriptLink(language, Knows()))
@@ -230,43 +158,6 @@ def test_soft_is_refused_where_token_ids_differ() -> None:
         SoftLink(phi_language(), Knows(many))
     with pytest.raises(ModelError, match="faster-whisper does not give"):
         SoftLink(phi_language(), Knows(object()))
-
-
-def frames(audio: AudioRef) -> torch.Tensor:
-    count = {"q": 21, "r": 8, "s": 0, "d": 13}[audio.id]
-    return torch.randn(count, 6, generator=torch.Generator().manual_seed(count)).half()
-
-
-def seeing_frames(stack: int = 4) -> Multimodal:
-    language = tiny_language()
-    torch.manual_seed(3)
-    speech = SpeechProjection(SpeechConfig("encoder", 6 * stack, 32, width=24, stack=stack), scale=0.2)
-    return Multimodal(language, None, None, hearing=EncoderLink(frames, 6, stack), speech=speech)
-
-
-def test_frames_are_stacked_and_filled_up() -> None:
-    link = EncoderLink(frames, 6, 4)
-    assert [link.length(heard(name)) for name in "qrsd"] == [6, 2, 0, 4]
-    rows = link.rows([heard("r"), heard("d")])
-    assert rows.shape == (6, 24)
-    assert torch.equal(rows[0], frames(heard("r"))[:4].flatten())
-    assert torch.equal(rows[5], torch.cat([frames(heard("d"))[12:].flatten(), torch.zeros(18).half()]))
-
-
-def test_packed_and_batched_frames_are_single_ones() -> None:
-    model = seeing_frames()
-    asked = [spoken("hear: <audio>", "ja", name) for name in "qrsd"]
-    alone = sum(model.losses([each])[0] for each in asked)
-    assert model.losses(asked)[0] == pytest.approx(alone, rel=1e-5)
-    prompts: list[Any] = [(None, "", [heard(name)]) for name in "qrd"]
-    assert model.generate(prompts, 8, batch_size=3) == [model.generate([p], 8)[0] for p in prompts]
-
-
-def test_the_projection_of_frames_begins_at_the_size_of_words() -> None:
-    torch.manual_seed(0)
-    projection = SpeechProjection(SpeechConfig("encoder", 64, 128, width=96, stack=2), scale=0.05)
-    out = projection(torch.randn(500, 64) * 7)
-    assert float(out.detach().square().mean().sqrt()) == pytest.approx(0.05, rel=0.1)
 
 
 def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
