@@ -202,6 +202,7 @@ def mmphi_side(shape: Shape, steps: int, kind: str) -> Clock:
     from mmphi.models.causal import CausalTask
     from mmphi.models.device import this_device
     from mmphi.models.documents import attending_inside_documents
+    from mmphi.models.passes import fewer_passes
     from mmphi.settings import TrainingSettings
     from mmphi.tracking.tracker import SilentTracker
     from mmphi.training.meters import StepLoss
@@ -216,7 +217,7 @@ def mmphi_side(shape: Shape, steps: int, kind: str) -> Clock:
             parts = [np.asarray(ids) for ids in documents(shape, index, kind)]
             return batch_of([row_of(parts)], shape.batch_tokens)
 
-    model, clock, losses = build(shape).to(this_device()), Clock(), StepLoss()
+    model, clock, losses = fewer_passes(build(shape)).to(this_device()), Clock(), StepLoss()
 
     class Ends(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the models and of the batch; answers have ``shortest`` to ``longest`` words, evenly on a log scale."""
+    """Sizes of the models and of the batch; answers have ``shortest`` to ``longest`` words, evenly on a log scale.
+
+    ``recompute`` is for the usual way: PEFT's page turns it on, and at Phi-2's size it does not fit without.
+    """
 
     width: int = 256
     layers: int = 4
@@ -26,12 +29,13 @@ class Shape:
     longest: int = 120
     max_length: int = 2048
     precision: str = "fp32"
+    recompute: bool = False
 
 
 SHAPES = {
     "small": Shape(),
     "tiny": Shape(32, 2, 8, 32, 2, 64, 16, 4, 6, 2, 6, 256),
-    "phi2": Shape(2560, 32, 80, 1024, 24, 336, 14, 16, 256, 10, 400, 2048, "bf16"),
+    "phi2": Shape(2560, 32, 80, 1024, 24, 336, 14, 16, 256, 10, 400, 2048, "bf16", True),
 }
 
 
@@ -45,6 +49,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
 
     from mmphi.benchmarks.embed import draw_photos
     from mmphi.data.features import LiveFeatures
+    from mmphi.models.device import this_device
     from mmphi.models.llava import as_llava, save_llava
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.phi import phi_config
@@ -57,7 +62,8 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     tokenizer = phi2_tokenizer()
     heads = shape.width // shape.head
     config = phi_config(shape.layers, shape.width, heads, shape.max_length, 51200, tokenizer.eos_token_id)
-    language = PhiForCausalLM(config)
+    with this_device():
+        language = PhiForCausalLM(config)
     if shape.precision == "bf16":
         language.to(torch.bfloat16)
     language.save_pretrained(folder / "language")
@@ -72,7 +78,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     Projector(ProjectorConfig(shape.vision_width, shape.width)).save(folder)
 
     images = draw_photos(folder / "images", shape.images)
-    spoken, tower = loaded_language(folder, "fp32"), loaded_tower(folder)
+    spoken, tower = loaded_language(folder, shape.precision), loaded_tower(folder)
     rng, rows = np.random.default_rng(0), []
     words = ["table", "people", "the", "red", "standing", "a", "near", "street", "of", "dog", "is", "two", "with"]
     spread = np.geomspace(shape.shortest, shape.longest, shape.batch_size).astype(int)
@@ -96,6 +102,19 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     settings = vision_settings(folder)
     model = Multimodal(spoken, Projector.load(folder), LiveFeatures(tower), 2048, Vision(settings, tower.digest))
     save_llava(*as_llava(model), folder / "llava")
+
+
+def step_flops(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Floating-point operations that a step on some rows needs.
+
+    Frozen weights count 4 a token, 2 forward and 2 for the gradient of what goes in; the head counts where a token is
+    learned alone; attention 12 a unit of width, layer and pair that is seen. Padding and recomputing count nothing.
+    """
+    tokens = sum(len(row["ids"]) for row in rows)
+    pairs = sum(len(row["ids"]) * (len(row["ids"]) + 1) // 2 for row in rows)
+    learned = sum(sum(row["supervised"]) for row in rows)
+    weights = 4.0 * 12 * shape.layers * shape.width**2 * tokens + 4.0 * 51200 * shape.width * learned
+    return weights + 12.0 * shape.layers * shape.width * pairs
 
 
 def vision_settings(folder: Path) -> Any:

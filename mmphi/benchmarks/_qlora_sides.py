@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ RATE, RANK, ALPHA = 2e-4, 16, 32
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
 
-def peft_side(folder: Path, shape: Shape, steps: int) -> Clock:
+def peft_side(folder: Path, shape: Shape, steps: int, watch: Sequence[Any] = ()) -> Clock:
     """PEFT on transformers' LLaVA in 4 bit, under transformers' Trainer: padded rows, the image tower in the loop.
 
-    As PEFT's page on quantisation shows it, but for recomputing, which it turns on and which costs it a third.
+    As PEFT's page on quantisation shows it, but that it recomputes only where the shape says so: it costs a third.
+
+    Args:
+        folder: As ``prepare`` left it.
+        shape: Of the models and the batch.
+        steps: To train.
+        watch: Callbacks of transformers' Trainer beside the clock.
     """
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -46,7 +53,7 @@ def peft_side(folder: Path, shape: Shape, steps: int) -> Clock:
         folder / "llava", quantization_config=quantised, dtype=dtype, device_map={"": 0 if cuda else "cpu"}
     )
     model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]  # PEFT gives it no types.
-        model, use_gradient_checkpointing=False
+        model, use_gradient_checkpointing=shape.recompute
     )
     torch.manual_seed(0)
     layers = "|".join(LORA_LAYERS)
@@ -107,15 +114,23 @@ def peft_side(folder: Path, shape: Shape, steps: int) -> Clock:
             report_to=[],
             disable_tqdm=True,
             use_cpu=not cuda,
+            gradient_checkpointing=shape.recompute,
             remove_unused_columns=False,
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        Given(model=model, args=arguments, train_dataset=flat, callbacks=[Ends()]).train()
+        Given(model=model, args=arguments, train_dataset=flat, callbacks=[Ends(), *watch]).train()
     return clock
 
 
-def mmphi_side(folder: Path, shape: Shape, steps: int) -> Clock:
-    """As the stage ``qlora`` runs it, on features that were stored before, as the stage ``embed`` does."""
+def mmphi_side(folder: Path, shape: Shape, steps: int, watch: Sequence[Any] = ()) -> Clock:
+    """As the stage ``qlora`` runs it, on features that were stored before, as the stage ``embed`` does.
+
+    Args:
+        folder: As ``prepare`` left it.
+        shape: Of the models and the batch.
+        steps: To train.
+        watch: Callbacks of transformers' Trainer beside the clock.
+    """
     import numpy as np
     import torch
     from transformers import TrainerCallback
@@ -180,7 +195,7 @@ def mmphi_side(folder: Path, shape: Shape, steps: int) -> Clock:
             tracker=SilentTracker(),
             title="mmphi",
             optimizer=optimizer,
-            callbacks=[Ends()],
+            callbacks=[Ends(), *watch],
             step_loss=losses,
         )
     torch.cuda.empty_cache()

@@ -30,6 +30,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
 
     from mmphi.models.device import this_device
     from mmphi.models.packed import PackedModel
+    from mmphi.models.passes import fewer_passes
     from mmphi.models.phi import PHI2_VOCABULARY, count_parameters, phi_config
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
@@ -54,7 +55,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     }
     torch.manual_seed(chosen.seed)
     shape = phi_config(chosen.layers, chosen.width, chosen.heads, chosen.context, vocabulary, tokenizer.eos_token_id)
-    model = PhiForCausalLM(shape).to(this_device())
+    model = fewer_passes(PhiForCausalLM(shape).to(this_device()))
     parameters, tokens = count_parameters(shape), sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})
     packed = PackedModel(model)

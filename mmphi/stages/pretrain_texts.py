@@ -33,6 +33,7 @@ def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from mmphi.data.tokens import INDEX
     from mmphi.models.device import this_device
     from mmphi.models.documents import attending_inside_documents
+    from mmphi.models.passes import fewer_passes
     from mmphi.text.prompt import Prompt
 
     chosen = ctx.settings(PretrainSettings)
@@ -41,7 +42,7 @@ def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     prompt = Prompt(AutoTokenizer.from_pretrained(shards / "tokenizer"), "plain")
     config = shape_of(chosen, index["vocabulary"], index["end"])
     torch.manual_seed(chosen.seed)
-    model = PhiForCausalLM(config).to(this_device())
+    model = fewer_passes(PhiForCausalLM(config).to(this_device()))
     with attending_inside_documents(model):
         model, figures = _train(ctx, model, index, prompt)
     return model, prompt, figures

@@ -201,7 +201,7 @@ def _write_card(ctx: Context, model: Multimodal) -> None:
 
 STAGE = Stage(
     name="speech",
-    version=1,
+    version=2,
     help="train what is between recordings and the frozen language model",
     reads=("speech", "language", "audio"),
     run=run,

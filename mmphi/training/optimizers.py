@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmphi.training.muon import Muon
+
 
 def grouped_adamw(
     groups: Sequence[tuple[Sequence[nn.Parameter], float]], *, weight_decay: float, beta2: float, paged: bool = False
@@ -68,9 +70,7 @@ class MuonAdamW(torch.optim.Optimizer):
         inner = {name: p for name, p in trained.items() if p.ndim == 2 and id(p) not in outer}
         self.matrices = list(inner)
         rest = [p for name, p in trained.items() if name not in inner]
-        self.muon: Any = torch.optim.Muon(
-            list(inner.values()), lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95
-        )
+        self.muon: Any = Muon(list(inner.values()), lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95)
         self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0)
         super().__init__([{"params": [*inner.values()]}, {"params": rest}], {})
         self._share()

@@ -9,6 +9,7 @@ from conftest import Recorder, encode, example, tiny_language
 from mmphi.errors import Stopped
 from mmphi.models.packed import PackedModel
 from mmphi.settings import TrainingSettings
+from mmphi.training.muon import Muon, orthogonalized
 from mmphi.training.optimizers import MuonAdamW, grouped_adamw
 from mmphi.training.steps import packed_steps
 from mmphi.training.trainer import train
@@ -35,7 +36,8 @@ def test_inner_matrices_alone_are_muons():
     assert any("lm_head" in name for name in left)
 
 
-def test_each_updates_its_own_as_torch_does():
+def test_each_updates_its_own_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch's iteration, without its rounding.
     packed, loss_of = model(), lambda m: sum((p * p).sum() for p in m.parameters())
     reference = copy.deepcopy(packed)
     ours = optimizer(packed)
@@ -53,7 +55,30 @@ def test_each_updates_its_own_as_torch_does():
         muon.step()
         adamw.step()
     for name, parameter in packed.named_parameters():
-        assert torch.equal(parameter, named[name]), name
+        torch.testing.assert_close(parameter, named[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_a_cpus_muon_is_torchs_but_for_its_rounding(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    first = torch.randn(shape)
+    moved = []
+    for kind in (Muon, torch.optim.Muon):
+        parameter = torch.nn.Parameter(first.clone())
+        optimizer = kind([parameter], lr=0.1, weight_decay=0.1, momentum=0.9)
+        for step in range(3):
+            parameter.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        moved.append((parameter.detach() - first, optimizer.state_dict()["state"][0]["momentum_buffer"]))
+    assert (moved[0][0] - moved[1][0]).norm() < 0.02 * moved[1][0].norm()
+    assert torch.equal(moved[0][1], moved[1][1])
+
+
+def test_what_is_orthogonalized_has_singular_values_about_one() -> None:
+    matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalized(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+    assert float(values.min()) > 0.5
+    assert float(values.max()) < 1.3
 
 
 def run(folder, validate=None) -> PackedModel:
