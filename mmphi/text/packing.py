@@ -14,7 +14,7 @@ from mmphi.errors import ModelError
 from mmphi.text.sequences import Sample, Span
 
 T = TypeVar("T")
-ROW_TOKENS = 256  # Attention costs the square of a row: rows are no longer than this, unless a sequence is.
+ROW_TOKENS = 128  # Attention costs the square of a row: rows are no longer than this, unless a sequence is.
 
 
 class SpanFeatures(Protocol):
