@@ -32,6 +32,9 @@ BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
        mmphi STAGE --help             every setting of a stage
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
+       mmphi ask --image x.jpg "..."  a question to a trained model, typed or spoken
+       mmphi chat                     a conversation with a trained model in the terminal
+       mmphi serve                    a trained model behind OpenAI's HTTP interface
        mmphi ui                       MLflow's pages, opened on the training runs
        mmphi ablate STUDY             run an ablation, or go on with it
        mmphi studies [STUDY]          what studies there are, how far they are; change them while they run
@@ -131,6 +134,18 @@ def _command(words: list[str]) -> int:
         from mmphi.data.say import main as say
 
         return say(rest)
+    if name == "ask":
+        from mmphi.assistant.ask import main as ask
+
+        return ask(rest)
+    if name == "chat":
+        from mmphi.assistant.chat import main as chat
+
+        return chat(rest)
+    if name == "serve":
+        from mmphi.assistant.serve import main as serve
+
+        return serve(rest)
     if name == "ui":
         from mmphi.tracking.ui import main as ui
 
@@ -146,7 +161,10 @@ def _command(words: list[str]) -> int:
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "ui", "fetch", "say", "benchmark", *COMMANDS])
+        near = nearest(
+            name.replace("-", "_"),
+            [*STAGES, "status", "ui", "ask", "chat", "serve", "fetch", "say", "benchmark", *COMMANDS],
+        )
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )

@@ -17,7 +17,7 @@ FLOORS = [
     {"models"},
     {"training", "evaluation"},
     {"stages"},
-    {"benchmarks", "describe", "harness"},
+    {"assistant", "benchmarks", "describe", "harness"},
     {"cli"},
 ]
 # What stages are given stands beside the floors: it knows what settings and data are, and no model and no stage.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Style = Literal["plain", "phi", "chat"]
 MARK, AUDIO_MARK = "<image>", "<audio>"
-IMAGE, QUESTION, ANSWER = "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
+SYSTEM, IMAGE, QUESTION, ANSWER = "\x00system\x00", "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
 AUDIO = "\x00audio\x00"  # In a question, where a recording stands; taken out of texts from outside.
 
 
@@ -118,6 +118,7 @@ class Prompt:
         images: int = 0,
         context: str = "",
         audio: Sequence[str | None] = (),
+        system: str = "",
     ) -> list[Part]:
         """The prompt of a conversation.
 
@@ -129,6 +130,7 @@ class Prompt:
             audio: For each recording what is said in it, where its words stand in the prompt, else ``None``. They stand
                 where the questions say ``<audio>``, before the first question where those do not say it as often, or
                 in place of a first question that is empty.
+            system: What the model shall be, before everything else.
 
         Returns:
             Parts in order; supervised parts are an answer and its end-of-sequence token. The tokens of words that were
@@ -137,7 +139,7 @@ class Prompt:
         placed = places([question for question, _ in turns], images)
         turns = with_recordings(turns, len(audio))
         write = self._chat if self.style == "chat" else self._lines
-        return write(turns, 0 if placed else images, context, placed, iter(audio))
+        return write(turns, 0 if placed else images, context, placed, iter(audio), system)
 
     def _lines(
         self,
@@ -146,13 +148,15 @@ class Prompt:
         context: str,
         placed: bool,
         audio: Iterator[str | None],
+        system: str,
     ) -> list[Part]:
         bos = self.tokenizer.bos_token_id
-        parts = [Part(() if bos is None else (bos,)), *[Part(span="image")] * leading]
+        parts = [Part(() if bos is None else (bos,)), *[Part(self._encode(system))] * bool(system)]
+        parts += [Part(span="image")] * leading
         if context:
             parts.append(Part(self._encode(context)))
         for number, (question, answer) in enumerate(turns):
-            first = not number and not context
+            first = not number and not context and not system
             parts += self._asked("" if first and not leading else "\n", question, placed, audio)
             at_once = first and not question  # A caption follows its image, with nothing between them.
             if self.style == "plain" and not at_once:
@@ -176,12 +180,13 @@ class Prompt:
         context: str,
         placed: bool,
         audio: Iterator[str | None],
+        system: str,
     ) -> list[Part]:
         """Render the template around markers, then put each text in its marker's place.
 
         Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
         """
-        messages = []
+        messages = [{"role": "system", "content": SYSTEM}] if system else []
         for i, (question, answer) in enumerate(turns):
             before = IMAGE if i == 0 and (leading or context) else ""
             after = QUESTION.format(i) if question else ""
@@ -190,7 +195,7 @@ class Prompt:
                 messages.append({"role": "assistant", "content": ANSWER.format(i)})
         open_end = turns[-1][1] is None
         text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end))
-        places: list[tuple[str, list[Part]]] = []
+        places: list[tuple[str, list[Part]]] = [(SYSTEM, [Part(self._encode(system))])] if system else []
         if leading or context:
             places.append((IMAGE, [Part(span="image")] * leading or [Part(self._encode(context))]))
         for i, (question, answer) in enumerate(turns):

@@ -1,0 +1,170 @@
+"""The same HTTP interface as OpenAI's chat completions, on FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmphi.assistant.metrics import Metrics
+from mmphi.assistant.refusals import Refused, SizeLimit, refusal, told
+from mmphi.assistant.reply import Reply
+from mmphi.assistant.worker import Ticket, Worker
+from mmphi.errors import MmphiError
+from mmphi.models.chat.messages import conversation
+from mmphi.models.chat.sampling import Sampling
+
+LOOK_S = 0.2  # How often it is looked whether the one who asked is still there.
+MAX_TOKENS = 256
+
+
+class StreamOptions(BaseModel):
+    """What else a stream tells."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """What ``/v1/chat/completions`` is asked; names are OpenAI's."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    messages: list[Any]
+    model: str = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: Literal[1] = 1
+
+    def sampling(self, temperature: float) -> Sampling:
+        """How the answer is chosen.
+
+        Args:
+            temperature: Where the request says none.
+        """
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            self.max_completion_tokens or self.max_tokens or MAX_TOKENS,
+            temperature if self.temperature is None else self.temperature,
+            1.0 if self.top_p is None else self.top_p,
+            self.seed,
+            tuple(stop),
+        )
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a server allows.
+
+    Attributes:
+        name: Of the model.
+        key: That every request must bring; none where empty.
+        largest: Bytes of a request.
+        temperature: Where a request says none.
+        fetch: Gets an image by its URL, or refuses; no URL is fetched without it.
+    """
+
+    name: str
+    key: str = ""
+    largest: int = 64 * 1024**2
+    temperature: float = 0.0
+    fetch: Callable[[str], bytes] | None = None
+
+
+def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
+    """The server.
+
+    Args:
+        worker: Who answers; it is started and stopped with the server.
+        rules: What is allowed.
+        metrics: What is counted.
+    """
+
+    @contextlib.asynccontextmanager
+    async def living(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="mmphi", docs_url=None, redoc_url=None, openapi_url=None, lifespan=living)
+    app.add_middleware(SizeLimit, largest=rules.largest)
+
+    def allowed(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if rules.key and not hmac.compare_digest(given, rules.key.encode()):
+            raise Refused(401, "the key is missing or wrong", "authentication_error")
+
+    @app.exception_handler(Refused)
+    async def refuse(_: Request, error: Refused) -> JSONResponse:
+        return told(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
+        return told(Refused(400, f"{where}: {first['msg']}"))
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "model": rules.name, "open": worker.open}
+
+    @app.get("/metrics")
+    async def measured() -> PlainTextResponse:
+        return PlainTextResponse(metrics.text(), media_type=metrics.media_type)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        allowed(request)
+        return {"object": "list", "data": [{"id": rules.name, "object": "model", "created": 0, "owned_by": "mmphi"}]}
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def completions(asked: ChatRequest, request: Request) -> Response:
+        allowed(request)
+        if asked.model not in ("", rules.name):
+            raise Refused(404, f"there is no model {asked.model!r} here; there is {rules.name!r}", "not_found_error")
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(piece: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        try:
+            said = await asyncio.to_thread(conversation, asked.messages, files=False, allow=rules.fetch)
+            ticket = Ticket(said, asked.sampling(rules.temperature), tell)
+            worker.submit(ticket)
+        except MmphiError as error:
+            metrics.refused(error)
+            raise refusal(error) from error
+        answer = Reply(ticket, pieces, rules.name)
+        if asked.stream:
+            first = await answer.first()  # What is wrong with the question is an error, and no stream.
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return StreamingResponse(answer.events(worker, first, usage), media_type="text/event-stream")
+        watching = asyncio.create_task(_watch(request, worker, ticket))
+        try:
+            return JSONResponse(await answer.whole())
+        finally:
+            watching.cancel()
+            worker.leave(ticket)
+
+    return app
+
+
+async def _watch(request: Request, worker: Worker, ticket: Ticket) -> None:
+    """Let go of a question when the one who asked has left."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(LOOK_S)
+    worker.leave(ticket)

@@ -1,0 +1,95 @@
+"""``mmphi chat``: a conversation in the terminal, the answers as they are said."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from mmphi.assistant.ask import sampling_of, sampling_options
+from mmphi.assistant.talk import COMMANDS, Leave, Talk
+from mmphi.errors import MmphiError
+
+PROMPT = "> "
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="mmphi chat", description="Talk to a trained model in the terminal; /help lists what can be typed there."
+    )
+    made.add_argument("--model", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--system", default="", help="what the model shall be")
+    made.add_argument("--load", default="", metavar="FILE", help="go on with a conversation that /save wrote")
+    made.add_argument(
+        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
+    )
+    sampling_options(made)
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi chat``."""
+    options = parser().parse_args(list(arguments))
+    sampling = sampling_of(options)
+
+    import mmphi
+    from mmphi.assistant.choice import named
+
+    name, called = named(options.model)
+    talk = Talk(mmphi.load(name, whisper=options.whisper), sampling)
+    for command in ([f"/system {options.system}"] if options.system else []) + (
+        [f"/load {options.load}"] if options.load else []
+    ):
+        list(talk.hear(command))
+    if sys.stdin.isatty():
+        print(f"{called}. /help lists the commands, /quit or Ctrl-D leaves.")
+        run(talk, _typed())
+    else:
+        run(talk, iter(sys.stdin.readline, ""))
+    return 0
+
+
+def run(talk: Talk, lines: Iterator[str]) -> None:
+    """Answer lines until there are no more: Ctrl-C breaks an answer off, and what is wrong is said."""
+    for line in lines:
+        said = ""
+        try:
+            for piece in talk.hear(line.rstrip("\n")):
+                said += piece
+                print(piece, end="", flush=True)
+        except Leave:
+            return
+        except KeyboardInterrupt:
+            print(" ...", end="", flush=True)
+        except MmphiError as error:
+            print(f"error: {error}", end="", file=sys.stderr, flush=True)
+            print(file=sys.stderr)
+            continue
+        if said:
+            print()
+
+
+def _typed() -> Iterator[str]:
+    """Lines that are typed, with history, and with commands and paths completed."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import NestedCompleter, PathCompleter
+    from prompt_toolkit.history import FileHistory
+
+    from mmphi.data.digests import cache_folder
+
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    paths = {command: PathCompleter(expanduser=True) for command in ("/image", "/audio", "/save", "/load")}
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(cache_folder() / "chat_history")),
+        completer=NestedCompleter.from_nested_dict({command: paths.get(command) for command in COMMANDS}),
+        complete_while_typing=False,
+    )
+    read: Callable[[], str] = lambda: session.prompt(PROMPT)  # noqa: E731  # One expression, asked again and again.
+    while True:
+        try:
+            yield read()
+        except KeyboardInterrupt:
+            continue  # At the prompt it clears the line, as in a shell.
+        except EOFError:
+            return

@@ -1,0 +1,83 @@
+"""Requests that are answered by an error, as OpenAI's clients know them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+from mmphi.assistant.worker import Full, TooSlow
+from mmphi.errors import MmphiError
+
+RETRY_AFTER_S = 1
+
+
+class Refused(HTTPException):  # As HTTP has it; FastAPI passes no other kind on while it reads.
+    """A request that is answered by an error.
+
+    Args:
+        status: Of HTTP.
+        message: What is wrong.
+        kind: As OpenAI's clients know it.
+    """
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
+        super().__init__(status, message)
+        self.status, self.message, self.kind = status, message, kind
+
+
+def refusal(error: Exception) -> Refused:
+    """What an error is on HTTP."""
+    if isinstance(error, Full):
+        return Refused(429, str(error), "rate_limit_error")
+    if isinstance(error, TooSlow):
+        return Refused(504, str(error), "timeout_error")
+    if isinstance(error, MmphiError):
+        return Refused(400, str(error))
+    return Refused(500, f"{type(error).__name__}: {error}", "server_error")
+
+
+def told(error: Refused) -> JSONResponse:
+    """The answer that says what is wrong."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else {}
+    return JSONResponse(body(error), error.status, headers)
+
+
+def body(error: Refused) -> dict[str, Any]:
+    """What is wrong, as JSON."""
+    return {"error": {"message": error.message, "type": error.kind, "param": None, "code": error.status}}
+
+
+class SizeLimit:
+    """Refuses requests that are larger than they may be, before they are read whole.
+
+    Args:
+        app: What follows.
+        largest: Bytes of a request.
+    """
+
+    def __init__(self, app: Any, largest: int) -> None:
+        self.app, self.largest = app, largest
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Count what comes in."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        came = 0
+        refused = Refused(413, f"the request has more than {self.largest:,} bytes")
+        length = next((int(v) for k, v in scope["headers"] if k == b"content-length" and v.isdigit()), 0)
+        if length > self.largest:
+            await told(refused)(scope, receive, send)
+            return
+
+        async def counted() -> Any:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > self.largest:
+                raise refused
+            return message
+
+        await self.app(scope, counted, send)

@@ -1,0 +1,52 @@
+"""Images by their URL, where a server was told that it may fetch them."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from mmphi.data.images import MAX_FILE_BYTES
+from mmphi.errors import SettingsError
+from mmphi.models.chat.messages import MessageError
+
+SECONDS = 10.0
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """What is allowed is that address, and not where it may lead."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
+    """What gets the images whose URL begins in one of some ways, and refuses all others.
+
+    Args:
+        prefixes: Each with scheme, host and the begin of a path: ``https://example.org/images/``.
+
+    Raises:
+        SettingsError: If one of them does not say as much.
+    """
+    for prefix in prefixes:
+        parts = urlsplit(prefix)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path:
+            raise SettingsError(f"{prefix!r} is no begin of a URL", "give scheme, host and path: https://example.org/")
+    opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+
+    def fetch(url: str) -> bytes:
+        if not url.startswith(tuple(prefixes)) or "/.." in url:
+            raise MessageError(f"{url[:100]} is not fetched", "send the image itself, as a data: URI")
+        try:
+            with opener.open(urllib.request.Request(url), timeout=SECONDS) as answer:
+                data: bytes = answer.read(MAX_FILE_BYTES + 1)
+        except (OSError, ValueError, urllib.error.URLError) as error:
+            raise MessageError(f"{url[:100]} could not be fetched: {error}", "send the image itself") from error
+        if len(data) > MAX_FILE_BYTES:
+            raise MessageError(f"{url[:100]} has more than {MAX_FILE_BYTES:,} bytes", "send a smaller image")
+        return data
+
+    return fetch

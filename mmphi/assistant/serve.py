@@ -1,0 +1,107 @@
+"""``mmphi serve``: a trained model behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mmphi.errors import SettingsError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from mmphi.assistant.api import Rules
+    from mmphi.models.multimodal import Multimodal
+
+HOST, PORT = "127.0.0.1", 8000
+KEY = "MMPHI_API_KEY"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="mmphi serve",
+        description="Serve a trained model by OpenAI's HTTP interface: /v1/chat/completions (text, images, audio),"
+        " /v1/models, /health, /metrics.",
+        epilog=f"A key that every request must bring is read from the variable {KEY}.",
+    )
+    made.add_argument("--model", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--name", default="", help="what the model is called to those who ask [its run or folder]")
+    made.add_argument("--host", default=HOST, help=f"where to listen; beyond this machine only with a key [{HOST}]")
+    made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
+    made.add_argument("--slots", type=int, default=8, help="answers at once [8]")
+    made.add_argument("--waiting", type=int, default=64, help="questions that may wait beside them, else 429 [64]")
+    made.add_argument("--context", type=int, default=0, help="longest conversation, in tokens [the language model's]")
+    made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
+    made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest request [67108864]")
+    made.add_argument("--temperature", type=float, default=0.0, help="where a request says none [0: the likeliest]")
+    made.add_argument(
+        "--allow-url", action="append", default=[], metavar="PREFIX", help="fetch images whose URL begins so [none]"
+    )
+    made.add_argument(
+        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
+    )
+    return made
+
+
+def application_of(
+    model: Multimodal, rules: Rules, *, slots: int = 8, waiting: int = 64, context: int = 0, limit_s: float = 120.0
+) -> FastAPI:
+    """The server of a model, as uvicorn runs it.
+
+    Args:
+        model: Who answers.
+        rules: What is allowed.
+        slots: Answers at once.
+        waiting: Questions that may wait beside them.
+        context: Longest conversation, in tokens; the language model's where 0.
+        limit_s: Seconds that an answer may take.
+    """
+    from mmphi.assistant.api import application
+    from mmphi.assistant.metrics import Metrics
+    from mmphi.assistant.worker import Ticket, Worker
+    from mmphi.models.chat.engine import Engine
+
+    def ended(ticket: Ticket) -> None:
+        metrics.ended(ticket, time.monotonic() - ticket.born)
+
+    worker = Worker(Engine(model, slots, context), waiting, limit_s, ended)
+    metrics = Metrics(lambda: worker.open)
+    return application(worker, rules, metrics)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi serve``."""
+    options = parser().parse_args(list(arguments))
+    key = os.environ.get(KEY, "")
+    if options.host not in (HOST, "localhost", "::1") and not key:
+        raise SettingsError(f"--host {options.host} lets others ask, and there is no key", f"set {KEY}")
+
+    import uvicorn
+
+    import mmphi
+    from mmphi.assistant.api import Rules
+    from mmphi.assistant.choice import named
+
+    chosen, called = named(options.model)
+    model = mmphi.load(chosen, whisper=options.whisper)
+    fetch: Callable[[str], bytes] | None = None
+    if options.allow_url:
+        from mmphi.assistant.remote import fetcher
+
+        fetch = fetcher(options.allow_url)
+    rules = Rules(options.name or called, key, options.max_bytes, options.temperature, fetch)
+    app = application_of(
+        model,
+        rules,
+        slots=options.slots,
+        waiting=options.waiting,
+        context=options.context,
+        limit_s=options.time_limit,
+    )
+    print(f"{rules.name} at http://{options.host}:{options.port}/v1", flush=True)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    return 0

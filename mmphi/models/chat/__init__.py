@@ -1,0 +1,1 @@
+"""Conversations with a trained model: read once, answered word by word, many at once."""

@@ -1,0 +1,84 @@
+"""Which token comes next, and where an answer ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mmphi.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is chosen.
+
+    Attributes:
+        max_tokens: Longest answer, in tokens.
+        temperature: The logits are divided by it; 0 takes the likeliest token.
+        top_p: Only the likeliest tokens that together have this share are drawn from (Holtzman et al. 2020).
+        seed: Equal seeds give equal answers; drawn anew where there is none.
+        stop: Texts before which an answer ends.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise SettingsError(f"max_tokens = {self.max_tokens}, but an answer has a token at least")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise SettingsError(f"temperature = {self.temperature} is not between 0 and 100", "0 is greedy, 1 as it is")
+        if not 0.0 < self.top_p <= 1.0:
+            raise SettingsError(f"top_p = {self.top_p} is not above 0 and up to 1", "1 draws from all tokens")
+        if any(not text for text in self.stop):
+            raise SettingsError("a text to stop at is empty")
+
+
+@dataclass
+class Chooser:
+    """Chooses the tokens of one answer.
+
+    Attributes:
+        sampling: How.
+    """
+
+    sampling: Sampling
+    _random: torch.Generator = field(default_factory=torch.Generator)
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(self.sampling.seed)
+
+    def next(self, logits: Tensor) -> int:
+        """The next token, of logits (V,)."""
+        if not self.sampling.temperature:
+            return int(logits.argmax())
+        odds = torch.softmax(logits.float() / self.sampling.temperature, dim=-1)
+        if self.sampling.top_p < 1.0:
+            ordered, places = odds.sort(descending=True)
+            ordered[ordered.cumsum(0) - ordered >= self.sampling.top_p] = 0.0  # The first one always stays.
+            odds = torch.zeros_like(odds).scatter(0, places, ordered)
+        # Drawn on the CPU, so that a seed says the same on every device.
+        return int(torch.multinomial(odds.cpu(), 1, generator=self._random))
+
+
+def ending(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first of some texts begins in another; ``None`` where none is in it."""
+    places = [text.index(each) for each in stop if each in text]
+    return min(places, default=None)
+
+
+def held_back(text: str, stop: tuple[str, ...]) -> int:
+    """How many letters at the end of a text may be the begin of a text to stop at, and cannot be given out yet."""
+    longest = 0
+    for each in stop:
+        fitting = (n for n in range(min(len(each) - 1, len(text)), 0, -1) if text.endswith(each[:n]))
+        longest = max(longest, next(fitting, 0))
+    return longest

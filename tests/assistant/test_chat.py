@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RandomFeatures, tiny_language
+from PIL import Image
+
+from mmphi.assistant import chat
+from mmphi.assistant.talk import HELP, Leave, Talk
+from mmphi.errors import MmphiError
+from mmphi.models.chat.sampling import Sampling
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector import Projector, ProjectorConfig
+
+
+@pytest.fixture
+def talk() -> Talk:
+    torch.manual_seed(2)
+    model = Multimodal(tiny_language(), Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures())
+    return Talk(model, Sampling(max_tokens=8))
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "a photo.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    return path
+
+
+def said(talk: Talk, line: str) -> str:
+    return "".join(talk.hear(line))
+
+
+def test_a_question_is_about_the_image_before_it_and_the_next_goes_on(talk: Talk, photo: Path) -> None:
+    assert "a photo.png" in said(talk, f"/image {photo}")
+    first = said(talk, "what is it?")
+    assert first == talk.model.ask("what is it?", photo, max_new_tokens=8)
+    second = said(talk, "and then?")
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+    assert second == talk.model.chat(talk.messages[:3], max_tokens=8)
+    said(talk, "/undo")
+    assert said(talk, "and then?") == second
+
+
+def test_an_empty_line_is_a_question_where_something_waits(talk: Talk, photo: Path) -> None:
+    assert said(talk, "   ") == ""
+    assert talk.messages == []
+    said(talk, f"/image '{photo}'")
+    assert said(talk, "") == talk.model.ask("", photo, max_new_tokens=8)
+
+
+def test_what_is_wrong_leaves_the_conversation_as_it_was(talk: Talk, tmp_path: Path) -> None:
+    said(talk, "hello")
+    before = list(talk.messages)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    said(talk, f"/image {tmp_path / 'broken.png'}")
+    wrong = "what?", "/image nowhere.png", "/image", "/set colour red", "/set temperature warm", "/nonsense", "x" * 600
+    for line in wrong:
+        with pytest.raises(MmphiError):
+            said(talk, line)
+        assert talk.messages == before
+    assert talk.waiting == []
+    assert said(talk, "and?") == talk.model.chat(talk.messages[:-1], max_tokens=8)
+
+
+def test_answers_can_be_set_and_the_beginning_given(talk: Talk) -> None:
+    said(talk, "/set max_tokens 2")
+    assert talk.sampling.max_tokens == 2
+    said(talk, "/system Be short.")
+    said(talk, "hello")
+    assert talk.messages[0] == {"role": "system", "content": "Be short."}
+    said(talk, "/reset")
+    assert talk.messages == [{"role": "system", "content": "Be short."}]
+    said(talk, "/set seed 3")
+    said(talk, "/set temperature 1.5")
+    first = said(talk, "hello")
+    said(talk, "/reset")
+    assert said(talk, "hello") == first
+
+
+def test_a_conversation_is_saved_and_gone_on_with(talk: Talk, photo: Path, tmp_path: Path) -> None:
+    said(talk, f"/image {photo}")
+    said(talk, "what is it?")
+    said(talk, f"/save {tmp_path / 'chat.json'}")
+    again = Talk(talk.model, talk.sampling)
+    said(again, f"/load {tmp_path / 'chat.json'}")
+    assert said(again, "and then?") == said(talk, "and then?")
+    (tmp_path / "other.json").write_text('[{"role": "robot"}]')
+    for line in ("/load nowhere.json", f"/load {tmp_path / 'other.json'}", f"/save {tmp_path}/no/where.json", "/save"):
+        with pytest.raises(MmphiError):
+            said(again, line)
+
+
+def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(talk: Talk) -> None:
+    talk.sampling = Sampling(max_tokens=100, stop=())
+    pieces = talk.hear("hello")
+    first = next(pieces)
+    pieces.close()  # type: ignore[attr-defined]  # A generator.
+    assert talk.messages[-1] == {"role": "assistant", "content": first}
+    assert said(talk, "go on") == talk.model.chat(talk.messages[:-1], max_tokens=100)
+
+
+def test_help_tells_of_every_command_and_quit_leaves(talk: Talk) -> None:
+    assert all(command in said(talk, "/help") for command in HELP)
+    with pytest.raises(Leave):
+        said(talk, "/quit")
+
+
+def test_lines_are_answered_until_there_are_no_more(
+    talk: Talk, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = talk.model.ask("what is it?", photo, max_new_tokens=8)
+
+    def lines() -> Iterator[str]:
+        yield f"/image {photo}\n"
+        yield "what is it?\n"
+        yield "/image nowhere.png\n"
+        yield "/save /proc/nowhere/x.json\n"
+        yield "/quit\n"
+        yield "never asked\n"
+
+    chat.run(talk, lines())
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1] == expected
+    assert "nowhere.png" in printed.err
+    assert "cannot be written" in printed.err
+    assert len(talk.messages) == 2
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(
+    talk: Talk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stream(messages: list, **_: object) -> Iterator[str]:
+        asked.append(messages)
+        yield "half an"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield " answer"
+
+    monkeypatch.setattr(talk.model, "stream", stream)
+    chat.run(talk, iter(["first\n", "second\n"]))
+    assert capsys.readouterr().out.splitlines() == ["half an ...", "half an answer"]
+    assert json.dumps(asked[1]).count("half an") == 1

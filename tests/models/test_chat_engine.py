@@ -1,0 +1,165 @@
+"""Answers by slots are those of transformers' generate, whoever else is answered beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RandomFeatures, tiny_language
+
+from mmphi.data.records import ImageRef
+from mmphi.errors import ModelError, SettingsError
+from mmphi.models.chat import engine as engines
+from mmphi.models.chat.engine import Engine
+from mmphi.models.chat.sampling import Sampling
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.text.sequences import Sample
+
+QUESTIONS = [("a", "what is it?"), ("b", ""), (None, "two and two?"), ("a", "what else is there to see in it?")]
+GREEDY = Sampling(max_tokens=12)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def model(request: pytest.FixtureRequest) -> Multimodal:
+    torch.manual_seed(2)
+    language = tiny_language()
+    language.model.set_attn_implementation(request.param)
+    return Multimodal(language, Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures())
+
+
+def asked(model: Multimodal, image: str | None, question: str) -> Sample:
+    return model.open_prompt(ImageRef(image, Path(image)) if image else None, question)
+
+
+def expected(model: Multimodal, image: str | None, question: str, tokens: int = 12) -> str:
+    return model.generate([(ImageRef(image, Path(image)) if image else None, question)], tokens)[0].text
+
+
+def finished(engine: Engine) -> None:
+    while engine.busy:
+        engine.step()
+
+
+def test_an_answer_is_that_of_generate(model: Multimodal) -> None:
+    for question in QUESTIONS:
+        assert "".join(Engine(model).stream(asked(model, *question), GREEDY)) == expected(model, *question)
+
+
+def test_whoever_comes_later_and_leaves_earlier_changes_no_answer(model: Multimodal) -> None:
+    engine = Engine(model, slots=3)
+    answering = []
+    for number, question in enumerate(QUESTIONS * 3):
+        answering.append((engine.submit(asked(model, *question), Sampling(max_tokens=4 + number % 5)), question))
+        engine.step()
+    finished(engine)
+    for each, question in answering:
+        assert each.text == expected(model, *question, tokens=each.sampling.max_tokens)
+        assert each.reason in ("stop", "length")
+
+
+def test_a_second_question_about_a_picture_does_not_read_it_again(model: Multimodal) -> None:
+    engine = Engine(model, slots=2)
+    first = engine.submit(asked(model, "a", "what is it?"), GREEDY)
+    finished(engine)
+    assert first.reused == 0
+    again = engine.submit(asked(model, "a", "what is it like?"), GREEDY)
+    finished(engine)
+    assert again.reused > RandomFeatures.tokens
+    assert again.text == expected(model, "a", "what is it like?")
+    other = engine.submit(asked(model, "b", "what is it?"), GREEDY)
+    finished(engine)
+    assert other.reused < RandomFeatures.tokens
+    assert other.text == expected(model, "b", "what is it?")
+
+
+def test_a_conversation_is_not_overwritten_while_another_slot_is_free(model: Multimodal) -> None:
+    engine = Engine(model, slots=2)
+    for image in ("a", "b"):
+        engine.submit(asked(model, image, "what is it?"), GREEDY)
+        finished(engine)
+    again = engine.submit(asked(model, "a", "what is it?"), GREEDY)
+    finished(engine)
+    assert again.reused == len(again.prompt) - 1
+
+
+def test_long_prompts_are_read_in_chunks_and_others_speak_meanwhile(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "CHUNK", 16)
+    engine = Engine(model, slots=2)
+    short = engine.submit(asked(model, None, "hi"), Sampling(max_tokens=30))
+    engine.step()
+    question = "a", "a long question? " * 8
+    long = engine.submit(asked(model, *question), GREEDY)
+    engine.step()
+    assert long.tokens == 0
+    said = short.tokens
+    engine.step()
+    assert short.tokens == said + 1 or short.reason
+    finished(engine)
+    assert long.text == expected(model, *question)
+
+
+def test_what_left_costs_nothing_more(model: Multimodal) -> None:
+    engine = Engine(model, slots=1)
+    first = engine.submit(asked(model, "a", "what?"), Sampling(max_tokens=200))
+    second = engine.submit(asked(model, None, "who?"), GREEDY)
+    engine.step()
+    engine.cancel(first)
+    assert (first.reason, engine.busy) == ("cancelled", 1)
+    finished(engine)
+    assert second.text == expected(model, None, "who?")
+    pieces: Iterator[str] = engine.stream(asked(model, None, "and?"), Sampling(max_tokens=200))
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]  # A generator.
+    assert engine.busy == 0
+
+
+def test_one_that_breaks_breaks_no_other(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, slots=2)
+
+    def rows(images: list[ImageRef]) -> torch.Tensor:
+        if images:
+            raise OSError("gone")
+        return torch.zeros(0, RandomFeatures.width).half()
+
+    good = engine.submit(asked(model, None, "who?"), GREEDY)
+    monkeypatch.setattr(model.features, "rows", rows)
+    bad = engine.submit(asked(model, "a", "what?"), GREEDY)
+    finished(engine)
+    assert isinstance(bad.error, OSError)
+    assert good.text == expected(model, None, "who?")
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(model: Multimodal) -> None:
+    engine = Engine(model, slots=1, length=40)
+    with pytest.raises(ModelError, match="40"):
+        engine.submit(asked(model, None, "x" * 60), GREEDY)
+    nearly = engine.submit(asked(model, None, "x" * 30), Sampling(max_tokens=100))
+    finished(engine)
+    assert nearly.reason in ("stop", "length")
+    assert len(nearly.prompt) + nearly.tokens <= 41
+
+
+def test_equal_seeds_draw_equal_answers_and_others_do_not(model: Multimodal) -> None:
+    def drawn(seed: int, beside: int) -> str:
+        engine = Engine(model)
+        first = engine.submit(asked(model, "a", "what?"), Sampling(max_tokens=20, temperature=1.0, seed=seed))
+        for number in range(beside):
+            engine.submit(asked(model, None, "who?"), Sampling(max_tokens=9, temperature=2.0, seed=number))
+        finished(engine)
+        return first.text
+
+    assert drawn(1, 0) == drawn(1, 3)
+    assert len({drawn(seed, 0) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize(
+    "how", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"stop": ("",)}]
+)
+def test_impossible_sampling_is_refused(how: dict) -> None:
+    with pytest.raises(SettingsError):
+        Sampling(**how)
