@@ -22,10 +22,11 @@ def fewer_passes(model: Any) -> Any:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-        if isinstance(module, nn.LayerNorm) and _as_given not in module._forward_hooks.values():
-            module.register_forward_hook(_as_given)
+        if isinstance(module, nn.LayerNorm) and as_given not in module._forward_hooks.values():
+            module.register_forward_hook(as_given)
     return model
 
 
-def _as_given(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def as_given(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What a module says, in the precision of what it was given."""
     return output.to(inputs[0].dtype)
