@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from mmphi.assistant.ask import sampling_of, sampling_options
 from mmphi.assistant.talk import COMMANDS, Leave, Talk
@@ -85,10 +85,9 @@ def _typed() -> Iterator[str]:
         completer=NestedCompleter.from_nested_dict({command: paths.get(command) for command in COMMANDS}),
         complete_while_typing=False,
     )
-    read: Callable[[], str] = lambda: session.prompt(PROMPT)  # noqa: E731  # One expression, asked again and again.
     while True:
         try:
-            yield read()
+            yield session.prompt(PROMPT)
         except KeyboardInterrupt:
             continue  # At the prompt it clears the line, as in a shell.
         except EOFError:

@@ -18,6 +18,7 @@ from mmphi.errors import ModelError
 from mmphi.models.clip_vision import clip_vision, image_processor
 from mmphi.models.language import Language
 from mmphi.models.multimodal import Multimodal
+from mmphi.models.passes import as_published
 from mmphi.models.projector import ProjectorConfig
 from mmphi.text.prompt import MARK
 from mmphi.text.template import llava_template
@@ -131,7 +132,8 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
     with torch.device("meta"):
         exported = LlavaForConditionalGeneration(config)
     exported.model.vision_tower = vision
-    exported.model.language_model = getattr(language.model, language.model.base_model_prefix)
+    # What is measured of it is what it will be where transformers loads it.
+    exported.model.language_model = getattr(as_published(language.model), language.model.base_model_prefix)
     exported.model.multi_modal_projector = LlavaMultiModalProjector(config)
     first, second = (layer for layer in model.projector.layers if isinstance(layer, nn.Linear))
     projector = exported.model.multi_modal_projector

@@ -8,6 +8,13 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 
+class OnePass(nn.GELU):
+    """Phi's activation in one operation."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
 def fewer_passes(model: Any) -> Any:
     """Change what a model of transformers computes nowhere, and how often it goes through memory; return the model.
 
@@ -21,7 +28,7 @@ def fewer_passes(model: Any) -> Any:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+                setattr(module, name, OnePass())
         if isinstance(module, nn.LayerNorm) and as_given not in module._forward_hooks.values():
             module.register_forward_hook(as_given)
     return model
@@ -30,3 +37,15 @@ def fewer_passes(model: Any) -> Any:
 def as_given(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """What a module says, in the precision of what it was given."""
     return output.to(inputs[0].dtype)
+
+
+def as_published(model: Any) -> Any:
+    """Undo :func:`fewer_passes`: the model computes as whoever loads its weights by transformers has it; return it."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, OnePass):
+                setattr(module, name, NewGELUActivation())
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is as_given:
+                del module._forward_hooks[key]
+    return model

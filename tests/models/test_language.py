@@ -10,6 +10,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from mmphi.errors import ModelError
 from mmphi.models.language import keep_exact, load_language
+from mmphi.models.passes import fewer_passes
 from mmphi.models.phi import phi_config
 from mmphi.settings import LanguageSettings
 
@@ -31,7 +32,7 @@ def logits(model):
 
 def test_from_a_folder_equal_and_frozen(folder):
     found = load_language(LanguageSettings(model=str(folder)), None, CPU)
-    torch.testing.assert_close(logits(found.model), logits(tiny_language(**WIDE).model), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(found.model), logits(fewer_passes(tiny_language(**WIDE).model)))
     assert not any(p.requires_grad for p in found.model.parameters())
     assert not found.model.training
     assert found.width == 64

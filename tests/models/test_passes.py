@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PhiForCausalLM
 from transformers.activations import NewGELUActivation
 
-from mmphi.models.passes import fewer_passes
+from mmphi.models.passes import as_published, fewer_passes
 from mmphi.models.phi import phi_config
 
 
@@ -50,3 +50,11 @@ def test_a_model_that_is_loaded_has_them_once() -> None:
     model = tiny_language().model
     norms = [module for module in fewer_passes(fewer_passes(model)).modules() if isinstance(module, nn.LayerNorm)]
     assert all(len(norm._forward_hooks) == 1 for norm in norms)
+
+
+def test_undone_it_is_transformers_model_to_the_bit(phi: PhiForCausalLM) -> None:
+    ids, expected = torch.arange(40)[None], copy.deepcopy(phi)
+    undone = as_published(fewer_passes(phi))
+    assert torch.equal(undone(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert not any(module._forward_hooks for module in undone.modules())
+    assert any(isinstance(module, NewGELUActivation) for module in undone.modules())

@@ -40,8 +40,7 @@ def test_what_the_pipeline_exports_loads_in_transformers_and_is_the_adapters_mod
     processor = AutoProcessor.from_pretrained(result.path, use_fast=False)
     found = difference(loaded, processor, said(model, images, QUESTIONS), images, QUESTIONS)
     assert found.tokens == 0
-    # In bf16 transformers rounds Phi's activation eight times, and what was exported rounds it once.
-    assert found.logits == pytest.approx(result.metrics["export/logit_difference_bf16"], rel=0.5)
+    assert found.logits == pytest.approx(result.metrics["export/logit_difference_bf16"], rel=0.05)
     card = (result.path / "README.md").read_text()
     assert pipeline.result("qlora", small.settings(**LLAVA)).run_id in card
     with safe_open(result.path / "model.safetensors", "pt") as weights:
