@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
 LABEL_CHARACTERS = 80
+# Commands that read their own options; imported when they are called.
+OWN = {
+    "ask": "mmphi.assistant.ask:main",
+    "chat": "mmphi.assistant.chat:main",
+    "demo": "mmphi.assistant.demo:main",
+    "fetch": "mmphi.data.fetch:main",
+    "register": "mmphi.tracking.register:main",
+    "say": "mmphi.data.say:main",
+    "serve": "mmphi.assistant.serve:main",
+    "ui": "mmphi.tracking.ui:main",
+}
 # What the packages above this one bring; named and not imported, because nothing here may know them.
 COMMANDS = {
     "ablate": "ablations.commands:ablate",
@@ -34,7 +45,9 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
        mmphi ask --image x.jpg "..."  a question to a trained model, typed or spoken
        mmphi chat                     a conversation with a trained model in the terminal
+       mmphi demo                     a page in the browser: type, speak, show a photo; two models side by side
        mmphi serve                    a trained model behind OpenAI's HTTP interface
+       mmphi register RUN NAME        a run's model under a name: models:/NAME/1, here and for `mlflow models serve`
        mmphi ui                       MLflow's pages, opened on the training runs
        mmphi ablate STUDY             run an ablation, or go on with it
        mmphi studies [STUDY]          what studies there are, how far they are; change them while they run
@@ -126,45 +139,18 @@ def _command(words: list[str]) -> int:
     name, *rest = words
     if name == "benchmark":
         return _benchmark(rest)
-    if name == "fetch":
-        from mmphi.data.fetch import main as fetch
-
-        return fetch(rest)
-    if name == "say":
-        from mmphi.data.say import main as say
-
-        return say(rest)
-    if name == "ask":
-        from mmphi.assistant.ask import main as ask
-
-        return ask(rest)
-    if name == "chat":
-        from mmphi.assistant.chat import main as chat
-
-        return chat(rest)
-    if name == "serve":
-        from mmphi.assistant.serve import main as serve
-
-        return serve(rest)
-    if name == "ui":
-        from mmphi.tracking.ui import main as ui
-
-        return ui(rest)
     if name == "evaluate" and any(word.partition("=")[0] == "--harness" for word in rest):
         from mmphi.harness.command import main as harness
 
         return harness(rest)
-    if name in COMMANDS:
-        return function(COMMANDS[name])(rest) or 0
+    if name in OWN or name in COMMANDS:
+        return function((OWN | COMMANDS)[name])(rest) or 0
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(
-            name.replace("-", "_"),
-            [*STAGES, "status", "ui", "ask", "chat", "serve", "fetch", "say", "benchmark", *COMMANDS],
-        )
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark", *OWN, *COMMANDS])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )

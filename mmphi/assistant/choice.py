@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 from mmphi.errors import StoreError
 
-TALKING = ("merge", "qlora", "speech", "projector", "pretrain")  # Stages that end in a model that talks.
+
+def _talking() -> list[str]:
+    from mmphi.stages import STAGES
+
+    return [stage.name for stage in STAGES.values() if stage.talks]
 
 
 def newest() -> str:
@@ -19,10 +25,31 @@ def newest() -> str:
     from mmphi.tracking.store import Store
 
     store = Store()
-    runs: list[Any] = [run for stage in TALKING if (run := store.newest(stage)) is not None]
+    runs: list[Any] = [run for stage in _talking() if (run := store.newest(stage)) is not None]
     if not runs:
         raise StoreError("there is no trained model in this store", "run `mmphi projector`, or give --model FOLDER")
     return str(max(runs, key=lambda run: run.info.end_time or 0).info.run_id)
+
+
+def choices(most: int = 50) -> list[tuple[str, str]]:
+    """Finished runs of the store that ended in a model, newest first: what each is called, and its id.
+
+    Args:
+        most: No more of them than this of each stage.
+    """
+    from mmphi.tracking.store import Store
+
+    store = Store()
+    found: list[Any] = []
+    for stage in _talking():
+        runs = (run for run in store.search("FINISHED", stage=stage) if "mmphi.key" in run.data.tags)
+        found += itertools.islice(runs, most)
+    found.sort(key=lambda run: run.info.end_time or 0, reverse=True)
+    return [(f"{run.info.run_name}, {_when(run.info.end_time)}", str(run.info.run_id)) for run in found]
+
+
+def _when(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(milliseconds / 1000))
 
 
 def named(model: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from mmphi.data.encoded import encode_example, image_inputs
 from mmphi.data.features import ImageFeatures
 from mmphi.data.records import AudioRef, Example, ImageRef
 from mmphi.errors import ModelError
+from mmphi.models.chat.conversing import Conversing
 from mmphi.models.generation import Answer, answers_to
 from mmphi.models.language import Language
 from mmphi.models.packed import PackedModel
@@ -23,7 +24,6 @@ from mmphi.text.packing import SpanFeatures, packs, to_device
 from mmphi.text.sequences import Input, Sample, join
 
 if TYPE_CHECKING:
-    from mmphi.models.chat.engine import Engine
     from mmphi.models.ears import Audio
     from mmphi.models.links import Hearing
     from mmphi.models.vision import Vision
@@ -32,7 +32,7 @@ Shown = ImageRef | Sequence[ImageRef] | None
 Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]] | tuple[Shown, str, Sequence[AudioRef], str]
 
 
-class Multimodal:
+class Multimodal(Conversing):
     """Images, recordings and text in, text out.
 
     The language model is borrowed: several of these may share one, and it is left as it was.
@@ -71,7 +71,6 @@ class Multimodal:
         self.language, self.features, self.max_length, self.projector = language, features, max_length, projector
         self.vision, self.own_language = vision, own_language
         self._hearing, self.speech, self.audio = hearing, speech, audio
-        self._engine: Engine | None = None  # Made at the first conversation.
         projectors: dict[str, torch.nn.Module] = {} if projector is None else {"image": projector}
         if speech is not None:
             if speech.config.output_width != language.width:
@@ -206,36 +205,6 @@ class Multimodal:
             AudioRef("bytes", each) if isinstance(each, bytes) else AudioRef(str(each), Path(each)) for each in given
         ]
         return self.generate([(references, question, spoken)], max_new_tokens)[0].text
-
-    def chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
-        """Answer the last of some messages.
-
-        What was read for the question before is remembered: a second one about the same picture, asked with the first
-        and its answer before it, reads only what is new.
-
-        Args:
-            messages: Each with a ``role`` and a ``content``, as :func:`~mmphi.models.chat.messages.conversation` says.
-            **how: Of :class:`~mmphi.models.chat.sampling.Sampling`: greedy where ``temperature`` is left out.
-
-        Raises:
-            MessageError: If a message cannot be read.
-            ModelError: If the newest question does not fit, or is about what this model does not see or hear.
-        """
-        return "".join(self.stream(messages, **how))
-
-    def stream(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
-        """The answer that :meth:`chat` gives, in pieces as it is said."""
-        from mmphi.models.chat.engine import Engine
-        from mmphi.models.chat.messages import conversation
-        from mmphi.models.chat.prompts import open_prompt
-        from mmphi.models.chat.sampling import Sampling
-
-        sampling, asked = Sampling(**how), conversation(messages)
-        if self._engine is None:
-            self._engine = Engine(self, slots=2)
-        room = min(sampling.max_tokens, self._engine.length // 2)
-        prompt, _ = open_prompt(self, asked, self._engine.length - room)
-        return self._engine.stream(prompt, sampling)
 
     def generate(self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32) -> list[Answer]:
         """Answer questions, greedily.

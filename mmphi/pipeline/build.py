@@ -224,7 +224,13 @@ class Pipeline(Plan):
                 metrics = dict(stage.run(context))
         tracker.metrics({**metrics, "seconds": time.perf_counter() - begun})
         tracker.text(METRICS, json.dumps(metrics))
+        if stage.talks:
+            from mmphi.tracking.logged_model import write_mlmodel
+
+            write_mlmodel(tracker.folder, sees=(tracker.folder / "projector.json").exists())
         result = Result(stage.name, key, tracker.run_id, self.store.finish(tracker), metrics)
+        if stage.talks:
+            self.store.log_model(result)
         if not stage.trains:
             request.ranks.tell({"result": as_json(result)})
         return result

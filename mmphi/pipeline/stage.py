@@ -99,6 +99,7 @@ class Stage:
         asking: From the settings to those that the stages at its end are asked for with.
         verifies: Whether it checks each file that it finds in its folder, and so may go on from a damaged result.
         trains: Whether it may run in several processes at once; others run once, in the first process.
+        talks: Whether it ends in a model that answers questions, which is logged as one of MLflow's.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Stage:
     asking: Callable[[Section], Section] = lambda settings: settings
     verifies: bool = False
     trains: bool = False
+    talks: bool = False
 
     @property
     def declared(self) -> tuple[str, ...]:

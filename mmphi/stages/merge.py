@@ -107,4 +107,5 @@ STAGE = Stage(
     run=run,
     upstream=upstream,
     requests=("projector.features",),
+    talks=True,
 )

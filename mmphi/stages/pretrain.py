@@ -114,4 +114,5 @@ STAGE = Stage(
     trains=True,
     check=check,
     cost=cost,
+    talks=True,
 )

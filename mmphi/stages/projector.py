@@ -190,4 +190,5 @@ STAGE = Stage(
     cost=cost,
     then=("evaluate",),
     trains=True,
+    talks=True,
 )

@@ -232,4 +232,5 @@ STAGE = Stage(
     then=("evaluate",),
     asking=evaluating("qlora"),
     trains=True,
+    talks=True,
 )

@@ -211,4 +211,5 @@ STAGE = Stage(
     asking=evaluating("speech"),
     then=("evaluate",),
     trains=True,
+    talks=True,
 )

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmphi.errors import StoreError
 from mmphi.pipeline.manifest import MANIFEST, write_manifest
 from mmphi.tracking.artifacts import download
 from mmphi.tracking.lease import HELD, Lease
+from mmphi.tracking.logged_model import log_model
 from mmphi.tracking.run import RunTracker
 from mmphi.tracking.search import GENERATED_NAME, RunStore
 
@@ -180,6 +182,13 @@ class Store(RunStore):
             folder = folder.rename(kept)
         self.client.set_terminated(tracker.run_id, "FINISHED")
         return folder
+
+    def log_model(self, result: Result) -> None:
+        """Log the model that a run ended in as one of MLflow's; without it the run is finished all the same."""
+        try:
+            log_model(self.client, self.run(result.run_id), result.path, result.stage)
+        except (MlflowException, OSError) as error:
+            print(f"run {result.run_id} is finished, but not among MLflow's models: {error}", file=sys.stderr)
 
     def fail(self, tracker: RunTracker, status: str, why: str) -> None:
         """Mark a run FAILED or KILLED, with the reason; the reason itself must not be lost to a store that is gone."""

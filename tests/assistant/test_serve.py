@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +15,9 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
+from answerers import picture, served
 from conftest import tiny_language
 from listening import listening
-from PIL import Image
 
 from mmphi.assistant import serve
 from mmphi.assistant.api import Rules
@@ -29,31 +26,6 @@ from mmphi.cli import main
 from mmphi.errors import SettingsError
 from mmphi.models.chat.messages import MessageError
 from mmphi.models.multimodal import Multimodal
-
-
-def picture(colour: str = "red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@contextmanager
-def served(model: Multimodal, rules: Rules | None = None, **how: Any) -> Iterator[str]:
-    """A server in a thread; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = serve.application_of(model, rules or Rules("tiny"), **how)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")

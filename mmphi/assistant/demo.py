@@ -1,0 +1,110 @@
+"""``mmphi demo``: a page in the browser, on which a trained model is typed to, spoken to and shown photos."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmphi.assistant.ask import sampling_of, sampling_options
+from mmphi.assistant.serve import HOST, KEY
+from mmphi.errors import SettingsError
+
+PORT = 7860
+USER = "mmphi"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="mmphi demo",
+        description="A page in the browser: type, speak or show a photo to a trained model, or to two side by side.",
+        epilog=f"Beyond this machine only with a password, which is read from the variable {KEY}; the user is {USER}.",
+    )
+    made.add_argument("--model", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--beside", default="", metavar="MODEL", help="another that answers beside it")
+    made.add_argument("--examples", default="", metavar="FOLDER", help="images, recordings, questions (.txt) at hand")
+    made.add_argument("--host", default=HOST, help=f"where to listen [{HOST}]")
+    made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
+    made.add_argument("--open", action="store_true", help="open it in the browser")
+    made.add_argument("--slots", type=int, default=4, help="answers of a model at once [4]")
+    made.add_argument("--waiting", type=int, default=32, help="questions that may wait beside them [32]")
+    made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
+    made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest photo or recording [67108864]")
+    made.add_argument(
+        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
+    )
+    sampling_options(made)
+    return made
+
+
+@contextmanager
+def started(options: argparse.Namespace) -> Iterator[str]:
+    """The page, served by a thread of its own; yields its address.
+
+    Args:
+        options: Of :func:`parser`.
+
+    Raises:
+        MmphiError: If a model or the examples cannot be had.
+    """
+    import mmphi
+    from mmphi.assistant.choice import choices, named
+    from mmphi.assistant.page.desk import Desk
+    from mmphi.assistant.page.examples import of_folder, of_store
+    from mmphi.assistant.page.layout import Look, page_of, theme
+    from mmphi.assistant.worker import Worker
+    from mmphi.models.chat.engine import Engine
+
+    def load(model: str) -> Worker:
+        loaded = mmphi.load(model, whisper=options.whisper)
+        return Worker(Engine(loaded, options.slots), options.waiting, options.time_limit)
+
+    model, called = named(options.model)
+    models = choices()
+    for name, label in ((model, called), (options.beside, options.beside)):
+        if name and name not in [value for _, value in models]:
+            models.insert(0, (label, name))
+    desk = Desk(load)
+    for name in filter(None, (model, options.beside)):
+        desk.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.
+    examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_store()
+    look = Look(models, model, options.beside, examples, sampling_of(options))
+    page = page_of(desk, look)
+    key = os.environ.get(KEY, "")
+    try:
+        _, address, _ = page.queue(max_size=options.waiting).launch(
+            server_name=options.host,
+            server_port=options.port,
+            inbrowser=options.open,
+            share=False,
+            auth=(USER, key) if key else None,
+            max_file_size=options.max_bytes,
+            theme=theme(),
+            footer_links=[],
+            ssr_mode=False,
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+    except OSError as error:
+        raise SettingsError(f"nothing can listen on {options.host}:{options.port}", "give another --port") from error
+    try:
+        yield str(address).rstrip("/")
+    finally:
+        page.close(verbose=False)
+        desk.close()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi demo``."""
+    options = parser().parse_args(list(arguments))
+    if options.host not in (HOST, "localhost", "::1") and not os.environ.get(KEY):
+        raise SettingsError(f"--host {options.host} lets others ask, and there is no password", f"set {KEY}")
+    with started(options) as address:
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+    return 0

@@ -1,0 +1,167 @@
+"""Who answers on the page: models, loaded when they are first asked, and everybody's questions to them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmphi.assistant.worker import Ticket, Worker
+from mmphi.errors import MmphiError
+from mmphi.models.chat.messages import conversation
+from mmphi.models.chat.sampling import Sampling
+
+MOST = 2  # Models in memory that nobody is talking to at the moment.
+
+
+@dataclass
+class Turn:
+    """A question and what was answered.
+
+    Attributes:
+        text: What was typed.
+        image: Path of the image that came with it; empty where there is none.
+        audio: Path of the recording that came with it; likewise.
+        heard: What was understood of the recording.
+        answer: As far as it was said.
+        problem: Why there is none.
+        done: Whether nothing more comes.
+    """
+
+    text: str
+    image: str = ""
+    audio: str = ""
+    heard: str = ""
+    answer: str = ""
+    problem: str = ""
+    done: bool = False
+
+    def messages(self) -> list[dict[str, Any]]:
+        """As OpenAI's API has it; the answer last, where there is one."""
+        parts: list[dict[str, Any]] = []
+        if self.image:
+            parts.append({"type": "image", "image": self.image})
+        if self.audio:
+            parts.append({"type": "audio", "audio": self.audio})
+        if self.text.strip():
+            parts.append({"type": "text", "text": self.text.strip()})
+        question = {"role": "user", "content": parts}
+        return [question, {"role": "assistant", "content": self.answer}] if self.done else [question]
+
+    def anew(self) -> Turn:
+        """The same question, not answered yet."""
+        return Turn(self.text, self.image, self.audio)
+
+
+@dataclass
+class Talk:
+    """What was said to one model.
+
+    Attributes:
+        model: Its name, as :meth:`Desk.worker` takes it.
+        turns: Questions and answers.
+    """
+
+    model: str
+    turns: list[Turn] = field(default_factory=list)
+
+    def messages(self, system: str) -> list[dict[str, Any]]:
+        """All that was said, the last question open; what could not be answered is left out."""
+        said = [message for turn in self.turns if not turn.problem for message in turn.messages()]
+        return [{"role": "system", "content": system}, *said] if system else said
+
+
+class Desk:
+    """Models and those who ask them.
+
+    Args:
+        load: Makes the worker of a model; it is started here.
+        most: Models kept in memory.
+    """
+
+    def __init__(self, load: Callable[[str], Worker], most: int = MOST) -> None:
+        self._load, self._most = load, most
+        self._workers: dict[str, Worker] = {}  # The one used last is last.
+        self._asked: dict[str, list[tuple[Worker, Ticket]]] = {}
+        self._lock = threading.Lock()
+
+    def worker(self, model: str) -> Worker:
+        """Who answers for a model; loads it, and lets go of one that nobody talks to.
+
+        Raises:
+            MmphiError: If it cannot be loaded.
+        """
+        with self._lock:
+            worker = self._workers.pop(model, None)
+            if worker is None:
+                idle = [name for name, other in self._workers.items() if not other.open]
+                for name in idle[: max(0, len(self._workers) - self._most + 1)]:
+                    self._workers.pop(name).stop()
+                worker = self._load(model)
+                worker.start()
+            self._workers[model] = worker
+            return worker
+
+    def ask(self, who: str, talks: Sequence[Talk], system: str, sampling: Sampling) -> Iterator[None]:
+        """Answer the last question of each talk, all at the same time; yields whenever there is something new.
+
+        Args:
+            who: Whose question it is: :meth:`stop` ends it.
+            talks: Their last turns are filled in.
+            system: What the models shall be.
+            sampling: How the answers are chosen.
+        """
+        news: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
+        mine: dict[int, tuple[Worker, Ticket]] = {}
+        for number, talk in enumerate(talks):
+            try:
+                asked = conversation(talk.messages(system))
+                ticket = Ticket(asked, sampling, lambda piece, number=number: news.put((number, piece)))  # type: ignore[misc]
+                worker = self.worker(talk.model)
+                worker.submit(ticket)
+                mine[number] = worker, ticket
+            except MmphiError as error:
+                talk.turns[-1].problem = str(error)
+        with self._lock:
+            self._asked.setdefault(who, []).extend(mine.values())
+        waited_for = set(mine)
+        try:
+            yield
+            while waited_for:
+                number, piece = news.get()
+                turn, ticket = talks[number].turns[-1], mine[number][1]
+                own = ticket.asked.audio[-1]
+                turn.heard = " ".join(ticket.heard[-len(own) :]) if own else ""
+                turn.answer += piece or ""
+                if piece is None:
+                    waited_for.remove(number)
+                    turn.done, turn.problem = True, str(ticket.error or "")
+                yield
+        finally:
+            self._leave(who, list(mine.values()))
+
+    def stop(self, who: str) -> None:
+        """End the answers that somebody waits for; what was said of them stays."""
+        with self._lock:
+            asked = list(self._asked.get(who, []))
+        for worker, ticket in asked:
+            worker.leave(ticket)
+
+    def _leave(self, who: str, asked: list[tuple[Worker, Ticket]]) -> None:
+        for worker, ticket in asked:
+            worker.leave(ticket)
+        with self._lock:
+            left = [each for each in self._asked.get(who, []) if each not in asked]
+            if left:
+                self._asked[who] = left
+            else:
+                self._asked.pop(who, None)
+
+    def close(self) -> None:
+        """Break off what is being answered, and end."""
+        with self._lock:
+            for worker in self._workers.values():
+                worker.stop()
+            self._workers.clear()

@@ -1,0 +1,182 @@
+"""What the page looks like and what its buttons do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Before gradio is imported: nobody is told that it runs.
+
+import gradio as gr
+
+from mmphi.assistant.page.desk import Desk, Talk, Turn
+from mmphi.assistant.page.examples import Example
+from mmphi.errors import MmphiError
+from mmphi.models.chat.sampling import Sampling
+
+ALONE = ""
+KEPT_S, LOOK_S = 24 * 3600, 3600  # How long what was uploaded is kept, and how often it is looked through.
+# The system's fonts: those of gradio's own themes are fetched from elsewhere.
+FONT = ["system-ui", "sans-serif"]
+MONO = ["ui-monospace", "monospace"]
+
+Choice = tuple[str, str]  # What a model is called, and its name.
+Shown = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the page offers.
+
+    Attributes:
+        models: To choose from.
+        model: Who answers at first.
+        beside: Who answers beside it; nobody where empty.
+        examples: At hand.
+        sampling: How answers are chosen at first.
+    """
+
+    models: Sequence[Choice]
+    model: str
+    beside: str = ALONE
+    examples: Sequence[Example] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def shown(talk: Talk) -> Shown:
+    """A talk as gradio's chat has it."""
+    messages: Shown = []
+    for turn in talk.turns:
+        parts: list[Any] = [{"path": path} for path in (turn.image, turn.audio) if path]
+        if turn.text.strip():
+            parts.append(turn.text)
+        if turn.audio and (turn.heard or turn.done):
+            parts.append(f"heard: {turn.heard or 'nothing'}")
+        messages.append({"role": "user", "content": parts})
+        if turn.answer or turn.done or turn.problem:
+            said = turn.answer + (f"\n\n⚠ {turn.problem}" if turn.problem else "")
+            messages.append({"role": "assistant", "content": said.strip() or "(nothing)"})
+    return messages
+
+
+def page_of(desk: Desk, look: Look) -> gr.Blocks:
+    """The page.
+
+    Args:
+        desk: Who answers there.
+        look: What it offers.
+    """
+    names = {value: label for label, value in look.models}
+
+    def views(talks: list[Talk]) -> list[Any]:
+        second = talks[1] if len(talks) > 1 else None
+        own = [gr.update(value=shown(talks[0]), label=names.get(talks[0].model, talks[0].model))]
+        if second is None:
+            return [*own, gr.update(value=[], visible=False), talks]
+        return [*own, gr.update(value=shown(second), label=names.get(second.model, second.model), visible=True), talks]
+
+    def chosen(model: str, beside: str) -> list[Any]:
+        return views([Talk(name) for name in (model, beside) if name])
+
+    def answered(
+        talks: list[Talk],
+        who: gr.Request,
+        system: str,
+        max_tokens: float,
+        temperature: float,
+        top_p: float,
+        seed: float | None,
+    ) -> Iterator[list[Any]]:
+        try:
+            how = Sampling(int(max_tokens), temperature, top_p, None if seed is None else int(seed))
+            for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
+                yield views(talks)
+        except MmphiError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def send(
+        text: str, image: str | None, audio: str | None, talks: list[Talk], who: gr.Request, *how: Any
+    ) -> Iterator[list[Any]]:
+        if not (text.strip() or image or audio):
+            raise gr.Error("type a question, say it, or show an image", print_exception=False)
+        for talk in talks:
+            talk.turns.append(Turn(text, image or "", audio or ""))
+        for update in answered(talks, who, *how):
+            yield ["", None, None, *update]
+
+    def again(talks: list[Talk], who: gr.Request, *how: Any) -> Iterator[list[Any]]:
+        if not talks[0].turns:
+            raise gr.Error("nothing was asked yet", print_exception=False)
+        for talk in talks:
+            talk.turns[-1] = talk.turns[-1].anew()
+        yield from answered(talks, who, *how)
+
+    def stop(who: gr.Request) -> None:
+        desk.stop(str(who.session_hash))
+
+    with gr.Blocks(title="mmphi", analytics_enabled=False, fill_height=True, delete_cache=(LOOK_S, KEPT_S)) as page:
+        talks = gr.State([Talk(name) for name in (look.model, look.beside) if name])
+        with gr.Row():
+            model = gr.Dropdown(list(look.models), value=look.model, label="Model", elem_id="model")
+            beside = gr.Dropdown(
+                [("nobody", ALONE), *look.models], value=look.beside, label="Beside it, to compare", elem_id="beside"
+            )
+        with gr.Row():
+            common: dict[str, Any] = {"height": 380, "buttons": ["copy"], "feedback_options": None}
+            first = gr.Chatbot(label=names.get(look.model, look.model), elem_id="first", **common)
+            second = gr.Chatbot(
+                label=names.get(look.beside, look.beside), elem_id="second", visible=bool(look.beside), **common
+            )
+        with gr.Row():
+            image = gr.Image(
+                label="Photo",
+                sources=["upload", "webcam", "clipboard"],
+                type="filepath",
+                image_mode=None,
+                height=220,
+                elem_id="image",
+            )
+            audio = gr.Audio(label="Recording", sources=["microphone", "upload"], type="filepath", elem_id="audio")
+            with gr.Column(scale=2):
+                text = gr.Textbox(
+                    label="Question",
+                    placeholder="Type it, or say it and leave this empty",
+                    lines=1,
+                    max_lines=6,
+                    elem_id="text",
+                )
+                with gr.Row():
+                    asking = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
+                    stopping = gr.Button("Stop", elem_id="stop", min_width=80)
+                    repeating = gr.Button("Retry", elem_id="retry", min_width=80)
+                    clearing = gr.Button("Clear", elem_id="clear", min_width=80)
+        with gr.Accordion("How it answers", open=False):
+            system = gr.Textbox("", label="System text", lines=1)
+            with gr.Row():
+                max_tokens = gr.Slider(1, 1024, look.sampling.max_tokens, step=1, label="Longest answer, tokens")
+                temperature = gr.Slider(
+                    0, 2, look.sampling.temperature, step=0.05, label="Temperature", info="0: the likeliest word"
+                )
+                top_p = gr.Slider(0.05, 1, look.sampling.top_p, step=0.05, label="Top-p")
+                seed = gr.Number(look.sampling.seed, precision=0, label="Seed", info="empty: another each time")
+        if look.examples:
+            gr.Examples(list(look.examples), [text, image, audio], label="Examples", examples_per_page=8)
+
+        how = [system, max_tokens, temperature, top_p, seed]
+        seen = [first, second, talks]
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        many: dict[str, Any] = quiet | {"concurrency_limit": None}
+        gr.on([asking.click, text.submit], send, [text, image, audio, talks, *how], [text, image, audio, *seen], **many)
+        repeating.click(again, [talks, *how], seen, **many)
+        stopping.click(stop, None, None, queue=False, **quiet)
+        gr.on([model.change, beside.change, clearing.click], chosen, [model, beside], seen, **quiet)
+        page.unload(stop)
+    made: gr.Blocks = page
+    return made
+
+
+def theme() -> gr.Theme:
+    """Of the page; nothing of it is fetched from elsewhere."""
+    return gr.themes.Soft(font=FONT, font_mono=MONO)

@@ -1,0 +1,123 @@
+"""Results as MLflow's own models: ``mlflow models serve``, ``mlflow.pyfunc.load_model`` and its pages know them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
+
+from mlflow.entities import LoggedModelOutput, Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow.tracking import MlflowClient
+
+MLMODEL = "MLmodel"
+LOADER = "mmphi.assistant.pyfunc"  # Named, and neither imported here nor pickled.
+COLUMNS = ("question", "image", "audio", "system", "messages")
+NEEDS = ("mmphi", "torch", "transformers")
+
+
+def write_mlmodel(folder: Path, *, sees: bool) -> None:
+    """Make a saved model one that MLflow loads.
+
+    Args:
+        folder: Where it was saved; the files that say what it is are added.
+        sees: Whether the example has an image.
+    """
+    import mlflow.pyfunc
+
+    with tempfile.TemporaryDirectory() as made:
+        target = Path(made) / "model"
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            loader_module=LOADER,
+            signature=_signature(),
+            input_example=_example(sees),
+            pip_requirements=[f"{name}=={version(name)}" for name in NEEDS],
+        )
+        for path in target.iterdir():
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _signature() -> Any:
+    """Of every model: what is asked, and how the answer is chosen."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec("string", name, required=False) for name in COLUMNS]),
+        outputs=Schema([ColSpec("string", "answer"), ColSpec("string", "heard")]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_tokens", "long", 256),
+                ParamSpec("temperature", "double", 0.0),
+                ParamSpec("top_p", "double", 1.0),
+                ParamSpec("seed", "long", -1),  # Another each time; a parameter of MLflow's cannot be left out.
+            ]
+        ),
+    )
+
+
+def _example(sees: bool) -> pd.DataFrame:
+    import pandas as pd
+
+    row = {"question": "what is this?"}
+    if sees:
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), "red").save(buffer, "PNG")
+        row["image"] = base64.b64encode(buffer.getvalue()).decode()
+    return pd.DataFrame([row])
+
+
+def log_model(client: MlflowClient, run: Run, folder: Path, name: str) -> str:
+    """Log a finished run's model; returns its id.
+
+    On this machine its files are links to those of the run: they take no room of their own.
+
+    Args:
+        client: Speaks with the store.
+        run: The run.
+        folder: Its files on this machine.
+        name: What the model is called; not unique.
+    """
+    tags = {key: value for key, value in run.data.tags.items() if key in ("mmphi.stage", "mmphi.key", "mmphi.preset")}
+    model = client.create_logged_model(
+        run.info.experiment_id, name=name, source_run_id=run.info.run_id, tags=tags, model_type="mmphi"
+    )
+    place = urlparse(model.artifact_location)
+    if place.scheme in ("", "file"):
+        _linked(folder, Path(unquote(place.path)))
+    else:
+        with tempfile.TemporaryDirectory() as part:
+            _linked(folder, Path(part))
+            client.log_model_artifacts(model.model_id, part)
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
+    return str(model.model_id)
+
+
+def _linked(source: Path, target: Path) -> None:
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:  # Another disk, or one that knows no links.
+            shutil.copyfile(one, other)
+
+    training = shutil.ignore_patterns("checkpoint-*", ".*")  # What it takes to train on, and not to answer.
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True, ignore=training)
+
+
+def logged_model(run: Run) -> str:
+    """Id of the model that a run ended in; empty where none was logged."""
+    outputs = run.outputs.model_outputs if run.outputs else []
+    return str(outputs[0].model_id) if outputs else ""

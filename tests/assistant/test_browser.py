@@ -1,0 +1,117 @@
+"""The page in headless Chromium with a false microphone and camera; MMPHI_CHROMIUM, or one that is found, is used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answerers import HEARD, answerer, folder_of, page, recording
+
+from mmphi.assistant.page.examples import of_folder
+from mmphi.models.multimodal import Multimodal
+
+CHROMIUM = os.environ.get("MMPHI_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here; name one in MMPHI_CHROMIUM")
+SLOW_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Multimodal]:
+    return {"one": answerer(2), "two": answerer(3)}
+
+
+@pytest.fixture(scope="module")
+def address(models: dict[str, Multimodal], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with page(models, examples=of_folder(folder_of(tmp_path_factory.mktemp("examples")))) as found:
+        yield found
+
+
+@pytest.fixture
+def tab(address: str, tmp_path: Path) -> Iterator[Any]:
+    """A tab with the page in it; nothing but this machine can be reached from it."""
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "spoken.wav").write_bytes(recording())
+    flags = [
+        "--no-sandbox",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+        f"--use-file-for-fake-audio-capture={tmp_path / 'spoken.wav'}",
+        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        context = browser.new_context(permissions=["microphone", "camera"], viewport={"width": 1280, "height": 1000})
+        opened = context.new_page()
+        opened.set_default_timeout(SLOW_MS)
+        opened.goto(address)
+        opened.locator("#send").wait_for()
+        yield opened
+        browser.close()
+
+
+def last_answer(tab: Any, side: str = "#first") -> str:
+    """The last thing that a model said, when nothing more comes."""
+    said = tab.locator(f"{side} [data-testid=bot]").last
+    said.wait_for()
+    text = ""
+    for _ in range(100):
+        tab.wait_for_timeout(300)
+        if text and said.inner_text() == text:
+            return text.strip()
+        text = said.inner_text()
+    raise AssertionError(f"it never ends: {text}")
+
+
+def test_it_is_typed_to_and_goes_on(tab: Any) -> None:
+    tab.locator("#text textarea").fill("hello")
+    tab.locator("#send").click()
+    assert last_answer(tab)
+    assert tab.locator("#text textarea").input_value() == ""
+    tab.locator("#text textarea").fill("why?")
+    tab.locator("#text textarea").press("Enter")
+    tab.locator("#first [data-testid=user]").nth(1).wait_for()
+    assert last_answer(tab)
+    tab.locator("#clear").click()
+    tab.locator("#first [data-testid=user]").first.wait_for(state="detached")
+
+
+def test_a_photo_of_the_camera_and_the_microphones_recording(tab: Any) -> None:
+    tab.locator("#image").get_by_label("Capture from camera").click()
+    tab.locator("#image").get_by_title("grant webcam access").click()
+    tab.wait_for_function("document.querySelector('#image video').videoWidth > 0")
+    tab.locator("#image").get_by_label("capture photo").click()
+    tab.locator("#image img:visible").wait_for()
+    tab.locator("#audio").get_by_text("Record", exact=True).first.click()
+    tab.wait_for_timeout(1500)
+    tab.locator("#audio .stop-button:visible").click()
+    tab.locator("#audio audio, #audio .waveform-container").first.wait_for(state="attached")
+    tab.wait_for_timeout(1500)
+    tab.locator("#send").click()
+    assert last_answer(tab)
+    tab.locator("#first").get_by_text(f"heard: {HEARD}").wait_for()
+    assert tab.locator("#first img").count() >= 1
+
+
+def test_examples_are_at_hand(tab: Any) -> None:
+    tab.get_by_text("what colour is it?").first.click()
+    tab.locator("#image img").wait_for()
+    assert tab.locator("#text textarea").input_value() == "what colour is it?"
+
+
+def test_nothing_elsewhere_is_asked_for(address: str, tab: Any) -> None:
+    asked: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.reload()
+    tab.locator("#send").wait_for()
+    tab.wait_for_timeout(500)
+    assert asked
+    assert [
+        url for url in asked if not url.startswith((address, "data:", "blob:", address.replace("http", "ws")))
+    ] == []

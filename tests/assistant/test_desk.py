@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from answerers import HEARD, answerer, desk_of, folder_of, picture, recording
+
+from mmphi.assistant.page.desk import Desk, Talk, Turn
+from mmphi.assistant.page.examples import of_folder, of_scenes
+from mmphi.assistant.worker import Worker
+from mmphi.errors import DataError, StoreError
+from mmphi.models.chat.engine import Engine
+from mmphi.models.chat.sampling import Sampling
+from mmphi.models.multimodal import Multimodal
+
+SHORT = Sampling(max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Multimodal]:
+    return {"one": answerer(2), "two": answerer(3)}
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    (tmp_path / "photo.png").write_bytes(picture())
+    return str(tmp_path / "photo.png")
+
+
+@pytest.fixture
+def spoken(tmp_path: Path) -> str:
+    (tmp_path / "question.wav").write_bytes(recording())
+    return str(tmp_path / "question.wav")
+
+
+def asked(desk: Desk, *talks: Talk, system: str = "", how: Sampling = SHORT, who: str = "me") -> int:
+    return sum(1 for _ in desk.ask(who, talks, system, how))
+
+
+def test_it_answers_as_python_does_and_goes_on(models: dict[str, Multimodal], photo: str, spoken: str) -> None:
+    desk = desk_of(models)
+    talk = Talk("one", [Turn("and what is it?", photo, spoken)])
+    assert asked(desk, talk) > 2  # As it is said.
+    turn = talk.turns[0]
+    messages = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": photo},
+                {"type": "audio", "audio": spoken},
+                {"type": "text", "text": "and what is it?"},
+            ],
+        }
+    ]
+    assert turn.answer == models["one"].chat(messages, max_tokens=8)
+    assert (turn.heard, turn.problem, turn.done) == (HEARD, "", True)
+    talk.turns.append(Turn("why?"))
+    asked(desk, talk)
+    messages += [{"role": "assistant", "content": turn.answer}, {"role": "user", "content": "why?"}]
+    assert talk.turns[1].answer == models["one"].chat(messages, max_tokens=8)
+    assert talk.turns[1].heard == ""
+    desk.close()
+
+
+def test_two_models_answer_the_same_question_each_its_own_way(models: dict[str, Multimodal], photo: str) -> None:
+    desk = desk_of(models)
+    talks = [Talk(name, [Turn("what is it?", photo)]) for name in models]
+    asked(desk, *talks)
+    assert [talk.turns[0].answer for talk in talks] == [
+        model.ask("what is it?", photo, max_new_tokens=8) for model in models.values()
+    ]
+    assert talks[0].turns[0].answer != talks[1].turns[0].answer
+    desk.close()
+
+
+def test_the_system_text_comes_first(models: dict[str, Multimodal]) -> None:
+    desk, talk = desk_of(models), Talk("one", [Turn("hello")])
+    asked(desk, talk, system="be brief")
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    assert talk.turns[0].answer == models["one"].chat(messages, max_tokens=8)
+    desk.close()
+
+
+def test_what_cannot_be_answered_is_told_and_not_part_of_what_follows(
+    models: dict[str, Multimodal], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(picture()[:60])
+    desk, talk = desk_of(models), Talk("one", [Turn("what?", str(tmp_path / "broken.png"))])
+    asked(desk, talk)
+    assert "broken.png" in talk.turns[0].problem
+    talk.turns.append(Turn("hello"))
+    asked(desk, talk)
+    assert talk.turns[1].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
+    empty = Talk("one", [Turn("  ")])
+    asked(desk, empty)
+    assert "empty" in empty.turns[0].problem
+    desk.close()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    step: Callable[[Engine], None] = Engine.step
+
+    def slowly(self: Engine) -> None:
+        time.sleep(0.02)
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", slowly)
+
+
+@pytest.mark.usefixtures("slow")
+def test_stopping_keeps_what_was_said_and_ends_nobody_elses(models: dict[str, Multimodal]) -> None:
+    desk, long = desk_of(models), Sampling(max_tokens=300)
+    mine, other = Talk("one", [Turn("tell me all")]), Talk("one", [Turn("hello")])
+    theirs = desk.ask("you", [other], "", SHORT)
+    next(theirs)
+    for count, _ in enumerate(desk.ask("me", [mine], "", long)):
+        if count == 5:
+            desk.stop("me")
+    assert mine.turns[0].done
+    assert mine.turns[0].problem == ""
+    whole = models["one"].chat([{"role": "user", "content": "tell me all"}], max_tokens=300)
+    assert mine.turns[0].answer
+    assert whole.startswith(mine.turns[0].answer.strip())
+    assert len(mine.turns[0].answer) < len(whole)
+    list(theirs)
+    assert other.turns[0].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
+    desk.close()
+
+
+@pytest.mark.usefixtures("slow")
+def test_one_who_is_gone_frees_the_place(models: dict[str, Multimodal]) -> None:
+    desk = desk_of(models)
+    answering = desk.ask("me", [Talk("one", [Turn("tell me all")])], "", Sampling(max_tokens=300))
+    next(answering)
+    next(answering)
+    answering.close()  # type: ignore[attr-defined]
+    until = time.monotonic() + 5
+    while desk.worker("one").open:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    desk.close()
+
+
+def test_models_that_nobody_talks_to_are_let_go(models: dict[str, Multimodal]) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> Worker:
+        if name == "none":
+            raise StoreError("there is no run none")
+        loaded.append(name)
+        return Worker(Engine(models["one"], 1))
+
+    desk = Desk(load, most=2)
+    first = desk.worker("a")
+    desk.worker("b")
+    assert desk.worker("a") is first
+    desk.worker("c")
+    assert desk.worker("a") is first
+    desk.worker("b")
+    assert loaded == ["a", "b", "c", "b"]
+    talk = Talk("none", [Turn("hello")])
+    asked(desk, talk)
+    assert "no run none" in talk.turns[0].problem
+    desk.close()
+
+
+def test_examples_of_a_folder(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "examples")
+    assert of_folder(folder) == [
+        ["what colour is it?", str(folder / "a.png"), str(folder / "a.wav")],
+        ["", str(folder / "b.png"), None],
+    ]
+    for wrong in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(DataError, match="examples"):
+            of_folder(wrong)
+
+
+def test_examples_of_scenes_ask_each_kind_of_question(tmp_path: Path) -> None:
+    import json
+
+    kinds = ("describe the image.\n<image>", "<image>\nwhat color is it?")
+    records = [
+        {"image": f"test/{image}.png", "conversations": [{"from": "human", "value": kind}]}
+        for image in range(3)
+        for kind in kinds
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(records))
+    found = of_scenes(tmp_path)
+    assert [each[0] for each in found] == ["describe the image.", "what color is it?", "describe the image."]
+    assert found[1][1] == str(tmp_path / "images" / "test" / "1.png")
