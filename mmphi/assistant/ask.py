@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmphi.errors import MmphiError
+
 STDIN = "-"
 
 
@@ -52,8 +54,17 @@ def sampling_of(options: argparse.Namespace) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi ask``."""
+    """``mmphi ask``; with ``--json``, what is wrong is JSON too."""
     options = parser().parse_args(list(arguments))
+    try:
+        return _answer(options)
+    except MmphiError as error:
+        if options.json:
+            print(json.dumps({"error": {"message": error.what, "hint": error.hint, "type": type(error).__name__}}))
+        raise
+
+
+def _answer(options: argparse.Namespace) -> int:
     question = sys.stdin.read().strip() if options.question == STDIN else options.question
     messages = [{"role": "system", "content": options.system}] if options.system else []
     parts = [{"type": "image", "image": path} for path in options.image]

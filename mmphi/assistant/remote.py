@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from mmphi.errors import SettingsError
 from mmphi.models.chat.messages import MessageError
 
 SECONDS = 10.0
+HERE = ("localhost",)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -20,6 +23,27 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
+
+
+def _check_place(host: str) -> None:
+    """That a name does not lead into this machine or its network.
+
+    An allowed prefix that itself says so, by address or as ``localhost``, is taken at its word.
+
+    Raises:
+        MessageError: If it does, or leads nowhere.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host in HERE:
+            return
+        try:
+            found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
+        except OSError as error:
+            raise MessageError(f"{host} is not known: {error}", "send the image itself, as a data: URI") from error
+        if not all(ipaddress.ip_address(each).is_global for each in found):
+            raise MessageError(f"{host} is in a network of this machine's own", "send the image itself") from None
 
 
 def fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
@@ -40,6 +64,7 @@ def fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
     def fetch(url: str) -> bytes:
         if not url.startswith(tuple(prefixes)) or "/.." in url:
             raise MessageError(f"{url[:100]} is not fetched", "send the image itself, as a data: URI")
+        _check_place(str(urlsplit(url).hostname))
         try:
             with opener.open(urllib.request.Request(url), timeout=SECONDS) as answer:
                 data: bytes = answer.read(MAX_FILE_BYTES + 1)

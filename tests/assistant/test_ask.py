@@ -77,6 +77,8 @@ def test_what_is_wrong_is_said(
 ) -> None:
     assert main(["ask", *words]) == 2
     assert why in capsys.readouterr().err
+    assert main(["ask", "--json", *words]) == 2
+    assert why in json.loads(capsys.readouterr().out)["error"]["message"]
 
 
 def test_a_store_without_models_says_what_to_do(empty_store: str, capsys: pytest.CaptureFixture[str]) -> None:

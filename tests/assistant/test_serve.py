@@ -131,6 +131,18 @@ def test_what_was_read_is_remembered_and_said(client: openai.OpenAI) -> None:
         (
             {
                 "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}
+                ]
+            },
+            400,
+            "not fetched",
+        ),
+        ({"messages": asked("x" * 10_000_000)}, 400, "letters"),
+        ({"messages": [{"role": "user", "content": asked("x", "red")[0]["content"] * 1000}]}, 400, "1000 images"),
+        ({"messages": [*asked("x"), {"role": "assistant", "content": "y"}]}, 400, "the last message is an answer"),
+        (
+            {
+                "messages": [
                     {
                         "role": "user",
                         "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}],
@@ -240,7 +252,9 @@ def test_a_model_that_does_not_see_says_so() -> None:
         assert "sees nothing" in answer.json()["error"]["message"]
 
 
-def test_urls_are_fetched_only_where_they_may_be(model: Multimodal, tmp_path: Path) -> None:
+def test_urls_are_fetched_only_where_they_may_be(
+    model: Multimodal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import functools
     import http.server
 
@@ -257,6 +271,11 @@ def test_urls_are_fetched_only_where_they_may_be(model: Multimodal, tmp_path: Pa
             with pytest.raises(MessageError):
                 fetch(url)
         files.shutdown()
+    names = {"inside.example": "127.0.0.1", "intranet.example": "10.1.2.3", "six.example": "fe80::1%eth0"}
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, _: [(2, 1, 6, "", (names[host], 0))])
+    for name in names:
+        with pytest.raises(MessageError, match="network of this machine"):
+            fetcher([f"http://{name}/"])(f"http://{name}/a.png")
     for prefix in ("https://example.org", "file:///", "/images/"):
         with pytest.raises(SettingsError):
             fetcher([prefix])
