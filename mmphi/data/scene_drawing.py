@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,6 +16,7 @@ from mmphi.data.scenes import COLORS, Scene, Thing
 
 OVERSAMPLING = 3
 NOISE = 3.0
+AHEAD = 64  # Images that are drawn and not written yet.
 
 
 def draw(scene: Scene, side: int, rng: random.Random) -> Image.Image:
@@ -31,6 +36,29 @@ def draw(scene: Scene, side: int, rng: random.Random) -> Image.Image:
     small = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((side, side, 1), np.float32)
     return Image.fromarray((small + NOISE * noise).clip(0, 255).astype(np.uint8))
+
+
+class Writing:
+    """Writes images in a thread of its own, while the next ones are drawn; what went wrong is raised in this one."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._begun: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def save(self, image: Image.Image, path: Path) -> None:
+        """Write an image, soon."""
+        self._begun.append(self._pool.submit(image.save, path))
+        while len(self._begun) > AHEAD:
+            self._begun.popleft().result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for each in self._begun:
+                each.result()
 
 
 def _ground(side: int, rng: random.Random) -> Image.Image:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from mmphi.errors import ModelError
 from mmphi.models.vision import open_clip_warnings
 
-CONTEXT = 32
 HEAD_WIDTH = 32
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt"}
 
@@ -34,6 +33,7 @@ class ClipShape:
         width: Width of the towers built from nothing.
         layers: Layers of the towers built from nothing.
         embed_dim: Width of the shared space.
+        context_length: Tokens of the longest caption, where the text tower is built from nothing.
     """
 
     image_tower: str = ""
@@ -45,6 +45,7 @@ class ClipShape:
     width: int = 128
     layers: int = 4
     embed_dim: int = 128
+    context_length: int = 32
 
 
 def model_config(chosen: ClipShape, text_tower: Path | None) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def model_config(chosen: ClipShape, text_tower: Path | None) -> dict[str, Any]:
         text = {"hf_model_name": str(text_tower), "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
         text |= {"hf_tokenizer_name": str(text_tower.parent), "hf_model_pretrained": False, "context_length": 64}
     else:
-        text = {"context_length": CONTEXT, "vocab_size": 49408, "width": chosen.width, "heads": heads}
+        text = {"context_length": chosen.context_length, "vocab_size": 49408, "width": chosen.width, "heads": heads}
         text |= {"layers": chosen.layers}
     return {"embed_dim": chosen.embed_dim, "vision_cfg": vision, "text_cfg": text}
 

@@ -37,6 +37,9 @@ class LightClipSettings(TrainingSettings):
     width: int = setting(128, "width of the towers trained from nothing", unit="units", ge=16)
     layers: int = setting(4, "layers of the towers trained from nothing", unit="layers", ge=1, le=64)
     embed_dim: int = setting(128, "width of the shared space", unit="units", ge=8)
+    context_length: int = setting(
+        32, "longest caption of a text tower trained from nothing; more of it is cut off", unit="tokens", ge=4, le=512
+    )
     steps: int = setting(600, "optimiser steps", unit="steps", ge=1)
     batch_size: int = setting(128, "images per step, over all processes", unit="images", ge=2)
     accumulation: int = setting(1, "always 1: a contrastive loss needs its whole batch at once", ge=1, le=1)
@@ -201,7 +204,7 @@ def _measure(
 
 STAGE = Stage(
     name="light_clip",
-    version=2,
+    version=3,
     help="train a small CLIP on the data's own captions",
     reads=("light_clip", *CONTENT),
     run=run,

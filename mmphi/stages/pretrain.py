@@ -106,7 +106,7 @@ def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]
 
 STAGE = Stage(
     name="pretrain",
-    version=3,
+    version=4,
     help="train a Phi-shaped language model from scratch",
     reads=("pretrain", "corpus.sources.N.path", "corpus.sources.N.weight"),
     run=run,

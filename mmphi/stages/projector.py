@@ -180,7 +180,7 @@ def _write_card(
 
 STAGE = Stage(
     name="projector",
-    version=3,
+    version=4,
     help="train the layers between image features and the frozen language model",
     reads=("projector", "language", "vision", "data"),
     run=run,

@@ -43,6 +43,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Draw every split and write the corpus."""
     from tqdm.auto import tqdm
 
+    from mmphi.data.scene_drawing import Writing, draw
     from mmphi.data.scene_text import corpus_texts
     from mmphi.data.scenes import combinations, held_out, scenes
 
@@ -52,7 +53,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     seen = [c for c in combinations() if c not in unseen]
     sizes = {"train": chosen.train_images, "validation": chosen.validation_images, "test": chosen.test_images}
     figure_scenes: list[tuple[Path, Scene]] = []
-    with tqdm(total=sum(sizes.values()), desc="scenes", unit="image") as bar:
+    with tqdm(total=sum(sizes.values()), desc="scenes", unit="image") as bar, Writing() as writing:
         for split, count in sizes.items():
             rng = random.Random(f"{split} {seed}")
             among = sorted(unseen) if split == "test" else seen
@@ -60,7 +61,8 @@ def run(ctx: Context) -> Mapping[str, float]:
             (ctx.folder / "images" / split).mkdir(parents=True, exist_ok=True)
             for number, scene in enumerate(scenes(count, rng, among)):
                 path = ctx.folder / "images" / split / f"{number:05d}.png"
-                rows += _write(scene, path, f"{split}/{path.name}", chosen.image_size, chosen.questions, rng)
+                writing.save(draw(scene, chosen.image_size, rng), path)
+                rows += _records(scene, f"{split}/{path.name}", chosen.questions, rng)
                 if len(figure_scenes) < SHOWN:
                     figure_scenes.append((path, scene))
                 bar.update()
@@ -73,10 +75,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     return {"scenes/images": sum(sizes.values()), "scenes/held_out_combinations": len(unseen)}
 
 
-def _write(
-    scene: Scene, path: Path, relative: str, side: int, question_count: int, rng: random.Random
-) -> list[dict[str, Any]]:
-    from mmphi.data.scene_drawing import draw
+def _records(scene: Scene, relative: str, question_count: int, rng: random.Random) -> list[dict[str, Any]]:
     from mmphi.data.scene_text import (
         DESCRIBE,
         WHICH_COLORS,
@@ -88,7 +87,6 @@ def _write(
         yes_no_questions,
     )
 
-    draw(scene, side, rng).save(path)
     drawn = questions(scene, question_count, rng)
     conversations = {
         "caption": [(DESCRIBE, caption(scene))],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Style = Literal["plain", "phi", "chat"]
+REMEMBERED, MOST_REMEMBERED = 200, 50_000  # Letters of a text whose tokens are remembered, and how many texts.
 MARK, AUDIO_MARK = "<image>", "<audio>"
 SYSTEM, IMAGE, QUESTION, ANSWER = "\x00system\x00", "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
 AUDIO = "\x00audio\x00"  # In a question, where a recording stands; taken out of texts from outside.
@@ -75,6 +76,7 @@ class Prompt:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style | Literal["auto"] = "auto") -> None:
         self.tokenizer = tokenizer
+        self._known: dict[str, tuple[int, ...]] = {}  # Questions and short answers come again and again.
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
         if style == "auto":
@@ -255,7 +257,12 @@ class Prompt:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text from outside: special tokens spelled in it stay plain text."""
-        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        if (known := self._known.get(text)) is not None:
+            return known
+        ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        if len(text) <= REMEMBERED and len(self._known) < MOST_REMEMBERED:
+            self._known[text] = ids
+        return ids
 
     def _encode_template(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

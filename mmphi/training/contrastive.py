@@ -73,6 +73,7 @@ class Clip(nn.Module):
         rank: int = 0,
     ) -> None:
         super().__init__()
+        model.visual.to(memory_format=torch.channels_last)  # As convolutions are computed fastest.
         self.model, self.dropout = model, dropout
         trunk = getattr(model.visual, "trunk", None)
         text = getattr(model, "text", None)
@@ -97,6 +98,8 @@ class Clip(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit embeddings of pixels (N, 3, H, W), or of the outputs of a locked tower."""
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
         head = self.model.visual.head if self.image_outputs else self.model.encode_image
         return F.normalize(head(self._drop(images, self.image_outputs)), dim=-1)
 

@@ -33,7 +33,7 @@ def grouped_adamw(
 
         optimizer: torch.optim.Optimizer = PagedAdamW32bit(given, betas=(0.9, beta2))
         return optimizer
-    return torch.optim.AdamW(given, betas=(0.9, beta2))
+    return torch.optim.AdamW(given, betas=(0.9, beta2), fused=True)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -71,7 +71,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.matrices = list(inner)
         rest = [p for name, p in trained.items() if name not in inner]
         self.muon: Any = Muon(list(inner.values()), lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95)
-        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
         super().__init__([{"params": [*inner.values()]}, {"params": rest}], {})
         self._share()
 
