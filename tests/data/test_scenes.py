@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import context
+from PIL import Image
 
 from mmphi.data.read import read_examples
-from mmphi.data.scene_drawing import draw
+from mmphi.data.scene_drawing import AHEAD, Writing, draw
 from mmphi.data.scene_text import (
     CELLS,
     DESCRIBE,
@@ -178,3 +179,23 @@ def test_corpus_is_captions_and_questions():
     assert {turn.answer for t in texts[13:20] for turn in t.turns} == {"yes", "no"}
     one = sample(combinations()[0], random.Random(0))
     assert caption(one) == "a big red circle left of a small red square"
+
+
+def test_images_are_written_while_the_next_are_drawn(tmp_path: Path) -> None:
+    drawn = [Image.effect_noise((16, 16), 30 + number) for number in range(AHEAD + 10)]
+    with Writing() as writing:
+        for number, image in enumerate(drawn):
+            writing.save(image, tmp_path / f"{number}.png")
+    for number, image in enumerate(drawn):
+        assert Image.open(tmp_path / f"{number}.png").tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("count", [1, AHEAD + 10])
+def test_what_cannot_be_written_is_told(tmp_path: Path, count: int) -> None:
+    def write() -> None:
+        with Writing() as writing:
+            for _ in range(count):
+                writing.save(Image.new("L", (4, 4)), tmp_path / "nowhere" / "a.png")
+
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write()

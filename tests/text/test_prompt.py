@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from conftest import byte_tokenizer
 
 from mmphi.errors import ModelError
-from mmphi.text.prompt import Prompt
+from mmphi.text.prompt import REMEMBERED, Prompt
+from mmphi.text.tokenizer import phi2_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -125,3 +129,33 @@ def test_template_without_an_end_of_turn_takes_the_end_of_sequence():
     prompt = Prompt(tokenizer)
     assert prompt.end == (tokenizer.eos_token_id,)
     assert written(prompt.parts([("a?", "b")]), tokenizer) == f"user: a?\nassistant: [b{END}]"
+
+
+def test_tokens_of_texts_that_come_again_are_remembered_and_the_same() -> None:
+    tokenizer = phi2_tokenizer()
+    fresh, used = Prompt(tokenizer, "plain"), Prompt(tokenizer, "plain")
+    long = "a very long text " * REMEMBERED
+    turns = [("what is it?", "a dog"), ("<|endoftext|>", "a cat"), (long, long)]
+    first = used.parts(turns)
+    asked: list[str] = []
+
+    def counted(text: str, **how: Any) -> Any:
+        asked.append(text)
+        return tokenizer(text, **how)
+
+    used.tokenizer = Counted(tokenizer, counted)  # type: ignore[assignment]
+    assert used.parts(turns) == first == fresh.parts(turns)
+    assert {each.strip() for each in asked} == {long.strip()}
+
+
+class Counted:
+    """A tokenizer that tells what it is asked."""
+
+    def __init__(self, tokenizer: Any, call: Callable[..., Any]) -> None:
+        self._tokenizer, self._call = tokenizer, call
+
+    def __call__(self, text: str, **how: Any) -> Any:
+        return self._call(text, **how)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
