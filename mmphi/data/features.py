@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from mmphi.data.records import ImageRef
 from mmphi.errors import ImageError, StoreError
 
 INDEX = "index.json"
+LOOKED = 32  # Decoded images that wait for their features to be asked for.
 
 
 class ImageFeatures(Protocol):
@@ -122,6 +124,14 @@ class Embeds(Protocol):
         """Features (N, tokens, width) of pixels (N, 3, H, W)."""
 
 
+def _version(path: Path) -> tuple[Path, int, int]:
+    """What tells a file from another that later has its name."""
+    if not path.exists():
+        return path, 0, 0
+    stat = path.stat()
+    return path, stat.st_mtime_ns, stat.st_size
+
+
 class LiveFeatures:
     """Features computed when asked for, rounded to float16 as stored ones are."""
 
@@ -129,9 +139,26 @@ class LiveFeatures:
         self.tower = tower
         self.tokens, self.width, self.digest = tower.tokens, tower.width, tower.digest
         self._unreadable: dict[Path, str] = {}
+        self._looked: OrderedDict[tuple[Path, int, int], Tensor] = OrderedDict()  # By file, time and size.
 
     def __contains__(self, image: ImageRef, /) -> bool:
         return image.path not in self._unreadable
+
+    def look(self, images: Iterable[ImageRef], /) -> None:
+        """Decode images whose features will be asked for soon, so that nobody waits for it then.
+
+        Raises:
+            ImageError: If one cannot be used.
+        """
+        for image in images:
+            pixels = self.tower.preprocess(open_image(image.path))
+            self._looked[_version(image.path)] = pixels
+            while len(self._looked) > LOOKED:
+                self._looked.popitem(last=False)
+
+    def _pixels(self, image: ImageRef) -> Tensor:
+        looked = self._looked.get(_version(image.path))
+        return self.tower.preprocess(open_image(image.path)) if looked is None else looked
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
         """Open every image once, and remember which cannot be read."""
@@ -145,7 +172,7 @@ class LiveFeatures:
         """Features of images, float16 on the CPU, (len(images), tokens, width)."""
         if not images:
             return torch.zeros(0, self.tokens, self.width, dtype=torch.float16)
-        pixels = torch.stack([self.tower.preprocess(open_image(image.path)) for image in images])
+        pixels = torch.stack([self._pixels(image) for image in images])
         return self.tower(pixels).half().cpu()
 
     def length(self, image: ImageRef, /) -> int:

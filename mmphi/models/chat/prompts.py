@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import chain
 
 from mmphi.data.encoded import image_inputs
+from mmphi.data.features import LiveFeatures
 from mmphi.data.images import open_image
 from mmphi.errors import ModelError
 from mmphi.models.chat.messages import Conversation
@@ -21,7 +22,11 @@ def check_shown(model: Multimodal, conversation: Conversation) -> None:
     """
     if any(conversation.images) and model.features is None:
         raise ModelError("this model sees nothing: it has no projector", "ask a model that `mmphi projector` trained")
-    for image in chain.from_iterable(conversation.images):
+    images = [*chain.from_iterable(conversation.images)]
+    if isinstance(model.features, LiveFeatures):
+        model.features.look(images)
+        return
+    for image in images:
         open_image(image.path)
 
 
