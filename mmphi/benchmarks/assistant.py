@@ -61,8 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     """``mmphi benchmark assistant``."""
     options = parser().parse_args(list(arguments))
     if options.side == "generate":
-        asked = bodies(pictures(options.images), options.requests, "")
-        print(json.dumps({str(size): _figures(*generate(options.folder, asked, size)) for size in (1, options.users)}))
+        rounds = asked_of(pictures(options.images), options.requests, options.users, "")
+        print(json.dumps({str(n): _figures(*generate(options.folder, asked, n)) for n, asked in rounds.items()}))
         return 0
     if bool(options.model) != bool(options.llava) and not options.load:
         raise SettingsError("--model and --llava are of one model", "give both, or neither for random weights")
@@ -123,10 +123,16 @@ def run_side(side: str, model: str, llava: Path, images: Path, requests: int, us
     if side == "generate":
         return in_process(llava, requests, images, users)
     command = mmphi_server(model, users) if side == "mmphi" else transformers_server(llava)
-    asked = bodies(pictures(images), requests, "" if side == "mmphi" else str(llava))
+    rounds = asked_of(pictures(images), requests, users, "" if side == "mmphi" else str(llava))
     with serving(command) as (address, _):
-        load(address, asked[:2], 1)  # What is compiled and reserved at first is not timed.
-        return {str(count): _figures(*load(address, asked, count)) for count in (1, users)}
+        load(address, bodies(pictures(images)[-1:], 1, rounds[1][0]["model"]), 1)  # Memory is taken at the first one.
+        return {str(count): _figures(*load(address, asked, count)) for count, asked in rounds.items()}
+
+
+def asked_of(images: Sequence[Path], requests: int, users: int, model: str) -> dict[int, list[Body]]:
+    """What one user asks, and what many ask: other pictures, where there are enough, so that nothing is known yet."""
+    asked = bodies(images, 2 * requests, model)
+    return {1: asked[:requests], users: asked[requests:]}
 
 
 def _figures(seen: Any, seconds: float) -> dict[str, Any]:

@@ -38,13 +38,13 @@ def test_all_sides_say_the_same(exported: Path) -> None:
         side: assistant.run_side(side, str(exported / "mmphi"), exported / "llava", exported / "images", 4, 2)
         for side in ("transformers", "mmphi")
     }
-    asked = bodies(assistant.pictures(exported / "images"), 4, "")
-    for users in (1, 2):
+    rounds = assistant.asked_of(assistant.pictures(exported / "images"), 4, 2, "")
+    for users, asked in rounds.items():
         looped, _ = generate(exported / "llava", asked, users)
         said = [each.text for each in looped]
         assert found["mmphi"][str(users)]["texts"] == said
         assert found["transformers"][str(users)]["texts"] == said
-        assert [each.tokens for each in looped] == [LENGTHS[0]] * 4
+        assert [each.tokens for each in looped] == [body["max_tokens"] for body in asked]
     assert len(set(said)) > 1
 
 
