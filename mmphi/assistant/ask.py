@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="mmphi ask --image photo.jpg 'what is this?'    mmphi ask --image photo.jpg --audio question.mp3",
     )
     made.add_argument("question", nargs="?", default="", help="what to ask; - reads it from standard input")
-    made.add_argument("--model", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
     made.add_argument("--image", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
     made.add_argument("--audio", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
     made.add_argument("--system", default="", help="what the model shall be")

@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="mmphi chat", description="Talk to a trained model in the terminal; /help lists what can be typed there."
     )
-    made.add_argument("--model", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
     made.add_argument("--system", default="", help="what the model shall be")
     made.add_argument("--load", default="", metavar="FILE", help="go on with a conversation that /save wrote")
     made.add_argument(

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         description="A page in the browser: type, speak or show a photo to a trained model, or to two side by side.",
         epilog=f"Beyond this machine only with a password, which is read from the variable {KEY}; the user is {USER}.",
     )
-    made.add_argument("--model", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
     made.add_argument("--beside", default="", metavar="MODEL", help="another that answers beside it")
     made.add_argument("--examples", default="", metavar="FOLDER", help="images, recordings, questions (.txt) at hand")
     made.add_argument("--host", default=HOST, help=f"where to listen [{HOST}]")
@@ -55,7 +55,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
     from mmphi.assistant.choice import choices, named
     from mmphi.assistant.page.desk import Desk
     from mmphi.assistant.page.examples import of_folder, of_store
-    from mmphi.assistant.page.layout import Look, page_of, theme
+    from mmphi.assistant.page.layout import CSS, Look, page_of, theme
     from mmphi.assistant.worker import Worker
     from mmphi.models.chat.engine import Engine
 
@@ -84,6 +84,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
             auth=(USER, key) if key else None,
             max_file_size=options.max_bytes,
             theme=theme(),
+            css=CSS,
             footer_links=[],
             ssr_mode=False,
             enable_monitoring=False,

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         " /v1/models, /health, /metrics.",
         epilog=f"A key that every request must bring is read from the variable {KEY}.",
     )
-    made.add_argument("--model", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
     made.add_argument("--name", default="", help="what the model is called to those who ask [its run or folder]")
     made.add_argument("--host", default=HOST, help=f"where to listen; beyond this machine only with a key [{HOST}]")
     made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")

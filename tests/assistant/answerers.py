@@ -28,7 +28,7 @@ import mmphi
 from mmphi.assistant import demo, pyfunc, serve
 from mmphi.assistant.api import Rules
 from mmphi.assistant.page.desk import Desk
-from mmphi.assistant.page.layout import Look, page_of, theme
+from mmphi.assistant.page.layout import CSS, Look, page_of, theme
 from mmphi.assistant.worker import Worker
 from mmphi.cli import main
 from mmphi.data.records import AudioRef
@@ -109,6 +109,7 @@ def page(models: dict[str, Multimodal], beside: str = "", most: int = 8, **look:
         ssr_mode=False,
         max_file_size=10**6,
         theme=theme(),
+        css=CSS,
         footer_links=[],
     )
     try:

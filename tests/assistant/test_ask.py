@@ -42,6 +42,7 @@ def test_the_answer_is_that_of_python(projector: Result, photo: Path, capsys: py
     words = "--image", str(photo), "--max-tokens", "6", "what is it?"
     assert said(capsys, "--model", str(projector.path), *words) == expected + "\n"
     assert said(capsys, "--model", projector.run_id, *words) == expected + "\n"
+    assert said(capsys, "--run", projector.run_id, *words) == expected + "\n"
     assert said(capsys, *words) == expected + "\n"  # The newest of the store.
     found = json.loads(said(capsys, "--json", *words))
     assert found["answer"] == expected

@@ -97,6 +97,8 @@ def test_a_photo_of_the_camera_and_the_microphones_recording(tab: Any) -> None:
     assert last_answer(tab)
     tab.locator("#first").get_by_text(f"heard: {HEARD}").wait_for()
     assert tab.locator("#first img").count() >= 1
+    assert tab.locator("#first").get_by_label("Share").count() > 0
+    assert not any(button.is_visible() for button in tab.locator("#first").get_by_label("Share").all())
 
 
 def test_examples_are_at_hand(tab: Any) -> None:

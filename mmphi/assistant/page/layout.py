@@ -21,6 +21,7 @@ KEPT_S, LOOK_S = 24 * 3600, 3600  # How long what was uploaded is kept, and how 
 # The system's fonts: those of gradio's own themes are fetched from elsewhere.
 FONT = ["system-ui", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
+CSS = '[aria-label="Share"] {display: none}'  # It would send what is shown to a site of gradio's makers.
 
 Choice = tuple[str, str]  # What a model is called, and its name.
 Shown = list[dict[str, Any]]
