@@ -64,10 +64,13 @@ def started(options: argparse.Namespace) -> Iterator[str]:
         return Worker(Engine(loaded, options.slots), options.waiting, options.time_limit)
 
     model, called = named(options.model)
-    models = choices()
-    for name, label in ((model, called), (options.beside, options.beside)):
-        if name and name not in [value for _, value in models]:
-            models.insert(0, (label, name))
+    given = [(called, model), (options.beside, options.beside)]
+
+    def models() -> list[tuple[str, str]]:
+        found = choices()
+        known = {name for _, name in found}
+        return [(label, name) for label, name in given if name and name not in known] + found
+
     desk = Desk(load)
     for name in filter(None, (model, options.beside)):
         desk.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.

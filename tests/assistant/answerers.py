@@ -101,7 +101,7 @@ def page(models: dict[str, Multimodal], beside: str = "", most: int = 8, **look:
     """The page of some models, served; yields its address."""
     desk = desk_of(models)
     names = [(f"model {name}", name) for name in models]
-    made = page_of(desk, Look(names, next(iter(models)), beside, sampling=Sampling(max_tokens=most), **look))
+    made = page_of(desk, Look(lambda: names, next(iter(models)), beside, sampling=Sampling(max_tokens=most), **look))
     _, address, _ = made.queue().launch(
         server_name="127.0.0.1",
         prevent_thread_lock=True,

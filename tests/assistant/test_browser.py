@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from answerers import HEARD, answerer, folder_of, page, recording
 
 from mmphi.assistant.page.examples import of_folder
+from mmphi.models.chat.engine import Engine
 from mmphi.models.multimodal import Multimodal
 
 CHROMIUM = os.environ.get("MMPHI_CHROMIUM") or next(
@@ -80,6 +82,30 @@ def test_it_is_typed_to_and_goes_on(tab: Any) -> None:
     assert last_answer(tab)
     tab.locator("#clear").click()
     tab.locator("#first [data-testid=user]").first.wait_for(state="detached")
+
+
+def test_while_it_answers_nothing_else_is_asked_and_clearing_ends_it(tab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step: Callable[[Engine], None] = Engine.step
+
+    def slowly(self: Engine) -> None:
+        time.sleep(0.4)
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", slowly)
+    tab.locator("#text textarea").fill("tell me all")
+    tab.locator("#send").click()
+    tab.locator("#first [data-testid=bot]").wait_for()
+    tab.locator("#retry").click()
+    tab.get_by_text("it is still answering").wait_for()
+    tab.locator("#clear").click()
+    tab.locator("#first [data-testid=user]").first.wait_for(state="detached")
+    tab.wait_for_timeout(1500)  # Nothing of the answer comes back.
+    assert tab.locator("#first [data-testid=user]").count() == 0
+    monkeypatch.setattr(Engine, "step", step)
+    tab.locator("#text textarea").fill("hello")
+    tab.locator("#send").click()
+    assert last_answer(tab)
+    assert tab.locator("#first [data-testid=user]").count() == 1
 
 
 def test_a_photo_of_the_camera_and_the_microphones_recording(tab: Any) -> None:

@@ -130,13 +130,28 @@ def test_stopping_keeps_what_was_said_and_ends_nobody_elses(models: dict[str, Mu
     desk.close()
 
 
+def test_what_is_asked_meanwhile_gets_nothing_of_the_answer(models: dict[str, Multimodal]) -> None:
+    desk, talk = desk_of(models), Talk("one", [Turn("hello")])
+    assert talk.answering
+    answering = desk.ask("me", [talk], "", SHORT)
+    next(answering)
+    talk.turns.append(Turn("and?"))
+    list(answering)
+    assert talk.turns[0].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
+    assert talk.turns[1] == Turn("and?")
+    del talk.turns[1]
+    assert not talk.answering
+    desk.close()
+
+
 @pytest.mark.usefixtures("slow")
 def test_one_who_is_gone_frees_the_place(models: dict[str, Multimodal]) -> None:
-    desk = desk_of(models)
-    answering = desk.ask("me", [Talk("one", [Turn("tell me all")])], "", Sampling(max_tokens=300))
+    desk, talk = desk_of(models), Talk("one", [Turn("tell me all")])
+    answering = desk.ask("me", [talk], "", Sampling(max_tokens=300))
     next(answering)
     next(answering)
     answering.close()  # type: ignore[attr-defined]
+    assert not talk.answering
     until = time.monotonic() + 5
     while desk.worker("one").open:
         assert time.monotonic() < until

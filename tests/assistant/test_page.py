@@ -90,6 +90,8 @@ def test_what_is_wrong_is_shown(visitor: Visitor) -> None:
         visitor.press("send", text="  ")
     with pytest.raises(RuntimeError, match="nothing was asked"):
         visitor.press("retry")
+    with pytest.raises(RuntimeError, match="minimum value"):
+        visitor.press("send", text="hello", top_p=-1)
     shown = visitor.press("send", text="hello", image=visitor.upload("a.png", picture()[:80]))
     assert "⚠" in texts(shown[3])[1][0]
     assert texts(visitor.press("send", text="hello")[3])[3] != []

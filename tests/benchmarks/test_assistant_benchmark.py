@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mmphi
 from mmphi.benchmarks import assistant
 from mmphi.benchmarks._assistant_sides import LENGTHS, QUESTIONS, bodies, generate
 from mmphi.benchmarks._load import Seen, ask, load, summary
@@ -32,8 +36,26 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return assistant.pictures(folder)
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mmphi serve` in this process: that its own starts and answers is a test of tests/assistant."""
+
+    @contextmanager
+    def serving(command: tuple[str, int]) -> Iterator[tuple[str, int]]:
+        model, slots = command
+        with served(mmphi.load(model), slots=slots) as address:
+            yield address, os.getpid()
+
+    monkeypatch.setattr(assistant, "mmphi_server", lambda model, slots: (model, slots))
+    monkeypatch.setattr(assistant, "serving", lambda of: (serving if isinstance(of, tuple) else alone)(of))
+
+
+alone = assistant.serving
+
+
+@pytest.mark.usefixtures("here")
 def test_all_sides_say_the_same(exported: Path) -> None:
-    """Servers in processes of their own, and LLaVA's loop, on the same weights."""
+    """transformers' server in a process of its own, ours, and LLaVA's loop, on the same weights."""
     found = {
         side: assistant.run_side(side, str(exported / "mmphi"), exported / "llava", exported / "images", 4, 2)
         for side in ("transformers", "mmphi")
@@ -128,6 +150,7 @@ def test_it_prints_sides_and_ratios(
     assert "10 11" in said
 
 
+@pytest.mark.usefixtures("here")
 def test_under_load_answers_are_those_of_the_question_alone(exported: Path, images: list[Path]) -> None:
     found = assistant.under_load(str(exported / "mmphi"), images, 20, 4)
     assert found["wrong"] == 0

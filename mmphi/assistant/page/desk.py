@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mmphi.assistant.worker import Ticket, Worker
@@ -67,10 +68,19 @@ class Talk:
     model: str
     turns: list[Turn] = field(default_factory=list)
 
+    @property
+    def answering(self) -> bool:
+        """Whether its last question is still being answered."""
+        return bool(self.turns) and not (self.turns[-1].done or self.turns[-1].problem)
+
     def messages(self, system: str) -> list[dict[str, Any]]:
         """All that was said, the last question open; what could not be answered is left out."""
         said = [message for turn in self.turns if not turn.problem for message in turn.messages()]
         return [{"role": "system", "content": system}, *said] if system else said
+
+
+def _tell(news: queue.SimpleQueue[tuple[int, str | None]], number: int, piece: str | None) -> None:
+    news.put((number, piece))
 
 
 class Desk:
@@ -113,25 +123,20 @@ class Desk:
             system: What the models shall be.
             sampling: How the answers are chosen.
         """
+        turns = [talk.turns[-1] for talk in talks]
         news: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
         mine: dict[int, tuple[Worker, Ticket]] = {}
-        for number, talk in enumerate(talks):
-            try:
-                asked = conversation(talk.messages(system))
-                ticket = Ticket(asked, sampling, lambda piece, number=number: news.put((number, piece)))  # type: ignore[misc]
-                worker = self.worker(talk.model)
-                worker.submit(ticket)
-                mine[number] = worker, ticket
-            except MmphiError as error:
-                talk.turns[-1].problem = str(error)
-        with self._lock:
-            self._asked.setdefault(who, []).extend(mine.values())
-        waited_for = set(mine)
         try:
+            for number, talk in enumerate(talks):
+                try:
+                    mine[number] = self._submit(who, talk, system, sampling, partial(_tell, news, number))
+                except MmphiError as error:
+                    turns[number].problem = str(error)
             yield
+            waited_for = set(mine)
             while waited_for:
                 number, piece = news.get()
-                turn, ticket = talks[number].turns[-1], mine[number][1]
+                turn, ticket = turns[number], mine[number][1]
                 own = ticket.asked.audio[-1]
                 turn.heard = " ".join(ticket.heard[-len(own) :]) if own else ""
                 turn.answer += piece or ""
@@ -140,7 +145,19 @@ class Desk:
                     turn.done, turn.problem = True, str(ticket.error or "")
                 yield
         finally:
+            for turn in turns:  # Also where nobody asks for the rest.
+                turn.done = turn.done or not turn.problem
             self._leave(who, list(mine.values()))
+
+    def _submit(
+        self, who: str, talk: Talk, system: str, sampling: Sampling, tell: Callable[[str | None], None]
+    ) -> tuple[Worker, Ticket]:
+        ticket = Ticket(conversation(talk.messages(system)), sampling, tell)
+        worker = self.worker(talk.model)
+        worker.submit(ticket)
+        with self._lock:
+            self._asked.setdefault(who, []).append((worker, ticket))
+        return worker, ticket
 
     def stop(self, who: str) -> None:
         """End the answers that somebody waits for; what was said of them stays."""

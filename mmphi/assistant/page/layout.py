@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from mmphi.errors import MmphiError
 from mmphi.models.chat.sampling import Sampling
 
 ALONE = ""
+NOBODY = ("nobody", ALONE)
 KEPT_S, LOOK_S = 24 * 3600, 3600  # How long what was uploaded is kept, and how often it is looked through.
 # The system's fonts: those of gradio's own themes are fetched from elsewhere.
 FONT = ["system-ui", "sans-serif"]
@@ -32,14 +33,14 @@ class Look:
     """What the page offers.
 
     Attributes:
-        models: To choose from.
+        models: Lists those to choose from; asked whenever somebody opens the page.
         model: Who answers at first.
         beside: Who answers beside it; nobody where empty.
         examples: At hand.
         sampling: How answers are chosen at first.
     """
 
-    models: Sequence[Choice]
+    models: Callable[[], Sequence[Choice]]
     model: str
     beside: str = ALONE
     examples: Sequence[Example] = ()
@@ -62,6 +63,18 @@ def shown(talk: Talk) -> Shown:
     return messages
 
 
+def _check_done(talks: Sequence[Talk]) -> None:
+    if any(talk.answering for talk in talks):
+        raise gr.Error("it is still answering: wait for it, or press Stop", print_exception=False)
+
+
+def _sampling(max_tokens: float, temperature: float, top_p: float, seed: float | None) -> Sampling:
+    try:
+        return Sampling(int(max_tokens), temperature, top_p, None if seed is None else int(seed))
+    except MmphiError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+
+
 def page_of(desk: Desk, look: Look) -> gr.Blocks:
     """The page.
 
@@ -69,7 +82,16 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
         desk: Who answers there.
         look: What it offers.
     """
-    names = {value: label for label, value in look.models}
+    names: dict[str, str] = {}
+
+    def listed() -> list[Choice]:
+        found = list(look.models())
+        names.update({value: label for label, value in found})
+        return found
+
+    def opened() -> list[Any]:
+        found = listed()
+        return [gr.update(choices=found), gr.update(choices=[NOBODY, *found])]
 
     def views(talks: list[Talk]) -> list[Any]:
         second = talks[1] if len(talks) > 1 else None
@@ -78,52 +100,44 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
             return [*own, gr.update(value=[], visible=False), talks]
         return [*own, gr.update(value=shown(second), label=names.get(second.model, second.model), visible=True), talks]
 
-    def chosen(model: str, beside: str) -> list[Any]:
+    def chosen(model: str, beside: str, who: gr.Request) -> list[Any]:
+        desk.stop(str(who.session_hash))
         return views([Talk(name) for name in (model, beside) if name])
 
-    def answered(
-        talks: list[Talk],
-        who: gr.Request,
-        system: str,
-        max_tokens: float,
-        temperature: float,
-        top_p: float,
-        seed: float | None,
-    ) -> Iterator[list[Any]]:
-        try:
-            how = Sampling(int(max_tokens), temperature, top_p, None if seed is None else int(seed))
-            for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
-                yield views(talks)
-        except MmphiError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    def answered(talks: list[Talk], who: gr.Request, system: str, how: Sampling) -> Iterator[list[Any]]:
+        for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
+            yield views(talks)
 
     def send(
-        text: str, image: str | None, audio: str | None, talks: list[Talk], who: gr.Request, *how: Any
+        text: str, image: str | None, audio: str | None, talks: list[Talk], who: gr.Request, system: str, *how: Any
     ) -> Iterator[list[Any]]:
         if not (text.strip() or image or audio):
             raise gr.Error("type a question, say it, or show an image", print_exception=False)
+        _check_done(talks)
+        sampling = _sampling(*how)
         for talk in talks:
             talk.turns.append(Turn(text, image or "", audio or ""))
-        for update in answered(talks, who, *how):
+        for update in answered(talks, who, system, sampling):
             yield ["", None, None, *update]
 
-    def again(talks: list[Talk], who: gr.Request, *how: Any) -> Iterator[list[Any]]:
+    def again(talks: list[Talk], who: gr.Request, system: str, *how: Any) -> Iterator[list[Any]]:
         if not talks[0].turns:
             raise gr.Error("nothing was asked yet", print_exception=False)
+        _check_done(talks)
+        sampling = _sampling(*how)
         for talk in talks:
             talk.turns[-1] = talk.turns[-1].anew()
-        yield from answered(talks, who, *how)
+        yield from answered(talks, who, system, sampling)
 
     def stop(who: gr.Request) -> None:
         desk.stop(str(who.session_hash))
 
     with gr.Blocks(title="mmphi", analytics_enabled=False, fill_height=True, delete_cache=(LOOK_S, KEPT_S)) as page:
         talks = gr.State([Talk(name) for name in (look.model, look.beside) if name])
+        found = listed()
         with gr.Row():
-            model = gr.Dropdown(list(look.models), value=look.model, label="Model", elem_id="model")
-            beside = gr.Dropdown(
-                [("nobody", ALONE), *look.models], value=look.beside, label="Beside it, to compare", elem_id="beside"
-            )
+            model = gr.Dropdown(found, value=look.model, label="Model", elem_id="model")
+            beside = gr.Dropdown([NOBODY, *found], value=look.beside, label="Beside it, to compare", elem_id="beside")
         with gr.Row():
             common: dict[str, Any] = {"height": 380, "buttons": ["copy"], "feedback_options": None}
             first = gr.Chatbot(label=names.get(look.model, look.model), elem_id="first", **common)
@@ -160,7 +174,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
                 temperature = gr.Slider(
                     0, 2, look.sampling.temperature, step=0.05, label="Temperature", info="0: the likeliest word"
                 )
-                top_p = gr.Slider(0.05, 1, look.sampling.top_p, step=0.05, label="Top-p")
+                top_p = gr.Slider(0.05, 1, look.sampling.top_p, step=0.05, label="Top-p", elem_id="top_p")
                 seed = gr.Number(look.sampling.seed, precision=0, label="Seed", info="empty: another each time")
         if look.examples:
             gr.Examples(list(look.examples), [text, image, audio], label="Examples", examples_per_page=8)
@@ -169,10 +183,14 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
         seen = [first, second, talks]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         many: dict[str, Any] = quiet | {"concurrency_limit": None}
-        gr.on([asking.click, text.submit], send, [text, image, audio, talks, *how], [text, image, audio, *seen], **many)
-        repeating.click(again, [talks, *how], seen, **many)
+        asked = [text, image, audio]
+        answers = [
+            gr.on([asking.click, text.submit], send, [*asked, talks, *how], [*asked, *seen], **many),
+            repeating.click(again, [talks, *how], seen, **many),
+        ]
         stopping.click(stop, None, None, queue=False, **quiet)
-        gr.on([model.change, beside.change, clearing.click], chosen, [model, beside], seen, **quiet)
+        gr.on([model.change, beside.change, clearing.click], chosen, [model, beside], seen, cancels=answers, **quiet)
+        page.load(opened, None, [model, beside], **quiet)
         page.unload(stop)
     made: gr.Blocks = page
     return made
