@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
+import torch
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, load_settings
@@ -25,6 +27,7 @@ SHORT = {
 
 
 def test_from_photos_to_captions(tmp_path, monkeypatch, real_models, real_photos):
+    torch.set_num_threads(os.cpu_count() or 1)  # Nothing here is compared to the bit.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     settings = load_settings("photos", SHORT, "projector")
     done = Pipeline(STAGES).build("projector", settings)
