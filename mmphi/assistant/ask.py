@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmphi.assistant.choice import model_options
 from mmphi.errors import MmphiError
 
 STDIN = "-"
@@ -23,13 +24,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="mmphi ask --image photo.jpg 'what is this?'    mmphi ask --image photo.jpg --audio question.mp3",
     )
     made.add_argument("question", nargs="?", default="", help="what to ask; - reads it from standard input")
-    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
+    model_options(made)
     made.add_argument("--image", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
     made.add_argument("--audio", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
     made.add_argument("--system", default="", help="what the model shall be")
-    made.add_argument(
-        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
-    )
     made.add_argument("--json", action="store_true", help="print the answer and how it came about as JSON")
     sampling_options(made)
     return made
@@ -86,7 +84,7 @@ def _answer(options: argparse.Namespace) -> int:
     model = mmphi.load(name, whisper=options.whisper)
     engine = Engine(model, slots=1)
     begun = time.perf_counter()
-    prompt, _ = open_prompt(model, asked, engine.length - min(sampling.max_tokens, engine.length // 2))
+    prompt, _ = open_prompt(model, asked, engine.room(sampling))
     answering = engine.submit(prompt, sampling)
     first = 0.0
     while not answering.reason:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from mmphi.assistant.ask import sampling_of, sampling_options
+from mmphi.assistant.choice import model_options
 from mmphi.assistant.talk import COMMANDS, Leave, Talk
 from mmphi.errors import MmphiError
 
@@ -18,12 +19,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="mmphi chat", description="Talk to a trained model in the terminal; /help lists what can be typed there."
     )
-    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
+    model_options(made)
     made.add_argument("--system", default="", help="what the model shall be")
     made.add_argument("--load", default="", metavar="FILE", help="go on with a conversation that /save wrote")
-    made.add_argument(
-        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
-    )
     sampling_options(made)
     return made
 

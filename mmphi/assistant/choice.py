@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import time
 from pathlib import Path
 from typing import Any
 
 from mmphi.errors import StoreError
+
+
+def model_options(made: argparse.ArgumentParser) -> None:
+    """Add what says which model it is, and who hears for it."""
+    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument(
+        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
+    )
 
 
 def _talking() -> list[str]:

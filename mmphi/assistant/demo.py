@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from mmphi.assistant.ask import sampling_of, sampling_options
-from mmphi.assistant.serve import HOST, KEY
+from mmphi.assistant.choice import model_options
+from mmphi.assistant.serve import HOST, KEY, key_for
 from mmphi.errors import SettingsError
 
 PORT = 7860
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         description="A page in the browser: type, speak or show a photo to a trained model, or to two side by side.",
         epilog=f"Beyond this machine only with a password, which is read from the variable {KEY}; the user is {USER}.",
     )
-    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
+    model_options(made)
     made.add_argument("--beside", default="", metavar="MODEL", help="another that answers beside it")
     made.add_argument("--examples", default="", metavar="FOLDER", help="images, recordings, questions (.txt) at hand")
     made.add_argument("--host", default=HOST, help=f"where to listen [{HOST}]")
@@ -34,9 +34,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--waiting", type=int, default=32, help="questions that may wait beside them [32]")
     made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
     made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest photo or recording [67108864]")
-    made.add_argument(
-        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
-    )
     sampling_options(made)
     return made
 
@@ -77,7 +74,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
     examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_store()
     look = Look(models, model, options.beside, examples, sampling_of(options))
     page = page_of(desk, look)
-    key = os.environ.get(KEY, "")
+    key = key_for(options.host)
     try:
         _, address, _ = page.queue(max_size=options.waiting).launch(
             server_name=options.host,
@@ -106,8 +103,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
 def main(arguments: Sequence[str]) -> int:
     """``mmphi demo``."""
     options = parser().parse_args(list(arguments))
-    if options.host not in (HOST, "localhost", "::1") and not os.environ.get(KEY):
-        raise SettingsError(f"--host {options.host} lets others ask, and there is no password", f"set {KEY}")
+    key_for(options.host)  # Before a model is loaded for nothing.
     with started(options) as address:
         print(f"{address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from mmphi.assistant.choice import model_options
 from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         " /v1/models, /health, /metrics.",
         epilog=f"A key that every request must bring is read from the variable {KEY}.",
     )
-    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
+    model_options(made)
     made.add_argument("--name", default="", help="what the model is called to those who ask [its run or folder]")
     made.add_argument("--host", default=HOST, help=f"where to listen; beyond this machine only with a key [{HOST}]")
     made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
@@ -41,10 +42,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--allow-url", action="append", default=[], metavar="PREFIX", help="fetch images whose URL begins so [none]"
     )
-    made.add_argument(
-        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
-    )
     return made
+
+
+def key_for(host: str) -> str:
+    """The key or password that everybody must bring; empty where there is none.
+
+    Raises:
+        SettingsError: If others may ask there, and there is none.
+    """
+    key = os.environ.get(KEY, "")
+    if host not in (HOST, "localhost", "::1") and not key:
+        raise SettingsError(f"--host {host} lets others ask, and there is no key", f"set {KEY}")
+    return key
 
 
 def application_of(
@@ -76,9 +86,7 @@ def application_of(
 def main(arguments: Sequence[str]) -> int:
     """``mmphi serve``."""
     options = parser().parse_args(list(arguments))
-    key = os.environ.get(KEY, "")
-    if options.host not in (HOST, "localhost", "::1") and not key:
-        raise SettingsError(f"--host {options.host} lets others ask, and there is no key", f"set {KEY}")
+    key = key_for(options.host)
 
     import uvicorn
 

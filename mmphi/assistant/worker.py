@@ -168,8 +168,7 @@ class Worker:
 
     def _begin(self, ticket: Ticket) -> None:
         # Written here and not in the other thread: a tokenizer may not be used by two at once.
-        longest = self.engine.length - min(ticket.sampling.max_tokens, self.engine.length // 2)
-        prompt, _ = open_prompt(self.engine.model, ticket.asked, longest, checked=True)
+        prompt, _ = open_prompt(self.engine.model, ticket.asked, self.engine.room(ticket.sampling), checked=True)
         ticket.prompt_tokens = len(prompt)
         ticket._answering = self.engine.submit(prompt, ticket.sampling)
 

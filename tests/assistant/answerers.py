@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import socket
 import threading
 import time
 import wave
@@ -30,6 +29,7 @@ from mmphi.assistant.api import Rules
 from mmphi.assistant.page.desk import Desk
 from mmphi.assistant.page.layout import CSS, Look, page_of, theme
 from mmphi.assistant.worker import Worker
+from mmphi.benchmarks._assistant_sides import free_port
 from mmphi.cli import main
 from mmphi.data.records import AudioRef
 from mmphi.models.chat.engine import Engine
@@ -235,9 +235,3 @@ def all_ways(
     row = pd.DataFrame([{"question": text, "image": data[image], "audio": data[audio]}])
     found["mlflow"] = pyfunc.Answerer(loaded).predict(row, {"max_tokens": WORDS})["answer"][0]
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -20,7 +20,7 @@ def opened(engine: Engine, messages: Sequence[Mapping[str, Any]], **how: Any) ->
 
 def _prompt(engine: Engine, asked: Conversation, sampling: Sampling) -> Sample:
     """A conversation, with room for an answer."""
-    return open_prompt(engine.model, asked, engine.length - min(sampling.max_tokens, engine.length // 2))[0]
+    return open_prompt(engine.model, asked, engine.room(sampling))[0]
 
 
 def read_all(conversations: Sequence[Sequence[Mapping[str, Any]]], *, files: bool = True) -> list[Conversation]:

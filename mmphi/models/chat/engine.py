@@ -102,6 +102,10 @@ class Engine:
         """Answers that are waited for or given."""
         return len(self._waiting) + len(self._reading) + len(self._saying)
 
+    def room(self, sampling: Sampling) -> int:
+        """Tokens that a prompt may have, so that its answer fits; half of all there are at least."""
+        return self.length - min(sampling.max_tokens, self.length // 2)
+
     def submit(self, prompt: Sample, sampling: Sampling) -> Answering:
         """Let a prompt be answered by the steps that follow.
 
