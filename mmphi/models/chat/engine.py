@@ -146,17 +146,23 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Let everybody who has a slot read on, or say one token."""
+        """Let everybody who has a slot read on, or say one token.
+
+        Who comes to the end of a prompt says its first token, and the others wait with theirs for the next step: a
+        first word is given out as soon as it is there, and not after one more pass over the model.
+        """
         while self._waiting and (free := self._free()):
             self._seat(self._waiting.popleft(), free)
+        begun = False
         for slot, answering in list(self._reading.items()):
             try:
-                self._read(slot, answering)
+                begun |= self._read(slot, answering)
             except Exception as error:  # Whatever is wrong with this one, the others are answered.
                 self._held[slot] = []
                 answering.error = error
                 self.cancel(answering)
-        self._say()
+        if not begun:
+            self._say()
 
     def _free(self) -> list[int]:
         return [s for s in range(self.slots.slots) if s not in self._reading and s not in self._saying]
@@ -175,17 +181,19 @@ class Engine:
         self._held[slot] = answering.memory[: answering.read]
         self._reading[slot] = answering
 
-    def _read(self, slot: int, answering: Answering) -> None:
-        """Read the next chunk of a prompt; at its end say the first token."""
+    def _read(self, slot: int, answering: Answering) -> bool:
+        """Read the next chunk of a prompt; at its end say the first token. Whether it came to its end."""
         start = answering.read
         end = _whole(min(start + CHUNK, len(answering.prompt)), answering.prompt)
         logits = self._forward([slot], [start], self._embeddings(answering.prompt, start, end))
         answering.read = end
         self._held[slot] = answering.memory[:end]
-        if end == len(answering.prompt):
-            del self._reading[slot]
-            self._saying[slot] = answering
-            self._heard(slot, logits[0])
+        if end < len(answering.prompt):
+            return False
+        del self._reading[slot]
+        self._saying[slot] = answering
+        self._heard(slot, logits[0])
+        return True
 
     def _embeddings(self, prompt: Sample, start: int, end: int) -> Tensor:
         """Of the places from one to another, (1, end - start, W)."""
