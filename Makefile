@@ -46,7 +46,7 @@ types: $(VENV)/ready
 	$(BIN)/mypy
 
 tests: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 cloud: $(VENV)/ready $(SKY)/tried
 	test ! -f $(SKY)/ready || export MMPHI_SKY="$(CURDIR)/$(SKY)/bin/python"; $(BIN)/pytest -m cloud tests/test_cloud.py

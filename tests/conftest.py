@@ -161,6 +161,15 @@ TINY_CLIP = {
 }
 
 
+LONGEST = ("test_mlproject.py", "test_whole.py", "test_qlora.py", "test_pretrain_texts.py", "test_driver.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process is left alone with one of them at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> str:
     """An open_clip configuration of a ViT small enough for a test."""

@@ -1,4 +1,4 @@
-"""No import runs upward: cli, stages, (evaluation, training, models), data, text, settings, errors."""
+"""No import runs upward: cli, stages, (evaluation, training, textgen, models), data, text, settings, errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ FLOORS = [
     {"text"},
     {"data"},
     {"models"},
+    {"textgen"},
     {"training", "evaluation"},
     {"stages"},
     {"assistant", "benchmarks", "describe", "harness"},

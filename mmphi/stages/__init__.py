@@ -9,6 +9,7 @@ from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
 from mmphi.settings.qlora import QloraSettings
 from mmphi.settings.speech import SpeechSettings
+from mmphi.settings.textgen import StoreSettings, TextgenSettings
 from mmphi.stages import (
     embed,
     evaluate,
@@ -21,6 +22,7 @@ from mmphi.stages import (
     qlora,
     scenes,
     speech,
+    textgen,
     tokens,
     transcribe,
 )
@@ -38,6 +40,7 @@ STAGES: dict[str, Stage] = {
     module.STAGE.name: module.STAGE
     for module in (
         scenes,
+        textgen,
         tokens,
         pretrain,
         light_clip,
@@ -62,6 +65,8 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     vision: VisionSettings = VisionSettings()
     language: LanguageSettings = LanguageSettings()
+    textgen: TextgenSettings = TextgenSettings()
+    store: StoreSettings = StoreSettings()
     corpus: CorpusSettings = CorpusSettings()
     pretrain: PretrainSettings = PretrainSettings()
     light_clip: LightClipSettings = LightClipSettings()

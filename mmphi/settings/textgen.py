@@ -1,0 +1,50 @@
+"""The sections of text that a language model writes, and of the store of it that is kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmphi.settings.declare import Section, setting
+
+
+class TextgenSettings(Section):
+    """Text that a language model writes: who writes, what, how, and where it waits for its readers."""
+
+    model: str = setting("microsoft/phi-2", "hub name or folder of the model that writes", file="name")
+    revision: str = setting("", "revision of a hub model; empty takes the newest, and notes which that was")
+    tokenizer: str = setting("", "hub name, folder or phi-2 (built offline); empty takes the model's own", file="name")
+    precision: Literal["fp32", "bf16", "8bit", "4bit"] = setting("fp32", "weights of the model")
+    prompted: float = setting(
+        0.5, "share of the documents that are asked for by a prompt; the others follow the begin of text", ge=0, le=1
+    )
+    temperature: float = setting(1.0, "logits are divided by it; 1 draws from the model itself", gt=0, le=10)
+    top_p: float = setting(1.0, "draw only from the likeliest tokens with this share; 1 from all", gt=0, le=1)
+    top_k: int = setting(0, "draw only from so many likeliest tokens; 0 from all", ge=0)
+    max_tokens: int = setting(512, "longest document", unit="tokens", ge=1)
+    seed: int = setting(0, "seed of prompts and samples", ge=0)
+    stop: str = setting("store", "when enough is written: store (it is full), documents 1k, tokens 2M, time 20m")
+    store_only: bool = setting(False, "write nothing: fill the store from corpus.sources")
+    generators: int = setting(
+        0,
+        "processes that write on this machine; 0 takes one per GPU, or per core pair",
+        unit="processes",
+        ge=0,
+        matters=False,
+    )
+    backend: Literal["auto", "transformers", "vllm"] = setting(
+        "auto", "what draws the tokens; auto takes vLLM where it is installed and there is a GPU", matters=False
+    )
+    batch: int = setting(16, "documents that a generator writes at once", unit="documents", matters=False, ge=1)
+    shard_documents: int = setting(32, "documents of a shard", unit="documents", matters=False, ge=1)
+    spool: str = setting("", "folder or fsspec URL of the spool; empty takes one in the run's folder", matters=False)
+    spool_mb: float = setting(64.0, "most that waits in the spool", unit="MB", matters=False, gt=0)
+    host: str = setting("", "name of this machine among several that write into one spool", matters=False)
+
+
+class StoreSettings(Section):
+    """What of generated text is kept: clean, without copies, of limited size."""
+
+    megabytes: float = setting(100.0, "most that the store has, compressed", unit="MB", gt=0)
+    shortest: int = setting(50, "shortest document", unit="words", ge=1)
+    longest: int = setting(100_000, "longest document", unit="words", ge=1)
+    language: str = setting("eng", "language of the documents, by its ISO 639-3 code")

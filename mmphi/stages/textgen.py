@@ -1,0 +1,205 @@
+"""Stage ``textgen``: many processes write text, and the best of it is kept in a store of limited size."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmphi.errors import DataError, SettingsError
+from mmphi.pipeline.stage import Context, Cost, Stage
+from mmphi.settings.corpus import CorpusSettings
+from mmphi.settings.textgen import StoreSettings, TextgenSettings
+from mmphi.settings.view import SettingsView
+
+if TYPE_CHECKING:
+    from mmphi.textgen.fleet import Fleet
+    from mmphi.textgen.reader import Reader
+    from mmphi.textgen.store import Ledger, Store
+
+LOOK_S = 1.0
+METRICS_S = 10.0
+STORE, SPOOL, FLEET = "store", "spool", "generators"
+
+
+def check(settings: SettingsView) -> None:
+    """A stop that can be read; sources where nothing is generated."""
+    from mmphi.textgen.enough import parse_enough
+
+    chosen = settings(TextgenSettings)
+    parse_enough(chosen.stop)
+    if chosen.store_only:
+        from mmphi.data.texts import check_sources
+
+        sources = settings(CorpusSettings).sources
+        if not sources:
+            raise SettingsError("--store_only fills the store from texts that are there", "name them: --corpus '[...]'")
+        check_sources([source.path for source in sources])
+
+
+def cost(settings: SettingsView) -> Cost:
+    """The store, and the spool beside it."""
+    spool = 0 if settings(TextgenSettings).store_only else settings(TextgenSettings).spool_mb
+    return Cost(int((settings(StoreSettings).megabytes + spool) * 1e6))
+
+
+def run(ctx: Context) -> Mapping[str, float]:
+    """Fill the store, and say what it is."""
+    store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE, ctx.tracker.say)
+    begun = time.monotonic()
+    if ctx.settings(TextgenSettings).store_only:
+        _from_texts(ctx, store)
+    else:
+        _from_generators(ctx, store)
+    ledger = store.ledger
+    if not ledger.documents:
+        why = max(ledger.dropped, key=lambda reason: ledger.dropped[reason], default="nothing was written")
+        raise DataError(f"no document was worth keeping: {why}", "see store.shortest and store.language")
+    return told(ctx, ledger, time.monotonic() - begun)
+
+
+def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> Store:
+    """The store that the settings describe; goes on with what is there."""
+    from mmphi.textgen.quality import Quality
+    from mmphi.textgen.store import Store
+
+    quality = Quality(chosen.shortest, chosen.longest, chosen.language)
+    return Store(folder, int(chosen.megabytes * 1e6), quality, chosen.language, say)
+
+
+def _from_texts(ctx: Context, store: Store) -> None:
+    """From files and datasets: documents are judged in their order."""
+    from tqdm.auto import tqdm
+
+    from mmphi.data.texts import TextReport
+    from mmphi.textgen.texts import documents_of
+
+    for source in ctx.settings(CorpusSettings).sources:
+        report = TextReport()
+        done = store.ledger.position.get(source.title, 0)
+        with tqdm(desc=f"store: {source.title}", unit="doc", initial=done) as bar:
+            for number, document in enumerate(documents_of(source, report)):
+                if number < done:
+                    continue
+                store.offer([document], source.title, number + 1)
+                bar.update()
+                if store.ledger.full:
+                    break
+        for line in report.lines():
+            ctx.tracker.say(f"{source.title}: {line}")
+        for reason, count in report.skipped.items():
+            store.ledger.dropped[reason] = store.ledger.dropped.get(reason, 0) + count
+    store.commit()
+
+
+def _from_generators(ctx: Context, store: Store) -> None:
+    """From the spool, while generators fill it."""
+    from mmphi.textgen.enough import parse_enough
+    from mmphi.textgen.fleet import Fleet
+    from mmphi.textgen.reader import Reader
+    from mmphi.textgen.sampling import chosen_backend
+    from mmphi.textgen.spool import Spool
+    from mmphi.textgen.table import LiveTable
+
+    chosen = ctx.settings(TextgenSettings)
+    backend, why = chosen_backend(chosen.backend)
+    ctx.tracker.say(f"tokens are drawn by {backend}: {why}")
+    ctx.tracker.tags({"mmphi.backend": backend})
+    url = chosen.spool or str(ctx.folder / SPOOL)
+    reader = Reader(Spool(url, say=ctx.tracker.say), store.committed, ctx.tracker.say)
+    enough = parse_enough(chosen.stop)
+    with Fleet(chosen, url, ctx.folder / FLEET, backend, ctx.tracker.say) as fleet:
+        begun = noted = time.monotonic()
+        with LiveTable(fleet.rows, lambda: _below(reader, store.ledger, int(chosen.spool_mb * 1e6))) as table:
+            while not enough.reached(store.ledger, time.monotonic() - begun):
+                fleet.watch()
+                taken = False
+                for name, documents in reader.everything():
+                    store.offer(documents, name.stream, name.number + 1)
+                    taken = True
+                reader.let_go_before(store.committed)
+                table.show()
+                if time.monotonic() - noted > METRICS_S:
+                    noted = time.monotonic()
+                    ctx.tracker.metrics(_metrics(fleet, store.ledger), step=int(noted - begun))
+                if not taken:
+                    time.sleep(LOOK_S)
+    for name, documents in reader.everything():  # What they had open when they were told to end.
+        store.offer(documents, name.stream, name.number + 1)
+    store.commit()
+    reader.let_go_before(store.committed)
+    for own in (SPOOL, FLEET):  # All of it is in the store or was dropped.
+        shutil.rmtree(ctx.folder / own, ignore_errors=True)
+    ctx.tracker.table("generators", fleet.rows())
+    ctx.tracker.metrics({"textgen/broken_shards": reader.broken})
+
+
+def _metrics(fleet: Fleet, ledger: Ledger) -> dict[str, float]:
+    rows = fleet.rows()
+    return {
+        "textgen/documents": sum(row["documents"] for row in rows),
+        "textgen/tokens": sum(row["tokens"] for row in rows),
+        "textgen/tokens_per_s": sum(row["tokens/s"] for row in rows),
+        "textgen/kept": ledger.documents,
+        "textgen/store_mb": ledger.bytes / 1e6,
+    }
+
+
+def _below(reader: Reader, ledger: Ledger, limit: int) -> str:
+    """Spool, store and what was dropped, in a line."""
+    dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(ledger.dropped.items(), key=lambda i: -i[1]))
+    waits = reader.spool.size()
+    return (
+        f"spool {waits / 1e6:.2f} of {limit / 1e6:.0f} MB; store {ledger.documents:,} documents in"
+        f" {ledger.bytes / 1e6:.2f} MB; dropped: {dropped or 'nothing'}"
+    )
+
+
+def told(ctx: Context, ledger: Ledger, seconds: float) -> dict[str, float]:
+    """Write what a store is, and give its figures."""
+    from mmphi.textgen.datasheet import datasheet
+    from mmphi.textgen.store import floors
+
+    chosen = ctx.settings(TextgenSettings)
+    sections = {"textgen": chosen.model_dump(), "store": ctx.settings(StoreSettings).model_dump()}
+    settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    sheet = datasheet(ledger, settings, run_id=ctx.tracker.run_id, when=when)
+    (ctx.folder / STORE / "README.md").write_text(sheet)
+    ctx.tracker.text("datasheet.md", sheet)
+    ctx.tracker.tags({"mmphi.store": ledger.digest})
+    rows = [
+        {"reason": reason, "documents": count, **(ledger.examples.get(reason) or [{}])[0]}
+        for reason, count in sorted(ledger.dropped.items(), key=lambda item: -item[1])
+    ]
+    if rows:
+        ctx.tracker.table("dropped", rows)
+    figures = {
+        "textgen/documents": float(ledger.documents),
+        "textgen/dropped": float(sum(ledger.dropped.values())),
+        "textgen/tokens": float(ledger.tokens),
+        "textgen/store_mb": ledger.bytes / 1e6,
+        "textgen/seconds": seconds,
+    }
+    for kind, loss in floors(ledger).items():
+        figures[f"textgen/floor_{kind}"] = loss
+    if not ledger.scored and not chosen.store_only:
+        ctx.tracker.say(
+            f"no floor: temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, top-k {chosen.top_k} draw from"
+            " another distribution than the generator's, whose loss its own text then does not tell"
+        )
+    return figures
+
+
+STAGE = Stage(
+    name="textgen",
+    version=1,
+    help="let a language model write text, many processes at once, and keep the best of it",
+    reads=("textgen", "store", "corpus.sources"),
+    run=run,
+    check=check,
+    cost=cost,
+)

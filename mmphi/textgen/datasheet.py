@@ -1,0 +1,73 @@
+"""What a store is, for whoever finds it: after Gebru et al. 2021, "Datasheets for Datasets"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmphi.textgen.store import Ledger, floors
+
+HEAD = """# Datasheet
+
+## Composition
+"""
+
+
+def datasheet(ledger: Ledger, settings: Mapping[str, Any], *, run_id: str, when: str) -> str:
+    """The datasheet of a store, in markdown.
+
+    Args:
+        ledger: What it holds.
+        settings: It was made by.
+        run_id: It was made in.
+        when: It was finished.
+    """
+    judged = ledger.documents + sum(ledger.dropped.values())
+    rows = [
+        ("documents", f"{ledger.documents:,} of {judged:,} that were judged"),
+        ("characters", f"{ledger.characters:,}"),
+        ("tokens of the generator", f"{ledger.tokens:,}" if ledger.tokens else "none: no generator wrote it"),
+        ("compressed", f"{ledger.bytes / 1e6:.2f} MB in {len(ledger.shards)} shards"),
+        ("digest (sha256 of the shards' digests)", f"`{ledger.digest}`"),
+        ("made", f"{when}, in run `{run_id}`"),
+    ]
+    lines = [HEAD, "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", "Sources:", ""]
+    lines += [f"- {name}: {count:,} documents" for name, count in sorted(ledger.generators.items())]
+    if found := floors(ledger):
+        lines += [
+            "",
+            "Loss of the generator on its own text in nats per token, below which no student can be expected:",
+            "",
+        ]
+        lines += [
+            f"- {KINDS[kind]}: {loss:.4f}, {ledger.scored[kind]:,} tokens" for kind, loss in sorted(found.items())
+        ]
+    lines += ["", "## How it was made", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in settings.items()]
+    lines += ["", "## What was dropped, and why", ""]
+    if ledger.dropped:
+        lines += ["| reason | documents | such as |", "|---|---|---|"]
+        for reason, count in sorted(ledger.dropped.items(), key=lambda item: -item[1]):
+            shown = ledger.examples.get(reason, [])
+            lines.append(f"| {reason} | {count:,} | {_example(shown[0]) if shown else ''} |")
+    else:
+        lines.append("Nothing.")
+    lines += [
+        "",
+        "## Use",
+        "",
+        '`datasets.load_dataset("json", data_files="*.jsonl.zst")` reads it; so does `mmphi pretrain --source store`.',
+        "Text that a model wrote says what is likely, not what is true: it teaches a language, not facts. Its licence",
+        "is that of the model that wrote it, or of the files it was read from.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+KINDS = {"free": "text that follows the begin of text alone", "prompted": "text that was asked for, given its prompt"}
+
+
+def _example(shown: Mapping[str, str]) -> str:
+    begin = " ".join(shown["begin"].split())[:80].replace("|", "\\|")
+    of = f" (a copy of {shown['copy of']})" if "copy of" in shown else ""
+    return f"`{shown['id']}`: {begin}{of}"

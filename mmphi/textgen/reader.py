@@ -1,0 +1,60 @@
+"""Whoever reads a spool: every shard once, each stream in the order of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from mmphi.errors import DataError
+from mmphi.textgen.documents import Document, ShardName
+from mmphi.textgen.spool import Held, Spool
+
+
+class Reader:
+    """Takes shards out of a spool; what was taken stays there until it is let go of.
+
+    Args:
+        spool: Where from.
+        position: By stream, the number of the shard that comes next: as :attr:`position` was.
+        say: Told of shards that are broken or missing.
+
+    Attributes:
+        position: By stream, the number of the shard that comes next.
+        broken: Shards that were set aside, or are missing.
+    """
+
+    def __init__(
+        self, spool: Spool, position: Mapping[str, int] | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        self.spool, self.say = spool, say
+        self.position: dict[str, int] = dict(position or {})
+        self.broken = 0
+
+    def waiting(self) -> list[Held]:
+        """Shards that were not taken yet: the first of every stream, then the second of every stream, and so on."""
+        left = [h for h in self.spool.held() if h.name.number >= self.position.get(h.name.stream, 0)]
+        return sorted(left, key=lambda h: (h.name.number - self.position.get(h.name.stream, 0), h.name.stream))
+
+    def take(self, name: ShardName) -> list[Document]:
+        """The documents of a shard that waits; none where it is broken, which is counted and told."""
+        expected = self.position.get(name.stream, 0)
+        if name.number > expected:  # A stream is written in order: what is not there by now was lost or set aside.
+            self.broken += name.number - expected
+            self.say(f"{name.number - expected} shards of {name.stream} before {name} are missing")
+        self.position[name.stream] = name.number + 1
+        try:
+            return self.spool.read(name)
+        except DataError as error:
+            self.broken += 1
+            self.say(error.what)
+            return []
+
+    def everything(self) -> Iterator[tuple[ShardName, list[Document]]]:
+        """All shards that wait now, one after the other."""
+        for held in self.waiting():
+            yield held.name, self.take(held.name)
+
+    def let_go_before(self, position: Mapping[str, int]) -> None:
+        """Delete every shard before a position."""
+        for held in self.spool.held():
+            if held.name.number < position.get(held.name.stream, 0):
+                self.spool.let_go(held.name)

@@ -1,0 +1,186 @@
+"""The bounded place between those who write and those who read: a folder, or any URL that fsspec knows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mmphi.errors import DataError, StoreError, disk_is_full
+from mmphi.textgen.documents import Document, ShardName, unpacked
+
+SHARDS, BAD = "shards", "bad"
+WAIT_S = 0.5
+PATIENCE_S = 600.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A shard in the spool.
+
+    Attributes:
+        name: Its name.
+        bytes: Compressed.
+    """
+
+    name: ShardName
+    bytes: int
+
+
+class Spool:
+    """Shards that were written and not yet let go.
+
+    A shard is there whole or not at all. What does not answer, or has no room, is asked again until ``patience_s`` is
+    over: a bucket may be gone for minutes, and a disk that is full now may have room when a reader has let go of
+    something.
+
+    Args:
+        url: Folder, or URL of a bucket.
+        limit: Bytes that all shards together may have; 0 for any.
+        say: Told what is waited for, once each time.
+        patience_s: How long anything is waited for.
+        stopping: Asked while waiting; waiting ends when it says so.
+        **options: Of the file system, such as ``endpoint_url``.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limit: int = 0,
+        *,
+        say: Callable[[str], None] = print,
+        patience_s: float = PATIENCE_S,
+        stopping: Callable[[], bool] = lambda: False,
+        **options: Any,
+    ) -> None:
+        import fsspec
+
+        self.url, self.limit, self.say, self.patience_s, self.stopping = url, limit, say, patience_s, stopping
+        try:
+            found, root = fsspec.core.url_to_fs(url, **options)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"{url} is no spool: {error}", "give a folder, or a URL that fsspec knows") from error
+        self.files: Any = found
+        self.root = str(root).rstrip("/")
+        self.waited_s = 0.0
+        self._local = "file" in (found.protocol if isinstance(found.protocol, tuple) else (found.protocol,))
+        if self._local:
+            for name in (SHARDS, BAD):
+                self.files.makedirs(f"{self.root}/{name}", exist_ok=True)
+
+    def put(self, name: ShardName, content: bytes) -> bool:
+        """Write a shard as soon as there is room for it.
+
+        Returns:
+            Whether it was written: not where waiting was ended.
+        """
+        # For as long as it takes: readers that are slow are nothing wrong.
+        if not self._until(lambda: self._has_room(len(content)), "readers to let go of something", math.inf):
+            return False
+        return self._asked(lambda: self._write(f"{self.root}/{SHARDS}/{name}", content)) is not None
+
+    def held(self) -> list[Held]:
+        """All shards, stream by stream in the order of their numbers."""
+        found = self._asked(self._list) or []
+        return sorted(found, key=lambda held: held.name)
+
+    def read(self, name: ShardName) -> list[Document]:
+        """The documents of a shard.
+
+        Raises:
+            DataError: If it is broken; it is set aside then.
+        """
+        content = self._asked(lambda: self.files.cat_file(f"{self.root}/{SHARDS}/{name}"))
+        if content is None:
+            raise StoreError(f"{name} was not read: waiting was ended")
+        try:
+            return unpacked(content, str(name))
+        except DataError as error:
+            self._asked(lambda: self.files.mv(f"{self.root}/{SHARDS}/{name}", f"{self.root}/{BAD}/{name}") or True)
+            raise DataError(f"{error.what}: set aside in {self.root}/{BAD}") from error
+
+    def let_go(self, name: ShardName) -> None:
+        """Delete a shard; one that is gone already is no error."""
+        self._asked(lambda: self._delete(f"{self.root}/{SHARDS}/{name}"))
+
+    def size(self) -> int:
+        """Bytes of all shards together."""
+        return sum(held.bytes for held in self.held())
+
+    def _has_room(self, size: int) -> bool:
+        if not self.limit:
+            return True
+        held = self.size()
+        return held + size <= self.limit or not held  # One that is larger than the spool alone goes alone.
+
+    def _list(self) -> list[Held]:
+        self.files.invalidate_cache()
+        try:
+            found = self.files.ls(f"{self.root}/{SHARDS}", detail=True)
+        except FileNotFoundError:
+            return []  # A bucket has no folders before there is something in them.
+        named = ((ShardName.parse(each["name"].rsplit("/", 1)[-1]), each["size"]) for each in found)
+        return [Held(name, int(size or 0)) for name, size in named if name is not None]
+
+    def _write(self, path: str, content: bytes) -> bool:
+        if not self._local:
+            self.files.pipe_file(path, content)  # Object stores show an object when it is whole.
+            return True
+        part = f"{path}.part"
+        try:
+            self.files.pipe_file(part, content)
+            self.files.mv(part, path)
+        except OSError:
+            if self.files.exists(part):
+                self.files.rm_file(part)  # Half of it would take the room that is waited for.
+            raise
+        return True
+
+    def _delete(self, path: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            self.files.rm_file(path)
+        return True
+
+    def _asked(self, act: Callable[[], T]) -> T | None:
+        """What a file system says, asked again while it does not answer; ``None`` where waiting was ended."""
+        found: list[T] = []
+        why: list[Exception] = []
+
+        def tried() -> bool:
+            try:
+                found.append(act())
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # Each file system has errors of its own.
+                if self._local and not disk_is_full(error):
+                    raise
+                why[:] = [error]
+                return False
+            return True
+
+        if self._until(tried, lambda: "the disk to have room" if disk_is_full(why[0]) else f"an answer ({why[0]})"):
+            return found[0]
+        return None
+
+    def _until(
+        self, happened: Callable[[], bool], what: str | Callable[[], str], patience_s: float | None = None
+    ) -> bool:
+        """Wait until something happened; whether it did, and waiting was not ended."""
+        begun, pause = time.monotonic(), WAIT_S
+        while not happened():
+            waited = time.monotonic() - begun
+            why = what if isinstance(what, str) else what()
+            if waited > (self.patience_s if patience_s is None else patience_s):
+                raise StoreError(f"the spool {self.url} waited {waited:.0f} s for {why}", "see to it, and start again")
+            if pause == WAIT_S:
+                self.say(f"the spool {self.url} waits for {why}")
+            if self.stopping():
+                return False
+            time.sleep(pause)
+            self.waited_s += pause
+            pause = min(2 * pause, 10.0)
+        return True

@@ -1,0 +1,96 @@
+"""Generators of a small model: what they write is what they say it is, and one that is killed costs its open shard."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_language
+
+from mmphi.errors import ModelError
+from mmphi.models.language import load_language
+from mmphi.settings import LanguageSettings
+from mmphi.settings.textgen import TextgenSettings
+from mmphi.textgen.fleet import HOPELESS, Fleet
+from mmphi.textgen.generator import Wants
+from mmphi.textgen.reader import Reader
+from mmphi.textgen.spool import Spool
+
+NEAR = 1e-3  # Nats per token.
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A model with random weights that comes to an end now and then."""
+    folder = tmp_path_factory.mktemp("writer")
+    model = tiny_language(initializer_range=0.05)
+    model.model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def settings_of(writer, **changes):
+    small = {"model": writer, "generators": 2, "batch": 4, "max_tokens": 24, "shard_documents": 6, "host": "here"}
+    return TextgenSettings(**(small | changes))
+
+
+def until(happened, seconds=120):
+    begun = time.monotonic()
+    while not happened():
+        assert time.monotonic() - begun < seconds, "it never happened"
+        time.sleep(0.1)
+
+
+def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_shard(writer, tmp_path):
+    settings, told = settings_of(writer), []
+    url = str(tmp_path / "spool")
+    spool = Spool(url, say=told.append)
+    with Fleet(settings, url, tmp_path / "fleet", say=told.append) as fleet:
+        until(lambda: {held.name.stream for held in spool.held()} >= {"here-0-1", "here-1-1"})
+        killed = fleet.members[0].process
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        before = {str(held.name) for held in spool.held()}
+        fleet.watch()
+        until(lambda: any(held.name.stream == "here-0-2" for held in spool.held()))
+        assert before <= {str(held.name) for held in spool.held()}
+        rows = fleet.rows()
+    assert "generator 0 has died (-9)" in told[0]
+    assert [row["starts"] for row in rows] == [2, 1]
+    assert all(row["documents"] and row["tokens"] for row in rows)
+    shards = list(Reader(spool, say=told.append).everything())
+    documents = [document for _, found in shards for document in found]
+    assert len({document.id for document in documents}) == len(documents) > 12
+    assert {bool(document.prompt) for document in documents} == {True, False}
+    assert {document.ended for document in documents} <= {True, False}
+    assert all(document.generator == writer and document.digest.startswith("sha256:") for document in documents)
+    language = load_language(LanguageSettings(model=writer), None, torch.device("cpu"))
+    wants = Wants(settings, "any", language)
+    for document in documents[:10]:
+        known = language.prompt.parts([(document.prompt, None)])
+        before_it = [i for part in known for i in part.ids] if document.prompt else [wants.begin]
+        # Bytes that are no text are lost in it: only what is the same when it is read again can be scored again.
+        own = language.tokenizer(document.text, add_special_tokens=False)["input_ids"]
+        ids = [*own, wants.begin] if document.ended else own
+        if len(ids) != document.tokens:
+            continue
+        logits = language.model(torch.tensor([[*before_it, *ids]])).logits[0, len(before_it) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+        assert abs(float(loss) + document.logprob) / len(ids) < NEAR
+
+
+def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
+    told = []
+    fleet = Fleet(
+        settings_of(str(tmp_path / "nothing"), generators=1), str(tmp_path), tmp_path / "fleet", say=told.append
+    )
+    with pytest.raises(ModelError, match=f"died {HOPELESS} times"), fleet:
+        until(lambda: fleet.watch())
+    assert len(told) == HOPELESS
+
+
+def test_streams_are_never_given_out_twice(writer, tmp_path):
+    for expected in (1, 2):
+        with Fleet(settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print) as fleet:
+            assert fleet.members[0].status.name == f"here-0-{expected}.json"
