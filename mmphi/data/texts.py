@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import zstandard
+
+from mmphi.data.compressed import HEAD, opened, plain_name
 from mmphi.data.rows import load_rows
 from mmphi.errors import DataError
 
@@ -81,7 +84,7 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     there = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
-    return [p for p in there if p.name.removesuffix(".gz").endswith(SUFFIXES)]
+    return [p for p in there if plain_name(p).endswith(SUFFIXES)]
 
 
 def is_dataset(path: str) -> bool:
@@ -134,25 +137,23 @@ def read_texts(
         return
     files = files_of(Path(path))
     if not files:
-        raise DataError(f"{path} has no texts", f"texts end in {', '.join(SUFFIXES)}, each also with .gz")
+        raise DataError(f"{path} has no texts", f"texts end in {', '.join(SUFFIXES)}, each also with .gz or .zst")
     for file in files:
-        as_rows = kind == "jsonl" or (kind == "auto" and file.name.removesuffix(".gz").endswith(".jsonl"))
+        as_rows = kind == "jsonl" or (kind == "auto" and plain_name(file).endswith(".jsonl"))
         try:
-            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
-                stream: Any = opened  # gzip's is a stream of bytes in all but name.
+            with opened(file) as stream:
                 found = _encoding(stream, encoding, file, report)
                 if found and as_rows:
                     yield from _rows(stream, file, column, found, report)
                 elif found:
                     yield from _text(stream, file, separator, found, report)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            report.skip("a .gz that is broken, or the rest of it", f"{file}: {error}")
+        except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+            report.skip(f"a {file.suffix} that is broken, or the rest of it", f"{file}: {error}")
 
 
 def _encoding(stream: IO[bytes], asked: str, file: Path, report: TextReport) -> str:
     """What a file is written in; empty where it cannot be read, which is counted."""
-    head = stream.read(1 << 16)
-    stream.seek(0)
+    head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]  # Files and gzip's have it.
     if not head.strip():
         report.skip("empty", str(file))
         return ""

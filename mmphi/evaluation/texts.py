@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mmphi.data.tokens import Tokens
@@ -19,8 +21,36 @@ from mmphi.tracking.tracker import Tracker
 from mmphi.training.sharding import is_sharded
 from mmphi.training.text_steps import batch_of, row_of
 
+Ids = npt.NDArray[np.int64]
 PUBLIC_WINDOW, AT_ONCE = 2048, 4096  # Tokens.
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 40, 0.8
+
+
+def kept_apart(tokens: Tokens, sources: int, context: int, most: int) -> list[Ids]:
+    """Windows of what was kept apart of a corpus, in a fixed order.
+
+    Args:
+        tokens: Of the corpus.
+        sources: How many it has.
+        context: Longest window, in predictions.
+        most: Predictions in all.
+    """
+    held = np.concatenate([tokens.of(source, validation=True) for source in range(sources)])
+    order = np.random.default_rng(0).permutation(held)
+    return windows_of((tokens.ids(int(stretch)).astype(np.int64) for stretch in order), context, most)
+
+
+def windows_of(documents: Iterable[Ids], context: int, most: int) -> list[Ids]:
+    """Documents cut into windows, up to so many predictions in all."""
+    found: list[Ids] = []
+    left = most
+    for ids in documents:
+        for first in range(0, len(ids) - 1, context):
+            found.append(ids[first : first + context + 1][: left + 1])
+            left -= len(found[-1]) - 1
+            if left <= 0:
+                return found
+    return found
 
 
 class Validation:
@@ -28,8 +58,7 @@ class Validation:
 
     Args:
         task: What is trained.
-        tokens: Of the corpus.
-        sources: How many it has.
+        held: What was kept apart: ids of each window, one more than are predicted.
         prompt: With the tokenizer.
         chosen: What is scored, and how much of it.
         tracker: Where samples go; ``None`` writes none.
@@ -38,25 +67,13 @@ class Validation:
     def __init__(
         self,
         task: CausalTask,
-        tokens: Tokens,
-        sources: int,
+        held: list[Ids],
         prompt: Prompt,
         chosen: PretrainSettings,
         tracker: Tracker | None,
     ) -> None:
         self.task, self.prompt, self.chosen, self.tracker = task, prompt, chosen, tracker
-        held = np.concatenate([tokens.of(source, validation=True) for source in range(sources)])
-        self.held, left = [], self.chosen.validation_tokens
-        for stretch in np.random.default_rng(0).permutation(held):
-            ids = tokens.ids(int(stretch)).astype(np.int64)
-            for first in range(0, len(ids) - 1, self.chosen.context):
-                part = ids[first : first + self.chosen.context + 1]
-                self.held.append(part[: left + 1])
-                left -= len(self.held[-1]) - 1
-                if left <= 0:
-                    break
-            if left <= 0:
-                break
+        self.held = held
         self.public = self._public() if self.chosen.public_text else []
         self._last: tuple[int, dict[str, float]] = (-1, {})
 

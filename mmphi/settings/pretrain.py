@@ -15,6 +15,15 @@ Size = Literal["custom", "1M", "10M", "30M", "124M", "350M", "1.3B", "phi-2"]
 class PretrainSettings(TrainingSettings):
     """A Phi-shaped language model trained from scratch, on a corpus or on scenes written as words."""
 
+    source: Literal["files", "store", "stream"] = setting(
+        "files",
+        "where texts are from: corpus.sources, the store of textgen, or text that is being written",
+        introduced="files",
+    )
+    window_tokens: int = setting(
+        2_000_000, "text at hand to be seen again (stream)", introduced=2_000_000, unit="tokens", ge=1024
+    )
+    passes: int = setting(4, "how often a document is seen at most (stream)", introduced=4, unit="times", ge=1)
     size: Size = setting("custom", "shape of the model by name; custom takes layers, width and heads")
     layers: int = setting(4, "transformer layers (custom)", unit="layers", ge=1, le=128)
     width: int = setting(128, "hidden width (custom)", unit="units", ge=16)

@@ -8,22 +8,42 @@ from mmphi.settings.declare import Section, setting
 
 
 class TextgenSettings(Section):
-    """Text that a language model writes: who writes, what, how, and where it waits for its readers."""
+    """Text that a language model writes: who writes, what, how, and where it waits for its readers.
 
-    model: str = setting("microsoft/phi-2", "hub name or folder of the model that writes", file="name")
-    revision: str = setting("", "revision of a hub model; empty takes the newest, and notes which that was")
-    tokenizer: str = setting("", "hub name, folder or phi-2 (built offline); empty takes the model's own", file="name")
-    precision: Literal["fp32", "bf16", "8bit", "4bit"] = setting("fp32", "weights of the model")
-    prompted: float = setting(
-        0.5, "share of the documents that are asked for by a prompt; the others follow the begin of text", ge=0, le=1
+    Every value is left out of keys where it is the default: a training on files stands beside one on a stream, and
+    its key says nothing of who would write.
+    """
+
+    model: str = setting(
+        "microsoft/phi-2", "hub name or folder of the model that writes", file="name", introduced="microsoft/phi-2"
     )
-    temperature: float = setting(1.0, "logits are divided by it; 1 draws from the model itself", gt=0, le=10)
-    top_p: float = setting(1.0, "draw only from the likeliest tokens with this share; 1 from all", gt=0, le=1)
-    top_k: int = setting(0, "draw only from so many likeliest tokens; 0 from all", ge=0)
-    max_tokens: int = setting(512, "longest document", unit="tokens", ge=1)
-    seed: int = setting(0, "seed of prompts and samples", ge=0)
-    stop: str = setting("store", "when enough is written: store (it is full), documents 1k, tokens 2M, time 20m")
-    store_only: bool = setting(False, "write nothing: fill the store from corpus.sources")
+    revision: str = setting(
+        "", "revision of a hub model; empty takes the newest, and notes which that was", introduced=""
+    )
+    tokenizer: str = setting(
+        "", "hub name, folder or phi-2 (built offline); empty takes the model's own", file="name", introduced=""
+    )
+    precision: Literal["fp32", "bf16", "8bit", "4bit"] = setting("fp32", "weights of the model", introduced="fp32")
+    prompted: float = setting(
+        0.5,
+        "share of the documents that are asked for by a prompt; the others follow the begin of text",
+        ge=0,
+        le=1,
+        introduced=0.5,
+    )
+    temperature: float = setting(
+        1.0, "logits are divided by it; 1 draws from the model itself", gt=0, le=10, introduced=1.0
+    )
+    top_p: float = setting(
+        1.0, "draw only from the likeliest tokens with this share; 1 from all", gt=0, le=1, introduced=1.0
+    )
+    top_k: int = setting(0, "draw only from so many likeliest tokens; 0 from all", ge=0, introduced=0)
+    max_tokens: int = setting(512, "longest document", unit="tokens", ge=1, introduced=512)
+    seed: int = setting(0, "seed of prompts and samples", ge=0, introduced=0)
+    stop: str = setting(
+        "store", "when enough is written: store (it is full), documents 1k, tokens 2M, time 20m", introduced="store"
+    )
+    store_only: bool = setting(False, "write nothing: fill the store from corpus.sources", introduced=False)
     generators: int = setting(
         0,
         "processes that write on this machine; 0 takes one per GPU, or per core pair",

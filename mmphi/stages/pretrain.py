@@ -18,14 +18,21 @@ if TYPE_CHECKING:
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The tokens of the corpus; scenes, where there is none."""
-    return ("tokens",) if settings(CorpusSettings).sources else ("scenes",)
+    """The tokens of the corpus or of the store; nothing for a stream; scenes, where there is none of these."""
+    source = settings(PretrainSettings).source
+    if source == "stream":
+        return ()
+    return ("tokens",) if source == "store" or settings(CorpusSettings).sources else ("scenes",)
 
 
 def check(settings: SettingsView) -> None:
     """A batch that can be spread over passes and processes, a stop that can be read, a context that is long enough."""
     chosen = settings(PretrainSettings)
-    if settings(CorpusSettings).sources:
+    if chosen.source == "stream" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError(
+            "a stream is read by one process, and there are several", "fill a store first: --source store"
+        )
+    if chosen.source != "files" or settings(CorpusSettings).sources:
         from mmphi.training.stopping import parse_stop
 
         parse_stop(chosen.stop)
@@ -60,7 +67,9 @@ def cost(settings: SettingsView) -> Cost:
 
 def run(ctx: Context) -> Mapping[str, float]:
     """Train from scratch, and save in Hugging Face's format with the tokenizer."""
-    if "tokens" in ctx.upstream:
+    if ctx.settings(PretrainSettings).source == "stream":
+        from mmphi.stages.pretrain_texts import train_on_stream as train_on
+    elif "tokens" in ctx.upstream:
         from mmphi.stages.pretrain_texts import train_on_texts as train_on
     else:
         from mmphi.stages.pretrain_scenes import train_on_scenes as train_on
@@ -108,7 +117,7 @@ STAGE = Stage(
     name="pretrain",
     version=4,
     help="train a Phi-shaped language model from scratch",
-    reads=("pretrain", "corpus.sources.N.path", "corpus.sources.N.weight"),
+    reads=("pretrain", "corpus.sources.N.path", "corpus.sources.N.weight", "textgen"),
     run=run,
     upstream=upstream,
     trains=True,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmphi.pipeline.stage import Context
 from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
+from mmphi.settings.textgen import TextgenSettings
 
 if TYPE_CHECKING:
     from mmphi.models.causal import CausalTask
     from mmphi.text.prompt import Prompt
+    from mmphi.training.checkpoints import Beside
     from mmphi.training.meters import StepLoss, Throughput
     from mmphi.training.progress import Progress
     from mmphi.training.stopping import Stop
@@ -44,20 +46,98 @@ def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     torch.manual_seed(chosen.seed)
     model = fewer_passes(PhiForCausalLM(config).to(this_device()))
     with attending_inside_documents(model):
-        model, figures = _train(ctx, model, index, prompt)
+        model, figures = train_model(ctx, model, prompt, _Shards(ctx, index))
     return model, prompt, figures
 
 
-def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -> tuple[Any, dict[str, float]]:
-    from mmphi.data.tokens import Tokens
-    from mmphi.evaluation.texts import Validation
+def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
+    """Train on text while it is being written, with Phi-2's tokenizer.
+
+    Returns:
+        The model, its prompt, and its figures.
+    """
+    import torch
+    from transformers import PhiForCausalLM
+
+    from mmphi.models.device import this_device
+    from mmphi.models.documents import attending_inside_documents
+    from mmphi.models.passes import fewer_passes
+    from mmphi.models.phi import PHI2_VOCABULARY
+    from mmphi.stages.pretrain_stream import Stream
+    from mmphi.text.prompt import Prompt
+    from mmphi.text.tokenizer import phi2_tokenizer
+    from mmphi.textgen.sampling import chosen_backend
+
+    chosen = ctx.settings(PretrainSettings)
+    tokenizer = phi2_tokenizer()
+    prompt = Prompt(tokenizer, "plain")
+    config = shape_of(chosen, PHI2_VOCABULARY, tokenizer.eos_token_id)
+    torch.manual_seed(chosen.seed)
+    model = fewer_passes(PhiForCausalLM(config).to(this_device()))
+    backend, why = chosen_backend(ctx.settings(TextgenSettings).backend)
+    ctx.tracker.say(f"generators draw by {backend}: {why}")
+    with Stream(ctx, tokenizer, backend) as stream, attending_inside_documents(model):
+        model, figures = train_model(ctx, model, prompt, stream)
+        figures |= stream.told(figures["pretrain/seconds"])
+    return model, prompt, figures
+
+
+class Texts(Protocol):
+    """Where a training has its text from."""
+
+    @property
+    def beside(self) -> Beside | None:
+        """What of it belongs to a checkpoint."""
+
+    def held(self) -> list[Any]:
+        """Windows that are kept apart: ids, one more than are predicted."""
+
+    def steps(self, rows: int, passes: int, steps: int) -> Any:
+        """The batches of the training, by index."""
+
+
+class _Shards:
+    """The shards of the stage ``tokens``: a step's number says all that there is to say of where it is."""
+
+    beside = None
+
+    def __init__(self, ctx: Context, index: Mapping[str, Any]) -> None:
+        from mmphi.data.tokens import Tokens
+
+        self.ctx, self.chosen = ctx, ctx.settings(PretrainSettings)
+        self.tokens = Tokens(ctx.upstream["tokens"].path, index["shards"])
+        self.weights = [source.weight for source in ctx.settings(CorpusSettings).sources] or [0.0]
+
+    def held(self) -> list[Any]:
+        """See :class:`Texts`."""
+        from mmphi.evaluation.texts import kept_apart
+
+        return kept_apart(self.tokens, len(self.weights), self.chosen.context, self.chosen.validation_tokens)
+
+    def steps(self, rows: int, passes: int, steps: int) -> Any:
+        """See :class:`Texts`."""
+        from mmphi.training.text_steps import TextSteps
+
+        chosen = self.chosen
+        how = {"context": chosen.context, "rows": rows, "passes": passes, "steps": steps, "seed": chosen.seed}
+        made = TextSteps(self.tokens, self.weights, **how)
+        self.ctx.tracker.metrics({"pretrain/corpus_tokens": made.tokens})
+        return made
+
+
+def train_model(ctx: Context, model: Any, prompt: Prompt, texts: Texts) -> tuple[Any, dict[str, float]]:
+    """Train a model on texts until a target is reached.
+
+    Returns:
+        The model, and its figures.
+    """
+    from mmphi.evaluation.texts import Validation, windows_of
     from mmphi.models.packed import PackedModel
     from mmphi.models.phi import count_parameters
     from mmphi.training.arguments import world_size
     from mmphi.training.meters import StepLoss, Throughput
     from mmphi.training.rates import rated
     from mmphi.training.stopping import Stop, parse_stop
-    from mmphi.training.text_steps import TextSteps
     from mmphi.training.trainer import train
 
     chosen, config, say = ctx.settings(PretrainSettings), model.config, ctx.tracker.say
@@ -66,17 +146,9 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
     say(f"Phi, {chosen.size}: {parameters}")
     settings = chosen.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
     settings = rated(settings, parameters.inner, config.hidden_size, chosen.batch_tokens)
-    tokens = Tokens(ctx.upstream["tokens"].path, index["shards"])
-    weights = [source.weight for source in ctx.settings(CorpusSettings).sources]
-    steps = TextSteps(
-        tokens,
-        weights,
-        context=chosen.context,
-        rows=chosen.batch_tokens // chosen.context,
-        passes=chosen.accumulation * world_size(),
-        steps=settings.steps,
-        seed=chosen.seed,
-    )
+    held = windows_of(texts.held(), chosen.context, chosen.validation_tokens)
+    passes = chosen.accumulation * world_size()
+    steps = texts.steps(chosen.batch_tokens // chosen.context, passes, settings.steps)
     task = task_of(model, settings, say)
     recomputing = PackedModel(model).recomputing(chosen.gradient_checkpointing)
     if chosen.shard and world_size() > 1:
@@ -85,8 +157,8 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
         shard(task, task.model.model.layers)
     throughput, step_loss = Throughput(), StepLoss()
     progress = progress_of(ctx, settings, config, stop, throughput, step_loss)
-    ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": steps.tokens})
-    validate = Validation(task, tokens, len(weights), prompt, chosen, ctx.tracker if ctx.first else None)
+    ctx.tracker.metrics({"pretrain/parameters": parameters.total})
+    validate = Validation(task, held, prompt, chosen, ctx.tracker if ctx.first else None)
     with recomputing:
         trained = train(
             task,
@@ -101,6 +173,7 @@ def _train(ctx: Context, model: Any, index: Mapping[str, Any], prompt: Prompt) -
             throughput=throughput,
             step_loss=step_loss,
             ended=lambda: progress.ended,
+            beside=texts.beside,
         )
     task.eval()
     say(f"ended after {progress.reason or f'{settings.steps} steps'}")

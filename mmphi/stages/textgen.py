@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 1.0
 METRICS_S = 10.0
-STORE, SPOOL, FLEET = "store", "spool", "generators"
+STORE, DATA = "store", "data"  # As `datasets` expects a folder: its data below its README.md.
+SPOOL, FLEET = "spool", "generators"
 
 
 def check(settings: SettingsView) -> None:
@@ -48,7 +49,7 @@ def cost(settings: SettingsView) -> Cost:
 
 def run(ctx: Context) -> Mapping[str, float]:
     """Fill the store, and say what it is."""
-    store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE, ctx.tracker.say)
+    store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA, ctx.tracker.say)
     begun = time.monotonic()
     if ctx.settings(TextgenSettings).store_only:
         _from_texts(ctx, store)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.settings.corpus import CorpusSettings, TextSourceSettings
+from mmphi.settings.pretrain import PretrainSettings
 from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
@@ -28,12 +29,28 @@ def check(settings: SettingsView) -> None:
     from mmphi.data.texts import check_sources
 
     sources = settings(CorpusSettings).sources
+    if settings(PretrainSettings).source == "store":
+        return
     if not sources:
         raise SettingsError("there is no text to tokenise", "name some: --corpus.sources '[book.txt, folder/]'")
     for source in sources:
         if "/" not in source.path and "." not in source.path and Path(source.path).exists():
             raise SettingsError(f"{source.path} may be a folder or a dataset's name", f"write ./{source.path}")
     check_sources([source.path for source in sources])
+
+
+def upstream(settings: SettingsView) -> tuple[str, ...]:
+    """The store of generated text, where that is what is trained on."""
+    return ("textgen",) if settings(PretrainSettings).source == "store" else ()
+
+
+def sources_of(ctx: Context) -> list[TextSourceSettings]:
+    """Where the texts are: in the store, or where the corpus says."""
+    if "textgen" in ctx.upstream:
+        return [
+            TextSourceSettings(path=str(ctx.upstream["textgen"].path / "store" / "data"), kind="jsonl", name="store")
+        ]
+    return ctx.settings(CorpusSettings).sources
 
 
 def cost(settings: SettingsView) -> Cost:
@@ -51,9 +68,9 @@ def run(ctx: Context) -> Mapping[str, float]:
     from mmphi.data.tokens import INDEX, TokenWriting
 
     chosen = ctx.settings(CorpusSettings)
-    tokenizer = tokenizer_of(ctx, chosen)
-    reports = {_title(source): TextReport() for source in chosen.sources}
-    readers = {_title(s): reader(s, reports[_title(s)]) for s in chosen.sources}
+    tokenizer, sources = tokenizer_of(ctx, chosen), sources_of(ctx)
+    reports = {_title(source): TextReport() for source in sources}
+    readers = {_title(s): reader(s, reports[_title(s)]) for s in sources}
     with tqdm(desc="tokens", unit="tok", unit_scale=True) as bar:
         writing = TokenWriting(
             ctx.folder,
@@ -133,7 +150,7 @@ def tokenizer_of(ctx: Context, chosen: CorpusSettings) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     shutil.rmtree(folder, ignore_errors=True)
     if chosen.vocabulary:
-        tokenizer = train_bpe(_sample([reader(s, TextReport()) for s in chosen.sources]), chosen.vocabulary)
+        tokenizer = train_bpe(_sample([reader(s, TextReport()) for s in sources_of(ctx)]), chosen.vocabulary)
     else:
         tokenizer = phi2_tokenizer()
     part = ctx.folder / f".{TOKENIZER}"
@@ -167,8 +184,10 @@ STAGE = Stage(
         "corpus.vocabulary",
         "corpus.validation_share",
         "corpus.split_seed",
+        "pretrain.source",
     ),
     run=run,
+    upstream=upstream,
     verifies=True,
     check=check,
     cost=cost,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 from mmphi.errors import DataError
 from mmphi.textgen.documents import Document, ShardName
@@ -26,8 +26,16 @@ class Reader:
         self, spool: Spool, position: Mapping[str, int] | None = None, say: Callable[[str], None] = print
     ) -> None:
         self.spool, self.say = spool, say
-        self.position: dict[str, int] = dict(position or {})
+        self.position: dict[str, int] = {}
         self.broken = 0
+        self.go_on(position or {})
+
+    def go_on(self, position: Mapping[str, int]) -> None:
+        """Go on from a position: what was taken after it waits again."""
+        self.position = dict(position)
+        for held in self.spool.taken():  # By a reader that was killed before it could note that.
+            if held.name.number >= self.position.get(held.name.stream, 0):
+                self.spool.put_back(held.name)
 
     def waiting(self) -> list[Held]:
         """Shards that were not taken yet: the first of every stream, then the second of every stream, and so on."""
@@ -42,7 +50,7 @@ class Reader:
             self.say(f"{name.number - expected} shards of {name.stream} before {name} are missing")
         self.position[name.stream] = name.number + 1
         try:
-            return self.spool.read(name)
+            return self.spool.take(name)
         except DataError as error:
             self.broken += 1
             self.say(error.what)
@@ -53,8 +61,8 @@ class Reader:
         for held in self.waiting():
             yield held.name, self.take(held.name)
 
-    def let_go_before(self, position: Mapping[str, int]) -> None:
-        """Delete every shard before a position."""
-        for held in self.spool.held():
-            if held.name.number < position.get(held.name.stream, 0):
+    def let_go_before(self, position: Mapping[str, int], but: Container[str] = ()) -> None:
+        """Delete every shard before a position, but some."""
+        for held in [*self.spool.taken(), *self.spool.held()]:
+            if held.name.number < position.get(held.name.stream, 0) and str(held.name) not in but:
                 self.spool.let_go(held.name)

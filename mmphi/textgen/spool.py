@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from mmphi.errors import DataError, StoreError, disk_is_full
 from mmphi.textgen.documents import Document, ShardName, unpacked
 
-SHARDS, BAD = "shards", "bad"
+SHARDS, TAKEN, BAD = "shards", "taken", "bad"
 WAIT_S = 0.5
 PATIENCE_S = 600.0
 T = TypeVar("T")
@@ -34,13 +35,14 @@ class Held:
 class Spool:
     """Shards that were written and not yet let go.
 
-    A shard is there whole or not at all. What does not answer, or has no room, is asked again until ``patience_s`` is
-    over: a bucket may be gone for minutes, and a disk that is full now may have room when a reader has let go of
-    something.
+    What waits to be read is limited; what was taken is its reader's until that lets go of it, and in the way of
+    nobody who writes. A shard is there whole or not at all. What does not answer, or has no room, is asked again until
+    ``patience_s`` is over: a bucket may be gone for minutes, and a disk that is full now may have room when a reader
+    has let go of something.
 
     Args:
         url: Folder, or URL of a bucket.
-        limit: Bytes that all shards together may have; 0 for any.
+        limit: Bytes that all shards which wait may have together; 0 for any.
         say: Told what is waited for, once each time.
         patience_s: How long anything is waited for.
         stopping: Asked while waiting; waiting ends when it says so.
@@ -69,7 +71,7 @@ class Spool:
         self.waited_s = 0.0
         self._local = "file" in (found.protocol if isinstance(found.protocol, tuple) else (found.protocol,))
         if self._local:
-            for name in (SHARDS, BAD):
+            for name in (SHARDS, TAKEN, BAD):
                 self.files.makedirs(f"{self.root}/{name}", exist_ok=True)
 
     def put(self, name: ShardName, content: bytes) -> bool:
@@ -84,31 +86,52 @@ class Spool:
         return self._asked(lambda: self._write(f"{self.root}/{SHARDS}/{name}", content)) is not None
 
     def held(self) -> list[Held]:
-        """All shards, stream by stream in the order of their numbers."""
-        found = self._asked(self._list) or []
-        return sorted(found, key=lambda held: held.name)
+        """All shards that wait, stream by stream in the order of their numbers."""
+        return sorted(self._asked(lambda: self._list(SHARDS)) or [], key=lambda held: held.name)
+
+    def taken(self) -> list[Held]:
+        """All shards that were taken and not let go of, in the same order."""
+        return sorted(self._asked(lambda: self._list(TAKEN)) or [], key=lambda held: held.name)
 
     def read(self, name: ShardName) -> list[Document]:
-        """The documents of a shard.
+        """The documents of a shard, whether it waits or was taken.
+
+        Raises:
+            DataError: If it is broken or gone.
+        """
+        for place in (TAKEN, SHARDS):
+            with contextlib.suppress(FileNotFoundError):
+                content = self._asked(partial(self.files.cat_file, f"{self.root}/{place}/{name}"))
+                if content is None:
+                    raise StoreError(f"{name} was not read: waiting was ended")
+                return unpacked(content, str(name))
+        raise DataError(f"{name} is not in the spool {self.url}")
+
+    def take(self, name: ShardName) -> list[Document]:
+        """The documents of a shard that waits; it makes room for others, and stays until it is let go of.
 
         Raises:
             DataError: If it is broken; it is set aside then.
         """
-        content = self._asked(lambda: self.files.cat_file(f"{self.root}/{SHARDS}/{name}"))
-        if content is None:
-            raise StoreError(f"{name} was not read: waiting was ended")
         try:
-            return unpacked(content, str(name))
+            documents = self.read(name)
         except DataError as error:
-            self._asked(lambda: self.files.mv(f"{self.root}/{SHARDS}/{name}", f"{self.root}/{BAD}/{name}") or True)
+            self._move(name, SHARDS, BAD)
             raise DataError(f"{error.what}: set aside in {self.root}/{BAD}") from error
+        self._move(name, SHARDS, TAKEN)
+        return documents
+
+    def put_back(self, name: ShardName) -> None:
+        """Let a shard that was taken wait again."""
+        self._move(name, TAKEN, SHARDS)
 
     def let_go(self, name: ShardName) -> None:
         """Delete a shard; one that is gone already is no error."""
-        self._asked(lambda: self._delete(f"{self.root}/{SHARDS}/{name}"))
+        for place in (SHARDS, TAKEN):
+            self._asked(partial(self._delete, f"{self.root}/{place}/{name}"))
 
     def size(self) -> int:
-        """Bytes of all shards together."""
+        """Bytes of all shards that wait."""
         return sum(held.bytes for held in self.held())
 
     def _has_room(self, size: int) -> bool:
@@ -117,10 +140,10 @@ class Spool:
         held = self.size()
         return held + size <= self.limit or not held  # One that is larger than the spool alone goes alone.
 
-    def _list(self) -> list[Held]:
+    def _list(self, place: str) -> list[Held]:
         self.files.invalidate_cache()
         try:
-            found = self.files.ls(f"{self.root}/{SHARDS}", detail=True)
+            found = self.files.ls(f"{self.root}/{place}", detail=True)
         except FileNotFoundError:
             return []  # A bucket has no folders before there is something in them.
         named = ((ShardName.parse(each["name"].rsplit("/", 1)[-1]), each["size"]) for each in found)
@@ -139,6 +162,14 @@ class Spool:
                 self.files.rm_file(part)  # Half of it would take the room that is waited for.
             raise
         return True
+
+    def _move(self, name: ShardName, before: str, after: str) -> None:
+        def moved() -> bool:
+            with contextlib.suppress(FileNotFoundError):  # As after an answer that was lost on its way.
+                self.files.mv(f"{self.root}/{before}/{name}", f"{self.root}/{after}/{name}")
+            return True
+
+        self._asked(moved)
 
     def _delete(self, path: str) -> bool:
         with contextlib.suppress(FileNotFoundError):

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,19 @@ from mmphi.training.sharding import spread_like
 MARKER = "complete"
 WEIGHTS = "trained.safetensors"
 STATE = "state."  # Before the names of what is no parameter.
+
+
+class Beside(Protocol):
+    """What else belongs to a checkpoint than tensors: where a stream of text was."""
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Write it into a checkpoint, before that counts as complete."""
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Put it back."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """The checkpoint is complete, and older ones are gone."""
 
 
 def step_of(checkpoint: Path) -> int:

@@ -25,6 +25,7 @@ from mmphi.tracking.tracker import Tracker
 from mmphi.training.arguments import arguments_of, optimizer_of, world_rank
 from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked
 from mmphi.training.checkpoints import (
+    Beside,
     checkpoint_tensors,
     complete_checkpoints,
     load_trained,
@@ -60,6 +61,7 @@ class Loop(Trainer):
         tracker: The run to record in.
         throughput: Counts the tokens that passed.
         step_loss: Adds up the loss of each step.
+        beside: What else belongs to a checkpoint.
         validate: Returns metrics named ``val/...``; called on the main process at each evaluation, on all of them where
             the task's parameters are spread over them.
         **kwargs: The Trainer's own.
@@ -75,12 +77,14 @@ class Loop(Trainer):
         throughput: Throughput,
         step_loss: StepLoss,
         validate: Callable[[int], Mapping[str, float]] | None,
+        beside: Beside | None = None,
         **kwargs: Any,
     ) -> None:
         # A loss function that is given tells the Trainer that the loss is normalised over the accumulated batch.
         super().__init__(model=Borrowed(task), compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
         self.task, self.state_tensors, self.settings, self.tracker = task, state, settings, tracker
         self.throughput, self.step_loss, self.validate = throughput, step_loss, validate
+        self.beside = beside
         self.sharded = is_sharded(task)
         if self.sharded:  # Spread parameters average their own gradients: accelerate must not wrap them in DDP.
             prepare: Any = self.accelerator.prepare_model
@@ -170,10 +174,14 @@ class Loop(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
+            if self.beside is not None:
+                self.beside.save(checkpoint, self.state.global_step)
             mark_complete(checkpoint)
             if self.settings.share_checkpoints:
                 self.tracker.checkpoint(checkpoint)
             prune(self.folder, self.settings.keep_checkpoints)
+            if self.beside is not None:
+                self.beside.saved(checkpoint)
         self.accelerator.wait_for_everyone()
 
 
@@ -219,6 +227,7 @@ def train(
     throughput: Throughput | None = None,
     step_loss: StepLoss | None = None,
     ended: Callable[[], bool] = lambda: False,
+    beside: Beside | None = None,
 ) -> Trained:
     """Train whatever in ``task`` requires gradients.
 
@@ -237,6 +246,7 @@ def train(
         throughput: Counts tokens, where somebody else reads it too.
         step_loss: Adds up the loss of each step, where somebody reads it.
         ended: Asked after ``state`` was put back from a checkpoint: whether that training had come to its end.
+        beside: What else belongs to a checkpoint.
 
     Raises:
         TrainingError: If the loss stops being finite.
@@ -251,6 +261,8 @@ def train(
         load_trained(task, done[-1], state)
         if ended():
             return Trained(step_of(done[-1]), step_of(done[-1]))
+        if beside is not None:
+            beside.load(done[-1], step_of(done[-1]))
     with StopWhenAsked() as stop:
         loop = Loop(
             task,
@@ -260,6 +272,7 @@ def train(
             throughput=throughput,
             step_loss=step_loss or StepLoss(),
             validate=validate,
+            beside=beside,
             args=arguments_of(settings, folder, epsilon),
             train_dataset=steps,
             data_collator=_only,

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import zstandard
 from conftest import byte_tokenizer
 
 from mmphi.data import texts, tokens
@@ -72,15 +73,23 @@ def test_what_cannot_be_read_is_counted(tmp_path):
     assert read(tmp_path / "latin.txt", encoding="latin-1")[0] == ["déjà vu"]
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no gzip"])
-def test_a_broken_archive_is_counted(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut short", "no archive"])
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_a_broken_archive_is_counted(tmp_path, damage, suffix, compress):
     (tmp_path / "a.txt").write_text("good")
-    whole = gzip.compress(b"one line\n" * 10_000)
-    (tmp_path / "b.txt.gz").write_bytes(whole[:-20] if damage == "cut short" else b"one line" * 20)
+    whole = compress(b"".join(b"line %d of some that differ\n" % (i * 7919) for i in range(10_000)))
+    (tmp_path / f"b.txt.{suffix}").write_bytes(whole[:-20] if damage == "cut short" else b"one line" * 20)
     documents, report = read(tmp_path)
     assert documents[0] == "good"
-    assert report.skipped["a .gz that is broken, or the rest of it"] == 1
-    assert "b.txt.gz" in report.examples["a .gz that is broken, or the rest of it"]
+    assert report.skipped[f"a .{suffix} that is broken, or the rest of it"] == 1
+    assert f"b.txt.{suffix}" in report.examples[f"a .{suffix} that is broken, or the rest of it"]
+
+
+def test_zstandard_is_read_over_all_its_frames(tmp_path):
+    (tmp_path / "b.jsonl.zst").write_bytes(
+        zstandard.compress(b'{"text": "row one"}\n') + zstandard.compress(b'{"text": "row two"}\n')
+    )
+    assert read(tmp_path)[0] == ["row one", "row two"]
 
 
 def test_missing_sources(tmp_path):

@@ -139,8 +139,23 @@ def test_a_reader_takes_every_shard_once_and_goes_on_where_it_was(spool):
     spool.put(*shard(2))
     again = Reader(spool, reader.position, say=quiet)
     assert [name.number for name, _ in again.everything()] == [2]
-    again.let_go_before(reader.position)
-    assert [held.name.number for held in spool.held()] == [2]
+    assert spool.held() == []
+    again.let_go_before(reader.position, but=[str(ShardName("here-1-1", 1))])
+    assert [(held.name.stream, held.name.number) for held in spool.taken()] == [("here-0-1", 2), ("here-1-1", 1)]
+    # Killed before it noted what it took last: that waits again.
+    third = Reader(spool, reader.position, say=quiet)
+    assert [held.name.number for held in third.waiting()] == [2]
+
+
+def test_what_was_taken_makes_room_for_others(tmp_path):
+    spool = Spool(str(tmp_path), limit=int(1.5 * len(shard(0)[1])), say=quiet, stopping=lambda: True)
+    reader = Reader(spool, say=quiet)
+    for number in range(4):
+        assert spool.put(*shard(number))
+        assert not spool.put(*shard(number + 1))
+        assert reader.take(ShardName("here-0-1", number))
+    assert [held.name.number for held in spool.taken()] == [0, 1, 2, 3]
+    assert spool.read(ShardName("here-0-1", 2)) == unpacked(shard(2)[1], "it")
 
 
 def test_a_broken_shard_is_set_aside_named_and_counted(spool, tmp_path):
@@ -154,7 +169,7 @@ def test_a_broken_shard_is_set_aside_named_and_counted(spool, tmp_path):
     assert "here-0-1-000001" in told[0]
     assert "set aside" in told[0]
     assert (tmp_path / "spool/bad/here-0-1-000001.jsonl.zst").exists()
-    assert [held.name.number for held in spool.held()] == [0, 2]
+    assert [held.name.number for held in spool.taken()] == [0, 2]
 
 
 def test_a_shard_that_is_gone_is_counted(spool):

@@ -7,7 +7,8 @@ import pytest
 from conftest import context
 
 from mmphi.errors import DataError, SettingsError, StoreError
-from mmphi.stages import load_settings
+from mmphi.pipeline.stage import Result
+from mmphi.stages import STAGES, load_settings
 from mmphi.stages.textgen import STAGE
 from mmphi.textgen.documents import Document
 from mmphi.textgen.enough import Enough, parse_enough
@@ -80,7 +81,7 @@ def test_planted_copies_spam_binary_and_foreign_texts_are_all_found(tmp_path):
     ctx = context(STAGE, tmp_path / "run", settings)
     STAGE.check(ctx.settings)
     figures = STAGE.run(ctx)
-    kept = stored(tmp_path / "run/store")
+    kept = stored(tmp_path / "run/store/data")
     assert [each.text for each in kept] == good
     dropped = {row["reason"]: row["documents"] for row in ctx.tracker.tables["dropped"]}
     assert dropped.pop("the same text") == len(bad["copies"])
@@ -183,3 +184,29 @@ def test_there_are_ten_thousand_prompts_and_no_two_are_the_same():
     asked = [prompts[number] for number in range(len(prompts))]
     assert len(set(asked)) == len(asked) > 10_000
     assert [Prompts("a")[n] for n in range(5)] == asked[:5] != [Prompts("b")[n] for n in range(5)]
+
+
+def test_a_language_model_is_trained_on_the_store(tmp_path):
+    """``pretrain --source store``: the texts that were kept, and those alone, as tokens."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*map(prose, range(60)), "short", prose(0)]))
+    changes = {
+        "pretrain.source": "store",
+        "textgen.store_only": "true",
+        "corpus.sources": f'["{path}"]',
+        "corpus.vocabulary": "300",
+        "corpus.validation_share": "0.1",
+        "store.shortest": "20",
+    }
+    settings = load_settings("tiny", changes)
+    view = context(STAGE, tmp_path / "textgen", settings)
+    STAGE.run(view)
+    store_result = Result("textgen", "key", "run", tmp_path / "textgen")
+    tokens = STAGES["tokens"]
+    ctx = context(tokens, tmp_path / "tokens", settings, upstream={"textgen": store_result})
+    tokens.check(ctx.settings)
+    tokens.run(ctx)
+    assert tokens.upstream(ctx.settings) == ("textgen",)
+    assert STAGES["pretrain"].upstream(context(STAGES["pretrain"], tmp_path, settings).settings) == ("tokens",)
+    (read,) = ctx.tracker.tables["texts_read"]
+    assert (read["source"], read["documents"], read["skipped"]) == ("store", 60, 0)

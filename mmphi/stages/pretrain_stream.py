@@ -1,0 +1,183 @@
+"""Pretraining on text that is still being written: generators fill a spool, and the training empties it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mmphi.pipeline.stage import Context
+from mmphi.settings.pretrain import PretrainSettings
+from mmphi.settings.textgen import TextgenSettings
+from mmphi.textgen.documents import Document
+from mmphi.textgen.fleet import Fleet
+from mmphi.textgen.reader import Reader
+from mmphi.textgen.spool import Spool
+from mmphi.training.stream_steps import StreamSteps
+from mmphi.training.window import Ids, Window
+
+STREAM = "stream.json"  # In a checkpoint.
+HELD = "validation.json"
+SPOOL, FLEET = "spool", "generators"
+LOOK_S = 0.5
+ENOUGH, FEW = 0.9, 1.5  # Share of its time that a training shall be busy; times that text is seen.
+
+
+class Stream:
+    """Where a training on a stream has its text from; generators live as long as it is open.
+
+    Args:
+        ctx: Of the stage.
+        tokenizer: Of the model that is trained.
+        backend: What draws the generators' tokens.
+    """
+
+    def __init__(self, ctx: Context, tokenizer: Any, backend: str) -> None:
+        self.folder, self.say, self.tracker = ctx.folder, ctx.tracker.say, ctx.tracker
+        self.chosen, self.textgen = ctx.settings(PretrainSettings), ctx.settings(TextgenSettings)
+        self.backend, self.end = tokenizer.backend_tokenizer, int(tokenizer.eos_token_id)
+        url = self.textgen.spool or str(ctx.folder / SPOOL)
+        self.reader = Reader(Spool(url, say=self.say), say=self.say)
+        self.fleet = Fleet(self.textgen, url, ctx.folder / FLEET, backend, self.say)
+        self.nats, self.scored = 0.0, 0
+        self.begun = time.monotonic()
+        self._steps: StreamSteps | None = None
+
+    @property
+    def beside(self) -> Stream:
+        """What belongs to a checkpoint: where the stream is."""
+        return self
+
+    def __enter__(self) -> Stream:
+        self.fleet.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self.fleet.stop()
+        if kind is None:  # Else the same command goes on from what is there.
+            for name in (SPOOL, FLEET, HELD):
+                path = self.folder / name
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def encode(self, document: Document) -> Ids:
+        """Ids of a document; one that its length cut off has no end."""
+        ids = self.backend.encode(document.text, add_special_tokens=False).ids
+        return np.asarray([self.end, *ids, *[self.end] * document.ended], np.int64)
+
+    def held(self) -> list[Ids]:
+        """The first documents to come, which are kept apart; waits until there are enough of them."""
+        path = self.folder / HELD
+        if not path.exists():
+            documents = self._first()
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps({"position": self.reader.position, "documents": [asdict(d) for d in documents]}))
+            part.replace(path)
+        kept = json.loads(path.read_text())
+        self.reader.go_on(kept["position"])
+        self.reader.let_go_before(kept["position"])
+        documents = [Document(**document) for document in kept["documents"]]
+        for document in documents:
+            if document.logprob is not None:
+                self.nats -= document.logprob
+                self.scored += len(self.encode(document)) - 1
+        return [self.encode(document) for document in documents]
+
+    def _first(self) -> list[Document]:
+        self.say(f"waiting for {self.chosen.validation_tokens:,} tokens, which are kept apart for validation")
+        found: list[Document] = []
+        tokens = 0
+        while tokens < self.chosen.validation_tokens:
+            self.fleet.watch()
+            for _, documents in self.reader.everything():
+                found += documents
+                tokens += sum(len(self.encode(document)) - 1 for document in documents)
+                if tokens >= self.chosen.validation_tokens:
+                    break
+            else:
+                time.sleep(LOOK_S)
+        return found
+
+    def steps(self, rows: int, passes: int, steps: int) -> StreamSteps:
+        """The batches of the training."""
+        chosen = self.chosen
+        window = Window(chosen.window_tokens, chosen.passes, chosen.seed)
+        self._steps = StreamSteps(
+            self.reader,
+            self.encode,
+            window,
+            context=chosen.context,
+            rows=rows,
+            passes=passes,
+            steps=steps,
+            alive=self.fleet.watch,
+        )
+        return self._steps
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Where the stream is, in a checkpoint."""
+        assert self._steps is not None
+        (checkpoint / STREAM).write_text(json.dumps(self._steps.state(step)))
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Go on where a checkpoint was."""
+        assert self._steps is not None
+        self._steps.load(step, json.loads((checkpoint / STREAM).read_text()))
+
+    def saved(self, checkpoint: Path) -> None:
+        """Let go of all text that no checkpoint needs any longer."""
+        kept = [json.loads(path.read_text()) for path in self.folder.glob(f"checkpoint-*/{STREAM}")]
+        needed = {group["name"] for state in kept for group in state["window"]["groups"]}
+        oldest = min(kept, key=lambda state: sum(state["position"].values()))["position"]
+        self.reader.let_go_before(oldest, needed)
+
+    def figures(self, training_s: float) -> dict[str, float]:
+        """How often text was seen, who waited for whom, and the generators' own loss."""
+        steps, rows = self._steps, self.fleet.rows()
+        assert steps is not None
+        times = steps.window.counted()
+        seen = sum(count * tokens for count, tokens in times.items())
+        fresh = sum(tokens for count, tokens in times.items() if count)
+        found = {
+            "stream/tokens": float(sum(times.values())),
+            "stream/times_seen": seen / max(fresh, 1),
+            "stream/waited_s": steps.waited_s,
+            "stream/trainer_busy": 1 - steps.waited_s / max(training_s, 1e-9),
+            "stream/generators_busy": sum(row["busy"] for row in rows) / max(len(rows), 1),
+            "stream/generators_waited_s": sum(row["waited s"] for row in rows),
+            "stream/broken_shards": float(self.reader.broken),
+        }
+        if self.scored:
+            found["floor/loss"] = self.nats / self.scored
+        return found
+
+    def told(self, training_s: float) -> dict[str, float]:
+        """The figures, and what they advise, said and recorded."""
+        found = self.figures(training_s)
+        steps = self._steps
+        assert steps is not None
+        times = steps.window.counted()
+        self.tracker.table("seen", [{"times": count, "tokens": tokens} for count, tokens in times.items()])
+        self.tracker.table("generators", self.fleet.rows())
+        self.say(
+            f"each token was seen {found['stream/times_seen']:.2f} times; the training waited {steps.waited_s:.0f} s"
+            f" for text, the generators {found['stream/generators_waited_s']:.0f} s for room; "
+            + advice(found["stream/trainer_busy"], found["stream/generators_waited_s"], found["stream/times_seen"])
+        )
+        return found
+
+
+def advice(trainer_busy: float, generators_waited_s: float, times_seen: float) -> str:
+    """What would make better use of the machines."""
+    if trainer_busy < ENOUGH:
+        return "more generators would keep it busy, or more passes over the same text (pretrain.passes)"
+    if generators_waited_s > 0:
+        return "fewer generators would do, or a larger model"
+    if times_seen > FEW:
+        return "it is kept busy by text that it saw before: more generators would give it fresh text"
+    return "both are kept busy"
