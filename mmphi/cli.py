@@ -38,6 +38,7 @@ COMMANDS = {
     "report": "reports.commands:report",
     "reference": "reports.reference_command:reference",
 }
+GENERATORS = "generators"
 BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
 
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
@@ -47,6 +48,7 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi chat                     a conversation with a trained model in the terminal
        mmphi demo                     a page in the browser: type, speak, show a photo; two models side by side
        mmphi serve                    a trained model behind OpenAI's HTTP interface
+       mmphi generators --spool URL   text by a language model, into a spool that others read
        mmphi register RUN NAME        a run's model under a name: models:/NAME/1, here and for `mlflow models serve`
        mmphi ui                       MLflow's pages, opened on the training runs
        mmphi ablate STUDY             run an ablation, or go on with it
@@ -143,6 +145,8 @@ def _command(words: list[str]) -> int:
         from mmphi.harness.command import main as harness
 
         return harness(rest)
+    if name == GENERATORS:
+        return _generators(rest)
     if name in OWN or name in COMMANDS:
         return function((OWN | COMMANDS)[name])(rest) or 0
     from mmphi.stages import STAGES
@@ -150,7 +154,7 @@ def _command(words: list[str]) -> int:
     if name != "status" and name not in STAGES:
         from mmphi.settings.messages import nearest
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark", *OWN, *COMMANDS])
+        near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark", GENERATORS, *OWN, *COMMANDS])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )
@@ -210,6 +214,18 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         else:
             options.pop(key, None)
     return options, overrides
+
+
+def _generators(rest: list[str]) -> int:
+    from mmphi.textgen import command
+
+    options, overrides = parse(rest)
+    if "help" in options:
+        print(command.USAGE)
+        return 0
+    from mmphi.stages import load_settings
+
+    return command.write(load_settings(options.get("preset", "tiny"), overrides, "textgen").textgen)
 
 
 def _benchmark(rest: list[str]) -> int:

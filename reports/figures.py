@@ -247,6 +247,13 @@ def losses_over_tokens(runs: Mapping[str, Pretraining], reference: Reference) ->
             at, public = np.array(run.public, dtype=float).T
             label = f"{name}, {reference.text if run.scored_on(reference.text) else 'public text'}"
             axes.plot(at * run.batch_tokens, public, "D--", color=colour, markersize=6, linewidth=1, label=label)
+        if run.floor is not None:
+            at, held = np.array(run.held, dtype=float).T
+            axes.plot(at * run.batch_tokens, held, "o-", color=colour, markersize=5, label=f"{name}, generated text")
+            axes.axhline(run.floor, color=colour, linewidth=1.6, linestyle="-.")
+            under: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "top"}
+            words = f"the generator on that text, {run.floor:.3f}"
+            axes.annotate(words, (0.99, run.floor), fontsize=9, ha="right", color=colour, **under)
         axes.axhline(run.initial - 1, color=colour, linewidth=0.9, linestyle=":")
         place_of: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom"}
         axes.annotate("initial - 1", (0.99, run.initial - 1), fontsize=9, ha="right", color=colour, **place_of)
@@ -254,7 +261,8 @@ def losses_over_tokens(runs: Mapping[str, Pretraining], reference: Reference) ->
     where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "bottom"}
     axes.annotate(f"{reference.model}, {reference.loss:.3f}", (0.01, reference.loss), fontsize=10, **where)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=min(2.0, reference.loss - 0.3))
+    floors = [run.floor - 0.3 for run in runs.values() if run.floor is not None]
+    axes.set_ylim(bottom=min(2.0, reference.loss - 0.3, *floors))
     axes.set_xlabel("tokens trained on", fontsize=11)
     axes.set_ylabel("loss, nats per token", fontsize=11)
     axes.legend(fontsize=9, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.1))

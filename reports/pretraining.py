@@ -49,6 +49,7 @@ def pretraining(runs: Sequence[Pretraining], reference: Reference) -> Document:
                 for d in distances
             ],
             "original": _original(),
+            "generated": [_generated(run) for run in runs if "stream/tokens" in run.metrics],
             "samples": _samples(runs[0]),
             "command": f"mmphi report pretraining --runs {chosen}",
             "made_by": [_made_by(run) for run in runs],
@@ -110,10 +111,15 @@ def _original() -> str:
 
 
 def _made_by(run: Pretraining) -> str:
-    """What trains such a run; its texts by their names."""
+    """What trains such a run; its texts, or the model that wrote them, by their names."""
     paths = [run.params[name] for name in sorted(run.params) if name.endswith(".path") and name.startswith("corpus.")]
     texts = ", ".join(path.rstrip("/").rpartition("/")[2] for path in paths)
-    words = [f"--preset {run.tags.get('mmphi.preset', 'text')}", f"--corpus '[{texts}]'"]
+    words, source = [f"--preset {run.tags.get('mmphi.preset', 'text')}"], run.params.get("pretrain.source", "files")
+    if source == "files":
+        words.append(f"--corpus '[{texts}]'")
+    else:
+        writer = run.params.get("textgen.model", "").rstrip("/").rpartition("/")[2]
+        words.append(f"--source {source} --textgen.model {writer}")
     words += [
         f"--{name} '{run.params[f'pretrain.{name}']}'" for name in ("size", "stop") if f"pretrain.{name}" in run.params
     ]
@@ -124,6 +130,24 @@ def _samples(run: Pretraining) -> list[dict[str, str]]:
     last = max((int(row["step"]) for row in run.samples), default=0)
     shown = [row for row in run.samples if int(row["step"]) == last]
     return [{"prompt": str(row["prompt"]), "text": " ".join(str(row["text"]).split())} for row in shown]
+
+
+def _generated(run: Pretraining) -> str:
+    """How a run on text that was being written stands to those who wrote it."""
+    of = run.metrics
+    held = of.get("val/loss", math.nan)
+    said = f"{run.title}: {held:.3f} nats per token on generated text that it did not see; "
+    if run.floor is None:
+        said += "its generators' own loss on it is not known, as they did not draw from themselves as they are"
+    else:
+        said += (
+            f"its generators' own loss on that text, below which no student can be expected, is {run.floor:.3f},"
+            f" {held - run.floor:.3f} less"
+        )
+    return said + (
+        f". {of['stream/tokens']:,.0f} tokens came, each was seen {of['stream/times_seen']:.2f} times; the training was"
+        f" busy for {of['stream/trainer_busy']:.0%} of its time, the generators for {of['stream/generators_busy']:.0%}."
+    )
 
 
 def _runs(runs: Sequence[Pretraining]) -> Table:

@@ -63,6 +63,11 @@ class Pretraining:
         return self.metrics.get(MARK, self.losses[0][1] if self.losses else math.nan)
 
     @property
+    def floor(self) -> float | None:
+        """Loss of the generators on their own text, kept apart; nothing where none wrote, or not as they are."""
+        return self.metrics.get("floor/loss") if self.held else None
+
+    @property
     def tokens(self) -> float:
         """Trained on."""
         return self.metrics.get("pretrain/tokens", (self.losses[-1][0] if self.losses else 0) * self.batch_tokens)

@@ -45,20 +45,22 @@ class TextgenSettings(Section):
     )
     store_only: bool = setting(False, "write nothing: fill the store from corpus.sources", introduced=False)
     generators: int = setting(
-        0,
-        "processes that write on this machine; 0 takes one per GPU, or per core pair",
+        -1,
+        "processes that write on this machine; -1 takes one per GPU, or per two cores; 0 none: others fill the spool",
         unit="processes",
-        ge=0,
+        ge=-1,
         matters=False,
     )
-    backend: Literal["auto", "transformers", "vllm"] = setting(
-        "auto", "what draws the tokens; auto takes vLLM where it is installed and there is a GPU", matters=False
+    backend: Literal["auto", "transformers", "slots", "vllm"] = setting(
+        "auto", "what draws the tokens; auto: on a GPU vLLM where it is installed, else transformers", matters=False
     )
     batch: int = setting(16, "documents that a generator writes at once", unit="documents", matters=False, ge=1)
     shard_documents: int = setting(32, "documents of a shard", unit="documents", matters=False, ge=1)
     spool: str = setting("", "folder or fsspec URL of the spool; empty takes one in the run's folder", matters=False)
     spool_mb: float = setting(64.0, "most that waits in the spool", unit="MB", matters=False, gt=0)
-    host: str = setting("", "name of this machine among several that write into one spool", matters=False)
+    host: str = setting(
+        "", "name of this machine among those that write into one spool; empty makes one up", matters=False
+    )
 
 
 class StoreSettings(Section):

@@ -32,6 +32,8 @@ def check(settings: SettingsView) -> None:
 
     chosen = settings(TextgenSettings)
     parse_enough(chosen.stop)
+    if chosen.generators == 0 and not chosen.spool and not chosen.store_only:
+        raise SettingsError("textgen.generators = 0, and there is no spool that others fill", "give --spool URL")
     if chosen.store_only:
         from mmphi.data.texts import check_sources
 

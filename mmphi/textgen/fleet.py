@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -78,10 +80,14 @@ class Fleet:
     ) -> None:
         self.settings, self.spool, self.folder, self.backend, self.say = settings, spool, folder, backend, say
         self.options = options or {}
-        self.host = settings.host or socket.gethostname().split(".")[0].replace("-", "_") or "host"
+        self._notes = folder / "starts.json"  # How often each place was filled, over all calls.
+        self.host = settings.host or "here"
+        if settings.spool and not settings.host:  # Others may write there, too, and this machine may be another soon.
+            self.host = (
+                f"{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}.{self._noted('id', secrets.token_hex(4))}"
+            )
         self.members = [Member(number) for number in range(count_of(settings))]
         self.begun = time.monotonic()
-        self._notes = folder / "starts.json"  # How often each place was filled, over all calls.
 
     def start(self) -> None:
         """Fill every place."""
@@ -155,13 +161,21 @@ class Fleet:
             )
         return found
 
+    def _noted(self, name: str, value: Any, *, anew: bool = False) -> Any:
+        """What is noted under a name, over all calls; the value given where nothing is, or where it is to be."""
+        notes = json.loads(self._notes.read_text()) if self._notes.exists() else {}
+        if name not in notes or anew:
+            notes[name] = value
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self._notes.with_suffix(".part")
+            part.write_text(json.dumps(notes))
+            part.replace(self._notes)
+        return notes[name]
+
     def _fill(self, member: Member) -> None:
         """Start whoever fills a place now, under a stream that nobody had."""
-        notes = json.loads(self._notes.read_text()) if self._notes.exists() else {}
-        start = notes.get(str(member.number), 0) + 1
-        part = self._notes.with_suffix(".part")
-        part.write_text(json.dumps(notes | {str(member.number): start}))
-        part.replace(self._notes)  # Noted before it begins, so that no two starts have one number.
+        start = self._noted(str(member.number), 0) + 1
+        self._noted(str(member.number), start, anew=True)  # Before it begins, so that no two starts have one number.
         member.starts += 1
         stream = f"{self.host}-{member.number}-{start}"
         member.status, member.log = self.folder / f"{stream}.json", self.folder / f"{stream}.log"
@@ -203,7 +217,9 @@ def count_of(settings: TextgenSettings) -> int:
     """Generators of this machine: as many as asked for, else one per GPU, else one for two cores."""
     import torch
 
-    return settings.generators or torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // 2)
+    if settings.generators >= 0:
+        return settings.generators
+    return torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // 2)
 
 
 def _sum(one: Status, other: Status) -> Status:

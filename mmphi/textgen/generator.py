@@ -164,7 +164,7 @@ def generate(order: Order) -> None:
     wants = Wants(settings, order.stream, language)
     longest = settings.max_tokens + max(len(wanted.ids) for wanted, _ in zip(wants, range(256), strict=False)) + 64
     wants = Wants(settings, order.stream, language)
-    model = language.model if order.backend == "transformers" else settings.model
+    model = settings.model if order.backend == "vllm" else language.model
     write = sampler(order.backend, model, draw, settings.batch, longest)
     status.ready_s = time.monotonic() - begun
     status.write(path)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 
 from mmphi.data.records import ImageRef
 from mmphi.errors import ImageError, ModelError
-from mmphi.models.chat.messages import MAX_IMAGES, MAX_LETTERS, MessageError, conversation
+from mmphi.models.chat.messages import MAX_IMAGES, MAX_LETTERS, MessageError, conversation, kept_image
 from mmphi.models.chat.prompts import open_prompt
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
@@ -181,3 +183,22 @@ def test_a_spoken_question_is_answered_as_the_typed_one(photo: Path) -> None:
     spoken = {"type": "audio", "audio": Path("q")}
     said = model.chat([user(image(photo), {"type": "text", "text": ""}, spoken)], max_tokens=12)
     assert said == model.chat([user(image(photo), text("What is shown?"))], max_tokens=12)
+
+
+def test_one_image_may_be_sent_by_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads as a server reads questions in, all of them between writing the file and naming it."""
+    several = 4
+    together, real = threading.Barrier(several), Path.write_bytes
+
+    def write(path: Path, data: bytes) -> int:
+        count = real(path, data)
+        together.wait(20)
+        return count
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    content = b"an image that nobody sent before"
+    with ThreadPoolExecutor(several) as pool:
+        kept = list(pool.map(kept_image, [content] * several))
+    assert len({each.path for each in kept}) == 1
+    assert kept[0].path.read_bytes() == content
+    assert list(kept[0].path.parent.glob("*.part")) == []

@@ -111,6 +111,36 @@ def test_the_same_store_gives_the_same_bytes(empty_store, tmp_path):
     assert made[0] == made[1]
 
 
+def test_generated_text_stands_apart_with_its_floor(empty_store):
+    stream = {"stream/tokens": 5e5, "stream/times_seen": 2.5, "stream/trainer_busy": 0.8, "stream/generators_busy": 0.9}
+    run("files")
+    run("stream", **stream, **{"floor/loss": 3.25})
+    run("cut", **stream)
+    document = pretraining(load_pretrainings(Store(), ["all"]), reference_of())
+    text = document.files()["report.md"].decode()
+    lines = [line for line in text.splitlines() if "that it did not see" in line]
+    assert len(lines) == 2
+    (floor,) = [line for line in lines if "3.250" in line]
+    assert "4.100 nats per token" in floor
+    assert "0.850 less" in floor
+    assert "seen 2.50 times" in floor
+    (other,) = [line for line in lines if line != floor]
+    assert "not known" in other
+
+
+def test_the_command_says_who_wrote(empty_store):
+    made = run("stream")
+    Store().client.log_param(made, "pretrain.source", "stream")
+    Store().client.log_param(made, "textgen.model", "/somewhere/writer")
+    text = pretraining(load_pretrainings(Store()), reference_of()).files()["report.md"].decode()
+    assert "mmphi pretrain --preset text --source stream --textgen.model writer --size '10M'" in text
+
+
+def test_without_generated_text_nothing_is_said_of_it(empty_store):
+    run("files")
+    assert "model wrote" not in pretraining(load_pretrainings(Store()), reference_of()).files()["report.md"].decode()
+
+
 def test_an_answer_comes_with_time_and_money(empty_store):
     run("mine", public=0.0)
     (found,) = load_pretrainings(Store())

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,7 +212,7 @@ def kept_image(data: bytes) -> ImageRef:
     digest = hashlib.sha256(data).hexdigest()
     path = Path(_folder().name) / digest
     if not path.exists():
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{threading.get_ident()}.part")  # The same image may be sent by several at once.
         part.write_bytes(data)
         part.replace(path)
     return ImageRef(digest, path)

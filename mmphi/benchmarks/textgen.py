@@ -1,0 +1,203 @@
+"""Text drawn a second side by side, from the same model, after the same beginnings, of the same length at most.
+
+- ``generate``: transformers' ``generate`` in a loop, a batch of texts that all wait for the longest;
+- ``transformers``: its continuous batching;
+- ``slots``: mmphi's, for processors;
+- ``vllm``: where it is installed and there is a GPU.
+
+What of these ``mmphi textgen`` would choose here runs in several processes at once, too. Each process loads the model
+by itself; only the drawing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmphi.errors import SettingsError
+
+Figures = dict[str, float]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="mmphi benchmark textgen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", default="", help="folder or hub name of who writes [random weights]")
+    made.add_argument("--documents", type=int, default=48, help="texts of each side in each round [48]")
+    made.add_argument("--max_tokens", type=int, default=256, help="longest text, in tokens [256]")
+    made.add_argument("--batch", type=int, default=16, help="texts at once in each process [16]")
+    made.add_argument("--processes", type=int, default=2, help="processes of the last side [2]")
+    made.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
+    made.add_argument("--json", type=Path, help="file for all figures")
+    made.add_argument("--side", default="", help=argparse.SUPPRESS)
+    made.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi benchmark textgen``."""
+    options = parser().parse_args(list(arguments))
+    if min(options.documents, options.batch, options.processes, options.max_tokens, options.rounds) < 1:
+        raise SettingsError("each number is one at least")
+    if options.side:
+        print(json.dumps(run_side(options)))
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        options.model = options.model or random_model(Path(name))
+        sides = sides_here(options.processes)
+        found: dict[str, list[Figures]] = {side: [] for side in sides}
+        for _ in range(options.rounds):
+            for side, (backend, processes) in sides.items():
+                found[side].append(measured(options, backend, processes))
+    show(found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def sides_here(processes: int) -> dict[str, tuple[str, int]]:
+    """What is measured: its name, what draws, and in how many processes."""
+    import torch
+
+    from mmphi.textgen.sampling import chosen_backend
+
+    chosen, _ = chosen_backend("auto")
+    gpu = torch.cuda.is_available()
+    kinds = ["generate", "transformers", *["slots"] * (not gpu), *["vllm"] * (chosen == "vllm")]
+    sides = {kind: (kind, 1) for kind in kinds}
+    return sides | ({f"{chosen} x {processes}": (chosen, processes)} if processes > 1 else {})
+
+
+def random_model(folder: Path) -> str:
+    """A small Phi with random weights, whose texts end after fifty tokens on average."""
+    import torch
+    from transformers import PhiForCausalLM
+
+    from mmphi.models.phi import size_config
+    from mmphi.text.tokenizer import phi2_tokenizer
+
+    tokenizer = phi2_tokenizer()
+    torch.manual_seed(0)
+    model = PhiForCausalLM(size_config("10M", 1024, 51200, tokenizer.eos_token_id))
+    head = model.get_output_embeddings()
+    with torch.no_grad():  # The logit of the end, against the others' mean of nearly nothing.
+        head.bias.zero_()
+        head.bias[tokenizer.eos_token_id] = torch.log(torch.tensor(51200 / ENDS_AFTER))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+ENDS_AFTER = 50.0
+
+
+def measured(options: argparse.Namespace, backend: str, processes: int) -> Figures:
+    """One side in processes of its own: their tokens a second until the last is done, and the memory of all."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    running = []
+    for number in range(processes):
+        command = [sys.executable, "-m", "mmphi", "benchmark", "textgen", "--side", backend, "--model", options.model]
+        command += ["--share", f"{number}/{processes}"]
+        for name in ("documents", "max_tokens", "batch"):
+            command += [f"--{name}", str(getattr(options, name))]
+        own = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=own))
+    found: list[Figures] = []
+    for process in running:
+        out, problem = process.communicate()
+        if process.returncode:
+            for other in running:
+                other.kill()
+            raise RuntimeError(f"{backend}: {problem[-2000:]}")
+        found.append(json.loads(out.splitlines()[-1]))
+    return {
+        "tokens_per_s": sum(each["tokens"] for each in found) / max(each["seconds"] for each in found),
+        "tokens": sum(each["tokens"] for each in found),
+        "memory_gb": sum(each["memory_gb"] for each in found),
+    }
+
+
+def run_side(options: argparse.Namespace) -> Figures:
+    """Tokens, seconds and peak memory of a share of the texts."""
+    import torch
+
+    from mmphi.models.device import this_device
+    from mmphi.models.language import load_language
+    from mmphi.settings.shared import LanguageSettings
+    from mmphi.settings.textgen import TextgenSettings
+    from mmphi.textgen.generator import Wants
+    from mmphi.textgen.sampling import Draw, sampler
+    from mmphi.training.meters import peak_memory_bytes
+
+    number, processes = map(int, options.share.split("/"))
+    settings = TextgenSettings(model=options.model, max_tokens=options.max_tokens)
+    language = load_language(LanguageSettings(model=options.model), None, this_device())
+    endless = iter(Wants(settings, f"benchmark-{number}", language))
+    asked = [next(endless) for _ in range(max(options.batch, options.documents // processes))]
+    longest = options.max_tokens + max(len(each.ids) for each in asked)
+    torch.manual_seed(number)
+    begun = time.perf_counter()
+    if options.side == "generate":
+        tokens = _generate(language, asked, options.batch)
+    else:
+        model = language.model if options.side != "vllm" else options.model
+        write = sampler(options.side, model, Draw(seed=number), options.batch, longest)
+        if options.side == "vllm":
+            begun = time.perf_counter()  # Its model is loaded now.
+        tokens = sum(len(each.ids) for each in write(iter(asked)))
+    seconds = time.perf_counter() - begun
+    return {"tokens": float(tokens), "seconds": seconds, "memory_gb": peak_memory_bytes() / 1e9}
+
+
+def _generate(language: Any, asked: Sequence[Any], batch: int) -> int:
+    """The usual loop; tokens up to each text's own end."""
+    import torch
+
+    model, end = language.model, asked[0].ends
+    tokens = 0
+    for first in range(0, len(asked), batch):
+        group = asked[first : first + batch]
+        width = max(len(each.ids) for each in group)
+        ids = torch.tensor([[end[0]] * (width - len(each.ids)) + list(each.ids) for each in group])
+        mask = torch.tensor([[0] * (width - len(each.ids)) + [1] * len(each.ids) for each in group])
+        with torch.inference_mode():
+            made = model.generate(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=group[0].longest,
+                eos_token_id=list(end),
+                pad_token_id=end[0],
+            )
+        for row in made[:, width:].tolist():
+            tokens += next((place + 1 for place, token in enumerate(row) if token in end), len(row))
+    return tokens
+
+
+def show(found: Mapping[str, Sequence[Figures]]) -> None:
+    """Print the sides beside one another; medians of the rounds."""
+
+    def median(side: str, name: str) -> float:
+        return float(statistics.median(each[name] for each in found[side]))
+
+    base = median("generate", "tokens_per_s")
+    print(f"{'side':18} {'tokens/s':>9} {'of generate':>12} {'tokens':>8} {'memory':>9}")
+    for side in found:
+        rate = median(side, "tokens_per_s")
+        tokens, memory = median(side, "tokens"), median(side, "memory_gb")
+        print(f"{side:18} {rate:9.1f} {rate / base:11.2f}x {tokens:8,.0f} {memory:6.2f} GB")

@@ -1,0 +1,68 @@
+"""``mmphi generators``: generators alone, into a spool that somebody else reads, on as many machines as one likes."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from mmphi.errors import SettingsError
+from mmphi.settings.textgen import TextgenSettings
+
+USAGE = """usage: mmphi generators --spool URL [--model NAME] [--generators N] [--stop 'time 2h'] [--KEY VALUE ...]
+
+Write into a spool until told to end (Ctrl-C, SIGTERM), or for a time. Whoever reads it runs elsewhere:
+  mmphi textgen --spool URL --generators 0                fills a store from it
+  mmphi pretrain --source stream --textgen.spool URL --textgen.generators 0 ...   trains on it
+Settings are those of `mmphi textgen --help`. Any number of machines may write into one spool.
+"""
+LOOK_S = 1.0
+
+
+def write(settings: TextgenSettings) -> int:
+    """Let generators write until a signal or the time asks them to end; what they have open is written then.
+
+    Raises:
+        SettingsError: If there is no spool, or nobody to write.
+    """
+    from mmphi.textgen.enough import parse_enough
+    from mmphi.textgen.fleet import Fleet
+    from mmphi.textgen.sampling import chosen_backend
+    from mmphi.textgen.spool import Spool
+    from mmphi.textgen.store import Ledger
+    from mmphi.textgen.table import LiveTable
+
+    if not settings.spool:
+        raise SettingsError("generators alone need a spool that others read", "--spool FOLDER, or a bucket's URL")
+    if settings.generators == 0:
+        raise SettingsError("--generators 0 writes nothing", "leave it out, or give a number")
+    enough = parse_enough(settings.stop)
+    backend, why = chosen_backend(settings.backend)
+    print(f"tokens are drawn by {backend}: {why}", flush=True)
+    told = threading.Event()
+
+    def end(_: int, __: FrameType | None) -> None:
+        told.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    spool = Spool(settings.spool)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mmphi-generators-") as folder:
+            fleet = Fleet(settings, settings.spool, Path(folder), backend)
+            limit = settings.spool_mb
+            with fleet, LiveTable(fleet.rows, lambda: f"spool {spool.size() / 1e6:.2f} of {limit:.0f} MB") as table:
+                begun = time.monotonic()
+                while not told.wait(LOOK_S):
+                    fleet.watch()
+                    table.show()
+                    rows = fleet.rows()
+                    written = Ledger(documents=sum(r["documents"] for r in rows), tokens=sum(r["tokens"] for r in rows))
+                    if enough.reached(written, time.monotonic() - begun):
+                        break
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0

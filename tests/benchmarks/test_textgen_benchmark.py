@@ -1,0 +1,41 @@
+"""``mmphi benchmark textgen``: every side draws all its texts, and what is shown is what was measured."""
+
+import json
+
+import pytest
+from conftest import byte_tokenizer, tiny_language
+
+from mmphi.benchmarks.textgen import sides_here
+from mmphi.cli import main
+from mmphi.errors import SettingsError
+
+
+def test_every_side_draws_and_is_shown_beside_the_usual_loop(tmp_path, capsys):
+    tiny_language(initializer_range=0.05).model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    options = ["--documents", "8", "--batch", "4", "--max_tokens", "8", "--rounds", "1"]
+    told = tmp_path / "figures.json"
+    assert main(["benchmark", "textgen", "--model", str(tmp_path / "model"), "--json", str(told), *options]) == 0
+    found = json.loads(told.read_text())
+    assert list(found) == list(sides_here(2))
+    for figures in found.values():
+        (each,) = figures
+        assert 8 <= each["tokens"] <= 64
+        assert each["tokens_per_s"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["side", "generate", "transformers", "slots", "slots"]
+    assert "1.00x" in lines[1]
+
+
+def test_less_than_one_is_refused(capsys):
+    assert main(["benchmark", "textgen", "--batch", "0"]) != 0
+    assert "one at least" in capsys.readouterr().err
+
+
+def test_what_is_measured_here():
+    assert sides_here(1) == {"generate": ("generate", 1), "transformers": ("transformers", 1), "slots": ("slots", 1)}
+
+
+def test_an_error_of_a_side_is_told(tmp_path):
+    with pytest.raises((RuntimeError, SettingsError), match="nothing"):
+        main(["benchmark", "textgen", "--model", str(tmp_path / "nothing"), "--rounds", "1"])
