@@ -182,11 +182,14 @@ def _command(words: list[str]) -> int:
 def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Options of the command line itself, and settings to change.
 
-    A flag may stand alone or with ``true`` or ``false``, because MLflow passes every parameter with a value.
+    A flag may stand alone or with ``true`` or ``false``, because MLflow passes every parameter with a value. So may a
+    setting that is true or false; which ones are is not known here.
 
     Raises:
-        SettingsError: If a word stands alone, or a key has no value.
+        SettingsError: If a word stands alone that is no key.
     """
+    from mmphi.settings.overrides import alone
+
     options: dict[str, str] = {}
     overrides: dict[str, str] = {}
     words = list(rest)
@@ -202,7 +205,9 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
             if flag:
                 value = words.pop(0) if words and words[0] in ("true", "false") else "true"
             elif not words or words[0].startswith("--"):
-                raise SettingsError(f"{word} has no value", f"give one: {word} VALUE")
+                if key == "preset":
+                    raise SettingsError("--preset has no value", "give one: --preset tiny")
+                value = alone(word)
             else:
                 value = words.pop(0)
         if not flag:

@@ -46,14 +46,24 @@ def test_parse():
     assert parse(["--force", "false"]) == ({}, {})
     assert parse(["--force", "true", "--layers", "3"]) == ({"force": "true"}, {"layers": "3"})
     assert parse(["--learning-rate", "-1"]) == ({}, {"learning_rate": "-1"})
-    for bad in (["layers"], ["--layers"], ["--layers", "--force"], ["--force=maybe"], ["--"]):
+    for bad in (["layers"], ["--preset"], ["--preset", "--force"], ["--force=maybe"], ["--"]):
         with pytest.raises(SettingsError):
             parse(bad)
+
+
+def test_a_setting_that_is_true_or_false_may_stand_alone():
+    for words in (["--store-only", "--max_tokens", "7"], ["--max_tokens", "7", "--store_only"]):
+        _, overrides = parse(words)
+        chosen = load_settings("tiny", overrides, "textgen").textgen
+        assert chosen.store_only is True
+        assert chosen.max_tokens == 7
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["projector", "--layers", "--force"], "--layers has no value"),
+        (["projector", "--force", "--layers"], "give one: --layers VALUE"),
         (["projecto"], "did you mean projector?"),
         (["projector", "--layers", "0"], "nearest valid value is 1"),
         (["projector", "--preset", "tinny"], "did you mean tiny"),

@@ -15,7 +15,10 @@ import pytest
 import small
 import texts
 import yaml
+from conftest import byte_tokenizer, tiny_language
 
+from mmphi.textgen.reader import Reader
+from mmphi.textgen.spool import Spool
 from mmphi.tracking.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,12 +32,13 @@ print(json.dumps({"name": task.name, "spot": all(r.use_spot for r in task.resour
 
 
 def test_there_is_a_task_of_each_kind():
-    assert [path.stem for path in TASKS] == ["ablate", "pretrain", "projector"]
+    assert [path.stem for path in TASKS] == ["ablate", "pretrain", "projector", "textgen"]
     for path in TASKS:
         task = yaml.safe_load(path.read_text())
         assert task["resources"]["use_spot"] is True
         assert task["envs"]["BUCKET"] is None  # Whose it is nobody else knows.
-        assert "experiments/cloud/run.sh" in task["run"]
+        # Generators have no store that would have to outlive their machine.
+        assert ("experiments/cloud/run.sh" in task["run"]) == (path.stem != "textgen")
 
 
 @pytest.mark.cloud
@@ -49,7 +53,7 @@ def test_skypilot_reads_it(path, tmp_path):
     assert found["name"] == f"mmphi-{path.stem}"
     assert found["spot"]
     assert found["clouds"] == ["AWS"]
-    assert found["mounts"] == ["/mmphi"]
+    assert found["mounts"] == [*["/mmphi"] * (path.stem != "textgen")]
     assert found["run"] == yaml.safe_load(path.read_text())["run"]
 
 
@@ -139,3 +143,24 @@ def test_ablation_in_one_driver(tmp_path):
     assert "cloud_study" in output
     done = [r for r in store(tmp_path).search(study="cloud_study") if r.info.status == "FINISHED"]
     assert len(done) == 2
+
+
+@pytest.mark.cloud
+def test_generators_fill_a_spool_that_another_machine_reads(tmp_path):
+    """The generators are told to end in the middle, as a spot machine is; what they wrote is read elsewhere."""
+    model = tmp_path / "writer"
+    tiny_language(initializer_range=0.05).model.save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    small_ones = "--generators 1 --batch 4 --max_tokens 16 --shard_documents 4 --precision fp32"
+    process = begin("textgen", tmp_path, BUCKET=str(tmp_path / "bucket"), MODEL=str(model), ARGUMENTS=small_ones)
+    spool = Spool(str(tmp_path / "bucket" / "spool"), say=lambda _: None)
+    until = time.monotonic() + 120
+    while not spool.held():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    found = [document for _, documents in Reader(spool, say=lambda _: None).everything() for document in documents]
+    assert len({document.id for document in found}) == len(found) >= 4
+    assert {document.generator for document in found} == {str(model)}

@@ -15,6 +15,7 @@ FLOORS = [
     {"text"},
     {"data"},
     {"models"},
+    {"cluster"},
     {"textgen"},
     {"training", "evaluation"},
     {"stages"},

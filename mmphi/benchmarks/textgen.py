@@ -35,10 +35,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--model", default="", help="folder or hub name of who writes [random weights]")
     made.add_argument("--documents", type=int, default=48, help="texts of each side in each round [48]")
-    made.add_argument("--max_tokens", type=int, default=256, help="longest text, in tokens [256]")
+    made.add_argument("--max_tokens", type=int, default=512, help="longest text, in tokens [512]")
     made.add_argument("--batch", type=int, default=16, help="texts at once in each process [16]")
     made.add_argument("--processes", type=int, default=2, help="processes of the last side [2]")
     made.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
+    made.add_argument("--without", nargs="*", default=[], help="sides that are left out [none]")
     made.add_argument("--json", type=Path, help="file for all figures")
     made.add_argument("--side", default="", help=argparse.SUPPRESS)
     made.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """``mmphi benchmark textgen``."""
     options = parser().parse_args(list(arguments))
+    if "generate" in options.without:
+        raise SettingsError("all others are measured by `generate`", "leave other sides out")
     if min(options.documents, options.batch, options.processes, options.max_tokens, options.rounds) < 1:
         raise SettingsError("each number is one at least")
     if options.side:
@@ -55,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as name:
         options.model = options.model or random_model(Path(name))
-        sides = sides_here(options.processes)
+        sides = {name: side for name, side in sides_here(options.processes).items() if name not in options.without}
         found: dict[str, list[Figures]] = {side: [] for side in sides}
         for _ in range(options.rounds):
             for side, (backend, processes) in sides.items():

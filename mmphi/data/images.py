@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
@@ -111,6 +112,15 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ImageError: If it is missing, empty, truncated, too large, or of no format wanted.
     """
+    return image_in(image_bytes(path), str(path))
+
+
+def image_bytes(path: Path) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        ImageError: If it is missing, empty or too large.
+    """
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -122,20 +132,36 @@ def open_image(path: Path) -> Image.Image:
             "image file too large", f"{path} has {size / 1e6:.0f} MB; the most is {MAX_FILE_BYTES / 1e6:.0f} MB"
         )
     try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError("truncated or broken image", f"{path}: {error}") from error
+
+
+def image_in(content: bytes, name: str) -> Image.Image:
+    """The image that the content of a file is, as :func:`open_image` gives it.
+
+    Args:
+        content: Of the file.
+        name: What it is called in errors.
+
+    Raises:
+        ImageError: If it is truncated, too large, or of no format wanted.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # What is odd about its metadata does not matter here.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise ImageError("too many pixels", f"{path} has {image.width} x {image.height} pixels")
+                    raise ImageError("too many pixels", f"{name} has {image.width} x {image.height} pixels")
                 image.load()
                 return _rgb(_upright(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError("too many pixels", f"{path}: {error}") from error
+        raise ImageError("too many pixels", f"{name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError("not an image", f"{path} is none of {', '.join(FORMATS)}") from error
+        raise ImageError("not an image", f"{name} is none of {', '.join(FORMATS)}") from error
     except BROKEN as error:
-        raise ImageError("truncated or broken image", f"{path}: {error}") from error
+        raise ImageError("truncated or broken image", f"{name}: {error}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

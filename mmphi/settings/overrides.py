@@ -13,6 +13,23 @@ from mmphi.settings.fields import Field, all_fields, canonical, field_of
 from mmphi.settings.messages import unknown
 
 
+class Alone(str):
+    """The value of a key that was typed without one: ``true``, which is what it means for a setting of that kind.
+
+    Attributes:
+        word: The key as typed.
+    """
+
+    word: str
+
+
+def alone(word: str) -> Alone:
+    """The value of ``word``, which has none."""
+    made = Alone("true")
+    made.word = word
+    return made
+
+
 def full_name(root: type[Section], key: str, stage: str) -> str:
     """The dotted name of a key as typed.
 
@@ -40,9 +57,11 @@ def change(root: type[Section], content: dict[str, Any], name: str, typed: str) 
         typed: The value; lists are written as YAML or JSON.
 
     Raises:
-        SettingsError: If a list is malformed, or has no such item.
+        SettingsError: If a list is malformed, or has no such item, or a value is missing.
     """
     field = field_of(root, name)
+    if isinstance(typed, Alone) and (field is None or field.kind != "bool"):
+        raise SettingsError(f"{typed.word} has no value", f"give one: {typed.word} VALUE")
     *parents, last = name.split(".")
     place: Any = content
     for part, following in zip(parents, name.split(".")[1:], strict=True):

@@ -58,6 +58,9 @@ class TextgenSettings(Section):
     shard_documents: int = setting(32, "documents of a shard", unit="documents", matters=False, ge=1)
     spool: str = setting("", "folder or fsspec URL of the spool; empty takes one in the run's folder", matters=False)
     spool_mb: float = setting(64.0, "most that waits in the spool", unit="MB", matters=False, gt=0)
+    ray: str = setting(
+        "", "Ray cluster that writes: HOST:PORT, auto or local; empty takes this machine alone", matters=False
+    )
     host: str = setting(
         "", "name of this machine among those that write into one spool; empty makes one up", matters=False
     )

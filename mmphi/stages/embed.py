@@ -7,7 +7,7 @@ for, the next one takes these over and computes what is new.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from mmphi.stages.estimates import feature_bytes
 
 if TYPE_CHECKING:
     from mmphi.data.feature_writer import FeatureWriter
+    from mmphi.models.features import Embedded
     from mmphi.models.vision import Tower
 
 
@@ -28,6 +29,7 @@ class EmbedSettings(Section):
     batch_size: int = setting(64, "images per forward pass", unit="images", matters=False, ge=1)
     workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)
     shard_images: int = setting(4096, "images per file", unit="images", matters=False, ge=1)
+    ray: str = setting("", "Ray cluster that computes: HOST:PORT, auto or local; empty: this machine", matters=False)
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -139,34 +141,40 @@ def embed(
     Returns:
         Seconds it took.
     """
-    from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
 
     writer.reserve(len(images))
     size = writer.bytes_for(len(images)) / 1e9
     say(f"embed: {len(images)} images x {tower.tokens} tokens x {tower.width} fp16 = {size:.3f} GB")
     begun = time.perf_counter()
-    dataset: Any = Decoded(images, tower.preprocess)
-    loader = DataLoader(dataset, chosen.batch_size, num_workers=chosen.workers, collate_fn=as_list)
+    batches = _by_cluster(images, tower, chosen, say) if chosen.ray else _here(images, tower, chosen)
     with tqdm(total=len(images), desc="embed", unit="image") as bar:
-        for batch in loader:
-            writer.write(_features(batch, tower), {digest: why for digest, _, why in batch if why})
-            bar.update(len(batch))
+        for features, unreadable in batches:
+            writer.write(features, unreadable)
+            bar.update(len(features) + len(unreadable))
     return time.perf_counter() - begun
 
 
-def _features(batch: list[tuple[str, Any, str]], tower: Tower) -> dict[str, Any]:
-    import torch
+def _here(images: Sequence[tuple[str, Path]], tower: Tower, chosen: EmbedSettings) -> Iterator[Embedded]:
+    from torch.utils.data import DataLoader
 
-    from mmphi.errors import ModelError
+    from mmphi.models.features import features_of
 
-    readable = {digest: pixels for digest, pixels, reason in batch if not reason}
-    if not readable:
-        return {}
-    computed = tower(torch.stack(list(readable.values()))).half().cpu()
-    if not computed.isfinite().all():
-        raise ModelError("the tower's features do not fit in fp16", "use another vision.layer or model")
-    return dict(zip(readable, computed, strict=True))
+    dataset: Any = Decoded(images, tower.preprocess)
+    for batch in DataLoader(dataset, chosen.batch_size, num_workers=chosen.workers, collate_fn=as_list):
+        pixels = {digest: each for digest, each, reason in batch if not reason}
+        yield features_of(pixels, tower), {digest: reason for digest, _, reason in batch if reason}
+
+
+def _by_cluster(
+    images: Sequence[tuple[str, Path]], tower: Tower, chosen: EmbedSettings, say: Callable[[str], None]
+) -> Iterator[Embedded]:
+    from mmphi.cluster.connect import connected
+    from mmphi.cluster.embedding import embedded
+
+    machines = connected(chosen.ray)
+    say(f"embed: Ray has {machines}")
+    return embedded(images, tower, chosen.batch_size, machines)
 
 
 STAGE = Stage(

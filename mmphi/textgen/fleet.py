@@ -1,26 +1,23 @@
-"""The generators of this machine: started, watched, started anew when they die, and ended."""
+"""The generators that a command runs: started, watched, started anew when they die, and ended."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mmphi.errors import ModelError
 from mmphi.settings.textgen import TextgenSettings
-from mmphi.textgen.generator import Order, Status
+from mmphi.textgen.generator import Status
+from mmphi.textgen.places import Places, Processes, Running
 
 HOPELESS = 3  # Starts in a row that wrote nothing: it is not the machine then.
-PAUSE_S = 2.0
 END_S = 20.0
 
 
@@ -32,30 +29,30 @@ class Member:
         number: Of the place.
         starts: How often it was filled.
         fruitless: Starts in a row that wrote nothing.
-        process: Who fills it.
-        status: Where it tells its state.
-        log: Where it writes what goes wrong.
+        stream: What the present one writes, or the last one wrote.
+        running: Who fills it.
         before: What earlier ones of this place wrote.
-        born: When the present one was started.
     """
 
     number: int
     starts: int = 0
     fruitless: int = 0
-    process: subprocess.Popen[bytes] | None = None
-    status: Path = Path()
-    log: Path = Path()
+    stream: str = ""
+    running: Running | None = None
     before: Status = field(default_factory=Status)
-    born: float = 0.0
 
     @property
-    def now(self) -> Status:
-        """What the present one told last."""
-        return Status.read(self.status)
+    def written(self) -> Status:
+        """What all of this place wrote together."""
+        return self.before if self.running is None else self.before + self.running.told()
+
+    def ended(self) -> None:
+        """Nobody fills it any longer."""
+        self.before, self.running = self.written, None
 
 
 class Fleet:
-    """Generators of this machine.
+    """Generators, each in its place.
 
     Every start has a stream of its own, so that a text is never drawn twice: one that dies costs the shard it had
     open, and whoever takes its place goes on elsewhere.
@@ -66,7 +63,6 @@ class Fleet:
         folder: Where they tell their state; streams go on after those that are noted here.
         backend: What draws the tokens.
         say: Told of those that die.
-        options: Of the spool's file system.
     """
 
     def __init__(
@@ -76,23 +72,22 @@ class Fleet:
         folder: Path,
         backend: str = "transformers",
         say: Callable[[str], None] = print,
-        options: dict[str, Any] | None = None,
     ) -> None:
-        self.settings, self.spool, self.folder, self.backend, self.say = settings, spool, folder, backend, say
-        self.options = options or {}
+        self.settings, self.folder, self.say = settings, folder, say
         self._notes = folder / "starts.json"  # How often each place was filled, over all calls.
         self.host = settings.host or "here"
         if settings.spool and not settings.host:  # Others may write there, too, and this machine may be another soon.
-            self.host = (
-                f"{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}.{self._noted('id', secrets.token_hex(4))}"
-            )
-        self.members = [Member(number) for number in range(count_of(settings))]
+            own = self._noted("id", secrets.token_hex(4))
+            self.host = f"{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}.{own}"
+        self._found = (settings, spool, folder, backend)
+        self.places: Places | None = None
+        self.members: list[Member] = []
         self.begun = time.monotonic()
 
     def start(self) -> None:
         """Fill every place."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "stop").unlink(missing_ok=True)
+        self.places = places_of(*self._found, say=self.say)
+        self.members = [Member(number) for number in range(self.places.count)]
         for member in self.members:
             self._fill(member)
 
@@ -103,35 +98,27 @@ class Fleet:
             ModelError: If one dies again and again and writes nothing.
         """
         for member in self.members:
-            process = member.process
-            if process is None or process.poll() is None:
+            if member.running is None or (why := member.running.why_ended()) is None:
                 continue
-            last = member.now
-            member.fruitless = 0 if last.shards else member.fruitless + 1
-            why = _tail(member.log)
-            self.say(f"generator {member.number} has died ({process.returncode}): {why or 'it said nothing'}")
+            member.fruitless = 0 if member.running.told().shards else member.fruitless + 1
+            self.say(f"generator {member.number} has died: {why}")
             if member.fruitless >= HOPELESS:
-                raise ModelError(
-                    f"generator {member.number} died {HOPELESS} times before it wrote anything: {why}",
-                    f"its whole words are in {member.log}",
-                )
-            member.before = _sum(member.before, last)
+                raise ModelError(f"generator {member.number} died {HOPELESS} times before it wrote anything: {why}")
+            member.ended()
             self._fill(member)
 
     def stop(self) -> None:
         """End all of them; what each has open is written, where there is room."""
-        (self.folder / "stop").touch()
+        if self.places is None:
+            return
+        self.places.stop()
         until = time.monotonic() + END_S
         for member in self.members:
-            if member.process is None:
+            if member.running is None:
                 continue
-            try:
-                member.process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                member.process.kill()
-                member.process.wait()
-            member.before = _sum(member.before, member.now)
-            member.process, member.status = None, Path()
+            if not member.running.wait(max(0.1, until - time.monotonic())):
+                member.running.kill()
+            member.ended()
 
     def __enter__(self) -> Fleet:
         self.start()
@@ -143,20 +130,20 @@ class Fleet:
     def rows(self) -> list[dict[str, Any]]:
         """How far each is: documents, tokens, tokens a second, share of its time that it wrote, starts."""
         found = []
+        age = max(time.monotonic() - self.begun, 1e-9)
         for member in self.members:
-            both = _sum(member.before, member.now)
-            age = max(time.monotonic() - self.begun, 1e-9)
+            all_ = member.written
             found.append(
                 {
                     "generator": member.number,
-                    "documents": both.documents,
-                    "tokens": both.tokens,
-                    "documents/s": both.documents / age,
-                    "tokens/s": both.tokens / max(both.busy_s, 1e-9) if both.tokens else 0.0,
-                    "busy": both.busy_s / age,
-                    "waited s": both.waited_s,
+                    "documents": all_.documents,
+                    "tokens": all_.tokens,
+                    "documents/s": all_.documents / age,
+                    "tokens/s": all_.drawn / max(all_.busy_s, 1e-9) if all_.drawn else 0.0,
+                    "busy": all_.busy_s / age,
+                    "waited s": all_.waited_s,
                     "starts": member.starts,
-                    "dropped": sum(both.dropped.values()),
+                    "dropped": sum(all_.dropped.values()),
                 }
             )
         return found
@@ -174,72 +161,24 @@ class Fleet:
 
     def _fill(self, member: Member) -> None:
         """Start whoever fills a place now, under a stream that nobody had."""
+        assert self.places is not None
         start = self._noted(str(member.number), 0) + 1
         self._noted(str(member.number), start, anew=True)  # Before it begins, so that no two starts have one number.
         member.starts += 1
-        stream = f"{self.host}-{member.number}-{start}"
-        member.status, member.log = self.folder / f"{stream}.json", self.folder / f"{stream}.log"
-        threads = max(1, (os.cpu_count() or 1) // max(1, len(self.members)))
-        order = Order(
-            self.settings.model_dump(),
-            self.spool,
-            stream,
-            str(member.status),
-            self.backend,
-            threads,
-            os.getpid(),
-            self.options,
-        )
-        written = self.folder / f"{stream}.order"
-        written.write_text(json.dumps(asdict(order)))
-        log: IO[bytes] = member.log.open("wb")
-        with log:
-            member.process = subprocess.Popen(
-                [sys.executable, "-m", "mmphi.textgen.generator", str(written)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=self._environment(member, threads),
-                start_new_session=True,  # Ctrl-C is for whoever watches; they are told to end, and close their shards.
-            )
-        member.born = time.monotonic()
-
-    def _environment(self, member: Member, threads: int) -> dict[str, str]:
-        import torch
-
-        own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        if gpus := torch.cuda.device_count():
-            own["CUDA_VISIBLE_DEVICES"] = str(member.number % gpus)
-        return os.environ | own
+        member.stream = f"{self.host}-{member.number}-{start}"
+        member.running = self.places.start(member.stream, member.number)
 
 
-def count_of(settings: TextgenSettings) -> int:
-    """Generators of this machine: as many as asked for, else one per GPU, else one for two cores."""
-    import torch
+def places_of(
+    settings: TextgenSettings, spool: str, folder: Path, backend: str, say: Callable[[str], None] = print
+) -> Places:
+    """Where the settings want generators to run.
 
-    if settings.generators >= 0:
-        return settings.generators
-    return torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // 2)
+    Raises:
+        SettingsError: If there is no cluster where one is named.
+    """
+    if not settings.ray:
+        return Processes(settings, spool, folder, backend)
+    from mmphi.textgen.on_ray import OnRay
 
-
-def _sum(one: Status, other: Status) -> Status:
-    dropped = dict(one.dropped)
-    for reason, count in other.dropped.items():
-        dropped[reason] = dropped.get(reason, 0) + count
-    return Status(
-        one.documents + other.documents,
-        one.tokens + other.tokens,
-        one.shards + other.shards,
-        dropped,
-        one.ready_s + other.ready_s,
-        one.busy_s + other.busy_s,
-        one.waited_s + other.waited_s,
-    )
-
-
-def _tail(log: Path) -> str:
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return lines[-1][:300] if lines else ""
+    return OnRay(settings, spool, say)

@@ -8,10 +8,11 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmphi.settings.textgen import TextgenSettings
 from mmphi.textgen.documents import Document, ShardName, packed
@@ -19,6 +20,8 @@ from mmphi.textgen.prompts import Prompts
 from mmphi.textgen.sampling import Draw, Wanted, Written
 
 BEGINNING = "<|endoftext|>"  # What stands between the documents that GPT-2's and its successors' models were shown.
+STOP = "stop"  # A file that tells all to end.
+TELL_S = 5.0
 SHARD_S = 60.0  # A shard is closed after so long, however few documents it has: readers wait for it.
 HALF = "�"
 
@@ -29,32 +32,25 @@ class Order:
 
     Attributes:
         settings: Of the writing.
-        spool: Its URL.
         stream: Name of what this start of it writes.
-        status: File that it tells its state in.
         backend: What draws the tokens.
         threads: Of the processor; 0 leaves it.
-        parent: Process without which it ends.
-        options: Of the spool's file system.
     """
 
     settings: dict[str, Any]
-    spool: str
     stream: str
-    status: str
     backend: str
     threads: int = 0
-    parent: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Status:
     """How far a generator is.
 
     Attributes:
         documents: Written to the spool.
         tokens: In them.
+        drawn: Tokens of all texts that came to an end, in an open shard or dropped, too.
         shards: Written.
         dropped: Texts that were no document, by reason.
         ready_s: Seconds until it began to write.
@@ -64,25 +60,79 @@ class Status:
 
     documents: int = 0
     tokens: int = 0
+    drawn: int = 0
     shards: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     ready_s: float = 0.0
     busy_s: float = 0.0
     waited_s: float = 0.0
 
-    def write(self, path: Path) -> None:
-        """Write it so that it is never seen by halves."""
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self)))
-        part.replace(path)
+    def __add__(self, other: Status) -> Status:
+        dropped = Counter(self.dropped)
+        dropped.update(other.dropped)
+        return Status(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.drawn + other.drawn,
+            self.shards + other.shards,
+            dict(dropped),
+            self.ready_s + other.ready_s,
+            self.busy_s + other.busy_s,
+            self.waited_s + other.waited_s,
+        )
 
-    @classmethod
-    def read(cls, path: Path) -> Status:
-        """What a generator told last; nothing yet where there is no file."""
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError):
-            return cls()
+
+class Desk(Protocol):
+    """Whom a generator gives what it wrote, and who tells it to end."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds in which there was no room."""
+
+    def put(self, name: ShardName, content: bytes) -> bool:
+        """Write a shard as soon as there is room; whether that came before the end."""
+
+    def tell(self, status: Status) -> None:
+        """Say how far it is."""
+
+    def stopping(self) -> bool:
+        """Whether it shall end."""
+
+
+class Folder:
+    """The desk of a process beside the one that started it: a spool, and a folder where the two tell each other.
+
+    Args:
+        spool: Its URL.
+        limit: Bytes that may wait in it.
+        status: File to tell the state in; a file ``stop`` beside it tells it to end.
+        parent: Process without which it ends.
+    """
+
+    def __init__(self, spool: str, limit: int, status: Path, parent: int) -> None:
+        from mmphi.textgen.spool import Spool
+
+        self.status, self.parent = status, parent
+        self.spool = Spool(spool, limit, stopping=self.stopping)
+
+    def put(self, name: ShardName, content: bytes) -> bool:
+        """See :class:`Desk`."""
+        return self.spool.put(name, content)
+
+    @property
+    def waited_s(self) -> float:
+        """See :class:`Desk`."""
+        return self.spool.waited_s
+
+    def tell(self, status: Status) -> None:
+        """See :class:`Desk`; it is never seen by halves."""
+        part = self.status.with_suffix(".part")
+        part.write_text(json.dumps(asdict(status)))
+        part.replace(self.status)
+
+    def stopping(self) -> bool:
+        """See :class:`Desk`."""
+        return (self.status.parent / STOP).exists() or os.getppid() != self.parent
 
 
 class Wants:
@@ -134,26 +184,24 @@ def document_of(written: Written, wants: Wants, seed: int, as_it_is: bool) -> Do
     return Document(written.id, text, prompt, seed, name, digest, logprob, len(written.ids), ended)
 
 
-def generate(order: Order) -> None:
-    """Write until told to end: by the file ``stop`` beside the status, or because nobody is there any longer."""
+def write_shards(order: Order, desk: Desk) -> None:
+    """Write until told to end.
+
+    Args:
+        order: What is written.
+        desk: Where it goes.
+    """
     import torch
 
     from mmphi.models.device import this_device
     from mmphi.models.language import load_language
     from mmphi.settings.shared import LanguageSettings
     from mmphi.textgen.sampling import sampler
-    from mmphi.textgen.spool import Spool
 
     if order.threads:
         torch.set_num_threads(order.threads)
     begun = time.monotonic()
     settings = TextgenSettings(**order.settings)
-    status, path = Status(), Path(order.status)
-
-    def stopping() -> bool:
-        return (path.parent / "stop").exists() or (bool(order.parent) and os.getppid() != order.parent)
-
-    spool = Spool(order.spool, int(settings.spool_mb * 1e6), stopping=stopping, **order.options)
     chosen = LanguageSettings(
         model=settings.model, revision=settings.revision, tokenizer=settings.tokenizer, precision=settings.precision
     )
@@ -166,32 +214,49 @@ def generate(order: Order) -> None:
     wants = Wants(settings, order.stream, language)
     model = settings.model if order.backend == "vllm" else language.model
     write = sampler(order.backend, model, draw, settings.batch, longest)
-    status.ready_s = time.monotonic() - begun
-    status.write(path)
+    status = Status(ready_s=time.monotonic() - begun)
+    desk.tell(status)
     shard: list[Document] = []
-    opened, since = time.monotonic(), time.monotonic()
+    dropped: Counter[str] = Counter()
+    drawn = 0
+    opened = since = time.monotonic()
     for written in write(iter(wants)):
+        drawn += len(written.ids)
         made = document_of(written, wants, seed, draw.as_it_is)
         if isinstance(made, str):
-            status.dropped[made] = status.dropped.get(made, 0) + 1
-            continue
-        shard.append(made)
-        ending = stopping()
-        if not ending and len(shard) < settings.shard_documents and time.monotonic() - opened < SHARD_S:
-            continue
-        now = time.monotonic()
-        if not spool.put(ShardName(order.stream, status.shards), packed(shard)):
+            dropped[made] += 1
+        else:
+            shard.append(made)
+        now, ending = time.monotonic(), desk.stopping()
+        closing = bool(shard) and (ending or len(shard) == settings.shard_documents or now - opened > SHARD_S)
+        if closing and not desk.put(ShardName(order.stream, status.shards), packed(shard)):
             return
-        status.shards += 1
-        status.documents += len(shard)
-        status.tokens += sum(document.tokens for document in shard)
-        status.busy_s += now - since
-        status.waited_s = spool.waited_s
-        status.write(path)
+        if closing or now - since > TELL_S:
+            closed = shard if closing else []
+            status = replace(
+                status,
+                shards=status.shards + closing,
+                documents=status.documents + len(closed),
+                tokens=status.tokens + sum(document.tokens for document in closed),
+                drawn=drawn,
+                dropped=dict(dropped),
+                busy_s=status.busy_s + now - since,
+                waited_s=desk.waited_s,
+            )
+            desk.tell(status)
+            since = time.monotonic()
         if ending:
             return
-        shard, opened, since = [], time.monotonic(), time.monotonic()
+        if closing:
+            shard, opened = [], time.monotonic()
+
+
+def main(written: Path) -> None:
+    """The generator of a file, which says what it is told."""
+    order, spool, status, parent = json.loads(written.read_text())
+    limit = int(TextgenSettings(**order["settings"]).spool_mb * 1e6)
+    write_shards(Order(**order), Folder(spool, limit, Path(status), parent))
 
 
 if __name__ == "__main__":
-    generate(Order(**json.loads(Path(sys.argv[1]).read_text())))
+    main(Path(sys.argv[1]))

@@ -90,8 +90,10 @@ def sampler(backend: str, model: Any, draw: Draw, batch: int, longest: int) -> S
     Raises:
         ModelError: If the model cannot be run by it.
     """
-    kinds: dict[str, type[_Vllm] | type[_Transformers] | type[_Slots]]
-    kinds = {"vllm": _Vllm, "transformers": _Transformers, "slots": _Slots}
+    from mmphi.textgen.by_slots import BySlots
+
+    kinds: dict[str, type[_Vllm] | type[_Transformers] | type[BySlots]]
+    kinds = {"vllm": _Vllm, "transformers": _Transformers, "slots": BySlots}
     return kinds[backend](model, draw, batch, longest)
 
 
@@ -173,88 +175,6 @@ class _Transformers:
                 if done.error:
                     raise ModelError(f"a text was not written: {done.error}")
                 yield Written(done.request_id, tuple(done.generated_tokens), float(sum(done.logprobs)))
-
-
-class _Slots:
-    """One token of every text in each pass, in slots that are taken once: for a processor.
-
-    What a text follows is read token by token beside what others say: with 16 texts at once that costs what reading it
-    at once would, and no pass is of another shape. transformers' own continuous batching puts all texts in one row
-    and masks each from the others, which costs as many times the attention as there are texts.
-    """
-
-    def __init__(self, model: Any, draw: Draw, batch: int, longest: int) -> None:
-        self.model, self.draw, self.batch, self.longest = model, draw, batch, longest
-
-    @torch.inference_mode()
-    def __call__(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
-        """See :class:`Sampler`."""
-        from mmphi.models.chat.slots import Slots
-
-        slots = Slots(self.batch, self.longest)
-        open_: dict[int, _Open] = {}
-        more = True
-        while True:
-            while more and len(open_) < self.batch:
-                one = next(wanted, None)
-                if one is None:
-                    more = False
-                else:
-                    free = next(slot for slot in range(self.batch) if slot not in open_)
-                    open_[free] = _Open(one)
-            if not open_:
-                return
-            rows = sorted(open_)
-            last = torch.tensor([[open_[slot].next] for slot in rows], device=self.model.device)
-            given = slots.reading(rows, [open_[slot].read for slot in rows], 1, self.model.device)
-            logits = self.model(input_ids=last, use_cache=True, logits_to_keep=1, **given).logits[:, -1].float()
-            odds = torch.log_softmax(self._narrowed(logits), dim=-1)
-            chosen = torch.multinomial(odds.exp(), 1)
-            tokens, logprobs = chosen[:, 0].tolist(), odds.gather(1, chosen)[:, 0].tolist()
-            for slot, token, logprob in zip(rows, tokens, logprobs, strict=True):
-                if open_[slot].heard(token, logprob):
-                    done = open_.pop(slot)
-                    yield Written(done.wanted.id, tuple(done.ids), done.logprob)
-
-    def _narrowed(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) of what may be drawn."""
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-        none: Any = None  # Of what was said none of them wants to know.
-        if self.draw.temperature != 1.0:
-            logits = TemperatureLogitsWarper(self.draw.temperature)(none, logits)
-        if self.draw.top_k:
-            logits = TopKLogitsWarper(self.draw.top_k)(none, logits)
-        if self.draw.top_p < 1.0:
-            logits = TopPLogitsWarper(self.draw.top_p)(none, logits)
-        return logits
-
-
-@dataclass
-class _Open:
-    """A text that is being written, after ``read`` tokens of what it follows and of its own."""
-
-    wanted: Wanted
-    read: int = 0
-    logprob: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.ids: list[int] = []
-
-    @property
-    def next(self) -> int:
-        """The token that comes to be read."""
-        before = self.wanted.ids
-        return before[self.read] if self.read < len(before) else self.ids[-1]
-
-    def heard(self, token: int, logprob: float) -> bool:
-        """Take the token that was drawn after the one that was read; whether it is the last one."""
-        self.read += 1
-        if self.read < len(self.wanted.ids):
-            return False  # It is known what comes here.
-        self.ids.append(token)
-        self.logprob += logprob
-        return token in self.wanted.ends or len(self.ids) >= self.wanted.longest
 
 
 class _Vllm:

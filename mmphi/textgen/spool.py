@@ -16,6 +16,7 @@ from mmphi.textgen.documents import Document, ShardName, unpacked
 SHARDS, TAKEN, BAD = "shards", "taken", "bad"
 WAIT_S = 0.5
 PATIENCE_S = 600.0
+NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
 T = TypeVar("T")
 
 
@@ -151,7 +152,10 @@ class Spool:
 
     def _write(self, path: str, content: bytes) -> bool:
         if not self._local:
-            self.files.pipe_file(path, content)  # Object stores show an object when it is whole.
+            try:
+                self.files.pipe_file(path, content)  # Object stores show an object when it is whole.
+            except FileNotFoundError as error:
+                raise StoreError(f"there is no bucket for the spool {self.url}: {error}", "make it first") from error
             return True
         part = f"{path}.part"
         try:
@@ -184,11 +188,15 @@ class Spool:
         def tried() -> bool:
             try:
                 found.append(act())
-            except FileNotFoundError:
+            except (FileNotFoundError, StoreError):
                 raise
             except Exception as error:  # Each file system has errors of its own.
                 if self._local and not disk_is_full(error):
                     raise
+                if isinstance(error, PermissionError) or type(error).__name__ in NO_KEYS:
+                    raise StoreError(
+                        f"the spool {self.url} may not be used: {error}", "see to the credentials and what they allow"
+                    ) from error
                 why[:] = [error]
                 return False
             return True

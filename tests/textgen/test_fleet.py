@@ -48,7 +48,7 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
     spool = Spool(url, say=told.append)
     with Fleet(settings, url, tmp_path / "fleet", say=told.append) as fleet:
         until(lambda: {held.name.stream for held in spool.held()} >= {"here-0-1", "here-1-1"})
-        killed = fleet.members[0].process
+        killed = fleet.members[0].running.process
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
         before = {str(held.name) for held in spool.held()}
@@ -56,7 +56,7 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
         until(lambda: any(held.name.stream == "here-0-2" for held in spool.held()))
         assert before <= {str(held.name) for held in spool.held()}
         rows = fleet.rows()
-    assert "generator 0 has died (-9)" in told[0]
+    assert "generator 0 has died: exit status -9" in told[0]
     assert [row["starts"] for row in rows] == [2, 1]
     assert all(row["documents"] and row["tokens"] for row in rows)
     shards = list(Reader(spool, say=told.append).everything())
@@ -93,4 +93,4 @@ def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
 def test_streams_are_never_given_out_twice(writer, tmp_path):
     for expected in (1, 2):
         with Fleet(settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print) as fleet:
-            assert fleet.members[0].status.name == f"here-0-{expected}.json"
+            assert fleet.members[0].stream == f"here-0-{expected}"

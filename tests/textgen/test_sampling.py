@@ -6,6 +6,7 @@ from conftest import byte_tokenizer, tiny_language
 
 from mmphi.errors import SettingsError
 from mmphi.textgen import sampling
+from mmphi.textgen.by_slots import drawn
 from mmphi.textgen.sampling import Draw, Wanted, chosen_backend, sampler
 
 END = 256
@@ -93,6 +94,31 @@ def test_only_the_likeliest_are_drawn_where_that_is_asked_for(model, backend):
     assert {each.ids[0] for each in made.values()} == best
     cold, _ = written(backend, model, asked, Draw(temperature=0.01), batch=16)
     assert len({each.ids[0] for each in cold.values()}) <= 2
+
+
+def test_tokens_are_drawn_as_the_logits_have_them_however_rare():
+    torch.manual_seed(5)
+    logits = torch.randn(50_000) * 3
+    logits[:100] = -torch.inf
+    count = 5_000
+    parts = [drawn(logits.expand(500, -1)) for _ in range(count // 500)]
+    tokens, logprobs = (torch.cat(each) for each in zip(*parts, strict=True))
+    odds = logits.double().softmax(-1)
+    torch.testing.assert_close(logprobs, odds.log()[tokens].float(), rtol=1e-5, atol=1e-5)
+    assert int(tokens.min()) >= 100  # What has no probability is never drawn.
+    found = torch.bincount(tokens, minlength=len(logits)).double()
+    rest = torch.argsort(odds, descending=True)
+    for part in (rest[:10], rest[10:1000], rest[1000:20_000], rest[20_000:]):
+        share = float(odds[part].sum())
+        assert abs(float(found[part].sum()) / count - share) < 5 * (share * (1 - share) / count) ** 0.5
+
+
+def test_of_one_token_that_is_possible_it_is_drawn():
+    logits = torch.full((3, 7), -torch.inf)
+    logits[0, 0] = logits[1, 3] = logits[2, 6] = -40.0
+    tokens, logprobs = drawn(logits)
+    assert tokens.tolist() == [0, 3, 6]
+    assert logprobs.tolist() == [0, 0, 0]
 
 
 def test_whoever_is_done_leaves_his_place_to_the_next(model):

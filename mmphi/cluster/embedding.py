@@ -1,0 +1,80 @@
+"""Image features computed by all machines of a cluster, and written by one.
+
+A machine needs neither the images nor the tower on its disk: their contents and the tower's weights are sent. One that
+is lost in the middle costs time: Ray gives its batches to others.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmphi.cluster.connect import Machines, ray_itself
+from mmphi.data.images import image_bytes, image_in
+from mmphi.errors import ImageError
+from mmphi.models.features import Embedded, features_of
+
+if TYPE_CHECKING:
+    from mmphi.models.vision import Tower
+
+AHEAD = 2  # Batches of each place: one is computed while the next is sent.
+_TOWERS: dict[str, Any] = {}  # Of a worker process: it embeds many batches.
+
+
+def embedded(images: Sequence[tuple[str, Path]], tower: Tower, batch: int, machines: Machines) -> Iterator[Embedded]:
+    """Features (tokens, width) fp16 by digest, and reasons by digest of what is no image, batch by batch as they come.
+
+    Args:
+        images: Digest and file of each.
+        tower: Computes them.
+        batch: Images at a time.
+        machines: What the cluster has.
+    """
+    ray = ray_itself()
+
+    sent = ray.put(copy.deepcopy(tower).cpu())  # What this process has stays where it is.
+    work = ray.remote(max_retries=-1, **machines.share())(_batch)
+    todo = (images[start : start + batch] for start in range(0, len(images), batch))
+    open_: list[Any] = []
+    while True:
+        while len(open_) < AHEAD * machines.places() and (part := next(todo, None)) is not None:
+            unread: dict[str, str] = {}
+            contents: list[tuple[str, bytes]] = []
+            for digest, path in part:
+                try:
+                    contents.append((digest, image_bytes(path)))
+                except ImageError as error:
+                    unread[digest] = error.reason
+            if unread:
+                yield {}, unread
+            if contents:
+                open_.append(work.remote([sent], tower.digest, contents))  # In a list it is sent once to each machine.
+        if not open_:
+            return
+        done, open_ = ray.wait(open_)
+        for each in done:
+            yield ray.get(each)
+
+
+def _batch(sent: list[Any], digest: str, contents: Sequence[tuple[str, bytes]]) -> Embedded:
+    """On a machine of the cluster."""
+    tower, pixels, unread = _tower(sent, digest), {}, {}
+    for name, content in contents:
+        try:
+            pixels[name] = tower.preprocess(image_in(content, name))
+        except ImageError as error:
+            unread[name] = error.reason
+    return features_of(pixels, tower), unread
+
+
+def _tower(sent: list[Any], digest: str) -> Any:
+    ray = ray_itself()
+
+    from mmphi.models.device import this_device
+
+    if digest not in _TOWERS:
+        _TOWERS.clear()
+        _TOWERS[digest] = ray.get(sent[0]).to(this_device())
+    return _TOWERS[digest]
