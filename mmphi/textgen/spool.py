@@ -16,6 +16,7 @@ from mmphi.textgen.documents import Document, ShardName, unpacked
 SHARDS, TAKEN, BAD = "shards", "taken", "bad"
 WAIT_S = 0.5
 PATIENCE_S = 600.0
+ANSWER_S = 60.0  # Of one request; s3fs asks several times by itself before.
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Spool:
         stopping: Callable[[], bool] = lambda: False,
         **options: Any,
     ) -> None:
-        import fsspec
+        import fsspec.asyn
 
         self.url, self.limit, self.say, self.patience_s, self.stopping = url, limit, say, patience_s, stopping
         try:
@@ -70,6 +71,8 @@ class Spool:
         self.files: Any = found
         self.root = str(root).rstrip("/")
         self.waited_s = 0.0
+        # aiohttp waits without end for a server that was asked whether it would take a file, and says nothing.
+        self._within = {"timeout": ANSWER_S} if isinstance(found, fsspec.asyn.AsyncFileSystem) else {}
         self._local = "file" in (found.protocol if isinstance(found.protocol, tuple) else (found.protocol,))
         if self._local:
             for name in (SHARDS, TAKEN, BAD):
@@ -102,7 +105,7 @@ class Spool:
         """
         for place in (TAKEN, SHARDS):
             with contextlib.suppress(FileNotFoundError):
-                content = self._asked(partial(self.files.cat_file, f"{self.root}/{place}/{name}"))
+                content = self._asked(partial(self.files.cat_file, f"{self.root}/{place}/{name}", **self._within))
                 if content is None:
                     raise StoreError(f"{name} was not read: waiting was ended")
                 return unpacked(content, str(name))
@@ -144,7 +147,7 @@ class Spool:
     def _list(self, place: str) -> list[Held]:
         self.files.invalidate_cache()
         try:
-            found = self.files.ls(f"{self.root}/{place}", detail=True)
+            found = self.files.ls(f"{self.root}/{place}", detail=True, **self._within)
         except FileNotFoundError:
             return []  # A bucket has no folders before there is something in them.
         named = ((ShardName.parse(each["name"].rsplit("/", 1)[-1]), each["size"]) for each in found)
@@ -153,7 +156,7 @@ class Spool:
     def _write(self, path: str, content: bytes) -> bool:
         if not self._local:
             try:
-                self.files.pipe_file(path, content)  # Object stores show an object when it is whole.
+                self.files.pipe_file(path, content, **self._within)  # Object stores show an object when it is whole.
             except FileNotFoundError as error:
                 raise StoreError(f"there is no bucket for the spool {self.url}: {error}", "make it first") from error
             return True
@@ -169,15 +172,20 @@ class Spool:
 
     def _move(self, name: ShardName, before: str, after: str) -> None:
         def moved() -> bool:
+            source, target = f"{self.root}/{before}/{name}", f"{self.root}/{after}/{name}"
             with contextlib.suppress(FileNotFoundError):  # As after an answer that was lost on its way.
-                self.files.mv(f"{self.root}/{before}/{name}", f"{self.root}/{after}/{name}")
+                if self._local:
+                    self.files.mv(source, target)
+                else:
+                    self.files.cp_file(source, target, **self._within)
+                    self.files.rm_file(source, **self._within)
             return True
 
         self._asked(moved)
 
     def _delete(self, path: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            self.files.rm_file(path)
+            self.files.rm_file(path, **self._within)
         return True
 
     def _asked(self, act: Callable[[], T]) -> T | None:

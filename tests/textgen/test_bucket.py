@@ -14,6 +14,7 @@ import pytest
 from test_spool import quiet, shard
 
 from mmphi.errors import StoreError
+from mmphi.textgen import spool as spool_module
 from mmphi.textgen.documents import ShardName
 from mmphi.textgen.reader import Reader
 from mmphi.textgen.spool import Spool
@@ -59,6 +60,7 @@ class Bucket:
 def bucket(monkeypatch):
     import s3fs
 
+    monkeypatch.setattr(spool_module, "ANSWER_S", 2.0)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # It hides short silences by itself.
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
