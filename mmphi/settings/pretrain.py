@@ -24,6 +24,7 @@ class PretrainSettings(TrainingSettings):
         2_000_000, "text at hand to be seen again (stream)", introduced=2_000_000, unit="tokens", ge=1024
     )
     passes: int = setting(4, "how often a document is seen at most (stream)", introduced=4, unit="times", ge=1)
+    keep: bool = setting(True, "keep the clean part of the text in a store, as textgen does (stream)", matters=False)
     size: Size = setting("custom", "shape of the model by name; custom takes layers, width and heads")
     layers: int = setting(4, "transformer layers (custom)", unit="layers", ge=1, le=128)
     width: int = setting(128, "hidden width (custom)", unit="units", ge=16)

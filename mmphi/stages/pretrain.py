@@ -120,6 +120,7 @@ STAGE = Stage(
     reads=("pretrain", "corpus.sources.N.path", "corpus.sources.N.weight", "textgen"),
     run=run,
     upstream=upstream,
+    requests=("store",),
     trains=True,
     check=check,
     cost=cost,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,8 @@ import numpy as np
 
 from mmphi.pipeline.stage import Context
 from mmphi.settings.pretrain import PretrainSettings
-from mmphi.settings.textgen import TextgenSettings
+from mmphi.settings.textgen import StoreSettings, TextgenSettings
+from mmphi.stages.textgen import DATA, STORE, store_of, told
 from mmphi.textgen.documents import Document
 from mmphi.textgen.fleet import Fleet
 from mmphi.textgen.reader import Reader
@@ -45,6 +47,10 @@ class Stream:
         url = self.textgen.spool or str(ctx.folder / SPOOL)
         self.reader = Reader(Spool(url, say=self.say), say=self.say)
         self.fleet = Fleet(self.textgen, url, ctx.folder / FLEET, backend, self.say)
+        self.store = None
+        if self.chosen.keep:
+            self.store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA, self.say)
+        self.ctx = ctx
         self.nats, self.scored = 0.0, 0
         self.begun = time.monotonic()
         self._steps: StreamSteps | None = None
@@ -61,6 +67,7 @@ class Stream:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.fleet.stop()
         if kind is None:  # Else the same command goes on from what is there.
+            self.reader.let_go_before(self.reader.position)
             for name in (SPOOL, FLEET, HELD):
                 path = self.folder / name
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -134,7 +141,16 @@ class Stream:
         kept = [json.loads(path.read_text()) for path in self.folder.glob(f"checkpoint-*/{STREAM}")]
         needed = {group["name"] for state in kept for group in state["window"]["groups"]}
         oldest = min(kept, key=lambda state: sum(state["position"].values()))["position"]
+        self._keep(oldest)
         self.reader.let_go_before(oldest, needed)
+
+    def _keep(self, until: Mapping[str, int]) -> None:
+        """Let the store judge what was read before a position, while it is still there."""
+        if self.store is None or self.store.ledger.full:
+            return
+        for name, documents in self.reader.taken_between(self.store.ledger.position, until):
+            self.store.offer(documents, name.stream, name.number + 1)
+        self.store.commit()
 
     def figures(self, training_s: float) -> dict[str, float]:
         """How often text was seen, who waited for whom, and the generators' own loss."""
@@ -161,6 +177,9 @@ class Stream:
         found = self.figures(training_s)
         steps = self._steps
         assert steps is not None
+        self._keep(self.reader.position)
+        if self.store is not None and self.store.ledger.documents:
+            found |= told(self.ctx, self.store.ledger, time.monotonic() - self.begun)
         times = steps.window.counted()
         self.tracker.table("seen", [{"times": count, "tokens": tokens} for count, tokens in times.items()])
         self.tracker.table("generators", self.fleet.rows())

@@ -66,7 +66,7 @@ def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from mmphi.stages.pretrain_stream import Stream
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer
-    from mmphi.textgen.sampling import chosen_backend
+    from mmphi.textgen.fleet import backend_of
 
     chosen = ctx.settings(PretrainSettings)
     tokenizer = phi2_tokenizer()
@@ -74,8 +74,7 @@ def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     config = shape_of(chosen, PHI2_VOCABULARY, tokenizer.eos_token_id)
     torch.manual_seed(chosen.seed)
     model = fewer_passes(PhiForCausalLM(config).to(this_device()))
-    backend, why = chosen_backend(ctx.settings(TextgenSettings).backend)
-    ctx.tracker.say(f"generators draw by {backend}: {why}")
+    backend = backend_of(ctx.settings(TextgenSettings), ctx.tracker.say)
     with Stream(ctx, tokenizer, backend) as stream, attending_inside_documents(model):
         model, figures = train_model(ctx, model, prompt, stream)
         figures |= stream.told(figures["pretrain/seconds"])

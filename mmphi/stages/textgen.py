@@ -93,23 +93,20 @@ def _from_texts(ctx: Context, store: Store) -> None:
                     break
         for line in report.lines():
             ctx.tracker.say(f"{source.title}: {line}")
-        for reason, count in report.skipped.items():
-            store.ledger.dropped[reason] = store.ledger.dropped.get(reason, 0) + count
-    store.commit()
+        store.unread(source.title, report.skipped)
+        store.commit()
 
 
 def _from_generators(ctx: Context, store: Store) -> None:
     """From the spool, while generators fill it."""
     from mmphi.textgen.enough import parse_enough
-    from mmphi.textgen.fleet import Fleet
+    from mmphi.textgen.fleet import Fleet, backend_of
     from mmphi.textgen.reader import Reader
-    from mmphi.textgen.sampling import chosen_backend
     from mmphi.textgen.spool import Spool
     from mmphi.textgen.table import LiveTable
 
     chosen = ctx.settings(TextgenSettings)
-    backend, why = chosen_backend(chosen.backend)
-    ctx.tracker.say(f"tokens are drawn by {backend}: {why}")
+    backend = backend_of(chosen, ctx.tracker.say)
     ctx.tracker.tags({"mmphi.backend": backend})
     url = chosen.spool or str(ctx.folder / SPOOL)
     reader = Reader(Spool(url, say=ctx.tracker.say), store.committed, ctx.tracker.say)

@@ -17,6 +17,7 @@ USAGE = """usage: mmphi generators --spool URL [--model NAME] [--generators N] [
 Write into a spool until told to end (Ctrl-C, SIGTERM), or for a time. Whoever reads it runs elsewhere:
   mmphi textgen --spool URL --generators 0                fills a store from it
   mmphi pretrain --source stream --textgen.spool URL --textgen.generators 0 ...   trains on it
+With --ray HOST:PORT they run anywhere in that cluster, and what they write comes to this machine.
 Settings are those of `mmphi textgen --help`. Any number of machines may write into one spool.
 """
 LOOK_S = 1.0
@@ -29,8 +30,7 @@ def write(settings: TextgenSettings) -> int:
         SettingsError: If there is no spool, or nobody to write.
     """
     from mmphi.textgen.enough import parse_enough
-    from mmphi.textgen.fleet import Fleet
-    from mmphi.textgen.sampling import chosen_backend
+    from mmphi.textgen.fleet import Fleet, backend_of
     from mmphi.textgen.spool import Spool
     from mmphi.textgen.store import Ledger
     from mmphi.textgen.table import LiveTable
@@ -40,8 +40,7 @@ def write(settings: TextgenSettings) -> int:
     if settings.generators == 0:
         raise SettingsError("--generators 0 writes nothing", "leave it out, or give a number")
     enough = parse_enough(settings.stop)
-    backend, why = chosen_backend(settings.backend)
-    print(f"tokens are drawn by {backend}: {why}", flush=True)
+    backend = backend_of(settings)
     told = threading.Event()
 
     def end(_: int, __: FrameType | None) -> None:

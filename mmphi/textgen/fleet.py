@@ -16,6 +16,7 @@ from mmphi.errors import ModelError
 from mmphi.settings.textgen import TextgenSettings
 from mmphi.textgen.generator import Status
 from mmphi.textgen.places import Places, Processes, Running
+from mmphi.textgen.sampling import chosen_backend
 
 HOPELESS = 3  # Starts in a row that wrote nothing: it is not the machine then.
 END_S = 20.0
@@ -182,3 +183,17 @@ def places_of(
     from mmphi.textgen.on_ray import OnRay
 
     return OnRay(settings, spool, say)
+
+
+def backend_of(settings: TextgenSettings, say: Callable[[str], None] = print) -> str:
+    """What draws the tokens, chosen for this machine and told; in a cluster each machine chooses by itself.
+
+    Raises:
+        SettingsError: If vLLM is asked for and not installed.
+    """
+    if settings.ray:
+        say("each machine of the cluster draws by what it has")
+        return settings.backend
+    backend, why = chosen_backend(settings.backend)
+    say(f"tokens are drawn by {backend}: {why}")
+    return backend

@@ -66,3 +66,11 @@ class Reader:
         for held in [*self.spool.taken(), *self.spool.held()]:
             if held.name.number < position.get(held.name.stream, 0) and str(held.name) not in but:
                 self.spool.let_go(held.name)
+
+    def taken_between(
+        self, since: Mapping[str, int], until: Mapping[str, int]
+    ) -> Iterator[tuple[ShardName, list[Document]]]:
+        """The shards that were taken, from one position on and before another, that are still there."""
+        for held in self.spool.taken():
+            if since.get(held.name.stream, 0) <= held.name.number < until.get(held.name.stream, 0):
+                yield held.name, self.spool.read(held.name)

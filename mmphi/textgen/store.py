@@ -40,6 +40,7 @@ class Ledger:
         scored: Tokens of those that have one, by kind.
         generators: Documents by generator and its digest.
         dropped: Documents by reason.
+        unread: What of each source was no document, by reason; part of ``dropped``.
         examples: Some of each reason: name, begin of the text, and of what it is a copy.
         full: Whether nothing more fits.
     """
@@ -53,6 +54,7 @@ class Ledger:
     scored: dict[str, int] = field(default_factory=dict)
     generators: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     full: bool = False
 
@@ -114,6 +116,14 @@ class Store:
         self.ledger.position[source] = position
         if self._open_bytes >= SHARD_BYTES or time.monotonic() - self._committed > COMMIT_S:
             self.commit()
+
+    def unread(self, source: str, skipped: Mapping[str, int]) -> None:
+        """Note what of a source, read from its begin, was no document: of a source that is read again, what is new."""
+        before = self.ledger.unread.get(source, {})
+        for reason, count in skipped.items():
+            if new := count - before.get(reason, 0):
+                self.ledger.dropped[reason] = self.ledger.dropped.get(reason, 0) + new
+        self.ledger.unread[source] = dict(skipped)
 
     def commit(self) -> None:
         """Write what was judged: after this, sources may let go of it."""

@@ -1,6 +1,8 @@
 """Pretraining on text that is being written: seen as the window says, and after a kill as if nothing had been."""
 
+import random
 import threading
+from dataclasses import replace
 
 import pytest
 from conftest import Recorder, context
@@ -11,6 +13,7 @@ from mmphi.stages.pretrain import STAGE
 from mmphi.stages.pretrain_stream import Stream, advice
 from mmphi.textgen.documents import Document, ShardName, packed
 from mmphi.textgen.spool import Spool
+from mmphi.textgen.store import stored
 
 SMALL = {
     "pretrain.source": "stream",
@@ -91,10 +94,9 @@ def test_every_token_is_seen_once_or_twice_and_what_left_the_window_leaves_the_d
     times = {row["times"]: row["tokens"] for row in ctx.tracker.tables["seen"]}
     assert max(times) <= 2
     held = {held.name.number for held in spool.held()}
-    taken = {held.name.number for held in spool.taken()}
-    assert not held & taken
-    assert 0 not in held | taken  # Kept apart for validation, and on disk no longer.
-    assert held | taken == set(range(min(held | taken), 40))
+    assert held == set(range(min(held), 40))  # What it did not come to still waits for others.
+    assert 2 < min(held) < 40
+    assert spool.taken() == []
     assert any("each token was seen" in line for line in ctx.tracker.said)
     assert (tmp_path / "run/language/config.json").exists()
 
@@ -118,6 +120,47 @@ def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_pat
     assert {step: two[step] for step in range(5, 13)} == pytest.approx({step: one[step] for step in range(5, 13)})
     assert figures["stream/times_seen"] == expected["stream/times_seen"]
     assert figures["val/loss"] == pytest.approx(expected["val/loss"])
+
+
+def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monkeypatch):
+    """Killed in the middle, too; what is kept apart for validation is not in the store."""
+    monkeypatch.setattr("mmphi.stages.pretrain_stream.Fleet", Nobody)
+    draw, words = random.Random(3), [f"w{i}" for i in range(900)]
+    texts = [" ".join(["the", *(draw.choice(words) for _ in range(20)), "and of it."]) for _ in range(160)]
+    texts[100] = texts[90]
+    spool = Spool(str(tmp_path / "spool"), say=lambda _: None)
+    for shard in range(40):
+        some = [document(4 * shard + i) for i in range(4)]
+        some = [replace(each, text=texts[4 * shard + i]) for i, each in enumerate(some)]
+        spool.put(ShardName("here-0-1", shard), packed(some))
+    monkeypatch.setattr("mmphi.textgen.quality.Quality.__call__", lambda *_: "")
+
+    class Kill(Recorder):
+        def metrics(self, values, step=0):
+            super().metrics(values, step)
+            if step == 30 and "train/loss" in values:
+                raise KeyboardInterrupt
+
+    long = {"pretrain.stop": "steps 60", "store.megabytes": "1"}
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, "run", spool, Kill(), **long)
+    assert 0 < len(stored(tmp_path / "run/store/data")) < 100
+    ctx, figures = trained(tmp_path, "run", spool, **long)
+    kept = [each.text for each in stored(tmp_path / "run/store/data")]
+    seen = texts[: 160 - 4 * len(spool.held())]
+    assert len(seen) > 110
+    first = texts.index(kept[0])
+    assert 0 < first < 30  # Those before are kept apart.
+    assert kept == [text for number, text in enumerate(seen) if number >= first and number != 100]
+    assert figures["textgen/documents"] == len(kept)
+    assert ctx.tracker.tables["dropped"][0]["reason"] == "the same text"
+    assert "Datasheet" in (tmp_path / "run/store/README.md").read_text()
+
+
+def test_nothing_is_kept_where_that_is_not_wanted(spool, tmp_path):
+    _, figures = trained(tmp_path, "run", spool, **{"pretrain.keep": "false"})
+    assert not (tmp_path / "run/store").exists()
+    assert "textgen/documents" not in figures
 
 
 def test_it_waits_for_text_and_says_how_long(spool, tmp_path):

@@ -97,6 +97,17 @@ def test_planted_copies_spam_binary_and_foreign_texts_are_all_found(tmp_path):
     assert "copy of texts.jsonl/0" in sheet
 
 
+def test_what_was_no_document_is_counted_once_however_often_its_source_is_read(tmp_path):
+    kept = store(tmp_path)
+    for _ in range(2):
+        kept.unread("a", {"a row that is no JSON": 2})
+        kept.commit()
+        kept = store(tmp_path)
+    kept.unread("a", {"a row that is no JSON": 3, "empty": 1})
+    kept.unread("b", {"empty": 1})
+    assert kept.ledger.dropped == {"a row that is no JSON": 3, "empty": 2}
+
+
 def test_the_store_ends_at_its_size_and_says_so(tmp_path):
     kept = store(tmp_path, limit=6000)
     for number in range(60):
