@@ -95,7 +95,8 @@ def rows_of(path: Path, column: str) -> list[dict[str, str]]:
     """
     try:
         if path.suffix == ".jsonl":
-            return [row for line in path.read_text(encoding="utf-8").splitlines() for row in _turns(line, column)]
+            with path.open(encoding="utf-8") as file:  # Whose lines end where JSON's do; those of `splitlines` do not.
+                return [row for line in file for row in _turns(line, column)]
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             if column not in (rows.fieldnames or ()):

@@ -88,6 +88,7 @@ def unpacked(content: bytes, name: str) -> list[Document]:
         text = lines.decompress(content)
         if not lines.eof:
             raise DataError(f"{name} is cut off")
-        return [Document(**json.loads(line)) for line in text.decode().splitlines()]
+        # Not by `splitlines`: it ends lines at characters that stand in a text as they are, such as U+2028.
+        return [Document(**json.loads(line)) for line in text.decode().split("\n") if line]
     except (zstandard.ZstdError, ValueError, TypeError) as error:
         raise DataError(f"{name} is no whole shard: {error}") from error

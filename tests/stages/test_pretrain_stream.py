@@ -125,9 +125,10 @@ def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_pat
 def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monkeypatch):
     """Killed in the middle, too; what is kept apart for validation is not in the store."""
     monkeypatch.setattr("mmphi.stages.pretrain_stream.Fleet", Nobody)
-    draw, words = random.Random(3), [f"w{i}" for i in range(900)]
+    draw = random.Random(3)  # Words of letters: near copies are looked for with all numbers alike.
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(900)]
     texts = [" ".join(["the", *(draw.choice(words) for _ in range(20)), "and of it."]) for _ in range(160)]
-    texts[100] = texts[90]
+    texts[70] = texts[65]
     spool = Spool(str(tmp_path / "spool"), say=lambda _: None)
     for shard in range(40):
         some = [document(4 * shard + i) for i in range(4)]
@@ -141,17 +142,17 @@ def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monke
             if step == 30 and "train/loss" in values:
                 raise KeyboardInterrupt
 
-    long = {"pretrain.stop": "steps 60", "store.megabytes": "1"}
+    long = {"pretrain.stop": "steps 110", "store.megabytes": "1"}
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, "run", spool, Kill(), **long)
     assert 0 < len(stored(tmp_path / "run/store/data")) < 100
     ctx, figures = trained(tmp_path, "run", spool, **long)
     kept = [each.text for each in stored(tmp_path / "run/store/data")]
     seen = texts[: 160 - 4 * len(spool.held())]
-    assert len(seen) > 110
+    assert len(seen) > 80
     first = texts.index(kept[0])
     assert 0 < first < 30  # Those before are kept apart.
-    assert kept == [text for number, text in enumerate(seen) if number >= first and number != 100]
+    assert kept == [text for number, text in enumerate(seen) if number >= first and number != 70]
     assert figures["textgen/documents"] == len(kept)
     assert ctx.tracker.tables["dropped"][0]["reason"] == "the same text"
     assert "Datasheet" in (tmp_path / "run/store/README.md").read_text()

@@ -31,7 +31,8 @@ def spool(tmp_path):
 
 
 def test_a_shard_gives_back_what_was_packed():
-    documents = [document(0, text="zwölf Boxkämpfer\n  jagen"), document(1, logprob=None)]
+    ends = "".join(map(chr, (10, 11, 12, 13, 28, 29, 30, 133, 0x2028, 0x2029)))  # What Python ends a line at.
+    documents = [document(0, text=f"zwölf Boxkämpfer\n  jagen {ends}"), document(1, logprob=None)]
     assert unpacked(packed(documents), "it") == documents
     assert packed(documents) == packed(documents)
 
