@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         prog="mmphi benchmark textgen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model", default="", help="folder or hub name of who writes [random weights]")
-    made.add_argument("--documents", type=int, default=48, help="texts of each side in each round [48]")
+    made.add_argument("--documents", type=int, default=64, help="texts of each side in each round [64]")
     made.add_argument("--max_tokens", type=int, default=512, help="longest text, in tokens [512]")
     made.add_argument("--batch", type=int, default=16, help="texts at once in each process [16]")
     made.add_argument("--processes", type=int, default=2, help="processes of the last side [2]")

@@ -28,7 +28,7 @@ def datasheet(ledger: Ledger, settings: Mapping[str, Any], *, run_id: str, when:
         ("characters", f"{ledger.characters:,}"),
         ("tokens of the generator", f"{ledger.tokens:,}" if ledger.tokens else "none: no generator wrote it"),
         ("compressed", f"{ledger.bytes / 1e6:.2f} MB in {len(ledger.shards)} shards"),
-        ("digest (sha256 of the shards' digests)", f"`{ledger.digest}`"),
+        ("digest (sha256, document after document)", f"`{ledger.digest}`"),
         ("made", f"{when}, in run `{run_id}`"),
     ]
     lines = [HEAD, "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", "Sources:", ""]

@@ -42,6 +42,7 @@ class Ledger:
         dropped: Documents by reason.
         unread: What of each source was no document, by reason; part of ``dropped``.
         examples: Some of each reason: name, begin of the text, and of what it is a copy.
+        content: Digest of all documents that are kept, in their order.
         full: Whether nothing more fits.
     """
 
@@ -56,6 +57,7 @@ class Ledger:
     dropped: dict[str, int] = field(default_factory=dict)
     unread: dict[str, dict[str, int]] = field(default_factory=dict)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    content: str = ""
     full: bool = False
 
     @property
@@ -65,8 +67,8 @@ class Ledger:
 
     @property
     def digest(self) -> str:
-        """Of all that is kept, in its order."""
-        return hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode()).hexdigest()
+        """Of all that is kept, in its order; it does not hang on when shards were closed."""
+        return self.content
 
 
 class Store:
@@ -178,6 +180,8 @@ class Store:
         sha = hashlib.sha256(content).hexdigest()
         ledger.shards.append({"name": name, "bytes": len(content), "documents": len(self._open), "sha256": sha})
         for document in self._open:
+            one = json.dumps(asdict(document), sort_keys=True)
+            ledger.content = hashlib.sha256(f"{ledger.content}{one}".encode()).hexdigest()
             ledger.documents += 1
             ledger.characters += len(document.text)
             ledger.tokens += document.tokens

@@ -97,6 +97,23 @@ def test_planted_copies_spam_binary_and_foreign_texts_are_all_found(tmp_path):
     assert "copy of texts.jsonl/0" in sheet
 
 
+def test_the_digest_is_of_the_documents_whenever_they_were_written(tmp_path):
+    digests = set()
+    for folder, every in (("one", 100), ("two", 2)):
+        kept = store(tmp_path / folder)
+        for number in range(8):
+            kept.offer([document(number, prose(number))], "s", number + 1)
+            if number % every == 1:
+                kept.commit()
+        kept.commit()
+        digests.add(kept.ledger.digest)
+    assert len(digests) == 1
+    other = store(tmp_path / "other")
+    other.offer([document(number, prose(number)) for number in range(7)], "s", 7)
+    other.commit()
+    assert other.ledger.digest not in digests
+
+
 def test_what_was_no_document_is_counted_once_however_often_its_source_is_read(tmp_path):
     kept = store(tmp_path)
     for _ in range(2):
