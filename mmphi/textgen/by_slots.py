@@ -23,15 +23,21 @@ class BySlots:
 
     def __call__(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
         """See :class:`Sampler`."""
-        from mmphi.models.chat.slots import Slots
         from mmphi.models.few_rows import weights_first
+        from mmphi.models.grouped import attending_in_groups
+
+        with weights_first(self.model), attending_in_groups(self.model):
+            yield from self._written(wanted)
+
+    def _written(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
+        from mmphi.models.chat.slots import Slots
 
         slots = Slots(self.batch, self.longest)
         open_: dict[int, _Open] = {}
         more = True
         while True:
             done: list[_Open] = []
-            with torch.inference_mode(), weights_first(self.model):
+            with torch.inference_mode():  # Not where others go on with what is given to them.
                 while more and len(open_) < self.batch:
                     one = next(wanted, None)
                     if one is None:
@@ -42,15 +48,19 @@ class BySlots:
                         self._read(slots, free, one.ids[:-1])
                 if not open_:
                     return
-                rows = sorted(open_)
-                last = torch.tensor([[open_[slot].next] for slot in rows], device=self.model.device)
-                logits = self._pass(slots, rows, [open_[slot].read for slot in rows], last)
-                tokens, logprobs = drawn(self._narrowed(logits))
-                for slot, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+                for slot, token, logprob in self._step(slots, open_):
                     if open_[slot].heard(token, logprob):
                         done.append(open_.pop(slot))
-            for each in done:  # Outside: whoever takes them shall not be in inference mode.
+            for each in done:
                 yield Written(each.wanted.id, tuple(each.ids), each.logprob)
+
+    def _step(self, slots: Any, open_: dict[int, _Open]) -> Iterator[tuple[int, int, float]]:
+        """A token of every text, and its log-probability, by slot."""
+        rows = sorted(open_)
+        last = torch.tensor([[open_[slot].next] for slot in rows], device=self.model.device)
+        logits = self._pass(slots, rows, [open_[slot].read for slot in rows], last)
+        tokens, logprobs = drawn(self._narrowed(logits))
+        return zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
 
     def _read(self, slots: Any, slot: int, ids: tuple[int, ...]) -> None:
         """Read what a text follows, but for its last token, at once."""

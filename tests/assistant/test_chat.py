@@ -125,7 +125,7 @@ def test_lines_are_answered_until_there_are_no_more(
 
     chat.run(talk, lines())
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[1] == expected
+    assert f"\n{expected}\n" in printed.out  # Not line by line: an answer may hold what Python ends lines at.
     assert "nowhere.png" in printed.err
     assert "cannot be written" in printed.err
     assert len(talk.messages) == 2
@@ -145,5 +145,5 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(
 
     monkeypatch.setattr(talk.model, "stream", stream)
     chat.run(talk, iter(["first\n", "second\n"]))
-    assert capsys.readouterr().out.splitlines() == ["half an ...", "half an answer"]
+    assert capsys.readouterr().out.split("\n") == ["half an ...", "half an answer", ""]
     assert json.dumps(asked[1]).count("half an") == 1
