@@ -23,6 +23,7 @@ def weights_first(model: nn.Module) -> Iterator[None]:
     """Let every plain linear layer of a model that is on a processor put its weight first where there are few rows."""
     changed = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
     for module in changed:
+        # A method of one layer, not of its class: others of the same class stay as they are.
         module.forward = partial(_linear, module)  # type: ignore[method-assign]
     try:
         yield
