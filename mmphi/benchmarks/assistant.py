@@ -29,8 +29,8 @@ from mmphi.benchmarks._assistant_sides import (
     serving,
     transformers_server,
 )
+from mmphi.benchmarks._conversations import SHAPES
 from mmphi.benchmarks._load import Body, load, summary
-from mmphi.benchmarks._qlora_models import SHAPES
 from mmphi.errors import SettingsError
 
 SIDES = ("generate", "transformers", "mmphi")
@@ -104,7 +104,7 @@ def pictures(folder: Path) -> list[Path]:
 
 def _random(folder: Path, shape: str) -> None:
     """Random weights, as mmphi keeps them and as LLaVA."""
-    from mmphi.benchmarks._qlora_models import loaded_language, loaded_tower, prepare, vision_settings
+    from mmphi.benchmarks._conversations import loaded_language, loaded_tower, prepare, vision_settings
     from mmphi.data.features import LiveFeatures
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmphi.cluster.connect import Machines, ray_itself
 from mmphi.data.images import image_bytes, image_in
+from mmphi.data.views import seen_as
 from mmphi.errors import ImageError
 from mmphi.models.features import Embedded, features_of
 
@@ -63,7 +64,7 @@ def _batch(sent: list[Any], digest: str, contents: Sequence[tuple[str, bytes]]) 
     tower, pixels, unread = _tower(sent, digest), {}, {}
     for name, content in contents:
         try:
-            pixels[name] = tower.preprocess(image_in(content, name))
+            pixels[name] = tower.preprocess(seen_as(image_in(content, name), name))
         except ImageError as error:
             unread[name] = error.reason
     return features_of(pixels, tower), unread

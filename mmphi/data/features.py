@@ -15,6 +15,7 @@ from torch import Tensor
 from mmphi.data.digests import FileDigests
 from mmphi.data.images import open_image
 from mmphi.data.records import ImageRef
+from mmphi.data.views import seen_as, view_name
 from mmphi.errors import ImageError, StoreError
 
 INDEX = "index.json"
@@ -79,7 +80,10 @@ class FeatureStore:
         return len(self._places)
 
     def __contains__(self, image: ImageRef, /) -> bool:
-        return self._digests[image.path] in self._places
+        return self._name(image) in self._places
+
+    def _name(self, image: ImageRef) -> str:
+        return view_name(self._digests[image.path], image.view)
 
     def knows(self, digest: str) -> bool:
         """Whether an image's content was dealt with: embedded, or found unreadable."""
@@ -97,7 +101,7 @@ class FeatureStore:
         """
         out = np.empty((len(images), self.tokens, self.width), np.float16)
         for i, image in enumerate(images):
-            place = self._places.get(self._digests[image.path])
+            place = self._places.get(self._name(image))
             if place is None:
                 raise StoreError(f"{image.id} has no stored features", "run `mmphi embed` on the same data")
             out[i] = self._shards[place[0]][place[1]]
@@ -138,6 +142,7 @@ class LiveFeatures:
     def __init__(self, tower: Embeds) -> None:
         self.tower = tower
         self.tokens, self.width, self.digest = tower.tokens, tower.width, tower.digest
+        self._digests = FileDigests()
         self._unreadable: dict[Path, str] = {}
         self._looked: OrderedDict[tuple[Path, int, int], Tensor] = OrderedDict()  # By file, time and size.
 
@@ -157,6 +162,9 @@ class LiveFeatures:
                 self._looked.popitem(last=False)
 
     def _pixels(self, image: ImageRef) -> Tensor:
+        if image.view:
+            name = view_name(self._digests[image.path], image.view)
+            return self.tower.preprocess(seen_as(open_image(image.path), name))
         looked = self._looked.get(_version(image.path))
         return self.tower.preprocess(open_image(image.path)) if looked is None else looked
 

@@ -18,10 +18,12 @@ class ImageRef:
     Attributes:
         id: ``source name/path relative to the source's image folder``; splits go by it.
         path: Where the file lies on this machine; its features are found by its content.
+        view: Which view of it: 0 is the image itself, others are parts of it.
     """
 
     id: str
     path: Path
+    view: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class Mmphi(lmms):
                 f"a question does not fit in {model.max_length} tokens: {question[:60]!r}",
                 "train the model with a longer max_length",
             )
-        (pack,) = packs([sample], model.sources, 4 * model.max_length, alone=model.packed.alone)
+        (pack,) = packs([sample], model.sources, 4 * model.max_length, layout=model.packed.layout)
         logits, targets = model.packed.logits(to_device(pack, model.device)).float(), pack["targets"].to(model.device)
         kept = len(targets) - len(model.language.prompt.end)  # The answer, without what ends it.
         logits, targets = logits[:kept], targets[:kept]

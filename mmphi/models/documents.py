@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "documents"
@@ -51,6 +51,9 @@ def document_attention(
         output, _ = sdpa_attention_forward(module, query_RHTD, key_RHTD, value_RHTD, attention_mask, **kwargs)
         return output, None
     scale = kwargs.get("scaling")
+    groups = getattr(module, "num_key_value_groups", 1)
+    if groups > 1:
+        key_RHTD, value_RHTD = repeat_kv(key_RHTD, groups), repeat_kv(value_RHTD, groups)
     # Rotating under autocast leaves queries and keys in fp32.
     query_RHTD, key_RHTD = query_RHTD.to(value_RHTD.dtype), key_RHTD.to(value_RHTD.dtype)
     if query_RHTD.is_cuda and query_RHTD.dtype in (torch.bfloat16, torch.float16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from mmphi.errors import ModelError
 from mmphi.models.packed import packing_error, shortest_window
 from mmphi.models.passes import fewer_passes
 from mmphi.settings.shared import LanguageSettings
+from mmphi.text.packing import Layout
 from mmphi.text.prompt import Prompt
 from mmphi.text.tokenizer import phi2_tokenizer
 
@@ -62,11 +64,27 @@ class Language:
         """How far packed sequences are from the same alone, tried once: :func:`~mmphi.models.packed.packing_error`."""
         return packing_error(self.model)
 
+    @cached_property
+    def line_error(self) -> float:
+        """The same where sequences lie in one row, each attending inside its borders."""
+        if self.model.config._attn_implementation != "sdpa":  # It may do what that of borders does not.
+            return math.inf
+        return packing_error(self.model, "line")
+
+    def layout(self, max_length: int) -> Layout:
+        """How sequences of up to so many tokens may lie together."""
+        if not self.packs(max_length):
+            return "alone"
+        return "line" if self.line_error < self._exact else "rows"
+
+    @property
+    def _exact(self) -> float:
+        return PACKED_TOLERANCE if self.settings.precision == "fp32" else PACKED_TOLERANCE_ROUNDED
+
     def packs(self, max_length: int) -> bool:
         """Whether sequences of up to so many tokens may share rows."""
         window = shortest_window(self.model.config)
-        exact = PACKED_TOLERANCE if self.settings.precision == "fp32" else PACKED_TOLERANCE_ROUNDED
-        return self.packing_error < exact and not 0 < window < max_length
+        return self.packing_error < self._exact and not 0 < window < max_length
 
     @property
     def local(self) -> Path | None:

@@ -42,21 +42,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_KW.device)
         by_hidden = torch.empty_like(hidden_KW) if wanted else None
-        by_weight = torch.zeros_like(weight_VW, dtype=torch.float32) if wanted else None
-        by_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted and bias_V is not None else None
+        learns, shifts = ctx.needs_input_grad[1:3]  # Not of a frozen head.
+        by_weight = torch.zeros_like(weight_VW, dtype=torch.float32) if learns else None
+        by_bias = torch.zeros_like(bias_V, dtype=torch.float32) if shifts and bias_V is not None else None
         for first in range(0, len(targets_K), CHUNK):
             part = slice(first, first + CHUNK)
             hidden, targets = hidden_KW[part], targets_K[part]
             logits = F.linear(hidden, weight_VW, bias_V).float()
             norms = logits.logsumexp(dim=1, keepdim=True)
             loss += (norms[:, 0] - logits.gather(1, targets[:, None])[:, 0]).sum()
-            if by_hidden is None or by_weight is None:
+            if by_hidden is None:
                 continue
             logits.sub_(norms).exp_()  # Now probabilities, and less one at the right id the gradient.
             logits[torch.arange(len(targets), device=targets.device), targets] -= 1
             rounded = logits.to(hidden.dtype)
             by_hidden[part] = rounded @ weight_VW
-            if rounded.dtype == torch.float32:
+            if by_weight is None:
+                pass
+            elif rounded.dtype == torch.float32:
                 by_weight.addmm_(rounded.T, hidden)
             else:
                 by_weight += rounded.T @ hidden
@@ -72,4 +75,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
         by_hidden, by_weight, by_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         bias = None if by_bias is None else (by_bias * grad).to(bias_dtype)
-        return by_hidden * grad.to(by_hidden.dtype), (by_weight * grad).to(weight_dtype), bias, None
+        weight = None if by_weight is None else (by_weight * grad).to(weight_dtype)
+        return by_hidden * grad.to(by_hidden.dtype), weight, bias, None

@@ -80,8 +80,8 @@ class Multimodal(Conversing):
                     "train one for this model",
                 )
             projectors["audio"] = speech.to(device=next(language.model.parameters()).device)
-        alone = not language.packs(max_length)
-        self.packed = PackedModel(language.model, alone=alone, **projectors).eval()
+        layout = language.layout(max_length)
+        self.packed = PackedModel(language.model, layout=layout, **projectors).eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Multimodal:
@@ -175,7 +175,7 @@ class Multimodal(Conversing):
             examples = [replace(e, images=other) for e, other in zip(examples, images, strict=True)]
         samples = (self.encode(e) for e in examples)
         nats, tokens = 0.0, 0
-        for pack in packs([s for s in samples if s is not None], self.sources, max_tokens, alone=self.packed.alone):
+        for pack in packs([s for s in samples if s is not None], self.sources, max_tokens, layout=self.packed.layout):
             nats += float(self.packed(**to_device(pack, self.device)))
             tokens += len(pack["targets"])
         return nats, tokens

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmphi.errors import ModelError
-from mmphi.text.packing import Pack
+from mmphi.models.documents import attending_inside_documents
+from mmphi.models.linear_cross_entropy import linear_cross_entropy
+from mmphi.text.packing import Layout, Pack
 
 
 def block_causal_mask(segments_RT: Tensor) -> Tensor:
@@ -37,17 +40,19 @@ class PackedModel(nn.Module):
 
     Args:
         language_model: A Hugging Face causal LM, frozen or not.
-        alone: Whether rows hold one sequence each, under the model's own mask: see :func:`packing_error`.
+        layout: How the sequences of a pack lie, one a row under the model's own mask: see :func:`packing_error`.
         **projectors: From the features of each kind of span to its embeddings.
     """
 
-    def __init__(self, language_model: Any, *, alone: bool = False, **projectors: nn.Module) -> None:
+    def __init__(self, language_model: Any, *, layout: Layout = "rows", **projectors: nn.Module) -> None:
         super().__init__()
-        self.language_model, self.alone = language_model, alone
+        self.language_model, self.layout = language_model, layout
         self.projectors: Any = nn.ModuleDict(projectors)
         self._recomputing: list[Any] = []
+        self.compiled: Sequence[tuple[nn.Module, Any]] = ()  # Layers, and what is called in their place in training.
         if language_model.get_output_embeddings() is None:
             raise ModelError(f"{type(language_model).__name__} has no output head", "use a causal language model")
+        self._plain_head = has_plain_head(language_model)
 
     @property
     def frozen(self) -> bool:
@@ -91,7 +96,9 @@ class PackedModel(nn.Module):
                 if isinstance(rate, float):
                     layer.dropout = 0.0
             self.train(self.training)
-            yield
+            # The backward pass attends again.
+            with attending_inside_documents(self.language_model) if self.layout == "line" else nullcontext():
+                yield
         finally:
             for layer, rate in rates:
                 layer.training = False
@@ -118,6 +125,10 @@ class PackedModel(nn.Module):
     def logits(self, pack: Pack) -> Tensor:
         """Logits (K, V) at the positions that predict a supervised token."""
         with _gathering(self.language_model.get_output_embeddings(), pack["keep"]):
+            return self._run(pack)
+
+    def _run(self, pack: Pack) -> Tensor:
+        with self._walled(pack), _called(self.compiled if self.training else ()):
             output = self.language_model(
                 inputs_embeds=self.embed(pack["input_ids"], pack["features"], pack["places"]),
                 use_cache=False,
@@ -126,10 +137,28 @@ class PackedModel(nn.Module):
         logits: Tensor = output.logits[0]
         return logits
 
-    def _walls(self, pack: Pack) -> dict[str, Tensor]:
-        """What keeps sequences apart: of one in a row, the model's own padding mask; else who sees whom."""
-        if self.alone:
+    def _hidden(self, pack: Pack) -> Tensor:
+        """What the head is given (K, W) at the positions that predict a supervised token; the head itself rests."""
+        with _gathering(self.language_model.get_output_embeddings(), pack["keep"], resting=True) as seen:
+            self._run(pack)
+        return seen[0]
+
+    def _in_line(self, pack: Pack) -> bool:
+        """Whether a pack is a line; the model takes rows as well."""
+        return self.layout == "line" and "borders" in pack
+
+    def _walled(self, pack: Pack) -> AbstractContextManager[None]:
+        return attending_inside_documents(self.language_model) if self._in_line(pack) else nullcontext()
+
+    def _walls(self, pack: Pack) -> dict[str, Any]:
+        """What keeps sequences apart: of one in a row, the model's own padding mask; borders; else who sees whom."""
+        if self.layout == "alone":
             return {"attention_mask": (pack["segments"] >= 0).long()}
+        if self._in_line(pack):
+            # Four dimensions: taken as it is, so that no mask over the whole row is built.
+            none = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=pack["borders"].device)
+            apart = {"borders": pack["borders"], "longest": pack["longest"]}
+            return {"attention_mask": none, "position_ids": pack["position_ids"], **apart}
         return {"attention_mask": self._mask(pack["segments"]), "position_ids": pack["position_ids"]}
 
     def _mask(self, segments_RT: Tensor) -> Tensor:
@@ -139,45 +168,78 @@ class PackedModel(nn.Module):
         dtype = self.language_model.get_input_embeddings().weight.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
+    @property
+    def rounded(self) -> bool:
+        """Whether the language model computes in half precision by itself; an adapter on it is fp32."""
+        return all(p.dtype != torch.float32 for p in self.language_model.parameters())
+
     def forward(self, **pack: Any) -> Tensor:
         """Summed loss of the supervised tokens of a :class:`~mmphi.text.packing.Pack`, in nats, shape ()."""
         rows: Pack = pack  # type: ignore[assignment]  # keyword arguments, so that DDP and the Trainer can pass them
-        return F.cross_entropy(self.logits(rows).float(), rows["targets"], reduction="sum")
+        # Autocast would have its norms and rotations compute in fp32, and copy all that goes in and out of them.
+        plain = torch.autocast(rows["input_ids"].device.type, enabled=False) if self.rounded else nullcontext()
+        with plain:
+            if self._plain_head:
+                head = self.language_model.get_output_embeddings()
+                return linear_cross_entropy(self._hidden(rows), head.weight, head.bias, rows["targets"])
+            return F.cross_entropy(self.logits(rows).float(), rows["targets"], reduction="sum")
 
 
 @contextmanager
-def _gathering(head: nn.Module, keep: Tensor) -> Iterator[None]:
-    """Let a head see only the positions (K,) of the flattened rows."""
+def _gathering(head: nn.Module, keep: Tensor, *, resting: bool = False) -> Iterator[list[Tensor]]:
+    """Let a head see only the positions (K,) of the flattened rows; where it shall rest, none. Gives what is there."""
+    seen: list[Tensor] = []
 
     def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_RTW, *rest = inputs
-        return (hidden_RTW.flatten(0, 1)[keep][None], *rest)
+        seen.append(hidden_RTW.flatten(0, 1)[keep])
+        return (seen[0][None, :0] if resting else seen[0][None], *rest)
 
     hook = head.register_forward_pre_hook(gather)
     try:
-        yield
+        yield seen
     finally:
         hook.remove()
+
+
+@contextmanager
+def _called(compiled: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Let something else be called where a layer is."""
+    try:
+        for layer, call in compiled:
+            layer._compiled_call_impl = call
+        yield
+    finally:
+        for layer, _ in compiled:
+            layer._compiled_call_impl = None
+
+
+@torch.no_grad()
+def has_plain_head(language_model: Any) -> bool:
+    """Whether a model's logits are a linear layer of what its head is given, and nothing else.
+
+    Of such a model the loss can be computed without ever holding all logits. Some scale or cap them, others keep the
+    head's weights in a form of their own.
+    """
+    head = language_model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    ids = torch.arange(4, device=head.weight.device)
+    with _gathering(head, ids) as seen:
+        logits = language_model(input_ids=ids[None], use_cache=False).logits[0]
+    expected = F.linear(seen[0].to(head.weight.dtype), head.weight, head.bias)
+    return bool(torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-4))
 
 
 PROBE = (7, 11)  # Lengths of the sequences that packing is tried with.
 
 
-@torch.no_grad()
-def packing_error(language_model: Any) -> float:
-    """How far logits of packed sequences are from those of the same sequences alone.
-
-    Isolating neighbours by a mask is exact for plain attention. Recurrent and hybrid models carry state across it, and
-    some do not take it at all; of these it is 1 or more.
-
-    Returns:
-        Largest difference over the standard deviation of the logits.
-    """
-    weight = language_model.get_input_embeddings().weight
+def probe_rows(weight: Tensor) -> Pack:
+    """Sequences in one row, of ids that the embeddings' weight (V, W) has, every token predicted."""
     ids = torch.arange(sum(PROBE), device=weight.device) * 37 % max(2, weight.shape[0] - 1)
     segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE)])[None].to(weight.device)
     positions = torch.cat([torch.arange(n) for n in PROBE])[None].to(weight.device)
-    rows = Pack(
+    return Pack(
         input_ids=ids[None],
         position_ids=positions,
         segments=segments,
@@ -186,11 +248,34 @@ def packing_error(language_model: Any) -> float:
         keep=torch.arange(len(ids), device=weight.device),
         targets=ids,
         step_tokens=torch.tensor(1.0),
+        borders=torch.tensor([0, *accumulate(PROBE)], dtype=torch.int32, device=weight.device),
+        longest=max(PROBE),
     )
-    alone = [language_model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(PROBE)]
+
+
+@torch.no_grad()
+def packing_error(language_model: Any, layout: Layout = "rows") -> float:
+    """How far logits of packed sequences are from those of the same sequences alone.
+
+    Isolating neighbours by a mask or by borders is exact for plain attention. Recurrent and hybrid models carry state
+    across them, and some do not take them at all; of these it is 1 or more.
+
+    Args:
+        language_model: A Hugging Face causal LM.
+        layout: How sequences are packed.
+
+    Returns:
+        The largest difference over the standard deviation of the logits.
+    """
+    rows = probe_rows(language_model.get_input_embeddings().weight)
+    ids = rows["targets"]
+    alone = [
+        language_model(input_ids=part[None], use_cache=False).logits[0]
+        for part in torch.tensor_split(ids, list(accumulate(PROBE))[:-1])
+    ]
     expected = torch.cat(alone).float()
     try:
-        packed = PackedModel(language_model).logits(rows).float()
+        packed = PackedModel(language_model, layout=layout).logits(rows).float()
     except (RuntimeError, ValueError, TypeError, IndexError):  # It wants a mask of another form.
         return float("inf")
     return float((packed - expected).abs().max() / expected.std().clamp_min(1e-9))

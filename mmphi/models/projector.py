@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmphi.errors import ModelError
 
 Activation = Literal["gelu", "relu", "silu"]
+LEAST = 1e-4  # Of the largest spread: less is noise of half precision.
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
@@ -32,6 +33,8 @@ class ProjectorConfig:
         activation: Between the layers.
         norm: Whether every feature vector is normalised first (towers without a final norm).
         dropout: Share of each linear layer's inputs dropped in training.
+        whiten: Whether every channel's mean is taken off first and its spread made 1, as :meth:`Projector.fit` found
+            them.
     """
 
     input_width: int
@@ -41,6 +44,7 @@ class ProjectorConfig:
     activation: Activation = "gelu"
     norm: bool = False
     dropout: float = 0.0
+    whiten: bool = False
 
     def size(self) -> int:
         """Trained parameters."""
@@ -71,6 +75,40 @@ class ProjectorConfig:
         )
 
 
+class Whitening(nn.Module):
+    """Takes each channel's mean off features (..., D) and divides by its spread; until it is fitted it changes nothing.
+
+    Channels of some towers differ a hundredfold in size, and few large ones would speak for all.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+
+    def fit(self, features: Iterable[Tensor]) -> None:
+        """Mean and standard deviation of each channel; one that never changes is not divided.
+
+        Args:
+            features: Parts (..., D) of all that there are.
+        """
+        count, sums, squares = 0, torch.zeros(()), torch.zeros(())
+        for part in features:
+            rows = part.reshape(-1, part.shape[-1]).double()
+            count, sums, squares = count + len(rows), sums + rows.sum(0), squares + rows.square().sum(0)
+        mean = sums / count
+        spread = (squares / count - mean.square()).clamp(min=0).sqrt()
+        self.mean.copy_(mean)
+        self.spread.copy_(torch.where(spread > LEAST * spread.max(), spread, 1.0))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Whiten features (..., D)."""
+        return (features - self.mean) / self.spread
+
+
 class Projector(nn.Module):
     """Maps features (..., D) of any float type to embeddings (..., W); weights and arithmetic are fp32.
 
@@ -90,11 +128,20 @@ class Projector(nn.Module):
                 modules.append(nn.Dropout(config.dropout))
             modules.append(nn.Linear(widths[i], widths[i + 1]))
         self.layers = nn.Sequential(*modules)
+        self.whitening = Whitening(config.input_width) if config.whiten else None
+
+    def fit(self, features: Iterable[Tensor]) -> None:
+        """Take means and spreads from features (..., D) as they will be met; nothing where they are not whitened."""
+        if self.whitening is not None:
+            self.whitening.fit(features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features (..., D) to embeddings (..., W)."""
         with torch.autocast(features.device.type, enabled=False):
-            projected: Tensor = self.layers(features.float())
+            features = features.float()
+            if self.whitening is not None:
+                features = self.whitening(features)
+            projected: Tensor = self.layers(features)
         return projected
 
     def save(self, folder: Path) -> None:

@@ -121,6 +121,9 @@ class TrainingSettings(Section):
 class ConversationSettings(TrainingSettings):
     """What trainings on conversations share."""
 
+    result: Literal["last", "best"] = setting(
+        "last", "whose weights are the result: the last step's, or the lowest validation loss's", introduced="last"
+    )
     supervised_tokens: int = setting(
         0, "train until this many tokens were learned from, whatever `steps` says; 0 counts steps", unit="tokens", ge=0
     )

@@ -29,6 +29,7 @@ def steps_of(
     examples: Sequence[Example],
     report: ReadReport,
     mixed: Callable[[Sequence[Example]], Sequence[int]],
+    views: int = 1,
 ) -> tuple[PackedSteps, C]:
     """What a training learns from, in its order.
 
@@ -39,6 +40,7 @@ def steps_of(
         examples: Of all splits; those to train on are taken.
         report: Counts what is left out; it is recorded.
         mixed: Which of the examples given to take, by index and in any number.
+        views: Of each image, in turn.
 
     Returns:
         The steps, and the settings with as many as there are.
@@ -52,16 +54,16 @@ def steps_of(
     count_left_out(sequences, training, chosen.max_length, report)
     log_report(report, ctx.tracker, ctx.settings(DataSettings))
     samples = Subset(sequences, mixed(sequences.kept))
-    steps = packed_steps(samples, model.sources, chosen, alone=model.packed.alone)
+    steps = packed_steps(samples, model.sources, chosen, layout=model.packed.layout, views=views)
     if chosen.supervised_tokens:
         chosen = chosen.model_copy(update={"steps": steps.until(chosen.supervised_tokens)})
-        steps = packed_steps(samples, model.sources, chosen, alone=model.packed.alone)
+        steps = packed_steps(samples, model.sources, chosen, layout=model.packed.layout, views=views)
     return steps, chosen
 
 
 def say_if_alone(model: Multimodal, title: str, tracker: Tracker) -> None:
     """Tell where a model does not take packed rows."""
-    if model.packed.alone:
+    if model.packed.layout == "alone":
         language = model.language
         tracker.say(
             f"{title}: {language.name} does not keep packed sequences apart (by {language.packing_error:.2g} of its"

@@ -38,13 +38,20 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 
 def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str, Path]:
-    """A file of every image that the data names, by the digest of its content."""
+    """A file of every image that the data names, and of each view of those to train on, by what it is called."""
     from mmphi.data.digests import Digests
     from mmphi.data.read import images_of
+    from mmphi.data.views import view_name
+    from mmphi.stages.projector import ProjectorSettings
 
     examples, _ = read(settings, upstream)
     paths = [image.path for image in images_of(examples)]
-    return {digest: path for path, digest in Digests().of_files(paths, "image digests").items()}
+    digests = Digests().of_files(paths, "image digests")
+    found = {digest: path for path, digest in digests.items()}
+    for image in images_of([e for e in examples if e.split == "train"]):
+        for view in range(1, settings(ProjectorSettings).views):
+            found[view_name(digests[image.path], view)] = image.path
+    return found
 
 
 def covers(settings: SettingsView, upstream: Mapping[str, Result], folder: Path) -> bool:
@@ -57,7 +64,9 @@ def covers(settings: SettingsView, upstream: Mapping[str, Result], folder: Path)
 
 def cost(settings: SettingsView) -> Cost:
     """The features of all images, as far as they can be counted; the stage counts them before it starts."""
-    return Cost(feature_bytes(settings))
+    from mmphi.stages.projector import ProjectorSettings
+
+    return Cost(feature_bytes(settings) * settings(ProjectorSettings).views)
 
 
 class Decoded:
@@ -71,11 +80,12 @@ class Decoded:
 
     def __getitem__(self, index: int) -> tuple[str, Any, str]:
         from mmphi.data.images import open_image
+        from mmphi.data.views import seen_as
         from mmphi.errors import ImageError
 
         digest, path = self.images[index]
         try:
-            return digest, self.preprocess(open_image(path)), ""
+            return digest, self.preprocess(seen_as(open_image(path), digest)), ""
         except ImageError as error:
             return digest, None, error.reason
 
@@ -184,7 +194,7 @@ STAGE = Stage(
     reads=("embed", "vision"),
     run=run,
     upstream=upstream,
-    requests=("data", "scenes", "light_clip"),
+    requests=("data", "scenes", "light_clip", "projector.views"),
     request_upstream=scenes_if_read,
     covers=covers,
     cost=cost,

@@ -21,6 +21,7 @@ from mmphi.textgen.documents import Document
 from mmphi.textgen.fleet import Fleet
 from mmphi.textgen.reader import Reader
 from mmphi.textgen.spool import Spool
+from mmphi.training.checkpoints import complete_checkpoints
 from mmphi.training.stream_steps import StreamSteps
 from mmphi.training.window import Ids, Window
 
@@ -81,12 +82,14 @@ class Stream:
         """The first documents to come, which are kept apart; waits until there are enough of them."""
         path = self.folder / HELD
         if not path.exists():
+            self.reader.go_on({})  # Nothing that was taken before counts.
             documents = self._first()
             part = path.with_suffix(".part")
             part.write_text(json.dumps({"position": self.reader.position, "documents": [asdict(d) for d in documents]}))
             part.replace(path)
         kept = json.loads(path.read_text())
-        self.reader.go_on(kept["position"])
+        if not complete_checkpoints(self.folder):  # They have positions of their own.
+            self.reader.go_on(kept["position"])
         self.reader.let_go_before(kept["position"])
         documents = [Document(**document) for document in kept["documents"]]
         for document in documents:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,13 +24,17 @@ from mmphi.stages.conversations import Validation, say_if_alone, steps_of
 from mmphi.stages.light_clip import LightClipSettings, config_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmphi.data.features import ImageFeatures
+    from mmphi.data.records import Example
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector
     from mmphi.models.vision import Vision
 
 FEATURE_BYTES = 2  # They are stored in half precision.
 ROOM = 8  # Tokens of text beside an image, at the least.
+FITTED, FITTED_AT_ONCE = 4096, 256  # Images that means and spreads are taken from.
 
 
 class ProjectorSettings(ConversationSettings):
@@ -43,6 +47,15 @@ class ProjectorSettings(ConversationSettings):
     activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
     norm: bool = setting(False, "normalise every feature vector before the first layer")
     dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
+    compile: Literal["auto", "yes", "no"] = setting(
+        "auto", "let torch compile the frozen language model's layers; auto: on a GPU, in 16 bit", matters=False
+    )
+    views: int = setting(
+        1, "views of each training image in turn: itself, and parts of it, mirrored by half", ge=1, introduced=1
+    )
+    whiten: bool = setting(
+        False, "give every channel of the features mean 0 and spread 1 over the training images", introduced=False
+    )
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -99,9 +112,11 @@ def run(ctx: Context) -> Mapping[str, float]:
     import torch
 
     from mmphi.data.mixing import mixture
+    from mmphi.models.compiling import compiling, worth_compiling
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
     from mmphi.models.vision import Vision
+    from mmphi.training.best import forget
     from mmphi.training.trainer import train
 
     chosen, data = ctx.settings(ProjectorSettings), ctx.settings(DataSettings)
@@ -110,16 +125,19 @@ def run(ctx: Context) -> Mapping[str, float]:
     examples = drop_unseen(examples, features, report)
     language = language_of(ctx)
     torch.manual_seed(chosen.seed)
-    shape = {name: getattr(chosen, name) for name in ("layers", "width", "activation", "norm", "dropout")}
+    shape = {name: getattr(chosen, name) for name in ("layers", "width", "activation", "norm", "dropout", "whiten")}
     config = ProjectorConfig(features.width, language.width, **shape)
     projector = Projector(config.of_size(chosen.parameters) if chosen.parameters else config)
+    projector.fit(some_features(features, examples))
     light_clip = ctx.upstream.get("light_clip")
     vision = Vision(ctx.settings(VisionSettings), features.digest, light_clip.path if light_clip else None)
     model = Multimodal(
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
     )
     say_if_alone(model, "projector", ctx.tracker)
-    steps, chosen = steps_of(ctx, model, chosen, examples, report, lambda kept: mixture([e.source for e in kept], data))
+    steps, chosen = steps_of(
+        ctx, model, chosen, examples, report, lambda kept: mixture([e.source for e in kept], data), chosen.views
+    )
     figures = {
         "parameters": sum(p.numel() for p in projector.parameters()),
         "image_tokens": features.tokens,
@@ -129,7 +147,11 @@ def run(ctx: Context) -> Mapping[str, float]:
     ctx.tracker.metrics({f"projector/{name}": value for name, value in figures.items()})
     held = [e for e in examples if e.split == "validation"]
     validation = Validation(model, held, chosen, ctx.tracker) if held else None
-    with model.packed.recomputing(chosen.gradient_checkpointing):
+    compiled = worth_compiling(chosen.compile, model.packed, chosen.steps) and not chosen.gradient_checkpointing
+    with (
+        model.packed.recomputing(chosen.gradient_checkpointing),
+        compiling(model.packed, compiled, ctx.tracker.say),
+    ):
         trained = train(
             model.packed,
             steps,
@@ -138,11 +160,21 @@ def run(ctx: Context) -> Mapping[str, float]:
             tracker=ctx.tracker,
             title="projector",
             validate=validation,
+            keep_best=chosen.result == "best",
         )
     if ctx.first:
         model.save_pretrained(ctx.folder)
-        _write_card(ctx, model, vision, projector, validation.figures if validation else {})
-    return {"projector/steps": trained.steps}
+        forget(ctx.folder)
+        _write_card(ctx, model, vision, projector, trained.figures or (validation.figures if validation else {}))
+    return {"projector/steps": trained.steps, "projector/result_step": trained.best}
+
+
+def some_features(features: ImageFeatures, examples: Sequence[Example]) -> Iterator[Tensor]:
+    """Features (images, tokens, width) of training images, in parts, of some thousand images at most."""
+    images = list({e.image.id: e.image for e in examples if e.split == "train" and e.image is not None}.values())
+    some = images[:: -(-len(images) // FITTED)] if images else []
+    for first in range(0, len(some), FITTED_AT_ONCE):
+        yield features.get(some[first : first + FITTED_AT_ONCE])
 
 
 def image_features(ctx: Context) -> ImageFeatures:

@@ -152,6 +152,7 @@ def _trained(
     ctx: Context, model: Multimodal, chosen: QloraSettings, examples: Sequence[Example], steps: PackedSteps
 ) -> dict[str, float]:
     from mmphi.models.adapter import adapter_parameters
+    from mmphi.training.best import forget
     from mmphi.training.callbacks import StepTable
     from mmphi.training.optimizers import grouped_adamw
     from mmphi.training.trainer import train
@@ -177,12 +178,13 @@ def _trained(
             validate=validation,
             optimizer=optimizer,
             callbacks=[table],
+            keep_best=chosen.result == "best",
         )
     model.packed.eval()
     if not ctx.first:
         return {}
     figures = {f"before/{name}": value for name, value in before["figures"].items()}
-    figures |= measured_after(ctx, model, validation, trained.steps)
+    figures |= measured_after(ctx, model, validation, trained.best)
     if table.rows:
         ctx.tracker.table("steps", table.rows)
         ctx.tracker.figure("training_loss", table.picture())
@@ -190,8 +192,9 @@ def _trained(
         both = [{**row, "before": old} for row, old in zip(validation.rows, before["answers"], strict=True)]
         record_before_and_after(both, ctx.tracker)
     model.save_pretrained(ctx.folder)
+    forget(ctx.folder)
     _write_card(ctx, model, chosen, figures)
-    return {"qlora/steps": trained.steps, **figures}
+    return {"qlora/steps": trained.steps, "qlora/result_step": trained.best, **figures}
 
 
 def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures: Mapping[str, float]) -> None:

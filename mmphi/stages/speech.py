@@ -82,7 +82,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if chosen.link == "encoder" and chosen.align_steps:
         align(ctx, model, training, held)
     end = model.language.prompt.end[-1]
-    steps = paired_steps(heard, read, model.sources, chosen, end, alone=model.packed.alone)
+    steps = paired_steps(heard, read, model.sources, chosen, end, layout=model.packed.layout)
     assert model.speech is not None
     figures: dict[str, float] = {
         "speech/parameters": sum(p.numel() for p in model.speech.parameters()),
@@ -167,7 +167,7 @@ def _validation(
         with torch.no_grad():
             for first in range(0, len(heard), AT_ONCE):
                 some = np.s_[first : first + AT_ONCE]
-                batch = paired(heard[some], read[some], model.sources, end, alone=model.packed.alone)
+                batch = paired(heard[some], read[some], model.sources, end, layout=model.packed.layout)
                 nats += float(task(**to_device(batch, model.device)))
                 tokens += len(batch["ends"])
         return {"val/divergence": nats / max(tokens, 1), "val/loss": measured.loss, "val/hearing_gain": measured.gain}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, TypeVar
+from itertools import accumulate
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +16,12 @@ from mmphi.errors import ModelError
 from mmphi.text.sequences import Sample, Span
 
 T = TypeVar("T")
-ROW_TOKENS = 128  # Attention costs the square of a row: rows are no longer than this, unless a sequence is.
+# How sequences lie: all in one row, with borders that attention keeps to; in rows of nearly equal length, under a mask
+# of who sees whom; one a row, for models that see through either.
+Layout = Literal["line", "rows", "alone"]
+# Attention costs the square of a row: a row of so many tokens costs twice what its tokens cost by themselves in a model
+# of width 1,024. At 6 times its width a layer's matrices and its attention over a dense mask are equally much work.
+DOUBLE = 6144
 
 
 class SpanFeatures(Protocol):
@@ -45,6 +52,8 @@ class Pack(TypedDict):
     keep: Tensor  # int64 (K,), places in the flattened rows
     targets: Tensor  # int64 (K,)
     step_tokens: Tensor  # float32 (), supervised tokens of the whole optimiser step
+    borders: NotRequired[Tensor]  # int32 (S + 1,), where each sequence of a line begins, and where the last one ends
+    longest: NotRequired[int]  # tokens of the longest sequence of a line
 
 
 def partition(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -77,23 +86,23 @@ def pack(
     features: Mapping[str, SpanFeatures],
     step_tokens: int | None = None,
     *,
-    alone: bool = False,
+    layout: Layout = "rows",
     rows: Sequence[Sequence[int]] | None = None,
 ) -> Pack:
-    """Lay sequences end to end in rows of nearly equal length.
+    """Lay sequences end to end.
 
     Args:
         samples: At least one.
         features: Where the features of each kind of span come from.
         step_tokens: Supervised tokens of the whole step; those of these samples where left out.
-        alone: One sequence a row, for models that see through the walls between neighbours.
+        layout: How they lie.
         rows: Which sequences each row holds, by index, where they shall lie as others do: :func:`rows_of` those.
 
     Raises:
         ModelError: If a span has another length than what stands there has features.
     """
     lengths = [len(sample) for sample in samples]
-    rows = rows_of(samples, alone=alone) if rows is None else rows
+    rows = rows_of(samples, layout=layout) if rows is None else rows
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segments, supervised = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
@@ -110,7 +119,7 @@ def pack(
             start += len(sample)
     (targets,) = np.nonzero(supervised.ravel())
     flat, places = spread(spans, features)
-    return Pack(
+    packed = Pack(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         segments=torch.from_numpy(segments),
@@ -120,12 +129,51 @@ def pack(
         targets=torch.from_numpy(ids.ravel()[targets]),
         step_tokens=torch.tensor(float(len(targets) if step_tokens is None else step_tokens)),
     )
+    if layout == "line":
+        in_order = [lengths[i] for row in rows for i in row]
+        packed["borders"] = torch.tensor([0, *accumulate(in_order)], dtype=torch.int32)
+        packed["longest"] = max(lengths)
+    return packed
 
 
-def rows_of(samples: Sequence[Sample], *, alone: bool = False) -> list[list[int]]:
-    """Which sequences each row of a pack holds, by index."""
+def rows_of(samples: Sequence[Sample], *, layout: Layout = "rows") -> list[list[int]]:
+    """Which sequences each row of a pack holds, by index: of rows so many that the work, padding included, is least."""
     lengths = [len(sample) for sample in samples]
-    return partition(lengths, len(samples) if alone else max(1, -(-sum(lengths) // max(ROW_TOKENS, *lengths, 1))))
+    if layout == "line":
+        return [list(range(len(samples)))]
+    return partition(lengths, len(samples)) if layout == "alone" else least_work(lengths)
+
+
+def least_work(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequences in that number of rows in which they are computed with the least work.
+
+    Few long rows waste little on padding and much on attention, many short ones the other way round, and sequences of
+    nearly the same length fit well into some numbers of rows and badly into others. Numbers are tried in the order of
+    what they would cost if they were filled evenly, until none that is left could be better.
+
+    Args:
+        lengths: Of each sequence, in tokens.
+
+    Returns:
+        For each row the indices of its sequences.
+    """
+    whole, longest = sum(lengths), max(lengths)
+
+    def work(rows: int, length: float) -> float:
+        return rows * length * (1 + length / DOUBLE)
+
+    def even(rows: int) -> float:
+        return work(rows, max(whole / rows, longest))
+
+    best, least = [list(range(len(lengths)))], math.inf
+    for count in sorted(range(1, len(lengths) + 1), key=lambda rows: (even(rows), rows)):
+        if even(count) >= least:
+            break
+        rows = partition(lengths, count)
+        found = work(count, max(sum(lengths[i] for i in row) for row in rows))
+        if found < least:
+            best, least = rows, found
+    return best
 
 
 def check_spans(sample: Sample, features: Mapping[str, SpanFeatures]) -> None:
@@ -152,22 +200,24 @@ def spread(spans: Sequence[Span], features: Mapping[str, SpanFeatures]) -> tuple
 
 
 def packs(
-    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int, *, alone: bool = False
+    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int, *, layout: Layout = "rows"
 ) -> Iterator[Pack]:
     """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is a pack of its own)."""
     waiting: list[Sample] = []
     for sample in samples:
         if waiting and sum(map(len, waiting)) + len(sample) > max_tokens:
-            yield pack(waiting, features, alone=alone)
+            yield pack(waiting, features, layout=layout)
             waiting = []
         waiting.append(sample)
     if waiting:
-        yield pack(waiting, features, alone=alone)
+        yield pack(waiting, features, layout=layout)
 
 
 def to_device(pack: T, device: torch.device) -> T:
-    """The same tensors on another device."""
+    """The same tensors on another device; numbers stay."""
     # T is a tensor or a mapping of such, as deep as packs go; mypy cannot be told so without naming every depth.
     if isinstance(pack, Tensor):
         return pack.to(device)  # type: ignore[return-value]
+    if isinstance(pack, int):
+        return pack
     return {name: to_device(value, device) for name, value in pack.items()}  # type: ignore[attr-defined,return-value]

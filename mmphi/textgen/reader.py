@@ -14,7 +14,7 @@ class Reader:
 
     Args:
         spool: Where from.
-        position: By stream, the number of the shard that comes next: as :attr:`position` was.
+        position: To go on from: as :attr:`position` was. Without one, nothing is changed until :meth:`go_on`.
         say: Told of shards that are broken or missing.
 
     Attributes:
@@ -28,14 +28,18 @@ class Reader:
         self.spool, self.say = spool, say
         self.position: dict[str, int] = {}
         self.broken = 0
-        self.go_on(position or {})
+        if position is not None:
+            self.go_on(position)
 
     def go_on(self, position: Mapping[str, int]) -> None:
-        """Go on from a position: what was taken after it waits again."""
+        """Go on from a position: what was taken after it waits again, what waits before it counts as taken."""
         self.position = dict(position)
         for held in self.spool.taken():  # By a reader that was killed before it could note that.
             if held.name.number >= self.position.get(held.name.stream, 0):
                 self.spool.put_back(held.name)
+        for held in self.spool.held():  # Put back when this reader went on from an earlier position.
+            if held.name.number < self.position.get(held.name.stream, 0):
+                self.spool.count_as_taken(held.name)
 
     def waiting(self) -> list[Held]:
         """Shards that were not taken yet: the first of every stream, then the second of every stream, and so on."""

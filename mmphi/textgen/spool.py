@@ -125,6 +125,10 @@ class Spool:
         self._move(name, SHARDS, TAKEN)
         return documents
 
+    def count_as_taken(self, name: ShardName) -> None:
+        """Count a shard that waits as taken, unread."""
+        self._move(name, SHARDS, TAKEN)
+
     def put_back(self, name: ShardName) -> None:
         """Let a shard that was taken wait again."""
         self._move(name, TAKEN, SHARDS)

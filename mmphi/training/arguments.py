@@ -65,6 +65,7 @@ def arguments_of(settings: TrainingSettings, folder: Path, epsilon: float) -> Tr
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},  # Of pinned memory: the next batch is copied beside the arithmetic.
         dataloader_num_workers=settings.workers,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device; the Trainer would take all there are.

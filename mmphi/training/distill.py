@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from mmphi.models.packed import PackedModel
 from mmphi.settings.shared import TrainingSettings
-from mmphi.text.packing import Pack, SpanFeatures, pack, partition, rows_of
+from mmphi.text.packing import Layout, Pack, SpanFeatures, pack, partition, rows_of
 from mmphi.text.sequences import Sample
 from mmphi.training.steps import PackedSteps, packed_steps
 
@@ -87,7 +87,7 @@ class PairedSteps(Dataset[Pair]):
             steps.features,
             self.end,
             total,
-            alone=steps.alone,
+            layout=steps.layout,
         )
 
 
@@ -98,7 +98,7 @@ def paired(
     end: int,
     step_tokens: int | None = None,
     *,
-    alone: bool = False,
+    layout: Layout = "rows",
 ) -> Pair:
     """The same conversations, heard and read, in rows that hold the same ones in the same order.
 
@@ -108,11 +108,11 @@ def paired(
         features: Where the features of each kind of span come from.
         end: Token that ends an answer.
         step_tokens: Supervised tokens of the whole step; those of these samples where left out.
-        alone: One sequence a row.
+        layout: How they lie.
     """
-    rows = rows_of(heard, alone=alone)
-    ours = pack(heard, features, step_tokens, alone=alone, rows=rows)
-    theirs = pack(read, features, step_tokens, alone=alone, rows=rows)
+    rows = rows_of(heard, layout=layout)
+    ours = pack(heard, features, step_tokens, layout=layout, rows=rows)
+    theirs = pack(read, features, step_tokens, layout=layout, rows=rows)
     if not torch.equal(ours["targets"], theirs["targets"]):
         raise ValueError("what is heard and what is read have different answers")
     segments = torch.cat([ours["segments"].flatten(), theirs["segments"].flatten()])
@@ -128,7 +128,7 @@ def paired_steps(
     settings: TrainingSettings,
     end: int,
     *,
-    alone: bool = False,
+    layout: Layout = "rows",
 ) -> PairedSteps:
     """The pairs of a training as its settings have it, over all processes that train together."""
-    return PairedSteps(packed_steps(heard, features, settings, alone=alone), read, end)
+    return PairedSteps(packed_steps(heard, features, settings, layout=layout), read, end)

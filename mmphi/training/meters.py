@@ -6,11 +6,13 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CLEAR_PEAK = "5"  # Documented in proc(5): resets the peak of the resident set.
@@ -22,15 +24,25 @@ class Throughput:
     Tokens are those of sequences, features in their places included; what fills rows up is none.
 
     Attributes:
-        tokens: Tokens that passed through the model since the last reading, on this process.
-        pairs: Pairs of a position and one that it sees, since the beginning, on this process.
+        tokens: Tokens that passed through the model since the last reading, on this process; counted where the batches
+            are, so that nobody waits for an accelerator before the count is read.
+        pairs: Pairs of a position and one that it sees, since the beginning, on this process; likewise.
         total_s: Seconds of training up to the last pause.
     """
 
     def __init__(self) -> None:
-        self.tokens = self.pairs = 0
+        self.tokens: int | Tensor = 0
+        self.pairs: int | Tensor = 0
         self._seconds = self.total_s = 0.0
         self._begun: float | None = None
+
+    def count(self, batch: Mapping[str, Any]) -> None:
+        """Count a batch that passes, by its ``segments`` and ``borders``, where it has them."""
+        if "segments" in batch:
+            self.tokens = self.tokens + (batch["segments"] >= 0).sum()
+        if "borders" in batch:
+            lengths = batch["borders"].diff().long()
+            self.pairs = self.pairs + (lengths * (lengths + 1) // 2).sum()
 
     def start(self) -> None:
         """Start the clock."""
@@ -63,7 +75,7 @@ class Throughput:
         """Tokens per second since the last reading; 0 where none were counted."""
         running = self._begun is not None
         self.stop()
-        rate = self.tokens / self._seconds if self._seconds else 0.0
+        rate = float(self.tokens) / self._seconds if self._seconds else 0.0
         self.tokens, self._seconds = 0, 0.0
         if running:
             self.start()
@@ -74,15 +86,15 @@ class StepLoss:
     """The loss of an optimiser step, added up over its forward passes."""
 
     def __init__(self) -> None:
-        self._sum = 0.0
+        self._sum: float | Tensor = 0.0
 
-    def add(self, share: float) -> None:
-        """Add what one forward pass of this process has of it."""
-        self._sum += share
+    def add(self, share: float | Tensor) -> None:
+        """Add what one forward pass of this process has of it; on an accelerator nobody waits for it."""
+        self._sum = self._sum + share
 
     def take(self, device: torch.device) -> float:
         """The loss of the step that ended, over all processes; the next begins at nothing."""
-        total, self._sum = torch.tensor(self._sum, dtype=torch.float64), 0.0
+        total, self._sum = torch.tensor(float(self._sum), dtype=torch.float64), 0.0
         if dist.is_initialized():
             total = total.to(device)
             dist.all_reduce(total)

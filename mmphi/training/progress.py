@@ -102,7 +102,7 @@ class Progress(TrainerCallback):
     ) -> None:
         """Start the clock where the checkpoint left it."""
         self._begun_s = float(self._totals[SECONDS]) - self.throughput.elapsed_s()
-        self._said_s, self._said_pairs = float(self._totals[SECONDS]), self.throughput.pairs
+        self._said_s, self._said_pairs = float(self._totals[SECONDS]), int(self.throughput.pairs)
 
     def on_step_begin(
         self,
@@ -169,7 +169,7 @@ class Progress(TrainerCallback):
         values = {"train/step_loss": self._sum / self._count, "train/tokens": float(self._totals[TOKENS])}
         if due:
             seconds = float(self._totals[SECONDS]) - self._said_s
-            pairs = (self.throughput.pairs - self._said_pairs) * args.world_size
+            pairs = (int(self.throughput.pairs) - self._said_pairs) * args.world_size
             steps = 1 if step == 1 else args.logging_steps
             flops = self.flops(steps * self.step_tokens, int(pairs))
             values["train/mfu"] = flops / max(seconds, 1e-9) / (self.peak.flops * args.world_size)
@@ -179,7 +179,7 @@ class Progress(TrainerCallback):
                 f"iter {(step - 1) * args.gradient_accumulation_steps} step {step - 1}: loss {loss:.4f}, "
                 f"LR: {self._rate:.6f}, iter time: {1000 * seconds / passes:.2f}ms"
             )
-            self._said_s, self._said_pairs = float(self._totals[SECONDS]), self.throughput.pairs
+            self._said_s, self._said_pairs = float(self._totals[SECONDS]), int(self.throughput.pairs)
         self._sum, self._count = 0.0, 0
         self.tracker.metrics(values, step)
         # A training that goes on records again what stands in its history.

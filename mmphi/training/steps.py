@@ -8,13 +8,14 @@ supervised tokens of the *whole* step, which its summed loss is divided by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from mmphi.settings.shared import TrainingSettings
-from mmphi.text.packing import Pack, SpanFeatures, pack, partition
+from mmphi.text.packing import Layout, Pack, SpanFeatures, pack, partition
 from mmphi.text.sequences import Sample
 from mmphi.training.arguments import world_size
 
@@ -54,7 +55,8 @@ class PackedSteps(Dataset[Pack]):
         batch_size: Sequences per step.
         packs_per_step: Forward passes per step over all processes.
         seed: Seed of the order.
-        alone: One sequence a row.
+        layout: How the sequences of a pack lie.
+        views: Of each image, which take turns from one time to the next that a sequence is met.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class PackedSteps(Dataset[Pack]):
         batch_size: int,
         packs_per_step: int,
         seed: int,
-        alone: bool = False,
+        layout: Layout = "rows",
+        views: int = 1,
     ) -> None:
         if not samples:
             raise ValueError("there is nothing to train on")
@@ -74,7 +77,7 @@ class PackedSteps(Dataset[Pack]):
             raise ValueError(f"batch_size = {batch_size} is less than {packs_per_step} forward passes per step")
         self.samples, self.features = samples, features
         self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
-        self.alone = alone
+        self.layout, self.views = layout, views
         self.chosen = Order(len(samples), batch_size, seed).chosen
 
     def __len__(self) -> int:
@@ -82,7 +85,11 @@ class PackedSteps(Dataset[Pack]):
 
     def step(self, step: int) -> list[Sample]:
         """The samples of one optimiser step."""
-        return [self.samples[i] for i in self.chosen(step)]
+        first, count = step * self.batch_size, len(self.samples)
+        return [
+            seen_by(self.samples[index], (index + (first + place) // count) % self.views)
+            for place, index in enumerate(self.chosen(step))
+        ]
 
     def supervised(self) -> int:
         """Tokens learned from in the whole training."""
@@ -107,7 +114,18 @@ class PackedSteps(Dataset[Pack]):
         samples = self.step(index // self.packs_per_step)
         total = sum(int(s.supervised.sum()) for s in samples)
         shares = partition([len(s) for s in samples], self.packs_per_step)
-        return pack([samples[i] for i in shares[index % self.packs_per_step]], self.features, total, alone=self.alone)
+        return pack([samples[i] for i in shares[index % self.packs_per_step]], self.features, total, layout=self.layout)
+
+
+def seen_by(sample: Sample, view: int) -> Sample:
+    """A sequence with a view of its images."""
+    if not view:
+        return sample
+    spans = tuple(
+        span._replace(reference=replace(span.reference, view=view)) if span.kind == "image" else span
+        for span in sample.spans
+    )
+    return replace(sample, spans=spans)
 
 
 def packed_steps(
@@ -115,7 +133,8 @@ def packed_steps(
     features: Mapping[str, SpanFeatures],
     settings: TrainingSettings,
     *,
-    alone: bool = False,
+    layout: Layout = "rows",
+    views: int = 1,
 ) -> PackedSteps:
     """The packs of a training as its settings have it, over all processes that train together."""
     return PackedSteps(
@@ -125,5 +144,6 @@ def packed_steps(
         batch_size=settings.batch_size,
         packs_per_step=settings.accumulation * world_size(),
         seed=settings.seed,
-        alone=alone,
+        layout=layout,
+        views=views,
     )

@@ -82,7 +82,7 @@ def test_one_sequence_a_row_equals_the_model_itself(config):
     language = replace(tiny_language(), model=build(config))
     projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
     model = Multimodal(language, projector, RandomFeatures(), 200)
-    assert model.packed.alone
+    assert model.packed.layout == "alone"
     examples = [example(i, "a dog runs in the snow" * (1 + i % 2), image=i % 2 == 0) for i in range(4)]
     samples = [encode(e, language.prompt, 4, 200) for e in examples]
     expected = 0.0
@@ -106,7 +106,7 @@ def test_a_window_that_no_sequence_reaches_does_not_matter():
 
 def test_rows_of_one_sequence(tmp_path):
     samples = [encode(example(i, "a" * (3 + i)), tiny_language().prompt, 4, 100) for i in range(3)]
-    rows = pack(samples, {"image": RandomFeatures()}, alone=True)
+    rows = pack(samples, {"image": RandomFeatures()}, layout="alone")
     assert rows["input_ids"].shape[0] == 3
     assert (rows["segments"].max(dim=1).values == 0).all()
-    assert isinstance(PackedModel(tiny_language().model, alone=True)._walls(rows)["attention_mask"], torch.Tensor)
+    assert isinstance(PackedModel(tiny_language().model, layout="alone")._walls(rows)["attention_mask"], torch.Tensor)

@@ -108,3 +108,30 @@ def test_width_that_comes_nearest_to_a_size(layers: int, parameters: int) -> Non
 def test_one_layer_has_no_width_to_choose() -> None:
     with pytest.raises(ModelError, match="no hidden width"):
         ProjectorConfig(12, 32, layers=1).of_size(1000)
+
+
+def test_whitened_features_have_mean_0_and_spread_1_whatever_they_had(tmp_path):
+    torch.manual_seed(0)
+    scale, shift = torch.tensor([0.01, 1.0, 90.0, 0.0]), torch.tensor([5.0, -3.0, 400.0, 2.0])
+    features = torch.randn(500, 3, 4) * scale + shift
+    projector = Projector(ProjectorConfig(4, 8, whiten=True))
+    projector.fit(part.half() for part in features.split(64))
+    seen = []
+    projector.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    projector(features)
+    flat = seen[0].flatten(0, 1)
+    torch.testing.assert_close(flat[:, 1:3].mean(0), torch.zeros(2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(flat[:, 1:3].std(0), torch.ones(2), atol=1e-2, rtol=0)
+    assert float(flat[:, 3].abs().max()) < 1e-3  # A channel that never changes is not blown up.
+    projector.save(tmp_path)
+    assert torch.equal(Projector.load(tmp_path)(features), projector(features))
+
+
+def test_an_unfitted_whitening_changes_nothing():
+    torch.manual_seed(0)
+    plain = Projector(ProjectorConfig(4, 8))
+    torch.manual_seed(0)
+    white = Projector(ProjectorConfig(4, 8, whiten=True))
+    features = torch.randn(2, 3, 4)
+    assert torch.equal(plain(features), white(features))
+    assert [n for n, p in white.named_parameters()] == [n for n, p in plain.named_parameters()]

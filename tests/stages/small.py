@@ -81,7 +81,7 @@ def built(stage: str, database: Path, folder: Path, **changes: str) -> Iterator[
 
 def main() -> None:
     """Build a stage; with SMALL_DIE_AT the process kills itself after so many optimiser steps."""
-    from mmphi.training.trainer import Loop
+    from mmphi.training.loop import Loop
 
     torch.set_num_threads(1)
     left = int(os.environ.get("SMALL_DIE_AT", "-1"))

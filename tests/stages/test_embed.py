@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mmphi.data.features import FeatureStore
+from mmphi.data.features import FeatureStore, LiveFeatures
+from mmphi.data.records import ImageRef
+from mmphi.models.vision import load_tower
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.settings import DataSettings, SourceSettings, VisionSettings
 from mmphi.stages import STAGES, Settings
 from mmphi.stages.embed import EmbedSettings
+from mmphi.stages.projector import ProjectorSettings
 
 
 @pytest.fixture
@@ -89,3 +92,33 @@ def test_force_embeds_everything_anew(empty_store: str, tmp_path: Path, vision: 
     forced = pipeline.build("embed", settings, force=True)
     assert forced.run_id != first.run_id
     assert forced.metrics["embed/computed"] == 4
+
+
+def test_views_of_training_images_are_stored_beside_them_and_live_ones_are_the_same(
+    empty_store: str, tmp_path: Path, vision: VisionSettings
+) -> None:
+    source, pipeline = photos(tmp_path, "one", 8), Pipeline(STAGES)
+
+    def embed(views: int) -> Result:
+        chosen = DataSettings(sources=[source], validation_images=1, test_images=1)
+        settings = Settings(
+            data=chosen, vision=vision, embed=EmbedSettings(workers=0), projector=ProjectorSettings(views=views)
+        )
+        return pipeline.build("embed", settings)
+
+    assert embed(1).metrics["embed/computed"] == 8
+    result = embed(3)
+    assert result.metrics["embed/computed"] == 2 * 6  # Those kept apart are seen as they are.
+    assert embed(2).run_id == result.run_id
+    store = FeatureStore(result.path)
+    live = LiveFeatures(load_tower(vision, torch.device("cpu")))
+    seen = 0
+    for path in sorted((tmp_path / "one").glob("*.png")):
+        images = [ImageRef(path.name, path, view) for view in range(3)]
+        if images[1] not in store:
+            continue
+        seen += 1
+        stored = store.get(images)
+        torch.testing.assert_close(stored, live.get(images), rtol=2e-3, atol=2e-3)
+        assert not torch.allclose(stored[0], stored[1], atol=1e-2)
+    assert seen == 6

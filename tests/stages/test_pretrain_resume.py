@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from mmphi.pipeline.stage import Result
 from mmphi.stages import pretrain
-from mmphi.training.trainer import Loop
+from mmphi.training.loop import Loop
 
 
 @pytest.fixture(scope="module")

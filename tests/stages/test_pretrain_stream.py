@@ -122,7 +122,8 @@ def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_pat
     assert figures["val/loss"] == pytest.approx(expected["val/loss"])
 
 
-def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["between checkpoints", "before a checkpoint is noted", "two checkpoints kept"])
+def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monkeypatch, moment):
     """Killed in the middle, too; what is kept apart for validation is not in the store."""
     monkeypatch.setattr("mmphi.stages.pretrain_stream.Fleet", Nobody)
     draw = random.Random(3)  # Words of letters: near copies are looked for with all numbers alike.
@@ -142,9 +143,20 @@ def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monke
             if step == 30 and "train/loss" in values:
                 raise KeyboardInterrupt
 
+    def killed(self, checkpoint):
+        if checkpoint.name == "checkpoint-28":
+            raise KeyboardInterrupt
+        noted(self, checkpoint)
+
+    noted = Stream.saved
     long = {"pretrain.stop": "steps 110", "store.megabytes": "1"}
+    if moment == "two checkpoints kept":
+        long["pretrain.keep_checkpoints"] = "2"
+    if moment == "before a checkpoint is noted":
+        monkeypatch.setattr(Stream, "saved", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, "run", spool, Kill(), **long)
+    monkeypatch.setattr(Stream, "saved", noted)
     assert 0 < len(stored(tmp_path / "run/store/data")) < 100
     ctx, figures = trained(tmp_path, "run", spool, **long)
     kept = [each.text for each in stored(tmp_path / "run/store/data")]

@@ -27,7 +27,7 @@ from mmphi.models.hearing import Segment, Transcript
 from mmphi.models.voice import Part
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, load_settings
-from mmphi.training.trainer import Loop
+from mmphi.training.loop import Loop
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "brown"]
 QUICK = {

@@ -35,9 +35,9 @@ def test_padding_is_no_token(tmp_path):
     """Every sequence once: the rate times the seconds is the number of their tokens."""
     language, counted = tiny_language(), []
     samples = [encode(example(i, "a" * (3 + 20 * i)), language.prompt, 4, 300) for i in range(4)]
-    model = PackedModel(language.model, alone=True, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    model = PackedModel(language.model, layout="alone", image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
     settings = TrainingSettings(steps=1, batch_size=4)
-    steps = packed_steps(samples, {"image": RandomFeatures()}, settings, alone=True)
+    steps = packed_steps(samples, {"image": RandomFeatures()}, settings, layout="alone")
     assert steps[0]["input_ids"].numel() > sum(map(len, samples))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Throughput, "read", lambda self: counted.append(self.tokens) or 1.0)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from conftest import RandomFeatures, Recorder, encode, example, tiny_language
 from safetensors.torch import load_file
+from small_training import ANSWERS, new_projector, trained, weights
 from transformers import TrainingArguments
 from workers import spawn
 
+from mmphi.data.records import ImageRef
 from mmphi.errors import ModelError, Stopped, TrainingError
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
@@ -21,32 +25,12 @@ from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
 from mmphi.training.steps import packed_steps
 from mmphi.training.trainer import train
 
-ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
-
 
 def run(folder: Path, recorder: Recorder | None = None, validate=None, dropout: float = 0.0, **changes) -> Projector:
     """Train a projector for a few steps, always from the same beginning."""
-    language = tiny_language()
-    torch.manual_seed(1)
-    projector = Projector(ProjectorConfig(RandomFeatures.width, 32, dropout=dropout))
-    model = PackedModel(language.model, image=projector)
-    samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
-    settings = TrainingSettings(**{"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, **changes})
-    with model.recomputing(settings.gradient_checkpointing):
-        train(
-            model,
-            packed_steps(samples, {"image": RandomFeatures()}, settings),
-            settings,
-            folder=folder,
-            tracker=recorder or Recorder(),
-            title="test",
-            validate=validate,
-        )
+    projector = new_projector(dropout)
+    trained(projector, folder, changes, tracker=recorder or Recorder(), validate=validate)
     return projector
-
-
-def weights(projector: Projector) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in projector.parameters()])
 
 
 def test_loss_falls_and_frozen_weights_stay(tmp_path, recorder):
@@ -217,3 +201,24 @@ def test_one_process_takes_one_device(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
     assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]).n_gpu == 2
     assert arguments_of(TrainingSettings(), tmp_path, 1e-8).n_gpu == 1
+
+
+def test_views_of_an_image_take_turns(tmp_path):
+    """Each sequence is met with all of its views as often as the others, whatever the step, and by its number alone."""
+    language = tiny_language()
+    samples = []
+    for number, answer in enumerate(ANSWERS):
+        sample = encode(example(number, answer), language.prompt, RandomFeatures.tokens, 200)
+        image = sample.spans[0]._replace(reference=ImageRef(str(number), Path("somewhere")))
+        samples.append(replace(sample, spans=(image,), name=str(number)))
+    settings = TrainingSettings(steps=12, batch_size=4)
+    steps = packed_steps(samples, {"image": RandomFeatures()}, settings, views=3)
+    met = [(s.name, s.spans[0].reference.view) for step in range(12) for s in steps.step(step)]
+    assert Counter(met) == {(sample.name, view): 2 for sample in samples for view in range(3)}
+    assert {view for _, view in met[:8]} == {0, 1, 2}
+    plain = packed_steps(samples, {"image": RandomFeatures()}, settings)
+    assert {s.spans[0].reference.view for step in range(12) for s in plain.step(step)} == {0}
+    for step in (0, 11):
+        for one, other in zip(plain.step(step), steps.step(step), strict=True):
+            assert one.name == other.name
+            assert one.spans[0]._replace(reference=None) == other.spans[0]._replace(reference=None)

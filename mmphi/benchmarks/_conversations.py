@@ -1,12 +1,18 @@
-"""What both sides of ``mmphi benchmark qlora`` read: models with random weights, images, rows."""
+"""What the sides of ``mmphi benchmark projector`` and ``qlora`` read: models with random weights, images, rows."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmphi.data.features import FeatureStore
+    from mmphi.data.records import ImageRef
+
+FEATURES = "features"
 
 
 @dataclass(frozen=True)
@@ -14,6 +20,7 @@ class Shape:
     """Sizes of the models and of the batch; answers have ``shortest`` to ``longest`` words, evenly on a log scale.
 
     ``recompute`` is for the usual way: PEFT's page turns it on, and at Phi-2's size it does not fit without.
+    ``quantised`` keeps the language model in NF4 where the benchmark does not do so anyway.
     """
 
     width: int = 256
@@ -30,6 +37,7 @@ class Shape:
     max_length: int = 2048
     precision: str = "fp32"
     recompute: bool = False
+    quantised: bool = False
 
 
 SHAPES = {
@@ -40,7 +48,7 @@ SHAPES = {
 
 
 def prepare(folder: Path, shape: Shape, steps: int) -> None:
-    """Write models with random weights, images and rows: what both sides read."""
+    """Write models with random weights, images and rows: what all sides read."""
     import numpy as np
     import open_clip
     import torch
@@ -79,6 +87,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
 
     images = draw_photos(folder / "images", shape.images)
     spoken, tower = loaded_language(folder, shape.precision), loaded_tower(folder)
+    store_features(folder, images)
     rng, rows = np.random.default_rng(0), []
     words = ["table", "people", "the", "red", "standing", "a", "near", "street", "of", "dog", "is", "two", "with"]
     spread = np.geomspace(shape.shortest, shape.longest, shape.batch_size).astype(int)
@@ -102,6 +111,14 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     settings = vision_settings(folder)
     model = Multimodal(spoken, Projector.load(folder), LiveFeatures(tower), 2048, Vision(settings, tower.digest))
     save_llava(*as_llava(model), folder / "llava")
+
+
+def store_features(folder: Path, images: Sequence[ImageRef]) -> None:
+    """Compute the features of images and write them to disk, as the stage ``embed`` does."""
+    from mmphi.benchmarks.embed import staged
+    from mmphi.models.device import this_device
+
+    staged(loaded_tower(folder).to(this_device()), images, folder / FEATURES, workers=0)
 
 
 def step_flops(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> float:
@@ -141,38 +158,8 @@ def loaded_language(folder: Path, precision: Any) -> Any:
     return load_language(settings, None, this_device())
 
 
-class Stored:
-    """Features of images, made once."""
+def stored(folder: Path) -> FeatureStore:
+    """The features of the images, on disk."""
+    from mmphi.data.features import FeatureStore
 
-    def __init__(self, folder: Path, paths: list[str]) -> None:
-        import torch
-
-        from mmphi.data.features import LiveFeatures
-        from mmphi.data.records import ImageRef
-        from mmphi.models.device import this_device
-
-        live = LiveFeatures(loaded_tower(folder).to(this_device()))
-        self.tokens, self.width, self.digest = live.tokens, live.width, live.digest
-        self._rows = {path: live.get([ImageRef(path, Path(path))])[0] for path in paths}
-        self._torch = torch
-
-    def __contains__(self, image: Any, /) -> bool:
-        return str(image.path) in self._rows
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def prepare(self, images: Any, /) -> None:
-        """They are there."""
-
-    def get(self, images: Any, /) -> Any:
-        """Features (len(images), tokens, width)."""
-        return self._torch.stack([self._rows[str(image.path)] for image in images])
-
-    def length(self, image: Any, /) -> int:
-        """Features of an image."""
-        return self.tokens
-
-    def rows(self, images: Any, /) -> Any:
-        """Features one after the other."""
-        return self.get(images).flatten(0, 1)
+    return FeatureStore(folder / FEATURES)

@@ -1,0 +1,195 @@
+"""What ``mmphi benchmark projector`` and ``qlora`` share: sides in processes of their own, and a table of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmphi.benchmarks._conversation_sides import Batches
+from mmphi.benchmarks._conversations import Shape, prepare, step_flops
+from mmphi.benchmarks._pretrain_sides import Clock
+
+# Nats per token by which losses of two sides may differ: rounding, that of bf16 passed on from step to step.
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
+OURS = "mmphi"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way of training.
+
+    Attributes:
+        run: Given the folder, the shape, the batches, the workers and callbacks, trains.
+        by_length: Whether rows are sorted by their length, so that a batch's are nearly equally long.
+        same: The side whose losses its own must be.
+    """
+
+    run: Callable[[Path, Shape, Batches, int, Sequence[Any]], Clock]
+    by_length: bool = False
+    same: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A benchmark.
+
+    Attributes:
+        name: After ``mmphi benchmark``.
+        help: One line.
+        sides: By name; one is ``mmphi``.
+        shapes: By name.
+        outside: What the clock does not see.
+    """
+
+    name: str
+    help: str
+    sides: Mapping[str, Side]
+    shapes: Mapping[str, Shape]
+    outside: str
+
+    def run_side(self, side: str, folder: Path, shape: str, workers: int = 0, profiled: bool = False) -> dict[str, Any]:
+        """Losses, seconds and tokens of each timed step, peak memory, and what the last step spent its time on."""
+        from mmphi.training.meters import peak_memory_bytes
+
+        batches = batches_of(folder, by_length=self.sides[side].by_length)
+        watch = []
+        if profiled:
+            from mmphi.benchmarks._profile import LastStep
+
+            watch = [LastStep(len(batches))]
+        clock = self.sides[side].run(folder, self.shapes[shape], batches, workers, watch)
+        timed = slice(1, -1 if profiled else None)
+        flops = [step_flops(self.shapes[shape], batch) for batch in batches]
+        return {
+            "losses": clock.losses,
+            "seconds": clock.seconds()[timed],
+            "tokens": [sum(sum(row["supervised"]) for row in batch) for batch in batches][timed],
+            "flops": flops[timed],
+            "memory_gb": peak_memory_bytes() / 1e9,
+            "profile": "".join(step.table for step in watch),
+        }
+
+    def main(self, arguments: Sequence[str]) -> int:
+        """Prepare, run the sides in turn, show them; 1 where losses differ that should be equal."""
+        parser = argparse.ArgumentParser(prog=f"mmphi benchmark {self.name}", description=self.help)
+        shapes, spare = list(self.shapes), min(4, (os.cpu_count() or 1) // 4)
+        parser.add_argument("--shape", default="small", choices=shapes, help="sizes of models and batch [small]")
+        parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is not timed [6]")
+        parser.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
+        parser.add_argument("--workers", type=int, default=spare, help=f"processes that load, on each side [{spare}]")
+        parser.add_argument("--without", nargs="+", default=[], choices=list(self.sides), help="sides to leave out")
+        parser.add_argument(
+            "--profile", action="store_true", help="show what each side's last step does (torch.profiler); untimed"
+        )
+        parser.add_argument("--json", type=Path, help="file for all figures")
+        parser.add_argument("--side", default="", help=argparse.SUPPRESS)
+        parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+        options = parser.parse_args(list(arguments))
+        if options.side == "prepare":
+            prepare(options.folder, self.shapes[options.shape], options.steps)
+            print("{}")
+            return 0
+        if options.side:
+            found = self.run_side(options.side, options.folder, options.shape, options.workers, options.profile)
+            print(json.dumps(found))
+            return 0
+        if options.steps < 2 + options.profile:
+            parser.error("--steps: one more at least, because the first is not timed, nor one that is profiled")
+        sides = [side for side in self.sides if side not in options.without]
+        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        with tempfile.TemporaryDirectory() as name:
+            own = ["--folder", name, "--shape", options.shape, "--workers", str(options.workers)]
+            # In a process of its own, so that it leaves a GPU's memory free.
+            in_process(self.name, ["--side", "prepare", *own, "--steps", str(options.steps)])
+            for _ in range(options.rounds):
+                for side in sides:
+                    profiled = ["--profile"] if options.profile else []
+                    rounds[side].append(in_process(self.name, ["--side", side, *own, *profiled]))
+        print(f"shape {options.shape}: {asdict(self.shapes[options.shape])}\noutside the clock: {self.outside}")
+        show(rounds, self.shapes[options.shape].precision)
+        wrong = self.unequal(rounds, TOLERANCE[self.shapes[options.shape].precision])
+        for line in wrong:
+            print(line, file=sys.stderr)
+        if options.json:
+            options.json.write_text(json.dumps(rounds, indent=1) + "\n")
+        return 1 if wrong else 0
+
+    def unequal(self, rounds: Mapping[str, Sequence[Mapping[str, Any]]], allowed: float) -> list[str]:
+        """A line for each pair of sides whose losses should be equal, and are not."""
+        wrong = []
+        for name, side in self.sides.items():
+            if not side.same or name not in rounds or side.same not in rounds:
+                continue
+            for ours, theirs in zip(rounds[name], rounds[side.same], strict=True):
+                differ = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
+                if not all(each <= allowed for each in differ):  # Nor where one is not a number.
+                    step = max(range(len(differ)), key=lambda i: differ[i])
+                    wrong.append(
+                        f"losses of {name} and {side.same} differ by {differ[step]:.2g} nats/token at step {step + 1};"
+                        f" at most {allowed:g} is rounding: they do not train the same"
+                    )
+        return wrong
+
+
+def batches_of(folder: Path, *, by_length: bool) -> Batches:
+    """Rows of each step: as they were written, or sorted by length and the batches shuffled."""
+    import numpy as np
+
+    batches: list[list[Any]] = json.loads((folder / "rows.json").read_text())
+    if not by_length:
+        return batches
+    size = len(batches[0])
+    rows = sorted((row for batch in batches for row in batch), key=lambda row: len(row["ids"]))
+    order = np.random.default_rng(0).permutation(len(batches))
+    return [rows[i * size : (i + 1) * size] for i in order]
+
+
+def in_process(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """A part of a benchmark in a process of its own."""
+    command = [sys.executable, "-m", "mmphi", "benchmark", name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments[:2])}: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.rstrip("\n").rpartition("\n")[2]))
+
+
+def show(rounds: Mapping[str, Sequence[Mapping[str, Any]]], precision: str) -> None:
+    """Print the sides beside one another: supervised tokens of all timed steps over their seconds, by rounds.
+
+    Args:
+        rounds: Of each side.
+        precision: Of the language model.
+    """
+    from mmphi.models.language import DTYPES
+    from mmphi.training.hardware import peak
+
+    fastest = peak(dtype=DTYPES[precision])
+
+    def rates(side: str) -> list[float]:
+        return [sum(run["tokens"]) / sum(run["seconds"]) for run in rounds[side]]
+
+    width = max(map(len, rounds)) + 1
+    columns = f"{'supervised tokens/s':>20} {'s/step':>8} {f'{OURS} is':>14} {'MFU':>6} {'peak GB':>8}"
+    print(f"{'side':{width}} {columns}  losses")
+    for side, runs in rounds.items():
+        seconds = [sum(run["seconds"]) for run in runs]
+        share = statistics.median(sum(run["flops"]) for run in runs) / statistics.median(seconds) / fastest.flops
+        step = statistics.median(seconds) / len(runs[0]["seconds"])
+        pairs = zip(rates(OURS), rates(side), strict=True) if OURS in rounds else ()
+        ratio = " ".join(f"{ours / theirs:.2f}x" for ours, theirs in pairs)
+        losses = " ".join(f"{loss:.4f}" for loss in runs[0]["losses"][:5])
+        figures = f"{statistics.median(rates(side)):20,.0f} {step:8.3f} {ratio:>14} {share:6.1%}"
+        print(f"{side:{width}} {figures} {max(run['memory_gb'] for run in runs):8.2f}  {losses}")
+    print(f"MFU: of {fastest.name}; padding and recomputing count nothing")
+    for side, runs in rounds.items():
+        if runs[-1]["profile"]:
+            print(f"\nThe last step of {side}:\n{runs[-1]['profile']}")

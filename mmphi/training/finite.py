@@ -1,0 +1,87 @@
+"""Seeing that every loss is a number, without making the processor wait for the accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmphi.errors import TrainingError
+
+
+class FiniteLoss:
+    """Looks at the loss of each forward pass one pass later, when it has long been computed; on a CPU at once.
+
+    Asked for at once, the loss would make the processor wait until the accelerator has nothing left to do, and then the
+    accelerator until the next pass is prepared.
+
+    Args:
+        folder: Where the batch goes that gave the first loss that is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._waiting: tuple[int, Callable[[], float], Mapping[str, Any]] | None = None
+
+    def note(self, step: int, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """A pass gave its loss.
+
+        Args:
+            step: Of the optimiser.
+            loss: Shape ().
+            inputs: What it was of.
+
+        Raises:
+            TrainingError: If the loss of the pass before, or on a CPU this one, is not finite.
+        """
+        self.look()
+        self._waiting = (step, _later(loss.detach()), inputs)
+        if not loss.is_cuda:
+            self.look()
+
+    def look(self) -> None:
+        """Look at the loss that was noted last, waiting for it if need be.
+
+        Raises:
+            TrainingError: If it is not finite; its batch is saved first.
+        """
+        if self._waiting is None:
+            return
+        (step, value, inputs), self._waiting = self._waiting, None
+        loss = value()
+        if loss - loss == 0:
+            return
+        where = self.folder / "bad_batch.safetensors"
+        save_file(dict(_flat(inputs)), where)
+        raise TrainingError(
+            f"the loss at step {step} is {loss}; the batch is saved as {where}",
+            "a lower learning rate, a longer warm-up or fp32 usually mends this",
+        )
+
+
+def _later(loss: Tensor) -> Callable[[], float]:
+    """The value of a tensor, waiting for no more than what computes it."""
+    if not loss.is_cuda:
+        return loss.item
+    here = torch.empty((), dtype=loss.dtype, pin_memory=True)
+    here.copy_(loss, non_blocking=True)
+    done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives it no types.
+    done.record()
+
+    def value() -> float:
+        done.synchronize()
+        return float(here)
+
+    return value
+
+
+def _flat(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value.detach().cpu().contiguous()
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")

@@ -1,0 +1,139 @@
+"""Sequences end to end in one line are read as each is alone, whatever model reads them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import RandomFeatures, encode, example, tiny_language
+from test_packing_error import COMMON, HEADS, ISOLATE, LEAK, build
+from transformers import CohereConfig, Gemma2Config
+
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.packed import PackedModel, has_plain_head, packing_error
+from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.text.packing import pack, packs
+
+ANSWERS = ["a dog", "two men on a bench", "snow", "b" * 60, "it rains", "ok"]
+SCALED = CohereConfig(**COMMON, **HEADS, logit_scale=0.25)
+CAPPED = Gemma2Config(**COMMON, **HEADS, head_dim=8, final_logit_softcapping=5.0)
+
+
+def projected(language, layout):
+    torch.manual_seed(1)
+    return PackedModel(language.model, layout=layout, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+
+
+@pytest.mark.parametrize("config", [None, *ISOLATE[:2]], ids=["phi", "llama", "gpt2"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_losses_and_gradients_are_those_of_rows(config, recompute):
+    language = tiny_language()
+    if config is not None:
+        language = replace(language, model=build(config))
+    samples = [encode(example(i, a, image=i != 2), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
+    found = {}
+    for layout in ("alone", "rows", "line"):
+        model = projected(language, layout).train()
+        batch = pack(samples, {"image": RandomFeatures()}, layout=layout)
+        with model.recomputing(recompute):
+            loss = model(**batch)
+            loss.backward()
+        found[layout] = loss.item(), [p.grad for p in model.projectors.parameters()]
+    for layout in ("alone", "rows"):
+        assert found["line"][0] == pytest.approx(found[layout][0], rel=1e-5)
+        for ours, theirs in zip(found["line"][1], found[layout][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert language.model.config._attn_implementation == "sdpa"
+
+
+def test_a_line_holds_no_padding_and_knows_its_borders():
+    language = tiny_language()
+    samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
+    lengths = [len(s) for s in samples]
+    line = pack(samples, {"image": RandomFeatures()}, layout="line")
+    assert line["input_ids"].shape == (1, sum(lengths))
+    assert (line["segments"] >= 0).all()
+    assert line["borders"].diff().tolist() == lengths
+    assert line["longest"] == max(lengths)
+    some = list(packs(samples, {"image": RandomFeatures()}, 100, layout="line"))
+    assert len(some) > 1
+    assert sum(batch["input_ids"].numel() for batch in some) == sum(lengths)
+    assert "borders" not in pack(samples, {"image": RandomFeatures()})
+
+
+@pytest.mark.parametrize("config", [c for c in ISOLATE if not getattr(c, "sliding_window", None)])
+def test_who_attends_inside_borders_is_found_out(config):
+    language = replace(tiny_language(), model=build(config))
+    assert packing_error(language.model, "line") < 1e-4
+    assert language.layout(200) == "line"
+
+
+@pytest.mark.parametrize("config", LEAK, ids=lambda c: c.model_type)
+def test_who_does_not_is_packed_otherwise(config):
+    language = replace(tiny_language(), model=build(config))
+    assert packing_error(language.model, "line") > 1e-2
+    assert language.layout(200) == "alone"
+
+
+def test_attention_of_its_own_kind_keeps_rows():
+    """What a model's eager attention does beside a softmax is not known to the attention inside borders."""
+    language = tiny_language()
+    language.model.set_attn_implementation("eager")
+    assert language.layout(200) == "rows"
+
+
+@pytest.mark.parametrize(
+    ("config", "plain"), [(ISOLATE[0], True), (ISOLATE[1], True), (SCALED, False), (CAPPED, False)]
+)
+def test_heads_that_scale_or_cap_are_known(config, plain):
+    model = build(config)
+    assert has_plain_head(model) is plain
+    language = replace(tiny_language(), model=model)
+    samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
+    packed = projected(language, "rows")
+    batch = pack(samples, {"image": RandomFeatures()})
+    expected = F.cross_entropy(packed.logits(batch).float(), batch["targets"], reduction="sum")
+    assert packed(**batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_plain_head_never_makes_all_logits():
+    """Its own forward pass sees no position; the loss is computed in parts."""
+    language, seen = tiny_language(), []
+    samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
+    packed = projected(language, "rows")
+    language.model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
+    packed(**pack(samples, {"image": RandomFeatures()})).backward()
+    assert seen == [0]
+    assert language.model.lm_head.weight.grad is None
+
+
+def test_the_model_takes_what_its_language_model_does():
+    language = tiny_language()
+    model = Multimodal(language, Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures(), 200)
+    assert model.packed.layout == "line"
+    examples = [example(i, a, image=i != 2) for i, a in enumerate(ANSWERS)]
+    nats, tokens = model.losses(examples)
+    model.packed.layout = "alone"
+    alone, same = model.losses(examples)
+    assert tokens == same
+    assert nats == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_model_in_half_precision_is_left_to_it():
+    """Under autocast its norms would copy all they are given; the loss is the same but for rounding."""
+    language, seen = tiny_language(), []
+    language.model.bfloat16()
+    samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
+    language.model.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    packed, batch = projected(language, "line"), pack(samples, {"image": RandomFeatures()}, layout="line")
+    with torch.autocast("cpu", torch.bfloat16):
+        packed(**batch).backward()
+    assert seen[-1] is False
+    exact, same = tiny_language(), pack(samples, {"image": RandomFeatures()})
+    torch.testing.assert_close(packed(**batch), projected(exact, "rows")(**same), rtol=0.02, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):  # An fp32 model needs it.
+        exact.model.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        projected(exact, "rows")(**same)
+    assert seen[-1] is True
