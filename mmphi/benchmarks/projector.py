@@ -41,6 +41,7 @@ def llava_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch
 
     dtype = torch.bfloat16 if shape.precision == "bf16" else torch.float32
     model = loaded_llava(folder, dtype, quantised=shape.quantised)
+    model._hf_peft_config_loaded = True  # The Trainer refuses quantised models without an adapter, whatever is trained.
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
     return usual_way(model, folder, shape, batches, rate=RATE, workers=workers, watch=watch)

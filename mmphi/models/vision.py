@@ -74,7 +74,9 @@ class Tower(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept."""
         parameter = next(self.visual.parameters())
-        return tokens_of(self.visual, pixels_BCHW.to(parameter.device, parameter.dtype), self.settings).float()
+        return tokens_of(
+            self.visual, pixels_BCHW.to(parameter.device, parameter.dtype, non_blocking=True), self.settings
+        ).float()
 
 
 def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,13 @@ class Decoded:
             return digest, None, error.reason
 
 
-def as_list(batch: list[Any]) -> list[Any]:
-    """Keep a batch as it is."""
-    return batch
+def stacked(batch: list[tuple[str, Any, str]]) -> tuple[list[str], Any, dict[str, str]]:
+    """Digests and pixels (B, 3, H, W) of what could be read, ``None`` where that is nothing; reasons of the others."""
+    import torch
+
+    read = [(digest, pixels) for digest, pixels, reason in batch if not reason]
+    unread = {digest: reason for digest, _, reason in batch if reason}
+    return [digest for digest, _ in read], torch.stack([pixels for _, pixels in read]) if read else None, unread
 
 
 def run(ctx: Context) -> Mapping[str, float]:
@@ -158,22 +163,40 @@ def embed(
     say(f"embed: {len(images)} images x {tower.tokens} tokens x {tower.width} fp16 = {size:.3f} GB")
     begun = time.perf_counter()
     batches = _by_cluster(images, tower, chosen, say) if chosen.ray else _here(images, tower, chosen)
-    with tqdm(total=len(images), desc="embed", unit="image") as bar:
+    written: Future[None] | None = None
+    with tqdm(total=len(images), desc="embed", unit="image") as bar, ThreadPoolExecutor(1) as pool:
         for features, unreadable in batches:
-            writer.write(features, unreadable)
+            if written is not None:
+                written.result()
+            written = pool.submit(writer.write, features, unreadable)  # The disk is waited for beside the arithmetic.
             bar.update(len(features) + len(unreadable))
+        if written is not None:
+            written.result()
     return time.perf_counter() - begun
 
 
 def _here(images: Sequence[tuple[str, Path]], tower: Tower, chosen: EmbedSettings) -> Iterator[Embedded]:
+    import torch
     from torch.utils.data import DataLoader
 
-    from mmphi.models.features import features_of
+    from mmphi.models.features import features_later
 
     dataset: Any = Decoded(images, tower.preprocess)
-    for batch in DataLoader(dataset, chosen.batch_size, num_workers=chosen.workers, collate_fn=as_list):
-        pixels = {digest: each for digest, each, reason in batch if not reason}
-        yield features_of(pixels, tower), {digest: reason for digest, _, reason in batch if reason}
+    loader = DataLoader(
+        dataset,
+        chosen.batch_size,
+        num_workers=chosen.workers,
+        collate_fn=stacked,
+        pin_memory=torch.cuda.is_available(),
+    )
+    before: tuple[Callable[[], dict[str, Any]], dict[str, str]] | None = None
+    for digests, pixels, unread in loader:
+        begun = (dict if pixels is None else features_later(digests, pixels, tower)), unread
+        if before is not None:  # Taken and written while an accelerator computes those that were begun.
+            yield before[0](), before[1]
+        before = begun
+    if before is not None:
+        yield before[0](), before[1]
 
 
 def _by_cluster(

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mmphi.errors import TrainingError
+from mmphi.models.device import fetched_later
 
 
 class FiniteLoss:
@@ -25,7 +25,7 @@ class FiniteLoss:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._waiting: tuple[int, Callable[[], float], Mapping[str, Any]] | None = None
+        self._waiting: tuple[int, Callable[[], Tensor], Mapping[str, Any]] | None = None
 
     def note(self, step: int, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """A pass gave its loss.
@@ -39,7 +39,7 @@ class FiniteLoss:
             TrainingError: If the loss of the pass before, or on a CPU this one, is not finite.
         """
         self.look()
-        self._waiting = (step, _later(loss.detach()), inputs)
+        self._waiting = (step, fetched_later(loss.detach()), inputs)
         if not loss.is_cuda:
             self.look()
 
@@ -52,7 +52,7 @@ class FiniteLoss:
         if self._waiting is None:
             return
         (step, value, inputs), self._waiting = self._waiting, None
-        loss = value()
+        loss = float(value())
         if loss - loss == 0:
             return
         where = self.folder / "bad_batch.safetensors"
@@ -61,22 +61,6 @@ class FiniteLoss:
             f"the loss at step {step} is {loss}; the batch is saved as {where}",
             "a lower learning rate, a longer warm-up or fp32 usually mends this",
         )
-
-
-def _later(loss: Tensor) -> Callable[[], float]:
-    """The value of a tensor, waiting for no more than what computes it."""
-    if not loss.is_cuda:
-        return loss.item
-    here = torch.empty((), dtype=loss.dtype, pin_memory=True)
-    here.copy_(loss, non_blocking=True)
-    done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives it no types.
-    done.record()
-
-    def value() -> float:
-        done.synchronize()
-        return float(here)
-
-    return value
 
 
 def _flat(batch: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
