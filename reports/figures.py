@@ -265,7 +265,7 @@ def losses_over_tokens(runs: Mapping[str, Pretraining], reference: Reference) ->
     axes.set_ylim(bottom=min(2.0, reference.loss - 0.3, *floors))
     axes.set_xlabel("tokens trained on", fontsize=11)
     axes.set_ylabel("loss, nats per token", fontsize=11)
-    axes.legend(fontsize=9, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.1))
+    axes.legend(fontsize=9, edgecolor="none", loc="lower left", bbox_to_anchor=(0, 0.1))
     return figure
 
 

@@ -71,11 +71,18 @@ class Language:
             return math.inf
         return packing_error(self.model, "line")
 
-    def layout(self, max_length: int) -> Layout:
-        """How sequences of up to so many tokens may lie together."""
+    def layout(self, max_length: int, in_line: bool | None = None) -> Layout:
+        """How sequences lie together best, of those ways that this model reads rightly.
+
+        Args:
+            max_length: Tokens of the longest.
+            in_line: Whether a line is wanted; left out, on a GPU alone: a processor attends to one sequence after the
+                other, and is slower so than with a mask over rows that hold little padding.
+        """
         if not self.packs(max_length):
             return "alone"
-        return "line" if self.line_error < self._exact else "rows"
+        wanted = self.model.device.type == "cuda" if in_line is None else in_line
+        return "line" if wanted and self.line_error < self._exact else "rows"
 
     @property
     def _exact(self) -> float:

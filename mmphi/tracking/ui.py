@@ -76,7 +76,9 @@ def serve(uri: str, port: int, pages: dict[str, str], *, browser: bool) -> int:
     """
     threading.Thread(target=_announce, args=(pages, port, browser), daemon=True).start()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST]
-    process = subprocess.Popen([*command, "--port", str(port)], env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+    # One process serves one user. Of several, those that are slow to answer, as beside a training, are killed.
+    command += ["--port", str(port), "--workers", "1"]
+    process = subprocess.Popen(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri})
     try:
         return process.wait()
     except KeyboardInterrupt:

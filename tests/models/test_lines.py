@@ -67,21 +67,22 @@ def test_a_line_holds_no_padding_and_knows_its_borders():
 def test_who_attends_inside_borders_is_found_out(config):
     language = replace(tiny_language(), model=build(config))
     assert packing_error(language.model, "line") < 1e-4
-    assert language.layout(200) == "line"
+    assert language.layout(200, in_line=True) == "line"
+    assert language.layout(200) == "rows"  # On a processor.
 
 
 @pytest.mark.parametrize("config", LEAK, ids=lambda c: c.model_type)
 def test_who_does_not_is_packed_otherwise(config):
     language = replace(tiny_language(), model=build(config))
     assert packing_error(language.model, "line") > 1e-2
-    assert language.layout(200) == "alone"
+    assert language.layout(200, in_line=True) == "alone"
 
 
 def test_attention_of_its_own_kind_keeps_rows():
     """What a model's eager attention does beside a softmax is not known to the attention inside borders."""
     language = tiny_language()
     language.model.set_attn_implementation("eager")
-    assert language.layout(200) == "rows"
+    assert language.layout(200, in_line=True) == "rows"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_plain_head_never_makes_all_logits():
 def test_the_model_takes_what_its_language_model_does():
     language = tiny_language()
     model = Multimodal(language, Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures(), 200)
-    assert model.packed.layout == "line"
+    model.packed.layout = "line"
     examples = [example(i, a, image=i != 2) for i, a in enumerate(ANSWERS)]
     nats, tokens = model.losses(examples)
     model.packed.layout = "alone"

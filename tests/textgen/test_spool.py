@@ -148,6 +148,22 @@ def test_a_reader_takes_every_shard_once_and_goes_on_where_it_was(spool):
     assert [held.name.number for held in third.waiting()] == [2]
 
 
+def test_a_position_means_the_same_wherever_a_reader_was_before(spool):
+    """Gone back to an earlier position and on to a later one: what lies between counts as taken again."""
+    for number in range(4):
+        spool.put(*shard(number))
+    reader = Reader(spool, say=quiet)
+    list(reader.everything())
+    again = Reader(spool, say=quiet)  # Without a position it changes nothing.
+    assert spool.held() == []
+    again.go_on({"here-0-1": 1})
+    assert [held.name.number for held in spool.held()] == [1, 2, 3]
+    again.go_on({"here-0-1": 3})
+    assert [held.name.number for held in spool.held()] == [3]
+    between = again.taken_between({"here-0-1": 1}, {"here-0-1": 3})
+    assert [name.number for name, documents in between if documents] == [1, 2]
+
+
 def test_what_was_taken_makes_room_for_others(tmp_path):
     spool = Spool(str(tmp_path), limit=int(1.5 * len(shard(0)[1])), say=quiet, stopping=lambda: True)
     reader = Reader(spool, say=quiet)
