@@ -98,9 +98,9 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, read):
 def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
     """The disk is full while the ninth checkpoint is written: told, and gone on from the eighth."""
     from mmphi.errors import disk_is_full
-    from mmphi.training import trainer
+    from mmphi.training import loop
 
-    real, left = trainer.save_tensors, [8]
+    real, left = loop.save_tensors, [8]
 
     def full(*arguments):
         left[0] -= 1
@@ -111,7 +111,7 @@ def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_tensors", full)
+        patch.setattr(loop, "save_tensors", full)
         with pytest.raises(OSError, match="No space") as caught:
             texts.pretrained(tmp_path, read, texts.settings("text.txt"))
     assert disk_is_full(caught.value)
