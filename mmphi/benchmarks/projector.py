@@ -78,6 +78,6 @@ COMPARISON = Comparison(
         SORTED: Side(mmphi_side, by_length=True),
     },
     shapes=SHAPES,
-    outside="loading the models; for mmphi, computing the features of the images once",
+    outside="loading the models; for mmphi, computing the features of the images once, and compiling on a GPU",
 )
 main = COMPARISON.main
