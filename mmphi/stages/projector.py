@@ -22,6 +22,7 @@ from mmphi.stages.common import (
 )
 from mmphi.stages.conversations import Validation, say_if_alone, steps_of
 from mmphi.stages.light_clip import LightClipSettings, config_of
+from mmphi.stages.naming import name_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,15 @@ class ProjectorSettings(ConversationSettings):
     whiten: bool = setting(
         False, "give every channel of the features mean 0 and spread 1 over the training images", introduced=False
     )
+    align_steps: int = setting(
+        0,
+        "steps before, in which features learn to name the words of captions; 0 for none",
+        unit="steps",
+        ge=0,
+        introduced=0,
+    )
+    align_batch_size: int = setting(128, "images per such step", unit="images", ge=1, introduced=128)
+    align_learning_rate: float = setting(2e-3, "peak learning rate of these steps", gt=0, le=1, introduced=2e-3)
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -135,6 +145,18 @@ def run(ctx: Context) -> Mapping[str, float]:
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
     )
     say_if_alone(model, "projector", ctx.tracker)
+    if chosen.align_steps:
+        name_words(
+            ctx,
+            model,
+            chosen,
+            examples,
+            steps=chosen.align_steps,
+            batch_size=chosen.align_batch_size,
+            learning_rate=chosen.align_learning_rate,
+            views=chosen.views,
+        )
+        torch.manual_seed(chosen.seed)  # What follows is drawn alike, whether naming was just done or long before.
     steps, chosen = steps_of(
         ctx, model, chosen, examples, report, lambda kept: mixture([e.source for e in kept], data), chosen.views
     )

@@ -126,16 +126,37 @@ def test_killed_and_resumed_equals_straight_to_the_bit(pipeline: Pipeline) -> No
     """SIGKILL after the checkpoint of step 4; the same command goes on."""
     straight = pipeline.build("projector", small.settings(projector__seed="2"))
     run = pipeline.store.run(straight.run_id)
-    killed = script("projector", "projector__seed=2", "projector__dropout=0.2", SMALL_DIE_AT="4")
+    own = {"projector__seed": "2", "projector__dropout": "0.2", "projector__align_steps": "3"}
+    given = [f"{name}={value}" for name, value in own.items()]
+    killed = script("projector", *given, SMALL_DIE_AT="4")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = script("projector", "projector__seed=2", "projector__dropout=0.2")
+    resumed = script("projector", *given)
     assert "going on from step 4" in resumed.stdout + resumed.stderr
-    again = pipeline.build("projector", small.settings(projector__seed="2", projector__dropout="0.2"), force=True)
+    again = pipeline.build("projector", small.settings(**own), force=True)
     ended = json.loads(resumed.stdout.splitlines()[-1])
     assert ended["run_id"] != again.run_id != run.info.run_id
     one, two = weights(Path(ended["path"])), weights(again.path)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_features_may_learn_to_name_words_first(pipeline: Pipeline) -> None:
+    own = {"projector__align_steps": "6", "projector__align_batch_size": "16", "projector__eval_every": "3"}
+    result = pipeline.build("projector", small.settings(**own))
+    loss, gain = (
+        {m.step: m.value for m in pipeline.store.client.get_metric_history(result.run_id, f"align/val/{name}")}
+        for name in ("loss", "gain")
+    )
+    assert list(loss) == list(gain) == [3, 6]
+    assert loss[6] < loss[3]
+    assert gain[3] + loss[3] == pytest.approx(gain[6] + loss[6], rel=1e-4)
+    rows = json.loads((result.path / "align_words.json").read_text())
+    words = [row[rows["columns"].index("words")].split() for row in rows["data"]]
+    assert len(words) == 4  # Two images at two validations.
+    assert all(len(named) == 16 for named in words)
+    plain = pipeline.build("projector", small.settings(projector__eval_every="3"))
+    first, other = (losses(pipeline, run.run_id)[0] for run in (result, plain))
+    assert first != other
 
 
 def test_cached_features_train_as_live_ones(pipeline: Pipeline) -> None:
