@@ -18,16 +18,20 @@ from mmphi.models.linear_cross_entropy import linear_cross_entropy
 from mmphi.text.packing import Layout, Pack
 
 
-def block_causal_mask(segments_RT: Tensor) -> Tensor:
+def block_causal_mask(segments_RT: Tensor, branches_RT: Tensor | None = None) -> Tensor:
     """Which positions each position sees: itself and those before it in its own sequence.
 
     Args:
         segments_RT: Sequence of each token in its row; -1 after the last.
+        branches_RT: Where sequences share their beginning: 0 there, and their numbers after it.
 
     Returns:
         bool (R, 1, T, T). Positions after the last sequence see each other, so that no softmax is empty.
     """
     same = segments_RT[:, None, :, None] == segments_RT[:, None, None, :]
+    if branches_RT is not None:
+        seen = branches_RT[:, None, None, :]
+        same &= (seen == 0) | (seen == branches_RT[:, None, :, None])
     return same.tril()
 
 
@@ -159,10 +163,10 @@ class PackedModel(nn.Module):
             none = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=pack["borders"].device)
             apart = {"borders": pack["borders"], "longest": pack["longest"]}
             return {"attention_mask": none, "position_ids": pack["position_ids"], **apart}
-        return {"attention_mask": self._mask(pack["segments"]), "position_ids": pack["position_ids"]}
+        return {"attention_mask": self._mask(pack), "position_ids": pack["position_ids"]}
 
-    def _mask(self, segments_RT: Tensor) -> Tensor:
-        mask = block_causal_mask(segments_RT)
+    def _mask(self, pack: Pack) -> Tensor:
+        mask = block_causal_mask(pack["segments"], pack.get("branches"))
         if self.language_model.config._attn_implementation != "eager":
             return mask
         dtype = self.language_model.get_input_embeddings().weight.dtype

@@ -127,6 +127,13 @@ class ConversationSettings(TrainingSettings):
     supervised_tokens: int = setting(
         0, "train until this many tokens were learned from, whatever `steps` says; 0 counts steps", unit="tokens", ge=0
     )
+    together: int = setting(
+        1,
+        "conversations about an image that follow one another, at most; they share its tokens where rows are packed",
+        unit="conversations",
+        ge=1,
+        introduced=1,
+    )
     sample_images: int = setting(
         8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
     )

@@ -54,10 +54,11 @@ def steps_of(
     count_left_out(sequences, training, chosen.max_length, report)
     log_report(report, ctx.tracker, ctx.settings(DataSettings))
     samples = Subset(sequences, mixed(sequences.kept))
-    steps = packed_steps(samples, model.sources, chosen, layout=model.packed.layout, views=views)
+    how: dict[str, Any] = {"layout": model.packed.layout, "views": views, "together": chosen.together}
+    steps = packed_steps(samples, model.sources, chosen, **how)
     if chosen.supervised_tokens:
         chosen = chosen.model_copy(update={"steps": steps.until(chosen.supervised_tokens)})
-        steps = packed_steps(samples, model.sources, chosen, layout=model.packed.layout, views=views)
+        steps = packed_steps(samples, model.sources, chosen, **how)
     return steps, chosen
 
 

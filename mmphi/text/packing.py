@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class Pack(TypedDict):
     keep: Tensor  # int64 (K,), places in the flattened rows
     targets: Tensor  # int64 (K,)
     step_tokens: Tensor  # float32 (), supervised tokens of the whole optimiser step
+    branches: NotRequired[Tensor]  # int64 (R, T), which of a bundle's answers a token is of; 0 before they part
     borders: NotRequired[Tensor]  # int32 (S + 1,), where each sequence of a line begins, and where the last one ends
     longest: NotRequired[int]  # tokens of the longest sequence of a line
 
@@ -88,6 +89,7 @@ def pack(
     *,
     layout: Layout = "rows",
     rows: Sequence[Sequence[int]] | None = None,
+    share: bool = False,
 ) -> Pack:
     """Lay sequences end to end.
 
@@ -97,26 +99,35 @@ def pack(
         step_tokens: Supervised tokens of the whole step; those of these samples where left out.
         layout: How they lie.
         rows: Which sequences each row holds, by index, where they shall lie as others do: :func:`rows_of` those.
+        share: Whether neighbours that begin alike may share their beginning, in rows.
 
     Raises:
         ModelError: If a span has another length than what stands there has features.
     """
-    lengths = [len(sample) for sample in samples]
-    rows = rows_of(samples, layout=layout) if rows is None else rows
+    bundles = bundled(samples, share and layout == "rows" and rows is None)
+    lengths = [bundle.length(samples) for bundle in bundles]
+    rows = _rows(lengths, layout) if rows is None else rows
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments, supervised = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
+    segments, branches = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+    supervised, before = np.zeros(shape, np.bool_), np.arange(-1, shape[0] * shape[1] - 1).reshape(shape)
     spans: list[Span] = []
     for r, row in enumerate(rows):
         start = 0
         for segment, index in enumerate(row):
-            sample = samples[index]
-            place = np.s_[r, start : start + len(sample)]
-            ids[place], positions[place] = sample.input_ids, np.arange(len(sample))
-            segments[place], supervised[place] = segment, sample.supervised
-            check_spans(sample, features)
-            spans += [span._replace(start=r * shape[1] + start + span.start) for span in sample.spans]
-            start += len(sample)
+            first, alike = start, bundles[index].alike
+            for branch, sample in enumerate(samples[i] for i in bundles[index].members):
+                own = slice(alike if branch else 0, None)
+                place = np.s_[r, start : start + len(sample.input_ids[own])]
+                ids[place], positions[place] = sample.input_ids[own], np.arange(len(sample))[own]
+                segments[place], supervised[place] = segment, sample.supervised[own]
+                check_spans(sample, features)
+                if not branch:
+                    spans += [span._replace(start=r * shape[1] + start + span.start) for span in sample.spans]
+                parted = start + (0 if branch else alike)
+                branches[r, parted : place[1].stop] = branch + 1
+                before[r, parted] = r * shape[1] + first + alike - 1
+                start = place[1].stop
     (targets,) = np.nonzero(supervised.ravel())
     flat, places = spread(spans, features)
     packed = Pack(
@@ -125,10 +136,12 @@ def pack(
         segments=torch.from_numpy(segments),
         features=flat,
         places=places,
-        keep=torch.from_numpy(targets - 1),
+        keep=torch.from_numpy(before.ravel()[targets]),
         targets=torch.from_numpy(ids.ravel()[targets]),
         step_tokens=torch.tensor(float(len(targets) if step_tokens is None else step_tokens)),
     )
+    if len(bundles) < len(samples):
+        packed["branches"] = torch.from_numpy(branches)
     if layout == "line":
         in_order = [lengths[i] for row in rows for i in row]
         packed["borders"] = torch.tensor([0, *accumulate(in_order)], dtype=torch.int32)
@@ -136,12 +149,50 @@ def pack(
     return packed
 
 
+class Bundle(NamedTuple):
+    """Sequences that begin alike, and may share that beginning: what comes after sees it, and nothing of the others.
+
+    Attributes:
+        members: Of the sequences, by index.
+        alike: Tokens that they share.
+    """
+
+    members: tuple[int, ...]
+    alike: int
+
+    def length(self, samples: Sequence[Sample]) -> int:
+        """Tokens in all."""
+        return self.alike + sum(len(samples[i]) - self.alike for i in self.members)
+
+
+def bundled(samples: Sequence[Sample], share: bool = True) -> list[Bundle]:
+    """Neighbours that see and hear the same, with the same words before and around it; without ``share`` each alone."""
+    bundles: list[Bundle] = []
+    for index, sample in enumerate(samples):
+        given = int(sample.supervised.argmax()) if share else 0
+        seen = max((span.start + span.length for span in sample.spans), default=given + 1)
+        if bundles and seen <= given:
+            members, alike = bundles[-1]
+            first = samples[members[0]]
+            alike = min(alike, given)
+            same = first.input_ids[:alike] == sample.input_ids[:alike]
+            alike = alike if same.all() else int(same.argmin())
+            if seen <= alike and first.spans == sample.spans:
+                bundles[-1] = Bundle((*members, index), alike)
+                continue
+        bundles.append(Bundle((index,), given if seen <= given else 0))
+    return bundles
+
+
 def rows_of(samples: Sequence[Sample], *, layout: Layout = "rows") -> list[list[int]]:
     """Which sequences each row of a pack holds, by index: of rows so many that the work, padding included, is least."""
-    lengths = [len(sample) for sample in samples]
+    return _rows([len(sample) for sample in samples], layout)
+
+
+def _rows(lengths: Sequence[int], layout: Layout) -> list[list[int]]:
     if layout == "line":
-        return [list(range(len(samples)))]
-    return partition(lengths, len(samples)) if layout == "alone" else least_work(lengths)
+        return [list(range(len(lengths)))]
+    return partition(lengths, len(lengths)) if layout == "alone" else least_work(lengths)
 
 
 def least_work(lengths: Sequence[int]) -> list[list[int]]:
@@ -202,15 +253,18 @@ def spread(spans: Sequence[Span], features: Mapping[str, SpanFeatures]) -> tuple
 def packs(
     samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int, *, layout: Layout = "rows"
 ) -> Iterator[Pack]:
-    """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is a pack of its own)."""
+    """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is a pack of its own).
+
+    Neighbours that begin alike share their beginning.
+    """
     waiting: list[Sample] = []
     for sample in samples:
         if waiting and sum(map(len, waiting)) + len(sample) > max_tokens:
-            yield pack(waiting, features, layout=layout)
+            yield pack(waiting, features, layout=layout, share=True)
             waiting = []
         waiting.append(sample)
     if waiting:
-        yield pack(waiting, features, layout=layout)
+        yield pack(waiting, features, layout=layout, share=True)
 
 
 def to_device(pack: T, device: torch.device) -> T:

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from mmphi.settings.shared import TrainingSettings
-from mmphi.text.packing import Layout, Pack, SpanFeatures, pack, partition
+from mmphi.text.packing import Layout, Pack, SpanFeatures, bundled, pack, partition
 from mmphi.text.sequences import Sample
 from mmphi.training.arguments import world_size
 
@@ -27,14 +29,20 @@ class Order:
         count: How many things there are.
         batch_size: Taken by a step.
         seed: Seed of the order.
+        groups: Things that stay beside each other, by index, of all things; without it each stands alone.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+    def __init__(
+        self, count: int, batch_size: int, seed: int, groups: Sequence[npt.NDArray[np.int64]] | None = None
+    ) -> None:
+        self.count, self.batch_size, self.seed, self.groups = count, batch_size, seed, groups
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    def _shuffled(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int64]:
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.groups is None:
+            return rng.permutation(self.count)
+        return np.concatenate([self.groups[i] for i in rng.permutation(len(self.groups))])
 
     def chosen(self, step: int) -> list[int]:
         """What a step takes, by index."""
@@ -57,6 +65,7 @@ class PackedSteps(Dataset[Pack]):
         seed: Seed of the order.
         layout: How the sequences of a pack lie.
         views: Of each image, which take turns from one time to the next that a sequence is met.
+        together: Sequences about the same images that are met one after the other, at most; they share what they see.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class PackedSteps(Dataset[Pack]):
         seed: int,
         layout: Layout = "rows",
         views: int = 1,
+        together: int = 1,
     ) -> None:
         if not samples:
             raise ValueError("there is nothing to train on")
@@ -77,8 +87,12 @@ class PackedSteps(Dataset[Pack]):
             raise ValueError(f"batch_size = {batch_size} is less than {packs_per_step} forward passes per step")
         self.samples, self.features = samples, features
         self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
-        self.layout, self.views = layout, views
-        self.chosen = Order(len(samples), batch_size, seed).chosen
+        self.layout, self.views, self.together = layout, views, together
+        groups = grouped(samples, together) if together > 1 else None
+        self._turn = np.arange(len(samples))
+        for turn, group in enumerate(groups or ()):
+            self._turn[group] = turn
+        self.chosen = Order(len(samples), batch_size, seed, groups).chosen
 
     def __len__(self) -> int:
         return self.steps * self.packs_per_step
@@ -87,7 +101,7 @@ class PackedSteps(Dataset[Pack]):
         """The samples of one optimiser step."""
         first, count = step * self.batch_size, len(self.samples)
         return [
-            seen_by(self.samples[index], (index + (first + place) // count) % self.views)
+            seen_by(self.samples[index], int(self._turn[index] + (first + place) // count) % self.views)
             for place, index in enumerate(self.chosen(step))
         ]
 
@@ -113,8 +127,25 @@ class PackedSteps(Dataset[Pack]):
     def __getitem__(self, index: int) -> Pack:
         samples = self.step(index // self.packs_per_step)
         total = sum(int(s.supervised.sum()) for s in samples)
-        shares = partition([len(s) for s in samples], self.packs_per_step)
-        return pack([samples[i] for i in shares[index % self.packs_per_step]], self.features, total, layout=self.layout)
+        bundles = bundled(samples, self.together > 1)
+        if len(bundles) < self.packs_per_step:
+            bundles = bundled(samples, share=False)
+        shares = partition([bundle.length(samples) for bundle in bundles], self.packs_per_step)
+        own = [samples[i] for b in shares[index % self.packs_per_step] for i in bundles[b].members]
+        return pack(own, self.features, total, layout=self.layout, share=self.together > 1)
+
+
+def grouped(samples: Sequence[Sample], together: int) -> list[npt.NDArray[np.int64]]:
+    """Sequences about the same images, by index, in groups of at most ``together``."""
+    about: dict[tuple[Any, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        seen = tuple(span.reference for span in sample.spans)
+        about.setdefault(seen or (index,), []).append(index)
+    return [
+        np.asarray(all_of[first : first + together])
+        for all_of in about.values()
+        for first in range(0, len(all_of), together)
+    ]
 
 
 def seen_by(sample: Sample, view: int) -> Sample:
@@ -135,6 +166,7 @@ def packed_steps(
     *,
     layout: Layout = "rows",
     views: int = 1,
+    together: int = 1,
 ) -> PackedSteps:
     """The packs of a training as its settings have it, over all processes that train together."""
     return PackedSteps(
@@ -146,4 +178,5 @@ def packed_steps(
         seed=settings.seed,
         layout=layout,
         views=views,
+        together=together,
     )
