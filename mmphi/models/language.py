@@ -69,7 +69,7 @@ class Language:
         """The same where sequences lie in one row, each attending inside its borders."""
         if self.model.config._attn_implementation != "sdpa":  # It may do what that of borders does not.
             return math.inf
-        return packing_error(self.model, "line")
+        return packing_error(self.model, Layout("line"))
 
     def layout(self, max_length: int, in_line: bool | None = None) -> Layout:
         """How sequences lie together best, of those ways that this model reads rightly.
@@ -80,9 +80,9 @@ class Language:
                 other, and is slower so than with a mask over rows that hold little padding.
         """
         if not self.packs(max_length):
-            return "alone"
+            return Layout("alone", self.width)
         wanted = self.model.device.type == "cuda" if in_line is None else in_line
-        return "line" if wanted and self.line_error < self._exact else "rows"
+        return Layout("line" if wanted and self.line_error < self._exact else "rows", self.width)
 
     @property
     def _exact(self) -> float:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmphi.errors import ModelError
 from mmphi.models.documents import attending_inside_documents
 from mmphi.models.linear_cross_entropy import linear_cross_entropy
-from mmphi.text.packing import Layout, Pack
+from mmphi.text.packing import ROWS, Layout, Pack
 
 
 def block_causal_mask(segments_RT: Tensor, branches_RT: Tensor | None = None) -> Tensor:
@@ -48,7 +48,7 @@ class PackedModel(nn.Module):
         **projectors: From the features of each kind of span to its embeddings.
     """
 
-    def __init__(self, language_model: Any, *, layout: Layout = "rows", **projectors: nn.Module) -> None:
+    def __init__(self, language_model: Any, *, layout: Layout = ROWS, **projectors: nn.Module) -> None:
         super().__init__()
         self.language_model, self.layout = language_model, layout
         self.projectors: Any = nn.ModuleDict(projectors)
@@ -101,7 +101,7 @@ class PackedModel(nn.Module):
                     layer.dropout = 0.0
             self.train(self.training)
             # The backward pass attends again.
-            with attending_inside_documents(self.language_model) if self.layout == "line" else nullcontext():
+            with attending_inside_documents(self.language_model) if self.layout.kind == "line" else nullcontext():
                 yield
         finally:
             for layer, rate in rates:
@@ -149,14 +149,14 @@ class PackedModel(nn.Module):
 
     def _in_line(self, pack: Pack) -> bool:
         """Whether a pack is a line; the model takes rows as well."""
-        return self.layout == "line" and "borders" in pack
+        return self.layout.kind == "line" and "borders" in pack
 
     def _walled(self, pack: Pack) -> AbstractContextManager[None]:
         return attending_inside_documents(self.language_model) if self._in_line(pack) else nullcontext()
 
     def _walls(self, pack: Pack) -> dict[str, Any]:
         """What keeps sequences apart: of one in a row, the model's own padding mask; borders; else who sees whom."""
-        if self.layout == "alone":
+        if self.layout.kind == "alone":
             return {"attention_mask": (pack["segments"] >= 0).long()}
         if self._in_line(pack):
             # Four dimensions: taken as it is, so that no mask over the whole row is built.
@@ -258,7 +258,7 @@ def probe_rows(weight: Tensor) -> Pack:
 
 
 @torch.no_grad()
-def packing_error(language_model: Any, layout: Layout = "rows") -> float:
+def packing_error(language_model: Any, layout: Layout = ROWS) -> float:
     """How far logits of packed sequences are from those of the same sequences alone.
 
     Isolating neighbours by a mask or by borders is exact for plain attention. Recurrent and hybrid models carry state

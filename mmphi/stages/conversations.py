@@ -64,7 +64,7 @@ def steps_of(
 
 def say_if_alone(model: Multimodal, title: str, tracker: Tracker) -> None:
     """Tell where a model does not take packed rows."""
-    if model.packed.layout == "alone":
+    if model.packed.layout.kind == "alone":
         language = model.language
         tracker.say(
             f"{title}: {language.name} does not keep packed sequences apart (by {language.packing_error:.2g} of its"

@@ -32,6 +32,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from mmphi.models.packed import PackedModel
     from mmphi.models.passes import fewer_passes
     from mmphi.models.phi import PHI2_VOCABULARY, count_parameters, phi_config
+    from mmphi.text.packing import Layout
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
     from mmphi.training.rates import rated
@@ -58,13 +59,13 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     model = fewer_passes(PhiForCausalLM(shape).to(this_device()))
     parameters, tokens = count_parameters(shape), sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})
-    packed = PackedModel(model)
+    packed = PackedModel(model, layout=Layout(width=chosen.width))
     validate = validator(packed, held)
     batch_tokens = chosen.batch_size * tokens // max(1, len(samples))
     with packed.recomputing(chosen.gradient_checkpointing):
         train(
             packed,
-            packed_steps(samples, {}, chosen),
+            packed_steps(samples, {}, chosen, layout=packed.layout),
             rated(chosen, parameters.inner, chosen.width, batch_tokens),
             folder=ctx.folder,
             tracker=ctx.tracker,
@@ -124,7 +125,7 @@ def validator(packed: PackedModel, held: Mapping[str, Sequence[Sample]]) -> Call
     @torch.inference_mode()
     def loss(samples: Sequence[Sample]) -> float:
         nats, tokens = 0.0, 0
-        for pack in packs(samples, {}, 4096):
+        for pack in packs(samples, {}, 4096, layout=packed.layout):
             nats += float(packed(**to_device(pack, device)))
             tokens += len(pack["targets"])
         return nats / tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
@@ -16,12 +17,27 @@ from mmphi.errors import ModelError
 from mmphi.text.sequences import Sample, Span
 
 T = TypeVar("T")
-# How sequences lie: all in one row, with borders that attention keeps to; in rows of nearly equal length, under a mask
-# of who sees whom; one a row, for models that see through either.
-Layout = Literal["line", "rows", "alone"]
-# Attention costs the square of a row: a row of so many tokens costs twice what its tokens cost by themselves in a model
-# of width 1,024. At 6 times its width a layer's matrices and its attention over a dense mask are equally much work.
-DOUBLE = 6144
+# Attention costs the square of a row. At so many times its model's width a layer's matrices and its attention over a
+# dense mask are equally much work.
+DOUBLE = 6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences lie together.
+
+    Attributes:
+        kind: ``line``: all in one row, with borders that attention keeps to; ``rows``: in rows of nearly equal length,
+            under a mask of who sees whom; ``alone``: one a row, for models that see through either.
+        width: Of the model that reads them: the narrower it is, the more of its work is attention, and the shorter
+            rows are best.
+    """
+
+    kind: Literal["line", "rows", "alone"] = "rows"
+    width: int = 1024
+
+
+ROWS = Layout()
 
 
 class SpanFeatures(Protocol):
@@ -87,7 +103,7 @@ def pack(
     features: Mapping[str, SpanFeatures],
     step_tokens: int | None = None,
     *,
-    layout: Layout = "rows",
+    layout: Layout = ROWS,
     rows: Sequence[Sequence[int]] | None = None,
     share: bool = False,
 ) -> Pack:
@@ -104,7 +120,7 @@ def pack(
     Raises:
         ModelError: If a span has another length than what stands there has features.
     """
-    bundles = bundled(samples, share and layout == "rows" and rows is None)
+    bundles = bundled(samples, share and layout.kind == "rows" and rows is None)
     lengths = [bundle.length(samples) for bundle in bundles]
     rows = _rows(lengths, layout) if rows is None else rows
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
@@ -142,7 +158,7 @@ def pack(
     )
     if len(bundles) < len(samples):
         packed["branches"] = torch.from_numpy(branches)
-    if layout == "line":
+    if layout.kind == "line":
         in_order = [lengths[i] for row in rows for i in row]
         packed["borders"] = torch.tensor([0, *accumulate(in_order)], dtype=torch.int32)
         packed["longest"] = max(lengths)
@@ -184,18 +200,18 @@ def bundled(samples: Sequence[Sample], share: bool = True) -> list[Bundle]:
     return bundles
 
 
-def rows_of(samples: Sequence[Sample], *, layout: Layout = "rows") -> list[list[int]]:
+def rows_of(samples: Sequence[Sample], *, layout: Layout = ROWS) -> list[list[int]]:
     """Which sequences each row of a pack holds, by index: of rows so many that the work, padding included, is least."""
     return _rows([len(sample) for sample in samples], layout)
 
 
 def _rows(lengths: Sequence[int], layout: Layout) -> list[list[int]]:
-    if layout == "line":
+    if layout.kind == "line":
         return [list(range(len(lengths)))]
-    return partition(lengths, len(lengths)) if layout == "alone" else least_work(lengths)
+    return partition(lengths, len(lengths)) if layout.kind == "alone" else least_work(lengths, layout.width)
 
 
-def least_work(lengths: Sequence[int]) -> list[list[int]]:
+def least_work(lengths: Sequence[int], width: int = ROWS.width) -> list[list[int]]:
     """Sequences in that number of rows in which they are computed with the least work.
 
     Few long rows waste little on padding and much on attention, many short ones the other way round, and sequences of
@@ -204,6 +220,7 @@ def least_work(lengths: Sequence[int]) -> list[list[int]]:
 
     Args:
         lengths: Of each sequence, in tokens.
+        width: Of the model.
 
     Returns:
         For each row the indices of its sequences.
@@ -211,7 +228,7 @@ def least_work(lengths: Sequence[int]) -> list[list[int]]:
     whole, longest = sum(lengths), max(lengths)
 
     def work(rows: int, length: float) -> float:
-        return rows * length * (1 + length / DOUBLE)
+        return rows * length * (1 + length / (DOUBLE * width))
 
     def even(rows: int) -> float:
         return work(rows, max(whole / rows, longest))
@@ -251,7 +268,7 @@ def spread(spans: Sequence[Span], features: Mapping[str, SpanFeatures]) -> tuple
 
 
 def packs(
-    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int, *, layout: Layout = "rows"
+    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int, *, layout: Layout = ROWS
 ) -> Iterator[Pack]:
     """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is a pack of its own).
 

@@ -120,7 +120,14 @@ class Clip(nn.Module):
             step_tokens: How many processes there are; the loop divides by it.
         """
         seen, scale = self.embed_images(images), self.model.logit_scale.exp()
-        return torch.stack([self.loss(seen, self.embed_texts(one), scale) for one in texts]).mean()
+        return torch.stack([self.loss(seen, read, scale) for read in self._sets(texts)]).mean()
+
+    def _sets(self, texts: Tensor) -> Tensor:
+        """Unit embeddings (sets, N, D) of sets of captions; a caption that several images have is read once."""
+        if self.text_outputs:  # What is dropped of them is drawn for each by itself.
+            return torch.stack([self.embed_texts(one) for one in texts])
+        different, place = texts.flatten(0, 1).unique(dim=0, return_inverse=True)
+        return self.embed_texts(different)[place].view(*texts.shape[:2], -1)
 
     @torch.inference_mode()
     def image_inputs(self, pixels: Pixels, workers: int) -> Dataset[Tensor] | Tensor:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from mmphi.models.packed import PackedModel
 from mmphi.settings.shared import TrainingSettings
-from mmphi.text.packing import Layout, Pack, SpanFeatures, pack, partition, rows_of
+from mmphi.text.packing import ROWS, Layout, Pack, SpanFeatures, pack, partition, rows_of
 from mmphi.text.sequences import Sample
 from mmphi.training.steps import PackedSteps, packed_steps
 
@@ -98,7 +98,7 @@ def paired(
     end: int,
     step_tokens: int | None = None,
     *,
-    layout: Layout = "rows",
+    layout: Layout = ROWS,
 ) -> Pair:
     """The same conversations, heard and read, in rows that hold the same ones in the same order.
 
@@ -128,7 +128,7 @@ def paired_steps(
     settings: TrainingSettings,
     end: int,
     *,
-    layout: Layout = "rows",
+    layout: Layout = ROWS,
 ) -> PairedSteps:
     """The pairs of a training as its settings have it, over all processes that train together."""
     return PairedSteps(packed_steps(heard, features, settings, layout=layout), read, end)

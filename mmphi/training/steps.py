@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from mmphi.settings.shared import TrainingSettings
-from mmphi.text.packing import Layout, Pack, SpanFeatures, bundled, pack, partition
+from mmphi.text.packing import ROWS, Layout, Pack, SpanFeatures, bundled, pack, partition
 from mmphi.text.sequences import Sample
 from mmphi.training.arguments import world_size
 
@@ -77,7 +77,7 @@ class PackedSteps(Dataset[Pack]):
         batch_size: int,
         packs_per_step: int,
         seed: int,
-        layout: Layout = "rows",
+        layout: Layout = ROWS,
         views: int = 1,
         together: int = 1,
     ) -> None:
@@ -164,7 +164,7 @@ def packed_steps(
     features: Mapping[str, SpanFeatures],
     settings: TrainingSettings,
     *,
-    layout: Layout = "rows",
+    layout: Layout = ROWS,
     views: int = 1,
     together: int = 1,
 ) -> PackedSteps:

@@ -11,14 +11,15 @@ from conftest import RandomFeatures, encode, example, tiny_language
 from mmphi.models.compiling import compiling, worth_compiling
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import pack
+from mmphi.text.packing import Layout, pack
 
 BATCHES = (["a dog", "two men on a bench"], ["snow", "b" * 40, "it rains"])
 
 
 def packed_model(language, layout="line"):
     torch.manual_seed(1)
-    return PackedModel(language.model, layout=layout, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
+    return PackedModel(language.model, layout=Layout(layout), image=projector)
 
 
 def learned(model, language):
@@ -53,7 +54,7 @@ def test_it_learns_the_same(monkeypatch, layout):
         assert calls
         calls.clear()
         samples = [encode(example(0, "a dog"), language.prompt, 4, 200)]
-        model.eval()(**pack(samples, {"image": RandomFeatures()}, layout=layout))
+        model.eval()(**pack(samples, {"image": RandomFeatures()}, layout=Layout(layout)))
         assert not calls
     assert losses == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(own, gradients, strict=True):

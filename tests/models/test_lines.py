@@ -14,7 +14,7 @@ from transformers import CohereConfig, Gemma2Config
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.packed import PackedModel, has_plain_head, packing_error
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import pack, packs
+from mmphi.text.packing import Layout, pack, packs
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "b" * 60, "it rains", "ok"]
 SCALED = CohereConfig(**COMMON, **HEADS, logit_scale=0.25)
@@ -23,7 +23,8 @@ CAPPED = Gemma2Config(**COMMON, **HEADS, head_dim=8, final_logit_softcapping=5.0
 
 def projected(language, layout):
     torch.manual_seed(1)
-    return PackedModel(language.model, layout=layout, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
+    return PackedModel(language.model, layout=Layout(layout), image=projector)
 
 
 @pytest.mark.parametrize("config", [None, *ISOLATE[:2]], ids=["phi", "llama", "gpt2"])
@@ -36,7 +37,7 @@ def test_losses_and_gradients_are_those_of_rows(config, recompute):
     found = {}
     for layout in ("alone", "rows", "line"):
         model = projected(language, layout).train()
-        batch = pack(samples, {"image": RandomFeatures()}, layout=layout)
+        batch = pack(samples, {"image": RandomFeatures()}, layout=Layout(layout))
         with model.recomputing(recompute):
             loss = model(**batch)
             loss.backward()
@@ -52,12 +53,12 @@ def test_a_line_holds_no_padding_and_knows_its_borders():
     language = tiny_language()
     samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
     lengths = [len(s) for s in samples]
-    line = pack(samples, {"image": RandomFeatures()}, layout="line")
+    line = pack(samples, {"image": RandomFeatures()}, layout=Layout("line"))
     assert line["input_ids"].shape == (1, sum(lengths))
     assert (line["segments"] >= 0).all()
     assert line["borders"].diff().tolist() == lengths
     assert line["longest"] == max(lengths)
-    some = list(packs(samples, {"image": RandomFeatures()}, 100, layout="line"))
+    some = list(packs(samples, {"image": RandomFeatures()}, 100, layout=Layout("line")))
     assert len(some) > 1
     assert sum(batch["input_ids"].numel() for batch in some) == sum(lengths)
     assert "borders" not in pack(samples, {"image": RandomFeatures()})
@@ -66,23 +67,23 @@ def test_a_line_holds_no_padding_and_knows_its_borders():
 @pytest.mark.parametrize("config", [c for c in ISOLATE if not getattr(c, "sliding_window", None)])
 def test_who_attends_inside_borders_is_found_out(config):
     language = replace(tiny_language(), model=build(config))
-    assert packing_error(language.model, "line") < 1e-4
-    assert language.layout(200, in_line=True) == "line"
-    assert language.layout(200) == "rows"  # On a processor.
+    assert packing_error(language.model, Layout("line")) < 1e-4
+    assert language.layout(200, in_line=True).kind == "line"
+    assert language.layout(200).kind == "rows"  # On a processor.
 
 
 @pytest.mark.parametrize("config", LEAK, ids=lambda c: c.model_type)
 def test_who_does_not_is_packed_otherwise(config):
     language = replace(tiny_language(), model=build(config))
-    assert packing_error(language.model, "line") > 1e-2
-    assert language.layout(200, in_line=True) == "alone"
+    assert packing_error(language.model, Layout("line")) > 1e-2
+    assert language.layout(200, in_line=True).kind == "alone"
 
 
 def test_attention_of_its_own_kind_keeps_rows():
     """What a model's eager attention does beside a softmax is not known to the attention inside borders."""
     language = tiny_language()
     language.model.set_attn_implementation("eager")
-    assert language.layout(200, in_line=True) == "rows"
+    assert language.layout(200, in_line=True).kind == "rows"
 
 
 @pytest.mark.parametrize(
@@ -113,10 +114,10 @@ def test_a_plain_head_never_makes_all_logits():
 def test_the_model_takes_what_its_language_model_does():
     language = tiny_language()
     model = Multimodal(language, Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures(), 200)
-    model.packed.layout = "line"
+    model.packed.layout = Layout("line")
     examples = [example(i, a, image=i != 2) for i, a in enumerate(ANSWERS)]
     nats, tokens = model.losses(examples)
-    model.packed.layout = "alone"
+    model.packed.layout = Layout("alone")
     alone, same = model.losses(examples)
     assert tokens == same
     assert nats == pytest.approx(alone, rel=1e-5)
@@ -128,7 +129,7 @@ def test_a_model_in_half_precision_is_left_to_it():
     language.model.bfloat16()
     samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
     language.model.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    packed, batch = projected(language, "line"), pack(samples, {"image": RandomFeatures()}, layout="line")
+    packed, batch = projected(language, "line"), pack(samples, {"image": RandomFeatures()}, layout=Layout("line"))
     with torch.autocast("cpu", torch.bfloat16):
         packed(**batch).backward()
     assert seen[-1] is False

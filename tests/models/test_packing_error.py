@@ -22,7 +22,7 @@ from transformers import (
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.packed import PackedModel, packing_error, shortest_window
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import pack
+from mmphi.text.packing import Layout, pack
 
 COMMON = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": 0}
@@ -82,7 +82,7 @@ def test_one_sequence_a_row_equals_the_model_itself(config):
     language = replace(tiny_language(), model=build(config))
     projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
     model = Multimodal(language, projector, RandomFeatures(), 200)
-    assert model.packed.layout == "alone"
+    assert model.packed.layout.kind == "alone"
     examples = [example(i, "a dog runs in the snow" * (1 + i % 2), image=i % 2 == 0) for i in range(4)]
     samples = [encode(e, language.prompt, 4, 200) for e in examples]
     expected = 0.0
@@ -106,7 +106,8 @@ def test_a_window_that_no_sequence_reaches_does_not_matter():
 
 def test_rows_of_one_sequence(tmp_path):
     samples = [encode(example(i, "a" * (3 + i)), tiny_language().prompt, 4, 100) for i in range(3)]
-    rows = pack(samples, {"image": RandomFeatures()}, layout="alone")
+    rows = pack(samples, {"image": RandomFeatures()}, layout=Layout("alone"))
     assert rows["input_ids"].shape[0] == 3
     assert (rows["segments"].max(dim=1).values == 0).all()
-    assert isinstance(PackedModel(tiny_language().model, layout="alone")._walls(rows)["attention_mask"], torch.Tensor)
+    model = PackedModel(tiny_language().model, layout=Layout("alone"))
+    assert isinstance(model._walls(rows)["attention_mask"], torch.Tensor)

@@ -10,7 +10,7 @@ from conftest import RandomFeatures, encode, example, tiny_language
 
 from mmphi.models.packed import PackedModel, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import Pack, bundled, pack, packs
+from mmphi.text.packing import Layout, Pack, bundled, pack, packs
 from mmphi.text.sequences import Sample
 from mmphi.training.steps import PackedSteps
 
@@ -61,7 +61,7 @@ def test_neighbours_that_see_the_same_are_bundled() -> None:
 def test_shared_equals_alone(layout: str) -> None:
     given = [*samples(), text("one"), text("two")]
     expected, gradients = learned([pack([sample], SOURCES) for sample in given])
-    shared = pack(given, SOURCES, layout=layout, share=True)
+    shared = pack(given, SOURCES, layout=Layout(layout), share=True)
     assert ("branches" in shared) == (layout == "rows")
     loss, found = learned([shared])
     assert loss == pytest.approx(expected, rel=1e-5)

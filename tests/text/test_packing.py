@@ -43,19 +43,28 @@ def test_partition_fills_every_row_evenly_and_loses_nothing():
         partition([1], 2)
 
 
-def work_of(lengths, rows):
+def work_of(lengths, rows, width=1024):
     length = max(sum(lengths[i] for i in row) for row in rows)
-    return len(rows) * length * (1 + length / DOUBLE)
+    return len(rows) * length * (1 + length / (DOUBLE * width))
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_number_of_rows_is_less_work(seed):
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, (20, 200, 2000)[seed % 3], size=1 + seed * 3).tolist()
-    rows = least_work(lengths)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    others = [work_of(lengths, partition(lengths, count)) for count in range(1, len(lengths) + 1)]
-    assert work_of(lengths, rows) == min(others)
+    for width in (64, 1024):
+        rows = least_work(lengths, width)
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        others = [work_of(lengths, partition(lengths, count), width) for count in range(1, len(lengths) + 1)]
+        assert work_of(lengths, rows, width) == min(others)
+
+
+def test_a_narrow_model_has_shorter_rows():
+    """More of its work is attention, which costs the square of a row."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(26, 56, size=40).tolist()
+    narrow, wide = (len(least_work(lengths, width)) for width in (64, 2048))
+    assert narrow >= 2 * wide
 
 
 def test_little_is_padding_at_llavas_lengths():

@@ -74,6 +74,27 @@ def test_loss_is_the_papers(tmp_path):
     torch.testing.assert_close(clip(**batch), torch.stack(losses).mean())
 
 
+def test_a_caption_that_several_images_have_is_read_once(monkeypatch):
+    clip = Clip(model())
+    batch = pairs()[0]
+    texts = batch["texts"].clone()
+    texts[0, 3], texts[1, 2:5] = texts[0, 1], texts[0, 1]
+    seen, scale = clip.embed_images(batch["images"]), clip.model.logit_scale.exp()
+    reference = torch.stack([clip.loss(seen, clip.embed_texts(one), scale) for one in texts]).mean()
+    reference.backward()
+    expected = {name: p.grad.clone() for name, p in clip.named_parameters()}
+    clip.zero_grad()
+    read = []
+    encode = clip.model.encode_text
+    monkeypatch.setattr(clip.model, "encode_text", lambda tokens: read.append(len(tokens)) or encode(tokens))
+    loss = clip(batch["images"], texts, batch["step_tokens"])
+    loss.backward()
+    assert read == [texts.shape[0] * texts.shape[1] - 4]
+    torch.testing.assert_close(loss, reference)
+    for name, parameter in clip.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_scale_stays_below_a_hundred(tmp_path):
     inner = model()
     with torch.no_grad():

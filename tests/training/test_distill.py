@@ -14,6 +14,7 @@ from mmphi.models.multimodal import Multimodal
 from mmphi.models.speech import SpeechConfig, SpeechProjection
 from mmphi.settings.shared import TrainingSettings
 from mmphi.stages.spoken import pairs
+from mmphi.text.packing import Layout
 from mmphi.text.sequences import Sample
 from mmphi.training.distill import Distilled, PairedSteps, paired, paired_steps
 
@@ -102,7 +103,7 @@ def test_packs_of_a_step_are_the_step(tmp_path: Path) -> None:
 
     def losses(accumulation: int, alone: bool = False) -> list[float]:
         settings = TrainingSettings(steps=3, batch_size=4, accumulation=accumulation, seed=5)
-        steps = paired_steps(heard, read, model.sources, settings, end, layout="alone" if alone else "rows")
+        steps = paired_steps(heard, read, model.sources, settings, end, layout=Layout("alone" if alone else "rows"))
         found = [float(task(**steps[i]) / steps[i]["step_tokens"]) for i in range(len(steps))]
         return [sum(found[i : i + accumulation]) for i in range(0, len(found), accumulation)]
 

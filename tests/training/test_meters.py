@@ -11,6 +11,7 @@ from conftest import RandomFeatures, Recorder, encode, example, tiny_language
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.settings import TrainingSettings
+from mmphi.text.packing import Layout
 from mmphi.training import meters
 from mmphi.training.meters import Throughput, peak_memory_bytes, reset_peak_memory
 from mmphi.training.steps import packed_steps
@@ -35,9 +36,10 @@ def test_padding_is_no_token(tmp_path):
     """Every sequence once: the rate times the seconds is the number of their tokens."""
     language, counted = tiny_language(), []
     samples = [encode(example(i, "a" * (3 + 20 * i)), language.prompt, 4, 300) for i in range(4)]
-    model = PackedModel(language.model, layout="alone", image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
+    model = PackedModel(language.model, layout=Layout("alone"), image=projector)
     settings = TrainingSettings(steps=1, batch_size=4)
-    steps = packed_steps(samples, {"image": RandomFeatures()}, settings, layout="alone")
+    steps = packed_steps(samples, {"image": RandomFeatures()}, settings, layout=Layout("alone"))
     assert steps[0]["input_ids"].numel() > sum(map(len, samples))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Throughput, "read", lambda self: counted.append(self.tokens) or 1.0)
