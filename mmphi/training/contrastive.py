@@ -126,7 +126,7 @@ class Clip(nn.Module):
         """Unit embeddings (sets, N, D) of sets of captions; a caption that several images have is read once."""
         if self.text_outputs:  # What is dropped of them is drawn for each by itself.
             return torch.stack([self.embed_texts(one) for one in texts])
-        different, place = texts.flatten(0, 1).unique(dim=0, return_inverse=True)
+        different, place = torch.unique(texts.flatten(0, 1), dim=0, return_inverse=True)
         return self.embed_texts(different)[place].view(*texts.shape[:2], -1)
 
     @torch.inference_mode()
