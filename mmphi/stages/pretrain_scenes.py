@@ -32,7 +32,6 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from mmphi.models.packed import PackedModel
     from mmphi.models.passes import fewer_passes
     from mmphi.models.phi import PHI2_VOCABULARY, count_parameters, phi_config
-    from mmphi.text.packing import Layout
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
     from mmphi.training.rates import rated
@@ -59,7 +58,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     model = fewer_passes(PhiForCausalLM(shape).to(this_device()))
     parameters, tokens = count_parameters(shape), sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})
-    packed = PackedModel(model, layout=Layout(width=chosen.width))
+    packed = PackedModel(model)
     validate = validator(packed, held)
     batch_tokens = chosen.batch_size * tokens // max(1, len(samples))
     with packed.recomputing(chosen.gradient_checkpointing):
