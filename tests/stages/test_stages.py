@@ -151,9 +151,10 @@ def test_features_may_learn_to_name_words_first(pipeline: Pipeline) -> None:
     assert loss[6] < loss[3]
     assert gain[3] + loss[3] == pytest.approx(gain[6] + loss[6], rel=1e-4)
     rows = json.loads((result.path / "align_words.json").read_text())
-    words = [row[rows["columns"].index("words")].split() for row in rows["data"]]
-    assert len(words) == 4  # Two images at two validations.
-    assert all(len(named) == 16 for named in words)
+    named = [dict(zip(rows["columns"], row, strict=True)) for row in rows["data"]]
+    assert {row["step"] for row in named} == {3, 6}
+    assert len({str(row["image"]) for row in named}) == 2
+    assert all(len(row["words"].split()) == 16 for row in named)
     plain = pipeline.build("projector", small.settings(projector__eval_every="3"))
     first, other = (losses(pipeline, run.run_id)[0] for run in (result, plain))
     assert first != other
