@@ -105,6 +105,7 @@ class Loop(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Run the validation given, and log what it returns."""
+        self.control.should_evaluate = False  # Else the end of the epoch asks for the last step's once more.
         self.finite.look()
         if self.validate is None or not (self.is_world_process_zero() or self.sharded):
             return {}

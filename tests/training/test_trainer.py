@@ -44,6 +44,17 @@ def test_loss_falls_and_frozen_weights_stay(tmp_path, recorder):
     assert not saved.keys() & before.keys()
 
 
+def test_every_step_is_validated_once(tmp_path):
+    validated = []
+
+    def validate(step: int) -> dict[str, float]:
+        validated.append(step)
+        return {"val/loss": 1.0}
+
+    run(tmp_path, validate=validate, steps=5, eval_every=2)
+    assert validated == [2, 4, 5]
+
+
 def test_accumulated_equals_whole(tmp_path):
     whole, parts = Recorder(), Recorder()
     one = weights(run(tmp_path / "a", whole, accumulation=1))
