@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -27,30 +29,50 @@ def draw(scene: Scene, side: int, rng: random.Random) -> Image.Image:
         side: Width and height, in pixels.
         rng: Varies ground, tint and tilt.
     """
-    large = side * OVERSAMPLING
-    image = _ground(side, rng).resize((large, large), Image.Resampling.BILINEAR)
-    pen = ImageDraw.Draw(image)
-    for thing in (scene.big, scene.small):
-        tint = tuple(max(0, min(255, value + rng.randint(-14, 14))) for value in COLORS[thing.color])
-        _draw_thing(pen, thing, large, tint, rng.uniform(-0.18, 0.18))
-    small = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((side, side, 1), np.float32)
-    return Image.fromarray((small + NOISE * noise).clip(0, 255).astype(np.uint8))
+    return drawn(scene, side, rng)()
+
+
+def drawn(scene: Scene, side: int, rng: random.Random) -> Callable[[], Image.Image]:
+    """What draws a scene, in any thread: all that varies is taken from ``rng`` now.
+
+    Args:
+        scene: What to draw.
+        side: Width and height, in pixels.
+        rng: Varies ground, tint and tilt.
+    """
+    ground = _ground(rng)
+    things = [
+        (thing, tuple(max(0, min(255, value + rng.randint(-14, 14))) for value in COLORS[thing.color]), _tilt(rng))
+        for thing in (scene.big, scene.small)
+    ]
+    seed = rng.getrandbits(32)
+
+    def image() -> Image.Image:
+        large = side * OVERSAMPLING
+        picture = ground(side).resize((large, large), Image.Resampling.BILINEAR)
+        pen = ImageDraw.Draw(picture)
+        for thing, tint, tilt in things:
+            _draw_thing(pen, thing, large, tint, tilt)
+        small = np.asarray(picture.resize((side, side), Image.Resampling.BOX), np.float32)
+        noise = np.random.default_rng(seed).standard_normal((side, side, 1), np.float32)
+        return Image.fromarray((small + NOISE * noise).clip(0, 255).astype(np.uint8))
+
+    return image
 
 
 class Writing:
-    """Writes images in a thread of its own, while the next ones are drawn; what went wrong is raised in this one."""
+    """Draws and writes images in threads of its own; what went wrong is raised in this one."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, threads: int = 0) -> None:
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
         self._begun: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
-    def save(self, image: Image.Image, path: Path) -> None:
-        """Write an image, soon."""
-        self._begun.append(self._pool.submit(image.save, path))
+    def save(self, image: Callable[[], Image.Image], path: Path) -> None:
+        """Draw an image and write it, soon."""
+        self._begun.append(self._pool.submit(lambda: image().save(path)))
         while len(self._begun) > AHEAD:
             self._begun.popleft().result()
 
@@ -61,15 +83,23 @@ class Writing:
                 each.result()
 
 
-def _ground(side: int, rng: random.Random) -> Image.Image:
-    """A gradient between two pale tones."""
+def _tilt(rng: random.Random) -> float:
+    return rng.uniform(-0.18, 0.18)
+
+
+def _ground(rng: random.Random) -> Callable[[int], Image.Image]:
+    """A gradient between two pale tones, of any side."""
     tone = rng.uniform(185, 240)
     first, second = (np.array([tone + rng.uniform(-14, 14) for _ in range(3)]) for _ in range(2))
     angle = rng.uniform(0, 2 * math.pi)
-    ramp = np.linspace(0, 1, side)
-    mix = (math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None] + 1) / 2
-    pixels = first + (second - first) * mix[..., None].clip(0, 1)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    def image(side: int) -> Image.Image:
+        ramp = np.linspace(0, 1, side)
+        mix = (math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None] + 1) / 2
+        pixels = first + (second - first) * mix[..., None].clip(0, 1)
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    return image
 
 
 def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, side: int, color: tuple[int, ...], tilt: float) -> None:

@@ -43,7 +43,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Draw every split and write the corpus."""
     from tqdm.auto import tqdm
 
-    from mmphi.data.scene_drawing import Writing, draw
+    from mmphi.data.scene_drawing import Writing, drawn
     from mmphi.data.scene_text import corpus_texts
     from mmphi.data.scenes import combinations, held_out, scenes
 
@@ -61,7 +61,7 @@ def run(ctx: Context) -> Mapping[str, float]:
             (ctx.folder / "images" / split).mkdir(parents=True, exist_ok=True)
             for number, scene in enumerate(scenes(count, rng, among)):
                 path = ctx.folder / "images" / split / f"{number:05d}.png"
-                writing.save(draw(scene, chosen.image_size, rng), path)
+                writing.save(drawn(scene, chosen.image_size, rng), path)
                 rows += _records(scene, f"{split}/{path.name}", chosen.questions, rng)
                 if len(figure_scenes) < SHOWN:
                     figure_scenes.append((path, scene))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmphi.data.read import read_examples
 from mmphi.data.scene_drawing import AHEAD, Writing, draw
+from mmphi.data.scene_drawing import drawn as drawing
 from mmphi.data.scene_text import (
     CELLS,
     DESCRIBE,
@@ -185,7 +186,7 @@ def test_images_are_written_while_the_next_are_drawn(tmp_path: Path) -> None:
     drawn = [Image.effect_noise((16, 16), 30 + number) for number in range(AHEAD + 10)]
     with Writing() as writing:
         for number, image in enumerate(drawn):
-            writing.save(image, tmp_path / f"{number}.png")
+            writing.save(image.copy, tmp_path / f"{number}.png")
     for number, image in enumerate(drawn):
         assert Image.open(tmp_path / f"{number}.png").tobytes() == image.tobytes()
 
@@ -195,7 +196,21 @@ def test_what_cannot_be_written_is_told(tmp_path: Path, count: int) -> None:
     def write() -> None:
         with Writing() as writing:
             for _ in range(count):
-                writing.save(Image.new("L", (4, 4)), tmp_path / "nowhere" / "a.png")
+                writing.save(lambda: Image.new("L", (4, 4)), tmp_path / "nowhere" / "a.png")
 
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_images_are_the_same_whoever_draws_them(threads, tmp_path):
+    def all_of(rng):
+        return scenes(20, rng, list(combinations()))
+
+    one, many = random.Random(5), random.Random(5)
+    expected = [np.asarray(draw(scene, 48, one)) for scene in all_of(one)]
+    with Writing(threads) as writing:
+        for number, scene in enumerate(all_of(many)):
+            writing.save(drawing(scene, 48, many), tmp_path / f"{number:02d}.png")
+    for image, path in zip(expected, sorted(tmp_path.iterdir()), strict=True):
+        np.testing.assert_array_equal(image, np.asarray(Image.open(path)))
