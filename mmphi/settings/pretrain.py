@@ -30,6 +30,9 @@ class PretrainSettings(TrainingSettings):
     width: int = setting(128, "hidden width (custom)", unit="units", ge=16)
     heads: int = setting(4, "attention heads (custom)", unit="heads", ge=1)
     tied: bool = setting(False, "whether the output head shares the embedding's weights (custom)")
+    initializer_range: float = setting(
+        0.02, "standard deviation of the weights at first; narrow models want more", introduced=0.02, gt=0, le=1
+    )
     context: int = setting(512, "longest context; of a corpus, the tokens of a row", unit="tokens", ge=16)
     learning_rate: float = setting(
         0.0, "peak learning rate of AdamW; 0 follows size, batch and length", introduced=1e-3, ge=0, le=1

@@ -55,6 +55,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     }
     torch.manual_seed(chosen.seed)
     shape = phi_config(chosen.layers, chosen.width, chosen.heads, chosen.context, vocabulary, tokenizer.eos_token_id)
+    shape.initializer_range = chosen.initializer_range
     model = fewer_passes(PhiForCausalLM(shape).to(this_device()))
     parameters, tokens = count_parameters(shape), sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})

@@ -221,9 +221,12 @@ def shape_of(chosen: PretrainSettings, vocabulary: int, end: int) -> Any:
     from mmphi.models.phi import phi_config, size_config
 
     if chosen.size != "custom":
-        return size_config(chosen.size, chosen.context, vocabulary, end)
-    shape = chosen.layers, chosen.width, chosen.heads
-    return phi_config(*shape, chosen.context, vocabulary, end, tied=chosen.tied)
+        config = size_config(chosen.size, chosen.context, vocabulary, end)
+    else:
+        shape = chosen.layers, chosen.width, chosen.heads
+        config = phi_config(*shape, chosen.context, vocabulary, end, tied=chosen.tied)
+    config.initializer_range = chosen.initializer_range
+    return config
 
 
 def task_of(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) -> CausalTask:

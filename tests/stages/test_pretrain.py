@@ -12,6 +12,7 @@ from mmphi.settings import LanguageSettings
 from mmphi.settings.pretrain import PretrainSettings
 from mmphi.stages import Settings, pretrain, scenes
 from mmphi.stages.pretrain_scenes import scene_samples
+from mmphi.stages.pretrain_texts import shape_of
 from mmphi.stages.scenes import ScenesSettings
 
 SMALL = {"layers": 2, "width": 32, "heads": 2, "steps": 8, "batch_size": 8, "max_length": 128, "vocabulary": 320}
@@ -51,3 +52,11 @@ def test_answers_only_are_learned_or_everything(drawn):
         text = "".join(answer + "<|endoftext|>" for _, answer in row["turns"])
         assert (learned == text) == answers_only
         assert learned.endswith(text)
+
+
+def test_weights_begin_as_wide_as_asked(tmp_path, drawn):
+    chosen = PretrainSettings(**{**SMALL, "steps": 1, "learning_rate": 1e-9, "initializer_range": 0.1})
+    pretrain.run(context(pretrain.STAGE, tmp_path, Settings(pretrain=chosen), upstream={"scenes": drawn}))
+    model = load_language(LanguageSettings(), tmp_path, torch.device("cpu")).model
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert shape_of(chosen, 100, 0).initializer_range == 0.1
