@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mmphi.models.packed import PackedModel, probe_rows
+from mmphi.models.packed import PackedModel
+from mmphi.models.packing_check import probe_rows
 
 LEAST_STEPS = 100  # Compiling takes some seconds, of which a step saves a sixth of its own.
 Asked = Literal["auto", "yes", "no"]

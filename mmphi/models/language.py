@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mmphi.data.digests import Digests
 from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
-from mmphi.models.packed import packing_error, shortest_window
+from mmphi.models.packing_check import packing_error, shortest_window
 from mmphi.models.passes import fewer_passes
 from mmphi.settings.shared import LanguageSettings
 from mmphi.text.packing import Layout
@@ -61,7 +61,7 @@ class Language:
 
     @cached_property
     def packing_error(self) -> float:
-        """How far packed sequences are from the same alone, tried once: :func:`~mmphi.models.packed.packing_error`."""
+        """How far packed sequences are from the same alone, tried once."""
         return packing_error(self.model)
 
     @cached_property

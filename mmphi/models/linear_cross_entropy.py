@@ -11,8 +11,10 @@ from torch import Tensor
 CHUNK = 1024  # Positions whose logits are held at once.
 
 
-def linear_cross_entropy(hidden_KW: Tensor, weight_VW: Tensor, bias_V: Tensor | None, targets_K: Tensor) -> Tensor:
-    """Summed cross-entropy of a linear head, in nats, shape ().
+def linear_cross_entropy(
+    hidden_KW: Tensor, weight_VW: Tensor, bias_V: Tensor | None, targets_K: Tensor, *, each: bool = False
+) -> Tensor:
+    """Summed cross-entropy of a linear head, in nats, shape (); with ``each`` that of each position, (K,).
 
     The gradients are computed in the forward pass, chunk by chunk while the logits are there, as Liger kernels do (Hsu
     et al. 2024, arXiv 2410.10989): nothing is computed twice, and a chunk's logits are the only ones held. torch 2.14
@@ -23,14 +25,17 @@ def linear_cross_entropy(hidden_KW: Tensor, weight_VW: Tensor, bias_V: Tensor | 
         weight_VW: Of the head.
         bias_V: Of the head.
         targets_K: The right ids.
+        each: Whether positions are to be weighed afterwards. Of a head that learns, all logits are held then.
     """
+    if each and (weight_VW.requires_grad or (bias_V is not None and bias_V.requires_grad)):
+        return F.cross_entropy(F.linear(hidden_KW, weight_VW, bias_V).float(), targets_K, reduction="none")
     device = hidden_KW.device.type
     if torch.is_autocast_enabled(device):  # A function of one's own casts for itself.
         dtype = torch.get_autocast_dtype(device)
         hidden_KW, weight_VW = hidden_KW.to(dtype), weight_VW.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
     with torch.autocast(device, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden_KW, weight_VW, bias_V, targets_K)
+        loss: Tensor = _LinearCrossEntropy.apply(hidden_KW, weight_VW, bias_V, targets_K, each)
     return loss
 
 
@@ -38,9 +43,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one pass over the positions; gradients of the weights are summed in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_KW: Tensor, weight_VW: Tensor, bias_V: Tensor | None, targets_K: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_KW: Tensor, weight_VW: Tensor, bias_V: Tensor | None, targets_K: Tensor, each: bool
+    ) -> Tensor:
         wanted = any(ctx.needs_input_grad)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_KW.device)
+        losses = torch.zeros(len(targets_K), dtype=torch.float32, device=hidden_KW.device)
         by_hidden = torch.empty_like(hidden_KW) if wanted else None
         learns, shifts = ctx.needs_input_grad[1:3]  # Not of a frozen head.
         by_weight = torch.zeros_like(weight_VW, dtype=torch.float32) if learns else None
@@ -50,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, targets = hidden_KW[part], targets_K[part]
             logits = F.linear(hidden, weight_VW, bias_V).float()
             norms = logits.logsumexp(dim=1, keepdim=True)
-            loss += (norms[:, 0] - logits.gather(1, targets[:, None])[:, 0]).sum()
+            losses[part] = norms[:, 0] - logits.gather(1, targets[:, None])[:, 0]
             if by_hidden is None:
                 continue
             logits.sub_(norms).exp_()  # Now probabilities, and less one at the right id the gradient.
@@ -68,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wanted:
             ctx.save_for_backward(by_hidden, by_weight, by_bias)
             ctx.dtypes = weight_VW.dtype, None if bias_V is None else bias_V.dtype
-        return loss
+        return losses if each else losses.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,4 +83,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         bias = None if by_bias is None else (by_bias * grad).to(bias_dtype)
         weight = None if by_weight is None else (by_weight * grad).to(weight_dtype)
-        return by_hidden * grad.to(by_hidden.dtype), weight, bias, None
+        return by_hidden * grad[..., None].to(by_hidden.dtype), weight, bias, None, None

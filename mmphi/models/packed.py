@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmphi.errors import ModelError
+from mmphi.models.contrast import contrasted
 from mmphi.models.documents import attending_inside_documents
 from mmphi.models.linear_cross_entropy import linear_cross_entropy
 from mmphi.text.packing import ROWS, Layout, Pack
@@ -44,7 +44,8 @@ class PackedModel(nn.Module):
 
     Args:
         language_model: A Hugging Face causal LM, frozen or not.
-        layout: How the sequences of a pack lie, one a row under the model's own mask: see :func:`packing_error`.
+        layout: How the sequences of a pack lie, one a row under the model's own mask: see
+            :func:`~mmphi.models.packing_check.packing_error`.
         **projectors: From the features of each kind of span to its embeddings.
     """
 
@@ -178,15 +179,22 @@ class PackedModel(nn.Module):
         return all(p.dtype != torch.float32 for p in self.language_model.parameters())
 
     def forward(self, **pack: Any) -> Tensor:
-        """Summed loss of the supervised tokens of a :class:`~mmphi.text.packing.Pack`, in nats, shape ()."""
+        """Summed loss of the supervised tokens of a :class:`~mmphi.text.packing.Pack`, in nats, shape ().
+
+        Where there are foils among its sequences, as :func:`~mmphi.models.contrast.contrasted` has it.
+        """
         rows: Pack = pack  # type: ignore[assignment]  # keyword arguments, so that DDP and the Trainer can pass them
         # Autocast would have its norms and rotations compute in fp32, and copy all that goes in and out of them.
         plain = torch.autocast(rows["input_ids"].device.type, enabled=False) if self.rounded else nullcontext()
         with plain:
             if self._plain_head:
                 head = self.language_model.get_output_embeddings()
-                return linear_cross_entropy(self._hidden(rows), head.weight, head.bias, rows["targets"])
-            return F.cross_entropy(self.logits(rows).float(), rows["targets"], reduction="sum")
+                hidden = self._hidden(rows)
+                losses = linear_cross_entropy(hidden, head.weight, head.bias, rows["targets"], each="foils" in rows)
+            else:
+                reduction = "none" if "foils" in rows else "sum"
+                losses = F.cross_entropy(self.logits(rows).float(), rows["targets"], reduction=reduction)
+        return contrasted(losses, rows) if "foils" in rows else losses
 
 
 @contextmanager
@@ -233,67 +241,3 @@ def has_plain_head(language_model: Any) -> bool:
         logits = language_model(input_ids=ids[None], use_cache=False).logits[0]
     expected = F.linear(seen[0].to(head.weight.dtype), head.weight, head.bias)
     return bool(torch.allclose(logits.float(), expected.float(), rtol=1e-4, atol=1e-4))
-
-
-PROBE = (7, 11)  # Lengths of the sequences that packing is tried with.
-
-
-def probe_rows(weight: Tensor) -> Pack:
-    """Sequences in one row, of ids that the embeddings' weight (V, W) has, every token predicted."""
-    ids = torch.arange(sum(PROBE), device=weight.device) * 37 % max(2, weight.shape[0] - 1)
-    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE)])[None].to(weight.device)
-    positions = torch.cat([torch.arange(n) for n in PROBE])[None].to(weight.device)
-    return Pack(
-        input_ids=ids[None],
-        position_ids=positions,
-        segments=segments,
-        features={},
-        places={},
-        keep=torch.arange(len(ids), device=weight.device),
-        targets=ids,
-        step_tokens=torch.tensor(1.0),
-        borders=torch.tensor([0, *accumulate(PROBE)], dtype=torch.int32, device=weight.device),
-        longest=max(PROBE),
-    )
-
-
-@torch.no_grad()
-def packing_error(language_model: Any, layout: Layout = ROWS) -> float:
-    """How far logits of packed sequences are from those of the same sequences alone.
-
-    Isolating neighbours by a mask or by borders is exact for plain attention. Recurrent and hybrid models carry state
-    across them, and some do not take them at all; of these it is 1 or more.
-
-    Args:
-        language_model: A Hugging Face causal LM.
-        layout: How sequences are packed.
-
-    Returns:
-        The largest difference over the standard deviation of the logits.
-    """
-    rows = probe_rows(language_model.get_input_embeddings().weight)
-    ids = rows["targets"]
-    alone = [
-        language_model(input_ids=part[None], use_cache=False).logits[0]
-        for part in torch.tensor_split(ids, list(accumulate(PROBE))[:-1])
-    ]
-    expected = torch.cat(alone).float()
-    try:
-        packed = PackedModel(language_model, layout=layout).logits(rows).float()
-    except (RuntimeError, ValueError, TypeError, IndexError):  # It wants a mask of another form.
-        return float("inf")
-    return float((packed - expected).abs().max() / expected.std().clamp_min(1e-9))
-
-
-def shortest_window(config: Any) -> int:
-    """Tokens that the narrowest layer of a model sees back; 0 where all see everything.
-
-    Who sees whom in packed rows overrides these windows, so that longer sequences would be read with wider ones.
-    """
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and not any("sliding" in kind for kind in kinds):
-        return 0
-    if getattr(config, "use_sliding_window", True) is False:
-        return 0
-    return int(getattr(config, "sliding_window", None) or 0)

@@ -134,6 +134,14 @@ class ConversationSettings(TrainingSettings):
         ge=1,
         introduced=1,
     )
+    contrast: float = setting(
+        0.0,
+        "weight of telling the right image from another one of the step: what it should save, up to 1.5 nats a token",
+        ge=0,
+        le=10,
+        introduced=0.0,
+    )
+    contrast_from: float = setting(0.85, "share of the steps after which contrast begins", ge=0, lt=1, introduced=0.85)
     sample_images: int = setting(
         8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
     )

@@ -55,6 +55,7 @@ def steps_of(
     log_report(report, ctx.tracker, ctx.settings(DataSettings))
     samples = Subset(sequences, mixed(sequences.kept))
     how: dict[str, Any] = {"layout": model.packed.layout, "views": views, "together": chosen.together}
+    how |= {"contrast": chosen.contrast, "contrast_from": chosen.contrast_from}
     steps = packed_steps(samples, model.sources, chosen, **how)
     if chosen.supervised_tokens:
         chosen = chosen.model_copy(update={"steps": steps.until(chosen.supervised_tokens)})

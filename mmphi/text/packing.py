@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmphi.errors import ModelError
+from mmphi.text.bundles import bundled
 from mmphi.text.sequences import Sample, Span
 
 T = TypeVar("T")
@@ -71,6 +72,10 @@ class Pack(TypedDict):
     branches: NotRequired[Tensor]  # int64 (R, T), which of a bundle's answers a token is of; 0 before they part
     borders: NotRequired[Tensor]  # int32 (S + 1,), where each sequence of a line begins, and where the last one ends
     longest: NotRequired[int]  # tokens of the longest sequence of a line
+    samples: NotRequired[int]  # how many sequences there are, where some are foils
+    sequences: NotRequired[Tensor]  # int64 (K,), which sequence each target is of
+    foils: NotRequired[Tensor]  # int64 (F, 2), sequences with another image, and the same ones with their own
+    contrast: NotRequired[Tensor]  # float32 (), weight of telling the two apart
 
 
 def partition(lengths: Sequence[int], rows: int) -> list[list[int]]:
@@ -106,6 +111,8 @@ def pack(
     layout: Layout = ROWS,
     rows: Sequence[Sequence[int]] | None = None,
     share: bool = False,
+    foils: Sequence[tuple[int, int]] = (),
+    contrast: float = 0.0,
 ) -> Pack:
     """Lay sequences end to end.
 
@@ -116,6 +123,8 @@ def pack(
         layout: How they lie.
         rows: Which sequences each row holds, by index, where they shall lie as others do: :func:`rows_of` those.
         share: Whether neighbours that begin alike may share their beginning, in rows.
+        foils: Sequences with an image that is not theirs, by index, each with that of the same one with its own.
+        contrast: Weight of telling the two apart.
 
     Raises:
         ModelError: If a span has another length than what stands there has features.
@@ -127,16 +136,17 @@ def pack(
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segments, branches = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
     supervised, before = np.zeros(shape, np.bool_), np.arange(-1, shape[0] * shape[1] - 1).reshape(shape)
-    spans: list[Span] = []
+    numbers, spans = np.zeros(shape, np.int64), list[Span]()
     for r, row in enumerate(rows):
         start = 0
         for segment, index in enumerate(row):
             first, alike = start, bundles[index].alike
-            for branch, sample in enumerate(samples[i] for i in bundles[index].members):
+            for branch, number in enumerate(bundles[index].members):
+                sample = samples[number]
                 own = slice(alike if branch else 0, None)
                 place = np.s_[r, start : start + len(sample.input_ids[own])]
                 ids[place], positions[place] = sample.input_ids[own], np.arange(len(sample))[own]
-                segments[place], supervised[place] = segment, sample.supervised[own]
+                segments[place], supervised[place], numbers[place] = segment, sample.supervised[own], number
                 check_spans(sample, features)
                 if not branch:
                     spans += [span._replace(start=r * shape[1] + start + span.start) for span in sample.spans]
@@ -158,46 +168,14 @@ def pack(
     )
     if len(bundles) < len(samples):
         packed["branches"] = torch.from_numpy(branches)
+    if foils:
+        packed["samples"], packed["sequences"] = len(samples), torch.from_numpy(numbers.ravel()[targets])
+        packed["foils"], packed["contrast"] = torch.tensor(foils), torch.tensor(contrast)
     if layout.kind == "line":
         in_order = [lengths[i] for row in rows for i in row]
         packed["borders"] = torch.tensor([0, *accumulate(in_order)], dtype=torch.int32)
         packed["longest"] = max(lengths)
     return packed
-
-
-class Bundle(NamedTuple):
-    """Sequences that begin alike, and may share that beginning: what comes after sees it, and nothing of the others.
-
-    Attributes:
-        members: Of the sequences, by index.
-        alike: Tokens that they share.
-    """
-
-    members: tuple[int, ...]
-    alike: int
-
-    def length(self, samples: Sequence[Sample]) -> int:
-        """Tokens in all."""
-        return self.alike + sum(len(samples[i]) - self.alike for i in self.members)
-
-
-def bundled(samples: Sequence[Sample], share: bool = True) -> list[Bundle]:
-    """Neighbours that see and hear the same, with the same words before and around it; without ``share`` each alone."""
-    bundles: list[Bundle] = []
-    for index, sample in enumerate(samples):
-        given = int(sample.supervised.argmax()) if share else 0
-        seen = max((span.start + span.length for span in sample.spans), default=given + 1)
-        if bundles and seen <= given:
-            members, alike = bundles[-1]
-            first = samples[members[0]]
-            alike = min(alike, given)
-            same = first.input_ids[:alike] == sample.input_ids[:alike]
-            alike = alike if same.all() else int(same.argmin())
-            if seen <= alike and first.spans == sample.spans:
-                bundles[-1] = Bundle((*members, index), alike)
-                continue
-        bundles.append(Bundle((index,), given if seen <= given else 0))
-    return bundles
 
 
 def rows_of(samples: Sequence[Sample], *, layout: Layout = ROWS) -> list[list[int]]:

@@ -17,9 +17,11 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from mmphi.settings.shared import TrainingSettings
-from mmphi.text.packing import ROWS, Layout, Pack, SpanFeatures, bundled, pack, partition
+from mmphi.text.bundles import bundled
+from mmphi.text.packing import ROWS, Layout, Pack, SpanFeatures, pack, partition
 from mmphi.text.sequences import Sample
 from mmphi.training.arguments import world_size
+from mmphi.training.foils import Unit, side_by_side, with_foils
 
 
 class Order:
@@ -66,6 +68,8 @@ class PackedSteps(Dataset[Pack]):
         layout: How the sequences of a pack lie.
         views: Of each image, which take turns from one time to the next that a sequence is met.
         together: Sequences about the same images that are met one after the other, at most; they share what they see.
+        contrast: Weight of telling sequences from the same ones put to another image of the step.
+        contrast_from: The step from which on.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class PackedSteps(Dataset[Pack]):
         layout: Layout = ROWS,
         views: int = 1,
         together: int = 1,
+        contrast: float = 0.0,
+        contrast_from: int = 0,
     ) -> None:
         if not samples:
             raise ValueError("there is nothing to train on")
@@ -88,6 +94,7 @@ class PackedSteps(Dataset[Pack]):
         self.samples, self.features = samples, features
         self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
         self.layout, self.views, self.together = layout, views, together
+        self.contrast, self.contrast_from = contrast, contrast_from
         groups = grouped(samples, together) if together > 1 else None
         self._turn = np.arange(len(samples))
         for turn, group in enumerate(groups or ()):
@@ -127,12 +134,23 @@ class PackedSteps(Dataset[Pack]):
     def __getitem__(self, index: int) -> Pack:
         samples = self.step(index // self.packs_per_step)
         total = sum(int(s.supervised.sum()) for s in samples)
+        if self.contrast and index // self.packs_per_step >= self.contrast_from:
+            return self._against_foils(samples, total, index % self.packs_per_step)
         bundles = bundled(samples, self.together > 1)
         if len(bundles) < self.packs_per_step:
             bundles = bundled(samples, share=False)
         shares = partition([bundle.length(samples) for bundle in bundles], self.packs_per_step)
         own = [samples[i] for b in shares[index % self.packs_per_step] for i in bundles[b].members]
         return pack(own, self.features, total, layout=self.layout, share=self.together > 1)
+
+    def _against_foils(self, samples: Sequence[Sample], total: int, part: int) -> Pack:
+        units = with_foils(samples)
+        if len(units) < self.packs_per_step:
+            units = [Unit((sample,), ()) for sample in samples]
+        share = partition([unit.length() for unit in units], self.packs_per_step)[part]
+        own, foils = side_by_side([units[i] for i in share])
+        how: dict[str, Any] = {"layout": self.layout, "share": True, "foils": foils, "contrast": self.contrast}
+        return pack(own, self.features, total, **how)
 
 
 def grouped(samples: Sequence[Sample], together: int) -> list[npt.NDArray[np.int64]]:
@@ -167,8 +185,13 @@ def packed_steps(
     layout: Layout = ROWS,
     views: int = 1,
     together: int = 1,
+    contrast: float = 0.0,
+    contrast_from: float = 0.0,
 ) -> PackedSteps:
-    """The packs of a training as its settings have it, over all processes that train together."""
+    """The packs of a training as its settings have it, over all processes that train together.
+
+    ``contrast_from`` is a share of its steps; for the others see :class:`PackedSteps`.
+    """
     return PackedSteps(
         samples,
         features,
@@ -179,4 +202,6 @@ def packed_steps(
         layout=layout,
         views=views,
         together=together,
+        contrast=contrast,
+        contrast_from=round(contrast_from * settings.steps),
     )

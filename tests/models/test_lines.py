@@ -12,7 +12,8 @@ from test_packing_error import COMMON, HEADS, ISOLATE, LEAK, build
 from transformers import CohereConfig, Gemma2Config
 
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.packed import PackedModel, has_plain_head, packing_error
+from mmphi.models.packed import PackedModel, has_plain_head
+from mmphi.models.packing_check import packing_error
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack, packs
 

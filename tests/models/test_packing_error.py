@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.packed import PackedModel, packing_error, shortest_window
+from mmphi.models.packed import PackedModel
+from mmphi.models.packing_check import packing_error, shortest_window
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack
 

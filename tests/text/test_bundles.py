@@ -10,7 +10,8 @@ from conftest import RandomFeatures, encode, example, tiny_language
 
 from mmphi.models.packed import PackedModel, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import Layout, Pack, bundled, pack, packs
+from mmphi.text.bundles import bundled
+from mmphi.text.packing import Layout, Pack, pack, packs
 from mmphi.text.sequences import Sample
 from mmphi.training.steps import PackedSteps
 

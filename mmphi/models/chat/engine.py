@@ -14,7 +14,7 @@ from mmphi.models.chat.sampling import Chooser, Sampling
 from mmphi.models.chat.slots import Slots
 from mmphi.models.chat.words import Words
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.packed import shortest_window
+from mmphi.models.packing_check import shortest_window
 from mmphi.text.packing import check_spans, spread, to_device
 from mmphi.text.sequences import Sample, Spelled
 
