@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 from mmphi.errors import DataError, SettingsError
 from mmphi.settings.declare import Section
-from mmphi.settings.shared import DataSettings, LanguageSettings, TrainingSettings, VisionSettings, uses_scenes
+from mmphi.settings.shared import (
+    ConversationSettings,
+    DataSettings,
+    LanguageSettings,
+    TrainingSettings,
+    VisionSettings,
+    uses_scenes,
+)
 from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
@@ -43,6 +50,12 @@ def check_training(name: str, chosen: TrainingSettings) -> None:
         raise SettingsError(
             f"{name}.batch_size = {chosen.batch_size}, but each step makes {passes} forward passes over all processes",
             f"the nearest batch size is {passes}; or lower {name}.accumulation",
+        )
+    if isinstance(chosen, ConversationSettings) and chosen.contrast and chosen.result == "best":
+        raise SettingsError(
+            f"{name}.result = best takes the lowest validation loss, and {name}.contrast gives some of it up for what"
+            " the right image saves: the steps with contrast would not be taken",
+            f"{name}.result last, or {name}.contrast 0",
         )
 
 

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from conftest import RandomFeatures, encode, example, tiny_language
 
+from mmphi.errors import SettingsError
 from mmphi.models.contrast import MARGIN, SOFT
 from mmphi.models.linear_cross_entropy import linear_cross_entropy
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.settings import TrainingSettings
+from mmphi.settings.shared import ConversationSettings
+from mmphi.stages.common import check_training
 from mmphi.text.packing import Layout, pack
 from mmphi.text.sequences import Sample
 from mmphi.training.foils import with_foils
@@ -174,3 +177,10 @@ def test_losses_of_positions_may_be_weighed(learned: bool) -> None:
     torch.testing.assert_close(own, hidden.grad)
     if learned:
         torch.testing.assert_close(by_weight, weight.grad)
+
+
+def test_the_lowest_loss_is_not_looked_for_where_some_of_it_is_given_up() -> None:
+    check_training("qlora", ConversationSettings(result="best"))
+    check_training("qlora", ConversationSettings(contrast=0.5))
+    with pytest.raises(SettingsError, match=r"qlora\.contrast"):
+        check_training("qlora", ConversationSettings(contrast=0.5, result="best"))
