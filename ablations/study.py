@@ -17,8 +17,14 @@ from mmphi.settings.messages import nearest
 from mmphi.stages import STAGES, Settings, load_settings
 
 Changes = Mapping[str, Any]
-# Validation often enough for a curve, without the captions that cost more than the loss.
-CURVES: Changes = {"projector.eval_every": 50, "projector.sample_images": 0, "evaluate.yes_no": 0}
+# Validation often enough for a curve, without the captions that cost more than the loss; and no naming of words before,
+# whose steps no budget of tokens counts.
+CURVES: Changes = {
+    "projector.eval_every": 50,
+    "projector.sample_images": 0,
+    "projector.align_steps": 0,
+    "evaluate.yes_no": 0,
+}
 # Costs that every trial records; none of them decides a verdict.
 COSTS: Mapping[str, str] = {
     "projector/parameters": "parameters",

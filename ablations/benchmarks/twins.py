@@ -71,6 +71,7 @@ def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:
         "projector.optimizer": "adamw",
         "projector.width": 0,
         "projector.norm": False,
+        "projector.align_steps": 0,
         "projector.steps": shape.steps,
         "projector.batch_size": shape.batch_size,
         "projector.max_length": 320,

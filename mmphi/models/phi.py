@@ -44,7 +44,15 @@ SIZES = {
 
 
 def phi_config(
-    layers: int, width: int, heads: int, context: int, vocabulary: int, end: int | None, *, tied: bool = False
+    layers: int,
+    width: int,
+    heads: int,
+    context: int,
+    vocabulary: int,
+    end: int | None,
+    *,
+    tied: bool = False,
+    rotary: float = 0.0,
 ) -> PhiConfig:
     """A Phi of any size: Phi-2's shape, scaled.
 
@@ -56,6 +64,7 @@ def phi_config(
         vocabulary: Rows of the embedding.
         end: Id of the end of text, which is also Phi-2's beginning.
         tied: Whether the output head shares the embedding's weights.
+        rotary: Share of each head's channels that positions rotate; 0 is Phi's own.
     """
     from transformers import PhiConfig  # Counting parameters needs none of it.
 
@@ -66,7 +75,8 @@ def phi_config(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=context,
-        partial_rotary_factor=0.4 if width // heads == 80 else 0.5,  # 32 of 80 in Phi-2; half of 64 in Phi-1 and 1.5.
+        # 32 of 80 in Phi-2; half of 64 in Phi-1 and 1.5.
+        partial_rotary_factor=rotary or (0.4 if width // heads == 80 else 0.5),
         resid_pdrop=0.0,
         tie_word_embeddings=tied,
         bos_token_id=end,

@@ -30,6 +30,9 @@ class PretrainSettings(TrainingSettings):
     width: int = setting(128, "hidden width (custom)", unit="units", ge=16)
     heads: int = setting(4, "attention heads (custom)", unit="heads", ge=1)
     tied: bool = setting(False, "whether the output head shares the embedding's weights (custom)")
+    partial_rotary_factor: float = setting(
+        0.0, "share of a head's channels that positions rotate (custom); 0 is Phi's own", introduced=0.0, ge=0, le=1
+    )
     initializer_range: float = setting(
         0.02, "standard deviation of the weights at first; narrow models want more", introduced=0.02, gt=0, le=1
     )

@@ -31,7 +31,9 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from mmphi.models.device import this_device
     from mmphi.models.packed import PackedModel
     from mmphi.models.passes import fewer_passes
-    from mmphi.models.phi import PHI2_VOCABULARY, count_parameters, phi_config
+    from mmphi.models.phi import PHI2_VOCABULARY, count_parameters
+    from mmphi.stages.pretrain_texts import shape_of
+    from mmphi.text.packing import Layout
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
     from mmphi.training.rates import rated
@@ -54,12 +56,11 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
         "val/answer_loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen, answers_only=True)),
     }
     torch.manual_seed(chosen.seed)
-    shape = phi_config(chosen.layers, chosen.width, chosen.heads, chosen.context, vocabulary, tokenizer.eos_token_id)
-    shape.initializer_range = chosen.initializer_range
+    shape = shape_of(chosen, vocabulary, tokenizer.eos_token_id)
     model = fewer_passes(PhiForCausalLM(shape).to(this_device()))
     parameters, tokens = count_parameters(shape), sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})
-    packed = PackedModel(model)
+    packed = PackedModel(model, layout=Layout(width=chosen.width))
     validate = validator(packed, held)
     batch_tokens = chosen.batch_size * tokens // max(1, len(samples))
     with packed.recomputing(chosen.gradient_checkpointing):

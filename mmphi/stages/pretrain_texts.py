@@ -224,7 +224,8 @@ def shape_of(chosen: PretrainSettings, vocabulary: int, end: int) -> Any:
         config = size_config(chosen.size, chosen.context, vocabulary, end)
     else:
         shape = chosen.layers, chosen.width, chosen.heads
-        config = phi_config(*shape, chosen.context, vocabulary, end, tied=chosen.tied)
+        rotary = chosen.partial_rotary_factor
+        config = phi_config(*shape, chosen.context, vocabulary, end, tied=chosen.tied, rotary=rotary)
     config.initializer_range = chosen.initializer_range
     return config
 

@@ -54,9 +54,12 @@ def test_answers_only_are_learned_or_everything(drawn):
         assert learned.endswith(text)
 
 
-def test_weights_begin_as_wide_as_asked(tmp_path, drawn):
-    chosen = PretrainSettings(**{**SMALL, "steps": 1, "learning_rate": 1e-9, "initializer_range": 0.1})
+def test_a_model_begins_as_it_is_asked_to(tmp_path, drawn):
+    shape = {"initializer_range": 0.1, "partial_rotary_factor": 1.0}
+    chosen = PretrainSettings(**{**SMALL, "steps": 1, "learning_rate": 1e-9, **shape})
     pretrain.run(context(pretrain.STAGE, tmp_path, Settings(pretrain=chosen), upstream={"scenes": drawn}))
     model = load_language(LanguageSettings(), tmp_path, torch.device("cpu")).model
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.1, rel=0.05)
-    assert shape_of(chosen, 100, 0).initializer_range == 0.1
+    assert model.config.rope_parameters["partial_rotary_factor"] == 1.0
+    usual = shape_of(PretrainSettings(**SMALL), 100, 0)
+    assert (usual.initializer_range, usual.rope_parameters["partial_rotary_factor"]) == (0.02, 0.5)
