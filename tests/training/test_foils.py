@@ -20,7 +20,7 @@ from mmphi.stages.common import check_training
 from mmphi.text.packing import Layout, pack
 from mmphi.text.sequences import Sample
 from mmphi.training.foils import with_foils
-from mmphi.training.steps import PackedSteps, packed_steps
+from mmphi.training.steps import PackedSteps, packed_steps, seen_by
 
 SOURCES = {"image": RandomFeatures()}
 LANGUAGE = tiny_language()
@@ -72,7 +72,9 @@ def test_halves_are_put_to_each_others_images() -> None:
 def test_what_cannot_be_compared_stands_alone() -> None:
     text = encode(example(0, "words", image=False), LANGUAGE.prompt, 4, 200)
     longer = encode(example(9, "words"), LANGUAGE.prompt, 6, 200)
-    for first, second in ((told(1, "", "a"), told(1, "", "b")), (text, text), (told(1, "", "a"), longer)):
+    view = seen_by(told(1, "", "b"), 1)
+    for second in (told(1, "", "b"), view, text, longer):
+        first = text if second is text else told(1, "", "a")
         units = with_foils([first, second])
         assert [unit.samples for unit in units] == [(first,), (second,)]
         assert not any(unit.foils for unit in units)
