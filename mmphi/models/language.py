@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from mmphi.data.digests import Digests
 from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
+from mmphi.models.dequantised import dequantised_once
 from mmphi.models.packing_check import packing_error, shortest_window
 from mmphi.models.passes import fewer_passes
 from mmphi.settings.shared import LanguageSettings
@@ -168,7 +169,7 @@ def load_language(settings: LanguageSettings, pretrained: Path | None, device: t
     tokenizer = tokenizer_of(settings, name)
     dtype = DTYPES.get(settings.precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = _random(name, settings.precision, dtype, device) if config_only else _load(name, settings, dtype, device)
-    fewer_passes(model).requires_grad_(False).eval()
+    dequantised_once(fewer_passes(model)).requires_grad_(False).eval()
     _check_finite(model, name)
     embedding = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:

@@ -78,7 +78,8 @@ def run(ctx: Context) -> Mapping[str, float]:
         return mixed(grouped(kept, weights, "qlora.mixture"), weights, data.split_seed)
 
     say_if_alone(model, "qlora", ctx.tracker)
-    steps, chosen = steps_of(ctx, model, chosen, [*examples, *texts], report, choose)
+    views = ctx.settings(ProjectorSettings).views
+    steps, chosen = steps_of(ctx, model, chosen, [*examples, *texts], report, choose, views)
     adapter = adapter_parameters(model.language)
     figures = {
         "parameters": sum(p.numel() for p in adapter.values()),
@@ -226,7 +227,7 @@ STAGE = Stage(
     name="qlora",
     version=2,
     help="train an adapter on the quantised language model, and the projector with it",
-    reads=("qlora", "data", "language.model"),
+    reads=("qlora", "data", "language.model", "projector.views"),
     run=run,
     upstream=upstream,
     requests=("projector.features",),
