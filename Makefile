@@ -1,6 +1,6 @@
 # make projector                           the main job on the embedded data (PRESET=tiny, ARGS='-P layers=3')
-# make photos PHOTOS=folder                the same on captioned photographs, as experiments/photos.yaml says; the three
-#                                          pretrained models are fetched, or lie in MODELS=folder
+# make photos PHOTOS=folder                projector and adapter on captioned photographs, as experiments/photos.yaml
+#                                          says; the three pretrained models are fetched, or lie in MODELS=folder
 # make status | ui                         what is built; MLflow's pages
 # make test                                lint, types and tests
 # make harness                             the model class that lmms-eval asks, in an environment that has lmms-eval
@@ -16,7 +16,7 @@ PORT ?= 5000
 MODELS ?= $(CURDIR)/models
 
 EXPERIMENT ?= mmphi
-RUN := $(BIN)/mlflow run . -e projector --env-manager local --experiment-name $(EXPERIMENT)
+RUN := $(BIN)/mlflow run . --env-manager local --experiment-name $(EXPERIMENT)
 
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -25,7 +25,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: projector photos test cloud harness lint types tests ui status clean
 
 projector: $(VENV)/ready
-	$(RUN) -P preset=$(PRESET) $(ARGS)
+	$(RUN) -e projector -P preset=$(PRESET) $(ARGS)
 	@echo "make ui shows it"
 
 photos: $(VENV)/ready
@@ -33,7 +33,7 @@ photos: $(VENV)/ready
 	  echo "say where your photographs are: make photos PHOTOS=folder"; \
 	  echo "the folder holds images/ and captions.csv, which begins with the line image,caption"; exit 2; }
 	$(BIN)/mmphi fetch models "$(MODELS)"
-	MMPHI_PHOTOS="$(abspath $(PHOTOS))" MMPHI_MODELS="$(abspath $(MODELS))" $(RUN) -P preset=photos $(ARGS)
+	MMPHI_PHOTOS="$(abspath $(PHOTOS))" MMPHI_MODELS="$(abspath $(MODELS))" $(RUN) -e qlora -P preset=photos $(ARGS)
 	@echo "make ui shows it"
 
 test: lint types tests

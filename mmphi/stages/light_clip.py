@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,10 @@ from mmphi.settings.view import SettingsView
 from mmphi.stages.common import CONTENT, check_training, log_report, read, scenes_if_read
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmphi.data.records import Example, ReadReport
+    from mmphi.training.pixels import Pixels
 
 SHOWN = 8
 EPSILON = 1e-6  # CLIP's (Radford et al. 2021, table 20)
@@ -99,7 +102,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     from mmphi.models.device import this_device
     from mmphi.models.light_clip import ClipShape, build, save
     from mmphi.training.arguments import world_rank, world_size
-    from mmphi.training.contrastive import ClampScale, Clip, PairSteps, Pixels
+    from mmphi.training.contrastive import ClampScale, Clip, PairSteps
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(LightClipSettings)
@@ -119,8 +122,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     clip.eval()  # What locked towers give is computed once, before any training.
     sets: dict[str, tuple[Any, Any, list[str], list[int]]] = {}
     for split in ("train", "test"):
-        paths, captions, owners = pairs([e for e in examples if e.split == split], report)
-        images = clip.image_inputs(Pixels(paths, preprocess), chosen.workers)
+        pixels, captions, owners = pairs([e for e in examples if e.split == split], report, preprocess)
+        images = clip.image_inputs(pixels, chosen.workers)
         sets[split] = images, clip.text_inputs(tokenizer(captions)), captions, owners
     log_report(report, ctx.tracker, ctx.settings(DataSettings))
     images, texts, _, owners = sets["train"]
@@ -150,7 +153,9 @@ def run(ctx: Context) -> Mapping[str, float]:
     return _measure(ctx, clip, *sets["test"])
 
 
-def pairs(examples: Sequence[Example], report: ReadReport) -> tuple[list[Path], list[str], list[int]]:
+def pairs(
+    examples: Sequence[Example], report: ReadReport, preprocess: Callable[[Any], Tensor]
+) -> tuple[Pixels, list[str], list[int]]:
     """Every readable image that has a caption, the captions, and whose they are; questions are left out.
 
     Scenes have three captions: the full one, one of shapes and one of colors alone. Among the pairs of a batch, colors
@@ -159,30 +164,22 @@ def pairs(examples: Sequence[Example], report: ReadReport) -> tuple[list[Path], 
     Raises:
         DataError: If there is none.
     """
-    from mmphi.data.images import open_image
-    from mmphi.errors import DataError, ImageError
+    from mmphi.errors import DataError
+    from mmphi.training.pixels import Pixels
 
     captions: dict[Path, list[Example]] = {}
     for example in examples:
         if example.image is not None and example.attributes.get("kind", "caption") in ("caption", "parts"):
             captions.setdefault(example.image.path, []).append(example)
-    paths: list[Path] = []
-    texts: list[str] = []
-    owners: list[int] = []
-    for path, of_image in captions.items():
-        try:
-            open_image(path)
-        except ImageError as error:
-            for example in of_image:
-                report.drop_kept(example.source, example.id, error.reason)
-            continue
-        paths.append(path)
-        for example in of_image:
-            texts += [turn.answer for turn in example.turns]
-            owners += [len(paths) - 1] * len(example.turns)
-    if not paths:
+    pixels, wrong = Pixels.readable(list(captions), preprocess)
+    for path, error in wrong.items():
+        for example in captions[path]:
+            report.drop_kept(example.source, example.id, error.reason)
+    turns = [(i, turn) for i, path in enumerate(pixels.paths) for e in captions[path] for turn in e.turns]
+    owners, texts = [i for i, _ in turns], [turn.answer for _, turn in turns]
+    if not pixels.paths:
         raise DataError("no image has a caption to train a CLIP on", "name a source of captions in data.sources")
-    return paths, texts, owners
+    return pixels, texts, owners
 
 
 def _measure(

@@ -78,8 +78,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         return mixed(grouped(kept, weights, "qlora.mixture"), weights, data.split_seed)
 
     say_if_alone(model, "qlora", ctx.tracker)
-    views = ctx.settings(ProjectorSettings).views
-    steps, chosen = steps_of(ctx, model, chosen, [*examples, *texts], report, choose, views)
+    steps, chosen = steps_of(ctx, model, chosen, [*examples, *texts], report, choose)
     adapter = adapter_parameters(model.language)
     figures = {
         "parameters": sum(p.numel() for p in adapter.values()),
@@ -227,7 +226,7 @@ STAGE = Stage(
     name="qlora",
     version=2,
     help="train an adapter on the quantised language model, and the projector with it",
-    reads=("qlora", "data", "language.model", "projector.views"),
+    reads=("qlora", "data", "language.model"),
     run=run,
     upstream=upstream,
     requests=("projector.features",),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import re
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -17,34 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmphi.data.images import open_image
+from mmphi.training.pixels import Pixels
 
 CHUNK = 128
-KEPT_BYTES = 512 * 1024**2  # Decoded images that each process keeps: a small set is decoded once.
-
-
-class Pixels(Dataset[Tensor]):
-    """Images decoded and preprocessed when asked for.
-
-    Args:
-        paths: Image files, all of them readable.
-        preprocess: From a PIL image to pixels (3, H, W).
-    """
-
-    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Tensor]) -> None:
-        self.paths, self.preprocess = paths, preprocess
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        if index in self._kept:
-            return self._kept[index]
-        pixels = self.preprocess(open_image(self.paths[index]))
-        if (len(self._kept) + 1) * pixels.nbytes <= KEPT_BYTES:
-            self._kept[index] = pixels
-        return pixels
+ENDS = re.compile(
+    r"model\.(visual\.(conv1|attnpool|proj|head)|text\.proj|text_projection|(\w+\.)?positional_embedding)\b"
+)
 
 
 class Clip(nn.Module):
@@ -95,6 +72,10 @@ class Clip(nn.Module):
         elif self.lock_image:
             self.model.visual.eval()
         return self
+
+    def ends(self) -> list[str]:
+        """Names of the parameters that its towers begin and end with: no hidden states on one of their sides."""
+        return [name for name, _ in self.named_parameters() if ENDS.match(name)]
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit embeddings of pixels (N, 3, H, W), or of the outputs of a locked tower."""

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from mmphi.text.bundles import bundled
 from mmphi.text.sequences import Sample
 
+LEAST = 4  # Supervised tokens: a yes, or a word, may be as right of the other image.
+
 
 class Unit(NamedTuple):
     """Sequences that have to be in one pack.
@@ -45,6 +47,8 @@ def with_foils(samples: Sequence[Sample]) -> list[Unit]:
 
 def comparable(first: Sample, second: Sample) -> bool:
     """Whether one sequence could be put to what the other one sees."""
+    if min(int(sample.supervised.sum()) for sample in (first, second)) < LEAST:
+        return False
     shapes = [[(span.kind, span.length) for span in sample.spans] for sample in (first, second)]
     if not first.spans or shapes[0] != shapes[1] or any(span.kind != "image" for span in first.spans):
         return False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmphi.training.muon import Muon
 
@@ -39,10 +39,12 @@ def grouped_adamw(
 class MuonAdamW(torch.optim.Optimizer):
     """torch's Muon (Jordan et al. 2024) on the matrices inside a model, AdamW on everything else.
 
-    Embeddings and the output head count as the rest: Muon is for matrices that map hidden states to hidden states.
+    Embeddings and the output head count as the rest: Muon is for matrices that map hidden states to hidden states. A
+    convolution's kernel is a matrix from all that it sees to its channels, as Jordan has it.
 
     Args:
-        model: What is trained; parameters without gradients are left out.
+        model: What is trained; parameters without gradients are left out. Its ``ends()``, if it has that, are names of
+            more that is at its beginning or end.
         learning_rate: Of AdamW.
         muon_learning_rate: Of Muon, for updates of unit spectral norm scaled by ``sqrt(max(1, rows / columns))``.
         beta2: AdamW's second decay rate.
@@ -66,13 +68,17 @@ class MuonAdamW(torch.optim.Optimizer):
             head_of: Any = getattr(module, "get_output_embeddings", None)
             head = head_of() if head_of is not None else None
             outer |= {id(p) for p in head.parameters()} if head is not None else set()
+        ends_of: Any = getattr(model, "ends", tuple)
+        ends = set(ends_of())
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        inner = {name: p for name, p in trained.items() if p.ndim == 2 and id(p) not in outer}
+        inner = {n: p for n, p in trained.items() if p.ndim in (2, 4) and id(p) not in outer and n not in ends}
         self.matrices = list(inner)
+        self._kernels = [(p, nn.Parameter(_flat(p.detach(), p))) for p in inner.values() if p.ndim == 4]
+        matrices = [p for p in inner.values() if p.ndim == 2] + [matrix for _, matrix in self._kernels]
         rest = [p for name, p in trained.items() if name not in inner]
-        self.muon: Any = Muon(list(inner.values()), lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95)
+        self.muon: Any = Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=0.95)
         self.adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
-        super().__init__([{"params": [*inner.values()]}, {"params": rest}], {})
+        super().__init__([{"params": matrices}, {"params": rest}], {})
         self._share()
 
     def _share(self) -> None:
@@ -86,6 +92,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for kernel, matrix in self._kernels:
+            matrix.grad = None if kernel.grad is None else _flat(kernel.grad, kernel)
         self.muon.step()
         self.adamw.step()
         return loss
@@ -93,6 +101,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.muon.zero_grad(set_to_none)
+        for kernel, _ in self._kernels:
+            kernel.grad = None
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,3 +114,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self._share()
+
+
+def _flat(tensor: Tensor, kernel: Tensor) -> Tensor:
+    """A kernel (out, in, height, width), or its gradient, as a matrix of ``out`` rows in the order that the kernel has.
+
+    Of the kernel itself it is the same memory, whether its channels come first or last.
+    """
+    return (tensor if kernel.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(len(tensor), -1)

@@ -26,6 +26,8 @@ SMALL = {
     "pretrain.layers": "2",
     "pretrain.width": "32",
     "pretrain.heads": "4",
+    "pretrain.partial_rotary_factor": "0",
+    "pretrain.initializer_range": "0.02",
     "pretrain.batch_size": "16",
     "light_clip.steps": "4",
     "light_clip.batch_size": "16",

@@ -31,7 +31,6 @@ from mmphi.settings.qlora import QloraSettings
 from mmphi.stages import STAGES
 from mmphi.stages.qlora import asked_of
 from mmphi.tracking.store import Store
-from mmphi.training import steps
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +69,6 @@ def test_it_trains_what_it_should_and_tells(pipeline, result):
     assert {"before_and_after.json", "steps.json"} <= {Path(artifact.path).name for artifact in tables}
     (evaluated,) = result.after
     assert pipeline.store.run(evaluated.run_id).data.tags["mmphi.upstream.qlora"] == result.run_id
-
-
-def test_it_learns_from_the_views_that_the_projector_learned_from(pipeline, monkeypatch):
-    packed_steps, views = steps.packed_steps, []
-    monkeypatch.setattr(steps, "packed_steps", lambda *a, **how: views.append(how["views"]) or packed_steps(*a, **how))
-    pipeline.build("qlora", small.settings(projector__views="2"))
-    assert views == [2, 2]
 
 
 def test_loaded_anew_it_answers_the_same(pipeline, result):

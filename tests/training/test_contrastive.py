@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from workers import spawn
 
+from mmphi.errors import Stopped
 from mmphi.settings import TrainingSettings
 from mmphi.training.checkpoints import complete_checkpoints
-from mmphi.training.contrastive import ClampScale, Clip, PairSteps, Pixels
+from mmphi.training.contrastive import ClampScale, Clip, PairSteps
+from mmphi.training.optimizers import MuonAdamW
+from mmphi.training.pixels import Pixels
 from mmphi.training.trainer import train
 
 VIT = {
@@ -125,9 +129,25 @@ def test_images_are_decoded_when_asked_for_and_once(tmp_path, monkeypatch):
     assert calls == []
     assert torch.equal(pixels[0], pixels[0])
     assert len(calls) == 1
-    monkeypatch.setattr("mmphi.training.contrastive.KEPT_BYTES", 10)
+    monkeypatch.setattr("mmphi.training.pixels.KEPT_BYTES", 10)
     bounded = Pixels([path], lambda image: calls.append(1) or preprocess(image))
     assert bounded[0] is not bounded[0]
+
+
+def test_images_that_cannot_be_read_are_told_and_the_others_decoded_by_then(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for path in paths:
+        Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(path)
+    paths[1].write_bytes(b"no image")
+    paths[3].unlink()
+    preprocess = image_transform_v2(PreprocessCfg(size=16), is_train=False)
+    calls = []
+    pixels, wrong = Pixels.readable(paths, lambda image: calls.append(1) or preprocess(image))
+    assert pixels.paths == [paths[0], paths[2], paths[4]]
+    assert set(wrong) == {paths[1], paths[3]}
+    assert "missing" in wrong[paths[3]].reason
+    assert [pixels[i].shape for i in range(3)] == [(3, 16, 16)] * 3
+    assert len(calls) == 3
 
 
 WORKER = """
@@ -143,3 +163,39 @@ def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
     for step, loss in one["losses"].items():
         assert two["losses"][step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_muon_has_what_is_between_the_ends_of_both_towers():
+    resnet = {**VIT, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4}}
+    for shape, layer in ((VIT, "transformer.resblocks.0.attn.in_proj_weight"), (resnet, "layer2.0.conv2.weight")):
+        clip = Clip(open_clip.CLIP(**shape))
+        names = MuonAdamW(clip, learning_rate=1e-3, muon_learning_rate=0.02).matrices
+        assert f"model.visual.{layer}" in names
+        assert "model.transformer.resblocks.0.mlp.c_fc.weight" in names
+        ends = ("embedding", "projection", "visual.conv1", "visual.proj", "attnpool")
+        assert not [name for name in names for end in ends if end in name]
+
+
+def test_a_training_with_muon_goes_on_to_the_bit(tmp_path):
+    resnet = {**VIT, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4}}
+    settings = TrainingSettings(steps=4, log_every=1, save_every=2, eval_every=1, optimizer="muon")
+
+    def stop(step: int) -> dict[str, float]:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val/loss": 1.0}
+
+    def trained(folder: Path, **asked) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        clip = Clip(open_clip.CLIP(**resnet))
+        given = pairs(4)
+        given.images = torch.nn.functional.interpolate(given.images, 32)
+        state = {name: b for name, b in clip.named_buffers() if name in clip.state_dict()}
+        train(clip, given, settings, folder=folder, tracker=Recorder(), title="clip", state=state, **asked)
+        return clip.state_dict()
+
+    straight = trained(tmp_path / "straight")
+    with pytest.raises(Stopped):
+        trained(tmp_path / "cut", validate=stop)
+    resumed = trained(tmp_path / "cut")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())

@@ -29,8 +29,8 @@ SAID = [
     (2, "", "snow lies"),
     (1, "is it?", "yes"),
     (3, "", "two dogs run"),
-    (4, "", "x"),
-    (5, "", "y"),
+    (4, "", "xyz"),
+    (5, "", "yet"),
 ]
 SHAPE = {"steps": 4, "batch_size": 6, "seed": 3}
 
@@ -72,9 +72,10 @@ def test_halves_are_put_to_each_others_images() -> None:
 def test_what_cannot_be_compared_stands_alone() -> None:
     text = encode(example(0, "words", image=False), LANGUAGE.prompt, 4, 200)
     longer = encode(example(9, "words"), LANGUAGE.prompt, 6, 200)
-    view = seen_by(told(1, "", "b"), 1)
-    for second in (told(1, "", "b"), view, text, longer):
-        first = text if second is text else told(1, "", "a")
+    view = seen_by(told(1, "", "bear"), 1)
+    word = told(2, "", "no")  # As right of either image, it may be.
+    for second in (told(1, "", "bear"), view, text, longer, word):
+        first = text if second is text else told(1, "", "ape!")
         units = with_foils([first, second])
         assert [unit.samples for unit in units] == [(first,), (second,)]
         assert not any(unit.foils for unit in units)

@@ -58,6 +58,31 @@ def test_each_updates_its_own_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(parameter, named[name]), name
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_kernels_are_matrices_from_what_they_see_to_their_channels(form: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    kernels = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(8, 6, 1)).to(memory_format=form)
+    alone = [torch.nn.Parameter(k.weight.detach().permute(0, 2, 3, 1).flatten(1).clone()) for k in kernels]
+    ours = MuonAdamW(kernels, learning_rate=1e-2, muon_learning_rate=2e-2, weight_decay=0.1)
+    assert ours.matrices == ["0.weight", "1.weight"]
+    theirs = Muon(alone, lr=2e-2, weight_decay=0.1, momentum=0.95)
+    inputs = torch.randn(2, 4, 9, 9)
+    for step in range(3):
+        kernels(inputs).square().mean().backward()
+        for kernel, matrix in zip(kernels, alone, strict=True):
+            matrix.grad = kernel.weight.grad.permute(0, 2, 3, 1).flatten(1)
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+        assert kernels[0].weight.grad is None
+        if step == 1:  # Whatever was learned goes on from what was saved.
+            saved = copy.deepcopy(ours.state_dict())
+            ours = MuonAdamW(kernels, learning_rate=1e-2, muon_learning_rate=2e-2, weight_decay=0.1)
+            ours.load_state_dict(saved)
+    for kernel, matrix in zip(kernels, alone, strict=True):
+        assert torch.allclose(kernel.weight.permute(0, 2, 3, 1).flatten(1), matrix, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
 def test_a_cpus_muon_is_torchs_but_for_its_rounding(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,75 @@
+"""Images as a tower takes them: decoded when they are asked for, or all at once; a small set is decoded once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmphi.data.images import open_image
+from mmphi.errors import ImageError
+
+KEPT_BYTES = 512 * 1024**2  # Decoded images that each process keeps.
+
+
+class Pixels(Dataset[Tensor]):
+    """Images decoded and preprocessed when asked for.
+
+    Args:
+        paths: Image files, all of them readable.
+        preprocess: From a PIL image to pixels (3, H, W).
+    """
+
+    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Tensor]) -> None:
+        self.paths, self.preprocess = list(paths), preprocess
+        self._kept: dict[Path, Tensor] = {}
+        self._bytes = 0
+
+    @classmethod
+    def readable(
+        cls, paths: Sequence[Path], preprocess: Callable[[Any], Tensor]
+    ) -> tuple[Self, dict[Path, ImageError]]:
+        """Those of some image files that can be read, and what is wrong with the others: each is decoded, by all cores.
+
+        Args:
+            paths: Image files.
+            preprocess: From a PIL image to pixels (3, H, W).
+        """
+        pixels, wrong = cls([], preprocess), dict[Path, ImageError]()
+
+        def look(path: Path) -> None:
+            try:
+                pixels.look(path)
+            except ImageError as error:
+                wrong[path] = error
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for _ in threads.map(look, paths):
+                pass
+        pixels.paths = [path for path in paths if path not in wrong]
+        return pixels, {path: wrong[path] for path in paths if path in wrong}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.look(self.paths[index])
+
+    def look(self, path: Path) -> Tensor:
+        """The pixels of an image file, which are kept while there is room.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        if path in self._kept:
+            return self._kept[path]
+        pixels = self.preprocess(open_image(path))
+        if self._bytes + pixels.nbytes <= KEPT_BYTES:
+            self._bytes += pixels.nbytes
+            self._kept[path] = pixels
+        return pixels
