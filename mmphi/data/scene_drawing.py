@@ -18,6 +18,7 @@ from mmphi.data.scenes import COLORS, Scene, Thing
 
 OVERSAMPLING = 3
 NOISE = 3.0
+COMPRESSION = 3  # As small as PNG's usual 6 on pictures with noise, in half the time.
 AHEAD = 64  # Images that are drawn and not written yet.
 
 
@@ -72,7 +73,7 @@ class Writing:
 
     def save(self, image: Callable[[], Image.Image], path: Path) -> None:
         """Draw an image and write it, soon."""
-        self._begun.append(self._pool.submit(lambda: image().save(path)))
+        self._begun.append(self._pool.submit(lambda: image().save(path, compress_level=COMPRESSION)))
         while len(self._begun) > AHEAD:
             self._begun.popleft().result()
 
