@@ -201,7 +201,7 @@ def _measure(
 
 STAGE = Stage(
     name="light_clip",
-    version=3,
+    version=4,
     help="train a small CLIP on the data's own captions",
     reads=("light_clip", *CONTENT),
     run=run,

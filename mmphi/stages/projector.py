@@ -234,7 +234,7 @@ def _write_card(
 
 STAGE = Stage(
     name="projector",
-    version=4,
+    version=5,
     help="train the layers between image features and the frozen language model",
     reads=("projector", "language", "vision", "data"),
     run=run,

@@ -224,7 +224,7 @@ def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures:
 
 STAGE = Stage(
     name="qlora",
-    version=2,
+    version=3,
     help="train an adapter on the quantised language model, and the projector with it",
     reads=("qlora", "data", "language.model"),
     run=run,

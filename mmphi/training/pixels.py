@@ -44,7 +44,7 @@ class Pixels(Dataset[Tensor]):
 
         def look(path: Path) -> None:
             try:
-                pixels.look(path)
+                pixels.look(path) if pixels.room else open_image(path)
             except ImageError as error:
                 wrong[path] = error
 
@@ -59,6 +59,11 @@ class Pixels(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.look(self.paths[index])
+
+    @property
+    def room(self) -> bool:
+        """Whether another image may be kept."""
+        return self._bytes < KEPT_BYTES
 
     def look(self, path: Path) -> Tensor:
         """The pixels of an image file, which are kept while there is room.
