@@ -251,7 +251,7 @@ def _stage(name: str, settings: Settings, overrides: Mapping[str, str], *, force
     from mmphi.stages import STAGES
 
     label = " ".join(f"{key}={value}" for key, value in overrides.items() if value != AS_PRESET)
-    pipeline = Pipeline(STAGES)
+    pipeline = Pipeline(STAGES, helper="mmphi.stages.helper")
     result = pipeline.build(
         name,
         settings,

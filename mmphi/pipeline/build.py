@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
+from mmphi.pipeline.beside import Beside
 from mmphi.pipeline.keys import difference, key_of
 from mmphi.pipeline.plan import KEY, METRICS, Plan
 from mmphi.pipeline.quiet import quieten
@@ -57,13 +58,19 @@ class Pipeline(Plan):
         stages: By name.
         store: Where results are; opened when first needed.
         resources: What this process has loaded.
+        helper: Module of a process that may build stages beside this one, which :class:`Beside` starts.
     """
 
     def __init__(
-        self, stages: Mapping[str, Stage], store: Store | None = None, resources: Resources | None = None
+        self,
+        stages: Mapping[str, Stage],
+        store: Store | None = None,
+        resources: Resources | None = None,
+        helper: str = "",
     ) -> None:
         super().__init__(stages, store)
         self.resources = resources or PROCESS
+        self.helper = helper
 
     def build(
         self,
@@ -132,8 +139,9 @@ class Pipeline(Plan):
         else:
             for each in self.order(name, settings):
                 self.stages[each].check(self.view(each, settings))
-            with alone():
-                done = self._ready(self.upstream(name, settings), settings)
+            helper = self.helper if request.ranks.count == 1 else ""
+            with alone(), Beside(self, name, settings, helper) as beside:
+                done = self._ready(self.upstream(name, settings), settings, beside)
             result = self._run(name, settings, done, request)
         result = self._followed(result, settings, request, no_build)
         if request.run and request.run != result.run_id:
@@ -152,16 +160,19 @@ class Pipeline(Plan):
             results.append(after)
         return replace(result, metrics=metrics, after=tuple(results))
 
-    def _ready(self, names: Sequence[str], settings: Section) -> dict[str, Result]:
+    def _ready(self, names: Sequence[str], settings: Section, beside: Beside) -> dict[str, Result]:
         """Results of upstream stages, built where they are missing."""
         done: dict[str, Result] = {}
         for name in names:
+            beside.wait(name)
             result = self.result(name, settings)
             if result:
                 _print(f"{name}: reusing run {result.run_id}")
                 self.store.note_use(result.run_id)
             else:
-                result = self._run(name, settings, self._ready(self.upstream(name, settings), settings), Request())
+                upstream = self._ready(self.upstream(name, settings), settings, beside)
+                beside.before(name)
+                result = self._run(name, settings, upstream, Request())
             done[name] = result
         return done
 
