@@ -61,7 +61,7 @@ class Beside:
         self._plan, self._goal, self._settings = plan, goal, settings
         self._module = "" if os.environ.get(SWITCH) == "0" else module
         self._helper: subprocess.Popen[bytes] | None = None
-        self._names: set[str] = set()
+        self._names: list[str] = []
         self._threads = 0
 
     def __enter__(self) -> Self:
@@ -84,11 +84,11 @@ class Beside:
         names = independent(self._plan, self._goal, name, self._settings)
         if not names:
             return
-        self._names = {each for goal in names for each in self._plan.order(goal, self._settings)}
+        self._names = list(dict.fromkeys(each for goal in names for each in self._plan.missing(goal, self._settings)))
         self._threads = threads
         torch.set_num_threads(threads - threads // 2)
         self._helper = self._start(names, threads // 2)
-        print(f"{', '.join(names)}: begun beside {name}, by process {self._helper.pid}", flush=True)
+        print(f"{', '.join(self._names)}: begun beside {name}, by process {self._helper.pid}", flush=True)
 
     def _start(self, names: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
         own = {"OMP_NUM_THREADS": str(threads), "MLFLOW_TRACKING_URI": self._plan.store.uri, "PYTHONUNBUFFERED": "1"}

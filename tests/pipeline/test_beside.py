@@ -65,7 +65,7 @@ def test_branches_are_built_at_once(
     assert built.metrics == figures["goal"]
     assert torch.get_num_threads() == 4
     said = capsys.readouterr().out
-    assert "further: begun beside left, by process" in said
+    assert "right, further: begun beside left, by process" in said
     assert f"further: reusing run {result(pipeline, 'further').run_id}" in said
     assert len(list(pipeline.store.search())) == len(BRANCHES)
 
