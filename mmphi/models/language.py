@@ -25,6 +25,7 @@ from mmphi.text.tokenizer import phi2_tokenizer
 
 PRETRAIN = "pretrain"
 PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the logits' spread; the other in bf16 and quantised.
+LONG = 192  # Tokens from which sequences in a line are less work for a processor than in rows under a mask.
 STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -77,13 +78,16 @@ class Language:
 
         Args:
             max_length: Tokens of the longest.
-            in_line: Whether a line is wanted; left out, on a GPU alone: a processor attends to one sequence after the
-                other, and is slower so than with a mask over rows that hold little padding.
+            in_line: Whether a line is wanted; left out, on a GPU, and on a processor for long sequences: it attends to
+                one after the other, and is slower so with short ones than with a mask over rows.
         """
         if not self.packs(max_length):
             return Layout("alone", self.width)
-        wanted = self.model.device.type == "cuda" if in_line is None else in_line
-        return Layout("line" if wanted and self.line_error < self._exact else "rows", self.width)
+        long = 0 if in_line or self.model.device.type == "cuda" else LONG
+        wanted = max_length >= long if in_line is None else in_line
+        return (
+            Layout("line", self.width, long) if wanted and self.line_error < self._exact else Layout("rows", self.width)
+        )
 
     @property
     def _exact(self) -> float:

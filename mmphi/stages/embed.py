@@ -93,11 +93,12 @@ class Decoded:
 
 def stacked(batch: list[tuple[str, Any, str]]) -> tuple[list[str], Any, dict[str, str]]:
     """Digests and pixels (B, 3, H, W) of what could be read, ``None`` where that is nothing; reasons of the others."""
-    import torch
+    from torch.utils.data import default_collate
 
     read = [(digest, pixels) for digest, pixels, reason in batch if not reason]
     unread = {digest: reason for digest, _, reason in batch if reason}
-    return [digest for digest, _ in read], torch.stack([pixels for _, pixels in read]) if read else None, unread
+    # In a worker it stacks into memory that is shared: nothing is copied to be handed over.
+    return [digest for digest, _ in read], default_collate([pixels for _, pixels in read]) if read else None, unread
 
 
 def run(ctx: Context) -> Mapping[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar
 
@@ -32,10 +32,19 @@ class Layout:
             under a mask of who sees whom; ``alone``: one a row, for models that see through either.
         width: Of the model that reads them: the narrower it is, the more of its work is attention, and the shorter
             rows are best.
+        long: A line is for sequences of so many tokens on average; shorter ones lie in rows.
     """
 
     kind: Literal["line", "rows", "alone"] = "rows"
     width: int = 1024
+    long: int = 0
+
+    def of(self, samples: Sequence[Sample], share: bool = False) -> Layout:
+        """The same, with what these sequences decide: a line, or rows, as are those that share their beginning."""
+        if self.kind != "line" or not self.long:
+            return self
+        short = sum(map(len, samples)) < self.long * len(samples)
+        return replace(self, kind="rows") if short or (share and len(bundled(samples)) < len(samples)) else self
 
 
 ROWS = Layout()
@@ -129,6 +138,8 @@ def pack(
     Raises:
         ModelError: If a span has another length than what stands there has features.
     """
+    one_row = rows is None or len(rows) == 1
+    layout = layout.of(samples, share) if one_row or layout.kind != "line" else replace(layout, kind="rows")
     bundles = bundled(samples, share and layout.kind == "rows" and rows is None)
     lengths = [bundle.length(samples) for bundle in bundles]
     rows = _rows(lengths, layout) if rows is None else rows
@@ -180,7 +191,7 @@ def pack(
 
 def rows_of(samples: Sequence[Sample], *, layout: Layout = ROWS) -> list[list[int]]:
     """Which sequences each row of a pack holds, by index: of rows so many that the work, padding included, is least."""
-    return _rows([len(sample) for sample in samples], layout)
+    return _rows([len(sample) for sample in samples], layout.of(samples))
 
 
 def _rows(lengths: Sequence[int], layout: Layout) -> list[list[int]]:

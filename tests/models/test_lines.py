@@ -11,11 +11,12 @@ from conftest import RandomFeatures, encode, example, tiny_language
 from test_packing_error import COMMON, HEADS, ISOLATE, LEAK, build
 from transformers import CohereConfig, Gemma2Config
 
+from mmphi.models.language import LONG
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.packed import PackedModel, has_plain_head
 from mmphi.models.packing_check import packing_error
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import Layout, pack, packs
+from mmphi.text.packing import Layout, pack, packs, rows_of
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "b" * 60, "it rains", "ok"]
 SCALED = CohereConfig(**COMMON, **HEADS, logit_scale=0.25)
@@ -50,6 +51,33 @@ def test_losses_and_gradients_are_those_of_rows(config, recompute):
     assert language.model.config._attn_implementation == "sdpa"
 
 
+def test_on_a_processor_long_sequences_lie_in_a_line_and_others_in_rows():
+    """What shares its beginning lies in rows too; each is read as it is where all lie in rows."""
+    language, sources = tiny_language(), {"image": RandomFeatures()}
+    samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
+    twice = [samples[0], encode(example(0, "two dogs"), language.prompt, 4, 200), *samples[1:]]
+    mean = sum(map(len, samples)) // len(samples)
+    rows = projected(language, "rows")
+    for some, share, long, lines in (
+        (samples, True, mean, True),
+        (samples, True, mean + 1, False),
+        (twice, False, mean - 2, True),
+        (twice, True, mean - 2, False),
+    ):
+        layout = Layout("line", language.width, long)
+        batch = pack(some, sources, layout=layout, share=share)
+        assert ("borders" in batch) == lines
+        model = projected(language, "line")
+        model.layout = layout
+        assert model(**batch).item() == pytest.approx(rows(**pack(some, sources)).item(), rel=1e-5)
+    layout = Layout("line", language.width, mean)
+    assert len(rows_of(samples, layout=layout)) == 1
+    assert rows_of(samples, layout=replace(layout, long=mean + 1)) == rows_of(
+        samples, layout=Layout(width=language.width)
+    )
+    assert "borders" not in pack(samples[:2], sources, layout=layout, rows=[[0], [1]])
+
+
 def test_a_line_holds_no_padding_and_knows_its_borders():
     language = tiny_language()
     samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
@@ -70,7 +98,8 @@ def test_who_attends_inside_borders_is_found_out(config):
     language = replace(tiny_language(), model=build(config))
     assert packing_error(language.model, Layout("line")) < 1e-4
     assert language.layout(200, in_line=True).kind == "line"
-    assert language.layout(200).kind == "rows"  # On a processor.
+    assert language.layout(LONG) == Layout("line", language.width, LONG)  # On a processor.
+    assert language.layout(LONG - 1).kind == "rows"
 
 
 @pytest.mark.parametrize("config", LEAK, ids=lambda c: c.model_type)
