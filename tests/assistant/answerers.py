@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+import uuid
 import wave
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -128,7 +129,7 @@ class Visitor:
 
     def __init__(self, address: str) -> None:
         self.address = f"{address}/gradio_api"
-        self.session = f"visitor{id(self)}"
+        self.session = uuid.uuid4().hex  # Not `id(self)`: that of somebody who has left is given again.
         config = httpx.get(f"{address}/config").json()
         self.parts = {part["id"]: part["props"] for part in config["components"]}
         self.ids = {props["elem_id"]: number for number, props in self.parts.items() if props.get("elem_id")}
