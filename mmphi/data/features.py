@@ -125,7 +125,7 @@ class Embeds(Protocol):
     preprocess: Callable[[Any], Tensor]
 
     def __call__(self, pixels: Tensor, /) -> Tensor:
-        """Features (N, tokens, width) of pixels (N, 3, H, W)."""
+        """Features (N, tokens, width) of pixels (N, 3, H, W) as ``preprocess`` gives them."""
 
 
 def _version(path: Path) -> tuple[Path, int, int]:

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -166,10 +167,9 @@ def image_in(content: bytes, name: str) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as the EXIF says; a picture with damaged EXIF is still a picture."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except BROKEN:
-        return image
+    with suppress(*BROKEN):
+        ImageOps.exif_transpose(image, in_place=True)  # Else it copies what stands upright already.
+    return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -185,4 +185,4 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

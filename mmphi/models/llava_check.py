@@ -61,7 +61,7 @@ def said(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[s
     tower: Any = getattr(model.features, "tower")  # noqa: B009  # Live features have one.
     found = []
     for image, question in zip(images, questions, strict=True):
-        pixels = tower.preprocess(image)
+        pixels = tower.scaled(tower.preprocess(image).to(model.device)).cpu()
         features = tower(pixels[None].to(model.device))[0]
         parts = model.language.prompt.parts([(question, None)], images=1)
         sample = join(parts, [Input("image", None, len(features))], question)

@@ -15,13 +15,14 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor, nn
 
 from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
 from mmphi.models.layers import tokens_of
+from mmphi.models.preprocess import Preprocess
 from mmphi.settings.shared import VisionSettings
 
 LIGHT_CLIP, RANDOM = "light_clip", "random"
@@ -52,7 +53,7 @@ class Tower(nn.Module):
     Attributes:
         tokens: Features per image.
         width: Width of a feature.
-        preprocess: From a PIL image to pixels (3, H, W).
+        preprocess: From a PIL image to pixels (3, H, W) in bytes.
         digest: Of weights, layer, CLS policy, pooling, preprocessing and precision; equal digests give equal features.
 
     Raises:
@@ -66,18 +67,36 @@ class Tower(nn.Module):
         self.visual = visual.to(dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.settings = settings
         config = PreprocessCfg(**visual.preprocess_cfg)
-        self.preprocess: Callable[[Image.Image], Tensor] = image_transform_v2(config, is_train=False)
+        self.preprocess: Callable[[Image.Image], Tensor] = Preprocess(config)
+        self.mean: Tensor
+        self.std: Tensor
+        for name in ("mean", "std"):  # On the tower's device, so that no batch waits for them.
+            channels = torch.tensor(getattr(config, name), dtype=torch.float32)
+            self.register_buffer(name, channels.view(-1, 1, 1), persistent=False)
         self.digest = _digest(visual, settings, config)
         height, width = config.size if isinstance(config.size, tuple | list) else (config.size, config.size)
         self.tokens, self.width = self(torch.zeros(1, 3, int(height), int(width))).shape[1:]
 
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept."""
+        """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept.
+
+        Args:
+            pixels_BCHW: In bytes, as ``preprocess`` cuts them, or scaled already.
+        """
         parameter = next(self.visual.parameters())
-        return tokens_of(
-            self.visual, pixels_BCHW.to(parameter.device, parameter.dtype, non_blocking=True), self.settings
-        ).float()
+        pixels = pixels_BCHW.to(parameter.device, non_blocking=True)
+        return tokens_of(self.visual, self.scaled(pixels).to(parameter.dtype), self.settings).float()
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """Pixels (..., 3, H, W) as the tower's weights take them, in fp32: to the bit what open_clip's transform gives.
+
+        Args:
+            pixels: In bytes; what is not has been scaled and stays as it is.
+        """
+        if pixels.dtype != torch.uint8:
+            return pixels
+        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = None) -> tuple[int, int]:

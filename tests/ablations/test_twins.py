@@ -33,7 +33,7 @@ def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     for number in range(3):
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(paths[-1])
-    pixels = torch.stack([tower.preprocess(Image.open(path)) for path in paths])
+    pixels = tower.scaled(torch.stack([tower.preprocess(Image.open(path)) for path in paths]))
     with torch.inference_mode():
         hidden = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     features = tower(pixels)

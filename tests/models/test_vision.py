@@ -3,13 +3,18 @@ from __future__ import annotations
 import json
 import logging
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from conftest import TINY_CLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torchvision.transforms import Compose
 
 from mmphi.errors import ModelError
-from mmphi.models.vision import load_tower
+from mmphi.models import preprocess
+from mmphi.models.vision import Tower, load_tower
 from mmphi.settings import VisionSettings
 
 
@@ -121,3 +126,25 @@ def test_a_warning_about_weights_is_an_error(own, weights, monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", warns)
     with pytest.raises(ModelError, match="not loaded whole: No pretrained weights"):
         tower(own, weights)
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+def test_pixels_cut_in_bytes_and_scaled_in_batches_are_open_clips_own_to_the_bit(own, weights, resize_mode):
+    visual = open_clip.create_model("own-tiny-clip", pretrained=weights).visual
+    visual.preprocess_cfg = {**visual.preprocess_cfg, "resize_mode": resize_mode, "mean": (0.5, 0.4, 0.3)}
+    found = Tower(visual, VisionSettings())
+    theirs = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, shape, np.uint8)) for shape in [(40, 70, 3), (90, 33, 3), (50, 50)]]
+    pixels, expected = torch.stack([found.preprocess(i) for i in images]), torch.stack([theirs(i) for i in images])
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(found.scaled(pixels), expected)
+    assert found.scaled(expected) is expected
+    assert torch.equal(found(pixels), found(expected))
+
+
+def test_what_open_clips_preprocessing_does_last_is_known(monkeypatch):
+    whole = image_transform_v2(PreprocessCfg(), is_train=False)
+    monkeypatch.setattr(preprocess, "image_transform_v2", lambda *_, **__: Compose(whole.transforms[:-1]))
+    with pytest.raises(ModelError, match="open_clip's preprocessing ends in"):
+        preprocess.Preprocess(PreprocessCfg())
