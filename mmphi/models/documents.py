@@ -7,7 +7,6 @@ generating, it is transformers' own ``sdpa``.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,11 +58,13 @@ def document_attention(
     if query_RHTD.is_cuda and query_RHTD.dtype in (torch.bfloat16, torch.float16):
         query, key, value = (x[0].transpose(0, 1) for x in (query_RHTD, key_RHTD, value_RHTD))
         return _varlen(query, key, value, borders, longest, scale)[None], None
+    # Split, not sliced: the gradient of each slice would be a tensor of the whole row, added to all the others.
+    documents = borders.diff().tolist()
     one_by_one = [
-        F.scaled_dot_product_attention(
-            query_RHTD[:, :, a:b], key_RHTD[:, :, a:b], value_RHTD[:, :, a:b], is_causal=True, scale=scale
+        F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        for query, key, value in zip(
+            *(x.split(documents, dim=2) for x in (query_RHTD, key_RHTD, value_RHTD)), strict=True
         )
-        for a, b in itertools.pairwise(borders.tolist())
     ]
     return torch.cat(one_by_one, dim=2).transpose(1, 2), None
 
