@@ -63,7 +63,7 @@ def document_attention(
     one_by_one = [
         F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         for query, key, value in zip(
-            *(x.split(documents, dim=2) for x in (query_RHTD, key_RHTD, value_RHTD)), strict=True
+            *(torch.split(x, documents, dim=2) for x in (query_RHTD, key_RHTD, value_RHTD)), strict=True
         )
     ]
     return torch.cat(one_by_one, dim=2).transpose(1, 2), None

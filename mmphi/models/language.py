@@ -25,7 +25,7 @@ from mmphi.text.tokenizer import phi2_tokenizer
 
 PRETRAIN = "pretrain"
 PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the logits' spread; the other in bf16 and quantised.
-LONG = 192  # Tokens from which sequences in a line are less work for a processor than in rows under a mask.
+LONG = 96  # Tokens from which sequences in a line are less work for a processor than in rows under a mask.
 STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmphi.errors import ModelError
 from mmphi.models.contrast import contrasted
 from mmphi.models.documents import attending_inside_documents
+from mmphi.models.last_layer import WORTH, only_at, parts_alone
 from mmphi.models.linear_cross_entropy import linear_cross_entropy
 from mmphi.text.packing import ROWS, Layout, Pack
 
@@ -54,10 +55,12 @@ class PackedModel(nn.Module):
         self.language_model, self.layout = language_model, layout
         self.projectors: Any = nn.ModuleDict(projectors)
         self._recomputing: list[Any] = []
+        self._recomputes = False
         self.compiled: Sequence[tuple[nn.Module, Any]] = ()  # Layers, and what is called in their place in training.
         if language_model.get_output_embeddings() is None:
             raise ModelError(f"{type(language_model).__name__} has no output head", "use a causal language model")
         self._plain_head = has_plain_head(language_model)
+        self._last_parts: list[nn.Module] | None = None  # Not looked for yet.
 
     @property
     def frozen(self) -> bool:
@@ -95,7 +98,7 @@ class PackedModel(nn.Module):
         begin({"use_reentrant": False})
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if self.frozen else []
         rates = [(m, getattr(m, "dropout", None)) for m in layers]
-        self._recomputing = layers
+        self._recomputing, self._recomputes = layers, True
         try:
             for layer, rate in rates:
                 if isinstance(rate, float):
@@ -109,7 +112,7 @@ class PackedModel(nn.Module):
                 layer.training = False
                 if isinstance(rate, float):
                     layer.dropout = rate
-            self._recomputing = []
+            self._recomputing, self._recomputes = [], False
             end()
             model.disable_input_require_grads()  # Some versions of transformers enable them with it.
 
@@ -129,7 +132,7 @@ class PackedModel(nn.Module):
 
     def logits(self, pack: Pack) -> Tensor:
         """Logits (K, V) at the positions that predict a supervised token."""
-        with _gathering(self.language_model.get_output_embeddings(), pack["keep"]):
+        with self._last_layer(pack), _gathering(self.language_model.get_output_embeddings(), pack["keep"]):
             return self._run(pack)
 
     def _run(self, pack: Pack) -> Tensor:
@@ -144,9 +147,23 @@ class PackedModel(nn.Module):
 
     def _hidden(self, pack: Pack) -> Tensor:
         """What the head is given (K, W) at the positions that predict a supervised token; the head itself rests."""
-        with _gathering(self.language_model.get_output_embeddings(), pack["keep"], resting=True) as seen:
+        head = self.language_model.get_output_embeddings()
+        with self._last_layer(pack), _gathering(head, pack["keep"], resting=True) as seen:
             self._run(pack)
         return seen[0]
+
+    def _last_layer(self, pack: Pack) -> AbstractContextManager[None]:
+        """The last layer rests where nothing is predicted, if that saves something.
+
+        Not where it is compiled, for a certain number of positions, nor where the backward pass computes it again.
+        """
+        keep = pack["keep"]
+        if len(keep) > WORTH * pack["input_ids"].numel() or self._recomputes or (self.training and self.compiled):
+            return nullcontext()
+        if self._last_parts is None:
+            self._last_parts = parts_alone(self.language_model)
+        # Answers that share what stands before them begin at the same place.
+        return only_at(self._last_parts, torch.unique(keep) if "branches" in pack else keep)
 
     def _in_line(self, pack: Pack) -> bool:
         """Whether a pack is a line; the model takes rows as well."""
