@@ -48,7 +48,7 @@ def parts_alone(language_model: Any) -> list[nn.Module]:
             language_model(input_ids=ids, use_cache=False)
             with only_at(parts, kept):
                 language_model(input_ids=ids, use_cache=False)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # It has parts that want whole rows.
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # It has parts that want whole rows.
         return []
     finally:
         hook.remove()
