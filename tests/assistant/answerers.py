@@ -51,8 +51,8 @@ class Same(Knows):
 
 
 def answerer(seed: int = 2) -> Multimodal:
-    """A model that sees and hears; another seed, another projector."""
-    language = tiny_language()
+    """A model that sees and hears; another seed, another language model and projector."""
+    language = tiny_language(seed - 2)
     torch.manual_seed(seed)
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
     return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptLink(language, Same()))
