@@ -10,6 +10,7 @@ import time
 from multiprocessing.connection import Connection
 
 from ablations.jobs import Answer, decode_answer, decode_job, encode
+from mmphi.allocator import keep_freed_memory
 from mmphi.errors import Stopped
 
 ALIVE_S = 0.5  # How often it looks whether its driver still lives.
@@ -21,6 +22,7 @@ def main(descriptor: int) -> None:
     Args:
         descriptor: The pipe's file descriptor.
     """
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's matter.
     _die_with_parent()

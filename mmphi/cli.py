@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import mmphi.benchmarks
+from mmphi.allocator import keep_freed_memory
 from mmphi.errors import MmphiError, SettingsError, Stopped
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after an error that a person can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
+    keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     with _terminable() as terminated:
         try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.allocator import keep_freed_memory
 from mmphi.cluster.connect import Machines, ray_itself
 from mmphi.data.images import image_bytes, image_in
 from mmphi.data.views import seen_as
@@ -61,6 +62,7 @@ def embedded(images: Sequence[tuple[str, Path]], tower: Tower, batch: int, machi
 
 def _batch(sent: list[Any], digest: str, contents: Sequence[tuple[str, bytes]]) -> Embedded:
     """On a machine of the cluster."""
+    keep_freed_memory()
     tower, pixels, unread = _tower(sent, digest), {}, {}
     for name, content in contents:
         try:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Mapping
 
+from mmphi.allocator import keep_freed_memory
 from mmphi.errors import MmphiError, Stopped
 from mmphi.pipeline.beside import order_of
 from mmphi.pipeline.build import Pipeline
@@ -37,6 +38,7 @@ def main(stages: Mapping[str, Stage] = STAGES) -> int:
     Returns:
         0; 2 after an error that a person can mend; 143 where it was stopped.
     """
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     try:
         names, settings = order_of(sys.stdin)

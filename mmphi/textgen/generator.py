@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmphi.allocator import keep_freed_memory
 from mmphi.settings.textgen import TextgenSettings
 from mmphi.textgen.documents import Document, ShardName, packed
 from mmphi.textgen.prompts import Prompts
@@ -253,6 +254,7 @@ def write_shards(order: Order, desk: Desk) -> None:
 
 def main(written: Path) -> None:
     """The generator of a file, which says what it is told."""
+    keep_freed_memory()
     order, spool, status, parent = json.loads(written.read_text())
     limit = int(TextgenSettings(**order["settings"]).spool_mb * 1e6)
     write_shards(Order(**order), Folder(spool, limit, Path(status), parent))

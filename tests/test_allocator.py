@@ -1,0 +1,75 @@
+import importlib
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from mmphi.allocator import OWN
+
+TENSORS = """
+import resource, torch
+from mmphi.allocator import keep_freed_memory
+told = {told}
+for _ in range(20):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+glibc = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}), reason="another C library")
+
+
+def told_and_faults(told: str, **environment: str) -> tuple[str, int]:
+    own = {name: value for name, value in os.environ.items() if name not in OWN} | environment
+    program = [sys.executable, "-c", TENSORS.format(told=told)]
+    words = subprocess.run(program, env=own, check=True, capture_output=True, text=True).stdout.split()
+    return words[0], int(words[1])
+
+
+@glibc
+def test_a_freed_tensor_is_the_next_ones_memory() -> None:
+    _, untold = told_and_faults("None")
+    answer, kept = told_and_faults("keep_freed_memory()")
+
+    assert answer == "True"
+    assert kept < untold / 10
+
+
+@glibc
+def test_what_a_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmphi.allocator import keep_freed_memory
+
+    for name in OWN:
+        monkeypatch.setenv(name, "chosen")
+        assert not keep_freed_memory()
+        monkeypatch.delenv(name)
+    assert keep_freed_memory()
+
+
+class ToldError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("mmphi.cli", [["status"]]),
+        ("mmphi.stages.helper", []),
+        ("mmphi.textgen.generator", [None]),
+        ("ablations.worker", [-1]),
+    ],
+)
+def test_every_process_that_computes_is_told_first(
+    module: str, arguments: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> None:
+        raise ToldError
+
+    process = importlib.import_module(module)
+    monkeypatch.setattr(process, "keep_freed_memory", told)
+
+    with pytest.raises(ToldError):
+        process.main(*arguments)
