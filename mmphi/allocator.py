@@ -20,11 +20,24 @@ def keep_freed_memory() -> bool:
         Whether it was told: not where ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` or
         ``LD_PRELOAD`` are set, by which a user chooses an allocator and its ways.
     """
-    if any(os.environ.get(name) for name in OWN):
+    libc = _glibc()
+    if libc is None:
         return False
+    return bool(libc.mallopt(MMAP_THRESHOLD, MAPPED_FROM)) and bool(libc.mallopt(TRIM_THRESHOLD, KEPT))
+
+
+def give_back() -> None:
+    """Give the system what this process keeps and does not use: what comes now needs tensors of other sizes."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if any(os.environ.get(name) for name in OWN):
+        return None
     try:
         os.confstr("CS_GNU_LIBC_VERSION")
     except (AttributeError, ValueError, OSError):  # Another system, or another C library.
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(MMAP_THRESHOLD, MAPPED_FROM)) and bool(mallopt(TRIM_THRESHOLD, KEPT))
+        return None
+    return ctypes.CDLL(None)

@@ -39,6 +39,30 @@ def test_a_freed_tensor_is_the_next_ones_memory() -> None:
 
 
 @glibc
+def test_what_is_kept_is_given_back_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+    import torch
+
+    from mmphi.allocator import give_back, keep_freed_memory
+
+    def resident() -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    assert keep_freed_memory()
+    block = 2**28  # Bytes.
+    tensor, above = torch.ones(block // 4), torch.ones(1000)
+    del tensor
+    full = resident()
+    monkeypatch.setenv("LD_PRELOAD", "another.so")
+    give_back()
+    assert resident() > full - block / 2
+    monkeypatch.delenv("LD_PRELOAD")
+    give_back()
+    assert resident() < full - block / 2
+    assert float(above.sum()) == 1000
+
+
+@glibc
 def test_what_a_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmphi.allocator import keep_freed_memory
 

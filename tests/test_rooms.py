@@ -25,7 +25,7 @@ FLOORS = [
 # What stages are given stands beside the floors: it knows what settings and data are, and no model and no stage.
 BESIDE = {"pipeline", "tracking"}
 MAY_USE = {
-    "pipeline": {"errors", "settings", "data", "tracking"},
+    "pipeline": {"errors", "allocator", "settings", "data", "tracking"},
     "tracking": {"errors", "settings", "data", "pipeline"},
 }
 LIGHT = {"tracking.tracker"}  # A protocol that everybody may name.

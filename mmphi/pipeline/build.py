@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.allocator import give_back
 from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
 from mmphi.pipeline.beside import Beside
 from mmphi.pipeline.keys import difference, key_of
@@ -233,6 +234,7 @@ class Pipeline(Plan):
         else:
             with alone():
                 metrics = dict(stage.run(context))
+        give_back()
         tracker.metrics({**metrics, "seconds": time.perf_counter() - begun})
         tracker.text(METRICS, json.dumps(metrics))
         if stage.talks:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mmphi.training.pixels import Pixels
 
-CHUNK = 128
+CHUNK = 64  # Images or captions in one pass: of more, what convolutions make leaves a processor's cache.
 ENDS = re.compile(
     r"model\.(visual\.(conv1|attnpool|proj|head)|text\.proj|text_projection|(\w+\.)?positional_embedding)\b"
 )
@@ -116,9 +116,11 @@ class Clip(nn.Module):
         if not self.image_outputs:
             return pixels
         device = next(self.parameters()).device
-        loader = DataLoader(pixels, CHUNK, num_workers=workers)
-        outputs = [self.model.visual.trunk(batch.to(device)).cpu() for batch in tqdm(loader, "images", leave=False)]
-        return torch.cat(outputs).clone()
+        # What is decoded already is here sooner than another process.
+        loader = DataLoader(pixels, CHUNK, num_workers=0 if pixels.kept else workers)
+        batches = (batch.to(device, memory_format=torch.channels_last) for batch in tqdm(loader, "images", leave=False))
+        outputs = torch.cat([self.model.visual.trunk(batch).cpu() for batch in batches])
+        return outputs.clone()
 
     @torch.inference_mode()
     def text_inputs(self, tokens: Tensor) -> Tensor:

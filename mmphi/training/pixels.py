@@ -65,6 +65,11 @@ class Pixels(Dataset[Tensor]):
         """Whether another image may be kept."""
         return self._bytes < KEPT_BYTES
 
+    @property
+    def kept(self) -> bool:
+        """Whether all of them are decoded and kept."""
+        return set(self.paths) <= self._kept.keys()
+
     def look(self, path: Path) -> Tensor:
         """The pixels of an image file, which are kept while there is room.
 

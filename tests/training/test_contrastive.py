@@ -18,6 +18,7 @@ from workers import spawn
 
 from mmphi.errors import Stopped
 from mmphi.settings import TrainingSettings
+from mmphi.training import contrastive
 from mmphi.training.checkpoints import complete_checkpoints
 from mmphi.training.contrastive import ClampScale, Clip, PairSteps
 from mmphi.training.optimizers import MuonAdamW
@@ -146,8 +147,30 @@ def test_images_that_cannot_be_read_are_told_and_the_others_decoded_by_then(tmp_
     assert pixels.paths == [paths[0], paths[2], paths[4]]
     assert set(wrong) == {paths[1], paths[3]}
     assert "missing" in wrong[paths[3]].reason
+    assert pixels.kept
     assert [pixels[i].shape for i in range(3)] == [(3, 16, 16)] * 3
     assert len(calls) == 3
+
+
+def test_decoded_images_are_embedded_without_another_process(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(path)
+    timm = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
+    clip = Clip(open_clip.CLIP(**{**VIT, "vision_cfg": timm}), lock_image=True).eval()
+    pixels = Pixels([path, path], image_transform_v2(PreprocessCfg(size=32), is_train=False))
+    workers, loader = [], contrastive.DataLoader
+
+    def watched(*given, num_workers):
+        workers.append(num_workers)
+        return loader(*given, num_workers=num_workers)
+
+    monkeypatch.setattr(contrastive, "DataLoader", watched)
+    read = clip.image_inputs(pixels, 1)
+    known = clip.image_inputs(Pixels.readable([path, path], pixels.preprocess)[0], 1)
+    assert workers == [1, 0]
+    assert torch.equal(read, known)
+    with torch.inference_mode():
+        torch.testing.assert_close(known, clip.model.visual.trunk(torch.stack([pixels[0]] * 2)))
 
 
 WORKER = """
