@@ -6,10 +6,11 @@ import ctypes
 import os
 
 # glibc's malloc.h. A tensor of more than 32 MB is otherwise mapped anew and given back each time, and the kernel
-# clears its pages again: on a virtual machine up to four fifths of what a convolution takes.
+# clears its pages again: half of what a convolutional tower took on a virtual machine.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MAPPED_FROM = 1024**3  # Bytes from which a block is mapped by itself: weights, which stay, and no activations.
 KEPT = 2**31 - 1  # Bytes at the end of the heap that stay: the most that mallopt can be told.
+SWITCH = "MMPHI_KEEP_MEMORY"  # 0: as the system has it.
 OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -17,8 +18,8 @@ def keep_freed_memory() -> bool:
     """Let this process, and those that fork from it, keep what they free; only glibc's allocator can be told to.
 
     Returns:
-        Whether it was told: not where ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` or
-        ``LD_PRELOAD`` are set, by which a user chooses an allocator and its ways.
+        Whether it was told: not where ``MMPHI_KEEP_MEMORY`` is 0, nor where one of ``MALLOC_MMAP_THRESHOLD_``,
+        ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` and ``LD_PRELOAD`` chooses an allocator or its ways.
     """
     libc = _glibc()
     if libc is None:
@@ -34,7 +35,7 @@ def give_back() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    if any(os.environ.get(name) for name in OWN):
+    if os.environ.get(SWITCH) == "0" or any(os.environ.get(name) for name in OWN):
         return None
     try:
         os.confstr("CS_GNU_LIBC_VERSION")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmphi.allocator import OWN
+from mmphi.allocator import OWN, SWITCH
 
 TENSORS = """
 import resource, torch
@@ -66,8 +66,8 @@ def test_what_is_kept_is_given_back_when_asked_for(monkeypatch: pytest.MonkeyPat
 def test_what_a_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmphi.allocator import keep_freed_memory
 
-    for name in OWN:
-        monkeypatch.setenv(name, "chosen")
+    for name, chosen in {**dict.fromkeys(OWN, "chosen"), SWITCH: "0"}.items():
+        monkeypatch.setenv(name, chosen)
         assert not keep_freed_memory()
         monkeypatch.delenv(name)
     assert keep_freed_memory()

@@ -7,10 +7,11 @@ first stage has captions asked for in eleven ways. They are told apart by their 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from mmphi.data.records import Turn
+from mmphi.data.records import Example, Turn
 
 Kind = Literal["caption", "conversation", "detail", "reasoning"]
 LONG_KINDS: tuple[Kind, ...] = ("conversation", "detail", "reasoning")
@@ -37,3 +38,17 @@ def kind_of(turns: Sequence[Turn]) -> Kind:
     if not question or (PICTURE.search(question) and BRIEF.search(question)):
         return "caption"
     return "detail" if PICTURE.search(question) and DETAIL.search(question) else "reasoning"
+
+
+def asked_for_captions(examples: Sequence[Example]) -> str:
+    """By which question the captions of single images are asked for, most often.
+
+    Args:
+        examples: Of any split and kind.
+
+    Returns:
+        Empty where none is asked for, or where one comes without a question: an image alone is understood.
+    """
+    own = [e for e in examples if len(e.images) == 1 and e.attributes.get("kind", "caption") == "caption"]
+    questions = Counter(e.turns[0].question for e in own)
+    return "" if not questions or "" in questions else questions.most_common(1)[0][0]

@@ -72,6 +72,8 @@ def save_bundle(folder: Path, model: Multimodal) -> None:
         if vision.folder is not None:
             _take(vision.folder, folder / VISION, CLIP_FILES)
         content["vision"] = {**vision.settings.model_dump(), "digest": vision.digest}
+        if vision.question:
+            content["vision"]["question"] = vision.question
     if model.projector is not None:
         model.projector.save(folder)
     if model.speech is not None and model.audio is not None:
@@ -236,8 +238,10 @@ def borrowed_language(
 
 
 def _vision(saved: dict[str, Any], folder: Path) -> Vision:
-    settings = VisionSettings(**{name: value for name, value in saved.items() if name != "digest"})
-    return Vision(settings, saved["digest"], folder / VISION if settings.model == LIGHT_CLIP else None)
+    own = {"digest", "question"}
+    settings = VisionSettings(**{name: value for name, value in saved.items() if name not in own})
+    light_clip = folder / VISION if settings.model == LIGHT_CLIP else None
+    return Vision(settings, saved["digest"], light_clip, saved.get("question", ""))
 
 
 def _tower(vision: Vision, device: torch.device, once: Once[Any]) -> Tower:

@@ -260,10 +260,16 @@ class Multimodal(Conversing):
                 top_p=1.0,
             )
 
+    def asked(self, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
+        """A question as it was typed; of images alone, that by which captions were asked for in training."""
+        alone = images and not audio and self.vision is not None
+        return question or (self.vision.question if alone and self.vision else "")
+
     def open_prompt(self, images: Shown, question: str, audio: Sequence[AudioRef] = (), context: str = "") -> Sample:
         """A question as a sequence that the answer goes on from."""
         shown = [images] if isinstance(images, ImageRef) else list(images or ())
         heard = self.inputs(audio)
         said = [each.said for each in heard]
+        question = self.asked(question, shown, audio)
         parts = self.language.prompt.parts([(question, None)], images=len(shown), context=context, audio=said)
         return join(parts, [*image_inputs(shown, self.length), *heard], question)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
+from mmphi.models.folding import fold_batch_norms
 from mmphi.models.layers import tokens_of
 from mmphi.models.preprocess import Preprocess
 from mmphi.settings.shared import VisionSettings
@@ -30,24 +31,26 @@ LIGHT_CLIP, RANDOM = "light_clip", "random"
 
 @dataclass(frozen=True)
 class Vision:
-    """Which image tower a model has.
+    """Which image tower a model has, and what it is asked where an image comes without a word.
 
     Attributes:
         settings: Name, tag, layer, pooling.
         digest: Of the tower: equal digests give equal features.
         folder: The light CLIP's own, where it was trained here.
+        question: By which captions were asked for in training; empty where they came of themselves.
     """
 
     settings: VisionSettings
     digest: str
     folder: Path | None = None
+    question: str = ""
 
 
 class Tower(nn.Module):
     """The image half of a CLIP, frozen, up to one layer.
 
     Args:
-        visual: An open_clip image tower.
+        visual: An open_clip image tower, which becomes this one's own: its batch norms are folded into convolutions.
         settings: Layer, CLS policy, pooling, precision.
 
     Attributes:
@@ -75,7 +78,10 @@ class Tower(nn.Module):
             self.register_buffer(name, channels.view(-1, 1, 1), persistent=False)
         self.digest = _digest(visual, settings, config)
         height, width = config.size if isinstance(config.size, tuple | list) else (config.size, config.size)
-        self.tokens, self.width = self(torch.zeros(1, 3, int(height), int(width))).shape[1:]
+        image = torch.rand(1, 3, int(height), int(width), generator=torch.Generator().manual_seed(0))
+        self.tokens, self.width = self(image).shape[1:]
+        if dtype == torch.float32 and fold_batch_norms(self, image):
+            self.visual.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor) -> Tensor:

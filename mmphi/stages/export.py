@@ -114,8 +114,9 @@ def run(ctx: Context) -> Mapping[str, float]:
             "use the model with mmphi.load, or train it with language.prompt = chat",
         )
     figures = {"export/logit_difference": found.logits, "export/pixel_difference": found.pixels}
-    exported.to(torch.bfloat16 if chosen.precision == "bf16" else torch.float32)
     if chosen.precision == "bf16":
+        for weight in exported.parameters():  # Not the frequencies of rotary embeddings, which load in fp32.
+            weight.data = weight.data.to(torch.bfloat16)
         figures["export/logit_difference_bf16"] = difference(exported, processor, expected, images, QUESTIONS).logits
     save_llava(exported, processor, ctx.folder)
     (ctx.folder / "README.md").write_text(

@@ -121,6 +121,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     import torch
 
+    from mmphi.data.kinds import asked_for_captions
     from mmphi.data.mixing import mixture
     from mmphi.models.compiling import compiling, worth_compiling
     from mmphi.models.multimodal import Multimodal
@@ -140,7 +141,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     projector = Projector(config.of_size(chosen.parameters) if chosen.parameters else config)
     projector.fit(some_features(features, examples))
     light_clip = ctx.upstream.get("light_clip")
-    vision = Vision(ctx.settings(VisionSettings), features.digest, light_clip.path if light_clip else None)
+    question = asked_for_captions([e for e in examples if e.split == "train"])
+    vision = Vision(ctx.settings(VisionSettings), features.digest, light_clip.path if light_clip else None, question)
     model = Multimodal(
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
     )

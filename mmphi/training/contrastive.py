@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmphi.allocator import give_back
+from mmphi.models.folding import fold_batch_norms
 from mmphi.training.pixels import Pixels
 
 CHUNK = 64  # Images or captions in one pass: of more, what convolutions make leaves a processor's cache.
@@ -119,7 +122,11 @@ class Clip(nn.Module):
         # What is decoded already is here sooner than another process.
         loader = DataLoader(pixels, CHUNK, num_workers=0 if pixels.kept else workers)
         batches = (batch.to(device, memory_format=torch.channels_last) for batch in tqdm(loader, "images", leave=False))
-        outputs = torch.cat([self.model.visual.trunk(batch).cpu() for batch in batches])
+        trunk = copy.deepcopy(self.model.visual.trunk)
+        fold_batch_norms(trunk, pixels[0][None].to(device))
+        trunk.to(memory_format=torch.channels_last)
+        outputs = torch.cat([trunk(batch).cpu() for batch in batches])
+        give_back()  # No training from outputs needs what convolutions do.
         return outputs.clone()
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ from conftest import Recorder
 from PIL import Image
 from rouge_reference import longest_common
 
-from mmphi.data.kinds import kind_of
+from mmphi.data.kinds import asked_for_captions, kind_of
 from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.evaluation.evaluate import Measures, evaluate_model
 from mmphi.evaluation.long_answers import rouge_l
@@ -32,6 +32,25 @@ from mmphi.models.generation import Answer
 )
 def test_kinds_of_rows(questions, kind):
     assert kind_of([Turn(question, "x") for question in questions]) == kind
+
+
+@pytest.mark.parametrize(
+    ("questions", "asked"),
+    [
+        (["describe it", "describe it", "briefly"], "describe it"),
+        (["describe it", ""], ""),
+        ([], ""),
+    ],
+)
+def test_what_captions_are_asked_for_with(questions, asked):
+    image = (ImageRef("a", Path("a.jpg")),)
+    talk = {"kind": "conversation"}
+    others = [
+        Example("talk", image, (Turn("hello", "hi"),), "x", "train", talk),
+        Example("none", (), (Turn("hello", "hi"),), "x", "train"),
+    ]
+    captions = [Example(str(i), image, (Turn(q, "a dog"),), "x", "train") for i, q in enumerate(questions)]
+    assert asked_for_captions([*others * 3, *captions]) == asked
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from mmphi.models.chat.messages import MAX_IMAGES, MAX_LETTERS, MessageError, co
 from mmphi.models.chat.prompts import open_prompt
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.models.vision import Vision
+from mmphi.settings.shared import VisionSettings
 
 
 @pytest.fixture
@@ -48,6 +50,18 @@ def image(path: Path) -> dict[str, Any]:
 
 def answer(said: str) -> dict[str, str]:
     return {"role": "assistant", "content": said}
+
+
+def test_images_alone_are_asked_about_as_in_training(model: Multimodal, photo: Path) -> None:
+    own = model.language, model.projector, model.features
+    asks = Multimodal(*own, vision=Vision(VisionSettings(), "random", question="what is it?"))
+    for first in ([image(photo)], [text("hi")]):
+        wordless = [user(*first), answer("yes"), user(image(photo))]
+        worded = [user(*first, *([text("what is it?")] if first[0] == image(photo) else [])), answer("yes")]
+        worded.append(user(image(photo), text("what is it?")))
+        prompt, _ = open_prompt(asks, conversation(wordless), 200)
+        same, _ = open_prompt(model, conversation(worded), 200)
+        assert prompt.input_ids.tolist() == same.input_ids.tolist()
 
 
 def test_one_question_is_written_as_it_was_in_training(model: Multimodal, photo: Path) -> None:

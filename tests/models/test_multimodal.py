@@ -10,6 +10,8 @@ from mmphi.data.records import ImageRef
 from mmphi.errors import ModelError
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.models.vision import Vision
+from mmphi.settings.shared import VisionSettings
 
 
 @pytest.fixture
@@ -35,6 +37,16 @@ def test_batched_answers_equal_single_ones(model):
     assert model.generate(PROMPTS, max_new_tokens=12, batch_size=4) == single
     assert model.generate(PROMPTS, max_new_tokens=12, batch_size=3) == single
     assert len({a.text for a in single}) > 1
+
+
+def test_an_image_alone_is_asked_about_as_in_training(model):
+    own = model.language, model.projector, model.features
+    asks = Multimodal(*own, vision=Vision(VisionSettings(), "random", question="what is it?"))
+    alone, asked = asks.open_prompt(ref("b"), ""), model.open_prompt(ref("b"), "what is it?")
+    assert alone.input_ids.tolist() == asked.input_ids.tolist()
+    for image, question in ((ref("b"), "why?"), (None, "")):
+        same = asks.open_prompt(image, question), model.open_prompt(image, question)
+        assert same[0].input_ids.tolist() == same[1].input_ids.tolist()
 
 
 def test_samples_are_repeatable_and_near_zero_greedy(model):

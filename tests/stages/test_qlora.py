@@ -20,6 +20,7 @@ from transformers import PhiForCausalLM
 
 import mmphi
 from mmphi.data.records import ImageRef
+from mmphi.data.scene_text import DESCRIBE
 from mmphi.errors import ModelError, SettingsError, TrainingError
 from mmphi.models.adapter import Shape, adapted, adapter_parameters, merged
 from mmphi.models.bundle import load_bundle
@@ -74,6 +75,8 @@ def test_it_trains_what_it_should_and_tells(pipeline, result):
 def test_loaded_anew_it_answers_the_same(pipeline, result):
     """In this process twice, in another once, and by PEFT alone."""
     loaded = load_bundle(result.path)
+    assert loaded.vision is not None
+    assert loaded.vision.question == DESCRIBE  # As the projector's model has it.
     asked = questions(pipeline)
     answers = [answer.text for answer in loaded.generate(asked, 6)]
     held = loaded.losses([example for example in examples(pipeline) if example.split == "test"])

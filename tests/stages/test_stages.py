@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import mmphi
 from mmphi.data.records import ImageRef
+from mmphi.data.scene_text import DESCRIBE
 from mmphi.errors import ModelError, SettingsError
 from mmphi.models.bundle import load_bundle
 from mmphi.models.multimodal import Multimodal
@@ -243,7 +244,7 @@ def test_saved_and_loaded_as_hugging_face_users_know_it(pipeline: Pipeline, tmp_
     model = Multimodal.from_pretrained(result.path)
     model.save_pretrained(tmp_path / "copy")
     again = Multimodal.from_pretrained(tmp_path / "copy")
-    assert again.ask("", image) == model.ask("", image)
+    assert again.ask("", image) == model.ask("", image) == model.ask(DESCRIBE, image)
     assert again.max_length == model.max_length
     assert again.language.model is not model.language.model  # Shared only by `mmphi.load`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 from mmphi.data.encoded import image_inputs
@@ -70,7 +71,12 @@ def open_prompt(
 def _written(model: Multimodal, conversation: Conversation) -> Sample:
     images = [*chain.from_iterable(conversation.images)]
     heard = model.inputs([*chain.from_iterable(conversation.audio)])
+    turns = zip(conversation.turns, conversation.images, conversation.audio, strict=True)
+    asked = tuple((model.asked(question, own, said), answer) for (question, answer), own, said in turns)
     parts = model.language.prompt.parts(
-        conversation.placed(), images=len(images), audio=[each.said for each in heard], system=conversation.system
+        replace(conversation, turns=asked).placed(),
+        images=len(images),
+        audio=[each.said for each in heard],
+        system=conversation.system,
     )
     return join(parts, [*image_inputs(images, model.length), *heard], "conversation")
