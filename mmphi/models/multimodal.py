@@ -262,8 +262,9 @@ class Multimodal(Conversing):
 
     def asked(self, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
         """A question as it was typed; of images alone, that by which captions were asked for in training."""
-        alone = images and not audio and self.vision is not None
-        return question or (self.vision.question if alone and self.vision else "")
+        if question or audio or not images or self.vision is None:
+            return question
+        return self.vision.question
 
     def open_prompt(self, images: Shown, question: str, audio: Sequence[AudioRef] = (), context: str = "") -> Sample:
         """A question as a sequence that the answer goes on from."""
