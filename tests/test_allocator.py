@@ -49,6 +49,7 @@ def test_what_is_kept_is_given_back_when_asked_for(monkeypatch: pytest.MonkeyPat
         return int(psutil.Process().memory_info().rss)
 
     assert keep_freed_memory()
+    give_back()
     block = 2**28  # Bytes.
     tensor, above = torch.ones(block // 4), torch.ones(1000)
     del tensor
