@@ -141,26 +141,34 @@ class Visitor:
         answer.raise_for_status()
         return {"path": answer.json()[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
-    def press(self, button: str, **fields: Any) -> list[Any]:
-        """Press a button with some fields filled in; returns what is shown at the end, or raises."""
+    def join(self, button: str, **fields: Any) -> str:
+        """Press a button with some fields filled in, and wait for nothing; returns the event's name."""
         target = next(d for d in self.dependencies if any(t[0] == self.ids[button] for t in d["targets"]))
         filled = {self.ids[name]: value for name, value in fields.items()}
         given = [filled.get(number, self.parts[number].get("value")) for number in target["inputs"]]
         body = {"data": given, "fn_index": target["id"], "session_hash": self.session, "trigger_id": self.ids[button]}
-        httpx.post(f"{self.address}/queue/join", json=body, timeout=60).raise_for_status()
-        shown: list[Any] = []
+        joined = httpx.post(f"{self.address}/queue/join", json=body, timeout=60).raise_for_status()
+        return str(joined.json()["event_id"])
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What the server says from now on."""
         url = f"{self.address}/queue/data?session_hash={self.session}"
         with httpx.stream("GET", url, timeout=60) as lines:
             for line in lines.iter_lines():
-                if not line.startswith("data:"):
-                    continue
-                event = json.loads(line[5:])
-                if event["msg"] == "process_completed":
-                    if not event["success"]:
-                        raise RuntimeError(event["output"]["error"])
-                    return shown or event["output"]["data"]
-                if event["msg"] == "process_generating":
-                    shown = merged(shown, event["output"]["data"])
+                if line.startswith("data:"):
+                    yield json.loads(line[5:])
+
+    def press(self, button: str, **fields: Any) -> list[Any]:
+        """Press a button with some fields filled in; returns what is shown at the end, or raises."""
+        self.join(button, **fields)
+        shown: list[Any] = []
+        for event in self.events():
+            if event["msg"] == "process_completed":
+                if not event["success"]:
+                    raise RuntimeError(event["output"]["error"])
+                return shown or event["output"]["data"]
+            if event["msg"] == "process_generating":
+                shown = merged(shown, event["output"]["data"])
         raise RuntimeError("the page said nothing")
 
 

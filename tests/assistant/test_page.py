@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from answerers import HEARD, Visitor, answerer, page, picture, recording
 from mmphi.assistant import demo
 from mmphi.assistant.serve import KEY
 from mmphi.cli import main
+from mmphi.models.chat.engine import Engine
 from mmphi.models.multimodal import Multimodal
 
 
@@ -73,6 +75,34 @@ def test_questions_go_on_and_are_asked_again_and_cleared(models: dict[str, Multi
     assert texts(visitor.press("retry")[0]) == said
     assert texts(visitor.press("clear")[0]) == []
     assert len(texts(visitor.press("send", text="why?")[3])) == 2
+
+
+def test_what_is_cleared_stays_so_though_nobody_cancelled_the_answer(
+    visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step: Callable[[Engine], None] = Engine.step
+
+    def slowly(self: Engine) -> None:
+        time.sleep(0.3)
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", slowly)
+    asked, cleared = visitor.join("send", text="tell me all"), ""
+    ended: list[str] = []
+    for event in visitor.events():
+        if event["msg"] == "process_generating":
+            assert event["event_id"] == asked
+            assert not ended  # Nothing of the answer comes after the page was cleared.
+            cleared = cleared or visitor.join("clear")
+        if event["msg"] == "process_completed":
+            ended.append(event["event_id"])
+            if event["event_id"] == cleared:
+                assert texts(event["output"]["data"][0]) == []
+        if len(ended) == 2:
+            break
+    assert ended == [cleared, asked]
+    with pytest.raises(RuntimeError, match="nothing was asked"):
+        visitor.press("retry")
 
 
 def test_another_model_answers_beside_it(models: dict[str, Multimodal], visitor: Visitor) -> None:

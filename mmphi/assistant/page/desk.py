@@ -63,10 +63,12 @@ class Talk:
     Attributes:
         model: Its name, as :meth:`Desk.worker` takes it.
         turns: Questions and answers.
+        left: Whether it was cleared away: what is still said to it is not shown.
     """
 
     model: str
     turns: list[Turn] = field(default_factory=list)
+    left: bool = False
 
     @property
     def answering(self) -> bool:

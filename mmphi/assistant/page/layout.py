@@ -100,12 +100,16 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
             return [*own, gr.update(value=[], visible=False), talks]
         return [*own, gr.update(value=shown(second), label=names.get(second.model, second.model), visible=True), talks]
 
-    def chosen(model: str, beside: str, who: gr.Request) -> list[Any]:
+    def chosen(model: str, beside: str, talks: list[Talk], who: gr.Request) -> list[Any]:
+        for talk in talks:
+            talk.left = True
         desk.stop(str(who.session_hash))
         return views([Talk(name) for name in (model, beside) if name])
 
     def answered(talks: list[Talk], who: gr.Request, system: str, how: Sampling) -> Iterator[list[Any]]:
         for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
+            if any(talk.left for talk in talks):  # Before the browser's word that it is cancelled has come.
+                return
             yield views(talks)
 
     def send(
@@ -189,7 +193,8 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
             repeating.click(again, [talks, *how], seen, **many),
         ]
         stopping.click(stop, None, None, queue=False, **quiet)
-        gr.on([model.change, beside.change, clearing.click], chosen, [model, beside], seen, cancels=answers, **quiet)
+        anew = [model.change, beside.change, clearing.click]
+        gr.on(anew, chosen, [model, beside, talks], seen, cancels=answers, **quiet)
         page.load(opened, None, [model, beside], **quiet)
         page.unload(stop)
     made: gr.Blocks = page
