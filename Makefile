@@ -45,8 +45,9 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
+# Two at once, and the processes that they start: one thread each, or they wait for one another.
 tests: $(VENV)/ready
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 cloud: $(VENV)/ready $(SKY)/tried
 	test ! -f $(SKY)/ready || export MMPHI_SKY="$(CURDIR)/$(SKY)/bin/python"; $(BIN)/pytest -m cloud tests/test_cloud.py
