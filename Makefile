@@ -1,11 +1,15 @@
 # make projector                           the main job on the embedded data (PRESET=tiny, ARGS='-P layers=3')
 # make photos PHOTOS=folder                projector and adapter on captioned photographs, as experiments/photos.yaml
-#                                          says; the three pretrained models are fetched, or lie in MODELS=folder
-# make status | ui                         what is built; MLflow's pages
-# make test                                lint, types and tests
-# make harness                             the model class that lmms-eval asks, in an environment that has lmms-eval
+#                                          says; the three pretrained models are fetched, or are in MODELS=folder
+# make status | ui                         which stages are built; MLflow's pages
+# make test                                lint, types and the default tests: 8 minutes on 2 cores
+# make test-all                            all tests: the default ones, then test-slow, real, cloud and harness
+# make test-slow                           tests that take long, or need Chromium, PostgreSQL, espeak-ng or a Ray cluster
+# make real                                tests with pretrained models, in the folders that MMPHI_MODELS, MMPHI_PHOTOS
+#                                          and MMPHI_REAL name
+# make harness                             the model class for lmms-eval, in an environment that has lmms-eval
 # make cloud                               the tasks for clouds, run here; with SkyPilot, which has an environment of its own
-# Each sets up .venv first, anew when pyproject.toml or constraints.txt has changed.
+# Each creates .venv first, and again when pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
 PRESET ?= tiny
 VENV := .venv
@@ -21,8 +25,19 @@ RUN := $(BIN)/mlflow run . --env-manager local --experiment-name $(EXPERIMENT)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(BIN):$(PATH)
+# uv compiles nothing: the first import does, and has to be able to store it, or every process takes 17 s longer.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: projector photos test cloud harness lint types tests ui status clean
+# Installs with uv, which pip installs into the environment first; with pip where uv cannot be used.
+# $(1): folder of the environment; $(2): arguments of `pip install`.
+define install
+$(1)/bin/python -m pip install --quiet --constraint constraints.txt uv \
+  && $(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2) \
+  || { echo "uv cannot be used here: pip installs the same packages in some minutes"; \
+       $(1)/bin/python -m pip install --quiet $(2); }
+endef
+
+.PHONY: projector photos test test-all test-slow real cloud harness lint types tests ui status clean
 
 projector: $(VENV)/ready
 	$(RUN) -e projector -P preset=$(PRESET) $(ARGS)
@@ -38,6 +53,14 @@ photos: $(VENV)/ready
 
 test: lint types tests
 
+# One after the other, also under `make -j`.
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
+	$(MAKE) real
+	$(MAKE) cloud
+	$(MAKE) harness
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,16 +68,24 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
-# Two at once, and the processes that they start: one thread each, or they wait for one another.
+# Two processes with one thread each: with more threads they would compete for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 tests: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-slow: $(VENV)/ready
+	$(PYTEST) -m 'slow or browser or database or speech or cluster'
+
+real: $(VENV)/ready
+	$(BIN)/pytest -m real -rs
 
 cloud: $(VENV)/ready $(SKY)/tried
 	test ! -f $(SKY)/ready || export MMPHI_SKY="$(CURDIR)/$(SKY)/bin/python"; $(BIN)/pytest -m cloud tests/test_cloud.py
 
 $(SKY)/tried:
 	$(PYTHON) -m venv $(SKY)
-	$(SKY)/bin/python -m pip install --quiet 'skypilot>=0.14' && touch $(SKY)/ready || \
+	{ $(call install,$(SKY),'skypilot>=0.14'); } && touch $(SKY)/ready || \
 	  echo "SkyPilot could not be installed: its parser does not read the tasks here"
 	touch $@
 
@@ -67,7 +98,7 @@ $(LMMS)/tried: $(VENV)/ready
 	$(BIN)/python -c 'import sysconfig; p = sysconfig.get_path("purelib"); print(f"import site; site.addsitedir({p!r})")' \
 	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mmphi.pth"
 	grep -v '^av==' constraints.txt > $(LMMS)/constraints.txt
-	$(LMMS)/bin/python -m pip install --quiet --constraint $(LMMS)/constraints.txt 'lmms-eval>=0.7' && touch $(LMMS)/ready || \
+	{ $(call install,$(LMMS),--constraint $(LMMS)/constraints.txt 'lmms-eval>=0.7'); } && touch $(LMMS)/ready || \
 	  echo "lmms-eval could not be installed: what it runs here is not tested"
 	touch $@
 
@@ -81,7 +112,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "mmphi needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "installing mmphi and its packages into $(VENV)"
+	@$(call install,$(VENV),--constraint constraints.txt --editable '.[dev]')
 	touch $@
 
 clean:

@@ -39,8 +39,9 @@ def stage_help(name: str, settings: Settings) -> str:
     ]
     for section in sections:
         own = section == name
-        lines += ["", f"{section}, its own section, which may be left out:" if own else f"{section}:"]
-        lines += _lines(section, settings, declared, own)
+        if rows := _lines(section, settings, declared, own):  # Not every stage has a section of its own.
+            title = f"{section}, its own section, which may be left out:" if own else f"{section}:"
+            lines += ["", title, *rows]
     return "\n".join(lines)
 
 
@@ -55,7 +56,7 @@ def _lines(section: str, settings: Settings, declared: list[str], own: bool = Fa
         bracket = f"[{_shown(shown)}{f' {field.unit}' if field.unit else ''}]"
         option = f"--{name.removeprefix(f'{section}.') if own else name}{'' if field.matters else ' *'}"
         rows.append((option, field.type_name, bracket, field.help))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:<14} {d}" for a, b, c, d in rows]
 
 

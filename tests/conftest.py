@@ -1,164 +1,28 @@
-"""Models small enough for a test, built from their configurations; nothing is downloaded."""
+"""Fixtures. Heavy imports are inside them, because pytest-xdist's own process runs no tests and needs none."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import open_clip
 import pytest
-import torch
-from mlflow.utils.validation import _validate_metric_name
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from filelock import FileLock
 
-from mmphi.data.encoded import encode_example
-from mmphi.data.records import Example, ImageRef, Turn
-from mmphi.models.language import Language
-from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings import LanguageSettings
-from mmphi.settings.view import SettingsView
-from mmphi.stages import Settings
-from mmphi.text.prompt import Prompt
-
-FEATURE_TOKENS, FEATURE_WIDTH = 4, 12
+if TYPE_CHECKING:
+    from builders import Recorder
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end of text."""
-    alphabet = sorted(ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
-
-
-def tiny_language(seed: int = 0, **changes: Any) -> Any:
-    """A frozen Phi of two layers with random weights."""
-    torch.manual_seed(seed)
-    shape = {
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "bos_token_id": 256,
-        "eos_token_id": 256,
-    }
-    model = PhiForCausalLM(PhiConfig(**{**shape, **changes})).requires_grad_(False).eval()
-    tokenizer = byte_tokenizer()
-    settings = LanguageSettings(model="tiny", prompt="plain")
-    return Language(model, tokenizer, Prompt(tokenizer, "plain"), 32, "tiny", "0", settings)
-
-
-class RandomFeatures:
-    """Features that depend on the image's name alone."""
-
-    tokens, width, digest = FEATURE_TOKENS, FEATURE_WIDTH, "random"
-
-    def __contains__(self, image: object) -> bool:
-        return True
-
-    def prepare(self, images: object) -> None:
-        pass
-
-    def length(self, image: ImageRef) -> int:
-        return self.tokens
-
-    def rows(self, images: Sequence[ImageRef]) -> torch.Tensor:
-        return self.get(images).flatten(0, 1)
-
-    def get(self, images: Sequence[ImageRef]) -> torch.Tensor:
-        rows = torch.zeros(len(images), self.tokens, self.width, dtype=torch.float16)
-        for i, image in enumerate(images):
-            generator = torch.Generator().manual_seed(sum(map(ord, image.id)))
-            rows[i] = torch.randn(self.tokens, self.width, generator=generator).half()
-        return rows
-
-
-def example(number: int, answer: str, question: str = "", image: bool = True, split: Any = "train") -> Example:
-    refs = (ImageRef(f"photos/{number}.jpg", Path(f"{number}.jpg")),) if image else ()
-    return Example(str(number), refs, (Turn(question, answer),), "photos", split)
-
-
-def of_length(tokens: int = FEATURE_TOKENS) -> Callable[[ImageRef], int]:
-    """How many features an image has: always the same."""
-    return lambda _: tokens
-
-
-def encode(example: Example, prompt: Prompt, tokens: int, max_length: int) -> Any:
-    """An example as a sequence."""
-    return encode_example(example, prompt, of_length(tokens), max_length)
-
-
-def context(stage: Stage, folder: Path, settings: Settings, **given: Any) -> Context:
-    """What a stage's function is given, with a tracker that keeps what it is told."""
-    folder.mkdir(exist_ok=True, parents=True)
-    given = {"upstream": {}, "tracker": Recorder(), **given}
-    return Context(SettingsView(settings, stage.declared), folder, **given)
-
-
-@dataclass
-class Recorder:
-    """A tracker that keeps what it is told."""
-
-    run_id: str = "run"
-    metric_rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    tables: dict[str, list[Mapping[str, Any]]] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    tagged: dict[str, str] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
-    checkpoints: list[str] = field(default_factory=list)
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        for name in values:
-            _validate_metric_name(name)  # As MLflow itself does, which some tests leave out.
-        self.metric_rows.append((step, dict(values)))
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
-        self.tables.setdefault(name, []).extend(rows)
-
-    def figure(self, name: str, figure: Any) -> None:
-        self.figures[name] = figure
-
-    def text(self, name: str, content: str) -> None:
-        self.texts[name] = content
-
-    def checkpoint(self, folder: Path) -> None:
-        assert (folder / "complete").exists()
-        self.checkpoints.append(folder.name)
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        self.tagged.update(values)
-
-    def say(self, line: str) -> None:
-        self.said.append(line)
-
-    def series(self, name: str) -> dict[int, float]:
-        return {step: values[name] for step, values in self.metric_rows if name in values}
-
-
-TINY_CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 3, "width": 32, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-}
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-golden", action="store_true", help="write the values of tests/golden anew")
 
 
 LONGEST = ("test_mlproject.py", "test_whole.py", "test_qlora.py", "test_pretrain_texts.py", "test_driver.py")
@@ -173,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def own(tmp_path: Path) -> str:
     """An open_clip configuration of a ViT small enough for a test."""
+    from builders import TINY_CLIP
+
     path = tmp_path / "own-tiny-clip.json"
     path.write_text(json.dumps(TINY_CLIP))
     return str(path)
@@ -181,6 +47,10 @@ def own(tmp_path: Path) -> str:
 @pytest.fixture
 def weights(own: str, tmp_path: Path) -> str:
     """Weights of that ViT in a file."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
     torch.manual_seed(0)
     open_clip.add_model_config(own)
     model = open_clip.create_model("own-tiny-clip")
@@ -192,6 +62,7 @@ def weights(own: str, tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of a Whisper of English with random weights, as openai-whisper saves them: it hears nonsense, fast."""
+    import torch
     from whisper.model import ModelDimensions, Whisper
 
     torch.manual_seed(0)
@@ -203,12 +74,16 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recorder() -> Recorder:
+    from builders import Recorder
+
     return Recorder()
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Sums in one order, so that equal means equal."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -236,6 +111,33 @@ def empty_store(_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
     return os.environ["MLFLOW_TRACKING_URI"]
+
+
+@pytest.fixture(scope="session")
+def small_chain(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a store with all stages from scenes to the adapter, at the sizes of ``small``; not to be changed.
+
+    It is built once for all processes of pytest-xdist.
+    """
+    import small
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-chain"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            with small.built("qlora", _database.parent, folder) as pipeline:
+                pipeline.build("projector", small.settings())  # And its evaluation.
+                (folder / "complete").touch()
+    return folder
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of studies are forked from a process that has imported everything, instead of started."""
+    from forks import fork_workers
+
+    fork_workers(monkeypatch)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import RandomFeatures, tiny_language
+from builders import RandomFeatures, tiny_language
 from transformers import PhiConfig, PhiForCausalLM
 
 from mmphi.data.audio import RATE, Recording, Samples

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import RandomFeatures, Recorder, encode, example, tiny_language
+from builders import RandomFeatures, Recorder, encode, example, tiny_language
 
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
@@ -19,7 +19,7 @@ ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus tur
 
 
 def new_projector(dropout: float = 0.0) -> Projector:
-    """For :class:`~conftest.RandomFeatures` and :func:`~conftest.tiny_language`; always the same weights."""
+    """For :class:`~builders.RandomFeatures` and :func:`~builders.tiny_language`; always the same weights."""
     torch.manual_seed(1)
     return Projector(ProjectorConfig(RandomFeatures.width, 32, dropout=dropout))
 

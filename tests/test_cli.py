@@ -38,6 +38,14 @@ def test_stage_help_loads_no_torch_and_lists_every_setting():
     assert "float > 0, <= 1" in done.stdout
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_of_every_stage(stage, capsys):
+    assert main([stage, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"mmphi {stage}: {STAGES[stage].help}")
+    assert "\n  --" in shown
+
+
 def test_parse():
     options, overrides = parse(["--preset", "small", "--layers=3", "--force", "--vision.pool", "2", "--no-build"])
     assert options == {"preset": "small", "force": "true", "no_build": "true"}

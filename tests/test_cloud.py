@@ -15,7 +15,7 @@ import pytest
 import small
 import texts
 import yaml
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 
 from mmphi.textgen.reader import Reader
 from mmphi.textgen.spool import Spool
@@ -115,7 +115,10 @@ def test_pretraining_goes_on_on_another_machine(tmp_path):
         assert first.poll() is None, first.communicate()[0][-3000:]
         assert time.monotonic() < until
         time.sleep(0.2)
-    time.sleep(2.5)  # The database is copied every second.
+    # The database is copied every second: the next machine must find the run in the copy.
+    while not (tmp_path / "bucket" / "mlflow.db").exists() or not list(store(tmp_path).search(stage="pretrain")):
+        assert time.monotonic() < until
+        time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     shutil.rmtree(tmp_path / "disk")  # The next machine's own disk is empty.

@@ -78,8 +78,8 @@ class Asked:
 
 
 @pytest.fixture
-def asked(_database: Path, tmp_path: Path) -> Iterator[Asked]:
-    with small.built("projector", _database, tmp_path) as pipeline:
+def asked(small_chain: Path, tmp_path: Path) -> Iterator[Asked]:
+    with small.built("projector", small_chain, tmp_path) as pipeline:
         run, scenes = (pipeline.result(stage, small.settings()) for stage in ("projector", "scenes"))
         images = sorted((scenes.path / "images" / "test").glob("*.png"))[:5]
         questions = [(str(path), f"what is there, number {i}?") for i, path in enumerate(images)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -53,10 +54,12 @@ def test_conda_environment_is_that_of_the_package() -> None:
     assert {name.lower().replace("_", "-") for name in pip[1:]} <= {name.replace("_", "-") for name in pinned}
 
 
-def mlflow_run(folder: Path, *arguments: str, entry: str = "scenes", **environment: str) -> str:
+def mlflow_run(
+    folder: Path, *arguments: str, entry: str = "scenes", env_manager: str = "local", **environment: str
+) -> str:
     bin_folder = str(Path(sys.executable).parent)
     path = os.pathsep.join([bin_folder, os.environ["PATH"]])
-    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry, "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", entry, "--env-manager", env_manager]
     done = subprocess.run(
         [*command, *(SMALL if entry == "scenes" else []), *arguments],
         cwd=folder,
@@ -69,6 +72,7 @@ def mlflow_run(folder: Path, *arguments: str, entry: str = "scenes", **environme
     return said
 
 
+@pytest.mark.slow
 def test_from_another_folder_with_a_relative_store(tmp_path: Path, empty_store: str) -> None:
     """The command starts in the project's folder, yet records in the database beside the caller."""
     folder = Path(empty_store.removeprefix("sqlite:///")).parent
@@ -91,6 +95,25 @@ def test_from_another_folder_with_a_relative_store(tmp_path: Path, empty_store: 
     assert names["mine"]["mmphi.reuses"] == run.info.run_id
 
 
+@pytest.mark.slow
+def test_in_an_environment_that_uv_makes_of_conda_yaml(tmp_path: Path, empty_store: str) -> None:
+    """Without conda, and without the packages that this test runs with."""
+    if shutil.which("uv", path=str(Path(sys.executable).parent)) is None:
+        pytest.skip("uv is not in this environment")
+    said = mlflow_run(tmp_path, env_manager="uv", MLFLOW_ENV_ROOT=str(tmp_path / "environments"))
+    assert "scenes: building" in said
+    (run,) = Store(empty_store).search(stage="scenes")
+    assert run.info.status == "FINISHED"
+    (python,) = (tmp_path / "environments").rglob("bin/python3")
+    packages = [sys.executable, "-m", "uv", "pip", "list", "--python", str(python), "--format", "freeze"]
+    found = subprocess.run(packages, check=True, capture_output=True, text=True).stdout
+    pinned = (ROOT / "constraints.txt").read_text().lower().split()
+    assert {line for line in pinned if line.startswith(("torch==", "mlflow==", "optuna=="))} <= set(
+        found.lower().split()
+    )
+
+
+@pytest.mark.slow
 def test_a_study_and_its_report(tmp_path: Path, empty_store: str) -> None:
     """The run that MLflow began is the study's record; the report is in it, and in the run that was begun for it."""
     changes = {**small.SMALL, "seeds": "2", "tokens": "300", "workers": "1", "study": "control"}

@@ -1,4 +1,4 @@
-"""The whole path on real photographs and pretrained models, short: what it reaches in full is in the README."""
+"""The whole path on real photographs and pretrained models, short; full results: docs/own-data-and-presets.md."""
 
 from __future__ import annotations
 

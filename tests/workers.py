@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
-from conftest import Recorder
+from builders import Recorder
 recorder = Recorder()
 """
 

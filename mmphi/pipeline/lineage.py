@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
@@ -117,5 +119,12 @@ def _cpu_name() -> str:
 
 def packages() -> str:
     """Installed packages, one ``name==version`` a line."""
+    folders = [Path(folder) for folder in sys.path if Path(folder).is_dir()]
+    return _packages(tuple((str(folder), folder.stat().st_mtime_ns) for folder in folders))
+
+
+@functools.lru_cache(maxsize=1)
+def _packages(_: tuple[tuple[str, int], ...]) -> str:
+    """Read again only where a folder of packages has changed: 200 packages take half a second."""
     versions = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
     return "\n".join([f"python=={platform.python_version()}", *sorted(versions, key=str.lower)]) + "\n"

@@ -36,10 +36,20 @@ class Lease:
         run_id: The run that builds.
         domain: Name of the folder whose file locks this process holds for the key: a run that was begun under a lock of
             the same folder must be dead, or this process would not hold it.
+        clock: Seconds since the epoch, as other hosts count them.
+        sleep: Waits for some seconds.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, domain: str) -> None:
+    def __init__(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        domain: str,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.client, self.run_id, self.domain = client, run_id, domain
+        self._clock, self._sleep = clock, sleep
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -48,7 +58,7 @@ class Lease:
         tags = run.data.tags
         if run.info.status != "RUNNING" or tags.get(DOMAIN) == self.domain:
             return False
-        return time.time() - float(tags.get(HEARTBEAT, "0")) < lease_s()
+        return self._clock() - float(tags.get(HEARTBEAT, "0")) < lease_s()
 
     def claim(self, others: Callable[[], Iterator[Run]], waiting: Callable[[str], None]) -> bool:
         """Wait until no other living run holds the key, and hold it.
@@ -77,7 +87,7 @@ class Lease:
                 tags = holder.data.tags
                 waiting(f"process {tags.get('mmphi.pid', '?')} on {tags.get('mmphi.host', '?')}")
             waited = True
-            time.sleep(min(5.0, lease_s() / 4) * random.uniform(0.5, 1.0))
+            self._sleep(min(5.0, lease_s() / 4) * random.uniform(0.5, 1.0))
             self.beat()
 
     def _holder(self, others: Callable[[], Iterator[Run]]) -> Run | None:
@@ -85,7 +95,7 @@ class Lease:
 
     def beat(self) -> None:
         """Show that this process lives."""
-        self.client.set_tag(self.run_id, HEARTBEAT, f"{time.time():.3f}")
+        self.client.set_tag(self.run_id, HEARTBEAT, f"{self._clock():.3f}")
 
     def __enter__(self) -> Lease:
         self.client.set_tag(self.run_id, DOMAIN, self.domain)

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import toy_studies
+from builders import unavailable
 from optuna.trial import TrialState
+from sqlalchemy import create_engine, text
 from test_search import SEARCH
 from toy_studies import COMMAND, STUDY, driver, results
 
@@ -27,7 +30,9 @@ from ablations.record import Record
 from ablations.search_driver import SearchDriver
 from mmphi.errors import StoreError
 from mmphi.tracking.store import Store
-from reports.query import load_study
+from reports.query import Trial, load_study
+
+pytestmark = [pytest.mark.database, pytest.mark.usefixtures("forked_workers")]
 
 
 def program(name: str) -> str | None:
@@ -41,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of an empty database."""
     initdb, pg_ctl = program("initdb"), program("pg_ctl")
     if not initdb or not pg_ctl:
-        pytest.skip("PostgreSQL is not installed")
+        unavailable("PostgreSQL is not installed")
     folder = Path(tmp_path_factory.mktemp("postgres"))
     # The server refuses to run as root, and the folders above must let its user in.
     user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []
@@ -71,6 +76,14 @@ def begin(seeds: int, storage: str, **environment: str) -> subprocess.Popen[str]
     return subprocess.Popen(script, env=merged, stdout=subprocess.PIPE, text=True)
 
 
+def begun_trials() -> list[Trial]:
+    """None while the study's record is still being written."""
+    try:
+        return list(load_study(Store(), "toy").trials)
+    except StoreError:
+        return []
+
+
 def test_two_drivers_share_a_study_and_one_dies(empty_store: str, server: str) -> None:
     """Each cell is run once; what the dead driver had is taken over when its heartbeat is old."""
     # `MMPHI_HOST` and its own lock folder would make them two machines; here the file locks serve both.
@@ -78,7 +91,11 @@ def test_two_drivers_share_a_study_and_one_dies(empty_store: str, server: str) -
     two = begin(2, server, MMPHI_LEASE_S="4")
     assert one.stdout is not None
     assert one.stdout.readline() == "driving\n"
-    time.sleep(8)
+    while not {str(worker.pid) for worker in psutil.Process(one.pid).children()} & {
+        trial.tags.get("mmphi.pid") for trial in begun_trials()
+    }:
+        assert one.poll() is None
+        time.sleep(0.1)
     one.kill()
     one.wait()
     out, _ = two.communicate(timeout=200)
@@ -107,15 +124,20 @@ def test_a_cell_that_two_drivers_ask_for_goes_to_one(server: str) -> None:
     assert (outcome.cell, outcome.value) == (cell, 1.5)
 
 
-def test_silent_driver_loses_its_trials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MMPHI_LEASE_S", "3")
+def test_silent_driver_loses_its_trials(server: str) -> None:
+    """The last heartbeat of one driver is set an hour back in the database."""
     alive, silent = (Ledger(server, "silent", ["minimize"]) for _ in range(2))
     kept, lost = Cell("verdict", "two", 0), Cell("verdict", "two", 1)
     assert alive.take(kept, 0) is not None
     assert silent.take(lost, 0) is not None
-    for _ in range(6):
-        time.sleep(1)
-        alive.beat()
+    (number,) = silent.mine
+    trial_id = silent.mine[number]._trial_id
+    alive.beat()
+    assert alive.running() == {kept.name, lost.name}
+    with create_engine(server).begin() as database:
+        change = "UPDATE trial_heartbeats SET heartbeat = heartbeat - interval '1 hour' WHERE trial_id = :trial"
+        assert database.execute(text(change), {"trial": trial_id}).rowcount == 1
+    alive.beat()
     assert alive.running() == {kept.name}
     assert alive.outcomes() == []  # It is no result: the cell is asked for again.
 

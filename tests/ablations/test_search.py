@@ -18,6 +18,8 @@ from mmphi.tracking.store import Store
 from reports.commands import report
 from reports.query import load_study
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 SEARCH = Search(
     question="Which toy?",
     space={"projector.layers": Range(1, 4), "projector.learning_rate": [1e-3, 1e-2]},
@@ -36,6 +38,7 @@ def drive(search: Search, name: str = "look") -> SearchDriver:
     return made
 
 
+@pytest.mark.slow
 def test_wilcoxon_over_paired_seeds_and_its_report(empty_store: str, tmp_path: Path) -> None:
     search = replace(SEARCH, seeds=(0, 1, 2, 3, 4, 5, 6), trials=5)
     made = drive(search)
@@ -63,6 +66,7 @@ def test_wilcoxon_over_paired_seeds_and_its_report(empty_store: str, tmp_path: P
         studies(["look", "--seeds", "3"])
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # Optuna warns of a step that is reported twice.
 def test_hyperband_ends_a_training_by_its_curve(empty_store: str) -> None:
     search = replace(SEARCH, pruner="hyperband", seeds=(0,), trials=4)
     made = drive(search)

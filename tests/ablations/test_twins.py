@@ -22,6 +22,8 @@ from mmphi.settings import LanguageSettings, VisionSettings
 from mmphi.text.packing import pack
 from mmphi.text.sequences import Sample, Span
 
+pytestmark = pytest.mark.slow
+
 
 def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     shape = ablation.SHAPES["tiny"]

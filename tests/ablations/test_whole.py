@@ -32,6 +32,7 @@ STUDY = Study(
 )
 
 
+@pytest.mark.slow
 def test_study_of_real_trainings(empty_store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("depth", STUDY, workers=1) == 0
     assert "finished: mmphi report ablation --study depth" in capfd.readouterr().out

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import httpx2 as httpx
 import numpy as np
 import openai
 import pandas as pd
+import pytest
 import torch
 import uvicorn
-from conftest import RandomFeatures, tiny_language
+from builders import RandomFeatures, tiny_language
 from listening import Knows
 from PIL import Image
 
@@ -78,6 +79,37 @@ def recording() -> bytes:
 def desk_of(models: dict[str, Multimodal], slots: int = 2, limit_s: float = 0.0) -> Desk:
     """A desk at which these models answer."""
     return Desk(lambda name: Worker(Engine(models[name], slots), 4, limit_s))
+
+
+class StepGate:
+    """Lets every engine make only as many decoding steps as a test permits, until the gate is opened.
+
+    An answer therefore lasts until the test has seen what it waits for, on any machine.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._permits, self._opened = threading.Semaphore(0), threading.Event()
+        step: Callable[[Engine], None] = Engine.step
+
+        def gated(engine: Engine) -> None:
+            if self._opened.is_set() or self._permits.acquire(timeout=0.01):
+                step(engine)
+
+        monkeypatch.setattr(Engine, "step", gated)
+
+    def permit(self, steps: int) -> None:
+        self._permits.release(steps)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+def wait_until(happened: Callable[[], bool], limit_s: float = 120) -> None:
+    """Poll a state; the limit only ends a test that would hang."""
+    end = time.monotonic() + limit_s
+    while not happened():
+        assert time.monotonic() < end, "the state was never reached"
+        time.sleep(0.02)
 
 
 @contextmanager

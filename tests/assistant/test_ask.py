@@ -19,9 +19,10 @@ from small import built, settings
 
 
 @pytest.fixture(scope="module")
-def projector(tmp_path_factory: pytest.TempPathFactory, _database: Path) -> Iterator[Result]:
-    with built("projector", _database, tmp_path_factory.mktemp("ask")) as pipeline:
-        yield Pipeline(pipeline.stages).build("projector", settings())
+def projector(tmp_path_factory: pytest.TempPathFactory, small_chain: Path) -> Iterator[Result]:
+    with built("projector", small_chain, tmp_path_factory.mktemp("ask")) as pipeline:
+        # The newest model of the store.
+        yield Pipeline(pipeline.stages).build("projector", settings(projector__seed="11"), after=False)
 
 
 @pytest.fixture

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from answerers import HEARD, answerer, folder_of, page, recording
+from answerers import HEARD, StepGate, answerer, folder_of, page, recording
+from builders import unavailable
+from PIL import Image
 
 from mmphi.assistant.page.examples import of_folder
-from mmphi.models.chat.engine import Engine
 from mmphi.models.multimodal import Multimodal
 
 CHROMIUM = os.environ.get("MMPHI_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here; name one in MMPHI_CHROMIUM")
+pytestmark = pytest.mark.browser
 SLOW_MS = 60_000
 
 
@@ -37,6 +37,8 @@ def address(models: dict[str, Multimodal], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def tab(address: str, tmp_path: Path) -> Iterator[Any]:
     """A tab with the page in it; nothing but this machine can be reached from it."""
+    if not CHROMIUM:
+        unavailable("Chromium is not installed, and MMPHI_CHROMIUM names none")
     from playwright.sync_api import sync_playwright
 
     (tmp_path / "spoken.wav").write_bytes(recording())
@@ -85,13 +87,8 @@ def test_it_is_typed_to_and_goes_on(tab: Any) -> None:
 
 
 def test_while_it_answers_nothing_else_is_asked_and_clearing_ends_it(tab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    step: Callable[[Engine], None] = Engine.step
-
-    def slowly(self: Engine) -> None:
-        time.sleep(0.4)
-        step(self)
-
-    monkeypatch.setattr(Engine, "step", slowly)
+    gate = StepGate(monkeypatch)
+    gate.permit(3)
     tab.locator("#text textarea").fill("tell me all")
     tab.locator("#send").click()
     tab.locator("#first [data-testid=bot]").wait_for()
@@ -101,7 +98,7 @@ def test_while_it_answers_nothing_else_is_asked_and_clearing_ends_it(tab: Any, m
     tab.locator("#first [data-testid=user]").first.wait_for(state="detached")
     tab.wait_for_timeout(1500)  # Nothing of the answer comes back.
     assert tab.locator("#first [data-testid=user]").count() == 0
-    monkeypatch.setattr(Engine, "step", step)
+    gate.open()
     tab.locator("#text textarea").fill("hello")
     tab.locator("#send").click()
     assert last_answer(tab)
@@ -131,6 +128,20 @@ def test_examples_are_at_hand(tab: Any) -> None:
     tab.get_by_text("what colour is it?").first.click()
     tab.locator("#image img").wait_for()
     assert tab.locator("#text textarea").input_value() == "what colour is it?"
+
+
+def test_screenshot_shows_question_and_answer(tab: Any, tmp_path: Path) -> None:
+    """Kept in the folder that MMPHI_SCREENSHOTS names, for people to look at."""
+    tab.get_by_text("what colour is it?").first.click()
+    tab.locator("#image img").wait_for()
+    tab.locator("#send").click()
+    assert last_answer(tab)
+    folder = Path(os.environ.get("MMPHI_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=str(folder / "demo.png"))
+    with Image.open(folder / "demo.png") as shown:
+        assert shown.size == (1280, 1000)
+        assert len(shown.convert("RGB").getcolors(2**24)) > 100  # Not an empty page.
 
 
 def test_nothing_elsewhere_is_asked_for(address: str, tab: Any) -> None:

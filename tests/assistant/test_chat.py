@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomFeatures, tiny_language
+from builders import RandomFeatures, tiny_language
 from PIL import Image
 
 from mmphi.assistant import chat

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from answerers import HEARD, answerer, desk_of, folder_of, picture, recording
+from answerers import HEARD, StepGate, answerer, desk_of, folder_of, picture, recording, wait_until
 
 from mmphi.assistant.page.desk import Desk, Talk, Turn
 from mmphi.assistant.page.examples import of_folder, of_scenes
@@ -100,25 +98,22 @@ def test_what_cannot_be_answered_is_told_and_not_part_of_what_follows(
 
 
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    step: Callable[[Engine], None] = Engine.step
-
-    def slowly(self: Engine) -> None:
-        time.sleep(0.02)
-        step(self)
-
-    monkeypatch.setattr(Engine, "step", slowly)
+def gate(monkeypatch: pytest.MonkeyPatch) -> StepGate:
+    return StepGate(monkeypatch)
 
 
-@pytest.mark.usefixtures("slow")
-def test_stopping_keeps_what_was_said_and_ends_nobody_elses(models: dict[str, Multimodal]) -> None:
+def test_stopping_keeps_the_partial_answer_and_leaves_other_visitors_alone(
+    models: dict[str, Multimodal], gate: StepGate
+) -> None:
     desk, long = desk_of(models), Sampling(max_tokens=300)
     mine, other = Talk("one", [Turn("tell me all")]), Talk("one", [Turn("hello")])
     theirs = desk.ask("you", [other], "", SHORT)
     next(theirs)
-    for count, _ in enumerate(desk.ask("me", [mine], "", long)):
-        if count == 5:
+    gate.permit(8)  # Two prompts, and a few tokens of each answer.
+    for _ in desk.ask("me", [mine], "", long):
+        if mine.turns[0].answer.strip():
             desk.stop("me")
+    gate.open()
     assert mine.turns[0].done
     assert mine.turns[0].problem == ""
     whole = models["one"].chat([{"role": "user", "content": "tell me all"}], max_tokens=300)
@@ -144,18 +139,15 @@ def test_what_is_asked_meanwhile_gets_nothing_of_the_answer(models: dict[str, Mu
     desk.close()
 
 
-@pytest.mark.usefixtures("slow")
-def test_one_who_is_gone_frees_the_place(models: dict[str, Multimodal]) -> None:
+def test_a_closed_answer_frees_its_slot(models: dict[str, Multimodal], gate: StepGate) -> None:
     desk, talk = desk_of(models), Talk("one", [Turn("tell me all")])
     answering = desk.ask("me", [talk], "", Sampling(max_tokens=300))
+    gate.permit(4)
     next(answering)
     next(answering)
     answering.close()  # type: ignore[attr-defined]
     assert not talk.answering
-    until = time.monotonic() + 5
-    while desk.worker("one").open:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: desk.worker("one").open == 0)
     desk.close()
 
 

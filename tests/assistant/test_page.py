@@ -1,20 +1,18 @@
-"""The page as a browser's script sees it, and in a browser where there is one."""
+"""The page as a browser's script sees it; ``test_browser.py`` has a browser."""
 
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from answerers import HEARD, Visitor, answerer, page, picture, recording
+from answerers import HEARD, StepGate, Visitor, answerer, page, picture, recording
 
 from mmphi.assistant import demo
 from mmphi.assistant.serve import KEY
 from mmphi.cli import main
-from mmphi.models.chat.engine import Engine
 from mmphi.models.multimodal import Multimodal
 
 
@@ -80,13 +78,8 @@ def test_questions_go_on_and_are_asked_again_and_cleared(models: dict[str, Multi
 def test_what_is_cleared_stays_so_though_nobody_cancelled_the_answer(
     visitor: Visitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step: Callable[[Engine], None] = Engine.step
-
-    def slowly(self: Engine) -> None:
-        time.sleep(0.3)
-        step(self)
-
-    monkeypatch.setattr(Engine, "step", slowly)
+    gate = StepGate(monkeypatch)
+    gate.permit(2)
     asked, cleared = visitor.join("send", text="tell me all"), ""
     ended: list[str] = []
     for event in visitor.events():
@@ -98,6 +91,7 @@ def test_what_is_cleared_stays_so_though_nobody_cancelled_the_answer(
             ended.append(event["event_id"])
             if event["event_id"] == cleared:
                 assert texts(event["output"]["data"][0]) == []
+                gate.open()
         if len(ended) == 2:
             break
     assert ended == [cleared, asked]

@@ -36,8 +36,8 @@ IMAGE = base64.b64encode(picture()).decode()
 
 
 @pytest.fixture(scope="module")
-def projector(tmp_path_factory: pytest.TempPathFactory, _database: Path) -> Iterator[Result]:
-    with built("projector", _database, tmp_path_factory.mktemp("pyfunc")) as pipeline:
+def projector(tmp_path_factory: pytest.TempPathFactory, small_chain: Path) -> Iterator[Result]:
+    with built("projector", small_chain, tmp_path_factory.mktemp("pyfunc")) as pipeline:
         yield Pipeline(pipeline.stages).build("projector", settings())
 
 
@@ -114,7 +114,7 @@ def test_logged_once_in_no_room_of_its_own_and_with_no_pickle(projector: Result)
     assert "loader_module: mmphi.assistant.pyfunc" in described
     assert "signature" in described
     logged = Store().client.search_logged_models([run.info.experiment_id])
-    assert sorted(each.name for each in logged) == ["pretrain", "projector"]
+    assert sorted(each.name for each in logged) == ["pretrain", "projector", "qlora"]
 
 
 def test_it_is_registered_on_request(projector: Result, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
-from answerers import picture, served
-from conftest import tiny_language
+from answerers import StepGate, picture, served, wait_until
+from builders import tiny_language
 from listening import listening
 
 from mmphi.assistant import serve
@@ -191,56 +191,54 @@ def test_a_key_is_asked_for(model: Multimodal) -> None:
         assert httpx.get(f"{address}/health").status_code == 200
 
 
-@contextmanager
-def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[None]:
-    from mmphi.models.chat.engine import Engine
-
-    step: Callable[[Engine], None] = Engine.step
-
-    def slow(self: Engine) -> None:
-        time.sleep(seconds)
-        step(self)
-
-    monkeypatch.setattr(Engine, "step", slow)
-    yield
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> StepGate:
+    return StepGate(monkeypatch)
 
 
-def test_who_comes_when_the_queue_is_full_is_told_when_to_come_back(
-    model: Multimodal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with slowly(monkeypatch, 0.02), served(model, slots=1, waiting=1) as address:
+def open_requests(address: str) -> int:
+    return int(httpx.get(f"{address}/health").json()["open"])
+
+
+def test_requests_over_the_queue_limit_get_429_and_retry_after(model: Multimodal, gate: StepGate) -> None:
+    """One is answered and one waits: of six requests four are refused, while the two are still open."""
+    with served(model, slots=1, waiting=1) as address, ThreadPoolExecutor(6) as pool:
         body = {"messages": asked("x"), "max_tokens": 20}
-        with ThreadPoolExecutor(6) as pool:
-            answers = list(
-                pool.map(lambda _: httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60), range(6))
-            )
-        assert sorted({answer.status_code for answer in answers}) == [200, 429]
-        full = next(answer for answer in answers if answer.status_code == 429)
-        assert full.headers["retry-after"] == "1"
-        good = [answer.json()["choices"][0]["message"]["content"] for answer in answers if answer.status_code == 200]
-        assert set(good) == {model.chat(asked("x"), max_tokens=20)}
+        url = f"{address}/v1/chat/completions"
+        requests = [pool.submit(httpx.post, url, json=body, timeout=120) for _ in range(6)]
+        refused = [request.result() for request in islice(as_completed(requests), 4)]
+        gate.open()
+        answers = [request.result() for request in requests]
+    assert [answer.status_code for answer in refused] == [429] * 4
+    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+    good = [answer.json()["choices"][0]["message"]["content"] for answer in answers if answer.status_code == 200]
+    assert good == [model.chat(asked("x"), max_tokens=20)] * 2
 
 
-def test_one_who_leaves_costs_nothing_more(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
-    with slowly(monkeypatch, 0.02), served(model, slots=1) as address:
+def test_generation_stops_when_the_client_disconnects(model: Multimodal, gate: StepGate) -> None:
+    """In the middle of a stream, and before the answer of a plain request begins."""
+    with served(model, slots=1) as address:
         body = {"messages": asked("x"), "max_tokens": 200, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=30) as answer:
+        gate.permit(2)
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as answer:
             next(answer.iter_lines())
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{address}/v1/chat/completions", json={**body, "stream": False}, timeout=0.5)
-        begun = time.monotonic()
-        while httpx.get(f"{address}/health").json()["open"]:
-            time.sleep(0.05)
-            assert time.monotonic() - begun < 10
+        wait_until(lambda: open_requests(address) == 0)
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        plain = json.dumps({**body, "stream": False})
+        connection.request("POST", "/v1/chat/completions", plain, {"Content-Type": "application/json"})
+        gate.permit(2)
+        wait_until(lambda: "mmphi_first_token_seconds_count 1.0" in httpx.get(f"{address}/metrics").text)
+        wait_until(lambda: open_requests(address) == 1)
+        connection.close()
+        wait_until(lambda: open_requests(address) == 0)
         counted = httpx.get(f"{address}/metrics").text
         assert 'mmphi_requests_total{ended="cancelled"} 2.0' in counted
-        assert "mmphi_first_token_seconds_count 2.0" in counted
 
 
-def test_an_answer_that_takes_too_long_is_ended(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
-    with slowly(monkeypatch, 0.05), served(model, slots=1, limit_s=0.3) as address:
+def test_an_answer_over_the_time_limit_ends_with_504(model: Multimodal, gate: StepGate) -> None:
+    with served(model, slots=1, limit_s=0.3) as address:
         body = {"messages": asked("x"), "max_tokens": 200}
-        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=30)
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
         assert answer.status_code == 504
         assert 'mmphi_requests_total{ended="too slow"} 1.0' in httpx.get(f"{address}/metrics").text
 

@@ -38,8 +38,8 @@ from small import built, settings
 
 
 @pytest.fixture(scope="module")
-def projector(tmp_path_factory: pytest.TempPathFactory, _database: Path) -> Iterator[Result]:
-    with built("projector", _database, tmp_path_factory.mktemp("ways")) as pipeline:
+def projector(tmp_path_factory: pytest.TempPathFactory, small_chain: Path) -> Iterator[Result]:
+    with built("projector", small_chain, tmp_path_factory.mktemp("ways")) as pipeline:
         yield Pipeline(pipeline.stages).build("projector", settings())
 
 
@@ -110,6 +110,7 @@ def test_what_cannot_be_seen_or_heard_is_told_by_every_way(
     assert re.search(why, talk.turns[0].problem)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_answers_as_before_when_it_is_back(projector: Result) -> None:
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 6}
     answers = []

@@ -20,6 +20,8 @@ from mmphi.models.multimodal import Multimodal
 sys.path.insert(0, str(Path(__file__).parents[1] / "assistant"))
 from answerers import answerer, picture, served
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from mmphi.benchmarks import embed, features
+
+pytestmark = pytest.mark.slow
 
 
 def test_embed_features_are_open_clips(tmp_path, capsys):

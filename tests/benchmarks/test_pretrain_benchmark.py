@@ -9,6 +9,8 @@ from mmphi.benchmarks import _pretrain_sides as sides
 from mmphi.benchmarks import pretrain
 from mmphi.benchmarks._minimal_phi import MinimalPhi
 
+pytestmark = pytest.mark.slow
+
 
 def test_losses_are_those_of_the_trainer_and_of_a_plain_loop():
     """In one process: what is compared is equal; how fast it is decides nothing."""

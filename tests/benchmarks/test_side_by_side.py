@@ -11,6 +11,8 @@ from mmphi.benchmarks import _side_by_side, projector, qlora
 from mmphi.benchmarks._conversations import SHAPES, Shape, prepare, step_flops
 from mmphi.benchmarks._side_by_side import batches_of
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

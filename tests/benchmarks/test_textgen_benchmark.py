@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 
 from mmphi.benchmarks.textgen import sides_here
 from mmphi.cli import main
 from mmphi.errors import SettingsError
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_side_draws_and_is_shown_beside_the_usual_loop(tmp_path, capsys):

@@ -13,6 +13,8 @@ from mmphi.models.hearing import Heard, Segment
 from mmphi.models.voice import Part
 from mmphi.models.whispers import BACKENDS
 
+pytestmark = pytest.mark.slow
+
 
 class Says:
     """The same words of everything."""

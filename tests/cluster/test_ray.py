@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 from PIL import Image
 
 from mmphi.cluster.connect import Machines, connected
@@ -18,6 +18,8 @@ from mmphi.settings.textgen import TextgenSettings
 from mmphi.textgen.fleet import Fleet
 from mmphi.textgen.reader import Reader
 from mmphi.textgen.spool import Spool
+
+pytestmark = pytest.mark.cluster
 
 ray = pytest.importorskip("ray")
 CORES = 2  # Of each machine, as Ray is told.

@@ -161,7 +161,7 @@ def silent_video() -> bytes:
         (one_is(np.nan), "samples are not finite", "NaN"),
         (one_is(np.inf), "samples are not finite", "NaN"),
         (many_channels(), "too many channels", f"200 channels; up to {MAX_CHANNELS} are read"),
-        (no_rate(), None, ""),
+        (no_rate(), None, "recording|rate"),
         (silent_video(), "no sound", "a video without sound"),
     ],
     ids=["empty", "text", "NaN", "infinite", "200 channels", "rate 0", "silent video"],

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import byte_tokenizer, encode, example, of_length
+from builders import byte_tokenizer, encode, example, of_length
 
 from mmphi.data import encoded as module
 from mmphi.data.encoded import Subset, count_left_out, encoded

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Recorder, byte_tokenizer, of_length
+from builders import Recorder, byte_tokenizer, of_length
 from sources import captions, llava_row, photo_folder, settings, write
 
 from mmphi.data.encoded import count_left_out, encoded

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import unavailable
 
 from mmphi.cli import main
 from mmphi.data import say as module
+from mmphi.data.audio import read_audio
 from mmphi.data.say import readings, say
 
 SENTENCES = ["A dog runs .", "Two cats", "A man sings", "A red ball", "Snow", "The  sea"]
@@ -122,3 +124,18 @@ def test_without_the_program_it_says_where_to_get_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module.shutil, "which", lambda _: None)
     assert main(["say", str(captions(tmp_path)), str(tmp_path / "out")]) == 2
     assert "apt install espeak-ng" in capsys.readouterr().err
+
+
+@pytest.mark.speech
+def test_espeak_itself_speaks_each_sentence_for_as_long_as_it_is(tmp_path: Path) -> None:
+    """Longer sentences take longer; the files are those that ``spoken.csv`` lists."""
+    if module.shutil.which("espeak-ng") is None:
+        unavailable("espeak-ng is not installed")
+    sentences = ["Snow .", "A brown dog runs over a wide green field and jumps into the cold water ."]
+    say(captions(tmp_path, sentences), tmp_path / "out", column="caption", count=2, seed=0)
+    with (tmp_path / "out" / "spoken.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    seconds = {row["transcript"]: read_audio(tmp_path / "out" / row["audio"]).seconds for row in rows}
+    assert set(seconds) == set(sentences)
+    assert 0.2 < seconds[sentences[0]] < 2.5
+    assert 2.5 < seconds[sentences[1]] < 15

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import context
+from builders import context
 from PIL import Image
 
 from mmphi.data.read import read_examples

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import zstandard
-from conftest import byte_tokenizer
+from builders import byte_tokenizer
 
 from mmphi.data import texts, tokens
 from mmphi.data.texts import Piece, TextReport, read_texts

@@ -4,7 +4,7 @@ import math
 from itertools import product
 
 import pytest
-from conftest import example
+from builders import example
 from PIL import Image
 from sacrebleu import corpus_bleu
 

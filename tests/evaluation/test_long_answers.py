@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Recorder
+from builders import Recorder
 from PIL import Image
 from rouge_reference import longest_common
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_language
+from builders import tiny_language
 
 from mmphi.errors import DataError
 from mmphi.evaluation.perplexity import Protocol, text_loss

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from conftest import example
+from builders import example
 
 from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.evaluation.things import named, possible

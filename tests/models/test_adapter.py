@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 from workers import spawn
 
 from mmphi.models.adapter import Shape, adapted, adapter_parameters
@@ -53,7 +53,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_learns():
 
 def test_packed_is_alone():
     packed, features = model(), {"image": RandomFeatures()}
-    alone = [float(packed(**pack([sample], features))) for sample in samples()]
+    alone = [float(packed(**pack([sample], features)).detach()) for sample in samples()]
     assert float(packed(**pack(samples(), features))) == pytest.approx(sum(alone), rel=1e-5)
 
 
@@ -93,6 +93,7 @@ saved = {name: p.detach().clone() for name, p in learned.items()}
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     one, two = (spawn(tmp_path, n, __file__, WORKER) for n in (1, 2))
     begun = dict(model().named_parameters())

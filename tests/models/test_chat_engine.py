@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomFeatures, tiny_language
+from builders import RandomFeatures, tiny_language
 
 from mmphi.data.records import ImageRef
 from mmphi.errors import ModelError, SettingsError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RandomFeatures, tiny_language
+from builders import RandomFeatures, tiny_language
 from listening import listening
 from PIL import Image
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from builders import byte_tokenizer
 
 from mmphi.models.chat.sampling import Chooser, Sampling
 from mmphi.models.chat.words import Words

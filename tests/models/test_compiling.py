@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 
 from mmphi.models.compiling import compiling, worth_compiling
 from mmphi.models.packed import PackedModel
@@ -33,6 +33,7 @@ def learned(model, language):
     return losses, [p.grad for p in model.projectors.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["line", "rows"])
 def test_it_learns_the_same(monkeypatch, layout):
     calls = []

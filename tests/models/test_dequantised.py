@@ -5,7 +5,7 @@ from collections import namedtuple
 import psutil
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 
 from mmphi.models.adapter import Shape, adapted, adapter_parameters, merged
 from mmphi.models.dequantised import dequantised_once

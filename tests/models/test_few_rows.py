@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_language
+from builders import tiny_language
 from torch import nn
 
 from mmphi.models.few_rows import FEW, weights_first

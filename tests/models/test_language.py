@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 from safetensors.torch import load_file, save_file
 from transformers import PhiConfig, PhiForCausalLM
 

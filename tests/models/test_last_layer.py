@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 from peft import LoraConfig, inject_adapter_in_model
 from test_packing_error import COMMON, HEADS, ISOLATE, LEAK, build
 from transformers import BloomConfig, Gemma2Config, GPTNeoXConfig, OPTConfig, Qwen3Config

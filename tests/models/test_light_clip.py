@@ -7,7 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import Recorder, context
+from builders import Recorder, context
 from safetensors.torch import load_file
 
 from mmphi.errors import ModelError, Stopped

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 from test_packing_error import COMMON, HEADS, ISOLATE, LEAK, build
 from transformers import CohereConfig, Gemma2Config
 

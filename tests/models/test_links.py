@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import RandomFeatures, byte_tokenizer, tiny_language
+from builders import RandomFeatures, byte_tokenizer, tiny_language
 from listening import (
     CPU,
     SAID,
@@ -131,7 +131,7 @@ def test_soft_becomes_the_transcript_as_its_temperature_goes_to_0() -> None:
         return logits(Multimodal(language, None, None, hearing=link), spoken("", "an answer", "q"))
 
     expected = logits(words, spoken("", "an answer", "q"))
-    distances = [float((soft(t) - expected).abs().max()) for t in (1.0, 0.3, 0.1, 0.01)]
+    distances = [float((soft(t) - expected).detach().abs().max()) for t in (1.0, 0.3, 0.1, 0.01)]
     assert distances[0] > distances[1] > distances[2] > 0
     assert distances[-1] == 0
 

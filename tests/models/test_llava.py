@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 from torch import nn
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 

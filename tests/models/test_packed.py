@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomFeatures, Recorder, encode, example, tiny_language
+from builders import RandomFeatures, Recorder, encode, example, tiny_language
 from transformers import OPTConfig, OPTForCausalLM, PhiConfig, PhiForCausalLM
 
 from mmphi.models.packed import PackedModel

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,

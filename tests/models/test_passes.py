@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_language
+from builders import tiny_language
 from torch import nn
 from transformers import PhiForCausalLM
 from transformers.activations import NewGELUActivation

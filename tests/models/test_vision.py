@@ -7,7 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import TINY_CLIP
+from builders import TINY_CLIP
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision.transforms import Compose

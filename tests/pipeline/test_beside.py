@@ -70,6 +70,7 @@ def test_branches_are_built_at_once(
     assert len(list(pipeline.store.search())) == len(BRANCHES)
 
 
+@pytest.mark.slow
 def test_progress_is_shown_while_it_is_waited_for(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +111,7 @@ def test_one_after_the_other(
     assert "beside" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_a_helper_fails_at_is_built_here(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +124,7 @@ def test_what_a_helper_fails_at_is_built_here(
     assert len(failed) == 1
 
 
+@pytest.mark.slow
 def test_an_error_here_stops_the_helper(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEFT_HOLD", str(tmp_path / "begun"))
     monkeypatch.setenv("RIGHT_BEGUN", str(tmp_path / "begun"))
@@ -145,6 +148,7 @@ Pipeline(BRANCHES, helper="branches").build("goal", load_settings("tiny"))
 """
 
 
+@pytest.mark.slow
 def test_a_helper_does_not_outlive_a_process_that_was_killed(pipeline: Pipeline, tmp_path: Path) -> None:
     holds = {"LEFT_HOLD": "never", "RIGHT_BEGUN": "begun", "RIGHT_HOLD": "never"}
     environment = os.environ | {name: str(tmp_path / file) for name, file in holds.items()}

@@ -86,6 +86,7 @@ def test_full_disk_is_told(store: Store) -> None:
     assert "make room" in error.value.hint
 
 
+@pytest.mark.slow
 def test_killed_run_is_gone_on_from_and_never_taken_for_a_result(
     pipeline: Pipeline, store: Store, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_force_does_not_go_on_from_a_dead_run(pipeline: Pipeline, tmp_path: Path
     assert pipeline.build("train", settings(), force=True).metrics["begun_at"] == 0
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_killed_and_gone_on_from(pipeline: Pipeline, store: Store, tmp_path: Path) -> None:
     process = toys.begin("train", TOY_HOLD=str(tmp_path / "never"))
     toys.until(process, "held")
@@ -126,6 +128,7 @@ def test_interrupted_run_is_killed_and_gone_on_from(pipeline: Pipeline, store: S
     assert pipeline.build("train", settings()).metrics["begun_at"] == 3
 
 
+@pytest.mark.slow
 def test_second_process_waits_and_reuses(store: Store, tmp_path: Path) -> None:
     go = tmp_path / "go"
     first = toys.begin("train", TOY_HOLD=str(go))

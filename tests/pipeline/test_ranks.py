@@ -30,6 +30,7 @@ def torchrun(stage: str) -> list[dict]:
     return [json.loads(line) for line in re.findall(r"{\"run_id.*?}}", done.stdout)]
 
 
+@pytest.mark.slow
 def test_stage_that_does_not_train_runs_once(empty_store: str) -> None:
     results = torchrun("draw")
     assert len(results) == 2
@@ -37,6 +38,7 @@ def test_stage_that_does_not_train_runs_once(empty_store: str) -> None:
     assert len(list(Store(empty_store).search(stage="draw"))) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_run(empty_store: str) -> None:
     """Both train on the same files; the first alone builds what is upstream, and records."""
     results = torchrun("train")

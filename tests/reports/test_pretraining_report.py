@@ -158,6 +158,7 @@ def test_an_answer_comes_with_time_and_money(empty_store):
     assert "was not scored on" in distance.verdict()
 
 
+@pytest.mark.slow
 def test_another_text_is_not_taken_for_the_references(empty_store, monkeypatch):
     monkeypatch.setitem(PARAMS, "pretrain.public_text", "/somewhere/lambada.txt")
     run("mine", public=1.0)
@@ -177,6 +178,7 @@ def test_what_was_reached_is_not_foretold(empty_store):
     assert [row[1] for row in distance.table().rows] == ["reached", "reached"]
 
 
+@pytest.mark.slow
 def test_any_set_of_runs(empty_store, tmp_path):
     one, two = run("one"), run("two", public=4.0)
     run("three", status="RUNNING")
@@ -217,7 +219,7 @@ def test_references_have_their_sources(tmp_path):
 
 def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
     """`mmphi reference` on a model of one's own: the same loss as its protocol says, kept with all that repeats it."""
-    from conftest import byte_tokenizer, tiny_language
+    from builders import byte_tokenizer, tiny_language
 
     from mmphi.evaluation.perplexity import Protocol, text_loss
     from mmphi.models.device import this_device

@@ -48,7 +48,9 @@ def test_areas_are_the_sums_written_out():
         assert s2[i] == pytest.approx(sum(falls[k] * 0.999 ** (j - k) for j in range(i + 1) for k in range(j + 1)))
 
 
-@pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
+@pytest.mark.parametrize(
+    "kind", ["cosine", pytest.param("wsd", marks=pytest.mark.slow), pytest.param("constant", marks=pytest.mark.slow)]
+)
 def test_a_planted_law_is_found(kind):
     """The interval holds the truth at each of three targets, in 9 of 10 curves at least."""
     target, held = {"wsd": 3.9, "cosine": 3.9, "constant": 3.9}[kind], 0

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, Settings, load_settings
+from mmphi.training.loop import Loop
 
 SMALL = {
     "scenes.train_images": "40",
@@ -62,16 +64,16 @@ def settings(**changes: str) -> Settings:
 
 
 @contextmanager
-def built(stage: str, database: Path, folder: Path, **changes: str) -> Iterator[Pipeline]:
-    """A store of its own in which a stage is built already.
+def built(stage: str, start: Path, folder: Path, **changes: str) -> Iterator[Pipeline]:
+    """A store of its own in which a stage is built.
 
     Args:
         stage: What to build.
-        database: An empty store, which is copied.
-        folder: Where it goes, and the cache beside it.
+        start: A store's folder, which is copied first: the session's ``small_chain``, or an empty one.
+        folder: Of the copy; the cache is beside it.
         **changes: Of the settings.
     """
-    shutil.copy(database, folder / "mlflow.db")
+    copy_store(start, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
@@ -83,10 +85,49 @@ def built(stage: str, database: Path, folder: Path, **changes: str) -> Iterator[
         yield pipeline
 
 
+def copy_store(start: Path, folder: Path) -> None:
+    """Copy a tracking store with its artifacts and cache; paths in its database become those of the copy.
+
+    Files that are one file by hard links are one file in the copy.
+    """
+    copied: dict[int, str] = {}
+
+    def copy(source: str, target: str) -> None:
+        first = copied.setdefault(Path(source).stat().st_ino, target)
+        if first == target:
+            shutil.copy2(source, target)
+        else:
+            os.link(first, target)
+
+    shutil.copytree(start, folder, dirs_exist_ok=True, copy_function=copy)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        names = "SELECT name FROM sqlite_master WHERE type = 'table'"
+        for (table,) in database.execute(names).fetchall():
+            for _, column, kind, *_ in database.execute(f"PRAGMA table_info({table})").fetchall():
+                if kind.startswith(("VARCHAR", "TEXT")):
+                    change = f"UPDATE {table} SET {column} = replace({column}, ?, ?) WHERE {column} LIKE ?"
+                    database.execute(change, (str(start), str(folder), f"%{start}%"))
+        database.commit()
+
+
+@contextmanager
+def interrupted_after(step: int) -> Iterator[None]:
+    """Trainings stop by ``KeyboardInterrupt`` as soon as the checkpoint of a step is complete."""
+    save = Loop._save_checkpoint
+
+    def interrupting(self: Loop, model: torch.nn.Module, trial: object) -> None:
+        save(self, model, trial)
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_save_checkpoint", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def main() -> None:
     """Build a stage; with SMALL_DIE_AT the process kills itself after so many optimiser steps."""
-    from mmphi.training.loop import Loop
-
     torch.set_num_threads(1)
     left = int(os.environ.get("SMALL_DIE_AT", "-1"))
     if left >= 0:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,17 @@ from mmphi.stages import STAGES, load_settings
 from mmphi.stages.estimates import feature_bytes, feature_shape, image_count, to_fetch
 
 
+@pytest.fixture(scope="module")
+def pipeline(small_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    with small.built("embed", small_chain, tmp_path_factory.mktemp("estimates")) as pipeline:
+        yield pipeline
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"vision__layer": "-1"}, {"vision__pool": "2"}, {"light_clip__from_nothing": "vit"}]
 )
-def test_size_of_features_is_what_embed_stores(empty_store: str, changes: dict[str, str]) -> None:
-    settings, pipeline = small.settings(**changes), Pipeline(STAGES)
+def test_size_of_features_is_what_embed_stores(pipeline: Pipeline, changes: dict[str, str]) -> None:
+    settings = small.settings(**changes)
     view = pipeline.view("embed", settings)
     result = pipeline.build("embed", settings)
     store = FeatureStore(result.path)

@@ -15,6 +15,7 @@ from mmphi.models.llava_check import QUESTIONS, difference, pictures, said
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.stages.export import plain_model
+from mmphi.tracking.store import Store
 
 LLAVA = {
     "light_clip__from_nothing": "vit",
@@ -25,9 +26,9 @@ LLAVA = {
 
 
 @pytest.fixture(scope="module")
-def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def pipeline(small_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A store in which a small adapter of LLaVA's shape is exported already."""
-    with small.built("export", _database, tmp_path_factory.mktemp("export"), **LLAVA) as pipeline:
+    with small.built("export", small_chain, tmp_path_factory.mktemp("export"), **LLAVA) as pipeline:
         yield pipeline
 
 
@@ -49,12 +50,22 @@ def test_what_the_pipeline_exports_loads_in_transformers_and_is_the_adapters_mod
         assert str(weights.get_tensor("language_model.lm_head.weight").dtype) == "torch.bfloat16"
 
 
-def test_what_has_no_counterpart_is_refused_before_anything_is_trained(empty_store: str) -> None:
-    for changes, said_so in (
-        (LLAVA | {"projector__norm": "true"}, "normalises its input"),
-        (LLAVA | {"projector__width": "48"}, "wide inside"),
-        (LLAVA | {"vision__pool": "2"}, "averages no patches"),
-        (LLAVA | {"light_clip__from_nothing": "resnet"}, "is a resnet, and LLaVA's is a CLIP ViT"),
-    ):
-        with pytest.raises(ModelError, match=said_so):
-            Pipeline(STAGES).build("export", small.settings(**changes))
+@pytest.mark.parametrize(
+    ("changes", "said_so"),
+    [
+        ({"projector__norm": "true"}, "normalises its input"),
+        ({"vision__pool": "2"}, "averages no patches"),
+        ({"light_clip__from_nothing": "resnet"}, "is a resnet, and LLaVA's is a CLIP ViT"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_before_anything_is_trained(
+    empty_store: str, changes: dict[str, str], said_so: str
+) -> None:
+    with pytest.raises(ModelError, match=said_so):
+        Pipeline(STAGES).build("export", small.settings(**{**LLAVA, **changes}))
+    assert list(Store(empty_store).search()) == []
+
+
+def test_a_projector_of_another_width_inside_is_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(ModelError, match="wide inside"):
+        pipeline.build("export", small.settings(**{**LLAVA, "projector__width": "48"}))

@@ -16,12 +16,13 @@ from mmphi.tracking.store import Store
 
 
 @pytest.fixture(scope="module")
-def alone(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def alone(small_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """What one process with one thread builds."""
-    with small.built("projector", _database, tmp_path_factory.mktemp("alone")) as pipeline:
+    with small.built("projector", small_chain, tmp_path_factory.mktemp("alone")) as pipeline:
         yield pipeline
 
 
+@pytest.mark.slow
 def test_built_beside_is_built_alone(alone: Pipeline, empty_store: str) -> None:
     """Two threads, one of them the helper's: the same weights and features to the bit, and by two processes."""
     settings = small.settings()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import context
+from builders import context
 
 from mmphi.models.language import load_language
 from mmphi.pipeline.stage import Result
@@ -39,7 +39,7 @@ def test_scenes_as_words(tmp_path, drawn, recorder):
 
 
 def test_answers_only_are_learned_or_everything(drawn):
-    from conftest import byte_tokenizer
+    from builders import byte_tokenizer
 
     from mmphi.text.prompt import Prompt
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import texts
-from conftest import Recorder
+from builders import Recorder
 
 from mmphi.errors import DataError, SettingsError, TrainingError
 from mmphi.pipeline.stage import Result

@@ -5,7 +5,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from conftest import Recorder, context
+from builders import Recorder, context
 
 from mmphi.errors import SettingsError
 from mmphi.stages import load_settings
@@ -122,6 +122,7 @@ def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_pat
     assert figures["val/loss"] == pytest.approx(expected["val/loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before a checkpoint is noted", "two checkpoints kept"])
 def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monkeypatch, moment):
     """Killed in the middle, too; what is kept apart for validation is not in the store."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import texts
 import torch
-from conftest import Recorder
+from builders import Recorder
 from transformers import AutoTokenizer, PhiForCausalLM
 from workers import spawn
 
@@ -79,7 +79,7 @@ def test_losses_of_rows_and_of_validation_are_right(straight, read):
         ids = torch.tensor(held.ids(int(stretch)).astype("int64"))
         for first in range(0, len(ids) - 1, 32):
             part = ids[None, first : first + 33]
-            loss = model(input_ids=part, labels=part).loss
+            loss = model(input_ids=part, labels=part).loss.detach()
             nats, count = nats + float(loss) * (part.shape[1] - 1), count + part.shape[1] - 1
     assert json.loads((straight / "figures.json").read_text())["val/loss"] == pytest.approx(nats / count, abs=1e-4)
 
@@ -104,6 +104,7 @@ saved = figures
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, read):
     """Copied to both (DDP) and spread over both (FSDP2), on gloo: the same losses and weights as in one process."""
     body = WORKER.format(read=str(read.path))

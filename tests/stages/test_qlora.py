@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from conftest import example
+from builders import example
 from safetensors.torch import load_file, save_file
 from transformers import PhiForCausalLM
 
@@ -35,9 +35,9 @@ from mmphi.tracking.store import Store
 
 
 @pytest.fixture(scope="module")
-def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def pipeline(small_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A store in which a small adapter is trained already."""
-    with small.built("qlora", _database, tmp_path_factory.mktemp("qlora")) as pipeline:
+    with small.built("qlora", small_chain, tmp_path_factory.mktemp("qlora")) as pipeline:
         yield pipeline
 
 
@@ -73,16 +73,29 @@ def test_it_trains_what_it_should_and_tells(pipeline, result):
 
 
 def test_loaded_anew_it_answers_the_same(pipeline, result):
-    """In this process twice, in another once, and by PEFT alone."""
+    """In this process twice, and by PEFT alone."""
     loaded = load_bundle(result.path)
     assert loaded.vision is not None
     assert loaded.vision.question == DESCRIBE  # As the projector's model has it.
-    asked = questions(pipeline)
-    answers = [answer.text for answer in loaded.generate(asked, 6)]
     held = loaded.losses([example for example in examples(pipeline) if example.split == "test"])
     assert mmphi.load(result.run_id).losses(
         [example for example in examples(pipeline) if example.split == "test"]
     ) == pytest.approx(held, rel=1e-5)
+    from peft import PeftModel
+
+    from mmphi.models.language import _quantization, keep_exact
+
+    config = _quantization("4bit", torch.device("cpu"))
+    base = keep_exact(PhiForCausalLM.from_pretrained(result.path / "language", quantization_config=config))
+    theirs = PeftModel.from_pretrained(base, str(result.path / "adapter")).eval()
+    ids = torch.arange(5, 25)[None]
+    assert torch.allclose(theirs(ids).logits, loaded.language.model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_it_answers_the_same_in_another_process(pipeline, result):
+    asked = questions(pipeline)
+    answers = [answer.text for answer in load_bundle(result.path).generate(asked, 6)]
     code = (
         "import json, sys, torch, mmphi\n"
         "from pathlib import Path\n"
@@ -94,16 +107,6 @@ def test_loaded_anew_it_answers_the_same(pipeline, result):
     command = [sys.executable, "-c", code, str(result.path), *(str(image.path) for image, _ in asked)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout.splitlines()[-1]) == answers
-
-    from peft import PeftModel
-
-    from mmphi.models.language import _quantization, keep_exact
-
-    config = _quantization("4bit", torch.device("cpu"))
-    base = keep_exact(PhiForCausalLM.from_pretrained(result.path / "language", quantization_config=config))
-    theirs = PeftModel.from_pretrained(base, str(result.path / "adapter")).eval()
-    ids = torch.arange(5, 25)[None]
-    assert torch.allclose(theirs(ids).logits, loaded.language.model(ids).logits, atol=1e-5)
 
 
 def examples(pipeline: Pipeline) -> list:
@@ -124,6 +127,18 @@ def test_two_models_of_one_base_do_not_meet(pipeline, result):
     assert again.losses(test) == before
 
 
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(pipeline):
+    changes = {"qlora__seed": "6", "qlora__dropout": "0.1"}
+    with small.interrupted_after(4):
+        pipeline.build("qlora", small.settings(**changes))
+    resumed = pipeline.build("qlora", small.settings(**changes), after=False)
+    straight = pipeline.build("qlora", small.settings(**changes), after=False, force=True)
+    assert resumed.run_id != straight.run_id
+    one, other = adapter(resumed.path), adapter(straight.path)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
 def test_killed_it_goes_on_to_the_same(pipeline):
     command = [sys.executable, str(Path(small.__file__)), "qlora", "qlora.seed=7", "qlora.dropout=0.1"]
     died = subprocess.run(command, env={**os.environ, "SMALL_DIE_AT": "4"}, capture_output=True, text=True)
@@ -219,8 +234,8 @@ def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pi
         patch.setattr(PackedModel, "forward", broken)
         with pytest.raises(TrainingError, match="the loss at step 5 is nan"):
             pipeline.build("qlora", settings)
-    resumed = pipeline.build("qlora", settings)
-    straight = pipeline.build("qlora", settings, force=True)
+    resumed = pipeline.build("qlora", settings, after=False)
+    straight = pipeline.build("qlora", settings, after=False, force=True)
     one, other = adapter(resumed.path), adapter(straight.path)
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -75,11 +75,11 @@ def all_of_it() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def trained(_database: Path, tiny_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def trained(small_chain: Path, tiny_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("speech")
     path = recordings(folder / "spoken")
     changes = {**QUICK, "speech.path": str(path), "audio.whisper": str(tiny_whisper)}
-    with built("speech", _database, folder, **changes) as pipeline:
+    with built("speech", small_chain, folder, **changes) as pipeline:
         yield pipeline, changes
 
 

@@ -32,15 +32,15 @@ UPSTREAM = ("scenes", "pretrain", "light_clip", "embed")
 
 
 @pytest.fixture(scope="module")
-def pipeline(_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def pipeline(small_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A store in which the small projector is built already."""
-    with small.built("projector", _database, tmp_path_factory.mktemp("stages")) as pipeline:
+    with small.built("projector", small_chain, tmp_path_factory.mktemp("stages")) as pipeline:
         yield pipeline
 
 
 def runs(pipeline: Pipeline, **changes: str) -> dict[str, str]:
     """Run ids of everything that a projector of these settings is built on, and its own."""
-    result = pipeline.build("projector", small.settings(**changes))
+    result = pipeline.build("projector", small.settings(**changes), after=False)
     tags = pipeline.store.run(result.run_id).data.tags
     return {"projector": result.run_id} | {name: tags[f"mmphi.upstream.{name}"] for name in UPSTREAM}
 
@@ -76,7 +76,7 @@ def test_other_seed_shares_everything_upstream(pipeline: Pipeline) -> None:
     one, other = runs(pipeline), runs(pipeline, projector__seed="1")
     assert one["projector"] != other["projector"]
     assert {name: one[name] for name in UPSTREAM} == {name: other[name] for name in UPSTREAM}
-    results = [pipeline.build("projector", small.settings(projector__seed=seed)) for seed in "01"]
+    results = [pipeline.build("projector", small.settings(projector__seed=seed), after=False) for seed in "01"]
     assert not torch.equal(*[weights(result.path)["layers.1.weight"] for result in results])
 
 
@@ -123,27 +123,48 @@ def test_kept_checkpoints_can_be_evaluated(pipeline: Pipeline) -> None:
         pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="3"))
 
 
-def test_killed_and_resumed_equals_straight_to_the_bit(pipeline: Pipeline) -> None:
-    """SIGKILL after the checkpoint of step 4; the same command goes on."""
-    straight = pipeline.build("projector", small.settings(projector__seed="2"))
-    run = pipeline.store.run(straight.run_id)
-    own = {"projector__seed": "2", "projector__dropout": "0.2", "projector__align_steps": "3"}
-    given = [f"{name}={value}" for name, value in own.items()]
+RESUMED = {"projector__seed": "2", "projector__dropout": "0.2", "projector__align_steps": "3"}
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped when the checkpoint of step 4 is complete; the same call resumes from it."""
+    with small.interrupted_after(4):
+        pipeline.build("projector", small.settings(**RESUMED))
+    resumed = pipeline.build("projector", small.settings(**RESUMED), after=False)
+    assert "going on from step 4" in "".join(capsys.readouterr())
+    straight = pipeline.build("projector", small.settings(**RESUMED), after=False, force=True)
+    assert resumed.run_id != straight.run_id
+    after, expected = (losses(pipeline, run.run_id)[-4:] for run in (resumed, straight))
+    assert after == expected
+    assert_equal_weights(resumed.path, straight.path)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(pipeline: Pipeline) -> None:
+    """SIGKILL after the checkpoint of step 4, in processes of their own."""
+    own = {**RESUMED, "projector__seed": "3"}
+    given = [f"{name.replace('__', '.')}={value}" for name, value in own.items()]
     killed = script("projector", *given, SMALL_DIE_AT="4")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = script("projector", *given)
     assert "going on from step 4" in resumed.stdout + resumed.stderr
-    again = pipeline.build("projector", small.settings(**own), force=True)
+    straight = pipeline.build("projector", small.settings(**own), force=True)
     ended = json.loads(resumed.stdout.splitlines()[-1])
-    assert ended["run_id"] != again.run_id != run.info.run_id
-    one, two = weights(Path(ended["path"])), weights(again.path)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert ended["run_id"] != straight.run_id
+    assert_equal_weights(Path(ended["path"]), straight.path)
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_features_may_learn_to_name_words_first(pipeline: Pipeline) -> None:
     own = {"projector__align_steps": "6", "projector__align_batch_size": "16", "projector__eval_every": "3"}
-    result = pipeline.build("projector", small.settings(**own))
+    result = pipeline.build("projector", small.settings(**own), after=False)
     loss, gain = (
         {m.step: m.value for m in pipeline.store.client.get_metric_history(result.run_id, f"align/val/{name}")}
         for name in ("loss", "gain")
@@ -156,14 +177,14 @@ def test_features_may_learn_to_name_words_first(pipeline: Pipeline) -> None:
     assert {row["step"] for row in named} == {3, 6}
     assert len({str(row["image"]) for row in named}) == 2
     assert all(len(row["words"].split()) == 16 for row in named)
-    plain = pipeline.build("projector", small.settings(projector__eval_every="3"))
+    plain = pipeline.build("projector", small.settings(projector__eval_every="3"), after=False)
     first, other = (losses(pipeline, run.run_id)[0] for run in (result, plain))
     assert first != other
 
 
 def test_cached_features_train_as_live_ones(pipeline: Pipeline) -> None:
     cached = pipeline.build("projector", small.settings())
-    live = pipeline.build("projector", small.settings(projector__features="live"))
+    live = pipeline.build("projector", small.settings(projector__features="live"), after=False)
     assert "mmphi.upstream.embed" not in pipeline.store.run(live.run_id).data.tags
     expected = losses(pipeline, cached.run_id)
     assert len(expected) == 8
@@ -171,7 +192,7 @@ def test_cached_features_train_as_live_ones(pipeline: Pipeline) -> None:
 
 
 def test_two_projectors_share_one_language_model(pipeline: Pipeline) -> None:
-    results = [pipeline.build("projector", small.settings(projector__layers=n)) for n in "12"]
+    results = [pipeline.build("projector", small.settings(projector__layers=n), after=False) for n in "12"]
     one, two = (mmphi.load(result.path) for result in results)
     assert one.language.model is two.language.model
     assert one.features.tower is two.features.tower
@@ -211,6 +232,7 @@ print(json.dumps([model.ask("", image, max_new_tokens=12) for image in sys.argv[
 """
 
 
+@pytest.mark.slow
 def test_model_answers_alone(pipeline: Pipeline, tmp_path: Path) -> None:
     """In a new process, with data, store and cache out of reach."""
     result = pipeline.build("projector", small.settings())

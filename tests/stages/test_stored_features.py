@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import context as context_of
+from builders import context as context_of
 from PIL import Image
 
 from mmphi.data.feature_writer import FeatureWriter

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import Recorder, context
+from builders import Recorder, context
 from safetensors.torch import load_file
 
 from mmphi.pipeline.stage import Result
 from mmphi.settings.corpus import CorpusSettings
 from mmphi.settings.pretrain import PretrainSettings
 from mmphi.stages import Settings, pretrain, tokens
+from mmphi.training.loop import Loop
 
 SHAPE = {"layers": 2, "width": 32, "heads": 2, "context": 32, "batch_tokens": 512, "stop": "steps 24"}
 REST = {"optimizer": "muon", "schedule": "wsd", "warmup": 0.0, "log_every": 4, "eval_every": 6, "save_every": 1}
@@ -78,7 +81,15 @@ def same(one: Path, other: Path) -> bool:
 
 
 def main() -> None:
-    """Train in the folder given, on the tokens given; for tests that kill it."""
+    """Train in the folder given, on the tokens given; a step takes TEXTS_STEP_S seconds or more."""
+    least = float(os.environ.get("TEXTS_STEP_S", "0"))
+    save = Loop._save_checkpoint
+
+    def slowly(self: Loop, model: torch.nn.Module, trial: object) -> None:
+        time.sleep(least)
+        save(self, model, trial)
+
+    Loop._save_checkpoint = slowly
     torch.set_num_threads(1)
     folder, read, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     print("begun", flush=True)

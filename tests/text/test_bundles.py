@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 
 from mmphi.models.packed import PackedModel, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig

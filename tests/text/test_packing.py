@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 from torch.nn import functional as F
 
 from mmphi.errors import ModelError

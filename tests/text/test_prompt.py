@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer
+from builders import byte_tokenizer
 
 from mmphi.errors import ModelError
 from mmphi.text.prompt import REMEMBERED, Prompt

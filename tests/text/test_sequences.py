@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomFeatures, byte_tokenizer, encode, of_length, tiny_language
+from builders import RandomFeatures, byte_tokenizer, encode, of_length, tiny_language
 
 from mmphi.data.encoded import image_inputs
 from mmphi.data.records import Example, ImageRef, Turn

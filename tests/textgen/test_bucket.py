@@ -19,6 +19,8 @@ from mmphi.textgen.documents import ShardName
 from mmphi.textgen.reader import Reader
 from mmphi.textgen.spool import Spool
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("s3fs")
 KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
 SERVER = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from conftest import context
+from builders import context
 
 from mmphi.errors import DataError, SettingsError, StoreError
 from mmphi.pipeline.stage import Result

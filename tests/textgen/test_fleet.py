@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 
 from mmphi.errors import ModelError
 from mmphi.models.language import load_language
@@ -42,6 +42,7 @@ def until(happened, seconds=120):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_shard(writer, tmp_path):
     settings, told = settings_of(writer), []
     url = str(tmp_path / "spool")
@@ -80,6 +81,7 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
         assert abs(float(loss) + document.logprob) / len(ids) < NEAR
 
 
+@pytest.mark.slow
 def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
     told = []
     fleet = Fleet(
@@ -90,6 +92,7 @@ def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
     assert len(told) == HOPELESS
 
 
+@pytest.mark.slow
 def test_streams_are_never_given_out_twice(writer, tmp_path):
     for expected in (1, 2):
         with Fleet(settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print) as fleet:

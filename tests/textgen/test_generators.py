@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import byte_tokenizer, tiny_language
+from builders import byte_tokenizer, tiny_language
 
 from mmphi.cli import main
 from mmphi.textgen.reader import Reader
@@ -26,6 +26,7 @@ def command(writer, url, *more):
     return ["generators", "--spool", url, *small, *more]
 
 
+@pytest.mark.slow
 def test_they_write_until_they_are_told_to_end_and_close_what_they_have_open(writer, tmp_path):
     url = str(tmp_path / "spool")
     process = subprocess.Popen([sys.executable, "-m", "mmphi", *command(writer, url)])
@@ -47,6 +48,7 @@ def test_they_write_until_they_are_told_to_end_and_close_what_they_have_open(wri
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.slow
 def test_two_calls_never_have_one_stream(writer, tmp_path):
     url = str(tmp_path / "spool")
     for _ in range(2):
@@ -68,6 +70,7 @@ def test_help_names_the_readers(capsys):
     assert "--source stream" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_signals_are_whose_they_were(writer, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     main(command(writer, str(tmp_path / "spool"), "--stop", "time 1s"))

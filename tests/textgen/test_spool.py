@@ -80,7 +80,8 @@ def test_a_full_spool_holds_its_writers_back_until_something_is_let_go(tmp_path)
     done = []
     waiting = threading.Thread(target=lambda: done.append(spool.put(*shard(2))))
     waiting.start()
-    time.sleep(0.3)
+    while not any("let go" in line for line in told):  # Reported when the wait begins.
+        time.sleep(0.01)
     assert not done
     assert len(spool.held()) == 2
     spool.let_go(ShardName("here-0-1", 0))

@@ -28,6 +28,7 @@ def test_pages_open_on_the_training_runs(empty_store: str) -> None:
     assert pages["charts"].endswith("&compareRunsMode=CHART")
 
 
+@pytest.mark.slow
 def test_server_is_started_and_said(empty_store: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_language
+from builders import tiny_language
 
 from mmphi.data.records import AudioRef
 from mmphi.models.links import EncoderLink

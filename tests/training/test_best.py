@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import Recorder
+from builders import Recorder
 from small_training import ANSWERS, new_projector, trained, weights
 
 from mmphi.errors import Stopped

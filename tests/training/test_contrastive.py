@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import Recorder
+from builders import Recorder
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file
@@ -180,6 +180,7 @@ saved = {"weights": {n: p.detach() for n, p in clip.named_parameters()}, "losses
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
     one, two = (spawn(tmp_path, n, __file__, WORKER) for n in (1, 2))
     for name, weight in one["weights"].items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_language
+from builders import tiny_language
 
 from mmphi.data.records import AudioRef, Example, Turn
 from mmphi.models.links import EncoderLink

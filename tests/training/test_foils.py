@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RandomFeatures, encode, example, tiny_language
+from builders import RandomFeatures, encode, example, tiny_language
 
 from mmphi.errors import SettingsError
 from mmphi.models.contrast import MARGIN, SOFT

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import RandomFeatures, Recorder, encode, example, tiny_language
+from builders import RandomFeatures, Recorder, encode, example, tiny_language
 
 from mmphi.allocator import keep_freed_memory
 from mmphi.models.packed import PackedModel

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import Recorder, encode, example, tiny_language
+from builders import Recorder, encode, example, tiny_language
 
 from mmphi.errors import Stopped
 from mmphi.models.packed import PackedModel

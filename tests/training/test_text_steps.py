@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer
+from builders import byte_tokenizer
 
 from mmphi.data.texts import Piece
 from mmphi.data.tokens import Tokens, TokenWriting

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RandomFeatures, Recorder, encode, example, tiny_language
+from builders import RandomFeatures, Recorder, encode, example, tiny_language
 from safetensors.torch import load_file
 from small_training import ANSWERS, new_projector, trained, weights
 from transformers import TrainingArguments
@@ -182,6 +182,7 @@ saved = {"weights": weights(projector), "losses": recorder.series("train/loss")}
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     one, two = (spawn(tmp_path, n, __file__, WORKER) for n in (1, 2))
     torch.testing.assert_close(one["weights"], two["weights"], rtol=1e-4, atol=1e-5)

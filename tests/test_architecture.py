@@ -1,0 +1,121 @@
+"""The layering of the packages: imports point downwards, and only where :data:`LAYERS` allows it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# From the lowest layer to the highest; a package may import packages of its own layer and of lower ones.
+LAYERS = [
+    {"errors", "allocator"},
+    {"settings"},
+    {"text"},
+    {"data"},
+    {"models"},
+    {"cluster"},
+    {"textgen"},
+    {"training", "evaluation"},
+    {"stages"},
+    {"assistant", "benchmarks", "describe", "harness"},
+    {"cli"},
+]
+# The pipeline and the tracking store are used by stages and above, and know nothing but what is listed here.
+MAY_IMPORT = {
+    "pipeline": {"errors", "allocator", "settings", "data", "tracking"},
+    "tracking": {"errors", "settings", "data", "pipeline"},
+    # A report is a query of the store; it computes perplexities of reference models, and trains nothing.
+    "reports": {"errors", "settings", "tracking", "data", "models", "evaluation"},
+    "ablations": {"reports", "cli", "describe"}
+    | {"errors", "allocator", "settings", "tracking", "pipeline", "text", "data", "models", "training", "stages"},
+}
+EXCEPTIONS = {
+    ("*", "mmphi.tracking.tracker"),  # A Protocol without dependencies, for annotations.
+    ("pipeline", "mmphi.models.bundle"),  # Imported lazily, where a setting names a stored model.
+}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # `from mmphi import describe` imports a module, `from mmphi.errors import DataError` a name of one.
+            prefix = node.module in ("mmphi", "ablations", "reports")
+            yield from (f"{node.module}.{alias.name}" for alias in node.names) if prefix else (node.module,)
+
+
+def package_of(module: str) -> str:
+    """``settings`` for ``mmphi.settings.view``, ``reports`` for ``reports.query``."""
+    top, _, rest = module.partition(".")
+    return rest.partition(".")[0] if top == "mmphi" else top
+
+
+def layer(package: str) -> int:
+    return next(number for number, packages in enumerate(LAYERS) if package in packages)
+
+
+def is_allowed(importer: str, module: str) -> bool:
+    imported = package_of(module)
+    if imported == importer or {(importer, module), ("*", module)} & EXCEPTIONS:
+        return True
+    if importer in MAY_IMPORT:
+        return imported in MAY_IMPORT[importer]
+    if imported in ("ablations", "reports"):
+        return False
+    if imported in MAY_IMPORT:
+        return layer(importer) >= layer("stages")
+    return layer(imported) <= layer(importer)
+
+
+def violations(root: Path) -> list[str]:
+    found = []
+    for top in ("mmphi", "ablations", "reports"):
+        for path in sorted((root / top).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if top == "mmphi" and len(parts) == 2 and parts[1] not in ("cli", "describe"):
+                continue  # The package's own front: __init__, __main__, errors, allocator.
+            importer = parts[1] if top == "mmphi" else top
+            own = [m for m in imported_modules(path) if m.startswith(("mmphi.", "ablations", "reports"))]
+            found += [f"{path.relative_to(root)} imports {m}" for m in own if not is_allowed(importer, m)]
+    return found
+
+
+def test_imports_point_downwards() -> None:
+    assert violations(ROOT) == []
+
+
+def test_violations_are_found(tmp_path: Path) -> None:
+    """One of each kind, in a tree of its own."""
+    for name, code in {
+        "mmphi/text/a.py": "from mmphi.models.phi import x",
+        "mmphi/models/b.py": "def f():\n    import mmphi.pipeline.build",
+        "mmphi/stages/c.py": "from mmphi.pipeline.stage import Stage\nfrom reports.query import load_study",
+        "mmphi/training/d.py": "from mmphi.tracking.tracker import Tracker\nfrom mmphi import describe",
+        "reports/e.py": "from ablations import study\nfrom mmphi.stages import STAGES\nimport mmphi.errors",
+        "ablations/f.py": "from mmphi.assistant import serve\nfrom reports import query",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code)
+    assert violations(tmp_path) == [
+        "mmphi/models/b.py imports mmphi.pipeline.build",
+        "mmphi/stages/c.py imports reports.query",
+        "mmphi/text/a.py imports mmphi.models.phi",
+        "mmphi/training/d.py imports mmphi.describe",
+        "ablations/f.py imports mmphi.assistant",
+        "reports/e.py imports ablations.study",
+        "reports/e.py imports mmphi.stages",
+    ]
+
+
+def test_few_modules_are_outside_a_package() -> None:
+    assert {path.stem for path in (ROOT / "mmphi").glob("*.py")} == {
+        "__init__",
+        "__main__",
+        "allocator",
+        "cli",
+        "describe",
+        "errors",
+    }
