@@ -68,8 +68,8 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
-# Two processes with one thread each: with more threads they would compete for the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# One thread each, so that they do not compete for the cores; one more than two cores need, because tests also wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 tests: $(VENV)/ready
 	$(PYTEST)

@@ -61,6 +61,10 @@ class ModelError(MmphiError):
     """A model that cannot be found, loaded or joined to another."""
 
 
+class GenerationError(MmphiError):
+    """An answer that broke off because of the model, and not because of the question."""
+
+
 class StoreError(MmphiError):
     """Results that cannot be found in, or written to, the tracking store."""
 

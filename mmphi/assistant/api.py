@@ -117,9 +117,19 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
         where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
         return told(Refused(400, f"{where}: {first['msg']}"))
 
+    def state(problem: str) -> JSONResponse:
+        content = {"status": problem or "ok", "model": rules.name, "open": worker.open}
+        return JSONResponse(content, 503 if problem else 200)
+
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": rules.name, "open": worker.open}
+    async def health() -> JSONResponse:
+        """Liveness: 503 where only a restart helps."""
+        return state(worker.problem)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Readiness: 503 also while the queue is full."""
+        return state(worker.problem or ("the queue is full" if worker.full else ""))
 
     @app.get("/metrics")
     async def measured() -> PlainTextResponse:

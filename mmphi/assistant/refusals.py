@@ -8,7 +8,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
 from mmphi.assistant.worker import Full, TooSlow
-from mmphi.errors import MmphiError
+from mmphi.errors import GenerationError, MmphiError
 
 RETRY_AFTER_S = 1
 
@@ -33,7 +33,7 @@ def refusal(error: Exception) -> Refused:
         return Refused(429, str(error), "rate_limit_error")
     if isinstance(error, TooSlow):
         return Refused(504, str(error), "timeout_error")
-    if isinstance(error, MmphiError):
+    if isinstance(error, MmphiError) and not isinstance(error, GenerationError):
         return Refused(400, str(error))
     return Refused(500, f"{type(error).__name__}: {error}", "server_error")
 

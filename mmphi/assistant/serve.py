@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 HOST, PORT = "127.0.0.1", 8000
 KEY = "MMPHI_API_KEY"
+GRACE_S, END_S = 2, 9.0  # After SIGTERM: seconds that open answers may take, and until the process is ended by force.
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="mmphi serve",
         description="Serve a trained model by OpenAI's HTTP interface: /v1/chat/completions (text, images, audio),"
-        " /v1/models, /health, /metrics.",
+        " /v1/models, /health, /ready, /metrics.",
         epilog=f"A key that every request must bring is read from the variable {KEY}.",
     )
     model_options(made)
@@ -111,5 +113,22 @@ def main(arguments: Sequence[str]) -> int:
         limit_s=options.time_limit,
     )
     print(f"{rules.name} at http://{options.host}:{options.port}/v1", flush=True)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    config = uvicorn.Config(
+        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=GRACE_S
+    )
+    server = uvicorn.Server(config)
+    server.handle_exit = ending_soon(server.handle_exit)  # type: ignore[method-assign]
+    server.run()
     return 0
+
+
+def ending_soon(handle: Callable[..., None]) -> Callable[..., None]:
+    """A signal handler that also ends the process after :data:`END_S` seconds, whatever its threads are doing."""
+
+    def handler(*arguments: object) -> None:
+        timer = threading.Timer(END_S, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+        handle(*arguments)
+
+    return handler

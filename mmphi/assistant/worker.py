@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -15,6 +16,8 @@ from mmphi.models.chat.prompts import check_shown, open_prompt
 from mmphi.models.chat.sampling import Sampling
 
 IDLE_S = 0.5  # How long an idle thread waits before it looks whether it shall stop.
+STALLED_S = 60.0  # Without a step for longer, the engine counts as stalled: a step takes seconds at most.
+STOP_S = 5.0  # How long a stop waits for the threads; they are daemons, and do not hold up the end of the process.
 
 
 class Full(MmphiError):  # noqa: N818  # As HTTP has it: Too Many Requests.
@@ -80,7 +83,11 @@ class Worker:
         self._ready: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._open: set[Ticket] = set()
         self._lock, self._stopping = threading.Lock(), threading.Event()
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._prepare, self._answer)]
+        self._stepped = time.monotonic()
+        self._threads = [
+            threading.Thread(target=run, daemon=True, name=name)
+            for name, run in (("preparation", self._prepare), ("generation", self._answer))
+        ]
 
     def start(self) -> None:
         """Begin to answer."""
@@ -91,8 +98,23 @@ class Worker:
         """Break off what is being answered, and end."""
         self._stopping.set()
         self._unread.put(None)
+        end = time.monotonic() + STOP_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, end - time.monotonic()))
+
+    @property
+    def problem(self) -> str:
+        """Why no answers can be expected: a thread has ended, or the engine makes no steps; empty otherwise."""
+        ended = [thread.name for thread in self._threads if not thread.is_alive()]
+        if ended:
+            return f"{', '.join(ended)} ended"
+        age = time.monotonic() - self._stepped
+        return f"the last step was {age:.0f} s ago" if age > STALLED_S else ""
+
+    @property
+    def full(self) -> bool:
+        """Whether no more tickets are taken at present."""
+        return len(self._open) >= self.most
 
     @property
     def open(self) -> int:
@@ -131,25 +153,38 @@ class Worker:
                 self._ready.put(ticket)
 
     def _answer(self) -> None:
-        """Step the engine as long as there is something to say."""
+        """Step the engine as long as there is something to say; no error of a request ends this thread."""
         active: list[Ticket] = []
         while not self._stopping.is_set():
-            self._take(active)
-            if not active:
-                continue
-            for ticket in active:
-                answering = ticket._answering
-                assert answering is not None
-                if ticket.gone:
-                    self.engine.cancel(answering)
-                elif self.limit_s and time.monotonic() - ticket.born > self.limit_s:
-                    self.engine.cancel(answering)
-                    ticket.error = TooSlow(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
-            self.engine.step()
+            self._stepped = time.monotonic()
+            try:
+                self._take(active)
+                self._cancel(active)
+                self.engine.step()
+            except Exception as error:  # None of a single answer: the engine gives those to the answer itself.
+                for ticket in active:
+                    self._break_off(ticket, error)
             active = [ticket for ticket in active if self._told(ticket)]
         for ticket in list(self._open):
             ticket.error = ticket.error or MmphiError("the server stops")
             self._end(ticket)
+
+    def _cancel(self, active: list[Ticket]) -> None:
+        """Break off answers that nobody waits for, or that take too long."""
+        for ticket in active:
+            answering = ticket._answering
+            assert answering is not None
+            if ticket.gone:
+                self.engine.cancel(answering)
+            elif self.limit_s and time.monotonic() - ticket.born > self.limit_s:
+                self.engine.cancel(answering)
+                ticket.error = TooSlow(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
+
+    def _break_off(self, ticket: Ticket, error: Exception) -> None:
+        answering = ticket._answering
+        assert answering is not None
+        ticket.error = ticket.error or error
+        self.engine.cancel(answering)
 
     def _take(self, active: list[Ticket]) -> None:
         """Take what is ready; wait for it where nothing else is to be done."""
@@ -180,7 +215,10 @@ class Worker:
         if answering.tokens and not ticket.first_s:
             ticket.first_s = time.monotonic() - ticket.born
         if (piece := answering.take()) and not ticket.gone:
-            ticket.tell(piece)
+            try:
+                ticket.tell(piece)
+            except RuntimeError:  # Likewise.
+                ticket.gone = True
         if not answering.reason:
             return True
         ticket.reason, ticket.error = answering.reason, ticket.error or answering.error
@@ -191,4 +229,5 @@ class Worker:
         with self._lock:
             self._open.discard(ticket)
         self.ended(ticket)
-        ticket.tell(None)
+        with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
+            ticket.tell(None)

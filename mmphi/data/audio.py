@@ -140,22 +140,29 @@ def _mono(container: Any, stream: Any, rate: int, name: str) -> Iterator[Samples
     """The sound in pieces: resampled with its channels apart, then averaged.
 
     swresample's own mixing sums two channels at 0.7 each where samples are floats, which is louder than either.
+    Samples are interleaved: of 8 or more channels in planes of their own, PyAV 18.1 reads memory that is not theirs.
     """
     resampler: Any = None
     for frame in container.decode(stream):
         if resampler is None:
-            resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=rate)
-        if frame.format.name.startswith(("flt", "dbl")) and not np.isfinite(frame.to_ndarray()).all():
-            raise AudioError(
-                "samples are not finite",
-                f"{name} holds samples that are no numbers (NaN or infinite)",
-                "export it anew",
-            )
+            channels = frame.layout.nb_channels
+            resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
         for piece in resampler.resample(frame):
-            yield piece.to_ndarray().mean(axis=0, dtype=np.float32)
+            yield _averaged(piece, channels, name)
     if resampler is not None:
         for piece in resampler.resample(None):
-            yield piece.to_ndarray().mean(axis=0, dtype=np.float32)
+            yield _averaged(piece, channels, name)
+
+
+def _averaged(piece: Any, channels: int, name: str) -> Samples:
+    """The mean of interleaved channels, (n,)."""
+    samples: Samples = piece.to_ndarray().reshape(-1, channels)
+    if not np.isfinite(samples).all():
+        raise AudioError(
+            "samples are not finite", f"{name} holds samples that are no numbers (NaN or infinite)", "export it anew"
+        )
+    mean: Samples = samples.mean(axis=1, dtype=np.float32)
+    return mean
 
 
 def _too_long(name: str, seconds: float, limit: float) -> AudioError:

@@ -219,26 +219,26 @@ def _cut(text: str, start: int, report: TextReport) -> int:
 
 def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: TextReport) -> Iterator[Piece]:
     """The documents of a text file, read a block at a time; what cannot be decoded ends the file, and is counted."""
-    reader = io.TextIOWrapper(stream, encoding=encoding, newline="")
-    waiting, first, ended = "", True, False
-    while not ended:
-        try:
-            block = reader.read(BLOCK)
-        except UnicodeDecodeError as error:
-            report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
-            block = ""
-        ended = not block
-        waiting += block
-        if separator:
-            *whole, waiting = waiting.split(separator)
-            for text in whole:
-                yield from _close(text, first, report)
-                first = True
-        while len(waiting) > PIECE + len(separator):
-            cut = _cut(waiting, 0, report)
-            yield Piece(waiting[:cut], first, False)
-            report.characters += cut
-            first, waiting = False, waiting[cut:]
+    with io.TextIOWrapper(stream, encoding=encoding, newline="") as reader:
+        waiting, first, ended = "", True, False
+        while not ended:
+            try:
+                block = reader.read(BLOCK)
+            except UnicodeDecodeError as error:
+                report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
+                block = ""
+            ended = not block
+            waiting += block
+            if separator:
+                *whole, waiting = waiting.split(separator)
+                for text in whole:
+                    yield from _close(text, first, report)
+                    first = True
+            while len(waiting) > PIECE + len(separator):
+                cut = _cut(waiting, 0, report)
+                yield Piece(waiting[:cut], first, False)
+                report.characters += cut
+                first, waiting = False, waiting[cut:]
     yield from _close(waiting, first, report)
 
 

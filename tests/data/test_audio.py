@@ -126,6 +126,25 @@ def one_is(value: float) -> bytes:
     return wav_bytes(np.where(np.arange(RATE) == 700, value, tone(RATE)).astype(np.float32), RATE)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+@pytest.mark.parametrize("channels", [1, 2, 6, 7, 8, 9, 12, 16])
+def test_any_number_of_channels_is_averaged(channels: int, dtype: type) -> None:
+    """Up to those that are read: of 8 or more, planes were read that are not the recording's."""
+    levels = np.linspace(-0.5, 0.9, channels)
+    samples = np.outer(np.ones(RATE), levels)
+    stored = (samples * 32767).round().astype(np.int16) if dtype is np.int16 else samples.astype(np.float32)
+    found = read_audio(wav_bytes(stored, RATE))
+    assert found.samples.shape == (RATE,)
+    np.testing.assert_allclose(found.samples, levels.mean(), atol=1e-4)
+
+
+def test_a_recording_of_eight_channels_at_another_rate(tmp_path: Path) -> None:
+    voices = np.stack([tone(44_100, hertz=100.0 * (n + 1), level=0.1) for n in range(8)], axis=1)
+    found = read_audio(wav_bytes(voices, 44_100)).samples
+    expected = np.mean([tone(RATE, hertz=100.0 * (n + 1), level=0.1) for n in range(8)], axis=0)
+    np.testing.assert_allclose(found[200:-200], expected[200:-200], atol=2e-3)
+
+
 def many_channels() -> bytes:
     out = io.BytesIO()
     with wave.open(out, "wb") as file:

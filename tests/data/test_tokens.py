@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
 import os
@@ -239,3 +240,19 @@ def test_real_texts_in_pieces_have_the_tokens_of_the_whole():
         pieces = list(read_texts(str(path), TextReport()))
         ids = [i for p in pieces for i in tokenizer(p.text)["input_ids"]]
         assert ids == tokenizer(path.read_bytes().decode())["input_ids"], path.name
+
+
+def test_a_reading_that_is_abandoned_closes_its_file(tmp_path, monkeypatch):
+    wrappers = []
+
+    class Kept(io.TextIOWrapper):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            wrappers.append(self)
+
+    monkeypatch.setattr(io, "TextIOWrapper", Kept)
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    reading = read_texts(str(tmp_path / "a.txt"), TextReport(), separator="\n\n")
+    assert next(reading).text == "one"
+    reading.close()
+    assert [wrapper.closed for wrapper in wrappers] == [True]

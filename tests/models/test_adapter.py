@@ -53,8 +53,8 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_learns():
 
 def test_packed_is_alone():
     packed, features = model(), {"image": RandomFeatures()}
-    alone = [float(packed(**pack([sample], features)).detach()) for sample in samples()]
-    assert float(packed(**pack(samples(), features))) == pytest.approx(sum(alone), rel=1e-5)
+    alone = [packed(**pack([sample], features)).item() for sample in samples()]
+    assert packed(**pack(samples(), features)).item() == pytest.approx(sum(alone), rel=1e-5)
 
 
 def gradients(packed: PackedModel) -> dict[str, torch.Tensor]:

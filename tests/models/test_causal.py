@@ -109,6 +109,7 @@ def test_walls_that_do_not_hold_are_found(monkeypatch):
     assert walls_error(CausalTask(language)) == math.inf  # Not attending inside documents: it cannot be computed.
 
 
+@pytest.mark.slow
 def test_compiled_is_as_it_is(monkeypatch):
     """Traced whole, with gradients; generating C++ takes half a minute and is torch's own matter."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

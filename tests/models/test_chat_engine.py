@@ -10,7 +10,7 @@ import torch
 from builders import RandomFeatures, tiny_language
 
 from mmphi.data.records import ImageRef
-from mmphi.errors import ModelError, SettingsError
+from mmphi.errors import GenerationError, ModelError, SettingsError
 from mmphi.models.chat import engine as engines
 from mmphi.models.chat.engine import Engine
 from mmphi.models.chat.sampling import Sampling
@@ -163,3 +163,47 @@ def test_equal_seeds_draw_equal_answers_and_others_do_not(model: Multimodal) -> 
 def test_impossible_sampling_is_refused(how: dict) -> None:
     with pytest.raises(SettingsError):
         Sampling(**how)
+
+
+def test_an_error_of_a_decoding_step_ends_the_answer_it_belongs_to(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass over all answers fails as long as one of them is in it; the others go on, each to its own answer."""
+    engine = Engine(model, slots=3)
+    forward = engine._forward
+
+    def failing(rows: list[int], starts: list[int], embeddings: torch.Tensor) -> torch.Tensor:
+        if embeddings.shape[1] == 1 and any(engine._saying.get(slot) is bad and bad.tokens == 3 for slot in rows):
+            raise MemoryError("out of memory")
+        return forward(rows, starts, embeddings)
+
+    monkeypatch.setattr(engine, "_forward", failing)
+    answers = [(engine.submit(asked(model, *question), GREEDY), question) for question in QUESTIONS]
+    bad = answers[1][0]
+    finished(engine)
+    assert isinstance(bad.error, MemoryError)
+    assert (bad.reason, bad.tokens) == ("cancelled", 3)
+    for answering, question in (answers[0], *answers[2:]):
+        assert answering.error is None
+        assert answering.text == expected(model, *question)
+    again = engine.submit(asked(model, *QUESTIONS[1]), Sampling(max_tokens=3))
+    finished(engine)
+    assert again.text == expected(model, *QUESTIONS[1], tokens=3)
+
+
+def test_logits_that_are_nan_end_the_answer(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, slots=2)
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda *given: forward(*given) * torch.nan)
+    broken = engine.submit(asked(model, *QUESTIONS[0]), GREEDY)
+    finished(engine)
+    assert isinstance(broken.error, GenerationError)
+    assert "NaN" in str(broken.error)
+    monkeypatch.undo()
+    assert "".join(engine.stream(asked(model, *QUESTIONS[0]), GREEDY)) == expected(model, *QUESTIONS[0])
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 3e-38, 1e-5, 0.0099])
+def test_temperatures_below_a_hundredth_are_greedy(model: Multimodal, temperature: float) -> None:
+    how = Sampling(max_tokens=12, temperature=temperature, top_p=0.9, seed=1)
+    assert "".join(Engine(model).stream(asked(model, *QUESTIONS[0]), how)) == expected(model, *QUESTIONS[0])

@@ -80,6 +80,7 @@ def test_an_unknown_size_is_told() -> None:
     assert "tiny.en" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_doubtful_windows_are_decoded_anew_whatever_stands_beside_them(tiny_whisper: Path) -> None:
     """Random weights are never sure: every window is guessed at several times, in a batch as alone."""
     whisper = OpenAIWhisper(str(tiny_whisper), CPU)

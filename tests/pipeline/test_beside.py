@@ -52,6 +52,7 @@ def test_only_trainings_are_worth_another_process(empty_store: str) -> None:
         assert independent(Pipeline(stages, Store(empty_store)), "goal", "left", SETTINGS) == []
 
 
+@pytest.mark.slow
 def test_branches_are_built_at_once(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,7 @@ def test_killed_run_is_gone_on_from_and_never_taken_for_a_result(
     assert pipeline.build("train", settings()).run_id == result.run_id
 
 
+@pytest.mark.slow
 def test_force_does_not_go_on_from_a_dead_run(pipeline: Pipeline, tmp_path: Path) -> None:
     process = toys.begin("train", TOY_HOLD=str(tmp_path / "never"))
     toys.until(process, "held")

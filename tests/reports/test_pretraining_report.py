@@ -111,6 +111,7 @@ def test_the_same_store_gives_the_same_bytes(empty_store, tmp_path):
     assert made[0] == made[1]
 
 
+@pytest.mark.slow
 def test_generated_text_stands_apart_with_its_floor(empty_store):
     stream = {"stream/tokens": 5e5, "stream/times_seen": 2.5, "stream/trainer_busy": 0.8, "stream/generators_busy": 0.9}
     run("files")

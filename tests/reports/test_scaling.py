@@ -49,12 +49,16 @@ def test_areas_are_the_sums_written_out():
 
 
 @pytest.mark.parametrize(
-    "kind", ["cosine", pytest.param("wsd", marks=pytest.mark.slow), pytest.param("constant", marks=pytest.mark.slow)]
+    ("kind", "curves", "least"),
+    [
+        ("cosine", 3, 2),
+        *(pytest.param(kind, 10, 8, marks=pytest.mark.slow) for kind in ("wsd", "cosine", "constant")),
+    ],
 )
-def test_a_planted_law_is_found(kind):
-    """The interval holds the truth at each of three targets, in 9 of 10 curves at least."""
-    target, held = {"wsd": 3.9, "cosine": 3.9, "constant": 3.9}[kind], 0
-    for seed in range(10):
+def test_a_planted_law_is_found(kind, curves, least):
+    """The interval holds the truth in most curves, and the estimate is near the truth in all."""
+    target, held = 3.9, 0
+    for seed in range(curves):
         outlook = Outlook.of(curve(kind, seed=seed))
         assert outlook.refusal == ""
         assert outlook.backtest < 0.1
@@ -64,7 +68,7 @@ def test_a_planted_law_is_found(kind):
         assert answer.low <= answer.tokens <= answer.high
         assert answer.tokens == pytest.approx(true, rel=0.25)
         held += answer.low <= true <= answer.high
-    assert held >= 8
+    assert held >= least
 
 
 def test_cooling_down_is_not_taken_for_tokens():

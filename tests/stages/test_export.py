@@ -66,6 +66,7 @@ def test_what_has_no_counterpart_is_refused_before_anything_is_trained(
     assert list(Store(empty_store).search()) == []
 
 
+@pytest.mark.slow
 def test_a_projector_of_another_width_inside_is_refused(pipeline: Pipeline) -> None:
     with pytest.raises(ModelError, match="wide inside"):
         pipeline.build("export", small.settings(**{**LLAVA, "projector__width": "48"}))

@@ -171,12 +171,14 @@ def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monke
     assert "Datasheet" in (tmp_path / "run/store/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_where_that_is_not_wanted(spool, tmp_path):
     _, figures = trained(tmp_path, "run", spool, **{"pretrain.keep": "false"})
     assert not (tmp_path / "run/store").exists()
     assert "textgen/documents" not in figures
 
 
+@pytest.mark.slow
 def test_it_waits_for_text_and_says_how_long(spool, tmp_path):
     few = Spool(str(tmp_path / "few"), say=lambda _: None)
     names = [held.name for held in spool.held()]

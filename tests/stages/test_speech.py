@@ -224,6 +224,7 @@ def test_a_trained_model_loads_alone_and_hears(trained: Any, tmp_path: Path) -> 
         mmphi.load(result.path, whisper=str(other)).ask("", audio=recording)
 
 
+@pytest.mark.slow
 def test_more_recordings_are_taken_over_and_bad_ones_counted(trained: Any, tmp_path: Path) -> None:
     pipeline, changes = trained
     build(pipeline, "listen", changes)

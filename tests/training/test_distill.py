@@ -92,7 +92,7 @@ def test_nothing_is_learned_where_both_say_the_same() -> None:
     _, read = pairs(model, conversations())
     task = Distilled(model.packed, 2.0, 1.0)
     batch = paired(read, read, model.sources, model.language.prompt.end[-1])
-    assert float(task(**batch)) == pytest.approx(0, abs=1e-4)
+    assert task(**batch).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_packs_of_a_step_are_the_step(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_packs_of_a_step_are_the_step(tmp_path: Path) -> None:
     def losses(accumulation: int, alone: bool = False) -> list[float]:
         settings = TrainingSettings(steps=3, batch_size=4, accumulation=accumulation, seed=5)
         steps = paired_steps(heard, read, model.sources, settings, end, layout=Layout("alone" if alone else "rows"))
-        found = [float(task(**steps[i]) / steps[i]["step_tokens"]) for i in range(len(steps))]
+        found = [(task(**steps[i]) / steps[i]["step_tokens"]).item() for i in range(len(steps))]
         return [sum(found[i : i + accumulation]) for i in range(0, len(found), accumulation)]
 
     whole = losses(1)

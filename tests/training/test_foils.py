@@ -156,7 +156,7 @@ def test_the_right_image_is_worth_more_after_it() -> None:
         units = with_foils(samples())
         with torch.no_grad():
             return sum(
-                float(task(**pack([u.samples[foil]], SOURCES)) - task(**pack([u.samples[own]], SOURCES)))
+                (task(**pack([u.samples[foil]], SOURCES)) - task(**pack([u.samples[own]], SOURCES))).item()
                 for u in units
                 for foil, own in u.foils
             )

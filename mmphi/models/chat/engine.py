@@ -158,9 +158,7 @@ class Engine:
             try:
                 begun |= self._read(slot, answering)
             except Exception as error:  # Whatever is wrong with this one, the others are answered.
-                self._held[slot] = []
-                answering.error = error
-                self.cancel(answering)
+                self._fail(slot, error)
         if not begun:
             self._say()
 
@@ -205,16 +203,50 @@ class Engine:
         return embeddings
 
     def _say(self) -> None:
-        """Say one more token of every answer."""
+        """Say one more token of every answer; an error ends the answer that it belongs to, and no other."""
         rows = sorted(self._saying)
         if not rows:
             return
+        try:
+            logits = self._after_last(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                self._fail(rows[0], error)
+                return
+            # Each alone: positions of the cache that the failed pass has written are written again.
+            for slot in rows:
+                self._say_one(slot)
+            return
+        for row, slot in enumerate(rows):
+            self._choose(slot, logits[row])
+
+    def _after_last(self, rows: list[int]) -> Tensor:
+        """Logits after the last token of some answers, (R, V)."""
         last = torch.tensor([[self._saying[slot].last] for slot in rows], device=self.model.device)
         embeddings = self.model.language.model.get_input_embeddings()(last)
-        logits = self._forward(rows, [len(self._held[slot]) for slot in rows], embeddings)
-        for row, slot in enumerate(rows):
-            self._held[slot].append(self._saying[slot].last)
-            self._heard(slot, logits[row])
+        return self._forward(rows, [len(self._held[slot]) for slot in rows], embeddings)
+
+    def _say_one(self, slot: int) -> None:
+        try:
+            logits = self._after_last([slot])
+        except Exception as error:
+            self._fail(slot, error)
+        else:
+            self._choose(slot, logits[0])
+
+    def _choose(self, slot: int, logits: Tensor) -> None:
+        self._held[slot].append(self._saying[slot].last)
+        try:
+            self._heard(slot, logits)
+        except Exception as error:
+            self._fail(slot, error)
+
+    def _fail(self, slot: int, error: Exception) -> None:
+        """End the answer of a slot by an error; what the slot holds is not used again."""
+        answering = self._reading.get(slot) or self._saying[slot]
+        self._held[slot] = []
+        answering.error = error
+        self.cancel(answering)
 
     def _heard(self, slot: int, logits: Tensor) -> None:
         """Choose the token after what a slot holds, and end the answer where it ends."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mmphi.errors import SettingsError
+from mmphi.errors import GenerationError, SettingsError
+
+GREEDY_BELOW = 0.01  # Temperature; logits divided by less overflow, and what is drawn is the likeliest token anyway.
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Sampling:
 
     Attributes:
         max_tokens: Longest answer, in tokens.
-        temperature: The logits are divided by it; 0 takes the likeliest token.
+        temperature: The logits are divided by it; below :data:`GREEDY_BELOW`, as at 0, the likeliest token is taken.
         top_p: Only the likeliest tokens that together have this share are drawn from (Holtzman et al. 2020).
         seed: Equal seeds give equal answers; drawn anew where there is none.
         stop: Texts before which an answer ends.
@@ -57,8 +59,16 @@ class Chooser:
             self._random.manual_seed(self.sampling.seed)
 
     def next(self, logits: Tensor) -> int:
-        """The next token, of logits (V,)."""
-        if not self.sampling.temperature:
+        """The next token, of logits (V,).
+
+        Raises:
+            GenerationError: If the logits are not numbers.
+        """
+        if torch.isnan(logits).any():
+            raise GenerationError(
+                "the language model's logits are NaN", "load it with precision fp32 or bf16, not fp16"
+            )
+        if self.sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
         odds = torch.softmax(logits.float() / self.sampling.temperature, dim=-1)
         if self.sampling.top_p < 1.0:

@@ -1,0 +1,227 @@
+"""The threads behind a server: errors end single requests, and a state that only a restart mends is reported."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import torch
+from answerers import StepGate, answerer, free_port, served, wait_until
+
+from mmphi.assistant import serve, worker
+from mmphi.assistant.worker import Ticket, Worker
+from mmphi.models.chat.engine import Engine
+from mmphi.models.chat.messages import conversation
+from mmphi.models.chat.sampling import Sampling
+from mmphi.models.multimodal import Multimodal
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def model() -> Multimodal:
+    return answerer()
+
+
+@pytest.fixture
+def working(model: Multimodal) -> Iterator[Worker]:
+    made = Worker(Engine(model, 2), waiting=1)
+    made.start()
+    yield made
+    made.stop()
+
+
+class Asked:
+    """A request, and what came of it."""
+
+    def __init__(self, worker: Worker, tokens: int = 4) -> None:
+        self.pieces: list[str] = []
+        self.ended = threading.Event()
+        self.ticket = Ticket(conversation(HELLO), Sampling(max_tokens=tokens), self.tell)
+        worker.submit(self.ticket)
+
+    def tell(self, piece: str | None) -> None:
+        if piece is None:
+            self.ended.set()
+        else:
+            self.pieces.append(piece)
+
+    def answer(self) -> str:
+        assert self.ended.wait(60)
+        return "".join(self.pieces).strip()
+
+
+def test_an_error_of_the_engine_ends_the_open_requests_only(
+    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Engine) -> None:
+        raise RuntimeError("an error that no answer has caused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", broken)
+        failed = Asked(working)
+        assert failed.answer() == ""
+        assert "no answer has caused" in str(failed.ticket.error)
+    assert working.problem == ""
+    assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
+
+
+def test_an_answer_that_the_model_breaks_off_has_the_status_500(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its first token, too; the next request is answered."""
+    forward = Engine._forward
+    steps: list[int] = []
+
+    def broken(engine: Engine, *given: Any) -> Any:
+        steps.append(1)
+        return forward(engine, *given) * (torch.nan if len(steps) == 3 else 1.0)
+
+    with served(model, slots=1) as address:
+        url, body = f"{address}/v1/chat/completions", {"messages": HELLO, "max_tokens": 8}
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_forward", broken)
+            answer = httpx.post(url, json=body, timeout=60)
+        assert answer.status_code == 500
+        assert "logits are NaN" in answer.json()["error"]["message"]
+        content = httpx.post(url, json=body, timeout=60).json()["choices"][0]["message"]["content"]
+        assert content == model.chat(HELLO, max_tokens=8)
+
+
+def test_a_client_whose_event_loop_is_closed_ends_nothing_else(model: Multimodal, working: Worker) -> None:
+    def closed(_: str | None) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    working.submit(Ticket(conversation(HELLO), Sampling(max_tokens=4), closed))
+    assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
+    wait_until(lambda: working.open == 0)
+
+
+def test_health_reports_a_thread_that_has_ended(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "_answer", lambda _: None)
+    with served(model, slots=1) as address:
+        wait_until(lambda: httpx.get(f"{address}/health").status_code == 503)
+        assert httpx.get(f"{address}/health").json()["status"] == "generation ended"
+        assert httpx.get(f"{address}/ready").status_code == 503
+
+
+def test_health_reports_an_engine_that_makes_no_steps(
+    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, entered = threading.Event(), threading.Event()
+
+    def stuck(_: Engine) -> None:
+        entered.set()
+        held.wait(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stuck)
+        Asked(working)
+        assert entered.wait(60)
+        assert working.problem == ""
+        patch.setattr(worker, "STALLED_S", 0.0)
+        assert "the last step was" in working.problem
+        held.set()
+
+
+def test_a_full_queue_is_not_ready_and_healthy(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = StepGate(monkeypatch)
+    with served(model, slots=1, waiting=0) as address:
+        assert httpx.get(f"{address}/ready").status_code == 200
+        body = {"messages": HELLO, "max_tokens": 4}
+        asking = threading.Thread(target=httpx.post, args=(f"{address}/v1/chat/completions",), kwargs={"json": body})
+        asking.start()
+        wait_until(lambda: httpx.get(f"{address}/ready").status_code == 503)
+        assert httpx.get(f"{address}/health").status_code == 200
+        gate.open()
+        asking.join()
+        wait_until(lambda: httpx.get(f"{address}/ready").status_code == 200)
+
+
+def test_stopping_does_not_wait_for_a_thread_that_hangs(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, entered = threading.Event(), threading.Event()
+    monkeypatch.setattr(worker, "STOP_S", 0.1)
+    made = Worker(Engine(model, 1))
+
+    def stuck(_: Engine) -> None:
+        entered.set()
+        held.wait(60)
+
+    monkeypatch.setattr(Engine, "step", stuck)
+    made.start()
+    Asked(made)
+    assert entered.wait(60)
+    made.stop()
+    assert made._threads[1].is_alive()  # It is a daemon.
+    held.set()
+
+
+def test_a_signal_ends_the_process_within_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers: list[tuple[float, Any, bool]] = []
+
+    class Timer:
+        daemon = False
+
+        def __init__(self, seconds: float, function: Any, arguments: tuple[int]) -> None:
+            self.what = seconds, function
+
+        def start(self) -> None:
+            timers.append((*self.what, self.daemon))
+
+    monkeypatch.setattr(serve.threading, "Timer", Timer)
+    handled: list[object] = []
+    serve.ending_soon(lambda *given: handled.append(given))(signal.SIGTERM, None)
+    assert handled == [(signal.SIGTERM, None)]
+    assert timers == [(serve.END_S, os._exit, True)]
+    assert serve.GRACE_S < serve.END_S < 10
+
+
+SERVER = """
+import sys
+from answerers import answerer
+from mmphi.assistant import serve
+from mmphi.models.chat.engine import Engine
+import mmphi, time
+Engine.step = lambda self: time.sleep(1000)  # The worst state: a step that never ends.
+mmphi.load = lambda *_, **__: answerer()
+sys.exit(serve.main(["--model", "a", "--port", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_server_whose_engine_hangs(tmp_path: Path) -> None:
+    port = free_port()
+    path = os.pathsep.join(str(Path(__file__).parents[n]) for n in (0, 1, 2))
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], env=environment)
+
+    def open_requests() -> int:
+        try:
+            return int(httpx.get(f"http://127.0.0.1:{port}/health").json()["open"])
+        except httpx.HTTPError:
+            assert process.poll() is None
+            return -1
+
+    wait_until(lambda: open_requests() == 0)
+    body = {"messages": HELLO, "stream": True}
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError):  # The server is gone.
+            httpx.post(url, json=body, timeout=60)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_until(lambda: open_requests() == 1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    asking.join()
