@@ -33,7 +33,7 @@ unexport PYTHONDONTWRITEBYTECODE
 define install
 $(1)/bin/python -m pip install --quiet --constraint constraints.txt uv \
   && $(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2) \
-  || { echo "uv cannot be used here: pip installs the same packages in some minutes"; \
+  || { echo "uv did not install the packages: pip does, which takes some minutes"; \
        $(1)/bin/python -m pip install --quiet $(2); }
 endef
 
@@ -75,31 +75,33 @@ tests: $(VENV)/ready
 	$(PYTEST)
 
 test-slow: $(VENV)/ready
-	$(PYTEST) -m 'slow or browser or database or speech or cluster'
+	$(PYTEST) -rs -m 'slow or browser or database or speech or cluster'
 
 real: $(VENV)/ready
 	$(BIN)/pytest -m real -rs
 
-cloud: $(VENV)/ready $(SKY)/tried
-	test ! -f $(SKY)/ready || export MMPHI_SKY="$(CURDIR)/$(SKY)/bin/python"; $(BIN)/pytest -m cloud tests/test_cloud.py
+cloud: $(VENV)/ready
+	$(MAKE) $(SKY)/ready || echo "SkyPilot could not be installed: its parser does not read the tasks here"
+	test ! -f $(SKY)/ready || export MMPHI_SKY="$(CURDIR)/$(SKY)/bin/python"; $(BIN)/pytest -rs -m cloud tests/test_cloud.py
 
-$(SKY)/tried:
+$(SKY)/ready: $(VENV)/ready
+	rm -f $@
 	$(PYTHON) -m venv $(SKY)
-	{ $(call install,$(SKY),'skypilot>=0.14'); } && touch $(SKY)/ready || \
-	  echo "SkyPilot could not be installed: its parser does not read the tasks here"
+	$(call install,$(SKY),'skypilot>=0.14')
 	touch $@
 
-harness: $(VENV)/ready $(LMMS)/tried
-	test ! -f $(LMMS)/ready || export MMPHI_LMMS="$(CURDIR)/$(LMMS)/bin/python"; $(BIN)/pytest -m harness tests/test_harness.py
+harness: $(VENV)/ready
+	$(MAKE) $(LMMS)/ready || echo "lmms-eval could not be installed: what it runs here is not tested"
+	test ! -f $(LMMS)/ready || export MMPHI_LMMS="$(CURDIR)/$(LMMS)/bin/python"; $(BIN)/pytest -rs -m harness tests/test_harness.py
 
 # Beside what mmphi has, and before it where the two want other versions.
-$(LMMS)/tried: $(VENV)/ready
+$(LMMS)/ready: $(VENV)/ready
+	rm -f $@
 	$(BIN)/python -m venv $(LMMS)
 	$(BIN)/python -c 'import sysconfig; p = sysconfig.get_path("purelib"); print(f"import site; site.addsitedir({p!r})")' \
 	  > "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mmphi.pth"
 	grep -v '^av==' constraints.txt > $(LMMS)/constraints.txt
-	{ $(call install,$(LMMS),--constraint $(LMMS)/constraints.txt 'lmms-eval>=0.7'); } && touch $(LMMS)/ready || \
-	  echo "lmms-eval could not be installed: what it runs here is not tested"
+	$(call install,$(LMMS),--constraint $(LMMS)/constraints.txt 'lmms-eval>=0.7')
 	touch $@
 
 ui: $(VENV)/ready
@@ -117,4 +119,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LMMS) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(SKY) $(LMMS) .mypy_cache .ruff_cache .pytest_cache
