@@ -37,6 +37,8 @@ from mmphi.stages import STAGES, load_settings
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(path for path in (GOLDEN / "models").glob("*") if path.is_dir())
 CHAIN = ("scenes", "pretrain", "light_clip", "embed", "projector", "qlora", "evaluate")
+# Not built by the shared chain of the tests: what they record is not compared.
+NOT_COMPARED = {"tokens", "textgen", "merge", "export", "transcribe", "listen", "speech"}
 
 
 class Recorded:
@@ -130,6 +132,7 @@ def chain(small_chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_a_stage_whose_metrics_or_files_change_raises_its_version(golden: Recorded, chain: Pipeline) -> None:
+    assert {*CHAIN} | NOT_COMPARED == set(STAGES)  # A new stage belongs to one of them.
     found = {}
     for name in CHAIN:
         result = chain.build(name, small.settings())

@@ -96,6 +96,7 @@ def test_from_another_folder_with_a_relative_store(tmp_path: Path, empty_store: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_in_an_environment_that_uv_makes_of_conda_yaml(tmp_path: Path, empty_store: str) -> None:
     """Without conda, and without the packages that this test runs with."""
     if shutil.which("uv", path=str(Path(sys.executable).parent)) is None:

@@ -34,8 +34,12 @@ class Fork:
         pass_fds: Sequence[int],
         env: Mapping[str, str],
         stdout: Any,
-        **_: Any,
+        stdin: int,
+        stderr: int,
+        start_new_session: bool,
     ) -> None:
+        assert [int(command[-1])] == list(pass_fds)
+        assert (stdin, stderr, start_new_session) == (subprocess.DEVNULL, subprocess.STDOUT, True)
         pipe, log = (Connection(os.dup(descriptor)) for descriptor in (pass_fds[0], stdout.fileno()))
         toy = tuple(command[:-1]) == toy_studies.COMMAND
         self._process = FORKS.Process(target=work, args=(toy, pipe, log, dict(env)))

@@ -172,8 +172,11 @@ def test_stopped_by_a_signal_it_goes_on_from_there(empty_store: str) -> None:
     while not any("val/loss" in t.metrics for t in runs_now()):  # It trains.
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.wait(240)
-    assert {t.status for t in runs_now()} <= {"FINISHED", "KILLED"}
+    rest, _ = process.communicate(timeout=240)
+    assert b"verdict/" not in rest  # The results, which it prints at the end of a study.
+    stopped = [t.status for t in runs_now()]
+    assert set(stopped) <= {"FINISHED", "KILLED"}
+    assert stopped.count("FINISHED") < 9
     made = driver(replace(STUDY, seeds=1))
     drive(made)
     assert judged(results(made)) == pytest.approx(expected(1))
@@ -251,16 +254,27 @@ def test_what_another_study_found_is_shown_in_both(empty_store: str) -> None:
 
 @pytest.mark.slow
 def test_killed_repeatedly_the_study_ends_as_if_nothing_had_been(empty_store: str) -> None:
-    """Workers and the driver are killed in turn, each while a trial that began since the last kill is running."""
-    kills, seeds = 5, 3
+    """Workers and the driver are killed in turn, each while a trial that began since the last kill is running.
+
+    Before that the driver is killed as soon as it drives, and a worker as soon as it is there.
+    """
+    kills, seeds = int(os.environ.get("MMPHI_KILLS", "5")), 3
     rng = random.Random(0)
     process = begin(seeds)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"driving\n"
+    process.kill()
+    process.wait()
+    process = begin(seeds)
+    while not (workers := psutil.Process(process.pid).children()):
+        time.sleep(0.05)
+    workers[0].kill()
     for kill in range(kills):
         before = len(trials_so_far())
         while len(trials_so_far()) <= before:
             assert process.poll() is None, f"the study ended before kill {kill}"
             time.sleep(0.1)
-        time.sleep(rng.uniform(0, 0.2))  # Less than a trial takes: see toy_studies.STEP_S.
+        time.sleep(rng.uniform(0, 0.2))
         workers = psutil.Process(process.pid).children()
         if kill % 2:
             rng.choice(workers).kill()

@@ -113,7 +113,7 @@ def test_stopping_keeps_the_partial_answer_and_leaves_other_visitors_alone(
     for _ in desk.ask("me", [mine], "", long):
         if mine.turns[0].answer.strip():
             desk.stop("me")
-    gate.open()
+            gate.open()  # Where a stop did nothing, the answer would go on to its end.
     assert mine.turns[0].done
     assert mine.turns[0].problem == ""
     whole = models["one"].chat([{"role": "user", "content": "tell me all"}], max_tokens=300)

@@ -236,11 +236,17 @@ def test_generation_stops_when_the_client_disconnects(model: Multimodal, gate: S
 
 
 def test_an_answer_over_the_time_limit_ends_with_504(model: Multimodal, gate: StepGate) -> None:
-    with served(model, slots=1, limit_s=0.3) as address:
-        body = {"messages": asked("x"), "max_tokens": 200}
-        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
-        assert answer.status_code == 504
-        assert 'mmphi_requests_total{ended="too slow"} 1.0' in httpx.get(f"{address}/metrics").text
+    """Before its first token, and in its middle."""
+    for steps in (0, 3):
+        if steps:
+            gate.permit(steps)
+        with served(model, slots=1, limit_s=2.0) as address:
+            body = {"messages": asked("x"), "max_tokens": 200}
+            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+            assert answer.status_code == 504
+            metrics = httpx.get(f"{address}/metrics").text
+            assert 'mmphi_requests_total{ended="too slow"} 1.0' in metrics
+            assert ("mmphi_first_token_seconds_count 1.0" in metrics) == (steps > 0)
 
 
 def test_a_model_that_does_not_see_says_so() -> None:

@@ -84,7 +84,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, read):
 
     def begin(folder: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, texts.__file__, str(folder), str(read.path), str(40 * kills)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     process = begin(folder)
     for kill in range(1, kills + 1):
@@ -92,6 +92,9 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, read):
         while training and newest(folder) == before:
             assert process.poll() is None, f"it ended before kill {kill} of {kills}"
             time.sleep(0.01)
+        if not training:  # Its libraries are loaded, and the training is being set up.
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begun\n"
         time.sleep(rng.uniform(0.0, 0.25))
         process.kill()
         assert process.wait() == -signal.SIGKILL

@@ -208,7 +208,7 @@ def test_a_projector_of_another_width_is_refused(pipeline, tmp_path):
             pipeline.build("qlora", small.settings(qlora__model=str(folder)))
 
 
-def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pipeline, monkeypatch):
+def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pipeline, monkeypatch, capsys):
     """At step 5, after the checkpoint of step 4, from which the next call goes on to what it would have been."""
     settings = small.settings(qlora__seed="9")
     forward = PackedModel.forward
@@ -224,6 +224,7 @@ def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pi
         with pytest.raises(TrainingError, match="the loss at step 5 is nan"):
             pipeline.build("qlora", settings)
     resumed = pipeline.build("qlora", settings, after=False)
+    assert "going on from step 4" in "".join(capsys.readouterr())
     straight = pipeline.build("qlora", settings, after=False, force=True)
     one, other = adapter(resumed.path), adapter(straight.path)
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -8,7 +8,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from mmphi.tracking.lease import HELD, Lease, lease_s
+from mmphi.tracking.lease import HEARTBEAT, HELD, Lease, lease_s
 from mmphi.tracking.store import Store
 
 
@@ -80,6 +80,40 @@ def test_a_finished_holder_is_not_waited_for_any_longer(hosts: Hosts) -> None:
     hosts.meanwhile = lambda: hosts.client.set_terminated(hosts.leases["one"].run_id, "FINISHED")
     assert hosts.claim("two") is True
     assert len(hosts.slept) == 1
+
+
+def test_of_two_that_claim_at_once_the_one_that_sees_the_other_steps_back(hosts: Hosts) -> None:
+    """The other's claim is written between this one's look and its own claim."""
+    one, two = hosts.leases["one"], hosts.leases["two"]
+    looks: list[str] = []
+
+    def others() -> Iterator[Run]:
+        looks.append(hosts.client.get_run(two.run_id).data.tags.get(HELD, ""))
+        if len(looks) == 1:
+            return iter(())
+        if len(looks) == 2:
+            one.beat()
+            hosts.client.set_tag(one.run_id, HELD, "held")
+        return iter([hosts.client.get_run(one.run_id)])
+
+    def finish() -> None:
+        looks.append(hosts.client.get_run(two.run_id).data.tags[HELD])
+        hosts.client.set_terminated(one.run_id, "FINISHED")
+
+    hosts.meanwhile = finish
+    assert two.claim(others, hosts.reports.append) is True
+    assert looks[:3] == ["", "held", "waiting"]
+    assert hosts.client.get_run(two.run_id).data.tags[HELD] == "held"
+
+
+def test_a_lease_beats_while_it_is_held(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMPHI_LEASE_S", "0.2")
+    client = Store(empty_store).client
+    run_id = client.create_run("0").info.run_id
+    with Lease(client, run_id, "one"):
+        beats: set[str] = set()
+        while len(beats) < 3:
+            beats.add(client.get_run(run_id).data.tags.get(HEARTBEAT, ""))
 
 
 def test_a_run_under_the_same_lock_folder_must_be_dead(hosts: Hosts) -> None:
