@@ -300,7 +300,7 @@ def trials_so_far() -> list[Trial]:
     """None while the study's record is still being written."""
     try:
         return runs_now()
-    except StoreError:
+    except (SettingsError, StoreError):
         return []
 
 

@@ -28,7 +28,7 @@ from ablations.ledger import Ledger, connect
 from ablations.places import logs_folder, search_ledger
 from ablations.record import Record
 from ablations.search_driver import SearchDriver
-from mmphi.errors import StoreError
+from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.store import Store
 from reports.query import Trial, load_study
 
@@ -80,7 +80,7 @@ def begun_trials() -> list[Trial]:
     """None while the study's record is still being written."""
     try:
         return list(load_study(Store(), "toy").trials)
-    except StoreError:
+    except (SettingsError, StoreError):
         return []
 
 

@@ -85,10 +85,11 @@ def test_what_is_cleared_stays_so_though_nobody_cancelled_the_answer(
     for event in visitor.events():
         if event["msg"] == "process_generating":
             assert event["event_id"] == asked
-            assert not ended  # Nothing of the answer comes after the page was cleared.
             cleared = cleared or visitor.join("clear")
         if event["msg"] == "process_completed":
             ended.append(event["event_id"])
+            if event["event_id"] == asked:  # Gradio sends the last output once more: it changes nothing that is shown.
+                assert event["output"]["data"][:5] == [{"__type__": "update"}] * 5
             if event["event_id"] == cleared:
                 assert texts(event["output"]["data"][0]) == []
                 gate.open()

@@ -109,6 +109,8 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
     def answered(talks: list[Talk], who: gr.Request, system: str, how: Sampling) -> Iterator[list[Any]]:
         for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
             if any(talk.left for talk in talks):  # Before the browser's word that it is cancelled has come.
+                # Gradio sends the last output once more when this ends: that must not be the page that was cleared.
+                yield [gr.skip(), gr.skip(), gr.skip()]
                 return
             yield views(talks)
 
@@ -122,7 +124,8 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
         for talk in talks:
             talk.turns.append(Turn(text, image or "", audio or ""))
         for update in answered(talks, who, system, sampling):
-            yield ["", None, None, *update]
+            cleared = any(talk.left for talk in talks)
+            yield [*([gr.skip()] * 3 if cleared else ["", None, None]), *update]
 
     def again(talks: list[Talk], who: gr.Request, system: str, *how: Any) -> Iterator[list[Any]]:
         if not talks[0].turns:
