@@ -148,6 +148,7 @@ def test_server_that_is_not_there() -> None:
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # The test itself asks Optuna without Study.optimize.
 def test_search_of_two_drivers_has_as_many_trials_as_were_asked_for(empty_store: str, server: str) -> None:
     """One finds what the other left when it fell silent; what both put in the queue is run once."""
     search = replace(SEARCH, pruner="", seeds=(0,), trials=3)
