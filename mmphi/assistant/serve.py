@@ -117,6 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=GRACE_S
     )
     server = uvicorn.Server(config)
+    # uvicorn has no hook for signals, so the method of this server is replaced.
     server.handle_exit = ending_soon(server.handle_exit)  # type: ignore[method-assign]
     server.run()
     return 0

@@ -170,7 +170,7 @@ class Worker:
             self._end(ticket)
 
     def _cancel(self, active: list[Ticket]) -> None:
-        """Break off answers that nobody waits for, or that take too long."""
+        """Cancel answers whose client has disconnected, or that exceed the time limit."""
         for ticket in active:
             answering = ticket._answering
             assert answering is not None
