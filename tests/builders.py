@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+from mmphi.data.digests import content_digest
 from mmphi.data.encoded import encode_example
 from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.models.language import Language
@@ -60,7 +61,7 @@ def tiny_language(seed: int = 0, **changes: Any) -> Any:
 
 
 class RandomFeatures:
-    """Features that depend on the image's name alone."""
+    """Features that depend on the image's content, or on its name where there is no such file."""
 
     tokens, width, digest = FEATURE_TOKENS, FEATURE_WIDTH, "random"
 
@@ -79,7 +80,9 @@ class RandomFeatures:
     def get(self, images: Sequence[ImageRef]) -> torch.Tensor:
         rows = torch.zeros(len(images), self.tokens, self.width, dtype=torch.float16)
         for i, image in enumerate(images):
-            generator = torch.Generator().manual_seed(sum(map(ord, image.id)))
+            there = image.content is not None or image.path.is_file()
+            name = content_digest(image.source) if there else image.id
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
             rows[i] = torch.randn(self.tokens, self.width, generator=generator).half()
         return rows
 

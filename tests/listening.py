@@ -39,7 +39,7 @@ class Knows(Ears):
     def __init__(self, listener: Any = None, **settings: Any) -> None:
         super().__init__(listener, AudioSettings(**settings))
 
-    def transcripts(self, recordings: Sequence[AudioRef]) -> list[Transcript]:
+    def transcripts(self, recordings: Sequence[AudioRef], check: Any = None) -> list[Transcript]:
         return [Transcript((Segment(0, 1, SAID[audio.id]),), "en") for audio in recordings]
 
     def recording(self, audio: AudioRef) -> Recording:

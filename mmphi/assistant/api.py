@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mmphi.assistant.guard import Guard
 from mmphi.assistant.metrics import Metrics
-from mmphi.assistant.refusals import Refused, SizeLimit, refusal, told
+from mmphi.assistant.refusals import Refused, refusal, told
 from mmphi.assistant.reply import Reply
 from mmphi.assistant.worker import Ticket, Worker
 from mmphi.errors import MmphiError
-from mmphi.models.chat.messages import conversation
+from mmphi.models.chat.messages import Conversation, conversation
 from mmphi.models.chat.sampling import Sampling
 
 LOOK_S = 0.2  # How often it is looked whether the one who asked is still there.
 MAX_TOKENS = 256
+MAX_STOPS, MAX_STOP_LETTERS = 4, 256  # As many as OpenAI takes; each is looked for at every token.
+READERS = 16  # Threads in which requests are parsed, and images fetched.
 
 
 class StreamOptions(BaseModel):
@@ -48,6 +50,14 @@ class ChatRequest(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     n: Literal[1] = 1
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        texts = [stop] if isinstance(stop, str) else stop or []
+        if len(texts) > MAX_STOPS or any(len(text) > MAX_STOP_LETTERS for text in texts):
+            raise ValueError(f"at most {MAX_STOPS} texts of at most {MAX_STOP_LETTERS} letters are taken")
+        return stop
 
     def sampling(self, temperature: float) -> Sampling:
         """How the answer is chosen.
@@ -98,24 +108,15 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
         worker.start()
         yield
         await asyncio.to_thread(worker.stop)
+        readers.shutdown(wait=False, cancel_futures=True)
 
+    readers = ThreadPoolExecutor(READERS, "reading")
     app = FastAPI(title="mmphi", docs_url=None, redoc_url=None, openapi_url=None, lifespan=living)
-    app.add_middleware(SizeLimit, largest=rules.largest)
-
-    def allowed(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if rules.key and not hmac.compare_digest(given, rules.key.encode()):
-            raise Refused(401, "the key is missing or wrong", "authentication_error")
+    app.add_middleware(Guard, key=rules.key, largest=rules.largest)
 
     @app.exception_handler(Refused)
     async def refuse(_: Request, error: Refused) -> JSONResponse:
         return told(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-        return told(Refused(400, f"{where}: {first['msg']}"))
 
     def state(problem: str) -> JSONResponse:
         content = {"status": problem or "ok", "model": rules.name, "open": worker.open}
@@ -136,41 +137,59 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
         return PlainTextResponse(metrics.text(), media_type=metrics.media_type)
 
     @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        allowed(request)
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": rules.name, "object": "model", "created": 0, "owned_by": "mmphi"}]}
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def completions(asked: ChatRequest, request: Request) -> Response:
-        allowed(request)
-        if asked.model not in ("", rules.name):
-            raise Refused(404, f"there is no model {asked.model!r} here; there is {rules.name!r}", "not_found_error")
+    async def completions(request: Request) -> Response:
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        body = await request.body()
 
         def tell(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         try:
-            said = await asyncio.to_thread(conversation, asked.messages, files=False, allow=rules.fetch)
+            asked, said = await loop.run_in_executor(readers, _read, body, rules)
+            del body
             ticket = Ticket(said, asked.sampling(rules.temperature), tell)
             worker.submit(ticket)
         except MmphiError as error:
             metrics.refused(error)
             raise refusal(error) from error
         answer = Reply(ticket, pieces, rules.name)
-        if asked.stream:
-            first = await answer.first()  # What is wrong with the question is an error, and no stream.
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(answer.events(worker, first, usage), media_type="text/event-stream")
         watching = asyncio.create_task(_watch(request, worker, ticket))
         try:
-            return JSONResponse(await answer.whole())
+            if not asked.stream:
+                return JSONResponse(await answer.whole())
+            first = await answer.first()  # What is wrong with the question is an error, and no stream.
+        except BaseException:
+            worker.leave(ticket)
+            raise
         finally:
             watching.cancel()
-            worker.leave(ticket)
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return StreamingResponse(answer.events(worker, first, usage), media_type="text/event-stream")
 
     return app
+
+
+def _read(body: bytes, rules: Rules) -> tuple[ChatRequest, Conversation]:
+    """What a request asks.
+
+    Raises:
+        Refused: If it is malformed, or asks another model.
+        MessageError: If a message cannot be read.
+    """
+    try:
+        asked = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the request"
+        raise Refused(400, f"{where}: {first['msg']}") from error
+    if asked.model not in ("", rules.name):
+        raise Refused(404, f"there is no model {asked.model!r} here; there is {rules.name!r}", "not_found_error")
+    return asked, conversation(asked.messages, files=False, allow=rules.fetch)
 
 
 async def _watch(request: Request, worker: Worker, ticket: Ticket) -> None:

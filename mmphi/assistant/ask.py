@@ -82,7 +82,7 @@ def _answer(options: argparse.Namespace) -> int:
 
     name, called = named(options.model)
     model = mmphi.load(name, whisper=options.whisper)
-    engine = Engine(model, slots=1)
+    engine = Engine(model, slots=1, length=options.context)
     begun = time.perf_counter()
     prompt, _ = open_prompt(model, asked, engine.room(sampling))
     answering = engine.submit(prompt, sampling)

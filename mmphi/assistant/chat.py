@@ -35,7 +35,9 @@ def main(arguments: Sequence[str]) -> int:
     from mmphi.assistant.choice import named
 
     name, called = named(options.model)
-    talk = Talk(mmphi.load(name, whisper=options.whisper), sampling)
+    model = mmphi.load(name, whisper=options.whisper)
+    model.context = options.context
+    talk = Talk(model, sampling)
     for command in ([f"/system {options.system}"] if options.system else []) + (
         [f"/load {options.load}"] if options.load else []
     ):

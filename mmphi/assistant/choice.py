@@ -17,6 +17,7 @@ def model_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
     )
+    made.add_argument("--context", type=int, default=0, help="longest conversation, in tokens [4096, or the model's]")
 
 
 def _talking() -> list[str]:

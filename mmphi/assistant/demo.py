@@ -58,7 +58,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
 
     def load(model: str) -> Worker:
         loaded = mmphi.load(model, whisper=options.whisper)
-        return Worker(Engine(loaded, options.slots), options.waiting, options.time_limit)
+        return Worker(Engine(loaded, options.slots, options.context), options.waiting, options.time_limit)
 
     model, called = named(options.model)
     given = [(called, model), (options.beside, options.beside)]

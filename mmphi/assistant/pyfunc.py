@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
+from mmphi.assistant.worker import AUDIO_S, decoded
+from mmphi.data.decoder import Decoder
 from mmphi.errors import MmphiError
 from mmphi.models.chat.batch import answered, read_all
 from mmphi.models.chat.messages import MessageError
@@ -42,6 +44,7 @@ class Answerer:
     def __init__(self, model: Multimodal) -> None:
         self._engine = model.engine(SLOTS)
         self._lock = threading.Lock()  # The server asks from several threads.
+        self._decoder = Decoder()
 
     def predict(self, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Answer each row.
@@ -66,6 +69,7 @@ class Answerer:
             rows: list[Any] = model_input.to_dict("records")
             asked = read_all([_messages(row) for row in rows], files=False)
             with self._lock:
+                asked = [decoded(each, self._decoder, AUDIO_S) for each in asked]
                 answers = answered(self._engine, asked, Sampling(**how))
                 heard = [self._engine.model.inputs(each.audio[-1]) for each in asked]
         except MmphiError as error:

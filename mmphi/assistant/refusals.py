@@ -41,43 +41,11 @@ def refusal(error: Exception) -> Refused:
 def told(error: Refused) -> JSONResponse:
     """The answer that says what is wrong."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else {}
+    if error.status in (401, 408, 413):  # The rest of the request is not read.
+        headers["Connection"] = "close"
     return JSONResponse(body(error), error.status, headers)
 
 
 def body(error: Refused) -> dict[str, Any]:
     """What is wrong, as JSON."""
     return {"error": {"message": error.message, "type": error.kind, "param": None, "code": error.status}}
-
-
-class SizeLimit:
-    """Refuses requests that are larger than they may be, before they are read whole.
-
-    Args:
-        app: What follows.
-        largest: Bytes of a request.
-    """
-
-    def __init__(self, app: Any, largest: int) -> None:
-        self.app, self.largest = app, largest
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Count what comes in."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        came = 0
-        refused = Refused(413, f"the request has more than {self.largest:,} bytes")
-        length = next((int(v) for k, v in scope["headers"] if k == b"content-length" and v.isdigit()), 0)
-        if length > self.largest:
-            await told(refused)(scope, receive, send)
-            return
-
-        async def counted() -> Any:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > self.largest:
-                raise refused
-            return message
-
-        await self.app(scope, counted, send)

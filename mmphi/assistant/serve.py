@@ -13,6 +13,7 @@ from mmphi.assistant.choice import model_options
 from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
     from mmphi.assistant.api import Rules
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
     made.add_argument("--slots", type=int, default=8, help="answers at once [8]")
     made.add_argument("--waiting", type=int, default=64, help="questions that may wait beside them, else 429 [64]")
-    made.add_argument("--context", type=int, default=0, help="longest conversation, in tokens [the language model's]")
+    made.add_argument("--audio-seconds", type=float, default=600.0, help="longest recordings of a request [600]")
     made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
     made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest request [67108864]")
     made.add_argument("--temperature", type=float, default=0.0, help="where a request says none [0: the likeliest]")
@@ -60,7 +61,14 @@ def key_for(host: str) -> str:
 
 
 def application_of(
-    model: Multimodal, rules: Rules, *, slots: int = 8, waiting: int = 64, context: int = 0, limit_s: float = 120.0
+    model: Multimodal,
+    rules: Rules,
+    *,
+    slots: int = 8,
+    waiting: int = 64,
+    context: int = 0,
+    limit_s: float = 120.0,
+    audio_s: float = 600.0,
 ) -> FastAPI:
     """The server of a model, as uvicorn runs it.
 
@@ -69,8 +77,9 @@ def application_of(
         rules: What is allowed.
         slots: Answers at once.
         waiting: Questions that may wait beside them.
-        context: Longest conversation, in tokens; the language model's where 0.
+        context: Longest conversation, in tokens; as of :class:`~mmphi.models.chat.engine.Engine` where 0.
         limit_s: Seconds that an answer may take.
+        audio_s: Longest recordings of a request, all together, in seconds.
     """
     from mmphi.assistant.api import application
     from mmphi.assistant.metrics import Metrics
@@ -80,17 +89,40 @@ def application_of(
     def ended(ticket: Ticket) -> None:
         metrics.ended(ticket, time.monotonic() - ticket.born)
 
-    worker = Worker(Engine(model, slots, context), waiting, limit_s, ended)
+    worker = Worker(Engine(model, slots, context), waiting, limit_s, ended, audio_s)
     metrics = Metrics(lambda: worker.open)
     return application(worker, rules, metrics)
+
+
+def server_of(app: FastAPI, host: str, port: int, open_requests: int) -> uvicorn.Server:
+    """The web server of an application.
+
+    Args:
+        app: What :func:`application_of` made.
+        host: Where it listens.
+        port: Likewise.
+        open_requests: Most that it takes at once; twice as many connections are, others are answered by 503.
+    """
+    import uvicorn
+
+    from mmphi.assistant.guard import TimedProtocol
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        http=TimedProtocol,
+        limit_concurrency=2 * open_requests + 64,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    return uvicorn.Server(config)
 
 
 def main(arguments: Sequence[str]) -> int:
     """``mmphi serve``."""
     options = parser().parse_args(list(arguments))
     key = key_for(options.host)
-
-    import uvicorn
 
     import mmphi
     from mmphi.assistant.api import Rules
@@ -111,12 +143,10 @@ def main(arguments: Sequence[str]) -> int:
         waiting=options.waiting,
         context=options.context,
         limit_s=options.time_limit,
+        audio_s=options.audio_seconds,
     )
     print(f"{rules.name} at http://{options.host}:{options.port}/v1", flush=True)
-    config = uvicorn.Config(
-        app, host=options.host, port=options.port, log_level="warning", timeout_graceful_shutdown=GRACE_S
-    )
-    server = uvicorn.Server(config)
+    server = server_of(app, options.host, options.port, options.slots + options.waiting)
     # uvicorn has no hook for signals, so the method of this server is replaced.
     server.handle_exit = ending_soon(server.handle_exit)  # type: ignore[method-assign]
     server.run()

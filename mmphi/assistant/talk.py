@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.data.images import MAX_FILE_BYTES
 from mmphi.errors import DataError, MmphiError, SettingsError
 
 if TYPE_CHECKING:
@@ -103,7 +105,9 @@ class Talk:
         found = Path(path.strip("'\"")).expanduser()
         if not path or not found.is_file():
             raise DataError(f"there is no file {path!r}" if path else f"/{kind} needs a path", f"/{kind} PATH")
-        self.waiting.append({"type": kind, kind: str(found.absolute())})
+        large = found.stat().st_size > MAX_FILE_BYTES
+        # As it is now: the file may be overwritten while the conversation goes on. A film is read when it is heard.
+        self.waiting.append({"type": kind, kind: str(found.absolute()) if large else found.read_bytes()})
         return f"{found.name} comes with the next question"
 
     def _system(self, text: str) -> str:
@@ -144,7 +148,8 @@ class Talk:
         if not path:
             raise DataError("/save needs a file", "/save chat.json")
         try:
-            Path(path).expanduser().write_text(json.dumps(self.messages, indent=1, ensure_ascii=False) + "\n")
+            messages = [_as_json(message) for message in self.messages]
+            Path(path).expanduser().write_text(json.dumps(messages, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}", "choose another place") from error
         return f"{len(self.messages)} messages are in {path}"
@@ -166,3 +171,20 @@ class Talk:
 
     def _quit(self, _: str) -> str:
         raise Leave
+
+
+def _as_json(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as OpenAI's API has it, with its images and recordings in it."""
+    if isinstance(message["content"], str):
+        return message
+    parts = []
+    for part in message["content"]:
+        content = part.get(part["type"])
+        if isinstance(content, bytes):
+            data = base64.b64encode(content).decode()
+            if part["type"] == "image":
+                part = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
+            else:
+                part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        parts.append(part)
+    return {**message, "content": parts}

@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, with a queue that is never longer than it may be."""
+"""An engine and those who ask it: requests are prepared in threads of their own, and answered together in one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from mmphi.errors import MmphiError
+from mmphi.data.decoder import Decoder, wav_seconds
+from mmphi.errors import AudioError, MmphiError
 from mmphi.models.chat.engine import Answering, Engine, Reason
 from mmphi.models.chat.messages import Conversation
 from mmphi.models.chat.prompts import check_shown, open_prompt
@@ -17,6 +19,7 @@ from mmphi.models.chat.sampling import Sampling
 
 IDLE_S = 0.5  # How long an idle thread waits before it looks whether it shall stop.
 STALLED_S = 60.0  # Without a step for longer, the engine counts as stalled: a step takes seconds at most.
+AUDIO_S = 600.0  # Longest recordings of one request, all together, in seconds.
 STOP_S = 5.0  # How long a stop waits for the threads; they are daemons, and do not hold up the end of the process.
 
 
@@ -26,6 +29,10 @@ class Full(MmphiError):  # noqa: N818  # As HTTP has it: Too Many Requests.
 
 class TooSlow(MmphiError):  # noqa: N818  # Likewise.
     """An answer took longer than it may."""
+
+
+class Left(MmphiError):  # noqa: N818  # Likewise.
+    """Nobody waits for the answer any longer."""
 
 
 @dataclass(eq=False)
@@ -45,6 +52,7 @@ class Ticket:
         error: What went wrong.
         first_s: Seconds until its first token.
         gone: Whether nobody waits for it any longer.
+        ended: Whether nothing more is told.
     """
 
     asked: Conversation
@@ -59,35 +67,48 @@ class Ticket:
     error: Exception | None = None
     first_s: float = 0.0
     gone: bool = False
+    ended: bool = False
     _answering: Answering | None = None
 
 
 class Worker:
     """Answers tickets, as many at once as the engine has slots.
 
-    Images are opened and recordings heard in a second thread: those who are being answered need not wait for it.
+    A ticket is prepared before it is answered: its images are decoded and embedded, its recordings decoded and
+    transcribed, its prompt is written. Tickets of text alone, of images and of recordings are prepared in a thread of
+    each kind, so that no text waits for a recording.
 
     Args:
         engine: Used by nobody else from now on.
         waiting: Tickets that may wait beside those that are answered.
         limit_s: Longest time from a ticket's coming to its last token; 0 for none.
         ended: Called with every ticket at its end.
+        audio_s: Longest recordings of one ticket, all together, in seconds.
     """
 
     def __init__(
-        self, engine: Engine, waiting: int = 64, limit_s: float = 0.0, ended: Callable[[Ticket], None] = lambda _: None
+        self,
+        engine: Engine,
+        waiting: int = 64,
+        limit_s: float = 0.0,
+        ended: Callable[[Ticket], None] = lambda _: None,
+        audio_s: float = AUDIO_S,
     ) -> None:
-        self.engine, self.limit_s, self.ended = engine, limit_s, ended
-        self.most = engine.slots.slots + waiting
-        self._unread: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self.engine, self.limit_s, self.ended, self.audio_s = engine, limit_s, ended, audio_s
+        self.most = engine.slots + waiting
+        self._lanes: dict[str, queue.SimpleQueue[Ticket | None]] = {
+            kind: queue.SimpleQueue() for kind in ("text", "images", "recordings")
+        }
         self._ready: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._open: set[Ticket] = set()
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._stepped = time.monotonic()
+        self._decoder = Decoder()
         self._threads = [
-            threading.Thread(target=run, daemon=True, name=name)
-            for name, run in (("preparation", self._prepare), ("generation", self._answer))
+            threading.Thread(target=self._prepare, args=(lane,), daemon=True, name=f"preparation of {kind}")
+            for kind, lane in self._lanes.items()
         ]
+        self._threads.append(threading.Thread(target=self._answer, daemon=True, name="generation"))
 
     def start(self) -> None:
         """Begin to answer."""
@@ -97,10 +118,12 @@ class Worker:
     def stop(self) -> None:
         """Break off what is being answered, and end."""
         self._stopping.set()
-        self._unread.put(None)
+        for lane in self._lanes.values():
+            lane.put(None)
         end = time.monotonic() + STOP_S
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        self._decoder.close()
 
     @property
     def problem(self) -> str:
@@ -131,26 +154,56 @@ class Worker:
             if len(self._open) >= self.most:
                 raise Full(f"{len(self._open)} questions wait for an answer, and no more are taken", "try again soon")
             self._open.add(ticket)
-        self._unread.put(ticket)
+        asked = ticket.asked
+        kind = "recordings" if any(asked.audio) else "images" if any(asked.images) else "text"
+        self._lanes[kind].put(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """Nobody waits for this answer any longer: it costs nothing from now on."""
         ticket.gone = True
 
-    def _prepare(self) -> None:
-        """Open images and hear recordings, one ticket after the other."""
-        model = self.engine.model
-        while (ticket := self._unread.get()) is not None:
-            try:
-                if not ticket.gone:
-                    check_shown(model, ticket.asked)
-                    own = [audio for turn in ticket.asked.audio for audio in turn]
-                    ticket.heard = [each.said or "" for each in model.inputs(own)]
-            except Exception as error:  # Whatever is wrong with this one, the others are answered.
-                ticket.error = error
-                self._end(ticket)
-            else:
-                self._ready.put(ticket)
+    def _check(self, ticket: Ticket) -> None:
+        """That a ticket's answer is still wanted, and may still come.
+
+        Raises:
+            Left: If nobody waits for it.
+            TooSlow: If its time is over.
+        """
+        if ticket.gone or ticket.ended or self._stopping.is_set():
+            raise Left("nobody waits for the answer")
+        if self.limit_s and time.monotonic() - ticket.born > self.limit_s:
+            raise TooSlow(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
+
+    def _prepare(self, lane: queue.SimpleQueue[Ticket | None]) -> None:
+        """Prepare the tickets of one kind, one after the other."""
+        while self._prepare_next(lane):
+            pass
+
+    def _prepare_next(self, lane: queue.SimpleQueue[Ticket | None]) -> bool:
+        # A function of its own, so that nothing holds the last ticket while the next one is waited for.
+        ticket = lane.get()
+        if ticket is None:
+            return False
+        try:
+            self._write_prompt(ticket)
+        except Left:
+            self._end(ticket)
+        except Exception as error:  # Whatever is wrong with this one, the others are answered.
+            self._end(ticket, error)
+        else:
+            self._ready.put(ticket)
+        return True
+
+    def _write_prompt(self, ticket: Ticket) -> None:
+        model, check = self.engine.model, partial(self._check, ticket)
+        check()
+        check_shown(model, ticket.asked, check)
+        asked = decoded(ticket.asked, self._decoder, self.audio_s, check)
+        own = [audio for turn in asked.audio for audio in turn]
+        ticket.heard = [each.said or "" for each in model.inputs(own, check)]
+        prompt, _ = open_prompt(model, asked, self.engine.room(ticket.sampling), checked=True)
+        ticket.prompt_tokens = len(prompt)
+        ticket._answering = self.engine.answering(prompt, ticket.sampling)
 
     def _answer(self) -> None:
         """Step the engine as long as there is something to say; no error of a request ends this thread."""
@@ -166,25 +219,24 @@ class Worker:
                     self._break_off(ticket, error)
             active = [ticket for ticket in active if self._told(ticket)]
         for ticket in list(self._open):
-            ticket.error = ticket.error or MmphiError("the server stops")
-            self._end(ticket)
+            self._end(ticket, MmphiError("the server stops"))
 
     def _cancel(self, active: list[Ticket]) -> None:
-        """Cancel answers whose client has disconnected, or that exceed the time limit."""
-        for ticket in active:
-            answering = ticket._answering
-            assert answering is not None
-            if ticket.gone:
-                self.engine.cancel(answering)
-            elif self.limit_s and time.monotonic() - ticket.born > self.limit_s:
-                self.engine.cancel(answering)
-                ticket.error = TooSlow(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
+        """Cancel requests whose client has disconnected, or that exceed the time limit, wherever they are."""
+        for ticket in list(self._open):
+            try:
+                self._check(ticket)
+            except (Left, TooSlow) as error:
+                why = None if isinstance(error, Left) else error
+                if ticket in active:
+                    self._break_off(ticket, why)
+                else:
+                    self._end(ticket, why)
 
-    def _break_off(self, ticket: Ticket, error: Exception) -> None:
-        answering = ticket._answering
-        assert answering is not None
+    def _break_off(self, ticket: Ticket, error: Exception | None) -> None:
+        assert ticket._answering is not None
         ticket.error = ticket.error or error
-        self.engine.cancel(answering)
+        self.engine.cancel(ticket._answering)
 
     def _take(self, active: list[Ticket]) -> None:
         """Take what is ready; wait for it where nothing else is to be done."""
@@ -193,22 +245,21 @@ class Worker:
                 ticket = self._ready.get_nowait() if active else self._ready.get(timeout=IDLE_S)
             except queue.Empty:
                 return
-            try:
-                self._begin(ticket)
-            except Exception as error:
-                ticket.error = error
-                self._end(ticket)
-            else:
+            if not ticket.ended:
+                assert ticket._answering is not None
+                self.engine.enqueue(ticket._answering)
                 active.append(ticket)
-
-    def _begin(self, ticket: Ticket) -> None:
-        # Written here and not in the other thread: a tokenizer may not be used by two at once.
-        prompt, _ = open_prompt(self.engine.model, ticket.asked, self.engine.room(ticket.sampling), checked=True)
-        ticket.prompt_tokens = len(prompt)
-        ticket._answering = self.engine.submit(prompt, ticket.sampling)
 
     def _told(self, ticket: Ticket) -> bool:
         """Tell what is new of an answer; whether there is more to come."""
+        try:
+            return self._tell(ticket)
+        except Exception as error:  # Of this answer alone, as one that its text cannot be made of.
+            self._break_off(ticket, error)
+            self._end(ticket)
+            return False
+
+    def _tell(self, ticket: Ticket) -> bool:
         answering = ticket._answering
         assert answering is not None
         ticket.tokens, ticket.reused = answering.tokens, answering.reused
@@ -217,17 +268,50 @@ class Worker:
         if (piece := answering.take()) and not ticket.gone:
             try:
                 ticket.tell(piece)
-            except RuntimeError:  # Likewise.
+            except RuntimeError:  # The event loop of the one who asked is closed.
                 ticket.gone = True
         if not answering.reason:
             return True
-        ticket.reason, ticket.error = answering.reason, ticket.error or answering.error
-        self._end(ticket)
+        ticket.reason = answering.reason
+        self._end(ticket, answering.error)
         return False
 
-    def _end(self, ticket: Ticket) -> None:
+    def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
+        """End a ticket, unless another thread has done so already."""
         with self._lock:
+            if ticket.ended:
+                return
+            ticket.ended = True
+            ticket.error = ticket.error or error
             self._open.discard(ticket)
         self.ended(ticket)
         with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
             ticket.tell(None)
+
+
+def decoded(
+    asked: Conversation, decoder: Decoder, longest_s: float, check: Callable[[], None] = lambda: None
+) -> Conversation:
+    """A conversation whose recordings are decoded, in another process.
+
+    Args:
+        asked: The conversation.
+        decoder: Of recordings.
+        longest_s: Longest recordings, all together, in seconds.
+        check: Called now and then; what it raises ends this.
+
+    Raises:
+        AudioError: If one cannot be decoded, or all together are too long.
+    """
+    left, turns = longest_s, []
+    for turn in asked.audio:
+        own = []
+        for audio in turn:
+            check()
+            if left <= 0:
+                raise AudioError("too long", f"the recordings are longer than {longest_s:g} s", "cut them")
+            content = decoder.decode(audio.source, left, check)
+            left -= wav_seconds(content)
+            own.append(replace(audio, source=content))
+        turns.append(tuple(own))
+    return replace(asked, audio=tuple(turns))

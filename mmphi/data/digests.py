@@ -32,6 +32,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def content_digest(source: Path | bytes) -> str:
+    """SHA-256 of a file's content, as it is now, or of bytes; the path where there is no such file."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    return Digests().of(source) if source.is_file() else str(source)
+
+
 class Digests:
     """SHA-256 of files and folders.
 
@@ -155,7 +162,10 @@ def _read(paths: list[Path], title: str) -> Iterator[str]:
 
 
 class FileDigests:
-    """Digests of the files that one process works with: looked up together once, then by path.
+    """Digests of the files that one process works with.
+
+    Files of a dataset are prepared: looked up together once, because they do not change while it is used. Any other
+    file is looked at anew whenever its digest is asked for, because it may have been overwritten.
 
     Args:
         digests: Where they are remembered.
@@ -163,15 +173,15 @@ class FileDigests:
 
     def __init__(self, digests: Digests | None = None) -> None:
         self._digests = digests or Digests()
-        self._known: dict[Path, str] = {}
+        self._prepared: dict[Path, str] = {}
 
     def prepare(self, paths: Iterable[Path], title: str = "digests") -> None:
         """Look up many at once."""
-        missing = [path for path in dict.fromkeys(paths) if path not in self._known]
-        self._known.update(dict.fromkeys(missing, "") | self._digests.of_files(missing, title))
+        missing = [path for path in dict.fromkeys(paths) if path not in self._prepared]
+        self._prepared.update(dict.fromkeys(missing, "") | self._digests.of_files(missing, title))
 
     def __getitem__(self, path: Path) -> str:
         """SHA-256 of a file, empty where it cannot be read."""
-        if path not in self._known:
-            self.prepare([path])
-        return self._known[path]
+        if (prepared := self._prepared.get(path)) is not None:
+            return prepared
+        return self._digests.of_files([path]).get(path, "")

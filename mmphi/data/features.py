@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from mmphi.data.digests import FileDigests
@@ -19,7 +20,7 @@ from mmphi.data.views import seen_as, view_name
 from mmphi.errors import ImageError, StoreError
 
 INDEX = "index.json"
-LOOKED = 32  # Decoded images that wait for their features to be asked for.
+LOOKED = 64  # Images whose features are computed before they are asked for.
 
 
 class ImageFeatures(Protocol):
@@ -128,14 +129,6 @@ class Embeds(Protocol):
         """Features (N, tokens, width) of pixels (N, 3, H, W) as ``preprocess`` gives them."""
 
 
-def _version(path: Path) -> tuple[Path, int, int]:
-    """What tells a file from another that later has its name."""
-    if not path.exists():
-        return path, 0, 0
-    stat = path.stat()
-    return path, stat.st_mtime_ns, stat.st_size
-
-
 class LiveFeatures:
     """Features computed when asked for, rounded to float16 as stored ones are."""
 
@@ -144,35 +137,48 @@ class LiveFeatures:
         self.tokens, self.width, self.digest = tower.tokens, tower.width, tower.digest
         self._digests = FileDigests()
         self._unreadable: dict[Path, str] = {}
-        self._looked: OrderedDict[tuple[Path, int, int], Tensor] = OrderedDict()  # By file, time and size.
+        self._looked: LRUCache[str, Tensor] = LRUCache(LOOKED)  # By the digest of the image's content.
+        self._lock = (
+            threading.Lock()
+        )  # Of the cache: features are asked for by other threads than they are computed in.
 
     def __contains__(self, image: ImageRef, /) -> bool:
         return image.path not in self._unreadable
 
-    def look(self, images: Iterable[ImageRef], /) -> None:
-        """Decode images whose features will be asked for soon, so that nobody waits for it then.
+    @torch.inference_mode()
+    def look(self, images: Sequence[ImageRef], check: Callable[[], None] = lambda: None, /) -> None:
+        """Compute features that will be asked for soon, in the thread of the caller; the newest few are kept.
+
+        Args:
+            images: Each with its content in memory.
+            check: Called before each image; what it raises ends this.
 
         Raises:
-            ImageError: If one cannot be used.
+            ImageError: If an image cannot be used.
         """
-        for image in images:
-            pixels = self.tower.preprocess(open_image(image.path))
-            self._looked[_version(image.path)] = pixels
-            while len(self._looked) > LOOKED:
-                self._looked.popitem(last=False)
+        with self._lock:
+            new = {image.id: image for image in images if image.id not in self._looked}
+        pixels = []
+        for image in new.values():
+            check()
+            pixels.append(self._pixels(image))
+        if pixels:
+            features = self.tower(torch.stack(pixels)).half().cpu()
+            with self._lock:
+                self._looked.update(zip(new, features.unbind(), strict=True))
 
     def _pixels(self, image: ImageRef) -> Tensor:
+        opened = open_image(image.source, image.name)
         if image.view:
-            name = view_name(self._digests[image.path], image.view)
-            return self.tower.preprocess(seen_as(open_image(image.path), name))
-        looked = self._looked.get(_version(image.path))
-        return self.tower.preprocess(open_image(image.path)) if looked is None else looked
+            opened = seen_as(opened, view_name(self._digests[image.path], image.view))
+        return self.tower.preprocess(opened)
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
         """Open every image once, and remember which cannot be read."""
         for path in dict.fromkeys(image.path for image in images):
             try:
                 open_image(path)
+                self._unreadable.pop(path, None)
             except ImageError as error:
                 self._unreadable[path] = error.reason
 
@@ -180,8 +186,14 @@ class LiveFeatures:
         """Features of images, float16 on the CPU, (len(images), tokens, width)."""
         if not images:
             return torch.zeros(0, self.tokens, self.width, dtype=torch.float16)
-        pixels = torch.stack([self._pixels(image) for image in images])
-        return self.tower(pixels).half().cpu()
+        with self._lock:
+            known = [self._looked.get(image.id) if image.content is not None else None for image in images]
+        missing = [i for i, features in enumerate(known) if features is None]
+        if missing:
+            fresh = self.tower(torch.stack([self._pixels(images[i]) for i in missing])).half().cpu()
+            for i, features in zip(missing, fresh, strict=True):
+                known[i] = features
+        return torch.stack([features for features in known if features is not None])
 
     def length(self, image: ImageRef, /) -> int:
         """Features of an image."""

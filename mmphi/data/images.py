@@ -104,8 +104,12 @@ def coco_names(relative: str) -> Iterator[tuple[str, str]]:
             yield layout, layout.replace("NUMBER", number)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read an image file whole.
+def open_image(source: Path | bytes, name: str = "") -> Image.Image:
+    """Read an image whole.
+
+    Args:
+        source: Its file, or what that holds.
+        name: What it is called in errors; the path of the file where left out.
 
     Returns:
         The first frame, in RGB, turned as its EXIF orientation says; transparency is laid on white.
@@ -113,7 +117,9 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ImageError: If it is missing, empty, truncated, too large, or of no format wanted.
     """
-    return image_in(image_bytes(path), str(path))
+    if isinstance(source, bytes):
+        return image_in(source, name or "the image")
+    return image_in(image_bytes(source), name or str(source))
 
 
 def image_bytes(path: Path) -> bytes:
@@ -163,6 +169,11 @@ def image_in(content: bytes, name: str) -> Image.Image:
         raise ImageError("not an image", f"{name} is none of {', '.join(FORMATS)}") from error
     except BROKEN as error:
         raise ImageError("truncated or broken image", f"{name}: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image that is open already, as :func:`open_image` gives it: upright, transparency on white, 16 bits scaled."""
+    return _rgb(_upright(image.copy()))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -19,11 +19,24 @@ class ImageRef:
         id: ``source name/path relative to the source's image folder``; splits go by it.
         path: Where the file lies on this machine; its features are found by its content.
         view: Which view of it: 0 is the image itself, others are parts of it.
+        content: What the file held when it was shown, or what was sent; ``id`` is its SHA-256 then, and ``path`` is not
+            read, and empty where there was no file.
     """
 
     id: str
     path: Path
     view: int = 0
+    content: bytes | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def source(self) -> Path | bytes:
+        """The file, or what it holds."""
+        return self.path if self.content is None else self.content
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return str(self.path) if self.path.name else "the image"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import mmphi
+from mmphi.data.images import as_rgb
 from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.errors import DataError
 from mmphi.text.packing import packs, to_device
@@ -144,7 +145,7 @@ def saved(visuals: Iterable[Any], folder: Path, prefix: str, task: str) -> tuple
                 f"the task {task} shows a {type(visual).__name__}, and this model sees images", "choose an image task"
             )
         path = folder / f"{prefix}{number}.png"
-        visual.convert("RGB").save(path)
+        as_rgb(visual).save(path)
         found.append(ImageRef(path.name, path))
     return tuple(found)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 
 from mmphi.data.audio import Recording, read_audio
-from mmphi.data.digests import Digests
+from mmphi.data.digests import content_digest
 from mmphi.data.records import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.hearing import Listener, Transcript, transcribe
@@ -18,6 +18,8 @@ from mmphi.models.transcript_memory import TranscriptMemory
 from mmphi.models.voice import PAD_S, Part, speech, windows
 from mmphi.models.whispers import BACKENDS, OpenAIWhisper
 from mmphi.settings.audio import AudioSettings
+
+KEPT = 4096  # Transcripts in memory.
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ class Ears:
     Args:
         listener: Who hears.
         settings: How.
-        memory: What it has heard in other processes.
+        memory: Transcripts of files, kept from process to process. Those of recordings in memory, which somebody sent,
+            are not stored there.
     """
 
     def __init__(self, listener: Listener, settings: AudioSettings, memory: TranscriptMemory | None = None) -> None:
         self.listener, self.settings, self.memory = listener, settings, memory
-        self._heard: dict[str, Transcript] = {}
+        self._heard: LRUCache[str, Transcript] = LRUCache(KEPT)
 
     def recording(self, audio: AudioRef) -> Recording:
         """A recording, decoded.
@@ -54,17 +57,22 @@ class Ears:
         """
         return read_audio(audio.source, max_seconds=self.settings.max_seconds)
 
-    def transcripts(self, recordings: Sequence[AudioRef]) -> list[Transcript]:
+    def transcripts(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[Transcript]:
         """What is said in recordings.
+
+        Args:
+            recordings: Files, or what they hold.
+            check: Called before each batch of windows; what it raises ends this.
 
         Raises:
             AudioError: If one cannot be decoded.
         """
         keys = [identity(audio) for audio in recordings]
-        new = {key: audio for key, audio in zip(keys, recordings, strict=True) if key not in self._heard}
+        known = {key: said for key in keys if (said := self._heard.get(key)) is not None}
+        new = {key: audio for key, audio in zip(keys, recordings, strict=True) if key not in known}
         if self.memory is not None and new:
-            self._heard |= self.memory.recall(list(new))
-        fresh = [(key, audio) for key, audio in new.items() if key not in self._heard]
+            known |= self.memory.recall(list(new))
+        fresh = [(key, audio) for key, audio in new.items() if key not in known]
         chosen = self.settings
         for first in range(0, len(fresh), chosen.batch_size):
             some = fresh[first : first + chosen.batch_size]
@@ -76,12 +84,13 @@ class Ears:
                 threshold=chosen.threshold,
                 window=chosen.window,
                 batch_size=chosen.batch_size,
+                check=check,
             )
-            found = {key: what for (key, _), what in zip(some, heard, strict=True)}
-            self._heard |= found
+            known |= {key: what for (key, _), what in zip(some, heard, strict=True)}
             if self.memory is not None:
-                self.memory.remember(found)
-        return [self._heard[key] for key in keys]
+                self.memory.remember({key: known[key] for key, audio in some if not isinstance(audio.source, bytes)})
+        self._heard.update(known)
+        return [known[key] for key in keys]
 
     def parts(self, recording: Recording) -> list[Part]:
         """The stretches that are heard at once, silence left out."""
@@ -92,9 +101,7 @@ class Ears:
 
 def identity(audio: AudioRef) -> str:
     """What tells a recording from others: the digest of its content, or the name of a file that is not there."""
-    if isinstance(audio.source, bytes):
-        return hashlib.sha256(audio.source).hexdigest()
-    return Digests().of(audio.source) if audio.source.is_file() else str(audio.source)
+    return content_digest(audio.source)
 
 
 Once = Callable[[str, str, Callable[[], Any]], Any]

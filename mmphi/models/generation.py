@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from mmphi.text.packing import check_spans, spread, to_device
 from mmphi.text.sequences import Sample, Span
@@ -28,6 +30,22 @@ class Answer:
     ended: bool
 
 
+@contextmanager
+def only_as_asked(language_model: Any) -> Iterator[None]:
+    """Let a model's ``generate`` do what its arguments say and nothing else.
+
+    transformers fills what they leave open from the model's own generation settings. A penalty for repetition, a
+    forced token or ``min_p`` there would make its answers others than those of a conversation, and samples others than
+    the model's distribution.
+    """
+    own = language_model.generation_config
+    language_model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        language_model.generation_config = own
+
+
 @torch.inference_mode()
 def answers_to(model: Multimodal, prompts: Sequence[Sample], batch_size: int, **how: Any) -> list[list[Answer]]:
     """Answers to prompts, one or more of each.
@@ -36,7 +54,7 @@ def answers_to(model: Multimodal, prompts: Sequence[Sample], batch_size: int, **
         model: Who answers.
         prompts: Tokens with places for image features.
         batch_size: Prompts at once.
-        **how: Goes to transformers' ``generate``.
+        **how: Of transformers' ``GenerationConfig``; see :func:`only_as_asked`.
 
     Returns:
         The answers to each prompt, in order.
@@ -64,9 +82,10 @@ def _batch(model: Multimodal, prompts: Sequence[Sample], how: dict[str, Any]) ->
     features, places = (to_device(each, device) for each in spread(spans, model.sources))
     embeddings = model.packed.embed(ids.to(device), features, places)
     ends = model.language.ends
-    tokens = model.language.model.generate(
-        inputs_embeds=embeddings, attention_mask=mask.to(device), eos_token_id=ends, pad_token_id=ends[0], **how
-    )
+    with only_as_asked(model.language.model):
+        tokens = model.language.model.generate(
+            inputs_embeds=embeddings, attention_mask=mask.to(device), eos_token_id=ends, pad_token_id=ends[0], **how
+        )
     answers = []
     for row in tokens.tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,7 @@ def transcribe(
     threshold: float = 0.5,
     window: float = WINDOW_S,
     batch_size: int = 8,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Transcript]:
     """What is said in recordings of any length.
 
@@ -107,6 +108,7 @@ def transcribe(
         threshold: Of the voice gate.
         window: Longest window, in seconds; at most 30.
         batch_size: Windows heard at once.
+        check: Called before each batch of windows; what it raises ends this.
 
     Returns:
         A transcript of each recording; an empty one where nobody speaks.
@@ -121,6 +123,7 @@ def transcribe(
     later = [(place, part) for place, own in enumerate(parts) for part in own[1:]]
     for group in (first, later):  # The first window of each says in which language the others are heard.
         for begin in range(0, len(group), batch_size):
+            check()
             chosen = group[begin : begin + batch_size]
             sounds = [cut(recordings[place], part) for place, part in chosen]
             heard = listener.hear(sounds, [languages[place] for place, _ in chosen], prompt)

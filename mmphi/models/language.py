@@ -86,17 +86,20 @@ class Language:
         long = 0 if in_line or self.model.device.type == "cuda" else LONG
         wanted = max_length >= long if in_line is None else in_line
         return (
-            Layout("line", self.width, long) if wanted and self.line_error < self._exact else Layout("rows", self.width)
+            Layout("line", self.width, long)
+            if wanted and self.line_error < self.tolerance
+            else Layout("rows", self.width)
         )
 
     @property
-    def _exact(self) -> float:
+    def tolerance(self) -> float:
+        """Largest difference of logits, over their standard deviation, that rounding makes."""
         return PACKED_TOLERANCE if self.settings.precision == "fp32" else PACKED_TOLERANCE_ROUNDED
 
     def packs(self, max_length: int) -> bool:
         """Whether sequences of up to so many tokens may share rows."""
         window = shortest_window(self.model.config)
-        return self.packing_error < self._exact and not 0 < window < max_length
+        return self.packing_error < self.tolerance and not 0 < window < max_length
 
     @property
     def local(self) -> Path | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import SequenceMatcher
 from typing import Any, Protocol
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from mmphi.data.audio import Recording
@@ -20,6 +22,8 @@ from mmphi.models.language import Language
 from mmphi.models.speech import Link, SpeechConfig
 from mmphi.models.whispers import OpenAIWhisper
 from mmphi.text.sequences import Input, Spelled
+
+KEPT_BYTES = 256 * 1024**2  # Of what was computed of recordings, in memory.
 
 
 class Hearing(Protocol):
@@ -35,8 +39,8 @@ class Hearing(Protocol):
     def width(self) -> int:
         """Width of a feature."""
 
-    def inputs(self, recordings: Sequence[AudioRef], /) -> list[Input]:
-        """Recordings as a sequence takes them."""
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = ..., /) -> list[Input]:
+        """Recordings as a sequence takes them; all that takes long is done here, and ``check`` is called meanwhile."""
 
     def length(self, reference: Any, /) -> int:
         """How many features a recording has: what stands in its place."""
@@ -59,9 +63,9 @@ class TranscriptLink:
         self.language, self.ears = language, ears
         self.width = language.width
 
-    def inputs(self, recordings: Sequence[AudioRef], /) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[Input]:
         """Recordings as a sequence takes them: by what is said."""
-        heard = self.ears.transcripts(recordings)
+        heard = self.ears.transcripts(recordings, check)
         return [Input("audio", a, 0, t.text) for a, t in zip(recordings, heard, strict=True)]
 
     def length(self, reference: Spelled, /) -> int:
@@ -90,6 +94,7 @@ class SoftLink(TranscriptLink):
         language: Whose embeddings; its token ids must be Whisper's.
         ears: Who hears: an openai-whisper that knows English alone.
         temperature: What Whisper's logits are divided by.
+        kept_bytes: Most that is kept of what was computed.
 
     Raises:
         ModelError: If the token ids differ, or this Whisper does not give its logits.
@@ -97,12 +102,23 @@ class SoftLink(TranscriptLink):
 
     link: Link = "soft"
 
-    def __init__(self, language: Language, ears: Ears, temperature: float = 1.0) -> None:
+    def __init__(
+        self, language: Language, ears: Ears, temperature: float = 1.0, kept_bytes: float = KEPT_BYTES
+    ) -> None:
         super().__init__(language, ears)
         self.whisper, self.temperature = openai_of(ears, "soft"), temperature
         _check_ids(language, self.whisper)
-        self._found: dict[str, tuple[list[int], Tensor, Tensor]] = {}
-        self._digests = FileDigests()
+        self._found: LRUCache[str, tuple[list[int], Tensor, Tensor]] = LRUCache(
+            kept_bytes, lambda found: _bytes(found[1])
+        )
+
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[Input]:
+        """Recordings as a sequence takes them: by what is said."""
+        found = super().inputs(recordings, check)
+        for audio in recordings:
+            check()
+            self._soft(audio)
+        return found
 
     @torch.no_grad()
     def rows(self, references: Sequence[Spelled], /) -> Tensor:
@@ -122,8 +138,8 @@ class SoftLink(TranscriptLink):
 
     def _soft(self, audio: AudioRef) -> tuple[list[int], Tensor, Tensor]:
         """Tokens of all windows, their mean embeddings, and whether each is the likeliest in its place."""
-        key = _content(audio, self._digests)
-        if key not in self._found:
+        key = identity(audio)
+        if (found := self._found.get(key)) is None:
             recording = self.ears.recording(audio)
             (transcript,) = self.ears.transcripts([audio])
             embed = self.language.model.get_input_embeddings()
@@ -136,8 +152,9 @@ class SoftLink(TranscriptLink):
                 table = embed(torch.arange(odds.shape[-1], device=embed.weight.device)).float()
                 means.append((odds @ table).cpu())
                 certain.append(logits.argmax(dim=-1).cpu() == torch.tensor(tokens, dtype=torch.long))
-            self._found[key] = ids, torch.cat(means), torch.cat(certain)
-        return self._found[key]
+            found = ids, torch.cat(means), torch.cat(certain)
+            _keep(self._found, key, found)
+        return found
 
 
 class EncoderLink:
@@ -155,9 +172,13 @@ class EncoderLink:
         self.frames, self.stack = frames, stack
         self.width = frame_width * stack
 
-    def inputs(self, recordings: Sequence[AudioRef], /) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[Input]:
         """Recordings as a sequence takes them: by their length."""
-        return [Input("audio", audio, self.length(audio)) for audio in recordings]
+        found = []
+        for audio in recordings:
+            check()
+            found.append(Input("audio", audio, self.length(audio)))
+        return found
 
     def length(self, reference: AudioRef, /) -> int:
         """Features of a recording."""
@@ -197,29 +218,45 @@ def stored_frames(store: RaggedStore, digests: FileDigests) -> Callable[[AudioRe
     """Frames as the stage ``listen`` stored them; they are found by the content of the recording."""
 
     def frames(audio: AudioRef) -> Tensor:
-        return store.get(_content(audio, digests))
+        if isinstance(audio.source, bytes):
+            return store.get(identity(audio))
+        digests.prepare([audio.source])  # Of a dataset, whose files do not change while it is used.
+        return store.get(digests[audio.source] or str(audio.source))
 
     return frames
 
 
-def live_frames(ears: Ears) -> Callable[[AudioRef], Tensor]:
+def live_frames(ears: Ears, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
     """Frames computed when they are first asked for.
 
     Args:
         ears: Who hears: an openai-whisper.
+        kept_bytes: Most that is kept of them.
 
     Raises:
         ModelError: If this Whisper does not give its frames.
     """
-    whisper, known, digests = openai_of(ears, "encoder"), dict[str, Tensor](), FileDigests()
+    whisper = openai_of(ears, "encoder")
+    known: LRUCache[str, Tensor] = LRUCache(kept_bytes, _bytes)
 
     def frames(audio: AudioRef) -> Tensor:
-        key = _content(audio, digests)
-        if key not in known:
-            (known[key],) = frames_in(ears, whisper, [ears.recording(audio)])
-        return known[key]
+        key = identity(audio)
+        if (found := known.get(key)) is None:
+            (found,) = frames_in(ears, whisper, [ears.recording(audio)])
+            _keep(known, key, found)
+        return found
 
     return frames
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _keep(cache: LRUCache[str, Any], key: str, found: Any) -> None:
+    """Keep what was computed, unless it alone is more than is kept."""
+    with suppress(ValueError):
+        cache[key] = found
 
 
 def hearing_of(
@@ -253,11 +290,6 @@ def hearing_of(
             f"{whisper.name} is not the Whisper that the model was trained with", "give that one: mmphi.load(whisper=)"
         )
     return EncoderLink(live_frames(ears), whisper.width, config.stack)
-
-
-def _content(audio: AudioRef, digests: FileDigests) -> str:
-    """Digest of a recording, looked up once where it is a file."""
-    return identity(audio) if isinstance(audio.source, bytes) else digests[audio.source] or str(audio.source)
 
 
 def _check_ids(language: Language, whisper: OpenAIWhisper) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmphi.data.digests import content_digest
 from mmphi.data.encoded import encode_example, image_inputs
 from mmphi.data.features import ImageFeatures
 from mmphi.data.records import AudioRef, Example, ImageRef
@@ -137,13 +138,17 @@ class Multimodal(Conversing):
             )
         return self._hearing
 
-    def inputs(self, recordings: Sequence[AudioRef]) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[Input]:
         """Recordings as a sequence takes them.
+
+        Args:
+            recordings: In order.
+            check: Called now and then while they are heard; what it raises ends this.
 
         Raises:
             ModelError: If there are any, and this model does not hear.
         """
-        return self.hearing.inputs(recordings) if recordings else []
+        return self.hearing.inputs(recordings, check) if recordings else []
 
     def length(self, image: ImageRef) -> int:
         """Places that an image takes in a prompt."""
@@ -202,7 +207,8 @@ class Multimodal(Conversing):
         references = [ImageRef(str(path), Path(path)) for path in images]
         given = [audio] if isinstance(audio, Path | str | bytes) else list(audio)
         spoken = [
-            AudioRef("bytes", each) if isinstance(each, bytes) else AudioRef(str(each), Path(each)) for each in given
+            AudioRef(content_digest(each), each) if isinstance(each, bytes) else AudioRef(str(each), Path(each))
+            for each in given
         ]
         return self.generate([(references, question, spoken)], max_new_tokens)[0].text
 

@@ -68,8 +68,11 @@ def shortest_window(config: Any) -> int:
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None and not any("sliding" in kind for kind in kinds):
-        return 0
-    if getattr(config, "use_sliding_window", True) is False:
-        return 0
-    return int(getattr(config, "sliding_window", None) or 0)
+    windows = [getattr(config, "window_size", None)]  # GPT-Neo's local layers.
+    if (kinds is None or any("sliding" in kind for kind in kinds)) and getattr(
+        config, "use_sliding_window", True
+    ) is not False:
+        windows.append(getattr(config, "sliding_window", None))
+    if kinds is not None and any("chunked" in kind for kind in kinds):  # Llama 4's.
+        windows.append(getattr(config, "attention_chunk_size", None))
+    return min((window for window in windows if isinstance(window, int) and window > 0), default=0)

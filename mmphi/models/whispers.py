@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +25,20 @@ FRAMES_S = 50  # Of its encoder, in a second.
 FASTER = "pip install faster-whisper"
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _one_thread_at_a_time(method: Method) -> Method:
+    """Openai-whisper hangs its memory of keys and values on the model while it decodes: threads would mix them."""
+
+    @wraps(method)
+    def locked(self: OpenAIWhisper, *arguments: Any, **options: Any) -> Any:
+        with self.lock:
+            return method(self, *arguments, **options)
+
+    return locked  # type: ignore[return-value]
+
+
 class OpenAIWhisper:
     """openai-whisper: a size by name, or a file of weights.
 
@@ -34,6 +50,8 @@ class OpenAIWhisper:
     Raises:
         ModelError: If there is no such size, or its weights cannot be had.
     """
+
+    lock = threading.RLock()  # Of all of them: on one machine they would only slow each other down.
 
     def __init__(self, name: str, device: torch.device, beam: int = 5) -> None:
         import whisper
@@ -79,6 +97,7 @@ class OpenAIWhisper:
         """Width of a frame of its encoder."""
         return int(self.model.dims.n_audio_state)
 
+    @_one_thread_at_a_time
     @torch.no_grad()  # Not in inference mode: what is trained on these frames must be able to keep them.
     def encode(self, sounds: Sequence[Samples], fill: float = WINDOW_S) -> list[torch.Tensor]:
         """Frames (n, width) of its encoder for windows, 50 for each second of sound: those of the filling are cut.
@@ -110,6 +129,7 @@ class OpenAIWhisper:
         frames: torch.Tensor = encoder.ln_post(hidden)
         return frames
 
+    @_one_thread_at_a_time
     @torch.no_grad()
     def posterior(self, sound: Samples, text: str) -> tuple[list[int], torch.Tensor]:
         """How likely every token of text is, in each place of a transcript.
@@ -142,6 +162,7 @@ class OpenAIWhisper:
             self.model.is_multilingual, num_languages=self.model.num_languages, language=language, task="transcribe"
         )
 
+    @_one_thread_at_a_time
     @torch.inference_mode()
     def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
         """What is said in windows: see :class:`~mmphi.models.hearing.Listener`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmphi.errors import AudioError, ModelError, StoreError
@@ -104,9 +105,9 @@ def heard_by(ctx: Context, language: Language, link: Link) -> tuple[Hearing, Aud
     if link == "soft":
         temperature = chosen.soft_temperature
         whose = f"{settings.model_dump_json()}/{language.digest}/{temperature}"  # It keeps what it has computed.
-        return ctx.resources.once("soft", whose, lambda: SoftLink(language, ears, temperature)), Audio(settings)
+        return ctx.resources.once("soft", whose, lambda: SoftLink(language, ears, temperature, inf)), Audio(settings)
     whisper = openai_of(ears, "encoder")
-    frames: Callable[[AudioRef], Any] = live_frames(ears)
+    frames: Callable[[AudioRef], Any] = live_frames(ears, inf)
     if "listen" in ctx.upstream:
         listened = ctx.upstream["listen"]
         store = ctx.resources.once("frames", listened.run_id, lambda: RaggedStore(listened.path))

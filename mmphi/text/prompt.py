@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
+
+from jinja2 import TemplateError
 
 from mmphi.errors import ModelError
 
@@ -22,7 +26,12 @@ Style = Literal["plain", "phi", "chat"]
 REMEMBERED, MOST_REMEMBERED = 200, 50_000  # Letters of a text whose tokens are remembered, and how many texts.
 MARK, AUDIO_MARK = "<image>", "<audio>"
 SYSTEM, IMAGE, QUESTION, ANSWER = "\x00system\x00", "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
-AUDIO = "\x00audio\x00"  # In a question, where a recording stands; taken out of texts from outside.
+# In a question, where an image and a recording stand; both are taken out of texts from outside.
+SHOWN, AUDIO = "\x00shown\x00", "\x00audio\x00"
+
+# A fast tokenizer's `split_special_tokens` is a setting of the object that all threads share: who encodes sets it, and
+# must be alone until the text is encoded.
+_ENCODING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,19 @@ def places(questions: Sequence[str], count: int, mark: str = MARK) -> bool:
     return 0 < count == sum(question.count(mark) for question in questions)
 
 
-def with_recordings(turns: Sequence[tuple[str, str | None]], count: int) -> list[tuple[str, str | None]]:
-    """Turns with a place for every recording: where the questions say so, before the first one, or as the first one."""
-    turns = [(question.replace(AUDIO, ""), answer) for question, answer in turns]
-    if places([question for question, _ in turns], count, AUDIO_MARK):
+def with_places(turns: Sequence[tuple[str, str | None]], images: int, audio: int) -> list[tuple[str, str | None]]:
+    """Turns in which :data:`SHOWN` and :data:`AUDIO` stand for what ``<image>`` and ``<audio>`` stand for.
+
+    Recordings that have no place stand before the first question, or as the first one.
+    """
+    turns = [(question.replace(SHOWN, "").replace(AUDIO, ""), answer) for question, answer in turns]
+    questions = [question for question, _ in turns]
+    if places(questions, images):
+        turns = [(question.replace(MARK, SHOWN), answer) for question, answer in turns]
+    if places(questions, audio, AUDIO_MARK):
         return [(question.replace(AUDIO_MARK, AUDIO), answer) for question, answer in turns]
     (first, answer), *rest = turns
-    return [(AUDIO * count + ("\n" if count and first else "") + first, answer), *rest]
+    return [(AUDIO * audio + ("\n" if audio and first else "") + first, answer), *rest]
 
 
 class Prompt:
@@ -105,6 +120,15 @@ class Prompt:
         token = str(self.tokenizer.convert_ids_to_tokens(ids[place]))
         return ids[: place + 1], after[: after.index(token) + len(token)]
 
+    @cached_property
+    def _has_system_role(self) -> bool:
+        """Whether the chat template writes a system message; that of Gemma and Mistral refuses it, others drop it."""
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION.format(0)}]
+        try:
+            return SYSTEM in str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError:
+            return False
+
     @property
     def digest(self) -> str:
         """Of style and tokenizer: equal digests write equal tokens."""
@@ -138,17 +162,37 @@ class Prompt:
             Parts in order; supervised parts are an answer and its end-of-sequence token. The tokens of words that were
             heard are those of the same words typed in their place.
         """
-        placed = places([question for question, _ in turns], images)
-        turns = with_recordings(turns, len(audio))
+        turns = with_places(turns, images, len(audio))
+        leading = 0 if any(SHOWN in question for question, _ in turns) else images
+        return self.placed_parts(turns, leading=leading, context=context, audio=audio, system=system)
+
+    def placed_parts(
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        *,
+        leading: int = 0,
+        context: str = "",
+        audio: Sequence[str | None] = (),
+        system: str = "",
+    ) -> list[Part]:
+        """The prompt of a conversation that says where everything stands.
+
+        Args:
+            turns: Questions and answers, as of :meth:`parts`. In questions :data:`SHOWN` and :data:`AUDIO` stand for
+                images and recordings; ``<image>`` and ``<audio>`` are text like any other.
+            leading: Images that stand before everything else.
+            context: As of :meth:`parts`.
+            audio: As of :meth:`parts`, one for every :data:`AUDIO`.
+            system: As of :meth:`parts`.
+        """
         write = self._chat if self.style == "chat" else self._lines
-        return write(turns, 0 if placed else images, context, placed, iter(audio), system)
+        return write(turns, leading, context, iter(audio), system)
 
     def _lines(
         self,
         turns: Sequence[tuple[str, str | None]],
         leading: int,
         context: str,
-        placed: bool,
         audio: Iterator[str | None],
         system: str,
     ) -> list[Part]:
@@ -159,7 +203,7 @@ class Prompt:
             parts.append(Part(self._encode(context)))
         for number, (question, answer) in enumerate(turns):
             first = not number and not context and not system
-            parts += self._asked("" if first and not leading else "\n", question, placed, audio)
+            parts += self._asked("" if first and not leading else "\n", question, audio)
             at_once = first and not question  # A caption follows its image, with nothing between them.
             if self.style == "plain" and not at_once:
                 parts.append(Part(self._encode("\n")))
@@ -168,31 +212,32 @@ class Prompt:
                 parts.append(Part((*self._encode(gap + answer), self.tokenizer.eos_token_id), supervised=True))
         return parts
 
-    def _asked(self, before: str, question: str, placed: bool, audio: Iterator[str | None]) -> list[Part]:
+    def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[Part]:
         """A question on its line; nothing where there is none."""
         if not question:
             return []
         line = f"Instruct: {question}\nOutput:" if self.style == "phi" else question
-        return self._question(before + line, placed, audio)
+        return self._question(before + line, audio)
 
     def _chat(
         self,
         turns: Sequence[tuple[str, str | None]],
         leading: int,
         context: str,
-        placed: bool,
         audio: Iterator[str | None],
         system: str,
     ) -> list[Part]:
         """Render the template around markers, then put each text in its marker's place.
 
         Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
+        Where the template has no system role, the system text begins the first question.
         """
-        messages = [{"role": "system", "content": SYSTEM}] if system else []
+        messages = [{"role": "system", "content": SYSTEM}] if system and self._has_system_role else []
         for i, (question, answer) in enumerate(turns):
-            before = IMAGE if i == 0 and (leading or context) else ""
-            after = QUESTION.format(i) if question else ""
-            messages.append({"role": "user", "content": before + ("\n" if before and after else "") + after})
+            first = [SYSTEM] if not i and system and not messages else []
+            first += [IMAGE] if i == 0 and (leading or context) else []
+            first += [QUESTION.format(i)] if question else []
+            messages.append({"role": "user", "content": "\n".join(first)})
             if answer is not None:
                 messages.append({"role": "assistant", "content": ANSWER.format(i)})
         open_end = turns[-1][1] is None
@@ -202,7 +247,7 @@ class Prompt:
             places.append((IMAGE, [Part(span="image")] * leading or [Part(self._encode(context))]))
         for i, (question, answer) in enumerate(turns):
             if question:
-                places.append((QUESTION.format(i), self._question(question, placed, audio)))
+                places.append((QUESTION.format(i), self._question(question, audio)))
             if answer is not None:
                 ids = (*self._encode(answer), *self.end)
                 places.append((ANSWER.format(i), [Part(ids, supervised=True)]))
@@ -218,10 +263,10 @@ class Prompt:
             parts.append(Part(self._encode_template(text)))
         return [part for part in parts if part.ids or part.span]
 
-    def _question(self, text: str, placed: bool, audio: Iterator[str | None]) -> list[Part]:
+    def _question(self, text: str, audio: Iterator[str | None]) -> list[Part]:
         """A question as parts, its images and recordings between its texts where it says where they stand."""
         parts: list[Part] = []
-        for number, piece in enumerate(text.split(MARK) if placed else [text]):
+        for number, piece in enumerate(text.split(SHOWN)):
             parts += [Part(span="image")] * bool(number)
             typed, words = "", list[tuple[int, int]]()
             for count, between in enumerate(piece.split(AUDIO)):
@@ -244,7 +289,10 @@ class Prompt:
             return [Part(self._encode(text))] * bool(text)
         if not self.tokenizer.is_fast:
             raise ModelError("this tokenizer does not say which letters a token is of", "use one that is fast")
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        with _ENCODING:
+            encoded = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
         ids, letters = tuple(encoded["input_ids"]), encoded["offset_mapping"]
         parts, done = [], 0
         for start, end in words:
@@ -259,10 +307,12 @@ class Prompt:
         """Token ids of a text from outside: special tokens spelled in it stay plain text."""
         if (known := self._known.get(text)) is not None:
             return known
-        ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        with _ENCODING:
+            ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
         if len(text) <= REMEMBERED and len(self._known) < MOST_REMEMBERED:
             self._known[text] = ids
         return ids
 
     def _encode_template(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with _ENCODING:
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -187,6 +187,7 @@ def test_metric_that_no_run_has_is_told(empty_store: str) -> None:
         drive(driver(replace(STUDY, nuisance={}, metric="test/cider")))
 
 
+@pytest.mark.slow
 def test_changes_while_it_runs(empty_store: str) -> None:
     """A level is stopped, one is added, seeds are added: each trial that was finished stays."""
     study = replace(STUDY, seeds=1)

@@ -66,6 +66,7 @@ def test_wilcoxon_over_paired_seeds_and_its_report(empty_store: str, tmp_path: P
         studies(["look", "--seeds", "3"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning")  # Optuna warns of a step that is reported twice.
 def test_hyperband_ends_a_training_by_its_curve(empty_store: str) -> None:
     search = replace(SEARCH, pruner="hyperband", seeds=(0,), trials=4)

@@ -20,7 +20,6 @@ import openai
 import pandas as pd
 import pytest
 import torch
-import uvicorn
 from builders import RandomFeatures, tiny_language
 from listening import Knows
 from PIL import Image
@@ -47,7 +46,7 @@ HEARD = "what is shown"
 class Same(Knows):
     """Ears that hear :data:`HEARD` in everything."""
 
-    def transcripts(self, recordings: Sequence[AudioRef]) -> list[Transcript]:
+    def transcripts(self, recordings: Sequence[AudioRef], check: Any = None) -> list[Transcript]:
         return [Transcript((Segment(0, 1, HEARD),), "en") for _ in recordings]
 
 
@@ -117,7 +116,7 @@ def served(model: Multimodal, rules: Rules | None = None, **how: Any) -> Iterato
     """A server in a thread; yields its address."""
     port = free_port()
     app = serve.application_of(model, rules or Rules("tiny"), **how)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    server = serve.server_of(app, "127.0.0.1", port, 72)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,50 @@ def test_models_that_nobody_talks_to_are_let_go(models: dict[str, Multimodal]) -
     talk = Talk("none", [Turn("hello")])
     asked(desk, talk)
     assert "no run none" in talk.turns[0].problem
+    desk.close()
+
+
+def test_others_are_answered_while_a_model_loads(models: dict[str, Multimodal]) -> None:
+    loading, loaded, calls = threading.Event(), threading.Event(), []
+
+    def load(name: str) -> Worker:
+        calls.append(name)
+        if name == "two":
+            loading.set()
+            assert loaded.wait(60)
+        return Worker(Engine(models[name], 1))
+
+    desk = Desk(load)
+    desk.worker("one")
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(desk.worker, "two") for _ in range(2)]
+        assert loading.wait(60)
+        talk = Talk("one", [Turn("hello")])
+        asked(desk, talk)
+        assert talk.turns[0].done
+        assert not talk.turns[0].problem
+        loaded.set()
+        assert waiting[0].result() is waiting[1].result()
+    assert calls == ["one", "two"]
+    desk.close()
+
+
+def test_a_model_let_go_of_between_choice_and_question_is_loaded_again(
+    models: dict[str, Multimodal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(lambda name: Worker(Engine(models["one"], 1)), most=1)
+    real, others = desk.worker, ["b"]
+
+    def chosen(name: str) -> Worker:
+        worker = real(name)
+        if others:
+            real(others.pop())  # Another visitor's, for which this one is let go.
+        return worker
+
+    monkeypatch.setattr(desk, "worker", chosen)
+    talk = Talk("a", [Turn("hello")])
+    asked(desk, talk)
+    assert talk.turns[0].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
     desk.close()
 
 

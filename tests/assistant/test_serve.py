@@ -216,7 +216,7 @@ def test_requests_over_the_queue_limit_get_429_and_retry_after(model: Multimodal
 
 
 def test_generation_stops_when_the_client_disconnects(model: Multimodal, gate: StepGate) -> None:
-    """In the middle of a stream, and before the answer of a plain request begins."""
+    """In the middle of a stream, in that of a plain request, and before the first token of a stream."""
     with served(model, slots=1) as address:
         body = {"messages": asked("x"), "max_tokens": 200, "stream": True}
         gate.permit(2)
@@ -231,8 +231,12 @@ def test_generation_stops_when_the_client_disconnects(model: Multimodal, gate: S
         wait_until(lambda: open_requests(address) == 1)
         connection.close()
         wait_until(lambda: open_requests(address) == 0)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        wait_until(lambda: open_requests(address) == 1)
+        connection.close()
+        wait_until(lambda: open_requests(address) == 0)
         counted = httpx.get(f"{address}/metrics").text
-        assert 'mmphi_requests_total{ended="cancelled"} 2.0' in counted
+        assert 'mmphi_requests_total{ended="cancelled"} 3.0' in counted
 
 
 def test_an_answer_over_the_time_limit_ends_with_504(model: Multimodal, gate: StepGate) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 import torch
-from answerers import StepGate, answerer, free_port, served, wait_until
+from answerers import StepGate, answerer, free_port, picture, recording, served, wait_until
 
 from mmphi.assistant import serve, worker
-from mmphi.assistant.worker import Ticket, Worker
+from mmphi.assistant.worker import Ticket, TooSlow, Worker
+from mmphi.data.records import ImageRef
+from mmphi.errors import AudioError
 from mmphi.models.chat.engine import Engine
 from mmphi.models.chat.messages import conversation
 from mmphi.models.chat.sampling import Sampling
+from mmphi.models.chat.words import Words
 from mmphi.models.multimodal import Multimodal
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -43,10 +48,10 @@ def working(model: Multimodal) -> Iterator[Worker]:
 class Asked:
     """A request, and what came of it."""
 
-    def __init__(self, worker: Worker, tokens: int = 4) -> None:
+    def __init__(self, worker: Worker, tokens: int = 4, messages: Any = HELLO) -> None:
         self.pieces: list[str] = []
         self.ended = threading.Event()
-        self.ticket = Ticket(conversation(HELLO), Sampling(max_tokens=tokens), self.tell)
+        self.ticket = Ticket(conversation(messages), Sampling(max_tokens=tokens), self.tell)
         worker.submit(self.ticket)
 
     def tell(self, piece: str | None) -> None:
@@ -95,6 +100,106 @@ def test_an_answer_that_the_model_breaks_off_has_the_status_500(
         assert "logits are NaN" in answer.json()["error"]["message"]
         content = httpx.post(url, json=body, timeout=60).json()["choices"][0]["message"]["content"]
         assert content == model.chat(HELLO, max_tokens=8)
+
+
+def test_an_answer_whose_text_cannot_be_made_ends_alone(
+    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Words) -> str:
+        raise ValueError("no text")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Words, "take", broken)
+        failed = Asked(working)
+        failed.answer()
+        assert "no text" in str(failed.ticket.error)
+    assert working.problem == ""
+    assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
+
+
+def spoken(*recordings: bytes) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "audio", "audio": each} for each in recordings]}]
+
+
+class Hearing:
+    """Holds whoever hears until a test lets go, and calls the check meanwhile, as real ones do."""
+
+    def __init__(self, model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+        inputs = Multimodal.inputs
+
+        def held(own: Multimodal, recordings: Any, check: Any = lambda: None) -> Any:
+            if recordings:
+                self.entered.set()
+                while not self.released.wait(0.01):
+                    check()
+            return inputs(own, recordings, check)
+
+        monkeypatch.setattr(Multimodal, "inputs", held)
+
+
+def test_text_and_images_do_not_wait_for_a_recording(
+    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hearing = Hearing(model, monkeypatch)
+    heard = Asked(working, messages=spoken(recording()))
+    assert hearing.entered.wait(60)
+    assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
+    shown = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]
+    assert Asked(working, messages=shown).answer() == model.chat(shown, max_tokens=4)
+    assert not heard.ended.is_set()
+    hearing.released.set()
+    heard.answer()
+    assert heard.ticket.error is None
+
+
+def test_whoever_leaves_is_let_go_of_while_prepared_and_while_waiting_for_that(
+    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hearing = Hearing(model, monkeypatch)
+    first, second = (Asked(working, messages=spoken(recording())) for _ in range(2))
+    assert hearing.entered.wait(60)
+    working.leave(second.ticket)
+    assert second.answer() == ""
+    assert working.open == 1
+    working.leave(first.ticket)
+    assert first.answer() == ""
+    assert working.open == 0
+    hearing.released.set()
+    assert Asked(working, messages=spoken(recording())).answer()
+
+
+def test_preparing_counts_towards_the_time_limit(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hearing(model, monkeypatch)
+    made = Worker(Engine(model, 1), limit_s=0.3)
+    made.start()
+    asked = Asked(made, messages=spoken(recording()))
+    assert asked.answer() == ""
+    assert isinstance(asked.ticket.error, TooSlow)
+    made.stop()
+
+
+def test_recordings_that_are_too_long_all_together_are_refused(model: Multimodal) -> None:
+    made = Worker(Engine(model, 1), audio_s=1.5)
+    made.start()
+    assert Asked(made, messages=spoken(recording())).answer()
+    for number in (2, 3):
+        asked = Asked(made, messages=spoken(*[recording()] * number))
+        assert asked.answer() == ""
+        assert isinstance(asked.ticket.error, AudioError)
+    made.stop()
+
+
+def test_what_was_sent_is_kept_no_longer_than_its_request(model: Multimodal, working: Worker) -> None:
+    content = picture("green")
+    asked = Asked(working, messages=[{"role": "user", "content": [{"type": "image", "image": content}]}])
+    asked.answer()
+    image = weakref.ref(asked.ticket)
+    del asked
+    gc.collect()
+    wait_until(lambda: image() is None)
+    holders = [each for each in gc.get_referrers(content) if isinstance(each, ImageRef)]
+    assert holders == []
 
 
 def test_a_client_whose_event_loop_is_closed_ends_nothing_else(model: Multimodal, working: Worker) -> None:
@@ -161,7 +266,7 @@ def test_stopping_does_not_wait_for_a_thread_that_hangs(model: Multimodal, monke
     Asked(made)
     assert entered.wait(60)
     made.stop()
-    assert made._threads[1].is_alive()  # It is a daemon.
+    assert made._threads[-1].is_alive()  # It is a daemon.
     held.set()
 
 

@@ -22,30 +22,34 @@ from mmphi.textgen.spool import Spool
 pytestmark = pytest.mark.cluster
 
 ray = pytest.importorskip("ray")
-CORES = 2  # Of each machine, as Ray is told.
 LONG_S = 240
 
 
 class Two:
-    """Two machines: this one, and one that can be lost."""
+    """Two machines: this one, and one that can be lost.
 
-    def __init__(self) -> None:
+    Args:
+        cores: Of each, as Ray is told.
+    """
+
+    def __init__(self, cores: int) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
-        self.other = self.cluster.add_node(num_cpus=CORES)
+        self.cores = cores
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False})
+        self.other = self.cluster.add_node(num_cpus=cores)
         self.machines = connected(self.cluster.address)
 
     def lose(self) -> None:
         self.cluster.remove_node(self.other, allow_graceful=False)
 
     def find_another(self) -> None:
-        self.other = self.cluster.add_node(num_cpus=CORES)
+        self.other = self.cluster.add_node(num_cpus=self.cores)
 
 
 @pytest.fixture
-def two():
-    made = Two()
+def two(request):
+    made = Two(request.param)
     yield made
     ray.shutdown()
     made.cluster.shutdown()
@@ -58,9 +62,10 @@ def until(happened):
         time.sleep(0.2)
 
 
+@pytest.mark.parametrize("two", [1], indirect=True)  # Each core imports torch anew, which takes most of the time.
 def test_features_by_two_machines_are_those_of_one_though_one_is_lost(two, tmp_path, own, weights):
-    assert two.machines == Machines(2, 2 * CORES, 0)
-    assert two.machines.places() == 2 * CORES
+    assert two.machines == Machines(2, 2 * two.cores, 0)
+    assert two.machines.places() == 2 * two.cores
     tower = load_tower(VisionSettings(model=own, pretrained=weights), torch.device("cpu"))
     images = []
     for i in range(120):
@@ -84,6 +89,7 @@ def test_features_by_two_machines_are_those_of_one_though_one_is_lost(two, tmp_p
             torch.testing.assert_close(features[name], alone, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("two", [2], indirect=True)  # A generator takes two.
 def test_generators_of_two_machines_fill_one_spool_though_one_is_lost(two, tmp_path):
     writer = tmp_path / "writer"
     tiny_language(initializer_range=0.05).model.save_pretrained(writer)

@@ -46,4 +46,4 @@ def test_what_is_wrong_says_which_one_and_answers_none(model: Multimodal) -> Non
 def test_the_engine_grows_and_stays(model: Multimodal) -> None:
     first = model.engine(2)
     assert model.engine(1) is first
-    assert model.engine(first.slots.slots + 1) is not first
+    assert model.engine(first.slots + 1) is not first

@@ -12,6 +12,7 @@ from builders import RandomFeatures, tiny_language
 from mmphi.data.records import ImageRef
 from mmphi.errors import GenerationError, ModelError, SettingsError
 from mmphi.models.chat import engine as engines
+from mmphi.models.chat import slots
 from mmphi.models.chat.engine import Engine
 from mmphi.models.chat.sampling import Sampling
 from mmphi.models.multimodal import Multimodal
@@ -132,6 +133,26 @@ def test_one_that_breaks_breaks_no_other(model: Multimodal, monkeypatch: pytest.
     finished(engine)
     assert isinstance(bad.error, OSError)
     assert good.text == expected(model, None, "who?")
+
+
+def test_memory_grows_with_the_conversations(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "SMALLEST", 16)
+    engine = Engine(model, slots=2)
+    short = engine.submit(asked(model, None, "hi"), Sampling(max_tokens=4))
+    finished(engine)
+    memory = engine.reader.slots
+    assert memory.capacity == 16
+    question = None, "a longer question? " * 4
+    answers = [engine.submit(asked(model, *each), GREEDY) for each in (question, (None, "hi"))]
+    finished(engine)
+    assert memory.capacity == 128
+    assert [layer[0].shape[2] for layer in memory._memory] == [128, 128]
+    assert [each.text for each in answers] == [expected(model, *question), expected(model, None, "hi")]
+    assert short.text == expected(model, None, "hi", 4)
+    assert Engine(model, length=100).length == 100
+    assert Engine(model).length == 256  # The model's, which is less than the default.
+    monkeypatch.setattr(engines, "CONTEXT", 64)
+    assert Engine(model).length == 64
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(model: Multimodal) -> None:

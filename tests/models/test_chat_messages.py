@@ -2,25 +2,29 @@ from __future__ import annotations
 
 import base64
 import io
-import threading
+import os
+import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import RandomFeatures, tiny_language
+from builders import RandomFeatures, byte_tokenizer, tiny_language
 from listening import listening
 from PIL import Image
 
 from mmphi.data.records import ImageRef
 from mmphi.errors import ImageError, ModelError
-from mmphi.models.chat.messages import MAX_IMAGES, MAX_LETTERS, MessageError, conversation, kept_image
+from mmphi.models.chat import prompts
+from mmphi.models.chat.messages import MAX_IMAGES, MAX_LETTERS, MessageError, conversation
 from mmphi.models.chat.prompts import open_prompt
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.models.vision import Vision
 from mmphi.settings.shared import VisionSettings
+from mmphi.text.prompt import Prompt
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def test_one_question_is_written_as_it_was_in_training(model: Multimodal, photo:
     prompt, left_out = open_prompt(model, conversation([user(image(photo), text("what is it?"))]), 200)
     trained = model.open_prompt(ImageRef(str(photo), photo), "what is it?")
     assert prompt.input_ids.tolist() == trained.input_ids.tolist()
-    assert prompt.spans == trained.spans
+    assert [span[2:] for span in prompt.spans] == [span[2:] for span in trained.spans]
     assert left_out == 0
 
 
@@ -84,7 +88,7 @@ def test_a_later_image_stands_with_its_question(model: Multimodal, photo: Path) 
     prompt, _ = open_prompt(model, conversation(messages), 200)
     before = model.language.tokenizer.decode(prompt.input_ids[: prompt.spans[0].start].tolist())
     assert before.endswith("hi<|endoftext|>\n")
-    assert "hello (image)" in before
+    assert "hello <image>" in before
     assert len(prompt.spans) == 1
 
 
@@ -108,7 +112,7 @@ def test_bytes_data_uris_and_files_are_the_same_image(photo: Path) -> None:
     data = photo.read_bytes()
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     given = [{"type": "image", "image": data}, {"type": "image_url", "image_url": {"url": uri}}, image(photo)]
-    found = [conversation([user(part)]).images[0][0].path.read_bytes() for part in given]
+    found = [conversation([user(part)]).images[0][0].content for part in given]
     assert found == [data] * 3
     sound = {"type": "input_audio", "input_audio": {"data": base64.b64encode(b"sound").decode(), "format": "wav"}}
     assert conversation([user(sound)]).audio[0][0].source == b"sound"
@@ -122,7 +126,7 @@ def test_other_urls_are_asked_for_only_where_it_is_allowed(photo: Path) -> None:
         return photo.read_bytes()
 
     part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
-    assert conversation([user(part)], allow=allow).images[0][0].path.read_bytes() == photo.read_bytes()
+    assert conversation([user(part)], allow=allow).images[0][0].content == photo.read_bytes()
     assert asked == ["https://example.org/a.png"]
 
 
@@ -199,20 +203,120 @@ def test_a_spoken_question_is_answered_as_the_typed_one(photo: Path) -> None:
     assert said == model.chat([user(image(photo), text("What is shown?"))], max_tokens=12)
 
 
-def test_one_image_may_be_sent_by_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many threads as a server reads questions in, all of them between writing the file and naming it."""
-    several = 4
-    together, real = threading.Barrier(several), Path.write_bytes
+def laid_out(model: Multimodal, messages: Any) -> str:
+    """A prompt as text, with a sign for each image and recording."""
+    prompt, _ = open_prompt(model, conversation(messages), 250)
+    text, done = "", 0
+    for span in prompt.spans:
+        text += model.language.tokenizer.decode(prompt.input_ids[done : span.start].tolist()) + f"[{span.kind}]"
+        done = span.start + span.length
+    return text + model.language.tokenizer.decode(prompt.input_ids[done:].tolist())
 
-    def write(path: Path, data: bytes) -> int:
-        count = real(path, data)
-        together.wait(20)
-        return count
 
-    monkeypatch.setattr(Path, "write_bytes", write)
-    content = b"an image that nobody sent before"
-    with ThreadPoolExecutor(several) as pool:
-        kept = list(pool.map(kept_image, [content] * several))
-    assert len({each.path for each in kept}) == 1
-    assert kept[0].path.read_bytes() == content
-    assert list(kept[0].path.parent.glob("*.part")) == []
+def test_images_and_texts_keep_their_order(model: Multimodal, photo: Path) -> None:
+    for parts, expected in (
+        ([image(photo), text("a"), text("b")], "[image]\na\nb\n"),
+        ([text("a"), image(photo), text("b")], "a\n[image]\nb\n"),
+        ([text("a"), image(photo), image(photo)], "a\n[image][image]\n"),
+        ([image(photo), text("a"), image(photo)], "[image]\na\n[image]\n"),
+    ):
+        assert laid_out(model, [user(*parts)]) == f"<|endoftext|>{expected}"
+
+
+def test_a_mark_that_is_typed_is_a_place_only_where_it_says_the_place_of_all(model: Multimodal, photo: Path) -> None:
+    for parts, expected in (
+        ([text("is <image> a dog?")], "is <image> a dog?\n"),
+        ([image(photo), text("is <image> a dog?")], "is [image] a dog?\n"),
+        ([image(photo), image(photo), text("is <image> a dog?")], "[image][image]\nis <image> a dog?\n"),
+        ([image(photo), text("<audio>?")], "[image]\n<audio>?\n"),
+        ([image(photo), text("\0shown\0?")], "[image]\nshown?\n"),
+    ):
+        assert laid_out(model, [user(*parts)]) == f"<|endoftext|>{expected}"
+    talk = [user(image(photo), text("a")), answer("<image>"), user("what does <image> mean?")]
+    assert laid_out(model, talk) == "<|endoftext|>[image]\na\n<image><|endoftext|>\nwhat does <image> mean?\n"
+    talk = [user(text("<image>")), answer("b"), user(text("c"), image(photo))]
+    assert laid_out(model, talk) == "<|endoftext|><image>\nb<|endoftext|>\nc\n[image]\n"
+
+
+def test_a_file_that_is_overwritten_is_another_image(model: Multimodal, tmp_path: Path) -> None:
+    """Also while the engine remembers what it has read, and where size and time of the file stay the same."""
+    path, said, times = tmp_path / "camera.bmp", [], (10**18, 10**18)
+    for colour in ("red", "blue", "green"):
+        Image.new("RGB", (8, 8), colour).save(path)
+        os.utime(path, ns=times)
+        asked = [user(image(path), text("what is it?"))]
+        fresh = Multimodal(model.language, model.projector, model.features)
+        said.append(model.chat(asked, max_tokens=12))
+        assert said[-1] == fresh.chat(asked, max_tokens=12)
+    assert len(set(said)) == 3
+
+
+def test_as_many_turns_are_kept_as_fit(model: Multimodal, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    messages: list[dict[str, Any]] = []
+    for number in range(20):
+        shown = [image(photo)] if rng.random() < 0.3 else []
+        messages += [user(*shown, text(f"question {number} " * rng.randint(1, 4))), answer("so " * rng.randint(1, 9))]
+    whole = conversation([*messages, user("the last one?")])
+    written = prompts._written
+    for longest in range(20, 1200, 97):
+        kept = next(n for n in range(len(whole.turns), 0, -1) if len(written(model, whole.newest(n))) <= longest)
+        sample, left_out = open_prompt(model, whole, longest)
+        assert left_out == len(whole.turns) - kept
+        assert sample.input_ids.tolist() == written(model, whole.newest(kept)).input_ids.tolist()
+
+    letters: list[int] = []
+
+    def noted(own: Multimodal, of: Any) -> Any:
+        letters.append(of.letters)
+        return written(own, of)
+
+    monkeypatch.setattr(prompts, "_written", noted)
+    long = conversation([*[user("a?"), answer("b")] * 20_000, user("c?")])
+    open_prompt(model, long, 200)
+    assert sum(letters) < 200 * 10  # Of 60,000.
+
+
+def test_texts_are_encoded_alike_by_all_threads() -> None:
+    """A fast tokenizer keeps whether special tokens are split as a setting that all threads share."""
+    prompt = tiny_language().prompt
+
+    def encode(number: int) -> bool:
+        split = prompt._encode(f"{number} <|endoftext|>")
+        whole = prompt._encode_template(f"{number} <|endoftext|>")
+        return len(split) == len(f"{number} <|endoftext|>") and len(whole) == len(f"{number} ") + 1
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(encode, range(3000)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_system_text_begins_the_first_question_where_the_template_has_no_such_role() -> None:
+    refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    drops = "{% for m in messages %}{% if m.role != 'system' %}"
+    for begin, end in ((refuses, "{% endfor %}"), (drops, "{% endif %}{% endfor %}")):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = f"{begin}<{{{{ m.role }}}}>{{{{ m.content }}}}</>{end}"
+        parts = Prompt(tokenizer, "chat").parts([("hi", None)], images=1, system="Be short.")
+        text = "".join("[image]" if part.span else tokenizer.decode(list(part.ids)) for part in parts)
+        assert text == "<user>Be short.\n[image]\nhi</>"
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    parts = Prompt(tokenizer, "chat").parts([("hi", None)], system="Be short.")
+    assert "".join(tokenizer.decode(list(part.ids)) for part in parts) == "<system>Be short.</><user>hi</>"
+
+
+def test_the_models_own_generation_settings_change_no_answer(model: Multimodal, photo: Path) -> None:
+    asked = [user(image(photo), text("what is it?"))]
+    chat, ask = model.chat(asked, max_tokens=12), model.ask("what is it?", photo, max_new_tokens=12)
+    drawn = model.sample([(None, "what is it?")], 3, 1.0, 12)
+    own = model.language.model.generation_config
+    own.repetition_penalty, own.forced_eos_token_id, own.min_p, own.num_beams = 5.0, 65, 0.5, 3
+    own.suppress_tokens = list(range(200))
+    assert model.chat(asked, max_tokens=12) == chat == ask
+    assert model.ask("what is it?", photo, max_new_tokens=12) == chat
+    assert model.sample([(None, "what is it?")], 3, 1.0, 12) == drawn
+    assert model.language.model.generation_config is own

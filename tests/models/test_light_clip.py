@@ -79,6 +79,7 @@ def test_steps_hold_different_images_and_their_own_captions():
     assert seen == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_resumed_equals_straight_to_the_bit(tmp_path, drawn, monkeypatch):
     train(tmp_path / "straight", drawn)
     losses = iter(range(100))

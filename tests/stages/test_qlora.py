@@ -208,6 +208,7 @@ def test_a_projector_of_another_width_is_refused(pipeline, tmp_path):
             pipeline.build("qlora", small.settings(qlora__model=str(folder)))
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pipeline, monkeypatch, capsys):
     """At step 5, after the checkpoint of step 4, from which the next call goes on to what it would have been."""
     settings = small.settings(qlora__seed="9")

@@ -63,7 +63,7 @@ def recordings(folder: Path, count: int = 12, **columns: Sequence[str]) -> Path:
 def all_of_it() -> Iterator[None]:
     """A gate that lets everything through, and a Whisper that hears in each recording its file's name."""
 
-    def transcripts(_: Ears, given: Sequence[Any]) -> list[Transcript]:
+    def transcripts(_: Ears, given: Sequence[Any], check: Any = None) -> list[Transcript]:
         names = [Path(audio.source).stem for audio in given]
         return [Transcript((Segment(0, 1, f"a {COLOURS[int(n) % 8]} circle {n}"),), "en") for n in names]
 
@@ -123,6 +123,7 @@ def test_frames_are_stored_once_and_cached_is_live(trained: Any) -> None:
     assert store.width == 16
 
 
+@pytest.mark.slow
 def test_resumed_is_straight_to_the_bit(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, changes = trained
     straight = build(pipeline, "speech", changes)

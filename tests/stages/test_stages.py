@@ -103,6 +103,7 @@ def test_evaluate_settings_change_evaluate_alone(pipeline: Pipeline) -> None:
     assert before.after[0].run_id != after.after[0].run_id
 
 
+@pytest.mark.slow
 def test_forced_projector_is_evaluated_anew(pipeline: Pipeline) -> None:
     changes = {"projector__seed": "6"}
     first = pipeline.build("projector", small.settings(**changes))
@@ -112,6 +113,7 @@ def test_forced_projector_is_evaluated_anew(pipeline: Pipeline) -> None:
     assert tags["mmphi.upstream.projector"] == forced.run_id
 
 
+@pytest.mark.slow
 def test_kept_checkpoints_can_be_evaluated(pipeline: Pipeline) -> None:
     changes = {"projector__seed": "5", "projector__keep_checkpoints": "9"}
     final = pipeline.build("evaluate", small.settings(**changes))
@@ -297,6 +299,7 @@ def test_what_is_not_what_it_was_is_refused(pipeline: Pipeline, tmp_path: Path) 
         mmphi.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_any_model_is_measured_on_any_data(pipeline: Pipeline) -> None:
     """`mmphi evaluate --model RUN` with the data of other settings: what is measured follows both."""
     model = pipeline.build("projector", small.settings())

@@ -10,7 +10,7 @@ from mmphi.textgen.by_slots import drawn
 from mmphi.textgen.sampling import Draw, Wanted, chosen_backend, sampler
 
 END = 256
-BACKENDS = ("transformers", "slots")
+BACKENDS = (pytest.param("transformers", marks=pytest.mark.slow), "slots")
 
 
 @pytest.fixture(scope="module")

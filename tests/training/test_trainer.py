@@ -81,7 +81,7 @@ def test_loss_is_per_supervised_token_of_the_step(tmp_path, recorder):
     assert recorder.series("train/loss")[1] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_resumed_equals_straight_to_the_bit(tmp_path, dropout):
     straight, resumed = Recorder(), Recorder()
     expected = run(tmp_path / "straight", straight, dropout=dropout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -96,8 +97,10 @@ class Desk:
     def __init__(self, load: Callable[[str], Worker], most: int = MOST) -> None:
         self._load, self._most = load, most
         self._workers: dict[str, Worker] = {}  # The one used last is last.
+        self._loading: dict[str, Future[Worker]] = {}
         self._asked: dict[str, list[tuple[Worker, Ticket]]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # Of what is listed above; nothing that takes long is done under it.
+        self._load_lock = threading.Lock()  # One model is loaded at a time.
 
     def worker(self, model: str) -> Worker:
         """Who answers for a model; loads it, and lets go of one that nobody talks to.
@@ -106,15 +109,36 @@ class Desk:
             MmphiError: If it cannot be loaded.
         """
         with self._lock:
-            worker = self._workers.pop(model, None)
-            if worker is None:
-                idle = [name for name, other in self._workers.items() if not other.open]
-                for name in idle[: max(0, len(self._workers) - self._most + 1)]:
-                    self._workers.pop(name).stop()
+            if (worker := self._workers.pop(model, None)) is not None:
+                self._workers[model] = worker
+                return worker
+            others, loading = self._loading.get(model), Future[Worker]()
+            if others is None:
+                self._loading[model] = loading
+        if others is not None:
+            return others.result()
+        try:
+            with self._load_lock:
+                for idle in self._let_go():
+                    idle.stop()
                 worker = self._load(model)
                 worker.start()
+        except BaseException as error:
+            with self._lock:
+                del self._loading[model]
+            loading.set_exception(error)
+            raise
+        with self._lock:
             self._workers[model] = worker
-            return worker
+            del self._loading[model]
+        loading.set_result(worker)
+        return worker
+
+    def _let_go(self) -> list[Worker]:
+        """Take the models off the list that make room for another."""
+        with self._lock:
+            idle = [name for name, other in self._workers.items() if not other.open]
+            return [self._workers.pop(name) for name in idle[: max(0, len(self._workers) - self._most + 1)]]
 
     def ask(self, who: str, talks: Sequence[Talk], system: str, sampling: Sampling) -> Iterator[None]:
         """Answer the last question of each talk, all at the same time; yields whenever there is something new.
@@ -155,11 +179,13 @@ class Desk:
         self, who: str, talk: Talk, system: str, sampling: Sampling, tell: Callable[[str | None], None]
     ) -> tuple[Worker, Ticket]:
         ticket = Ticket(conversation(talk.messages(system)), sampling, tell)
-        worker = self.worker(talk.model)
-        worker.submit(ticket)
-        with self._lock:
-            self._asked.setdefault(who, []).append((worker, ticket))
-        return worker, ticket
+        while True:
+            worker = self.worker(talk.model)
+            with self._lock:
+                if self._workers.get(talk.model) is worker:  # Else another thread has let go of it meanwhile.
+                    worker.submit(ticket)
+                    self._asked.setdefault(who, []).append((worker, ticket))
+                    return worker, ticket
 
     def stop(self, who: str) -> None:
         """End the answers that somebody waits for; what was said of them stays."""
@@ -181,6 +207,7 @@ class Desk:
     def close(self) -> None:
         """Break off what is being answered, and end."""
         with self._lock:
-            for worker in self._workers.values():
-                worker.stop()
+            workers = list(self._workers.values())
             self._workers.clear()
+        for worker in workers:
+            worker.stop()

@@ -11,8 +11,14 @@ if TYPE_CHECKING:
 
 
 class Conversing:
-    """What :class:`~mmphi.models.multimodal.Multimodal` says to messages."""
+    """What :class:`~mmphi.models.multimodal.Multimodal` says to messages.
 
+    Attributes:
+        context: Longest conversation, prompt and answer, in tokens; as of :class:`~mmphi.models.chat.engine.Engine`
+            where 0. It is of effect before the first conversation.
+    """
+
+    context = 0
     _engine: Engine | None = None  # Made at the first conversation.
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
@@ -49,6 +55,6 @@ class Conversing:
         """Who answers conversations, with at least so many slots; the same one as long as it has them."""
         from mmphi.models.chat.engine import Engine
 
-        if self._engine is None or self._engine.slots.slots < slots:
-            self._engine = Engine(cast("Multimodal", self), slots)
+        if self._engine is None or self._engine.slots < slots:
+            self._engine = Engine(cast("Multimodal", self), slots, self.context)
         return self._engine

@@ -9,17 +9,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmphi.data.digests import content_digest
 from mmphi.errors import ModelError
+from mmphi.models.chat.reader import Reader
 from mmphi.models.chat.sampling import Chooser, Sampling
-from mmphi.models.chat.slots import Slots
 from mmphi.models.chat.words import Words
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.packing_check import shortest_window
 from mmphi.text.packing import check_spans, spread, to_device
 from mmphi.text.sequences import Sample, Spelled
 
 Reason = Literal["", "stop", "length", "cancelled"]
 CHUNK = 512  # Tokens of a prompt that are read before the others say their next word.
+CONTEXT = 4096  # Longest conversation where nothing else is said, in tokens.
 
 
 class Answering:
@@ -54,13 +55,17 @@ class Answering:
 
 
 def memory_of(prompt: Sample) -> list[Hashable]:
-    """What each place of a prompt is, so that equal beginnings are found: tokens, and places of images and sounds."""
+    """What each place of a prompt is, so that equal beginnings are found: tokens, and places of images and sounds.
+
+    Images and recordings are told apart by their content, because a file may be overwritten.
+    """
     memory: list[Hashable] = prompt.input_ids.tolist()
     for span in prompt.spans:
         reference = span.reference.of if isinstance(span.reference, Spelled) else span.reference
         spelled = span.reference.ids if isinstance(span.reference, Spelled) else ()
+        whole = span.kind, content_digest(reference.source), getattr(reference, "view", 0), spelled
         for place in range(span.length):
-            memory[span.start + place] = (span.kind, reference, spelled, place)
+            memory[span.start + place] = (whole, place)
     return memory
 
 
@@ -73,23 +78,16 @@ class Engine:
     Args:
         model: Who answers.
         slots: Answers at once.
-        length: Longest conversation, prompt and answer, in tokens; as long as the language model reads where 0.
-
-    Raises:
-        ModelError: If the language model is none that reads what others read beside it: with a memory of its own kind.
+        length: Longest conversation, prompt and answer, in tokens: :data:`CONTEXT` where 0, and no more than the
+            language model reads. Memory is taken as conversations grow.
     """
 
     def __init__(self, model: Multimodal, slots: int = 8, length: int = 0) -> None:
         language = model.language
-        limit = int(getattr(language.model.config, "max_position_embeddings", 0) or 2048)
-        window = shortest_window(language.model.config)
-        self.length = min(x for x in (length, limit, window) if x > 0)
-        if not language.packs(self.length):
-            raise ModelError(
-                f"{type(language.model).__name__} keeps another memory than keys and values of each token",
-                "ask it by `ask`, one question after the other",
-            )
-        self.model, self.slots = model, Slots(slots, self.length)
+        limit = int(getattr(language.model.config, "max_position_embeddings", 0) or CONTEXT)
+        self.length = min(length or CONTEXT, limit)
+        self.model, self.slots = model, slots
+        self.reader = Reader(language.model, slots, self.length, language.tolerance)
         self._held: list[list[Hashable]] = [[] for _ in range(slots)]
         self._used = [0] * slots  # When each slot was last given out, so that the longest unused is overwritten first.
         self._clock = 0
@@ -112,15 +110,27 @@ class Engine:
         Raises:
             ModelError: If it leaves no room for an answer.
         """
+        answering = self.answering(prompt, sampling)
+        self.enqueue(answering)
+        return answering
+
+    def answering(self, prompt: Sample, sampling: Sampling) -> Answering:
+        """An answer that :meth:`enqueue` begins; of all methods the only one that any thread may call.
+
+        Raises:
+            ModelError: If the prompt leaves no room for an answer.
+        """
         if len(prompt) >= self.length:
             raise ModelError(
                 f"the conversation has {len(prompt)} tokens, and this model reads {self.length}, the answer among them",
                 "ask less at once",
             )
         check_spans(prompt, self.model.sources)
-        answering = Answering(prompt, sampling, self.model.language.tokenizer)
+        return Answering(prompt, sampling, self.model.language.tokenizer)
+
+    def enqueue(self, answering: Answering) -> None:
+        """Let an answer be given by the steps that follow."""
         self._waiting.append(answering)
-        return answering
 
     def cancel(self, answering: Answering) -> None:
         """Break an answer off: its slot is free at once."""
@@ -163,7 +173,7 @@ class Engine:
             self._say()
 
     def _free(self) -> list[int]:
-        return [s for s in range(self.slots.slots) if s not in self._reading and s not in self._saying]
+        return [s for s in range(self.slots) if s not in self._reading and s not in self._saying]
 
     def _seat(self, answering: Answering, free: list[int]) -> None:
         common = {slot: _common(self._held[slot], answering.memory) for slot in free}
@@ -263,15 +273,7 @@ class Engine:
 
     def _forward(self, rows: list[int], starts: list[int], embeddings: Tensor) -> Tensor:
         """Logits after the last of some new tokens, (R, V)."""
-        model = self.model.language.model
-        given = self.slots.reading(rows, starts, embeddings.shape[1], self.model.device)
-        if model.config._attn_implementation == "eager":
-            mask, lowest = given["attention_mask"], torch.finfo(embeddings.dtype).min
-            given["attention_mask"] = torch.zeros(mask.shape, dtype=embeddings.dtype, device=mask.device).masked_fill(
-                ~mask, lowest
-            )
-        logits: Tensor = model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1, **given).logits[:, -1]
-        return logits
+        return self.reader.read(rows, starts, embeddings)
 
 
 def _common(held: list[Hashable], wanted: list[Hashable]) -> int:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mmphi.data.digests import content_digest
+from mmphi.data.images import image_bytes
 from mmphi.data.records import AudioRef, ImageRef
 from mmphi.errors import DataError
-from mmphi.text.prompt import AUDIO_MARK, MARK
+from mmphi.text.prompt import AUDIO, AUDIO_MARK, MARK, SHOWN
 
 MAX_IMAGES, MAX_RECORDINGS, MAX_LETTERS = 16, 16, 1_000_000
 DATA_URI = "data:"
-SHOWN = {MARK: "(image)", AUDIO_MARK: "(audio)"}  # What a mark that somebody typed becomes where marks say places.
+NO_FILE = Path()
 
 
 class MessageError(DataError):
@@ -31,7 +30,8 @@ class Conversation:
 
     Attributes:
         system: What the model shall be; empty where nothing was said of it.
-        turns: Questions and answers; the last answer is ``None``.
+        turns: Questions and answers; the last answer is ``None``. In a question :data:`~mmphi.text.prompt.SHOWN` and
+            :data:`~mmphi.text.prompt.AUDIO` stand for its images and recordings; ``<image>`` is text like any other.
         images: Of each turn, in order.
         audio: Recordings of each turn, in order.
     """
@@ -41,21 +41,22 @@ class Conversation:
     images: tuple[tuple[ImageRef, ...], ...]
     audio: tuple[tuple[AudioRef, ...], ...]
 
-    def without_oldest(self) -> Conversation:
-        """The same without its first question and answer, and without what they were about."""
-        return replace(self, turns=self.turns[1:], images=self.images[1:], audio=self.audio[1:])
+    @property
+    def letters(self) -> int:
+        """Letters of all texts."""
+        return len(self.system) + sum(len(question) + len(answer or "") for question, answer in self.turns)
 
-    def placed(self) -> list[tuple[str, str | None]]:
-        """Turns with a mark for every image and recording, where not all of them come with the first question."""
-        turns = list(self.turns)
-        for mark, of_turns in ((MARK, self.images), (AUDIO_MARK, self.audio)):
-            if not any(of_turns[1:]):
-                continue  # They stand before the first question, as in training, or where it says.
-            for i, own in enumerate(of_turns):
-                question, answer = turns[i]
-                question = question.replace(mark, SHOWN[mark])
-                turns[i] = mark * len(own) + ("\n" if own and question else "") + question, answer
-        return turns
+    @property
+    def leading(self) -> int:
+        """How many images stand before everything else, as in training; 0 where one stands anywhere else."""
+        count = len(self.images[0])
+        before = SHOWN * count
+        rest = self.turns[0][0].removeprefix(before)
+        return count if not any(self.images[1:]) and SHOWN not in rest else 0
+
+    def newest(self, count: int) -> Conversation:
+        """The same with its newest questions and answers alone, and with what they are about."""
+        return replace(self, turns=self.turns[-count:], images=self.images[-count:], audio=self.audio[-count:])
 
 
 def conversation(
@@ -71,8 +72,12 @@ def conversation(
         files: Whether they may name files of this machine; not where they come from another.
         allow: Fetches an image from any other URL; none is fetched without it.
 
+    Returns:
+        The conversation, with the content of its images: a file that is overwritten later is another image.
+
     Raises:
         MessageError: Says which message is wrong, and how.
+        ImageError: If the file of an image is missing, empty or too large.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise MessageError("there is no message", "give a list with a question: [{'role': 'user', 'content': '...'}]")
@@ -138,20 +143,29 @@ class _Reading:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
             raise MessageError("its content is neither a text nor a list of parts")
-        texts: list[str] = []
+        lines: list[str] = []  # Media that follow one another share a line.
         images: list[ImageRef] = []
         audio: list[AudioRef] = []
+        medium = False
         for part in parts:
-            kind = part.get("type")
+            kind, before = part.get("type"), medium
+            medium = kind != "text"
             if kind == "text":
-                texts.append(self._text(part.get("text")))
-            elif kind in ("image", "image_url"):
+                lines.append(self._text(part.get("text")))
+                continue
+            if kind in ("image", "image_url"):
                 images.append(self._image(part))
+                place = SHOWN
             elif kind in ("audio", "input_audio"):
                 audio.append(self._recording(part))
+                place = AUDIO
             else:
                 raise MessageError(f"a part of the type {kind!r} is unknown", "text, image_url or input_audio")
-        return "\n".join(texts), tuple(images), tuple(audio)
+            lines[len(lines) - before :] = [(lines[-1] if before else "") + place]
+        question = "\n".join(line for line in lines if line)
+        for typed, place, count in ((MARK, SHOWN, len(images)), (AUDIO_MARK, AUDIO, len(audio))):
+            question = _where_typed(question, typed, place, count)
+        return question, tuple(images), tuple(audio)
 
     def _text(self, text: Any) -> str:
         if not isinstance(text, str):
@@ -159,14 +173,14 @@ class _Reading:
         self.letters += len(text)
         if self.letters > MAX_LETTERS:
             raise MessageError(f"there are more than {MAX_LETTERS:,} letters", "say it in fewer words")
-        return text
+        return text.replace("\0", "")  # Which begins and ends the places of images and recordings.
 
     def _image(self, part: Mapping[str, Any]) -> ImageRef:
         given = part.get("image")
         if isinstance(given, bytes):
-            return kept_image(given)
+            return image_of(given)
         if isinstance(given, str | Path):
-            return ImageRef(str(given), self._path(given))
+            return image_of(image_bytes(self._path(given)), Path(given))
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(url, str):
@@ -174,10 +188,10 @@ class _Reading:
                 "an image says neither where it is nor what", "image_url: {url: data:image/png;base64,...}"
             )
         if url.startswith(DATA_URI):
-            return kept_image(_decoded(url.partition(",")[2], "an image"))
+            return image_of(_decoded(url.partition(",")[2], "an image"))
         if self.allow is None:
             raise MessageError(f"{url[:100]} is not fetched", "send the image itself, as a data: URI")
-        return kept_image(self.allow(url))
+        return image_of(self.allow(url))
 
     def _path(self, given: str | Path) -> Path:
         if not self.files:
@@ -187,14 +201,22 @@ class _Reading:
     def _recording(self, part: Mapping[str, Any]) -> AudioRef:
         given = part.get("audio")
         if isinstance(given, bytes):
-            return AudioRef("bytes", given)
+            return recording_of(given)
         if isinstance(given, str | Path):
             return AudioRef(str(given), self._path(given))
         inner = part.get("input_audio")
         data = inner.get("data") if isinstance(inner, Mapping) else None
         if not isinstance(data, str):
             raise MessageError("a recording has no data", "input_audio: {data: BASE64, format: wav}")
-        return AudioRef("bytes", _decoded(data, "a recording"))
+        return recording_of(_decoded(data, "a recording"))
+
+
+def _where_typed(question: str, typed: str, place: str, count: int) -> str:
+    """A question whose images or recordings stand where it says so, if it says so as often as it has any."""
+    if not count or question.count(typed) != count:
+        return question
+    lines = [line for line in question.split("\n") if line.replace(place, "") or not line]
+    return "\n".join(lines).replace(place, "").replace(typed, place)
 
 
 def _decoded(data: str, what: str) -> bytes:
@@ -207,21 +229,16 @@ def _decoded(data: str, what: str) -> bytes:
     return found
 
 
-def kept_image(data: bytes) -> ImageRef:
-    """An image as a file, under the name of its content, as long as this process lives."""
-    digest = hashlib.sha256(data).hexdigest()
-    path = Path(_folder().name) / digest
-    if not path.exists():
-        part = path.with_suffix(f".{threading.get_ident()}.part")  # The same image may be sent by several at once.
-        part.write_bytes(data)
-        part.replace(path)
-    return ImageRef(digest, path)
+def image_of(content: bytes, path: Path = NO_FILE) -> ImageRef:
+    """An image in memory, named by its content.
+
+    Args:
+        content: What its file holds.
+        path: The file, for messages.
+    """
+    return ImageRef(content_digest(content), path, content=content)
 
 
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-
-
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    if not _KEPT:
-        _KEPT.append(tempfile.TemporaryDirectory(prefix="mmphi-images-"))
-    return _KEPT[0]
+def recording_of(content: bytes) -> AudioRef:
+    """A recording in memory, named by its content."""
+    return AudioRef(content_digest(content), content)

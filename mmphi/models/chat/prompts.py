@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from mmphi.data.encoded import image_inputs
 from mmphi.data.features import LiveFeatures
 from mmphi.data.images import open_image
+from mmphi.data.records import AudioRef, ImageRef
 from mmphi.errors import ModelError
 from mmphi.models.chat.messages import Conversation
 from mmphi.models.multimodal import Multimodal
+from mmphi.text.prompt import SHOWN
 from mmphi.text.sequences import Sample, join
 
+LETTERS_PER_TOKEN = 8  # A conversation of more letters for each token that there is room for hardly fits.
 
-def check_shown(model: Multimodal, conversation: Conversation) -> None:
-    """Open the images of a conversation.
+
+def check_shown(model: Multimodal, conversation: Conversation, check: Callable[[], None] = lambda: None) -> None:
+    """Open the images of a conversation, and compute their features where those are not stored.
+
+    Args:
+        model: Who is shown them.
+        conversation: What was said.
+        check: Called before each image; what it raises ends this.
 
     Raises:
         ModelError: If the model sees nothing and is shown something.
@@ -25,10 +34,11 @@ def check_shown(model: Multimodal, conversation: Conversation) -> None:
         raise ModelError("this model sees nothing: it has no projector", "ask a model that `mmphi projector` trained")
     images = [*chain.from_iterable(conversation.images)]
     if isinstance(model.features, LiveFeatures):
-        model.features.look(images)
+        model.features.look(images, check)
         return
     for image in images:
-        open_image(image.path)
+        check()
+        open_image(image.source, image.name)
 
 
 def open_prompt(
@@ -55,28 +65,43 @@ def open_prompt(
     """
     if not checked:
         check_shown(model, conversation)
-    left_out = 0
-    while True:
+    turns = len(conversation.turns)
+    if conversation.letters <= LETTERS_PER_TOKEN * longest:
         sample = _written(model, conversation)
         if len(sample) <= longest:
-            return sample, left_out
-        if len(conversation.turns) == 1:
-            raise ModelError(
-                f"the question has {len(sample)} tokens, and there is room for {longest}", "ask less at once"
-            )
-        conversation = conversation.without_oldest()
-        left_out += 1
+            return sample, 0
+    sample = _written(model, conversation.newest(1))
+    if len(sample) > longest:
+        raise ModelError(f"the question has {len(sample)} tokens, and there is room for {longest}", "ask less at once")
+    # As many of the newest turns as fit, between `kept` and `most`. The step doubles while they fit, so that of a
+    # conversation of any length little more is encoded than there is room for.
+    kept, most, step = 1, turns, 1
+    while kept < most:
+        tried = min(kept + step, most)
+        longer = _written(model, conversation.newest(tried))
+        if len(longer) <= longest:
+            sample, kept, step = longer, tried, 2 * step
+        else:
+            most, step = tried - 1, max(1, step // 2)
+    return sample, turns - kept
 
 
 def _written(model: Multimodal, conversation: Conversation) -> Sample:
     images = [*chain.from_iterable(conversation.images)]
     heard = model.inputs([*chain.from_iterable(conversation.audio)])
     turns = zip(conversation.turns, conversation.images, conversation.audio, strict=True)
-    asked = tuple((model.asked(question, own, said), answer) for (question, answer), own, said in turns)
-    parts = model.language.prompt.parts(
-        replace(conversation, turns=asked).placed(),
-        images=len(images),
-        audio=[each.said for each in heard],
-        system=conversation.system,
+    asked = [(_asked(model, question, own, said), answer) for (question, answer), own, said in turns]
+    if leading := conversation.leading:
+        asked[0] = asked[0][0].removeprefix(SHOWN * leading).removeprefix("\n"), asked[0][1]
+    parts = model.language.prompt.placed_parts(
+        asked, leading=leading, audio=[each.said for each in heard], system=conversation.system
     )
     return join(parts, [*image_inputs(images, model.length), *heard], "conversation")
+
+
+def _asked(model: Multimodal, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
+    """A question; of images alone, with that by which captions were asked for in training."""
+    if question.replace(SHOWN, ""):
+        return question
+    typed = model.asked("", images, audio)
+    return question + ("\n" if question and typed else "") + typed

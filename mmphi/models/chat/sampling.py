@@ -37,6 +37,8 @@ class Sampling:
             raise SettingsError(f"temperature = {self.temperature} is not between 0 and 100", "0 is greedy, 1 as it is")
         if not 0.0 < self.top_p <= 1.0:
             raise SettingsError(f"top_p = {self.top_p} is not above 0 and up to 1", "1 draws from all tokens")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise SettingsError(f"seed = {self.seed} is not between -2^63 and 2^64")
         if any(not text for text in self.stop):
             raise SettingsError("a text to stop at is empty")
 

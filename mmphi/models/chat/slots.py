@@ -9,22 +9,29 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+SMALLEST = 256  # Tokens of a slot at first.
+
 
 class Slots(Cache):
-    """What a language model remembers of several conversations, in memory that is taken once.
+    """Keys and values of several conversations.
 
-    Each conversation has a slot, a row of every layer's memory, and grows in it on its own. Before a forward pass
-    :meth:`reading` says which slots the batch is of and where each goes on.
+    Each conversation has a slot, a row of every layer's memory, and grows in it on its own. All rows have the same
+    capacity, which doubles when a conversation outgrows it. Before a forward pass :meth:`reading` says which slots the
+    batch is of and where each goes on.
 
     Args:
         slots: Conversations at once.
-        length: Tokens that one may have.
+        length: Tokens that one may have at most.
+
+    Attributes:
+        capacity: Tokens that each has memory for at present.
     """
 
     def __init__(self, slots: int, length: int) -> None:
         # Nothing of transformers' own is kept: only its place in a model's forward pass is taken.
         self.layers: list[Any] = []
         self.slots, self.length = slots, length
+        self.capacity = min(SMALLEST, length)
         self._memory: list[tuple[Tensor, Tensor]] = []
         self._rows: Tensor | slice = slice(0)
         self._index = self._places = torch.zeros(0, dtype=torch.long)
@@ -48,6 +55,7 @@ class Slots(Cache):
         self._seen = max(starts) + tokens
         if self._seen > self.length:
             raise ValueError(f"{self._seen} tokens do not fit in a slot of {self.length}")
+        self._grow()
         self._index = torch.tensor(list(rows), device=device)
         together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
         self._rows = slice(rows[0], rows[0] + len(rows)) if together else self._index  # A slice is read in place.
@@ -66,9 +74,23 @@ class Slots(Cache):
         values[self._index[:, None], :, self._places] = value_states.transpose(1, 2)
         return keys[self._rows, :, : self._seen], values[self._rows, :, : self._seen]
 
+    def _grow(self) -> None:
+        """Make room for what the batch sees; what the slots hold is kept."""
+        if self._seen <= self.capacity:
+            return
+        while self.capacity < self._seen:
+            self.capacity = min(2 * self.capacity, self.length)
+        for layer, pair in enumerate(self._memory):
+            larger = []
+            for memory in pair:
+                grown = self._empty(memory)
+                grown[:, :, : memory.shape[2]] = memory
+                larger.append(grown)
+            self._memory[layer] = larger[0], larger[1]
+
     def _empty(self, states: Tensor) -> Tensor:
         # Zeros, because what is masked is still multiplied by zero: anything else there might not be finite.
-        return states.new_zeros(self.slots, states.shape[1], self.length, states.shape[3])
+        return states.new_zeros(self.slots, states.shape[1], self.capacity, states.shape[3])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen before this pass: positions are given, so that nothing hangs on it."""
