@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from PIL import Image
 
 import mmphi
 from mmphi.cli import main
@@ -52,7 +53,7 @@ UTILS = """
 from PIL import Image
 
 def doc_to_visual(doc):
-    return [Image.open(doc["image"]).convert("RGB")] if doc["image"] else []
+    return [Image.open(doc["image"])] if doc["image"] else []
 """
 
 
@@ -82,6 +83,10 @@ def asked(small_chain: Path, tmp_path: Path) -> Iterator[Asked]:
     with small.built("projector", small_chain, tmp_path) as pipeline:
         run, scenes = (pipeline.result(stage, small.settings()) for stage in ("projector", "scenes"))
         images = sorted((scenes.path / "images" / "test").glob("*.png"))[:5]
+        with Image.open(images[0]) as image:  # One of them transparent: it is laid on white, as everywhere.
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+            image.save(tmp_path / "clear.png")
+        images[0] = tmp_path / "clear.png"
         questions = [(str(path), f"what is there, number {i}?") for i, path in enumerate(images)]
         yield Asked(run.run_id, mmphi.load(run.path), [*questions, ("", "two and two?")])
 

@@ -4,75 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mmphi.assistant.guard import Guard
 from mmphi.assistant.metrics import Metrics
 from mmphi.assistant.refusals import Refused, refusal, told
 from mmphi.assistant.reply import Reply
+from mmphi.assistant.request import ChatRequest, request_of
 from mmphi.assistant.worker import Ticket, Worker
 from mmphi.errors import MmphiError
 from mmphi.models.chat.messages import Conversation, conversation
-from mmphi.models.chat.sampling import Sampling
 
 LOOK_S = 0.2  # How often it is looked whether the one who asked is still there.
-MAX_TOKENS = 256
-MAX_STOPS, MAX_STOP_LETTERS = 4, 256  # As many as OpenAI takes; each is looked for at every token.
-READERS = 16  # Threads in which requests are parsed, and images fetched.
-
-
-class StreamOptions(BaseModel):
-    """What else a stream tells."""
-
-    include_usage: bool = False
-
-
-class ChatRequest(BaseModel):
-    """What ``/v1/chat/completions`` is asked; names are OpenAI's."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    messages: list[Any]
-    model: str = ""
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: Literal[1] = 1
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > MAX_STOPS or any(len(text) > MAX_STOP_LETTERS for text in texts):
-            raise ValueError(f"at most {MAX_STOPS} texts of at most {MAX_STOP_LETTERS} letters are taken")
-        return stop
-
-    def sampling(self, temperature: float) -> Sampling:
-        """How the answer is chosen.
-
-        Args:
-            temperature: Where the request says none.
-        """
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Sampling(
-            self.max_completion_tokens or self.max_tokens or MAX_TOKENS,
-            temperature if self.temperature is None else self.temperature,
-            1.0 if self.top_p is None else self.top_p,
-            self.seed,
-            tuple(stop),
-        )
+READERS = 16  # Threads in which requests are parsed, and as many in which images are fetched.
 
 
 @dataclass(frozen=True)
@@ -85,6 +39,8 @@ class Rules:
         largest: Bytes of a request.
         temperature: Where a request says none.
         fetch: Gets an image by its URL, or refuses; no URL is fetched without it.
+        hosts: Names that a request may give as its ``Host`` where there is no key; any where empty.
+        origins: Of pages in a browser that may ask, ``https://example.org``; ``*`` for any.
     """
 
     name: str
@@ -92,6 +48,8 @@ class Rules:
     largest: int = 64 * 1024**2
     temperature: float = 0.0
     fetch: Callable[[str], bytes] | None = None
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
@@ -108,15 +66,18 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
         worker.start()
         yield
         await asyncio.to_thread(worker.stop)
-        readers.shutdown(wait=False, cancel_futures=True)
+        for pool in (readers, fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    readers = ThreadPoolExecutor(READERS, "reading")
+    readers, fetchers = ThreadPoolExecutor(READERS, "reading"), ThreadPoolExecutor(READERS, "fetching")
     app = FastAPI(title="mmphi", docs_url=None, redoc_url=None, openapi_url=None, lifespan=living)
-    app.add_middleware(Guard, key=rules.key, largest=rules.largest)
+    app.add_middleware(Guard, key=rules.key, largest=rules.largest, hosts=rules.hosts)
+    if rules.origins:  # Before the key is asked for: a browser sends none with the question whether it may ask.
+        app.add_middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
 
-    @app.exception_handler(Refused)
-    async def refuse(_: Request, error: Refused) -> JSONResponse:
-        return told(error)
+    @app.exception_handler(HTTPException)  # Also those of the framework: no such path, no such method.
+    async def refuse(_: Request, error: HTTPException) -> JSONResponse:
+        return told(error if isinstance(error, Refused) else Refused(error.status_code, str(error.detail)))
 
     def state(problem: str) -> JSONResponse:
         content = {"status": problem or "ok", "model": rules.name, "open": worker.open}
@@ -136,24 +97,40 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
     async def measured() -> PlainTextResponse:
         return PlainTextResponse(metrics.text(), media_type=metrics.media_type)
 
+    model = {"id": rules.name, "object": "model", "created": 0, "owned_by": "mmphi"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": rules.name, "object": "model", "created": 0, "owned_by": "mmphi"}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def named(name: str) -> dict[str, Any]:
+        if name != rules.name:
+            raise _no_model(name, rules)
+        return model
 
     @app.post("/v1/chat/completions", response_model=None)
     async def completions(request: Request) -> Response:
+        born = time.monotonic()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        body = await request.body()
 
         def tell(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         try:
-            asked, said = await loop.run_in_executor(readers, _read, body, rules)
-            del body
-            ticket = Ticket(said, asked.sampling(rules.temperature), tell)
+            worker.check_room()  # Before a body is read and parsed for nothing.
+            # Not `request.body()`, which the request keeps until it is answered.
+            asked = await loop.run_in_executor(
+                readers, _read, b"".join([part async for part in request.stream()]), rules
+            )
+            said = await loop.run_in_executor(readers if rules.fetch is None else fetchers, _conversation, asked, rules)
+            if await request.is_disconnected():
+                return Response(status_code=499)
+            ticket = Ticket(said, asked.sampling(rules.temperature), tell, born)
             worker.submit(ticket)
+        except ClientDisconnect:
+            return Response(status_code=499)  # As nginx logs it; nobody gets it.
         except MmphiError as error:
             metrics.refused(error)
             raise refusal(error) from error
@@ -168,28 +145,35 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
             raise
         finally:
             watching.cancel()
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         return StreamingResponse(answer.events(worker, first, usage), media_type="text/event-stream")
 
     return app
 
 
-def _read(body: bytes, rules: Rules) -> tuple[ChatRequest, Conversation]:
+def _read(body: bytes, rules: Rules) -> ChatRequest:
     """What a request asks.
 
     Raises:
         Refused: If it is malformed, or asks another model.
+    """
+    asked = request_of(body)
+    if asked.model not in (None, "", rules.name):
+        raise _no_model(str(asked.model), rules)
+    return asked
+
+
+def _conversation(asked: ChatRequest, rules: Rules) -> Conversation:
+    """Its conversation, with images fetched where that is allowed.
+
+    Raises:
         MessageError: If a message cannot be read.
     """
-    try:
-        asked = ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the request"
-        raise Refused(400, f"{where}: {first['msg']}") from error
-    if asked.model not in ("", rules.name):
-        raise Refused(404, f"there is no model {asked.model!r} here; there is {rules.name!r}", "not_found_error")
-    return asked, conversation(asked.messages, files=False, allow=rules.fetch)
+    return conversation(asked.messages, files=False, allow=rules.fetch)
+
+
+def _no_model(name: str, rules: Rules) -> Refused:
+    return Refused(404, f"there is no model {name[:100]!r} here; there is {rules.name!r}", "not_found_error", "model")
 
 
 async def _watch(request: Request, worker: Worker, ticket: Ticket) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from typing import Any
+from urllib.parse import urlsplit
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -12,6 +13,7 @@ from mmphi.assistant.refusals import Refused, told
 
 PROTECTED = "/v1/"  # Paths that need the key.
 BODY_S = 60.0  # Longest time for the body of a request.
+WRITE_S = 60.0  # Longest time in which a client reads nothing of an answer.
 HEADERS_S = 10.0  # Longest time for its headers, from the connection or the last answer on.
 
 
@@ -23,10 +25,12 @@ class Guard:
         key: That every request must bring; none where empty.
         largest: Bytes of a request.
         body_s: Longest time for its body, in seconds.
+        hosts: Names that a request may give as its ``Host`` where there is no key; any where empty. A page in a browser
+            whose own name leads to this machine could ask otherwise (DNS rebinding).
     """
 
-    def __init__(self, app: Any, key: str, largest: int, body_s: float = BODY_S) -> None:
-        self.app, self.key, self.largest, self.body_s = app, key, largest, body_s
+    def __init__(self, app: Any, key: str, largest: int, body_s: float = BODY_S, hosts: tuple[str, ...] = ()) -> None:
+        self.app, self.key, self.largest, self.body_s, self.hosts = app, key, largest, body_s, hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or answer it by an error."""
@@ -36,6 +40,11 @@ class Guard:
         headers = dict(scope["headers"])
         if scope["path"].startswith(PROTECTED) and not self._allowed(headers.get(b"authorization", b"")):
             await told(Refused(401, "the key is missing or wrong", "authentication_error"))(scope, receive, send)
+            return
+        name = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+        if self.hosts and not self.key and name not in self.hosts:
+            wrong = Refused(403, f"the host {name[:100]!r} is not served without a key", "permission_error")
+            await told(wrong)(scope, receive, send)
             return
         refused = Refused(413, f"the request has more than {self.largest:,} bytes")
         length = headers.get(b"content-length", b"")
@@ -66,9 +75,10 @@ class Guard:
 
 
 class TimedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # Which of two classes is found at run time.
-    """uvicorn's protocol, which also closes connections whose request does not come."""
+    """uvicorn's protocol, which also ends connections whose request does not come, or whose answer is not read."""
 
-    headers_s = HEADERS_S
+    headers_s, write_s = HEADERS_S, WRITE_S
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
@@ -84,11 +94,26 @@ class TimedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # Whic
         elif (before is None or before.response_complete) and self._waiting.cancelled():
             self._waiting = self.loop.call_later(self.headers_s, self._close)
 
+    def pause_writing(self) -> None:
+        """Wait for the client to read: its buffers are full."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.write_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: it has read."""
+        self._stop_waiting_for_reader()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._waiting.cancel()
+        self._stop_waiting_for_reader()
         super().connection_lost(exc)
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
 
     def _close(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+            self.transport.abort()

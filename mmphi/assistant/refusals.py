@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from mmphi.assistant.worker import Full, TooSlow
+from mmphi.assistant.worker import Full, Stopping, TooSlow
 from mmphi.errors import GenerationError, MmphiError
 
 RETRY_AFTER_S = 1
@@ -20,17 +20,22 @@ class Refused(HTTPException):  # As HTTP has it; FastAPI passes no other kind on
         status: Of HTTP.
         message: What is wrong.
         kind: As OpenAI's clients know it.
+        param: Which parameter is wrong, where it is one.
     """
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
+    def __init__(
+        self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None
+    ) -> None:
         super().__init__(status, message)
-        self.status, self.message, self.kind = status, message, kind
+        self.status, self.message, self.kind, self.param = status, message, kind, param
 
 
 def refusal(error: Exception) -> Refused:
     """What an error is on HTTP."""
     if isinstance(error, Full):
         return Refused(429, str(error), "rate_limit_error")
+    if isinstance(error, Stopping):
+        return Refused(503, str(error), "server_error")
     if isinstance(error, TooSlow):
         return Refused(504, str(error), "timeout_error")
     if isinstance(error, MmphiError) and not isinstance(error, GenerationError):
@@ -48,4 +53,4 @@ def told(error: Refused) -> JSONResponse:
 
 def body(error: Refused) -> dict[str, Any]:
     """What is wrong, as JSON."""
-    return {"error": {"message": error.message, "type": error.kind, "param": None, "code": error.status}}
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}}

@@ -96,4 +96,5 @@ class Reply:
 
 
 def _line(event: Event) -> str:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    # In ASCII: clients divide a stream into lines at characters such as U+2028, too.
+    return f"data: {json.dumps(event)}\n\n"

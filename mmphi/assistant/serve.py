@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
 
 HOST, PORT = "127.0.0.1", 8000
+LOCAL = (HOST, "localhost", "::1")
 KEY = "MMPHI_API_KEY"
 GRACE_S, END_S = 2, 9.0  # After SIGTERM: seconds that open answers may take, and until the process is ended by force.
 
@@ -43,6 +44,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest request [67108864]")
     made.add_argument("--temperature", type=float, default=0.0, help="where a request says none [0: the likeliest]")
     made.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="pages that may ask from a browser; * for any [none]",
+    )
+    made.add_argument(
         "--allow-url", action="append", default=[], metavar="PREFIX", help="fetch images whose URL begins so [none]"
     )
     return made
@@ -55,7 +63,7 @@ def key_for(host: str) -> str:
         SettingsError: If others may ask there, and there is none.
     """
     key = os.environ.get(KEY, "")
-    if host not in (HOST, "localhost", "::1") and not key:
+    if host not in LOCAL and not key:
         raise SettingsError(f"--host {host} lets others ask, and there is no key", f"set {KEY}")
     return key
 
@@ -135,7 +143,10 @@ def main(arguments: Sequence[str]) -> int:
         from mmphi.assistant.remote import fetcher
 
         fetch = fetcher(options.allow_url)
-    rules = Rules(options.name or called, key, options.max_bytes, options.temperature, fetch)
+    hosts = (*LOCAL, options.host)
+    rules = Rules(
+        options.name or called, key, options.max_bytes, options.temperature, fetch, hosts, tuple(options.cors)
+    )
     app = application_of(
         model,
         rules,

@@ -105,9 +105,13 @@ class Talk:
         found = Path(path.strip("'\"")).expanduser()
         if not path or not found.is_file():
             raise DataError(f"there is no file {path!r}" if path else f"/{kind} needs a path", f"/{kind} PATH")
-        large = found.stat().st_size > MAX_FILE_BYTES
-        # As it is now: the file may be overwritten while the conversation goes on. A film is read when it is heard.
-        self.waiting.append({"type": kind, kind: str(found.absolute()) if large else found.read_bytes()})
+        try:
+            large = found.stat().st_size > MAX_FILE_BYTES
+            # As it is now: it may be overwritten while the conversation goes on. A film is read when it is heard.
+            given = str(found.absolute()) if large else found.read_bytes()
+        except OSError as error:
+            raise DataError(f"{found} cannot be read: {error.strerror}", "check that you may read it") from error
+        self.waiting.append({"type": kind, kind: given})
         return f"{found.name} comes with the next question"
 
     def _system(self, text: str) -> str:
@@ -161,7 +165,9 @@ class Talk:
             messages = json.loads(Path(path).expanduser().read_text())
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is no conversation: {error}", "give a file that /save wrote") from error
-        if messages != [] and not (len(messages) == 1 and messages[0].get("role") == "system"):
+        if not isinstance(messages, list):
+            raise DataError(f"{path} is no conversation", "give a file that /save wrote")
+        if messages:
             conversation([*messages, {"role": "user", "content": "?"}])  # Whether it can be gone on with.
         self.messages, self.waiting = messages, []
         return f"{len(messages)} messages"

@@ -31,6 +31,10 @@ class TooSlow(MmphiError):  # noqa: N818  # Likewise.
     """An answer took longer than it may."""
 
 
+class Stopping(MmphiError):  # noqa: N818  # Likewise.
+    """The server ends."""
+
+
 class Left(MmphiError):  # noqa: N818  # Likewise.
     """Nobody waits for the answer any longer."""
 
@@ -144,6 +148,15 @@ class Worker:
         """Tickets that wait or are answered."""
         return len(self._open)
 
+    def check_room(self) -> None:
+        """That a ticket would be taken at present.
+
+        Raises:
+            Full: If too many wait.
+        """
+        if self.full:
+            raise Full(f"{len(self._open)} questions wait for an answer, and no more are taken", "try again soon")
+
     def submit(self, ticket: Ticket) -> None:
         """Take a ticket.
 
@@ -151,8 +164,7 @@ class Worker:
             Full: If too many wait.
         """
         with self._lock:
-            if len(self._open) >= self.most:
-                raise Full(f"{len(self._open)} questions wait for an answer, and no more are taken", "try again soon")
+            self.check_room()
             self._open.add(ticket)
         asked = ticket.asked
         kind = "recordings" if any(asked.audio) else "images" if any(asked.images) else "text"
@@ -168,8 +180,11 @@ class Worker:
         Raises:
             Left: If nobody waits for it.
             TooSlow: If its time is over.
+            Stopping: If no answers are given any longer.
         """
-        if ticket.gone or ticket.ended or self._stopping.is_set():
+        if self._stopping.is_set():
+            raise Stopping("the server ends", "ask again when it is back")
+        if ticket.gone or ticket.ended:
             raise Left("nobody waits for the answer")
         if self.limit_s and time.monotonic() - ticket.born > self.limit_s:
             raise TooSlow(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
@@ -219,14 +234,14 @@ class Worker:
                     self._break_off(ticket, error)
             active = [ticket for ticket in active if self._told(ticket)]
         for ticket in list(self._open):
-            self._end(ticket, MmphiError("the server stops"))
+            self._end(ticket, Stopping("the server ends", "ask again when it is back"))
 
     def _cancel(self, active: list[Ticket]) -> None:
         """Cancel requests whose client has disconnected, or that exceed the time limit, wherever they are."""
         for ticket in list(self._open):
             try:
                 self._check(ticket)
-            except (Left, TooSlow) as error:
+            except (Left, TooSlow, Stopping) as error:
                 why = None if isinstance(error, Left) else error
                 if ticket in active:
                     self._break_off(ticket, why)
@@ -284,9 +299,11 @@ class Worker:
             ticket.ended = True
             ticket.error = ticket.error or error
             self._open.discard(ticket)
-        self.ended(ticket)
-        with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
-            ticket.tell(None)
+        try:
+            self.ended(ticket)
+        finally:
+            with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
+                ticket.tell(None)
 
 
 def decoded(

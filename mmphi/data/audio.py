@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -18,7 +18,16 @@ RATE = 16_000  # What Whisper hears, in samples per second.
 MAX_SECONDS = 3600.0
 MAX_CHANNELS = 16
 SLACK_S = 0.15  # Codecs pad and trim: an encoder's delay is less than this.
-PROTOCOLS = "file"  # A playlist inside a file must not make anybody fetch what it names.
+# What a file or its content may make FFmpeg open besides. Bytes open nothing. Demuxers that open what a file names,
+# such as those of playlists and of ffconcat, are none of these.
+PROTOCOLS = {"file": "file", "bytes": "none"}
+DEMUXERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,eac3,flac,flv,gsm,iff,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,ogg,oma,rm,"
+    "tta,voc,w64,wav,wv"
+)
+ESTIMATED = ("aac", "ac3", "amr", "eac3", "gsm", "mp3", "mpeg", "mpegts")  # Their length is guessed from the bit rate,
+LENGTHS = (b"Xing", b"Info", b"VBRI")  # unless the first frame of an MP3 is one of these.
+CANCELLED = 0.01  # Power of the mean of all channels, over that of the first one, under which they cancel each other.
 
 Samples = npt.NDArray[np.float32]
 
@@ -46,7 +55,8 @@ class Recording:
 def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, rate: int = RATE) -> Recording:
     """Read a recording: a file of any format, the sound of a video, or the bytes of one.
 
-    Channels are averaged, which is what a person hears of both sides; the file's own rate may be anything.
+    Channels are averaged, which is what a person hears of both sides; where they cancel each other, the first one is
+    taken. The file's own rate may be anything, and may change in it.
 
     Args:
         source: A file, or what one holds.
@@ -55,33 +65,39 @@ def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, 
 
     Raises:
         AudioError: If there is no such file or no sound in it, or it cannot be decoded, is too long, or has too many
-            channels or samples that are no numbers. One that is shorter than its header says is no error, and told.
+            channels or samples that are no numbers. One that is shorter than its header says, or whose channels
+            cancel each other, is no error, and told.
     """
     name = "the recording" if isinstance(source, bytes) else str(source)
     opened = _opened(source, name)
     with opened as container:
         stream = _stream(container, name)
-        said = _seconds_said(container, stream)
+        said = _seconds_said(container, stream, source)
         if said is not None and said > max_seconds:
             raise _too_long(name, said, max_seconds)
-        pieces, count, broken = [], 0, ""
+        pieces, count = [], 0
+        broken: list[str] = []
         try:
-            for piece in _mono(container, stream, rate, name):
+            for piece in _resampled(_frames(container, stream, broken), rate, name):
                 pieces.append(piece)
-                count += len(piece)
+                count += len(piece[0])
                 if count > max_seconds * rate:
                     raise _too_long(name, count / rate, max_seconds)
-        except av.error.FFmpegError as error:
-            broken = _what(error)
+        except (av.error.FFmpegError, ValueError) as error:
+            broken.append(_what(error))
     if not count:
-        why = f": {broken}" if broken else ""
+        why = f": {broken[0]}" if broken else ""
         raise AudioError("no sound", f"{name} has no sound that can be decoded{why}", "check that it plays elsewhere")
     told = []
     if broken:
-        told.append(f"{name} could be decoded for {count / rate:.2f} s only: {broken}")
+        told.append(f"{len(broken)} packets of {name} could not be decoded: {broken[0]}; {count / rate:.2f} s could")
     elif said is not None and count / rate < said - max(SLACK_S, 0.01 * said):
         told.append(f"{name} holds {count / rate:.2f} s of the {said:.2f} s that its header says: it is cut off")
-    return Recording(np.concatenate(pieces), rate, tuple(told))
+    mean, first = (np.concatenate(channel) for channel in zip(*pieces, strict=True))
+    if np.dot(mean, mean) < CANCELLED * np.dot(first, first):
+        told.append(f"the channels of {name} cancel each other: the first one is heard alone")
+        mean = first
+    return Recording(mean, rate, tuple(told))
 
 
 def audio_seconds(source: Path | str | bytes) -> float | None:
@@ -92,7 +108,7 @@ def audio_seconds(source: Path | str | bytes) -> float | None:
     """
     name = "the recording" if isinstance(source, bytes) else str(source)
     with _opened(source, name) as container:
-        return _seconds_said(container, _stream(container, name))
+        return _seconds_said(container, _stream(container, name), source)
 
 
 def _opened(source: Path | str | bytes, name: str) -> Any:
@@ -106,7 +122,8 @@ def _opened(source: Path | str | bytes, name: str) -> Any:
         raise AudioError("empty", f"{name} is empty", "give the bytes of an audio file")
     try:
         given = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        return av.open(given, mode="r", options={"protocol_whitelist": PROTOCOLS})
+        protocols = PROTOCOLS["bytes" if isinstance(source, bytes) else "file"]
+        return av.open(given, mode="r", options={"protocol_whitelist": protocols, "format_whitelist": DEMUXERS})
     except (av.error.FFmpegError, ValueError, UnicodeError) as error:
         raise AudioError(
             "not audio", f"{name} is no recording that can be read: {_what(error)}", "give WAV, FLAC, MP3, OGG or M4A"
@@ -130,39 +147,72 @@ def _stream(container: Any, name: str) -> Any:
     return stream
 
 
-def _seconds_said(container: Any, stream: Any) -> float | None:
+def _seconds_said(container: Any, stream: Any, source: Path | str | bytes) -> float | None:
+    """How long a recording is by its header; ``None`` where that is only guessed."""
+    if container.format.name in ESTIMATED and not (container.format.name == "mp3" and _mp3_says(source)):
+        return None
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return container.duration / av.time_base if container.duration and container.duration > 0 else None
 
 
-def _mono(container: Any, stream: Any, rate: int, name: str) -> Iterator[Samples]:
-    """The sound in pieces: resampled with its channels apart, then averaged.
+def _mp3_says(source: Path | str | bytes) -> bool:
+    """Whether an MP3 begins with a frame that says how many follow."""
+    if isinstance(source, bytes):
+        return any(mark in _after_tag(io.BytesIO(source)) for mark in LENGTHS)
+    with Path(source).open("rb") as file:
+        return any(mark in _after_tag(file) for mark in LENGTHS)
+
+
+def _after_tag(file: BinaryIO) -> bytes:
+    """The begin of the first frame, behind the ID3 tag, whose length is in four times seven bits."""
+    head = file.read(10)
+    length = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+    file.seek(length if head.startswith(b"ID3") else 0)
+    return file.read(256)
+
+
+def _frames(container: Any, stream: Any, broken: list[str]) -> Iterator[Any]:
+    """Frames of all packets that can be decoded; why others cannot is added to ``broken``."""
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except (av.error.FFmpegError, ValueError) as error:
+            broken.append(_what(error))
+            continue
+        yield from frames
+
+
+def _resampled(frames: Iterator[Any], rate: int, name: str) -> Iterator[tuple[Samples, Samples]]:
+    """The sound in pieces, resampled with its channels apart: their mean, and the first one.
 
     swresample's own mixing sums two channels at 0.7 each where samples are floats, which is louder than either.
     Samples are interleaved: of 8 or more channels in planes of their own, PyAV 18.1 reads memory that is not theirs.
     """
     resampler: Any = None
-    for frame in container.decode(stream):
-        if resampler is None:
-            channels = frame.layout.nb_channels
-            resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=rate)
-        for piece in resampler.resample(frame):
-            yield _averaged(piece, channels, name)
+    before: tuple[Any, ...] = ()
+    for frame in frames:
+        now = frame.format.name, frame.layout.name, frame.layout.nb_channels, frame.sample_rate
+        if now != before:
+            if resampler is not None:
+                yield from _pieces(resampler, None, before[2], name)
+            resampler, before = av.AudioResampler(format="flt", layout=frame.layout, rate=rate), now
+        yield from _pieces(resampler, frame, now[2], name)
     if resampler is not None:
-        for piece in resampler.resample(None):
-            yield _averaged(piece, channels, name)
+        yield from _pieces(resampler, None, before[2], name)
 
 
-def _averaged(piece: Any, channels: int, name: str) -> Samples:
-    """The mean of interleaved channels, (n,)."""
-    samples: Samples = piece.to_ndarray().reshape(-1, channels)
-    if not np.isfinite(samples).all():
-        raise AudioError(
-            "samples are not finite", f"{name} holds samples that are no numbers (NaN or infinite)", "export it anew"
-        )
-    mean: Samples = samples.mean(axis=1, dtype=np.float32)
-    return mean
+def _pieces(resampler: Any, frame: Any, channels: int, name: str) -> Iterator[tuple[Samples, Samples]]:
+    for piece in resampler.resample(frame):
+        samples: Samples = piece.to_ndarray().reshape(-1, channels)
+        if not np.isfinite(samples).all():
+            raise AudioError(
+                "samples are not finite",
+                f"{name} holds samples that are no numbers (NaN or infinite)",
+                "export it anew",
+            )
+        mean: Samples = samples.mean(axis=1, dtype=np.float32)
+        yield mean, mean if channels == 1 else samples[:, 0].copy()
 
 
 def _too_long(name: str, seconds: float, limit: float) -> AudioError:

@@ -70,7 +70,9 @@ class Decoder:
         return wav(samples, RATE)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; whoever waits for it gets an error."""
+        if (process := self._process) is not None:
+            process.kill()
         with self._lock:
             self._end()
 
@@ -100,25 +102,29 @@ class Decoder:
         request: dict[str, Any] = {"max_seconds": max_seconds}
         request |= {"bytes": len(source)} if isinstance(source, bytes) else {"path": str(source)}
         content = source if isinstance(source, bytes) else b""
-        end = time.monotonic() + self.limit_s
-        reading = _Reading(process.stdout.fileno(), check, end)
-        try:
-            for part in (json.dumps(request).encode() + b"\n", content):
-                view = memoryview(part)
-                while view:
-                    view = view[os.write(process.stdin.fileno(), view[:CHUNK]) :]
-        except BrokenPipeError:
-            raise _crashed() from None
-        answer: dict[str, Any] = json.loads(reading.line())
-        return answer, reading.exactly(int(answer.get("bytes", 0)))
+        pipes = _Pipes(process.stdin.fileno(), process.stdout.fileno(), check, time.monotonic() + self.limit_s)
+        pipes.write(json.dumps(request).encode() + b"\n")
+        pipes.write(content)
+        answer: dict[str, Any] = json.loads(pipes.line())
+        return answer, pipes.exactly(int(answer.get("bytes", 0)))
 
 
-class _Reading:
-    """What comes out of the process, while the caller's check is called and time runs."""
+class _Pipes:
+    """What goes to the process and comes from it, while the caller's check is called and time runs."""
 
-    def __init__(self, descriptor: int, check: Callable[[], None], end: float) -> None:
-        self.descriptor, self.check, self.end = descriptor, check, end
+    def __init__(self, into: int, out_of: int, check: Callable[[], None], end: float) -> None:
+        self.into, self.out_of, self.check, self.end = into, out_of, check, end
+        os.set_blocking(into, False)
         self.buffer = bytearray()
+
+    def write(self, content: bytes) -> None:
+        view = memoryview(content)
+        while view:
+            self._wait(self.into, selectors.EVENT_WRITE)
+            try:
+                view = view[os.write(self.into, view[:CHUNK]) :]
+            except BrokenPipeError:
+                raise _crashed() from None
 
     def line(self) -> bytes:
         while (place := self.buffer.find(b"\n")) < 0:
@@ -136,16 +142,19 @@ class _Reading:
         return taken
 
     def _more(self) -> None:
+        self._wait(self.out_of, selectors.EVENT_READ)
+        got = os.read(self.out_of, CHUNK)
+        if not got:
+            raise _crashed()
+        self.buffer += got
+
+    def _wait(self, pipe: int, event: int) -> None:
         with selectors.DefaultSelector() as selector:
-            selector.register(self.descriptor, selectors.EVENT_READ)
+            selector.register(pipe, event)
             while not selector.select(CHECK_S):
                 self.check()
                 if time.monotonic() > self.end:
                     raise AudioError("too slow", "the recording takes too long to decode", "convert it to WAV")
-        got = os.read(self.descriptor, CHUNK)
-        if not got:
-            raise _crashed()
-        self.buffer += got
 
 
 def _crashed() -> AudioError:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
 from mmphi.data.digests import FileDigests
 from mmphi.data.images import open_image
+from mmphi.data.recent import Recent
 from mmphi.data.records import ImageRef
 from mmphi.data.views import seen_as, view_name
 from mmphi.errors import ImageError, StoreError
@@ -137,10 +136,7 @@ class LiveFeatures:
         self.tokens, self.width, self.digest = tower.tokens, tower.width, tower.digest
         self._digests = FileDigests()
         self._unreadable: dict[Path, str] = {}
-        self._looked: LRUCache[str, Tensor] = LRUCache(LOOKED)  # By the digest of the image's content.
-        self._lock = (
-            threading.Lock()
-        )  # Of the cache: features are asked for by other threads than they are computed in.
+        self._looked: Recent[Tensor] = Recent(LOOKED)  # By the digest of the image's content.
 
     def __contains__(self, image: ImageRef, /) -> bool:
         return image.path not in self._unreadable
@@ -156,16 +152,15 @@ class LiveFeatures:
         Raises:
             ImageError: If an image cannot be used.
         """
-        with self._lock:
-            new = {image.id: image for image in images if image.id not in self._looked}
+        new = {image.id: image for image in images if self._looked.get(image.id) is None}
         pixels = []
         for image in new.values():
             check()
             pixels.append(self._pixels(image))
         if pixels:
             features = self.tower(torch.stack(pixels)).half().cpu()
-            with self._lock:
-                self._looked.update(zip(new, features.unbind(), strict=True))
+            for name, own in zip(new, features, strict=True):
+                self._looked.put(name, own.clone())  # Not a view, which would keep all of them.
 
     def _pixels(self, image: ImageRef) -> Tensor:
         opened = open_image(image.source, image.name)
@@ -186,8 +181,7 @@ class LiveFeatures:
         """Features of images, float16 on the CPU, (len(images), tokens, width)."""
         if not images:
             return torch.zeros(0, self.tokens, self.width, dtype=torch.float16)
-        with self._lock:
-            known = [self._looked.get(image.id) if image.content is not None else None for image in images]
+        known = [self._looked.get(image.id) if image.content is not None else None for image in images]
         missing = [i for i, features in enumerate(known) if features is None]
         if missing:
             fresh = self.tower(torch.stack([self._pixels(images[i]) for i in missing])).half().cpu()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
 import random
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmphi.data.digests import file_digest
 from mmphi.errors import DataError
 
 PROGRAM = "espeak-ng"
@@ -29,18 +32,22 @@ class Reading:
     """A sentence and how it is read.
 
     Attributes:
-        name: Of the recording.
         text: What is read.
         voice: espeak-ng's name of accent and speaker.
         speed: In words per minute.
         pitch: 0 to 99.
     """
 
-    name: str
     text: str
     voice: str
     speed: int
     pitch: int
+
+    @property
+    def name(self) -> str:
+        """Of the recording: it is that of this text, read so, and of no other."""
+        said = json.dumps([self.text, self.voice, self.speed, self.pitch])
+        return f"{hashlib.sha256(said.encode()).hexdigest()[:20]}.wav"
 
 
 def readings(
@@ -57,13 +64,12 @@ def readings(
     draw = random.Random(seed)
     return [
         Reading(
-            f"{number:06d}.wav",
             " ".join(text.split()),
             draw.choice(accents) + draw.choice(voices),
             draw.randint(*WORDS_A_MINUTE),
             draw.randint(*PITCH),
         )
-        for number, text in enumerate(texts)
+        for text in texts
     ]
 
 
@@ -76,7 +82,7 @@ def read_aloud(reading: Reading, folder: Path) -> Path:
     path = folder / reading.name
     if path.exists():
         return path
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{threading.get_ident()}.part")  # The same reading may be asked for twice.
     settings = ["-v", reading.voice, "-s", str(reading.speed), "-p", str(reading.pitch), "-w", str(part)]
     done = subprocess.run([PROGRAM, *settings, "--", reading.text], capture_output=True, text=True, check=False)
     if done.returncode or not part.exists():
@@ -171,8 +177,9 @@ def say(
     ]
     for number, row in enumerate(real):
         assert apart is not None
-        name = Path(row["audio"]).name
-        shutil.copy2(apart.parent / row["audio"], folder / name)
+        path = apart.parent / row["audio"]
+        name = f"{file_digest(path)[:20]}{path.suffix}"  # Two of them may have one name in different folders.
+        shutil.copy2(path, folder / name)
         split = "test" if number % 5 else "validation"
         lines.append({"audio": name, "transcript": row["transcript"].strip(), "split": split})
     part = folder / f"{SPOKEN}.part"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 
 from mmphi.data.audio import Recording, read_audio
 from mmphi.data.digests import content_digest
+from mmphi.data.recent import Recent
 from mmphi.data.records import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.hearing import Listener, Transcript, transcribe
@@ -47,7 +47,7 @@ class Ears:
 
     def __init__(self, listener: Listener, settings: AudioSettings, memory: TranscriptMemory | None = None) -> None:
         self.listener, self.settings, self.memory = listener, settings, memory
-        self._heard: LRUCache[str, Transcript] = LRUCache(KEPT)
+        self._heard: Recent[Transcript] = Recent(KEPT)
 
     def recording(self, audio: AudioRef) -> Recording:
         """A recording, decoded.
@@ -89,7 +89,8 @@ class Ears:
             known |= {key: what for (key, _), what in zip(some, heard, strict=True)}
             if self.memory is not None:
                 self.memory.remember({key: known[key] for key, audio in some if not isinstance(audio.source, bytes)})
-        self._heard.update(known)
+        for key, said in known.items():
+            self._heard.put(key, said)
         return [known[key] for key in keys]
 
     def parts(self, recording: Recording) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from mmphi.text.sequences import Sample, Span
 
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
+
+_GENERATING = threading.Lock()  # The settings of a model are shared by all threads.
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,13 @@ def only_as_asked(language_model: Any) -> Iterator[None]:
     forced token or ``min_p`` there would make its answers others than those of a conversation, and samples others than
     the model's distribution.
     """
-    own = language_model.generation_config
-    language_model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        language_model.generation_config = own
+    with _GENERATING:
+        own = language_model.generation_config
+        language_model.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            language_model.generation_config = own
 
 
 @torch.inference_mode()

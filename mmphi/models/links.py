@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from difflib import SequenceMatcher
 from typing import Any, Protocol
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
 from mmphi.data.audio import Recording
 from mmphi.data.digests import FileDigests
 from mmphi.data.ragged import RaggedStore
+from mmphi.data.recent import Recent
 from mmphi.data.records import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.ears import Audio, Ears, Once, ears_of, identity, openai_of
@@ -108,9 +107,7 @@ class SoftLink(TranscriptLink):
         super().__init__(language, ears)
         self.whisper, self.temperature = openai_of(ears, "soft"), temperature
         _check_ids(language, self.whisper)
-        self._found: LRUCache[str, tuple[list[int], Tensor, Tensor]] = LRUCache(
-            kept_bytes, lambda found: _bytes(found[1])
-        )
+        self._found: Recent[tuple[list[int], Tensor, Tensor]] = Recent(kept_bytes, lambda found: _bytes(found[1]))
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[Input]:
         """Recordings as a sequence takes them: by what is said."""
@@ -153,7 +150,7 @@ class SoftLink(TranscriptLink):
                 means.append((odds @ table).cpu())
                 certain.append(logits.argmax(dim=-1).cpu() == torch.tensor(tokens, dtype=torch.long))
             found = ids, torch.cat(means), torch.cat(certain)
-            _keep(self._found, key, found)
+            self._found.put(key, found)
         return found
 
 
@@ -237,13 +234,13 @@ def live_frames(ears: Ears, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRe
         ModelError: If this Whisper does not give its frames.
     """
     whisper = openai_of(ears, "encoder")
-    known: LRUCache[str, Tensor] = LRUCache(kept_bytes, _bytes)
+    known: Recent[Tensor] = Recent(kept_bytes, _bytes)
 
     def frames(audio: AudioRef) -> Tensor:
         key = identity(audio)
         if (found := known.get(key)) is None:
             (found,) = frames_in(ears, whisper, [ears.recording(audio)])
-            _keep(known, key, found)
+            known.put(key, found)
         return found
 
     return frames
@@ -251,12 +248,6 @@ def live_frames(ears: Ears, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRe
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _keep(cache: LRUCache[str, Any], key: str, found: Any) -> None:
-    """Keep what was computed, unless it alone is more than is kept."""
-    with suppress(ValueError):
-        cache[key] = found
 
 
 def hearing_of(

@@ -122,12 +122,19 @@ class Prompt:
 
     @cached_property
     def _has_system_role(self) -> bool:
-        """Whether the chat template writes a system message; that of Gemma and Mistral refuses it, others drop it."""
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION.format(0)}]
+        """Whether the chat template writes a system message before everything else.
+
+        Gemma's refuses it, others drop it, and Mistral's writes it into the newest question.
+        """
+        messages = [{"role": "system", "content": SYSTEM}]
+        for number in range(2):
+            messages.append({"role": "user", "content": QUESTION.format(number)})
+            messages.append({"role": "assistant", "content": ANSWER.format(number)})
         try:
-            return SYSTEM in str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            text = str(self.tokenizer.apply_chat_template(messages[:-1], tokenize=False))
         except TemplateError:
             return False
+        return SYSTEM in text.partition(QUESTION.format(0))[0]
 
     @property
     def digest(self) -> str:

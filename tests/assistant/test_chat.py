@@ -89,8 +89,15 @@ def test_a_conversation_is_saved_and_gone_on_with(talk: Talk, photo: Path, tmp_p
     again = Talk(talk.model, talk.sampling)
     said(again, f"/load {tmp_path / 'chat.json'}")
     assert said(again, "and then?") == said(talk, "and then?")
-    (tmp_path / "other.json").write_text('[{"role": "robot"}]')
-    for line in ("/load nowhere.json", f"/load {tmp_path / 'other.json'}", f"/save {tmp_path}/no/where.json", "/save"):
+    photo.unlink()
+    other = Talk(talk.model, talk.sampling)
+    said(other, f"/load {tmp_path / 'chat.json'}")  # The image is in it.
+    assert said(other, "and then?") == talk.messages[-1]["content"]
+    lines = ["/load nowhere.json", f"/save {tmp_path}/no/where.json", "/save", "/set seed 99999999999999999999"]
+    for number, content in enumerate(('[{"role": "robot"}]', "5", "[1]", "{}", '"text"', "null", "[[]]", "{")):
+        (tmp_path / f"{number}.json").write_text(content)
+        lines.append(f"/load {tmp_path / f'{number}.json'}")
+    for line in lines:
         with pytest.raises(MmphiError):
             said(again, line)
 

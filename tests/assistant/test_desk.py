@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,6 +200,24 @@ def test_others_are_answered_while_a_model_loads(models: dict[str, Multimodal]) 
         loaded.set()
         assert waiting[0].result() is waiting[1].result()
     assert calls == ["one", "two"]
+    desk.close()
+
+
+def test_a_model_that_is_let_go_of_is_gone_before_the_next_one_loads(models: dict[str, Multimodal]) -> None:
+    made: list[weakref.ref[Worker]] = []
+    alive: list[int] = []
+
+    def load(_: str) -> Worker:
+        gc.collect()
+        alive.append(sum(each() is not None for each in made))
+        worker = Worker(Engine(models["one"], 1))
+        made.append(weakref.ref(worker))
+        return worker
+
+    desk = Desk(load, most=1)
+    for name in "abc":
+        desk.worker(name)
+    assert alive == [0, 0, 0]
     desk.close()
 
 

@@ -12,7 +12,8 @@ import pytest
 from answerers import answerer, served
 
 from mmphi.assistant import guard
-from mmphi.assistant.api import MAX_STOPS, ChatRequest, Rules
+from mmphi.assistant.api import Rules
+from mmphi.assistant.request import MAX_STOPS, ChatRequest
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 LARGEST = 100_000
@@ -21,8 +22,9 @@ LARGEST = 100_000
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     patch = pytest.MonkeyPatch()
-    patch.setattr(guard.Guard.__init__, "__defaults__", (0.5,))
+    patch.setattr(guard.Guard.__init__, "__defaults__", (0.5, ()))
     patch.setattr(guard.TimedProtocol, "headers_s", 0.5)
+    patch.setattr(guard.TimedProtocol, "write_s", 0.5)
     with served(answerer(), Rules("tiny", key="secret", largest=LARGEST), slots=1) as found:
         yield found
     patch.undo()
@@ -37,6 +39,11 @@ def sent(address: str, data: bytes) -> bytes:
         while more := connection.recv(65536):
             said += more
     return said
+
+
+def send_for_ever(connection: socket.socket, data: bytes) -> None:
+    while True:
+        connection.sendall(data)
 
 
 def head(length: int, *more: str) -> bytes:
@@ -69,6 +76,17 @@ def test_a_request_that_does_not_come_ends_its_connection(address: str) -> None:
     whole = json.dumps(HELLO).encode()
     twice = sent(address, head(len(whole), KEY) + whole + b"POST /v1/ch")
     assert twice.startswith(b"HTTP/1.1 200")  # And the second one is waited for no longer.
+
+
+def test_an_answer_that_is_not_read_ends_its_connection(address: str) -> None:
+    parts = urlsplit(address)
+    asked = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect((parts.hostname, parts.port))
+        with pytest.raises(OSError, match=r"reset|pipe"):  # And not the time limit of 60 s.
+            send_for_ever(connection, asked * 100)
 
 
 def test_few_texts_to_stop_at_are_taken(address: str) -> None:

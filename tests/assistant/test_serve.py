@@ -275,7 +275,9 @@ def test_urls_are_fetched_only_where_they_may_be(
         there = f"http://127.0.0.1:{files.server_port}"
         fetch = fetcher([f"{there}/images/"])
         assert fetch(f"{there}/images/a.png") == picture("blue")
-        for url in (f"{there}/secret.png", f"{there}/images/../secret.png", f"{there}/images/none.png"):
+        refused = ["secret.png", "images/../secret.png", "images/%2e%2e/secret.png", "images/%252e%252e/secret.png"]
+        refused += ["images/..%2fsecret.png", "images/..\\secret.png", "images/none.png", "images/a b.png", "images/%"]
+        for url in [f"{there}/{path}" for path in refused] + [there.replace("//", "//x@") + "/images/a.png"]:
             with pytest.raises(MessageError):
                 fetch(url)
         files.shutdown()

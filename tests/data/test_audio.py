@@ -12,7 +12,7 @@ import pytest
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 
-from mmphi.data.audio import MAX_CHANNELS, RATE, audio_seconds, read_audio
+from mmphi.data.audio import LENGTHS, MAX_CHANNELS, RATE, audio_seconds, read_audio
 from mmphi.errors import AudioError
 
 
@@ -102,7 +102,7 @@ def test_a_recording_cut_off_is_told_and_not_taken_for_whole(tmp_path: Path) -> 
 
 def test_too_long_is_refused_by_the_header_before_it_is_decoded(tmp_path: Path, monkeypatch) -> None:
     path = written(tmp_path / "a.flac", np.zeros(RATE * 30, np.float32), RATE)
-    monkeypatch.setattr("mmphi.data.audio._mono", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr("mmphi.data.audio._resampled", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(AudioError, match=r"30 s long, over the limit of 20 s") as caught:
         read_audio(path, max_seconds=20)
     assert caught.value.reason == "too long"
@@ -198,6 +198,74 @@ def test_what_cannot_be_heard_is_told(tmp_path: Path, content: bytes, reason: st
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(AudioError, match=r"there is no recording nowhere\.wav"):
         read_audio("nowhere.wav")
+
+
+@pytest.mark.parametrize("changes", [(44_100, 1), (22_050, 2), (22_050, 1)])
+def test_a_recording_may_change_its_rate_and_channels(tmp_path: Path, changes: tuple[int, int]) -> None:
+    """As MP3 files do that were joined byte by byte; where the rate halves, some packets are lost, and that is told."""
+    rate, channels = changes
+    one = written(tmp_path / "one.mp3", np.stack([tone(44_100)] * 2), 44_100)
+    two = written(tmp_path / "two.mp3", np.stack([tone(rate, hertz=880)] * channels), rate)
+    (tmp_path / "joined.mp3").write_bytes(headless(one) + headless(two))
+    found = read_audio(tmp_path / "joined.mp3")
+    assert all("packets" in each for each in found.told)
+    assert found.seconds == pytest.approx(2, abs=0.35 if found.told else 0.15)
+    for part, hertz in ((found.samples[4000:12_000], 440), (found.samples[-9000:-1000], 880)):
+        assert np.abs(np.fft.rfft(part)).argmax() * RATE / len(part) == pytest.approx(hertz, abs=3)
+
+
+def headless(path: Path) -> bytes:
+    """An MP3 without its tag and without the frame that says its length."""
+    data = path.read_bytes()
+    place = next(data.index(mark) for mark in LENGTHS if mark in data[:2000])
+    begin = data.index(b"\xff\xfb", place) if b"\xff\xfb" in data else data.index(b"\xff\xf3", place)
+    return data[begin:]
+
+
+def test_an_mp3_that_says_no_length_is_neither_cut_off_nor_too_long(tmp_path: Path) -> None:
+    """Its length is guessed from its first frame, here of silence and of few bits."""
+    noise = np.random.default_rng(0).normal(0, 0.3, 5 * 44_100).astype(np.float32)
+    sound = np.concatenate([np.zeros(44_100, np.float32), noise])
+    with av.open(str(tmp_path / "vbr.mp3"), "w") as out:
+        stream = out.add_stream("mp3", rate=44_100, layout="mono", options={"q": "0"})
+        stream.codec_context.qscale = True
+        stream.codec_context.global_quality = 0
+        frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+        frame.sample_rate = 44_100
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            out.mux(packet)
+    assert audio_seconds(tmp_path / "vbr.mp3") == pytest.approx(6, abs=0.2)
+    (tmp_path / "headless.mp3").write_bytes(headless(tmp_path / "vbr.mp3"))
+    assert audio_seconds(tmp_path / "headless.mp3") is None
+    for source in (tmp_path / "headless.mp3", (tmp_path / "headless.mp3").read_bytes()):
+        found = read_audio(source, max_seconds=7)
+        assert found.told == ()
+        assert found.seconds == pytest.approx(6, abs=0.2)
+    with pytest.raises(AudioError, match="over the limit"):
+        read_audio(tmp_path / "headless.mp3", max_seconds=5)
+
+
+def test_channels_that_cancel_each_other_are_told_and_one_is_heard(tmp_path: Path) -> None:
+    left, other = tone(RATE), tone(RATE, hertz=660)
+    for name, right, cancelled in (("opposite", -left, True), ("different", other, False), ("silent", 0 * left, False)):
+        wavfile.write(tmp_path / f"{name}.wav", RATE, np.stack([left, right]).T)
+        found = read_audio(tmp_path / f"{name}.wav")
+        assert bool(found.told) == cancelled
+        assert np.allclose(found.samples, left if cancelled else (left + right) / 2, atol=1e-6)
+        if cancelled:
+            assert "cancel each other" in found.told[0]
+    wavfile.write(tmp_path / "none.wav", RATE, np.zeros((RATE, 2), np.float32))
+    assert read_audio(tmp_path / "none.wav").told == ()
+
+
+def test_content_opens_no_file_of_this_machine(tmp_path: Path) -> None:
+    """FFmpeg's concat demuxer reads the files that a script names; a script that is sent must not."""
+    wavfile.write(tmp_path / "secret.wav", RATE, tone(RATE))
+    script = f"ffconcat version 1.0\nfile '{tmp_path / 'secret.wav'}'\n"
+    (tmp_path / "script.ffconcat").write_text(script)
+    for source in (script.encode(), tmp_path / "script.ffconcat"):
+        with pytest.raises(AudioError, match="no recording"):
+            read_audio(source)
 
 
 def test_a_playlist_fetches_nothing(tmp_path: Path) -> None:

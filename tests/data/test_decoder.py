@@ -75,6 +75,27 @@ def test_one_that_takes_too_long_is_ended(sound: Path) -> None:
     made.close()
 
 
+def test_one_that_does_not_read_what_it_is_sent_is_ended() -> None:
+    made = Decoder(limit_s=0.0)
+    process = made._running()
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(AudioError, match="too long to decode"):
+        made.decode(bytes(10**7), 10)
+    assert process.poll() is not None
+    made.close()
+
+
+def test_closing_ends_what_is_waited_for(sound: Path) -> None:
+    made = Decoder()
+    os.kill(made._running().pid, signal.SIGSTOP)
+    closing = threading.Timer(0.2, made.close)
+    closing.start()
+    with pytest.raises(AudioError, match="crashed"):
+        made.decode(sound, 10)
+    closing.join()
+    assert made._process is None
+
+
 def test_the_caller_can_end_it(decoder: Decoder, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "CHECK_S", 0.01)
     process = decoder._running()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmphi.data.images import MAX_FILE_BYTES, ImageFolder, open_image, resolve_inside
+from mmphi.data.images import MAX_FILE_BYTES, ImageFolder, as_rgb, open_image, resolve_inside
 from mmphi.errors import ImageError
 
 
@@ -87,6 +87,20 @@ def test_thirty_two_bits_are_stretched(tmp_path):
 def test_transparency_is_laid_on_white(tmp_path):
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert open_image(save(tmp_path / "a.png", clear)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_that_is_open_becomes_what_its_file_would(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.linspace(0, 65535, 100).astype(np.uint16).reshape(10, 10))
+    clear = noise().convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    for number, (image, how) in enumerate([(noise(), {}), (clear, {}), (deep, {}), (noise(40, 30), {"exif": exif})]):
+        path = save(tmp_path / f"{number}.png", image, **how)
+        with Image.open(path) as opened:
+            before = opened.tobytes()
+            assert np.array_equal(np.asarray(as_rgb(opened)), np.asarray(open_image(path)))
+            assert opened.tobytes() == before
 
 
 def test_animation_gives_its_first_frame(tmp_path):

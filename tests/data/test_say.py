@@ -66,7 +66,8 @@ def test_what_is_kept_apart_is_not_read_aloud(tmp_path: Path, spoken: list[list[
     assert all((out / row["audio"]).read_text() == row["transcript"] for row in read)
     others = [row for row in found if row["split"] != "train"]
     assert [row["split"] for row in others] == ["validation", "test", "test", "test", "test", "validation", "test"]
-    assert all((out / row["audio"]).read_text() == row["audio"] for row in others)
+    said = [(out / row["audio"]).read_text() for row in others]
+    assert said == ["a.mp3", "b.mp3", *(f"{n}.mp3" for n in range(5))]
 
 
 def test_a_second_call_reads_only_what_is_missing(tmp_path: Path, spoken: list[list[str]]) -> None:
@@ -78,6 +79,21 @@ def test_a_second_call_reads_only_what_is_missing(tmp_path: Path, spoken: list[l
     say(path, tmp_path / "out", column="caption", count=3, seed=1)
     assert len(spoken) - before == 1
     assert rows(tmp_path / "out") == first
+
+
+def test_recordings_of_other_sentences_and_other_files_of_one_name_are_kept_apart(
+    tmp_path: Path, spoken: list[list[str]]
+) -> None:
+    for texts in (SENTENCES, [f"{text} again" for text in SENTENCES], ["Snow", "Snow"]):
+        say(captions(tmp_path, texts), tmp_path / "out", column="caption", count=0, seed=1)
+        assert all((tmp_path / "out" / row["audio"]).read_text() == row["transcript"] for row in rows(tmp_path / "out"))
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "a.mp3").write_text(f"recording {number}")
+    (tmp_path / "clips.csv").write_text("audio,transcript\n1/a.mp3,recording 1\n2/a.mp3,recording 2\n")
+    say(captions(tmp_path), tmp_path / "out", column="caption", count=0, seed=1, apart=tmp_path / "clips.csv")
+    for row in rows(tmp_path / "out"):
+        assert (tmp_path / "out" / row["audio"]).read_text() == row["transcript"]
 
 
 def test_voices_differ_and_are_the_seeds() -> None:

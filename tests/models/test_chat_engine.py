@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,13 +123,15 @@ def test_what_left_costs_nothing_more(model: Multimodal) -> None:
 def test_one_that_breaks_breaks_no_other(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model, slots=2)
 
-    def rows(images: list[ImageRef]) -> torch.Tensor:
-        if images:
+    embed = model.packed.embed
+
+    def broken(ids: torch.Tensor, features: Any, places: Any) -> torch.Tensor:
+        if len(features["image"]):
             raise OSError("gone")
-        return torch.zeros(0, RandomFeatures.width).half()
+        return embed(ids, features, places)
 
     good = engine.submit(asked(model, None, "who?"), GREEDY)
-    monkeypatch.setattr(model.features, "rows", rows)
+    monkeypatch.setattr(model.packed, "embed", broken)
     bad = engine.submit(asked(model, "a", "what?"), GREEDY)
     finished(engine)
     assert isinstance(bad.error, OSError)
@@ -153,6 +156,44 @@ def test_memory_grows_with_the_conversations(model: Multimodal, monkeypatch: pyt
     assert Engine(model).length == 256  # The model's, which is less than the default.
     monkeypatch.setattr(engines, "CONTEXT", 64)
     assert Engine(model).length == 64
+
+
+def test_memory_that_does_not_suffice_leaves_the_slots_as_they_were(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "SMALLEST", 16)
+    engine, calls = Engine(model, slots=2), []
+    first = engine.submit(asked(model, None, "hi"), GREEDY)
+    finished(engine)
+    empty = slots.Slots._empty
+
+    def scarce(memory: slots.Slots, *given: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no more")
+        return empty(memory, *given)
+
+    question = None, "a longer question? " * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(slots.Slots, "_empty", scarce)
+        failed = engine.submit(asked(model, *question), GREEDY)
+        finished(engine)
+    assert isinstance(failed.error, torch.OutOfMemoryError)
+    for each, answer in ((question, expected(model, *question)), ((None, "hi"), first.text)):
+        again = engine.submit(asked(model, *each), GREEDY)
+        finished(engine)
+        assert (again.error, again.text) == (None, answer)
+
+
+def test_features_are_computed_before_the_steps(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, slots=1)
+    answering = engine.answering(asked(model, *QUESTIONS[0]), GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.features, "rows", lambda _: pytest.fail("they are computed in a step"))
+        engine.enqueue(answering)
+        finished(engine)
+    assert answering.text == expected(model, *QUESTIONS[0])
+    assert answering.features == {}
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(model: Multimodal) -> None:

@@ -149,14 +149,16 @@ def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
         ("hello", "no message"),
         ([{"content": "x"}], "message 1: it has no role"),
         (["x"], "message 1: it has no role"),
-        ([{"role": "robot", "content": "x"}], "role 'robot' is unknown"),
-        ([answer("x")], "answer follows no question"),
+        ([{"role": "robot", "content": "x"}], "role 'robot' is not supported"),
+        ([answer("x")], "last message is an answer"),
+        ([user("x"), {"role": "tool", "content": "y"}], "message 2: the role 'tool' is not supported"),
+        ([user("x"), {**answer("y"), "tool_calls": [{}]}, user("z")], "message 2: calls of tools"),
+        ([user({"type": "audio_url", "audio_url": {"url": "http://x/a.wav"}})], "is not fetched"),
         ([user("x"), answer("y")], "last message is an answer"),
         ([{"role": "system", "content": "x"}], "no question"),
-        ([user("x"), {"role": "system", "content": "x"}], "message 2: .* comes first"),
-        ([user("x"), user("y")], "message 2: a question follows a question"),
         ([user("")], "message 1: it is empty"),
-        ([{"role": "user", "content": None}], "neither a text nor a list"),
+        ([{"role": "user", "content": None}], "it is empty"),
+        ([{"role": "user", "content": 5}], "neither a text nor a list"),
         ([{"role": "user", "content": [1]}], "neither a text nor a list"),
         ([user({"type": "video"})], "type 'video' is unknown"),
         ([user({"type": "text", "text": 5})], "a text is no text"),
@@ -201,6 +203,33 @@ def test_a_spoken_question_is_answered_as_the_typed_one(photo: Path) -> None:
     spoken = {"type": "audio", "audio": Path("q")}
     said = model.chat([user(image(photo), {"type": "text", "text": ""}, spoken)], max_tokens=12)
     assert said == model.chat([user(image(photo), text("What is shown?"))], max_tokens=12)
+
+
+def test_conversations_are_taken_as_clients_send_them(photo: Path) -> None:
+    system = {"role": "system", "content": "Be short."}
+    joined = conversation([system, user("a"), user(image(photo)), user("b")])
+    assert joined.turns == (("a\n\0shown\0\nb", None),)
+    assert (joined.system, len(joined.images[0])) == ("Be short.", 1)
+    late = conversation([user("a"), answer("b"), {"role": "developer", "content": "In English."}, user("c"), system])
+    assert late.system == "In English.\nBe short."
+    greeted = conversation([answer("Hi!"), {"role": "assistant", "content": None}, answer("You?"), user("a")])
+    assert greeted.turns == (("", "Hi!\n\nYou?"), ("a", None))
+
+
+def test_base64_is_read_as_clients_write_it(photo: Path) -> None:
+    data = bytes(range(256)) * 3 + b"x"
+    plain = base64.b64encode(data).decode()
+    lines = "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
+    letters = base64.urlsafe_b64encode(data).decode().rstrip("=")
+    for text in (plain, lines, letters, f" {plain}"):
+        for uri in (f"data:image/png;base64,{text}", f"DATA:;base64,{text}"):
+            part: dict[str, Any] = {"type": "image_url", "image_url": {"url": uri}}
+            assert conversation([user(part)]).images[0][0].content == data
+            part = {"type": "audio_url", "audio_url": {"url": uri}}
+            assert conversation([user(part)]).audio[0][0].source == data
+            part = {"type": "input_audio", "input_audio": {"data": uri, "format": "wav"}}
+            assert conversation([user(part)]).audio[0][0].source == data
+        assert conversation([user({"type": "image_url", "image_url": uri})]).images[0][0].content == data
 
 
 def laid_out(model: Multimodal, messages: Any) -> str:
@@ -298,12 +327,24 @@ def test_texts_are_encoded_alike_by_all_threads() -> None:
 def test_a_system_text_begins_the_first_question_where_the_template_has_no_such_role() -> None:
     refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     drops = "{% for m in messages %}{% if m.role != 'system' %}"
-    for begin, end in ((refuses, "{% endfor %}"), (drops, "{% endif %}{% endfor %}")):
+    last = (  # Before the newest question, as Mistral's.
+        "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+        "{% if m.role != 'system' %}{% if loop.last and s %}{{ s }}: {% endif %}"
+    )
+    for begin, end in (
+        (refuses, "{% endfor %}"),
+        (drops, "{% endif %}{% endfor %}"),
+        (last, "{% endif %}{% endfor %}"),
+    ):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = f"{begin}<{{{{ m.role }}}}>{{{{ m.content }}}}</>{end}"
         parts = Prompt(tokenizer, "chat").parts([("hi", None)], images=1, system="Be short.")
         text = "".join("[image]" if part.span else tokenizer.decode(list(part.ids)) for part in parts)
         assert text == "<user>Be short.\n[image]\nhi</>"
+        parts = Prompt(tokenizer, "chat").parts([("a", "b"), ("c", None)], system="Be short.")
+        text = "".join(tokenizer.decode(list(part.ids)) for part in parts)
+        assert text.startswith("<user>Be short.\na</>")
+        assert text.endswith("<user>c</>")
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     parts = Prompt(tokenizer, "chat").parts([("hi", None)], system="Be short.")
     assert "".join(tokenizer.decode(list(part.ids)) for part in parts) == "<system>Be short.</><user>hi</>"

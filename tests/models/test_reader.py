@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from builders import byte_tokenizer
 
 from mmphi.models.chat.engine import Engine
-from mmphi.models.chat.reader import Way, masks_of
+from mmphi.models.chat.reader import Reader, Way, masks_of
 from mmphi.models.chat.sampling import Sampling
 from mmphi.models.language import Language
 from mmphi.models.multimodal import Multimodal
@@ -79,6 +80,49 @@ def test_sequences_longer_than_a_window_are_trained_on_alone(kind: str) -> None:
     language = language_of(kind)
     assert not language.packs(25)
     assert language.layout(25).kind == "alone"
+
+
+def longrope(length: int) -> Any:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64, **factors}
+    shape = COMMON | {"original_max_position_embeddings": 64, "rope_parameters": rope, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(**shape, vocab_size=260, initializer_range=0.2)
+    return Reader(transformers.Phi3ForCausalLM(config).eval(), 2, length, 1e-3)
+
+
+def test_where_angles_depend_on_the_longest_of_a_batch_each_is_read_alone() -> None:
+    assert longrope(64).way == "together"
+    long = longrope(128)
+    assert long.way == "anew"
+    ids = torch.arange(100)[None] % 250
+    embed, model = long.model.get_input_embeddings(), long.model
+    with torch.inference_mode():
+        for start in range(0, 100, 20):
+            logits = long.read([1], [start], embed(ids[:, start : start + 20]))
+        torch.testing.assert_close(logits, model(input_ids=ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_another_engine_of_the_model_changes_nothing_while_it_is_made() -> None:
+    """Its windows are narrowed while it is probed."""
+    language = language_of("a window")
+    model = Multimodal(language, None, None, max_length=512)
+    question = "a question that is longer than any window " * 2
+    expected = model.generate([(None, question)], 20)[0].text
+    done = threading.Event()
+
+    def make() -> None:
+        while not done.is_set():
+            Reader(language.model, 1, 512, 1e-3)
+
+    making = threading.Thread(target=make)
+    making.start()
+    try:
+        for _ in range(5):
+            assert "".join(Engine(model).stream(model.open_prompt(None, question), Sampling(max_tokens=20))) == expected
+    finally:
+        done.set()
+        making.join()
 
 
 def test_masks_are_those_of_each_kind_of_layer() -> None:

@@ -100,6 +100,7 @@ class Desk:
         self._loading: dict[str, Future[Worker]] = {}
         self._asked: dict[str, list[tuple[Worker, Ticket]]] = {}
         self._lock = threading.Lock()  # Of what is listed above; nothing that takes long is done under it.
+        self._closed = False
         self._load_lock = threading.Lock()  # One model is loaded at a time.
 
     def worker(self, model: str) -> Worker:
@@ -119,8 +120,7 @@ class Desk:
             return others.result()
         try:
             with self._load_lock:
-                for idle in self._let_go():
-                    idle.stop()
+                self._make_room()
                 worker = self._load(model)
                 worker.start()
         except BaseException as error:
@@ -131,14 +131,19 @@ class Desk:
         with self._lock:
             self._workers[model] = worker
             del self._loading[model]
+            closed = self._closed
         loading.set_result(worker)
+        if closed:
+            worker.stop()
         return worker
 
-    def _let_go(self) -> list[Worker]:
-        """Take the models off the list that make room for another."""
+    def _make_room(self) -> None:
+        """Let go of models that nobody talks to; nothing refers to them afterwards, so that their memory is free."""
         with self._lock:
             idle = [name for name, other in self._workers.items() if not other.open]
-            return [self._workers.pop(name) for name in idle[: max(0, len(self._workers) - self._most + 1)]]
+            gone = [self._workers.pop(name) for name in idle[: max(0, len(self._workers) - self._most + 1)]]
+        while gone:
+            gone.pop().stop()
 
     def ask(self, who: str, talks: Sequence[Talk], system: str, sampling: Sampling) -> Iterator[None]:
         """Answer the last question of each talk, all at the same time; yields whenever there is something new.
@@ -207,6 +212,7 @@ class Desk:
     def close(self) -> None:
         """Break off what is being answered, and end."""
         with self._lock:
+            self._closed = True
             workers = list(self._workers.values())
             self._workers.clear()
         for worker in workers:

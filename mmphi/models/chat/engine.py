@@ -33,10 +33,11 @@ class Answering:
         reused: Tokens of the prompt that a slot remembered.
         tokens: How many were said, the one that ends it among them.
         error: What broke it off.
+        features: Of the images and recordings of the prompt, by kind, (P, width) each; dropped when they are read.
     """
 
-    def __init__(self, prompt: Sample, sampling: Sampling, tokenizer: Any) -> None:
-        self.prompt, self.sampling = prompt, sampling
+    def __init__(self, prompt: Sample, sampling: Sampling, tokenizer: Any, features: dict[str, Tensor]) -> None:
+        self.prompt, self.sampling, self.features = prompt, sampling, features
         self.reason: Reason = ""
         self.reused = self.tokens = self.read = 0
         self.error: Exception | None = None
@@ -117,6 +118,8 @@ class Engine:
     def answering(self, prompt: Sample, sampling: Sampling) -> Answering:
         """An answer that :meth:`enqueue` begins; of all methods the only one that any thread may call.
 
+        The features of its images and recordings are computed here, so that the steps of others do not wait for them.
+
         Raises:
             ModelError: If the prompt leaves no room for an answer.
         """
@@ -126,7 +129,9 @@ class Engine:
                 "ask less at once",
             )
         check_spans(prompt, self.model.sources)
-        return Answering(prompt, sampling, self.model.language.tokenizer)
+        with torch.inference_mode():
+            features, _ = spread(prompt.spans, self.model.sources)
+        return Answering(prompt, sampling, self.model.language.tokenizer, features)
 
     def enqueue(self, answering: Answering) -> None:
         """Let an answer be given by the steps that follow."""
@@ -193,22 +198,28 @@ class Engine:
         """Read the next chunk of a prompt; at its end say the first token. Whether it came to its end."""
         start = answering.read
         end = _whole(min(start + CHUNK, len(answering.prompt)), answering.prompt)
-        logits = self._forward([slot], [start], self._embeddings(answering.prompt, start, end))
+        logits = self._forward([slot], [start], self._embeddings(answering, start, end))
         answering.read = end
         self._held[slot] = answering.memory[:end]
         if end < len(answering.prompt):
             return False
         del self._reading[slot]
+        answering.features = {}
         self._saying[slot] = answering
         self._heard(slot, logits[0])
         return True
 
-    def _embeddings(self, prompt: Sample, start: int, end: int) -> Tensor:
-        """Of the places from one to another, (1, end - start, W)."""
-        ids = torch.from_numpy(prompt.input_ids[start:end]).long()[None].to(self.model.device)
-        inside = [s._replace(start=s.start - start) for s in prompt.spans if start <= s.start < end]
-        features, places = spread(inside, self.model.sources)
-        device = self.model.device
+    def _embeddings(self, answering: Answering, start: int, end: int) -> Tensor:
+        """Of the places from one to another, (1, end - start, W); images and recordings are whole in them."""
+        prompt, device = answering.prompt, self.model.device
+        ids = torch.from_numpy(prompt.input_ids[start:end]).long()[None].to(device)
+        features, places = {}, {}
+        for kind, rows in answering.features.items():
+            own = [span for span in prompt.spans if span.kind == kind]
+            before = sum(span.length for span in own if span.start < start)
+            inside = [torch.arange(s.start, s.start + s.length) - start for s in own if start <= s.start < end]
+            places[kind] = torch.cat([*inside, torch.zeros(0, dtype=torch.long)])
+            features[kind] = rows[before : before + len(places[kind])]
         embeddings: Tensor = self.model.packed.embed(ids, to_device(features, device), to_device(places, device))
         return embeddings
 

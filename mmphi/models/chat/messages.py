@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mmphi.text.prompt import AUDIO, AUDIO_MARK, MARK, SHOWN
 
 MAX_IMAGES, MAX_RECORDINGS, MAX_LETTERS = 16, 16, 1_000_000
 DATA_URI = "data:"
+FROM_URL = str.maketrans("-_", "+/")
 NO_FILE = Path()
 
 
@@ -68,7 +71,8 @@ def conversation(
         messages: Each with a ``role`` (``system``, ``user``, ``assistant``) and a ``content``: a text, or parts, each
             ``{"type": "text", "text": ...}``, ``{"type": "image", "image": path or bytes}``,
             ``{"type": "audio", "audio": path or bytes}``, or as OpenAI has them: ``image_url`` with a ``data:`` URI,
-            ``input_audio`` with base64.
+            ``input_audio`` with base64 or a ``data:`` URI; or as vLLM has it: ``audio_url``. Questions that follow one
+            another are one question, and so are answers. Texts of the system are joined, wherever they stand.
         files: Whether they may name files of this machine; not where they come from another.
         allow: Fetches an image from any other URL; none is fetched without it.
 
@@ -84,54 +88,74 @@ def conversation(
     reading = _Reading(files, allow)
     for number, message in enumerate(messages, 1):
         try:
-            reading.message(message, first=number == 1)
+            reading.message(message)
         except MessageError as error:
             raise MessageError(f"message {number}: {error.what}", error.hint) from error
     return reading.done()
 
 
+@dataclass
+class _Turn:
+    """Questions and answers that follow one another."""
+
+    questions: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    images: list[ImageRef] = field(default_factory=list)
+    audio: list[AudioRef] = field(default_factory=list)
+
+
 class _Reading:
     def __init__(self, files: bool, allow: Callable[[str], bytes] | None) -> None:
         self.files, self.allow = files, allow
-        self.system = ""
-        self.turns: list[tuple[str, str | None]] = []
-        self.images: list[tuple[ImageRef, ...]] = []
-        self.audio: list[tuple[AudioRef, ...]] = []
+        self.system: list[str] = []
+        self.turns: list[_Turn] = []
         self.letters = 0
 
-    def message(self, message: Any, *, first: bool) -> None:
+    def message(self, message: Any) -> None:
         if not isinstance(message, Mapping) or "role" not in message:
             raise MessageError("it has no role", "a message is {'role': ..., 'content': ...}")
         role, content = message["role"], message.get("content")
         if role in ("system", "developer"):
-            if not first:
-                raise MessageError("what the model shall be comes first", "put the system message before the others")
-            self.system = self._text_alone(content)
+            self.system += [text] if (text := self._text_alone(content)) else []
         elif role == "user":
-            if self.turns and self.turns[-1][1] is None:
-                raise MessageError("a question follows a question", "join the two, or put the answer between them")
             text, images, audio = self._parts(content)
-            if not text and not images and not audio:
+            if not text:
                 raise MessageError("it is empty")
-            self.turns.append((text, None))
-            self.images.append(images)
-            self.audio.append(audio)
+            self._ask(text, images, audio)
         elif role == "assistant":
-            if not self.turns or self.turns[-1][1] is not None:
-                raise MessageError("an answer follows no question")
-            self.turns[-1] = self.turns[-1][0], self._text_alone(content)
+            if message.get("tool_calls") or message.get("function_call"):
+                raise MessageError("calls of tools are not supported", "send what was said")
+            self._answer(self._text_alone(content))
         else:
-            raise MessageError(f"the role {role!r} is unknown", "system, user or assistant")
+            raise MessageError(f"the role {_short(role)} is not supported", "system, developer, user or assistant")
+
+    def _ask(self, text: str, images: tuple[ImageRef, ...], audio: tuple[AudioRef, ...]) -> None:
+        """A question; one that follows another is the rest of it."""
+        if not self.turns or self.turns[-1].answers:
+            self.turns.append(_Turn())
+        turn = self.turns[-1]
+        turn.questions.append(text)
+        turn.images += images
+        turn.audio += audio
+
+    def _answer(self, text: str) -> None:
+        """An answer; one that follows another is the rest of it, and one that comes first a greeting."""
+        if not self.turns:
+            self._ask("", (), ())
+        self.turns[-1].answers.append(text)
 
     def done(self) -> Conversation:
         if not self.turns:
             raise MessageError("there is no question", "the last message is the user's")
-        if self.turns[-1][1] is not None:
+        if self.turns[-1].answers:
             raise MessageError("the last message is an answer", "the last message is the user's")
-        for name, of_turns, most in (("images", self.images, MAX_IMAGES), ("recordings", self.audio, MAX_RECORDINGS)):
-            if (count := sum(len(own) for own in of_turns)) > most:
+        images, audio = (tuple(tuple(getattr(turn, kind)) for turn in self.turns) for kind in ("images", "audio"))
+        for name, found, most in (("images", images, MAX_IMAGES), ("recordings", audio, MAX_RECORDINGS)):
+            if (count := sum(map(len, found))) > most:
                 raise MessageError(f"there are {count} {name}, and at most {most} are taken")
-        return Conversation(self.system, tuple(self.turns), tuple(self.images), tuple(self.audio))
+        turns = [("\n".join(turn.questions), "\n".join(turn.answers)) for turn in self.turns]
+        said: list[tuple[str, str | None]] = [*turns[:-1], (turns[-1][0], None)]
+        return Conversation("\n".join(self.system), tuple(said), images, audio)
 
     def _text_alone(self, content: Any) -> str:
         text, images, audio = self._parts(content)
@@ -140,6 +164,7 @@ class _Reading:
         return text
 
     def _parts(self, content: Any) -> tuple[str, tuple[ImageRef, ...], tuple[AudioRef, ...]]:
+        content = "" if content is None else content
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
             raise MessageError("its content is neither a text nor a list of parts")
@@ -149,20 +174,22 @@ class _Reading:
         medium = False
         for part in parts:
             kind, before = part.get("type"), medium
-            medium = kind != "text"
             if kind == "text":
-                lines.append(self._text(part.get("text")))
+                if text := self._text(part.get("text")):
+                    lines.append(text)
+                    medium = False
                 continue
+            medium = True
             if kind in ("image", "image_url"):
                 images.append(self._image(part))
                 place = SHOWN
-            elif kind in ("audio", "input_audio"):
+            elif kind in ("audio", "input_audio", "audio_url"):
                 audio.append(self._recording(part))
                 place = AUDIO
             else:
-                raise MessageError(f"a part of the type {kind!r} is unknown", "text, image_url or input_audio")
+                raise MessageError(f"a part of the type {_short(kind)} is unknown", "text, image_url or input_audio")
             lines[len(lines) - before :] = [(lines[-1] if before else "") + place]
-        question = "\n".join(line for line in lines if line)
+        question = "\n".join(lines)
         for typed, place, count in ((MARK, SHOWN, len(images)), (AUDIO_MARK, AUDIO, len(audio))):
             question = _where_typed(question, typed, place, count)
         return question, tuple(images), tuple(audio)
@@ -187,8 +214,8 @@ class _Reading:
             raise MessageError(
                 "an image says neither where it is nor what", "image_url: {url: data:image/png;base64,...}"
             )
-        if url.startswith(DATA_URI):
-            return image_of(_decoded(url.partition(",")[2], "an image"))
+        if url[: len(DATA_URI)].lower() == DATA_URI:
+            return image_of(_decoded(url, "an image"))
         if self.allow is None:
             raise MessageError(f"{url[:100]} is not fetched", "send the image itself, as a data: URI")
         return image_of(self.allow(url))
@@ -204,11 +231,18 @@ class _Reading:
             return recording_of(given)
         if isinstance(given, str | Path):
             return AudioRef(str(given), self._path(given))
-        inner = part.get("input_audio")
-        data = inner.get("data") if isinstance(inner, Mapping) else None
+        inner, url = part.get("input_audio"), part.get("audio_url")
+        data = inner.get("data") if isinstance(inner, Mapping) else url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(data, str):
             raise MessageError("a recording has no data", "input_audio: {data: BASE64, format: wav}")
+        if part.get("type") == "audio_url" and data[: len(DATA_URI)].lower() != DATA_URI:
+            raise MessageError(f"{data[:100]} is not fetched", "send the recording itself, as a data: URI")
         return recording_of(_decoded(data, "a recording"))
+
+
+def _short(value: Any) -> str:
+    """What was sent, for a message; it may be of any size."""
+    return reprlib.repr(value)
 
 
 def _where_typed(question: str, typed: str, place: str, count: int) -> str:
@@ -220,8 +254,12 @@ def _where_typed(question: str, typed: str, place: str, count: int) -> str:
 
 
 def _decoded(data: str, what: str) -> bytes:
+    """Base64, alone or in a ``data:`` URI; in lines, without its filling, or with the letters of URLs."""
+    if data[: len(DATA_URI)].lower() == DATA_URI:
+        data = data.partition(",")[2]
+    plain = re.sub(r"[\s=]+", "", data).translate(FROM_URL)
     try:
-        found = base64.b64decode(data, validate=True)
+        found = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise MessageError(f"{what} is no base64: {error}") from error
     if not found:

@@ -101,7 +101,7 @@ def _written(model: Multimodal, conversation: Conversation) -> Sample:
 
 def _asked(model: Multimodal, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
     """A question; of images alone, with that by which captions were asked for in training."""
-    if question.replace(SHOWN, ""):
+    if question.replace(SHOWN, "").strip():
         return question
     typed = model.asked("", images, audio)
     return question + ("\n" if question and typed else "") + typed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from torch import Tensor
 from mmphi.models.chat.slots import Slots
 
 Way = Literal["together", "one by one", "anew"]
+# Of each model: its windows are narrowed while it is probed, and others may share it.
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+LENGTH_DEPENDENT = ("longrope", "dynamic")  # Rotary embeddings whose angles depend on the longest of a batch.
 PROBE, WINDOW = (7, 11), 5  # Tokens of the conversations that a way is tried with, and of windows meanwhile.
 WINDOWS = ("sliding_window", "attention_chunk_size")  # Settings that say how far back a layer sees.
 
@@ -21,7 +27,8 @@ class Reader:
 
     - ``together``: in one forward pass, with the keys and values of :class:`~mmphi.models.chat.slots.Slots`.
     - ``one by one``: with the same memory, a forward pass for each; for layers that take the last key for the newest.
-    - ``anew``: each from its begin at every token, without memory; for recurrent and hybrid models. It is slow.
+    - ``anew``: each from its begin at every token, without memory. It is slow, and for recurrent and hybrid models, and
+      for conversations longer than those that rotary embeddings of :data:`LENGTH_DEPENDENT` kinds begin to change at.
 
     Args:
         model: A Hugging Face causal LM.
@@ -33,11 +40,13 @@ class Reader:
     def __init__(self, model: Any, slots: int, length: int, tolerance: float) -> None:
         self.model, self.slots = model, Slots(slots, length)
         self.way: Way = "anew"
+        self._lock = _LOCKS.setdefault(model, threading.RLock())
         ways: tuple[Way, ...] = ("together", "one by one")
-        for way in ways:
-            if reading_error(model, way, length) < tolerance:
-                self.way = way
-                break
+        with self._lock:
+            for way in ways if length <= unchanged_length(model.config) else ():
+                if reading_error(model, way, length) < tolerance:
+                    self.way = way
+                    break
         self._read = _ways(model, self.slots)[self.way]
 
     def read(self, rows: Sequence[int], starts: Sequence[int], embeddings: Tensor) -> Tensor:
@@ -51,7 +60,8 @@ class Reader:
         Returns:
             Logits after the last token of each, (R, V).
         """
-        return self._read(rows, starts, embeddings)
+        with self._lock:
+            return self._read(rows, starts, embeddings)
 
 
 Read = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
@@ -91,6 +101,22 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What eager attention adds to its scores."""
     empty = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return empty.masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def unchanged_length(config: Any) -> float:
+    """Tokens up to which the angles of a model's rotary embeddings do not depend on how long a conversation is."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [
+        found,
+        *(value for value in found.values() if isinstance(value, dict)),
+    ]  # Some have one for each layer type.
+    for rope in each:
+        if rope.get("rope_type", rope.get("type")) in LENGTH_DEPENDENT:
+            names = "original_max_position_embeddings", "max_position_embeddings"
+            own = rope.get(names[0]) or getattr(config, names[0], None) or getattr(config, names[1], None)
+            return float(own or inf)
+    return inf
 
 
 def masks_of(config: Any, seen: Tensor) -> dict[str, Tensor]:
@@ -160,13 +186,13 @@ def reading_error(model: Any, way: Way, length: int) -> float:
                 error = _difference(torch.cat(found), torch.stack(expected))
                 worst = max(worst, error)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-            return float("inf")  # It has no such memory, or wants masks of another form.
+            return inf  # It has no such memory, or wants masks of another form.
     return worst
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
     error = (found.float() - expected.float()).abs().max() / expected.float().std().clamp_min(1e-9)
-    return float(error) if torch.isfinite(error) else float("inf")
+    return float(error) if torch.isfinite(error) else inf
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Slots(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Keep new keys and values, (R, heads, tokens, D), and give all that the batch sees, (R, heads, seen, D)."""
         while len(self._memory) <= layer_idx:
-            self._memory.append((self._empty(key_states), self._empty(value_states)))
+            self._memory.append((self._empty(key_states, self.capacity), self._empty(value_states, self.capacity)))
         keys, values = self._memory[layer_idx]
         keys[self._index[:, None], :, self._places] = key_states.transpose(1, 2)
         values[self._index[:, None], :, self._places] = value_states.transpose(1, 2)
@@ -78,19 +78,21 @@ class Slots(Cache):
         """Make room for what the batch sees; what the slots hold is kept."""
         if self._seen <= self.capacity:
             return
-        while self.capacity < self._seen:
-            self.capacity = min(2 * self.capacity, self.length)
-        for layer, pair in enumerate(self._memory):
-            larger = []
-            for memory in pair:
-                grown = self._empty(memory)
-                grown[:, :, : memory.shape[2]] = memory
-                larger.append(grown)
-            self._memory[layer] = larger[0], larger[1]
+        capacity = self.capacity
+        while capacity < self._seen:
+            capacity = min(2 * capacity, self.length)
+        # All layers or none: where memory ends in between, the slots stay as they are.
+        larger = [(self._grown(keys, capacity), self._grown(values, capacity)) for keys, values in self._memory]
+        self._memory, self.capacity = larger, capacity
 
-    def _empty(self, states: Tensor) -> Tensor:
+    def _grown(self, memory: Tensor, capacity: int) -> Tensor:
+        grown = self._empty(memory, capacity)
+        grown[:, :, : memory.shape[2]] = memory
+        return grown
+
+    def _empty(self, states: Tensor, capacity: int) -> Tensor:
         # Zeros, because what is masked is still multiplied by zero: anything else there might not be finite.
-        return states.new_zeros(self.slots, states.shape[1], self.capacity, states.shape[3])
+        return states.new_zeros(self.slots, states.shape[1], capacity, states.shape[3])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen before this pass: positions are given, so that nothing hangs on it."""
