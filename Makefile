@@ -79,7 +79,7 @@ test-slow: $(VENV)/ready
 	$(PYTEST) -rs -m 'slow or browser or database or speech or cluster'
 
 real: $(VENV)/ready
-	$(BIN)/pytest -m real -rs
+	$(PYTEST) -m real -rs
 
 cloud: $(VENV)/ready
 	$(MAKE) $(SKY)/ready || echo "SkyPilot could not be installed: its parser does not read the tasks here"

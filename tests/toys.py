@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from forked import Forked
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context, Stage
@@ -61,16 +62,13 @@ TOYS = {
 }
 
 
-def begin(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+def begin(*arguments: str, **environment: str) -> Forked:
     """Build a toy stage of four steps in a process of its own."""
-    command = [sys.executable, __file__, *arguments, "--projector.steps", "4"]
-    merged = {**os.environ, **environment}
-    return subprocess.Popen(command, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Forked([__file__, *arguments, "--projector.steps", "4"], {**os.environ, **environment})
 
 
-def until(process: subprocess.Popen[str], line: str) -> str:
+def until(process: Forked, line: str) -> str:
     """What a process prints up to a line."""
-    assert process.stdout is not None
     output = ""
     for read in process.stdout:
         output += read

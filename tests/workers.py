@@ -1,13 +1,12 @@
-"""One script in one process, or in several as torchrun starts them."""
+"""One script in one process, or in several with the variables that torchrun gives them."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from forked import run_ranks
 
 # What every such script begins with: the tests' modules in reach, sums in one order.
 HEAD = """
@@ -35,13 +34,7 @@ def spawn(folder: Path, processes: int, test: str, body: str) -> dict:
     head = HEAD.format(paths=paths) + f"RUN = Path({str(folder / f'run{processes}')!r})\n"
     tail = f'\nif os.environ.get("RANK", "0") == "0":\n    torch.save(saved, {str(out)!r})\n'
     script.write_text(head + body + tail)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for done in run_ranks([str(script)], processes, environment):
+        assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)

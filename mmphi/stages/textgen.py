@@ -120,6 +120,8 @@ def _from_generators(ctx: Context, store: Store) -> None:
                 for name, documents in reader.everything():
                     store.offer(documents, name.stream, name.number + 1)
                     taken = True
+                    if enough.reached(store.ledger, time.monotonic() - begun):
+                        break
                 reader.let_go_before(store.committed)
                 table.show()
                 if time.monotonic() - noted > METRICS_S:
@@ -127,8 +129,11 @@ def _from_generators(ctx: Context, store: Store) -> None:
                     ctx.tracker.metrics(_metrics(fleet, store.ledger), step=int(noted - begun))
                 if not taken:
                     time.sleep(LOOK_S)
-    for name, documents in reader.everything():  # What they had open when they were told to end.
-        store.offer(documents, name.stream, name.number + 1)
+    if not enough.reached(store.ledger, seconds=0.0):  # By the time alone: what was open then is taken, too.
+        for name, documents in reader.everything():
+            store.offer(documents, name.stream, name.number + 1)
+            if enough.reached(store.ledger, seconds=0.0):
+                break
     store.commit()
     reader.let_go_before(store.committed)
     for own in (SPOOL, FLEET):  # All of it is in the store or was dropped.

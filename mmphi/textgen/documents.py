@@ -18,7 +18,8 @@ from mmphi.errors import DataError
 
 SUFFIX = ".jsonl.zst"
 LEVEL = 10
-NAME = re.compile(rf"(?P<stream>[\w.]+-\d+-\d+)-(?P<number>\d{{6,}}){re.escape(SUFFIX)}$")
+HOST = re.compile(r"[\w.]+")
+NAME = re.compile(rf"(?P<stream>{HOST.pattern}-\d+-\d+)-(?P<number>\d{{6,}}){re.escape(SUFFIX)}$")
 
 
 @dataclass(frozen=True)

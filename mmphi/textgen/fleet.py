@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmphi.errors import ModelError
+from mmphi.errors import ModelError, SettingsError
 from mmphi.settings.textgen import TextgenSettings
+from mmphi.textgen.documents import HOST
 from mmphi.textgen.generator import Status
 from mmphi.textgen.places import Places, Processes, Running
 from mmphi.textgen.sampling import chosen_backend
+from mmphi.textgen.spool import Spool
 
 HOPELESS = 3  # Starts in a row that wrote nothing: it is not the machine then.
 END_S = 20.0
+NOTES = "starts.json"
 
 
 @dataclass
@@ -61,7 +64,7 @@ class Fleet:
     Args:
         settings: Of the writing.
         spool: URL of the spool.
-        folder: Where they tell their state; streams go on after those that are noted here.
+        folder: Where they tell their state.
         backend: What draws the tokens.
         say: Told of those that die.
     """
@@ -75,12 +78,17 @@ class Fleet:
         say: Callable[[str], None] = print,
     ) -> None:
         self.settings, self.folder, self.say = settings, folder, say
-        self._notes = folder / "starts.json"  # How often each place was filled, over all calls.
         self.host = settings.host or "here"
+        if not HOST.fullmatch(self.host):
+            raise SettingsError(
+                f"textgen.host = {self.host!r} has other characters than letters, digits, dots and underscores",
+                "readers find shards by such names: take one without hyphens and spaces",
+            )
         if settings.spool and not settings.host:  # Others may write there, too, and this machine may be another soon.
-            own = self._noted("id", secrets.token_hex(4))
+            own = self._own_id()
             self.host = f"{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}.{own}"
         self._found = (settings, spool, folder, backend)
+        self._spool = Spool(spool, say=say)
         self.places: Places | None = None
         self.members: list[Member] = []
         self.begun = time.monotonic()
@@ -149,24 +157,30 @@ class Fleet:
             )
         return found
 
-    def _noted(self, name: str, value: Any, *, anew: bool = False) -> Any:
-        """What is noted under a name, over all calls; the value given where nothing is, or where it is to be."""
-        notes = json.loads(self._notes.read_text()) if self._notes.exists() else {}
-        if name not in notes or anew:
-            notes[name] = value
+    def _notes(self) -> dict[str, Any]:
+        """What is noted in the folder."""
+        path = self.folder / NOTES
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+    def _own_id(self) -> str:
+        """What tells this machine from others of its name, over all calls with this folder."""
+        notes = self._notes()
+        if "id" not in notes:
+            notes["id"] = secrets.token_hex(4)
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = self._notes.with_suffix(".part")
+            part = (self.folder / NOTES).with_suffix(".part")
             part.write_text(json.dumps(notes))
-            part.replace(self._notes)
-        return notes[name]
+            part.replace(self.folder / NOTES)
+        return str(notes["id"])
 
     def _fill(self, member: Member) -> None:
         """Start whoever fills a place now, under a stream that nobody had."""
         assert self.places is not None
-        start = self._noted(str(member.number), 0) + 1
-        self._noted(str(member.number), start, anew=True)  # Before it begins, so that no two starts have one number.
         member.starts += 1
-        member.stream = f"{self.host}-{member.number}-{start}"
+        # Earlier versions noted the starts beside the state of the generators.
+        member.stream = self._spool.begin_stream(
+            f"{self.host}-{member.number}", after=int(self._notes().get(str(member.number), 0))
+        )
         member.running = self.places.start(member.stream, member.number)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from mmphi.errors import DataError, StoreError, disk_is_full
 from mmphi.textgen.documents import Document, ShardName, unpacked
 
-SHARDS, TAKEN, BAD = "shards", "taken", "bad"
+SHARDS, TAKEN, BAD, STARTS = "shards", "taken", "bad", "starts"
 WAIT_S = 0.5
 PATIENCE_S = 600.0
 ANSWER_S = 60.0  # Of one request; s3fs asks several times by itself before.
@@ -75,7 +76,7 @@ class Spool:
         self._within = {"timeout": ANSWER_S} if isinstance(found, fsspec.asyn.AsyncFileSystem) else {}
         self._local = "file" in (found.protocol if isinstance(found.protocol, tuple) else (found.protocol,))
         if self._local:
-            for name in (SHARDS, TAKEN, BAD):
+            for name in (SHARDS, TAKEN, BAD, STARTS):
                 self.files.makedirs(f"{self.root}/{name}", exist_ok=True)
 
     def put(self, name: ShardName, content: bytes) -> bool:
@@ -138,6 +139,26 @@ class Spool:
         for place in (SHARDS, TAKEN):
             self._asked(partial(self._delete, f"{self.root}/{place}/{name}"))
 
+    def begin_stream(self, place: str, after: int = 0) -> str:
+        """Name of a stream that nobody had before; it is noted here, where all who write to this spool see it.
+
+        Args:
+            place: Who writes it: host and number of the generator, ``host-3``.
+            after: Number of a start that is noted elsewhere.
+
+        Raises:
+            StoreError: If the spool does not answer.
+        """
+        last = after
+        for name in (SHARDS, TAKEN, BAD, STARTS):
+            for each in self._asked(partial(self._names, name)) or []:
+                if match := re.match(rf"{re.escape(place)}-(\d+)(?:-|$)", each):
+                    last = max(last, int(match[1]))
+        stream = f"{place}-{last + 1}"
+        if self._asked(lambda: self._write(f"{self.root}/{STARTS}/{stream}", b"begun\n")) is None:
+            raise StoreError(f"{stream} was not begun: waiting was ended")
+        return stream
+
     def size(self) -> int:
         """Bytes of all shards that wait."""
         return sum(held.bytes for held in self.held())
@@ -147,6 +168,15 @@ class Spool:
             return True
         held = self.size()
         return held + size <= self.limit or not held  # One that is larger than the spool alone goes alone.
+
+    def _names(self, place: str) -> list[str]:
+        """Names of all files of a folder."""
+        self.files.invalidate_cache()
+        try:
+            found = self.files.ls(f"{self.root}/{place}", detail=False, **self._within)
+        except FileNotFoundError:
+            return []
+        return [str(each).rsplit("/", 1)[-1] for each in found]
 
     def _list(self, place: str) -> list[Held]:
         self.files.invalidate_cache()

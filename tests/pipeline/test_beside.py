@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from branches import BRANCHES
+from forked import Forked
 
 from mmphi.pipeline.beside import independent
 from mmphi.pipeline.build import Pipeline
@@ -153,7 +153,7 @@ Pipeline(BRANCHES, helper="branches").build("goal", load_settings("tiny"))
 def test_a_helper_does_not_outlive_a_process_that_was_killed(pipeline: Pipeline, tmp_path: Path) -> None:
     holds = {"LEFT_HOLD": "never", "RIGHT_BEGUN": "begun", "RIGHT_HOLD": "never"}
     environment = os.environ | {name: str(tmp_path / file) for name, file in holds.items()}
-    process = subprocess.Popen([sys.executable, "-c", HERE], env=environment, stdout=subprocess.DEVNULL)
+    process = Forked(["-c", HERE], environment)
     end = time.monotonic() + 60
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < end

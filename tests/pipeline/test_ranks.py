@@ -3,11 +3,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import toys
+from forked import run_ranks
 
 from mmphi.pipeline.ranks import alone
 from mmphi.tracking.store import Store
@@ -23,11 +22,11 @@ def test_variables_of_torchrun_are_hidden_and_come_back(monkeypatch: pytest.Monk
 
 def torchrun(stage: str) -> list[dict]:
     """What two processes say of a stage that both were asked for."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", toys.__file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, stage], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in re.findall(r"{\"run_id.*?}}", done.stdout)]
+    found = []
+    for done in run_ranks([toys.__file__, stage], 2):
+        assert done.returncode == 0, done.stderr
+        found += [json.loads(line) for line in re.findall(r"{\"run_id.*?}}", done.stdout)]
+    return found
 
 
 @pytest.mark.slow

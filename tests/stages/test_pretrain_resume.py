@@ -6,14 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import texts
 from builders import Recorder
+from forked import Forked
 from transformers import AutoTokenizer
 
 from mmphi.pipeline.stage import Result
@@ -82,9 +81,10 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, read):
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "TEXTS_STEP_S": "0.02"
     }  # fmt: skip
 
-    def begin(folder: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, texts.__file__, str(folder), str(read.path), str(40 * kills)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    def begin(folder: Path) -> Forked:
+        with Path(os.devnull).open("w") as nowhere:
+            command = [texts.__file__, str(folder), str(read.path), str(40 * kills)]
+            return Forked(command, environment, nowhere.fileno())
 
     process = begin(folder)
     for kill in range(1, kills + 1):
@@ -93,8 +93,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, read):
             assert process.poll() is None, f"it ended before kill {kill} of {kills}"
             time.sleep(0.01)
         if not training:  # Its libraries are loaded, and the training is being set up.
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"begun\n"
+            assert process.stdout.readline() == "begun\n"
         time.sleep(rng.uniform(0.0, 0.25))
         process.kill()
         assert process.wait() == -signal.SIGKILL

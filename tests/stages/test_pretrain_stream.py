@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from mmphi.stages.pretrain_stream import Stream, advice
 from mmphi.textgen.documents import Document, ShardName, packed
 from mmphi.textgen.spool import Spool
 from mmphi.textgen.store import stored
+from mmphi.training import stream_steps
 
 SMALL = {
     "pretrain.source": "stream",
@@ -179,7 +181,8 @@ def test_nothing_is_kept_where_that_is_not_wanted(spool, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_waits_for_text_and_says_how_long(spool, tmp_path):
+def test_it_waits_for_text_and_says_how_long(spool, tmp_path, monkeypatch):
+    """The rest of the text comes when it waits for the third time."""
     few = Spool(str(tmp_path / "few"), say=lambda _: None)
     names = [held.name for held in spool.held()]
 
@@ -188,11 +191,18 @@ def test_it_waits_for_text_and_says_how_long(spool, tmp_path):
             few.put(name, (tmp_path / "spool/shards" / str(name)).read_bytes())
 
     put(names[:4])
-    later = threading.Timer(6.0, put, [names[4:]])
-    later.start()
+    sleep, waits = time.sleep, []
+
+    def waiting(seconds):
+        if threading.current_thread() is threading.main_thread():
+            waits.append(seconds)
+            if len(waits) == 3:
+                put(names[4:])
+        sleep(seconds)
+
+    monkeypatch.setattr(stream_steps.time, "sleep", waiting)
     _, figures = trained(tmp_path, "run", few)
-    later.join()
-    assert figures["stream/waited_s"] > 0.5
+    assert figures["stream/waited_s"] >= sum(waits[:3])
     assert figures["stream/trainer_busy"] < 1
 
 

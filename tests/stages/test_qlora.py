@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import small
 import torch
 from builders import example
+from forked import run
 from safetensors.torch import load_file, save_file
 from transformers import PhiForCausalLM
 
@@ -104,8 +103,7 @@ def test_it_answers_the_same_in_another_process(pipeline, result):
         "asked = [(ImageRef(Path(p).name, Path(p)), 'what shapes are there?') for p in sys.argv[2:]]\n"
         "print(json.dumps([a.text for a in mmphi.load(sys.argv[1]).generate(asked, 6)]))\n"
     )
-    command = [sys.executable, "-c", code, str(result.path), *(str(image.path) for image, _ in asked)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = run(["-c", code, str(result.path), *(str(image.path) for image, _ in asked)])
     assert json.loads(said.stdout.splitlines()[-1]) == answers
 
 
@@ -129,10 +127,10 @@ def test_two_models_of_one_base_do_not_meet(pipeline, result):
 
 @pytest.mark.slow
 def test_killed_it_goes_on_to_the_same(pipeline):
-    command = [sys.executable, str(Path(small.__file__)), "qlora", "qlora.seed=7", "qlora.dropout=0.1"]
-    died = subprocess.run(command, env={**os.environ, "SMALL_DIE_AT": "4"}, capture_output=True, text=True)
+    command = [str(Path(small.__file__)), "qlora", "qlora.seed=7", "qlora.dropout=0.1"]
+    died = run(command, {**os.environ, "SMALL_DIE_AT": "4"})
     assert died.returncode == -signal.SIGKILL
-    resumed = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
+    resumed = run(command)
     assert "going on from step 4" in resumed.stderr + resumed.stdout
     path = Path(json.loads(resumed.stdout.splitlines()[-1])["path"])
     straight = Pipeline(STAGES).build("qlora", small.settings(qlora__seed="7", qlora__dropout="0.1"), force=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from forked import run
 from safetensors.torch import load_file
 
 import mmphi
@@ -54,8 +55,7 @@ def losses(pipeline: Pipeline, run_id: str) -> list[float]:
 
 
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(Path(small.__file__)), *arguments]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    return run([str(Path(small.__file__)), *arguments], {**os.environ, **environment})
 
 
 def test_projector_is_trained_and_evaluated(pipeline: Pipeline) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import byte_tokenizer, tiny_language
 
-from mmphi.errors import ModelError
+from mmphi.errors import ModelError, SettingsError
 from mmphi.models.language import load_language
 from mmphi.settings import LanguageSettings
 from mmphi.settings.textgen import TextgenSettings
@@ -93,6 +93,26 @@ def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("host", ["a-b", "a b", "", "ä/b"])
+def test_a_host_whose_shards_no_reader_would_find_is_refused(writer, tmp_path, host):
+    settings = settings_of(writer, generators=1, host=host)
+    if not host:
+        assert Fleet(settings, str(tmp_path / "s"), tmp_path / "fleet").host == "here"
+        return
+    with pytest.raises(SettingsError, match="without hyphens"):
+        Fleet(settings, str(tmp_path / "s"), tmp_path / "fleet")
+
+
+def test_a_stream_is_begun_once_whatever_folder_it_is_begun_from(tmp_path):
+    """As of a machine whose temporary folder is gone, and of shards that were written before starts were noted."""
+    spool = Spool(str(tmp_path / "spool"), say=print)
+    assert [spool.begin_stream("a-0") for _ in range(2)] == ["a-0-1", "a-0-2"]
+    assert spool.begin_stream("a-1") == "a-1-1"
+    (tmp_path / "spool" / "taken" / "a-0-7-000002.jsonl.zst").write_bytes(b"")
+    assert Spool(str(tmp_path / "spool"), say=print).begin_stream("a-0") == "a-0-8"
+    assert spool.begin_stream("a-0", after=20) == "a-0-21"
+
+
 def test_streams_are_never_given_out_twice(writer, tmp_path):
     for expected in (1, 2):
         with Fleet(settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print) as fleet:
