@@ -78,6 +78,7 @@ def test_hyperband_ends_a_training_by_its_curve(empty_store: str) -> None:
     assert reported[2] == 1.0  # The toy's curve: 3 / (step + 1).
 
 
+@pytest.mark.slow
 def test_two_objectives_give_a_front(empty_store: str, tmp_path: Path) -> None:
     search = replace(
         SEARCH,

@@ -18,6 +18,8 @@ from mmphi.models.chat.words import Words
 sys.path.insert(0, str(Path(__file__).parents[1] / "assistant"))
 from answerers import answerer, served
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -17,6 +17,8 @@ from mmphi.stages import STAGES
 from mmphi.stages.export import plain_model
 from mmphi.tracking.store import Store
 
+pytestmark = pytest.mark.slow
+
 LLAVA = {
     "light_clip__from_nothing": "vit",
     "projector__norm": "false",

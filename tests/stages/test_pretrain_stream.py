@@ -103,6 +103,7 @@ def test_every_token_is_seen_once_or_twice_and_what_left_the_window_leaves_the_d
     assert (tmp_path / "run/language/config.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_path, monkeypatch):
     other = copied(spool, tmp_path, "other")
     straight, expected = trained(tmp_path, "straight", spool)

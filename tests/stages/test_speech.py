@@ -106,6 +106,7 @@ def test_it_is_trained_and_measured(trained: Any) -> None:
     assert "encoder" in card
 
 
+@pytest.mark.slow
 def test_frames_are_stored_once_and_cached_is_live(trained: Any) -> None:
     pipeline, changes = trained
     cached = build(pipeline, "speech", changes)

@@ -113,6 +113,7 @@ def test_a_stream_is_begun_once_whatever_folder_it_is_begun_from(tmp_path):
     assert spool.begin_stream("a-0", after=20) == "a-0-21"
 
 
+@pytest.mark.slow
 def test_streams_are_never_given_out_twice(writer, tmp_path):
     for expected in (1, 2):
         with Fleet(settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print) as fleet:
