@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,8 +64,12 @@ class Forked:
             raise subprocess.TimeoutExpired("forked", timeout or 0)
         return self._process.exitcode
 
-    def communicate(self) -> tuple[str, None]:
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        ending = threading.Timer(timeout or 0.0, self.kill)  # The output ends with the process.
+        if timeout is not None:
+            ending.start()
         output = self.stdout.read()
+        ending.cancel()
         self.wait()
         return output, None
 
