@@ -41,8 +41,10 @@ def load(
     import torch
 
     from mmphi.models.bundle import load_bundle
+    from mmphi.pipeline.quiet import quieten
     from mmphi.pipeline.resources import PROCESS
 
+    quieten()
     folder = Path(model).expanduser()
     if not folder.is_dir():
         from mmphi.tracking.store import Store

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import mmphi.benchmarks
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import MmphiError, SettingsError, Stopped
+from mmphi.pipeline.quiet import quieten
 
 if TYPE_CHECKING:
     from mmphi.stages import Settings
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 after an error that a person can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
     keep_freed_memory()
+    quieten()
     words = list(sys.argv[1:] if arguments is None else arguments)
     with _terminable() as terminated:
         try:

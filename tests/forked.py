@@ -13,43 +13,34 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = [
+    *("ablations.worker", "ablations.trial"),
     *("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "open_clip"),
     *("mmphi.pipeline.build", "mmphi.stages", "mmphi.training.loop", "mmphi.training.trainer", "mmphi.models.bundle"),
     *("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
 ]
 
 
-class Forked:
-    """What ``subprocess.Popen([sys.executable, *arguments])`` is, errors on the output too.
+class Process:
+    """The part of ``subprocess.Popen`` that a fork has.
 
     Args:
-        arguments: A script and its arguments, or ``-c`` and code, or ``-m`` and a module.
-        environment: Its own; this process's where left out.
-        errors: File descriptor for errors; the output where left out.
+        work: What it does.
+        arguments: Of that; connections are duplicated for the fork.
     """
 
-    def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None, errors: int | None = None
-    ) -> None:
+    def __init__(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         FORKS.set_forkserver_preload(PRELOADED)
-        reading, writing = os.pipe()
-        out = Connection(writing, readable=False)
-        err = Connection(os.dup(writing if errors is None else errors), readable=False)
-        given = list(map(str, arguments)), dict(os.environ if environment is None else environment)
-        self._process = FORKS.Process(target=_work, args=(*given, out, err))
+        self._process = FORKS.Process(target=work, args=arguments)
         self._process.start()
-        out.close()
-        err.close()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
-        self.stdout: TextIO = os.fdopen(reading, encoding="utf-8", errors="replace")
 
     @property
     def returncode(self) -> int | None:
@@ -64,6 +55,37 @@ class Forked:
             raise subprocess.TimeoutExpired("forked", timeout or 0)
         return self._process.exitcode
 
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class Forked(Process):
+    """What ``subprocess.Popen([sys.executable, *arguments])`` is, errors on the output too.
+
+    Args:
+        arguments: A script and its arguments, or ``-c`` and code, or ``-m`` and a module.
+        environment: Its own; this process's where left out.
+        errors: File descriptor for errors; the output where left out.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None, errors: int | None = None
+    ) -> None:
+        reading, writing = os.pipe()
+        out = Connection(writing, readable=False)
+        err = Connection(os.dup(writing if errors is None else errors), readable=False)
+        given = list(map(str, arguments)), dict(os.environ if environment is None else environment)
+        super().__init__(_work, (*given, out, err))
+        out.close()
+        err.close()
+        self.stdout: TextIO = os.fdopen(reading, encoding="utf-8", errors="replace")
+
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         ending = threading.Timer(timeout or 0.0, self.kill)  # The output ends with the process.
         if timeout is not None:
@@ -72,12 +94,6 @@ class Forked:
         ending.cancel()
         self.wait()
         return output, None
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -51,7 +51,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(talk: Talk, lines: Iterator[str]) -> None:
-    """Answer lines until there are no more: Ctrl-C breaks an answer off, and what is wrong is said."""
+    """Answer lines until there are no more.
+
+    Ctrl-C ends an answer. An error is printed, and the conversation continues as it was before the line.
+    """
     for line in lines:
         said = ""
         try:
@@ -63,11 +66,20 @@ def run(talk: Talk, lines: Iterator[str]) -> None:
         except KeyboardInterrupt:
             print(" ...", end="", flush=True)
         except MmphiError as error:
-            print(f"error: {error}", end="", file=sys.stderr, flush=True)
-            print(file=sys.stderr)
+            _complain(str(error), said)
+            continue
+        except Exception as error:  # Of the model, such as memory that ran out: the conversation is not lost.
+            _complain(f"{type(error).__name__}: {error}", said)
             continue
         if said:
             print()
+
+
+def _complain(error: str, said: str) -> None:
+    """Print an error, below the part of an answer that came before it."""
+    if said:
+        print(flush=True)
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _typed() -> Iterator[str]:

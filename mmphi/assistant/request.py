@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmphi.assistant.refusals import Refused
 from mmphi.models.chat.messages import MAX_LETTERS
-from mmphi.models.chat.sampling import Sampling
+from mmphi.models.chat.sampling import MAX_TEMPERATURE, SEEDS, Sampling
 
 MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_LETTERS = 4, 256  # As many as OpenAI takes; each is looked for at every token.
@@ -68,9 +68,9 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=SEEDS.start, lt=SEEDS.stop)
     stop: str | list[str] | None = None
 
     @field_validator("stop", mode="before")  # Before each of a million texts is looked at.
@@ -79,6 +79,8 @@ class ChatRequest(BaseModel):
         texts = stop if isinstance(stop, list) else [stop]
         if len(texts) > MAX_STOPS or any(isinstance(text, str) and len(text) > MAX_STOP_LETTERS for text in texts):
             raise ValueError(f"at most {MAX_STOPS} texts of at most {MAX_STOP_LETTERS} letters are taken")
+        if "" in texts:
+            raise ValueError("a text to stop at is empty")
         return stop
 
     def sampling(self, temperature: float) -> Sampling:

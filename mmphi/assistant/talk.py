@@ -61,6 +61,10 @@ class Talk:
             Leave: At ``/quit``.
             MmphiError: Says what is wrong; the conversation is as it was.
         """
+        from mmphi.models.chat.messages import is_encodable
+
+        if not is_encodable(line):
+            raise DataError("the line holds half of a surrogate pair, which is no character", "paste it again")
         if line.startswith("/"):
             name, _, rest = line.strip().partition(" ")
             if name not in COMMANDS:
@@ -102,10 +106,12 @@ class Talk:
         return self._with("audio", path)
 
     def _with(self, kind: str, path: str) -> str:
-        found = Path(path.strip("'\"")).expanduser()
-        if not path or not found.is_file():
-            raise DataError(f"there is no file {path!r}" if path else f"/{kind} needs a path", f"/{kind} PATH")
+        if not path:
+            raise DataError(f"/{kind} needs a path", f"/{kind} PATH")
+        found = _path(path.strip("'\""))
         try:
+            if not found.is_file():
+                raise DataError(f"there is no file {path!r}", f"/{kind} PATH")
             large = found.stat().st_size > MAX_FILE_BYTES
             # As it is now: it may be overwritten while the conversation goes on. A film is read when it is heard.
             given = str(found.absolute()) if large else found.read_bytes()
@@ -153,17 +159,18 @@ class Talk:
             raise DataError("/save needs a file", "/save chat.json")
         try:
             messages = [_as_json(message) for message in self.messages]
-            Path(path).expanduser().write_text(json.dumps(messages, indent=1, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}", "choose another place") from error
+            text = json.dumps(messages, indent=1, ensure_ascii=False) + "\n"
+            _path(path).write_text(text, encoding="utf-8")
+        except (OSError, ValueError) as error:  # A path that holds a NUL is a ValueError.
+            raise DataError(f"{path} cannot be written: {error}", "choose another place") from error
         return f"{len(self.messages)} messages are in {path}"
 
     def _load(self, path: str) -> str:
         from mmphi.models.chat.messages import conversation
 
         try:
-            messages = json.loads(Path(path).expanduser().read_text())
-        except (OSError, ValueError) as error:
+            messages = json.loads(_path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path} is no conversation: {error}", "give a file that /save wrote") from error
         if not isinstance(messages, list):
             raise DataError(f"{path} is no conversation", "give a file that /save wrote")
@@ -177,6 +184,18 @@ class Talk:
 
     def _quit(self, _: str) -> str:
         raise Leave
+
+
+def _path(text: str) -> Path:
+    """The file that a person named, ``~`` expanded.
+
+    Raises:
+        DataError: If there is no such home directory.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text} cannot be found: {error}", "write the whole path") from error
 
 
 def _as_json(message: dict[str, Any]) -> dict[str, Any]:

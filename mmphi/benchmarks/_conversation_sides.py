@@ -22,12 +22,19 @@ Batches = Sequence[Sequence[Row]]
 
 
 def loaded_llava(folder: Path, dtype: torch.dtype, *, quantised: bool) -> Any:
-    """Transformers' LLaVA, on this machine's accelerator; its language model in NF4 where it is asked for."""
+    """Transformers' LLaVA, on this machine's accelerator; its language model in NF4 where it is asked for.
+
+    On a GPU it attends with flash attention where the package flash-attn is installed, otherwise with torch's SDPA.
+    """
+    import torch
     from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+    from transformers.utils import is_flash_attn_2_available
 
     from mmphi.models.device import this_device
 
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": this_device()}}
+    if torch.cuda.is_available() and is_flash_attn_2_available():  # As LLaVA's own script.
+        options["attn_implementation"] = "flash_attention_2"
     if quantised:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -46,6 +53,7 @@ def usual_way(
     batches: Batches,
     *,
     rate: float,
+    compiled: bool = False,
     workers: int = 0,
     watch: Sequence[Any] = (),
 ) -> Clock:
@@ -57,6 +65,7 @@ def usual_way(
         shape: Of the models and the batch.
         batches: Rows of each step.
         rate: Learning rate.
+        compiled: Whether torch compiles the model; the first step does, which is not timed.
         workers: Processes that open and preprocess images and pad.
         watch: Callbacks of the Trainer beside the clock.
     """
@@ -117,6 +126,7 @@ def usual_way(
             disable_tqdm=True,
             use_cpu=not cuda,
             gradient_checkpointing=shape.recompute,
+            torch_compile=compiled,
             remove_unused_columns=False,
         )
         arguments._n_gpu = min(arguments.n_gpu, 1)

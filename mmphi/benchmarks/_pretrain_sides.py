@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ RATE = 1e-3
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and of the batch."""
+    """Sizes of the model and of the batch; ``passes`` are those of a step whose documents are sorted by length."""
 
     layers: int = 6
     width: int = 160
@@ -24,11 +25,12 @@ class Shape:
     batch_tokens: int = 8192
     shortest: int = 24
     precision: str = "fp32"
+    passes: int = 8
 
 
 SHAPES = {
     "10M": Shape(),
-    "tiny": Shape(2, 32, 2, 300, 32, 128, 4),
+    "tiny": Shape(2, 32, 2, 300, 32, 128, 4, passes=2),
     "124M": Shape(12, 768, 12, 51200, 1024, 65536, 32, "bf16"),
 }
 
@@ -49,6 +51,26 @@ def documents(shape: Shape, step: int, kind: str) -> list[list[int]]:
         made.append(rng.integers(1, shape.vocabulary, length + 1).tolist())
         left -= length
     return made
+
+
+def passes(shape: Shape, step: int, kind: str, way: str) -> list[list[list[int]]]:
+    """The documents of a step in the passes that a side of transformers' Trainer takes: one, or several by length."""
+    each = documents(shape, step, kind)
+    if way != "sorted":
+        return [each]
+    if len(each) < shape.passes:
+        raise ValueError(f"{len(each)} documents do not fill {shape.passes} passes")
+    each.sort(key=len)
+    cuts = [round(i * len(each) / shape.passes) for i in range(shape.passes + 1)]
+    return [each[first:last] for first, last in itertools.pairwise(cuts)]
+
+
+def positions(shape: Shape, steps: int, kind: str, side: str) -> int:
+    """Positions that a side computes in some steps, padding included."""
+    if side not in ("padded", "sorted"):
+        return steps * shape.batch_tokens
+    rows = [batch for step in range(steps) for batch in passes(shape, step, kind, side)]
+    return sum(len(batch) * (max(map(len, batch)) - 1) for batch in rows)
 
 
 def build(shape: Shape) -> Any:
@@ -91,8 +113,15 @@ class Clock:
         return [b - a for a, b in zip(self.ends[:-1], self.ends[1:], strict=True)]
 
 
-def trainer_side(shape: Shape, steps: int, kind: str, *, packed: bool) -> Clock:
-    """Transformers' own Trainer: a step is one batch of all its documents."""
+def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
+    """Transformers' own Trainer.
+
+    Args:
+        shape: Of the model and the batch.
+        steps: Number of steps.
+        kind: Of documents.
+        way: ``padded`` or ``packed``: a step is one batch of all its documents; ``sorted``: several padded ones.
+    """
     import torch
     from transformers import (
         DataCollatorForSeq2Seq,
@@ -108,7 +137,7 @@ def trainer_side(shape: Shape, steps: int, kind: str, *, packed: bool) -> Clock:
 
     model, clock = build(shape).to(this_device()), Clock()
     model.config.use_cache = False  # With a cache the neighbours in a packed row see one another.
-    each = [documents(shape, step, kind) for step in range(steps)]
+    each = [batch for step in range(steps) for batch in passes(shape, step, kind, way)]
     flat = [{"input_ids": ids, "labels": ids} for batch in each for ids in batch]
     sizes = [len(batch) for batch in each]
 
@@ -120,11 +149,11 @@ def trainer_side(shape: Shape, steps: int, kind: str, *, packed: bool) -> Clock:
                 first += size
 
         def __len__(self) -> int:
-            return steps
+            return len(sizes)
 
     tokenizer: PreTrainedTokenizerFast = train_bpe(["a b c"], 300)
     tokenizer.pad_token = tokenizer.eos_token
-    collator: Any = DataCollatorWithFlattening() if packed else DataCollatorForSeq2Seq(tokenizer)
+    collator: Any = DataCollatorWithFlattening() if way == "packed" else DataCollatorForSeq2Seq(tokenizer)
 
     class Ends(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -144,6 +173,7 @@ def trainer_side(shape: Shape, steps: int, kind: str, *, packed: bool) -> Clock:
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
+            gradient_accumulation_steps=len(each) // steps,
             learning_rate=RATE,
             lr_scheduler_type="constant",
             weight_decay=0.1,
@@ -169,8 +199,8 @@ def trainer_side(shape: Shape, steps: int, kind: str, *, packed: bool) -> Clock:
     return clock
 
 
-def loop_side(shape: Shape, steps: int, kind: str) -> Clock:
-    """A plain loop over a plain transformer of Phi's shape, written out below."""
+def loop_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -> Clock:
+    """A plain loop over a plain transformer of Phi's shape; the first step compiles it where that is asked for."""
     import torch
 
     from mmphi.benchmarks._minimal_phi import MinimalPhi
@@ -179,11 +209,12 @@ def loop_side(shape: Shape, steps: int, kind: str) -> Clock:
     device = this_device()
     model, clock = MinimalPhi.from_hugging_face(build(shape)).to(device), Clock()
     optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=(0.9, 0.95), fused=True)
+    forward: Any = torch.compile(model) if compiled else model
     clock.ends = [time.perf_counter()]
     for step in range(steps):
         ids = torch.tensor(documents(shape, step, kind), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=shape.precision == "bf16"):
-            loss = model(ids[:, :-1], ids[:, 1:])
+            loss = forward(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,8 +223,8 @@ def loop_side(shape: Shape, steps: int, kind: str) -> Clock:
     return clock
 
 
-def mmphi_side(shape: Shape, steps: int, kind: str) -> Clock:
-    """As the stage ``pretrain`` runs it."""
+def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -> Clock:
+    """As the stage ``pretrain`` runs it; the first step compiles it where that is asked for."""
     import numpy as np
     import torch
     from torch.utils.data import Dataset
@@ -215,7 +246,9 @@ def mmphi_side(shape: Shape, steps: int, kind: str) -> Clock:
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             parts = [np.asarray(ids) for ids in documents(shape, index, kind)]
-            return batch_of([row_of(parts)], shape.batch_tokens)
+            # A mask over one row of all documents would cost the square of their length.
+            rows = [row_of([part]) for part in parts] if compiled else [row_of(parts)]
+            return batch_of(rows, shape.batch_tokens)
 
     model, clock, losses = fewer_passes(build(shape)).to(this_device()), Clock(), StepLoss()
 
@@ -241,7 +274,7 @@ def mmphi_side(shape: Shape, steps: int, kind: str) -> Clock:
     )
     with tempfile.TemporaryDirectory() as folder, attending_inside_documents(model):
         train(
-            CausalTask(model),
+            CausalTask(model, walls="mask", compiled=True) if compiled else CausalTask(model),
             Steps(),
             settings,
             folder=Path(folder),

@@ -1,13 +1,18 @@
 """Pretraining steps side by side: the same Phi from the same weights on the same documents, as others run it, and here.
 
-- ``padded``: transformers' Trainer as it comes, a document a row, padded to the longest;
+- ``padded``: transformers' Trainer as it comes, a document a row, all documents of a step in one batch, padded to the
+  longest;
+- ``sorted``: the same Trainer, the documents of a step sorted by length and taken in several passes (gradient
+  accumulation), so that little is padded;
 - ``packed``: the same with transformers' own packing (``DataCollatorWithFlattening``);
 - ``loop``: an independent minimal loop in the style of nanoGPT, on rows that one document fills;
-- ``mmphi``: documents end to end, attention inside each, head and loss in one, under the same Trainer.
+- ``loop-compiled``: the same under ``torch.compile``, which is nanoGPT's default;
+- ``mmphi``: documents end to end, attention inside each, head and loss in one, under the same Trainer;
+- ``mmphi-compiled``: the same with ``compile: true``, rows masked.
 
-``padded`` and ``packed`` are compared on documents of mixed lengths, ``loop`` on rows of one document each, because it
-knows no borders. Each side runs in a process of its own, so that its peak memory is its own. Losses are shown step by
-step.
+``padded``, ``sorted`` and ``packed`` are compared on documents of mixed lengths, the loops on rows of one document
+each, because they know no borders. Each side runs in a process of its own, so that its peak memory is its own. Losses
+are compared step by step; where they differ by more than 0.001 nats per token (0.01 in bf16) the command fails.
 """
 
 from __future__ import annotations
@@ -22,23 +27,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmphi.benchmarks._pretrain_sides import SHAPES, Shape, loop_side, mmphi_side, trainer_side
+from mmphi.benchmarks._pretrain_sides import SHAPES, Shape, loop_side, mmphi_side, positions, trainer_side
+from mmphi.benchmarks._side_by_side import TOLERANCE
 
-SIDES = {"mixed": ("padded", "packed", "mmphi"), "rows": ("loop", "mmphi")}
+OURS = "mmphi"
+SIDES = {
+    "mixed": ("padded", "sorted", "packed", OURS),
+    "rows": ("loop", "loop-compiled", OURS, f"{OURS}-compiled"),
+}
 
 
 def run_side(side: str, kind: str, shape: Shape, steps: int) -> dict[str, Any]:
-    """Losses, seconds of each step, and peak memory of one side."""
+    """Losses and seconds of each step, peak memory, and positions computed per token of one side."""
     from mmphi.training.meters import peak_memory_bytes
 
     sides = {
-        "padded": lambda: trainer_side(shape, steps, kind, packed=False),
-        "packed": lambda: trainer_side(shape, steps, kind, packed=True),
+        "padded": lambda: trainer_side(shape, steps, kind, "padded"),
+        "sorted": lambda: trainer_side(shape, steps, kind, "sorted"),
+        "packed": lambda: trainer_side(shape, steps, kind, "packed"),
         "loop": lambda: loop_side(shape, steps, kind),
-        "mmphi": lambda: mmphi_side(shape, steps, kind),
+        "loop-compiled": lambda: loop_side(shape, steps, kind, compiled=True),
+        OURS: lambda: mmphi_side(shape, steps, kind),
+        f"{OURS}-compiled": lambda: mmphi_side(shape, steps, kind, compiled=True),
     }
     clock = sides[side]()
-    return {"losses": clock.losses, "seconds": clock.seconds(), "memory_gb": peak_memory_bytes() / 1e9}
+    return {
+        "losses": clock.losses,
+        "seconds": clock.seconds(),
+        "memory_gb": peak_memory_bytes() / 1e9,
+        "positions_per_token": positions(shape, steps, kind, side) / (steps * shape.batch_tokens),
+    }
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,9 +83,28 @@ def main(arguments: Sequence[str]) -> int:
     print(f"shape {options.shape}: {asdict(shape)}")
     for kind, sides in SIDES.items():
         show(kind, sides, found, shape)
+    wrong = unequal(found, TOLERANCE[shape.precision])
+    for line in wrong:
+        print(line, file=sys.stderr)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    return 1 if wrong else 0
+
+
+def unequal(found: Mapping[str, list[dict[str, Any]]], allowed: float) -> list[str]:
+    """A line for each side whose losses are not those of ``mmphi`` on the same documents."""
+    wrong = []
+    for name, runs in found.items():
+        kind, _, side = name.partition("/")
+        for theirs, ours in zip(runs, found[f"{kind}/{OURS}"], strict=True):
+            differences = [abs(a - b) for a, b in zip(theirs["losses"], ours["losses"], strict=True)]
+            if not all(each <= allowed for each in differences):  # Also where a loss is not a number.
+                worst = max(range(len(differences)), key=lambda i: differences[i])
+                wrong.append(
+                    f"{kind}: losses of {side} and {OURS} differ by {differences[worst]:.2g} nats/token at step"
+                    f" {worst + 1}; at most {allowed:g} is rounding: they do not train the same"
+                )
+    return wrong
 
 
 def in_process(side: str, kind: str, shape: str, steps: int) -> dict[str, Any]:
@@ -86,9 +123,12 @@ def show(kind: str, sides: Sequence[str], found: Mapping[str, list[dict[str, Any
         return float(statistics.median(s for run in found[f"{kind}/{side}"] for s in run["seconds"][1:]))
 
     titles = {"mixed": "documents of mixed lengths", "rows": "rows of one document each"}
-    print(f"\n{titles[kind]}\n{'side':8} {'tokens/s':>10} {'mmphi is':>9} {'peak GB':>8}  losses")
+    columns = f"{'tokens/s':>10} {'mmphi is':>9} {'positions/token':>16} {'peak GB':>8}"
+    print(f"\n{titles[kind]}\n{'side':15} {columns}  losses")
     for side in sides:
         memory = max(run["memory_gb"] for run in found[f"{kind}/{side}"])
         losses = " ".join(f"{loss:.4f}" for loss in found[f"{kind}/{side}"][0]["losses"][:5])
-        ratio = f"{seconds(side) / seconds('mmphi'):.2f}x"
-        print(f"{side:8} {shape.batch_tokens / seconds(side):10,.0f} {ratio:>9} {memory:8.2f}  {losses}")
+        ratio = f"{seconds(side) / seconds(OURS):.2f}x"
+        computed = found[f"{kind}/{side}"][0]["positions_per_token"]
+        rate = shape.batch_tokens / seconds(side)
+        print(f"{side:15} {rate:10,.0f} {ratio:>9} {computed:16.2f} {memory:8.2f}  {losses}")

@@ -1,7 +1,8 @@
 """Projector steps side by side: the same models, images and conversations, the usual way and here.
 
 - ``padded``: transformers' LLaVA under transformers' Trainer, rows padded to the longest of a batch drawn at random,
-  the image tower in the loop, logits at every position;
+  the image tower in the loop, logits at every position; on a GPU with flash attention where it is installed, and
+  compiled where mmphi's side is;
 - ``sorted``: the same, rows sorted by length, so that little is padded;
 - ``mmphi``: the projector's own training on features read from disk, packed, logits only where a token is learned;
 - ``mmphi-sorted``: the same on the batches of ``sorted``, so that losses can be held against each other.
@@ -44,17 +45,22 @@ def llava_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch
     model._hf_peft_config_loaded = True  # The Trainer refuses quantised models without an adapter, whatever is trained.
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
-    return usual_way(model, folder, shape, batches, rate=RATE, workers=workers, watch=watch)
+    compiled = compiles(shape)
+    return usual_way(model, folder, shape, batches, rate=RATE, compiled=compiled, workers=workers, watch=watch)
+
+
+def compiles(shape: Shape) -> bool:
+    """Whether both sides are compiled: on a GPU in bf16 without quantisation, as the stage ``projector`` does."""
+    import torch
+
+    return torch.cuda.is_available() and shape.precision == "bf16" and not shape.quantised
 
 
 def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
     """As the stage ``projector`` runs it."""
-    import torch
-
     from mmphi.models.projector import Projector
 
     language = loaded_language(folder, "4bit" if shape.quantised else shape.precision)
-    compiled = torch.cuda.is_available() and shape.precision == "bf16" and not shape.quantised  # As the stage has it.
     return our_way(
         language,
         Projector.load(folder),
@@ -62,7 +68,7 @@ def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch
         shape,
         batches,
         rate=RATE,
-        compiled=compiled,
+        compiled=compiles(shape),
         workers=workers,
         watch=watch,
     )
@@ -78,6 +84,6 @@ COMPARISON = Comparison(
         SORTED: Side(mmphi_side, by_length=True),
     },
     shapes=SHAPES,
-    outside="loading the models; for mmphi, computing the features of the images once, and compiling on a GPU",
+    outside="loading the models; compiling on a GPU; for mmphi, computing the features of the images once",
 )
 main = COMPARISON.main

@@ -3,9 +3,12 @@
 - ``peft``: PEFT on transformers' LLaVA in NF4 under transformers' Trainer, rows padded to the longest, the image tower
   in the loop, logits at every position; as PEFT's page on quantisation shows it, but that it recomputes only where the
   shape says so: it costs a third;
-- ``mmphi``: NF4, the same adapter, stored features, packed rows, logits only where a token is learned.
+- ``peft-sorted``: the same, rows sorted by length, so that little is padded;
+- ``mmphi``: NF4, the same adapter, stored features, packed rows, logits only where a token is learned;
+- ``mmphi-sorted``: the same on the batches of ``peft-sorted``, so that losses can be compared.
 
-Each side runs in a process of its own, so that its peak memory is its own. Losses are shown step by step.
+Each side runs in a process of its own, so that its peak memory is its own. Losses are compared step by step; where they
+differ by more than 0.001 nats per token (0.01 in bf16) the command fails.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from mmphi.benchmarks._conversations import SHAPES, Shape, loaded_language
 from mmphi.benchmarks._pretrain_sides import Clock
 from mmphi.benchmarks._side_by_side import OURS, Comparison, Side
 
-RATE, RANK, ALPHA = 2e-4, 16, 32
+RATE, RANK, ALPHA, SORTED = 2e-4, 16, 32, f"{OURS}-sorted"
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
 
@@ -59,7 +62,12 @@ def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch
 COMPARISON = Comparison(
     name="qlora",
     help=(__doc__ or "").partition("\n")[0],
-    sides={"peft": Side(peft_side), OURS: Side(mmphi_side)},
+    sides={
+        "peft": Side(peft_side, same=OURS),
+        "peft-sorted": Side(peft_side, by_length=True, same=SORTED),
+        OURS: Side(mmphi_side),
+        SORTED: Side(mmphi_side, by_length=True),
+    },
     shapes=SHAPES,
     outside="loading the models; for mmphi, computing the features of the images once",
 )

@@ -1,12 +1,12 @@
-"""Text drawn a second side by side, from the same model, after the same beginnings, of the same length at most.
+"""Tokens generated per second by several samplers: the same model, the same prompts, the same limit on the length.
 
 - ``generate``: transformers' ``generate`` in a loop, a batch of texts that all wait for the longest;
 - ``transformers``: its continuous batching;
 - ``slots``: mmphi's, for processors;
 - ``vllm``: where it is installed and there is a GPU.
 
-What of these ``mmphi textgen`` would choose here runs in several processes at once, too. Each process loads the model
-by itself; only the drawing is timed.
+``generate`` and the sampler that ``mmphi textgen`` would choose here also run in several processes at once. A side is
+compared with ``generate`` in as many processes. Each process loads the model by itself; only the sampling is timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--documents", type=int, default=64, help="texts of each side in each round [64]")
     made.add_argument("--max_tokens", type=int, default=512, help="longest text, in tokens [512]")
     made.add_argument("--batch", type=int, default=16, help="texts at once in each process [16]")
-    made.add_argument("--processes", type=int, default=2, help="processes of the last side [2]")
+    made.add_argument("--processes", type=int, default=2, help="processes of the sides that run in several [2]")
     made.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
     made.add_argument("--without", nargs="*", default=[], help="sides that are left out [none]")
     made.add_argument("--json", type=Path, help="file for all figures")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     """``mmphi benchmark textgen``."""
     options = parser().parse_args(list(arguments))
     if "generate" in options.without:
-        raise SettingsError("all others are measured by `generate`", "leave other sides out")
+        raise SettingsError("the other sides are compared with `generate`", "leave other sides out")
     if min(options.documents, options.batch, options.processes, options.max_tokens, options.rounds) < 1:
         raise SettingsError("each number is one at least")
     if options.side:
@@ -58,19 +58,23 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     with tempfile.TemporaryDirectory() as name:
         options.model = options.model or random_model(Path(name))
-        sides = {name: side for name, side in sides_here(options.processes).items() if name not in options.without}
+        sides = {
+            name: (sampler, processes)
+            for name, (sampler, processes) in sides_here(options.processes).items()
+            if name not in options.without and sampler not in options.without
+        }
         found: dict[str, list[Figures]] = {side: [] for side in sides}
         for _ in range(options.rounds):
             for side, (backend, processes) in sides.items():
                 found[side].append(measured(options, backend, processes))
-    show(found)
+    show(found, {name: processes for name, (_, processes) in sides.items()})
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
 def sides_here(processes: int) -> dict[str, tuple[str, int]]:
-    """What is measured: its name, what draws, and in how many processes."""
+    """What is measured: by name, the sampler and its number of processes."""
     import torch
 
     from mmphi.textgen.sampling import chosen_backend
@@ -79,7 +83,9 @@ def sides_here(processes: int) -> dict[str, tuple[str, int]]:
     gpu = torch.cuda.is_available()
     kinds = ["generate", "transformers", *["slots"] * (not gpu), *["vllm"] * (chosen == "vllm")]
     sides = {kind: (kind, 1) for kind in kinds}
-    return sides | ({f"{chosen} x {processes}": (chosen, processes)} if processes > 1 else {})
+    if processes > 1:
+        sides |= {f"{kind} x {processes}": (kind, processes) for kind in dict.fromkeys(("generate", chosen))}
+    return sides
 
 
 def random_model(folder: Path) -> str:
@@ -192,15 +198,21 @@ def _generate(language: Any, asked: Sequence[Any], batch: int) -> int:
     return tokens
 
 
-def show(found: Mapping[str, Sequence[Figures]]) -> None:
-    """Print the sides beside one another; medians of the rounds."""
+def show(found: Mapping[str, Sequence[Figures]], processes: Mapping[str, int]) -> None:
+    """Print a table of the sides: medians of the rounds, and the ratio to ``generate`` in as many processes.
+
+    Args:
+        found: Figures of each round, by side.
+        processes: Number of processes, by side.
+    """
 
     def median(side: str, name: str) -> float:
         return float(statistics.median(each[name] for each in found[side]))
 
-    base = median("generate", "tokens_per_s")
-    print(f"{'side':18} {'tokens/s':>9} {'of generate':>12} {'tokens':>8} {'memory':>9}")
+    usual = {processes[side]: median(side, "tokens_per_s") for side in found if side.partition(" ")[0] == "generate"}
+    print(f"{'side':18} {'processes':>9} {'tokens/s':>9} {'of generate':>12} {'tokens':>8} {'memory':>9}")
     for side in found:
-        rate = median(side, "tokens_per_s")
+        rate, count = median(side, "tokens_per_s"), processes[side]
         tokens, memory = median(side, "tokens"), median(side, "memory_gb")
-        print(f"{side:18} {rate:9.1f} {rate / base:11.2f}x {tokens:8,.0f} {memory:6.2f} GB")
+        ratio = f"{rate / usual[count]:.2f}x" if count in usual else ""
+        print(f"{side:18} {count:9} {rate:9.1f} {ratio:>12} {tokens:8,.0f} {memory:6.2f} GB")

@@ -70,7 +70,8 @@ class FeatureStore:
             index = json.loads((folder / INDEX).read_text())
             self.tokens, self.width = int(index["tokens"]), int(index["width"])
             self._places: dict[str, tuple[int, int]] = index["rows"]
-            self._shards = [np.load(folder / name, mmap_mode="r") for name in index["shards"]]
+            # Plain arrays over the maps: indexing a numpy.memmap makes an object of a slower class for every row.
+            self._shards = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in index["shards"]]
             self.digest = str(index["tower"])
             self.unreadable: dict[str, str] = index["unreadable"]
         except (OSError, KeyError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from mmphi.text.tokenizer import phi2_tokenizer
 
 PRETRAIN = "pretrain"
 PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the logits' spread; the other in bf16 and quantised.
+EMBEDDED_AT_ONCE = 8192  # Tokens; the copies in fp32 of a large table would take twice its memory.
 LONG = 96  # Tokens from which sequences in a line are less work for a processor than in rows under a mask.
 STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,6 +62,18 @@ class Language:
         own = getattr(self.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, list) else [] if own is None else [own]
         return list(dict.fromkeys([self.prompt.end[-1], *own, self.tokenizer.eos_token_id]))
+
+    @torch.no_grad()
+    def embeddings(self, ids: Sequence[int] | None = None) -> torch.Tensor:
+        """Embeddings of tokens as the first layer gets them, (len(ids), width), float32; of all tokens by default.
+
+        They are the embedding module's output: Gemma's module scales its table by the square root of the width.
+        """
+        module = self.model.get_input_embeddings()
+        place = module.weight.device
+        wanted = torch.arange(module.num_embeddings) if ids is None else torch.tensor(list(ids), dtype=torch.long)
+        rows = [module(part.to(place)).float() for part in torch.split(wanted, EMBEDDED_AT_ONCE)]
+        return torch.cat(rows) if rows else torch.zeros(0, self.width, device=place)
 
     @cached_property
     def packing_error(self) -> float:

@@ -42,8 +42,6 @@ def name_words(
         learning_rate: At its peak.
         views: Of each image, in turn.
     """
-    import torch
-
     from mmphi.tracking.tracker import Under
     from mmphi.training.naming import Naming, NamingSteps, as_large_as, captioned, naming_loss, shown, usage_of
     from mmphi.training.trainer import train
@@ -56,9 +54,8 @@ def name_words(
     if not images:
         tracker.say("there is nothing to name: no training image has an answer")
         return
-    table = model.language.model.get_input_embeddings().weight.detach().float()
-    embeddings = table[torch.tensor(known, device=table.device)]
-    usage = usage_of(images, len(known)).to(table.device)
+    embeddings = model.language.embeddings(known)
+    usage = usage_of(images, len(known)).to(embeddings.device)
     task = Naming(projector, embeddings, usage)
     shape = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "accumulation": 1}
     own = chosen.model_copy(update={**shape, "optimizer": "adamw", "result": "last"})

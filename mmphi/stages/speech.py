@@ -109,17 +109,14 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Sequence[Example]) -> None:
     """Let frames learn to name the words that are said, before the language model takes part."""
-    import torch
-
     from mmphi.tracking.tracker import Under
     from mmphi.training.align import Named, NamedSteps, token_error_rate, vocabulary
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(SpeechSettings)
     known, words = vocabulary(model.language, [e.attributes["said"] for e in [*training, *held]])
-    table = model.language.model.get_input_embeddings().weight.detach()
     assert model.speech is not None
-    task = Named(model.speech, table[torch.tensor(known, device=table.device)])
+    task = Named(model.speech, model.language.embeddings(known))
     recordings = [e.audio[0] for e in [*training, *held]]
     count, own = len(training), {"steps": chosen.align_steps, "batch_size": chosen.align_batch_size}
     shape = {**own, "learning_rate": chosen.align_learning_rate, "accumulation": 1, "optimizer": "adamw"}

@@ -55,8 +55,7 @@ def hearing_model(ctx: Context) -> Multimodal:
     torch.manual_seed(chosen.seed)
     stack = chosen.stack if chosen.link == "encoder" else 1
     config = SpeechConfig(chosen.link, hearing.width, base.language.width, chosen.width, stack, chosen.soft_temperature)
-    embeddings = base.language.model.get_input_embeddings().weight
-    speech = SpeechProjection(config, scale=float(embeddings.float().square().mean().sqrt()))
+    speech = SpeechProjection(config, scale=float(base.language.embeddings().square().mean().sqrt()))
     return with_hearing(base, hearing, speech, audio)
 
 

@@ -9,46 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from jinja2 import TemplateError
-
 from mmphi.errors import ModelError
+from mmphi.text.chat_template import ANSWER, IMAGE, QUESTION, SYSTEM, ChatTemplate
+from mmphi.text.pieces import Encoder, Part, Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Style = Literal["plain", "phi", "chat"]
-REMEMBERED, MOST_REMEMBERED = 200, 50_000  # Letters of a text whose tokens are remembered, and how many texts.
 MARK, AUDIO_MARK = "<image>", "<audio>"
-SYSTEM, IMAGE, QUESTION, ANSWER = "\x00system\x00", "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
 # In a question, where an image and a recording stand; both are taken out of texts from outside.
 SHOWN, AUDIO = "\x00shown\x00", "\x00audio\x00"
-
-# A fast tokenizer's `split_special_tokens` is a setting of the object that all threads share: who encodes sets it, and
-# must be alone until the text is encoded.
-_ENCODING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch of a prompt.
-
-    Attributes:
-        ids: Token ids; empty where features stand.
-        supervised: Whether these tokens are what the model learns to say.
-        span: Kind of the features that stand here (``image`` or ``audio``), empty for tokens.
-        spelled: Whether the features stand for the tokens ``ids``, one for each: words that were heard.
-    """
-
-    ids: tuple[int, ...] = ()
-    supervised: bool = False
-    span: str = ""
-    spelled: bool = False
 
 
 def places(questions: Sequence[str], count: int, mark: str = MARK) -> bool:
@@ -84,6 +59,7 @@ class Prompt:
 
     Attributes:
         end: Token ids that end an answer.
+        template: The tokenizer's chat template, in the style ``chat``.
 
     Raises:
         ModelError: If the tokenizer has no end-of-sequence token, or no chat template where ``chat`` is asked for.
@@ -91,7 +67,6 @@ class Prompt:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style | Literal["auto"] = "auto") -> None:
         self.tokenizer = tokenizer
-        self._known: dict[str, tuple[int, ...]] = {}  # Questions and short answers come again and again.
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
         if style == "auto":
@@ -100,41 +75,27 @@ class Prompt:
         if style == "chat" and not tokenizer.chat_template:
             raise ModelError("language.prompt = chat, but the tokenizer brings no chat template", "use plain or phi")
         self.style: Style = style
-        plain: tuple[tuple[int, ...], str] = (tokenizer.eos_token_id,), ""
-        self.end, self._end_text = self._end_of_turn() if style == "chat" else plain
+        self.encoder = Encoder(tokenizer)
+        self.template = ChatTemplate(tokenizer) if style == "chat" else None
+        self.end, self._end_text = self._end_of_turn()
 
     def _end_of_turn(self) -> tuple[tuple[int, ...], str]:
-        """What the chat template writes after an answer, up to its first control token: ids and text.
+        """What the chat template writes after an answer, up to its first special token: ids and text.
 
         Where it writes none, the tokenizer's end of sequence.
         """
-        messages = [{"role": "user", "content": QUESTION.format(0)}, {"role": "assistant", "content": ANSWER.format(0)}]
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
-        after = text.partition(ANSWER.format(0))[2]
+        text = "" if self.template is None else self.template.after_answer(self._special_tokens)
+        if not text:
+            return (self.tokenizer.eos_token_id,), ""
+        after = self.encoder.parts([Piece(text, template=True)], begun=True)
+        return tuple(number for part in after for number in part.ids), text
+
+    def _special_tokens(self, text: str) -> tuple[str, ...]:
+        """The special tokens that a template's text spells, in order."""
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
-        ids = self._encode_template(after)
-        place = next((i for i, token in enumerate(ids) if token in special), None)
-        if place is None:
-            return (self.tokenizer.eos_token_id,), ""
-        token = str(self.tokenizer.convert_ids_to_tokens(ids[place]))
-        return ids[: place + 1], after[: after.index(token) + len(token)]
-
-    @cached_property
-    def _has_system_role(self) -> bool:
-        """Whether the chat template writes a system message before everything else.
-
-        Gemma's refuses it, others drop it, and Mistral's writes it into the newest question.
-        """
-        messages = [{"role": "system", "content": SYSTEM}]
-        for number in range(2):
-            messages.append({"role": "user", "content": QUESTION.format(number)})
-            messages.append({"role": "assistant", "content": ANSWER.format(number)})
-        try:
-            text = str(self.tokenizer.apply_chat_template(messages[:-1], tokenize=False))
-        except TemplateError:
-            return False
-        return SYSTEM in text.partition(QUESTION.format(0))[0]
+        ids = [number for part in self.encoder.parts([Piece(text, template=True)]) for number in part.ids]
+        return tuple(str(self.tokenizer.convert_ids_to_tokens(number)) for number in ids if number in special)
 
     @property
     def digest(self) -> str:
@@ -142,6 +103,8 @@ class Prompt:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         special = [self.tokenizer.special_tokens_map, self.tokenizer.chat_template, self.style]
+        special += self.template.changes if self.template is not None else []
+        special += ["joined"] if self.encoder.joins else []
         return hashlib.sha256((rules + json.dumps(special, sort_keys=True, default=str)).encode()).hexdigest()
 
     def parts(
@@ -160,14 +123,14 @@ class Prompt:
             images: How many images the conversation is about. They stand where the questions say ``<image>``, or after
                 the first token where the questions do not say it as often as there are images.
             context: Text that stands where images would; used to teach a model to read from context.
-            audio: For each recording what is said in it, where its words stand in the prompt, else ``None``. They stand
+            audio: For each recording its transcript, where its words stand in the prompt, else ``None``. They stand
                 where the questions say ``<audio>``, before the first question where those do not say it as often, or
                 in place of a first question that is empty.
-            system: What the model shall be, before everything else.
+            system: The system text, before everything else.
 
         Returns:
-            Parts in order; supervised parts are an answer and its end-of-sequence token. The tokens of words that were
-            heard are those of the same words typed in their place.
+            Parts in order; supervised parts are an answer and its end-of-sequence token. The tokens of a transcript's
+            words are those of the same words typed in their place.
         """
         turns = with_places(turns, images, len(audio))
         leading = 0 if any(SHOWN in question for question, _ in turns) else images
@@ -192,8 +155,8 @@ class Prompt:
             audio: As of :meth:`parts`, one for every :data:`AUDIO`.
             system: As of :meth:`parts`.
         """
-        write = self._chat if self.style == "chat" else self._lines
-        return write(turns, leading, context, iter(audio), system)
+        write = self._lines if self.template is None else self._chat
+        return self.encoder.parts(list(write(turns, leading, context, iter(audio), system)))
 
     def _lines(
         self,
@@ -202,29 +165,28 @@ class Prompt:
         context: str,
         audio: Iterator[str | None],
         system: str,
-    ) -> list[Part]:
+    ) -> Iterator[Piece]:
         bos = self.tokenizer.bos_token_id
-        parts = [Part(() if bos is None else (bos,)), *[Part(self._encode(system))] * bool(system)]
-        parts += [Part(span="image")] * leading
-        if context:
-            parts.append(Part(self._encode(context)))
+        yield Piece(ids=() if bos is None else (bos,))
+        yield Piece(system)
+        yield from [Piece(span="image")] * leading
+        yield Piece(context)
         for number, (question, answer) in enumerate(turns):
             first = not number and not context and not system
-            parts += self._asked("" if first and not leading else "\n", question, audio)
+            yield from self._asked("" if first and not leading else "\n", question, audio)
             at_once = first and not question  # A caption follows its image, with nothing between them.
             if self.style == "plain" and not at_once:
-                parts.append(Part(self._encode("\n")))
+                yield Piece("\n")
             if answer is not None:
                 gap = "" if at_once or self.style == "plain" else " " if question else "\n"
-                parts.append(Part((*self._encode(gap + answer), self.tokenizer.eos_token_id), supervised=True))
-        return parts
+                yield Piece(gap + answer, (self.tokenizer.eos_token_id,), supervised=True)
 
-    def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[Part]:
+    def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[Piece]:
         """A question on its line; nothing where there is none."""
         if not question:
             return []
         line = f"Instruct: {question}\nOutput:" if self.style == "phi" else question
-        return self._question(before + line, audio)
+        return question_pieces(before + line, audio)
 
     def _chat(
         self,
@@ -233,13 +195,15 @@ class Prompt:
         context: str,
         audio: Iterator[str | None],
         system: str,
-    ) -> list[Part]:
+    ) -> Iterator[Piece]:
         """Render the template around markers, then put each text in its marker's place.
 
         Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
         Where the template has no system role, the system text begins the first question.
         """
-        messages = [{"role": "system", "content": SYSTEM}] if system and self._has_system_role else []
+        template = self.template
+        assert template is not None
+        messages = [{"role": "system", "content": SYSTEM}] if system and template.has_system_role else []
         for i, (question, answer) in enumerate(turns):
             first = [SYSTEM] if not i and system and not messages else []
             first += [IMAGE] if i == 0 and (leading or context) else []
@@ -248,78 +212,47 @@ class Prompt:
             if answer is not None:
                 messages.append({"role": "assistant", "content": ANSWER.format(i)})
         open_end = turns[-1][1] is None
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_end))
-        places: list[tuple[str, list[Part]]] = [(SYSTEM, [Part(self._encode(system))])] if system else []
+        text = template.render(messages, asking=open_end)
+        places: list[tuple[str, list[Piece]]] = [(SYSTEM, [Piece(system)])] if system else []
         if leading or context:
-            places.append((IMAGE, [Part(span="image")] * leading or [Part(self._encode(context))]))
+            places.append((IMAGE, [Piece(span="image")] * leading or [Piece(context)]))
         for i, (question, answer) in enumerate(turns):
             if question:
-                places.append((QUESTION.format(i), self._question(question, audio)))
+                places.append((QUESTION.format(i), question_pieces(question, audio)))
             if answer is not None:
-                ids = (*self._encode(answer), *self.end)
-                places.append((ANSWER.format(i), [Part(ids, supervised=True)]))
-        parts = []
+                places.append((ANSWER.format(i), [Piece(answer, self.end, supervised=True)]))
         for marker, inner in places:
             before, there, text = text.partition(marker)
             if not there:
                 raise ModelError("the chat template rewrites messages, so that the image cannot be placed", "use plain")
-            parts += [Part(self._encode_template(before)), *inner]
             if inner[-1].supervised:
+                before, gap = template.before_answer(before)
+                inner = [replace(inner[-1], text=gap + inner[-1].text)]
                 text = text.removeprefix(self._end_text)
+            yield Piece(before, template=True)
+            yield from inner
         if open_end:
-            parts.append(Part(self._encode_template(text)))
-        return [part for part in parts if part.ids or part.span]
+            yield Piece(template.at_the_end(text), template=True)
 
-    def _question(self, text: str, audio: Iterator[str | None]) -> list[Part]:
-        """A question as parts, its images and recordings between its texts where it says where they stand."""
-        parts: list[Part] = []
-        for number, piece in enumerate(text.split(SHOWN)):
-            parts += [Part(span="image")] * bool(number)
-            typed, words = "", list[tuple[int, int]]()
-            for count, between in enumerate(piece.split(AUDIO)):
-                said = next(audio) if count else ""
-                if said is None:
-                    parts += [*self._typed(typed, words), Part(span="audio")]
-                    typed, words = "", []
-                elif count:
-                    words.append((len(typed), len(typed) + len(said)))
-                typed += (said or "") + between
-            parts += self._typed(typed, words)
-        return parts
 
-    def _typed(self, text: str, words: Sequence[tuple[int, int]]) -> list[Part]:
-        """A text as parts, of which those that hold words (from, to) that were heard are spans.
+def question_pieces(text: str, audio: Iterator[str | None]) -> list[Piece]:
+    """A question as pieces, its images and recordings between its texts where it says where they stand.
 
-        The text is encoded as a whole, so that its tokens do not depend on what of it was heard.
-        """
-        if not words:
-            return [Part(self._encode(text))] * bool(text)
-        if not self.tokenizer.is_fast:
-            raise ModelError("this tokenizer does not say which letters a token is of", "use one that is fast")
-        with _ENCODING:
-            encoded = self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-            )
-        ids, letters = tuple(encoded["input_ids"]), encoded["offset_mapping"]
-        parts, done = [], 0
-        for start, end in words:
-            inside = [i for i, (a, b) in enumerate(letters) if i >= done and a < end and start < b]
-            after = next((i for i, (a, _) in enumerate(letters) if i >= done and a >= start), len(ids))
-            first, last = (inside[0], inside[-1] + 1) if inside else (after, after)
-            parts += [Part(ids[done:first]), Part(ids[first:last], span="audio", spelled=True)]
-            done = last
-        return [part for part in [*parts, Part(ids[done:])] if part.ids or part.span]
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text from outside: special tokens spelled in it stay plain text."""
-        if (known := self._known.get(text)) is not None:
-            return known
-        with _ENCODING:
-            ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        if len(text) <= REMEMBERED and len(self._known) < MOST_REMEMBERED:
-            self._known[text] = ids
-        return ids
-
-    def _encode_template(self, text: str) -> tuple[int, ...]:
-        with _ENCODING:
-            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    Args:
+        text: With :data:`SHOWN` and :data:`AUDIO`.
+        audio: As of :meth:`Prompt.parts`.
+    """
+    pieces: list[Piece] = []
+    for number, stretch in enumerate(text.split(SHOWN)):
+        pieces += [Piece(span="image")] * bool(number)
+        typed, words = "", list[tuple[int, int]]()
+        for count, between in enumerate(stretch.split(AUDIO)):
+            said = next(audio) if count else ""
+            if said is None:
+                pieces += [Piece(typed, words=tuple(words)), Piece(span="audio")]
+                typed, words = "", []
+            elif count:
+                words.append((len(typed), len(typed) + len(said)))
+            typed += (said or "") + between
+        pieces.append(Piece(typed, words=tuple(words)))
+    return pieces

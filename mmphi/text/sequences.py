@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mmphi.text.prompt import AUDIO_MARK, MARK, Part, Prompt, places
+from mmphi.text.pieces import Part
+from mmphi.text.prompt import AUDIO_MARK, MARK, Prompt, places
 
 
 class Span(NamedTuple):

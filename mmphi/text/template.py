@@ -45,11 +45,10 @@ def llava_template(prompt: Prompt) -> str:
     Raises:
         ModelError: If the tokenizer has several templates.
     """
-    if prompt.style == "chat":
-        own = prompt.tokenizer.chat_template
-        if not isinstance(own, str):
+    if prompt.template is not None:
+        if not isinstance(prompt.tokenizer.chat_template, str):
             raise ModelError("the tokenizer has several chat templates", "keep one of them")
-        return CHAT + own
+        return CHAT + prompt.template.fixed
     asked, gap = STYLES[prompt.style]
     bos = "true" if prompt.tokenizer.bos_token is not None else "false"
     return LINES.replace("BOS", bos).replace("ASKED", asked).replace("GAP", gap)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,19 +12,13 @@ from typing import Any
 
 import pytest
 import toy_studies
+from forked import Process
 
 from ablations import crew
 
-FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = [
-    *("toy_studies", "ablations.worker", "ablations.trial", "mmphi.pipeline.build", "mmphi.stages"),
-    *("torch", "transformers", "open_clip", "accelerate", "mmphi.models.bundle"),  # Imported by the first trial.
-    *("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
-]
 
-
-class Fork:
-    """The part of ``subprocess.Popen`` that a crew uses, for workers that are forked instead of started."""
+class Fork(Process):
+    """A worker of a crew that is forked instead of started."""
 
     def __init__(
         self,
@@ -42,28 +35,9 @@ class Fork:
         assert (stdin, stderr, start_new_session) == (subprocess.DEVNULL, subprocess.STDOUT, True)
         pipe, log = (Connection(os.dup(descriptor)) for descriptor in (pass_fds[0], stdout.fileno()))
         toy = tuple(command[:-1]) == toy_studies.COMMAND
-        self._process = FORKS.Process(target=work, args=(toy, pipe, log, dict(env)))
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid: int = self._process.pid
+        super().__init__(work, (toy, pipe, log, dict(env)))
         pipe.close()
         log.close()
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("worker", timeout or 0)
-        return self._process.exitcode
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def kill(self) -> None:
-        self._process.kill()
 
 
 def work(toy: bool, pipe: Connection, log: Connection, env: Mapping[str, str]) -> None:
@@ -91,7 +65,6 @@ def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drivers in this process fork their workers; those in processes of their own start them as users' drivers do."""
     folders = [Path(__file__).parent, Path(__file__).parents[1], Path(__file__).parents[2]]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))  # For the process that is forked.
-    FORKS.set_forkserver_preload(PRELOADED)
     names = {
         name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "SubprocessError", "TimeoutExpired", "run")
     }

@@ -96,6 +96,7 @@ def test_two_objectives_give_a_front(empty_store: str, tmp_path: Path) -> None:
     assert values == {tuple(t.values) for t in made.ledger.study.best_trials}
 
 
+@pytest.mark.slow
 def test_trials_of_a_dead_driver_are_run_again_with_their_settings(empty_store: str) -> None:
     """The total is what was asked for, and nothing is trained twice."""
     search = replace(SEARCH, pruner="", seeds=(0, 1), trials=3)

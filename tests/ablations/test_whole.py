@@ -80,6 +80,7 @@ def test_study_of_real_trainings(empty_store: str, tmp_path: Path, capfd: pytest
         run("depth", replace(STUDY, fixed={**FIXED, "projector.batch_size": "16"}), workers=1)
 
 
+@pytest.mark.slow
 def test_charts_hold_no_tuning(empty_store: str) -> None:
     pages = manage.addresses(load_data(), "http://127.0.0.1:5000")
     assert set(pages) == {"side by side", "curves", "table", "charts"}

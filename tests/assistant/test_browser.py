@@ -1,24 +1,20 @@
-"""The page in headless Chromium with a false microphone and camera; MMPHI_CHROMIUM, or one that is found, is used."""
+"""The page in headless Chromium with a false microphone and camera."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from answerers import HEARD, StepGate, answerer, folder_of, page, recording
-from builders import unavailable
+from browser import launched
 from PIL import Image
 
 from mmphi.assistant.page.examples import of_folder
 from mmphi.models.multimodal import Multimodal
 
-CHROMIUM = os.environ.get("MMPHI_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 pytestmark = pytest.mark.browser
 SLOW_MS = 60_000
 
@@ -37,27 +33,19 @@ def address(models: dict[str, Multimodal], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def tab(address: str, tmp_path: Path) -> Iterator[Any]:
     """A tab with the page in it; nothing but this machine can be reached from it."""
-    if not CHROMIUM:
-        unavailable("Chromium is not installed, and MMPHI_CHROMIUM names none")
-    from playwright.sync_api import sync_playwright
-
     (tmp_path / "spoken.wav").write_bytes(recording())
     flags = [
-        "--no-sandbox",
         "--use-fake-device-for-media-stream",
         "--use-fake-ui-for-media-stream",
         f"--use-file-for-fake-audio-capture={tmp_path / 'spoken.wav'}",
-        "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
     ]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with launched(flags) as browser:
         context = browser.new_context(permissions=["microphone", "camera"], viewport={"width": 1280, "height": 1000})
         opened = context.new_page()
         opened.set_default_timeout(SLOW_MS)
         opened.goto(address)
         opened.locator("#send").wait_for()
         yield opened
-        browser.close()
 
 
 def last_answer(tab: Any, side: str = "#first") -> str:

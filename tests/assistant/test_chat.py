@@ -59,7 +59,9 @@ def test_what_is_wrong_leaves_the_conversation_as_it_was(talk: Talk, tmp_path: P
     (tmp_path / "broken.png").write_bytes(b"no image")
     said(talk, f"/image {tmp_path / 'broken.png'}")
     wrong = "what?", "/image nowhere.png", "/image", "/set colour red", "/set temperature warm", "/nonsense", "x" * 600
-    for line in wrong:
+    pasted = "look \ud83d here", "/system \ud83d", "/image \ud83d", "/set stop \ud83d", "/\ud83d"
+    paths = "/image " + "x" * 5000, "/image ~nobody-here/x.png", "/image a\0b", "/set temperature nan"
+    for line in (*wrong, *pasted, *paths):
         with pytest.raises(MmphiError):
             said(talk, line)
         assert talk.messages == before
@@ -97,9 +99,16 @@ def test_a_conversation_is_saved_and_gone_on_with(talk: Talk, photo: Path, tmp_p
     for number, content in enumerate(('[{"role": "robot"}]', "5", "[1]", "{}", '"text"', "null", "[[]]", "{")):
         (tmp_path / f"{number}.json").write_text(content)
         lines.append(f"/load {tmp_path / f'{number}.json'}")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "surrogate.json").write_text('[{"role": "system", "content": "\\ud83d"}]')
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    lines += [f"/load {tmp_path / name}.json" for name in ("deep", "surrogate", "bytes")]
+    lines += ["/save a\0b", "/load a\0b", "/save ~nobody-here/x", "/load ~nobody-here/x", "/load " + "x" * 5000]
+    before = again.messages
     for line in lines:
         with pytest.raises(MmphiError):
             said(again, line)
+    assert again.messages == before
 
 
 def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(talk: Talk) -> None:
@@ -136,6 +145,34 @@ def test_lines_are_answered_until_there_are_no_more(
     assert "nowhere.png" in printed.err
     assert "cannot be written" in printed.err
     assert len(talk.messages) == 2
+
+
+def test_an_unexpected_error_does_not_end_the_conversation(
+    talk: Talk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said(talk, "hello")
+    before = list(talk.messages)
+    stream = talk.model.stream
+
+    def failing(messages: list, **_: object) -> Iterator[str]:
+        yield "half an"
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(talk.model, "stream", failing)
+    chat.run(talk, iter(["and?\n"]))
+    printed = capsys.readouterr()
+    assert printed.out == "half an\n"
+    assert printed.err == "error: RuntimeError: out of memory\n"
+    assert talk.messages == before
+    monkeypatch.setattr(talk.model, "stream", stream)
+    assert said(talk, "and?") == talk.model.chat(talk.messages[:-1], max_tokens=8)
+
+
+def test_the_smallest_temperature_is_greedy(talk: Talk) -> None:
+    greedy = said(talk, "hello")
+    said(talk, "/reset")
+    said(talk, "/set temperature 3e-38")
+    assert said(talk, "hello") == greedy
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(

@@ -57,6 +57,11 @@ def test_what_changes_no_answer_is_taken(more: dict[str, Any]) -> None:
         ("stop", [""] * 5),
         ("stop", [1] * 5),
         ("temperature", "warm"),
+        ("temperature", -0.5),
+        ("temperature", 1e9),
+        ("top_p", 0),
+        ("seed", 2**70),
+        ("seed", -(2**70)),
         ("max_tokens", 0),
     ],
 )

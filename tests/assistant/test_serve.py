@@ -137,7 +137,7 @@ def test_what_was_read_is_remembered_and_said(client: openai.OpenAI) -> None:
             400,
             "not fetched",
         ),
-        ({"messages": asked("x" * 10_000_000)}, 400, "letters"),
+        ({"messages": asked("x" * 10_000_000)}, 400, "characters"),
         ({"messages": [{"role": "user", "content": asked("x", "red")[0]["content"] * 1000}]}, 400, "1000 images"),
         ({"messages": [*asked("x"), {"role": "assistant", "content": "y"}]}, 400, "the last message is an answer"),
         (

@@ -21,5 +21,5 @@ def test_embed_features_are_open_clips(tmp_path, capsys):
 def test_features_are_what_was_written(tmp_path, capsys):
     small = ["--rows", "100", "--tokens", "3", "--width", "8", "--batches", "2", "--rounds", "1"]
     assert features.main([*small, "--json", str(tmp_path / "out.json")]) == 0
-    assert set(json.loads((tmp_path / "out.json").read_text())) == {"mmphi", "safetensors", "arrow"}
+    assert set(json.loads((tmp_path / "out.json").read_text())) == {"mmphi", "numpy", "safetensors", "arrow"}
     assert "rows/s" in capsys.readouterr().out

@@ -22,6 +22,10 @@ def test_losses_are_those_of_the_trainer_and_of_a_plain_loop():
             assert side["losses"] == pytest.approx(found["mmphi"]["losses"], abs=2e-4)
             assert len(side["seconds"]) == 3
             assert side["memory_gb"] > 0
+    padding = {side: found["positions_per_token"] for side, found in mixed.items()}
+    assert padding["padded"] > padding["sorted"] > padding["packed"] == padding["mmphi"] == 1
+    runs = {f"mixed/{side}": [found] for side, found in mixed.items()}
+    assert pretrain.unequal(runs, 1e-3) == []
     assert len(set(mixed["mmphi"]["losses"])) == 3
 
 
@@ -44,12 +48,34 @@ def test_batches_have_the_tokens_that_they_are_said_to():
 
 def test_it_prints_sides_and_ratios(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        pretrain, "in_process", lambda *_: {"losses": [1.0, 0.5], "seconds": [9.0, 2.0], "memory_gb": 1.5}
+        pretrain,
+        "in_process",
+        lambda *_: {"losses": [1.0, 0.5], "seconds": [9.0, 2.0], "memory_gb": 1.5, "positions_per_token": 1.0},
     )
     assert pretrain.main(["--shape", "tiny", "--steps", "2", "--rounds", "1", "--json", str(tmp_path / "a.json")]) == 0
     said = capsys.readouterr().out
     assert "padded" in said
     assert "1.00x" in said
     assert set(json.loads((tmp_path / "a.json").read_text())) == {
-        "mixed/padded", "mixed/packed", "mixed/mmphi", "rows/loop", "rows/mmphi"
+        *("mixed/padded", "mixed/sorted", "mixed/packed", "mixed/mmphi"),
+        *("rows/loop", "rows/loop-compiled", "rows/mmphi", "rows/mmphi-compiled"),
     }  # fmt: skip
+
+
+def test_it_fails_where_losses_differ(capsys, monkeypatch):
+    def measured(side, *_):
+        last = 0.5 if side != "sorted" else 0.51
+        return {"losses": [1.0, last], "seconds": [9.0, 2.0], "memory_gb": 1.5, "positions_per_token": 1.0}
+
+    monkeypatch.setattr(pretrain, "in_process", measured)
+    assert pretrain.main(["--shape", "tiny", "--steps", "2", "--rounds", "1"]) == 1
+    assert "mixed: losses of sorted and mmphi differ by 0.01 nats/token at step 2" in capsys.readouterr().err
+
+
+def test_sorted_passes_hold_all_documents_of_a_step():
+    shape = pretrain.SHAPES["10M"]
+    taken = sides.passes(shape, 3, "mixed", "sorted")
+    assert len(taken) == shape.passes
+    assert sorted(ids for batch in taken for ids in batch) == sorted(sides.documents(shape, 3, "mixed"))
+    lengths = [len(ids) for batch in taken for ids in batch]
+    assert lengths == sorted(lengths)

@@ -25,13 +25,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_losses_are_those_of_peft_on_transformers_llava(folder: Path) -> None:
     """In one process: what is compared is equal; how fast it is decides nothing."""
-    found = {side: qlora.COMPARISON.run_side(side, folder, "tiny", profiled=True) for side in ("peft", "mmphi")}
-    assert found["peft"]["losses"] == pytest.approx(found["mmphi"]["losses"], abs=2e-4)
+    sides = qlora.COMPARISON.sides
+    found = {side: qlora.COMPARISON.run_side(side, folder, "tiny", profiled=True) for side in sides}
+    for name, side in sides.items():
+        if side.same:
+            assert found[name]["losses"] == pytest.approx(found[side.same]["losses"], abs=2e-4)
+    assert {name for name, side in sides.items() if side.same} == {"peft", "peft-sorted"}
+    assert found["peft"]["losses"] != found["peft-sorted"]["losses"]
     assert len(set(found["mmphi"]["losses"])) == STEPS
-    for side in found.values():
-        assert len(side["seconds"]) == len(side["tokens"]) == 1  # The first warms up, the last is watched.
-        assert side["memory_gb"] > 0
-        assert "aten::" in side["profile"]
+    for figures in found.values():
+        assert len(figures["seconds"]) == len(figures["tokens"]) == 1  # The first warms up, the last is watched.
+        assert figures["memory_gb"] > 0
+        assert "aten::" in figures["profile"]
 
 
 def test_projector_losses_are_llavas_in_both_orders(folder: Path) -> None:
@@ -88,7 +93,7 @@ def test_it_prints_sides_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "what peft does" in said
     assert "MFU" in said
     assert "outside the clock" in said
-    assert set(json.loads((tmp_path / "a.json").read_text())) == {"peft", "mmphi"}
+    assert set(json.loads((tmp_path / "a.json").read_text())) == set(qlora.COMPARISON.sides)
     with pytest.raises(SystemExit):
         qlora.main(["--steps", "1"])
 
@@ -101,6 +106,15 @@ def test_it_fails_where_losses_differ(capsys: pytest.CaptureFixture, monkeypatch
     assert projector.main(asked) == 1
     assert "losses of padded and mmphi differ by 0.0005 nats/token at step 2" in capsys.readouterr().err
     assert projector.main([*asked, "--without", "padded", "sorted"]) == 0
+
+
+def test_the_adapter_benchmark_fails_where_losses_differ(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(_side_by_side, "in_process", side)
+    asked = ["--shape", "tiny", "--steps", "2", "--rounds", "1"]
+    assert qlora.main(asked) == 0
+    monkeypatch.setitem(_side_by_side.TOLERANCE, "fp32", 1e-4)
+    assert qlora.main(asked) == 1
+    assert "losses of peft and mmphi differ by 0.0005 nats/token at step 2" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_is_no_equal() -> None:

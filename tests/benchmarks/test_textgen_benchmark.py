@@ -5,7 +5,7 @@ import json
 import pytest
 from builders import byte_tokenizer, tiny_language
 
-from mmphi.benchmarks.textgen import sides_here
+from mmphi.benchmarks.textgen import show, sides_here
 from mmphi.cli import main
 from mmphi.errors import SettingsError
 
@@ -25,8 +25,17 @@ def test_every_side_draws_and_is_shown_beside_the_usual_loop(tmp_path, capsys):
         assert 8 <= each["tokens"] <= 64
         assert each["tokens_per_s"] > 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["side", "generate", "transformers", "slots", "slots"]
-    assert "1.00x" in lines[1]
+    names = ["side", "generate", "transformers", "slots", "generate", "slots"]
+    assert [line.split()[0] for line in lines] == names
+    assert [line.split()[-4] for line in lines if line.startswith("generate")] == ["1.00x", "1.00x"]
+
+
+def test_a_side_is_compared_with_generate_in_as_many_processes(capsys):
+    rates = {"generate": 10.0, "slots": 12.0, "generate x 2": 18.0, "slots x 2": 27.0}
+    figures = {name: [{"tokens_per_s": rate, "tokens": 8.0, "memory_gb": 1.0}] for name, rate in rates.items()}
+    show(figures, {"generate": 1, "slots": 1, "generate x 2": 2, "slots x 2": 2})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[-4] for line in lines] == ["1.00x", "1.20x", "1.00x", "1.50x"]
 
 
 def test_less_than_one_is_refused(capsys):

@@ -24,6 +24,7 @@ from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.models.vision import Vision
 from mmphi.settings.shared import VisionSettings
+from mmphi.text.pieces import Piece
 from mmphi.text.prompt import Prompt
 
 
@@ -155,9 +156,10 @@ def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
         ([user("x"), {**answer("y"), "tool_calls": [{}]}, user("z")], "message 2: calls of tools"),
         ([user({"type": "audio_url", "audio_url": {"url": "http://x/a.wav"}})], "is not fetched"),
         ([user("x"), answer("y")], "last message is an answer"),
-        ([{"role": "system", "content": "x"}], "no question"),
-        ([user("")], "message 1: it is empty"),
-        ([{"role": "user", "content": None}], "it is empty"),
+        ([{"role": "system", "content": ""}], "no question"),
+        ([{"role": "user", "content": "look \ud83d here"}], "surrogate"),
+        ([{"role": "system", "content": [{"type": "text", "text": "\udc00"}]}], "surrogate"),
+        ([{"role": "user", "content": []}], "message 1: it is empty"),
         ([{"role": "user", "content": 5}], "neither a text nor a list"),
         ([{"role": "user", "content": [1]}], "neither a text nor a list"),
         ([user({"type": "video"})], "type 'video' is unknown"),
@@ -166,7 +168,7 @@ def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
         ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}})], "is empty"),
         ([user({"type": "input_audio", "input_audio": {"data": "*"}})], "no base64"),
         ([user({"type": "input_audio"})], "has no data"),
-        ([user("x" * (MAX_LETTERS + 1))], "letters"),
+        ([user("x" * (MAX_LETTERS + 1))], "characters"),
         ([user(*[{"type": "image", "image": b"x"}] * (MAX_IMAGES + 1))], "at most 16"),
         ([user("x"), {"role": "assistant", "content": [{"type": "image", "image": b"x"}]}], "only a user's message"),
     ],
@@ -214,6 +216,10 @@ def test_conversations_are_taken_as_clients_send_them(photo: Path) -> None:
     assert late.system == "In English.\nBe short."
     greeted = conversation([answer("Hi!"), {"role": "assistant", "content": None}, answer("You?"), user("a")])
     assert greeted.turns == (("", "Hi!\n\nYou?"), ("a", None))
+    for empty in (None, ""):
+        assert conversation([user("a"), answer("b"), {"role": "user", "content": empty}]).turns[-1] == ("", None)
+    alone = conversation([system, {"role": "developer", "content": "Say hello."}])
+    assert (alone.system, alone.turns) == ("", (("Be short.\nSay hello.", None),))
 
 
 def test_base64_is_read_as_clients_write_it(photo: Path) -> None:
@@ -311,9 +317,10 @@ def test_texts_are_encoded_alike_by_all_threads() -> None:
     prompt = tiny_language().prompt
 
     def encode(number: int) -> bool:
-        split = prompt._encode(f"{number} <|endoftext|>")
-        whole = prompt._encode_template(f"{number} <|endoftext|>")
-        return len(split) == len(f"{number} <|endoftext|>") and len(whole) == len(f"{number} ") + 1
+        text = f"{number} <|endoftext|>"
+        (split,) = prompt.encoder.parts([Piece(text)])
+        (whole,) = prompt.encoder.parts([Piece(text, template=True)])
+        return len(split.ids) == len(text) and len(whole.ids) == len(f"{number} ") + 1
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -340,14 +347,14 @@ def test_a_system_text_begins_the_first_question_where_the_template_has_no_such_
         tokenizer.chat_template = f"{begin}<{{{{ m.role }}}}>{{{{ m.content }}}}</>{end}"
         parts = Prompt(tokenizer, "chat").parts([("hi", None)], images=1, system="Be short.")
         text = "".join("[image]" if part.span else tokenizer.decode(list(part.ids)) for part in parts)
-        assert text == "<user>Be short.\n[image]\nhi</>"
+        assert text == "<user>Be short.\n[image]\nhi</><assistant>"
         parts = Prompt(tokenizer, "chat").parts([("a", "b"), ("c", None)], system="Be short.")
         text = "".join(tokenizer.decode(list(part.ids)) for part in parts)
         assert text.startswith("<user>Be short.\na</>")
-        assert text.endswith("<user>c</>")
+        assert text.endswith("<user>c</><assistant>")
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     parts = Prompt(tokenizer, "chat").parts([("hi", None)], system="Be short.")
-    assert "".join(tokenizer.decode(list(part.ids)) for part in parts) == "<system>Be short.</><user>hi</>"
+    assert "".join(tokenizer.decode(list(part.ids)) for part in parts) == "<system>Be short.</><user>hi</><assistant>"
 
 
 def test_the_models_own_generation_settings_change_no_answer(model: Multimodal, photo: Path) -> None:

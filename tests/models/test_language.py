@@ -47,6 +47,27 @@ def test_other_precisions_stay_near(folder, precision, bound):
     assert (logits(found.model).float() - exact).std() < bound * exact.std()
 
 
+def test_embeddings_are_those_that_the_first_layer_gets(tmp_path):
+    """Gemma's embedding module multiplies its table by the square root of the width."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = Gemma3TextConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=1, pad_token_id=0, **heads
+    )
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    byte_tokenizer().save_pretrained(tmp_path / "gemma")
+    found = load_language(LanguageSettings(model=str(tmp_path / "gemma")), None, CPU)
+    seen = []
+    found.model.model.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    found.model(torch.tensor([[5, 9, 250]]))
+    torch.testing.assert_close(found.embeddings([5, 9, 250]), seen[0][0])
+    torch.testing.assert_close(found.embeddings()[9], seen[0][0, 1])
+    assert found.embeddings([]).shape == (0, 64)
+    assert found.embeddings([5]).norm() > 7 * found.model.get_input_embeddings().weight[5].norm()
+
+
 def test_random_weights_from_a_configuration(tmp_path):
     config = PhiConfig(
         vocab_size=51200, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2

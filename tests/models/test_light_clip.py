@@ -102,6 +102,7 @@ def test_resumed_equals_straight_to_the_bit(tmp_path, drawn, monkeypatch):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path, drawn, recorder):
     train(tmp_path / "a", drawn, recorder, steps=40, learning_rate=3e-3, log_every=1)
     losses = recorder.series("train/loss")

@@ -105,6 +105,7 @@ def test_verdict_first_then_what_it_stands_on(empty_store, tmp_path, capsys):
     assert {"report/report.md", "report/report.html", "report/curves.png"} <= logged
 
 
+@pytest.mark.slow
 def test_the_same_store_gives_the_same_bytes(empty_store, tmp_path):
     run("mine")
     made = [pretraining(load_pretrainings(Store()), reference_of()).files() for _ in range(2)]
@@ -129,6 +130,7 @@ def test_generated_text_stands_apart_with_its_floor(empty_store):
     assert "not known" in other
 
 
+@pytest.mark.slow
 def test_the_command_says_who_wrote(empty_store):
     made = run("stream")
     Store().client.log_param(made, "pretrain.source", "stream")
@@ -137,11 +139,13 @@ def test_the_command_says_who_wrote(empty_store):
     assert "mmphi pretrain --preset text --source stream --textgen.model writer --size '10M'" in text
 
 
+@pytest.mark.slow
 def test_without_generated_text_nothing_is_said_of_it(empty_store):
     run("files")
     assert "model wrote" not in pretraining(load_pretrainings(Store()), reference_of()).files()["report.md"].decode()
 
 
+@pytest.mark.slow
 def test_an_answer_comes_with_time_and_money(empty_store):
     run("mine", public=0.0)
     (found,) = load_pretrainings(Store())
@@ -171,6 +175,7 @@ def test_another_text_is_not_taken_for_the_references(empty_store, monkeypatch):
     assert "No run was scored on WikiText-2" in pretraining(found, reference_of()).markdown()
 
 
+@pytest.mark.slow
 def test_what_was_reached_is_not_foretold(empty_store):
     run("mine", public=2.1)
     (found,) = load_pretrainings(Store())

@@ -103,6 +103,7 @@ def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path:
     assert data.values("test/loss")["3 layers"] == {0: 0.9}
 
 
+@pytest.mark.slow
 def test_tuning_is_shown_and_its_edges(empty_store: str, tmp_path: Path) -> None:
     study("tuned", EFFECTS, nuisance={"projector.learning_rate": [0.001, 0.003, 0.01]})
     for level, best in (("2 layers", 0.003), ("3 layers", 0.01)):

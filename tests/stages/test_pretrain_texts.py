@@ -118,6 +118,7 @@ def test_two_processes_are_one(tmp_path, read):
         assert max(float((found[n] - wanted[n]).abs().max()) for n in wanted) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"accumulation": 4}])
 def test_what_saves_memory_changes_nothing(tmp_path, read, straight, changes):
     recorder = Recorder()
@@ -161,6 +162,7 @@ def test_compile_that_fails_is_told(tmp_path, read, monkeypatch):
     assert any("no C++ compiler" in line and "without it" in line for line in recorder.said)
 
 
+@pytest.mark.slow
 def test_walls_that_do_not_hold_are_replaced(tmp_path, read, straight, monkeypatch):
     monkeypatch.setattr(pretrain_texts, "WALLS_TOLERANCE", -1.0)
     recorder = Recorder()

@@ -138,6 +138,7 @@ def test_killed_it_goes_on_to_the_same(pipeline):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_frozen_projector_stays(pipeline):
     frozen = pipeline.build("qlora", small.settings(qlora__projector_learning_rate="0", qlora__steps="2"), after=False)
     base = pipeline.result("projector", small.settings()).path
@@ -145,6 +146,7 @@ def test_a_frozen_projector_stays(pipeline):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_mixtures_take_groups(pipeline):
     mixed = {"qlora__mixture": "scenes:caption=1, text=2", "qlora__steps": "2"}
     found = pipeline.build("qlora", small.settings(**mixed), after=False)
@@ -234,6 +236,7 @@ def test_an_adapter_is_not_put_on_an_adapter(pipeline, result):
         pipeline.build("qlora", small.settings(qlora__model=result.run_id))
 
 
+@pytest.mark.slow
 def test_a_projector_of_another_run_is_taken_over(pipeline):
     other = Store().model_folder(pipeline.result("projector", small.settings()).run_id)
     found = pipeline.build("qlora", small.settings(qlora__model=str(other), qlora__steps="2"), after=False)

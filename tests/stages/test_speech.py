@@ -148,6 +148,7 @@ def test_resumed_is_straight_to_the_bit(trained: Any, monkeypatch: pytest.Monkey
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_words_can_be_trained_on_too(trained: Any) -> None:
     """They say here what is typed, so that there is nothing to learn but rounding; and frames they know nothing of."""
     pipeline, changes = trained

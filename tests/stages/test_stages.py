@@ -164,6 +164,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_features_may_learn_to_name_words_first(pipeline: Pipeline) -> None:
     own = {"projector__align_steps": "6", "projector__align_batch_size": "16", "projector__eval_every": "3"}
     result = pipeline.build("projector", small.settings(**own), after=False)
@@ -193,6 +194,7 @@ def test_cached_features_train_as_live_ones(pipeline: Pipeline) -> None:
     assert losses(pipeline, live.run_id) == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_two_projectors_share_one_language_model(pipeline: Pipeline) -> None:
     results = [pipeline.build("projector", small.settings(projector__layers=n), after=False) for n in "12"]
     one, two = (mmphi.load(result.path) for result in results)
@@ -313,6 +315,7 @@ def test_any_model_is_measured_on_any_data(pipeline: Pipeline) -> None:
     assert pipeline.key("evaluate", small.settings(evaluate__model=model.run_id)) == same.key
 
 
+@pytest.mark.slow
 def test_store_is_shared_by_builds_under_one_run(pipeline: Pipeline) -> None:
     """Two builds in one process under one run of MLflow's: the second points at its result."""
     store: Store = pipeline.store

@@ -7,7 +7,8 @@ import pytest
 from builders import byte_tokenizer
 
 from mmphi.errors import ModelError
-from mmphi.text.prompt import REMEMBERED, Prompt
+from mmphi.text.pieces import REMEMBERED
+from mmphi.text.prompt import Prompt
 from mmphi.text.tokenizer import phi2_tokenizer
 
 CHATML = (
@@ -128,7 +129,7 @@ def test_template_without_an_end_of_turn_takes_the_end_of_sequence():
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     prompt = Prompt(tokenizer)
     assert prompt.end == (tokenizer.eos_token_id,)
-    assert written(prompt.parts([("a?", "b")]), tokenizer) == f"user: a?\nassistant: [b{END}]"
+    assert written(prompt.parts([("a?", "b")]), tokenizer) == f"user: a?\nassistant:[ b{END}]"
 
 
 def test_tokens_of_texts_that_come_again_are_remembered_and_the_same() -> None:
@@ -143,7 +144,7 @@ def test_tokens_of_texts_that_come_again_are_remembered_and_the_same() -> None:
         asked.append(text)
         return tokenizer(text, **how)
 
-    used.tokenizer = Counted(tokenizer, counted)  # type: ignore[assignment]
+    used.encoder.tokenizer = Counted(tokenizer, counted)  # type: ignore[assignment]
     assert used.parts(turns) == first == fresh.parts(turns)
     assert {each.strip() for each in asked} == {long.strip()}
 

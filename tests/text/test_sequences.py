@@ -100,7 +100,7 @@ def test_embeddings_are_the_projected_features_in_their_places(model: Multimodal
 
 def test_two_kinds_of_features_have_places_of_their_own() -> None:
     """What audio will need: another kind of span, another width, another length, one mechanism."""
-    from mmphi.text.prompt import Part
+    from mmphi.text.pieces import Part
     from mmphi.text.sequences import Input, join
 
     class Sounds:

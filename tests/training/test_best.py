@@ -80,6 +80,7 @@ def test_stopped_and_gone_on_with_it_is_the_best_of_both(tmp_path):
     assert told.best == 2
 
 
+@pytest.mark.slow
 def test_ended_and_asked_again_it_gives_the_same(tmp_path):
     """As after a kill between the training's end and the saving of its result."""
     losses = {2: 2.0, 4: 1.0, 6: 3.0}

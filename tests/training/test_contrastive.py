@@ -200,6 +200,7 @@ def test_muon_has_what_is_between_the_ends_of_both_towers():
         assert not [name for name in names for end in ends if end in name]
 
 
+@pytest.mark.slow
 def test_a_training_with_muon_goes_on_to_the_bit(tmp_path):
     resnet = {**VIT, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4}}
     settings = TrainingSettings(steps=4, log_every=1, save_every=2, eval_every=1, optimizer="muon")

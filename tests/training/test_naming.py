@@ -36,7 +36,7 @@ def by_hand(naming: Naming, image: Captioned) -> float:
         share = 0.0
         for place in places:
             weights = [
-                float(usage) * math.exp(float(torch.cosine_similarity(place, other, dim=0) * naming.sharpness.exp()))
+                float(usage) * math.exp((torch.cosine_similarity(place, other, dim=0) * naming.sharpness.exp()).item())
                 for other, usage in zip(naming.words, [4, 3, 1, 6], strict=True)
             ]
             share += weights[word] / sum(weights) / len(places)

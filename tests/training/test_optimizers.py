@@ -123,6 +123,7 @@ def run(folder, validate=None) -> PackedModel:
     return packed
 
 
+@pytest.mark.slow
 def test_resumed_equals_straight_to_the_bit(tmp_path):
     straight = run(tmp_path / "straight")
 

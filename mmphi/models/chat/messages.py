@@ -72,7 +72,8 @@ def conversation(
             ``{"type": "text", "text": ...}``, ``{"type": "image", "image": path or bytes}``,
             ``{"type": "audio", "audio": path or bytes}``, or as OpenAI has them: ``image_url`` with a ``data:`` URI,
             ``input_audio`` with base64 or a ``data:`` URI; or as vLLM has it: ``audio_url``. Questions that follow one
-            another are one question, and so are answers. Texts of the system are joined, wherever they stand.
+            another are one question, and so are answers. Texts of the system are joined, wherever they stand; they are
+            the question where there is no message of the user.
         files: Whether they may name files of this machine; not where they come from another.
         allow: Fetches an image from any other URL; none is fetched without it.
 
@@ -118,10 +119,9 @@ class _Reading:
         if role in ("system", "developer"):
             self.system += [text] if (text := self._text_alone(content)) else []
         elif role == "user":
-            text, images, audio = self._parts(content)
-            if not text:
+            if content is not None and not isinstance(content, str) and not content:
                 raise MessageError("it is empty")
-            self._ask(text, images, audio)
+            self._ask(*self._parts(content))  # An empty text, or null, is a question: OpenAI takes the text.
         elif role == "assistant":
             if message.get("tool_calls") or message.get("function_call"):
                 raise MessageError("calls of tools are not supported", "send what was said")
@@ -145,6 +145,9 @@ class _Reading:
         self.turns[-1].answers.append(text)
 
     def done(self) -> Conversation:
+        if not self.turns and self.system:  # Some clients send an instruction alone.
+            self._ask("\n".join(self.system), (), ())
+            self.system = []
         if not self.turns:
             raise MessageError("there is no question", "the last message is the user's")
         if self.turns[-1].answers:
@@ -199,7 +202,9 @@ class _Reading:
             raise MessageError("a text is no text")
         self.letters += len(text)
         if self.letters > MAX_LETTERS:
-            raise MessageError(f"there are more than {MAX_LETTERS:,} letters", "say it in fewer words")
+            raise MessageError(f"there are more than {MAX_LETTERS:,} characters", "send a shorter text")
+        if not is_encodable(text):
+            raise MessageError("a text holds half of a surrogate pair, which is no character", "send valid UTF-8")
         return text.replace("\0", "")  # Which begins and ends the places of images and recordings.
 
     def _image(self, part: Mapping[str, Any]) -> ImageRef:
@@ -238,6 +243,15 @@ class _Reading:
         if part.get("type") == "audio_url" and data[: len(DATA_URI)].lower() != DATA_URI:
             raise MessageError(f"{data[:100]} is not fetched", "send the recording itself, as a data: URI")
         return recording_of(_decoded(data, "a recording"))
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text can be written in UTF-8; with a lone surrogate it cannot, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

@@ -59,7 +59,8 @@ def open_prompt(
         The sequence, and how many turns were left out.
 
     Raises:
-        ModelError: If the newest question alone is too long, or the model sees or hears nothing and is shown something.
+        ModelError: If there is nothing to continue, if the newest question alone is too long, or if the model sees or
+            hears nothing and is shown something.
         ImageError: If an image cannot be used.
         AudioError: If a recording cannot be used.
     """
@@ -68,6 +69,8 @@ def open_prompt(
     turns = len(conversation.turns)
     if conversation.letters <= LETTERS_PER_TOKEN * longest:
         sample = _written(model, conversation)
+        if not len(sample):
+            raise ModelError("the prompt has no tokens", "ask something")
         if len(sample) <= longest:
             return sample, 0
     sample = _written(model, conversation.newest(1))

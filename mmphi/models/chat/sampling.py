@@ -10,6 +10,8 @@ from torch import Tensor
 from mmphi.errors import GenerationError, SettingsError
 
 GREEDY_BELOW = 0.01  # Temperature; logits divided by less overflow, and what is drawn is the likeliest token anyway.
+MAX_TEMPERATURE = 100.0
+SEEDS = range(-(2**63), 2**64)  # What torch.Generator takes.
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,14 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise SettingsError(f"max_tokens = {self.max_tokens}, but an answer has a token at least")
-        if not 0.0 <= self.temperature <= 100.0:
-            raise SettingsError(f"temperature = {self.temperature} is not between 0 and 100", "0 is greedy, 1 as it is")
+        if not 0.0 <= self.temperature <= MAX_TEMPERATURE:
+            raise SettingsError(
+                f"temperature = {self.temperature} is not between 0 and {MAX_TEMPERATURE:.0f}",
+                "0 is greedy, 1 draws from the model's own distribution",
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise SettingsError(f"top_p = {self.top_p} is not above 0 and up to 1", "1 draws from all tokens")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+        if self.seed is not None and self.seed not in SEEDS:
             raise SettingsError(f"seed = {self.seed} is not between -2^63 and 2^64")
         if any(not text for text in self.stop):
             raise SettingsError("a text to stop at is empty")

@@ -1,0 +1,248 @@
+"""A prompt as pieces of text, and their tokens.
+
+Byte-level tokenizers encode every piece by itself. Tokenizers in the style of SentencePiece (Llama 2, Mistral) begin
+whatever they are given with a marker for a space, so that pieces that are encoded one by one get markers that the text
+as a whole has not. For them adjacent pieces are encoded together, and the result equals the tokenizer's own on the
+whole text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mmphi.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REMEMBERED, MOST_REMEMBERED = 200, 50_000  # Characters of a text whose tokens are kept, and how many texts.
+MARKER = "\u2581"  # SentencePiece's for a space.
+
+# A fast tokenizer's `split_special_tokens` is a setting of the object that all threads share: who encodes sets it, and
+# must be alone until the text is encoded.
+_ENCODING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a prompt.
+
+    Attributes:
+        ids: Token ids; empty where features stand.
+        supervised: Whether these tokens are what the model learns to generate.
+        span: Kind of the features that stand here (``image`` or ``audio``), empty for tokens.
+        spelled: Whether the features stand for the tokens ``ids``, one for each: words of a transcript.
+    """
+
+    ids: tuple[int, ...] = ()
+    supervised: bool = False
+    span: str = ""
+    spelled: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt before it is encoded: a text and the token ids after it, or a place of features.
+
+    Attributes:
+        text: Special tokens spelled in it are text, unless ``template``.
+        ids: Token ids that follow the text.
+        supervised: As of :class:`Part`.
+        span: Kind of the features that stand here; such a piece has neither text nor ids.
+        template: Whether the text is of a chat template: special tokens spelled in it are special tokens.
+        words: Ranges (from, to) of the text that are words of a transcript.
+    """
+
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    supervised: bool = False
+    span: str = ""
+    template: bool = False
+    words: tuple[tuple[int, int], ...] = ()
+
+
+class Encoder:
+    """Encodes the pieces of prompts.
+
+    Args:
+        tokenizer: Of the language model.
+
+    Attributes:
+        joins: Whether adjacent pieces are encoded together.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[str, tuple[int, ...]] = {}  # Questions and short answers come again and again.
+        self.joins = tokenizer.is_fast and self._names("x")[0].startswith(MARKER)
+        if self.joins:
+            self._special = {
+                token.content: (number, token)
+                for number, token in tokenizer.added_tokens_decoder.items()
+                if token.special
+            }
+            self._splitting = re.compile(
+                "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
+            )
+            rules = json.loads(tokenizer.backend_tokenizer.to_str())
+            self._first = self._later = _backend(rules)
+            if self._marks_first_alone():
+                _without_marker(rules)
+                self._later = _backend(rules)
+
+    def parts(self, pieces: Sequence[Piece], *, begun: bool = False) -> list[Part]:
+        """The parts of a prompt, without those that hold nothing.
+
+        Args:
+            pieces: In order.
+            begun: Whether something stands before them.
+
+        Raises:
+            ModelError: If there are words of a transcript, and the tokenizer does not say which characters a token is
+                of.
+        """
+        found = self._joined(pieces, begun) if self.joins else (part for piece in pieces for part in self._alone(piece))
+        return [part for part in found if part.ids or part.span]
+
+    def _alone(self, piece: Piece) -> list[Part]:
+        if piece.span:
+            return [Part(span=piece.span)]
+        if piece.words:
+            return self._with_words(piece)
+        if piece.template:
+            with _ENCODING:
+                ids = tuple(self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]) if piece.text else ()
+        else:
+            ids = self._encoded(piece.text)
+        return [Part((*ids, *piece.ids), piece.supervised)]
+
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        if (known := self._known.get(text)) is not None:
+            return known
+        with _ENCODING:
+            ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        if len(text) <= REMEMBERED and len(self._known) < MOST_REMEMBERED:
+            self._known[text] = ids
+        return ids
+
+    def _with_words(self, piece: Piece) -> list[Part]:
+        """The text is encoded as a whole, so that its tokens do not depend on which of its words are a transcript's."""
+        if not self.tokenizer.is_fast:
+            raise ModelError("this tokenizer does not say which characters a token is of", "use one that is fast")
+        with _ENCODING:
+            encoded = self.tokenizer(
+                piece.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
+        ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
+        parts, done = [], 0
+        for start, end in piece.words:
+            inside = [i for i, (a, b) in enumerate(offsets) if i >= done and a < end and start < b]
+            after = next((i for i, (a, _) in enumerate(offsets) if i >= done and a >= start), len(ids))
+            first, last = (inside[0], inside[-1] + 1) if inside else (after, after)
+            parts += [Part(ids[done:first]), Part(ids[first:last], span="audio", spelled=True)]
+            done = last
+        return [*parts, Part((*ids[done:], *piece.ids))]
+
+    def _joined(self, pieces: Sequence[Piece], begun: bool) -> Iterator[Part]:
+        """Texts between special tokens and features are encoded together."""
+        run: list[Piece] = []
+        for piece in pieces:
+            if piece.span:
+                yield from self._run(run, begun)
+                yield Part(span=piece.span)
+                run, begun = [], True
+                continue
+            for text, token in self._split(piece) if piece.template else [(piece.text, None)]:
+                run.append(replace(piece, text=text, ids=() if piece.template else piece.ids))
+                if token is not None:
+                    yield from self._run(run, begun)
+                    yield Part((token,), piece.supervised)
+                    run, begun = [], True
+            if piece.ids:
+                if piece.template:
+                    run.append(Piece(ids=piece.ids, supervised=piece.supervised))
+                yield from self._run(run, begun)
+                # The text after the token that begins a sequence is its first, and a later one after any other.
+                run, begun = [], begun or bool(run[0].text) or piece.ids != (self.tokenizer.bos_token_id,)
+        yield from self._run(run, begun)
+
+    def _split(self, piece: Piece) -> Iterator[tuple[str, int | None]]:
+        """Texts, each with the special token that follows it; the last one without."""
+        done, strips = 0, False
+        for found in self._splitting.finditer(piece.text):
+            number, token = self._special[found.group()]
+            text = piece.text[done : found.start()]
+            text = text.lstrip() if strips else text
+            yield text.rstrip() if token.lstrip else text, number
+            done, strips = found.end(), token.rstrip
+        text = piece.text[done:]
+        yield text.lstrip() if strips else text, None
+
+    def _run(self, run: Sequence[Piece], begun: bool) -> Iterator[Part]:
+        """Parts of pieces that are encoded together; a token belongs to the piece that its last character is of.
+
+        A token that overlaps a word of a transcript belongs to that word.
+        """
+        text = "".join(piece.text for piece in run)
+        encoded = (self._later if begun else self._first).encode(text, add_special_tokens=False) if text else None
+        tokens = list(zip(encoded.ids, encoded.offsets, strict=True)) if encoded is not None else []
+        start, done = 0, 0
+        for piece in run:
+            for first, last in piece.words:
+                typed, done = _until(tokens, done, start + first, inside=False)
+                yield Part(typed, piece.supervised)
+                said, done = _until(tokens, done, start + last, inside=True)
+                yield Part(said, span="audio", spelled=True)
+            start += len(piece.text)
+            rest, done = _until(tokens, done, start, inside=False)
+            yield Part((*rest, *piece.ids), piece.supervised)
+
+    def _names(self, text: str) -> list[str]:
+        with _ENCODING:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [str(name) for name in self.tokenizer.convert_ids_to_tokens(ids)] or [""]
+
+    def _marks_first_alone(self) -> bool:
+        """Whether a text after a special token gets no marker."""
+        end = str(self.tokenizer.eos_token)
+        return self._names(f"{end}x")[1:] != self._names("x")
+
+
+def _until(
+    tokens: Sequence[tuple[int, tuple[int, int]]], done: int, end: int, *, inside: bool
+) -> tuple[tuple[int, ...], int]:
+    """The tokens from ``done`` on that end by a character: of a word, all that begin before its end."""
+    last = done
+    while last < len(tokens) and (tokens[last][1][0] < end if inside else tokens[last][1][1] <= end):
+        last += 1
+    return tuple(number for number, _ in tokens[done:last]), last
+
+
+def _backend(rules: dict[str, Any]) -> Any:
+    """A tokenizer of its own, to which special tokens are text."""
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_str(json.dumps(rules))
+    made.encode_special_tokens = True
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
+def _without_marker(rules: Any) -> None:
+    """Change a tokenizer's rules so that no marker begins a text."""
+    if isinstance(rules, dict):
+        if rules.get("type") == "Metaspace":
+            rules["prepend_scheme"] = "never"
+        for value in rules.values():
+            _without_marker(value)
+    elif isinstance(rules, list):
+        for value in rules:
+            _without_marker(value)
