@@ -55,6 +55,27 @@ SOUND: dict[str, tuple[float | None, str]] = {
     "17_opposite_phase/left_only.flac": (2.54, ""),
     "17_opposite_phase/left_minus_right.flac": (2.54, "cancel each other"),
 }
+# Kind of source; rows that are kept, their images, and words of what is said about the others. No row: an error.
+ROWS: dict[str, tuple[Any, int, int, str]] = {
+    "01_messages_role_content/data.json": ("llava", 12, 12, ""),
+    "02_images_key/data.json": ("llava", 12, 12, ""),
+    "04_jsonl/data.jsonl": ("llava", 12, 12, ""),
+    "05_excel_semicolon/captions.csv": ("captions", 0, 0, "not UTF-8"),
+    "05b_semicolon_utf8/captions.csv": ("captions", 12, 12, ""),
+    "06_caption_broken_line/captions.csv": ("captions", 12, 12, ""),
+    "12_odd_turns/data.json": ("llava", 12, 12, ""),
+}
+UNREADABLE = {"phone.jpg": "HEIC is not supported", "cut.jpg": "truncated or broken image"}
+CORPORA = {
+    "list.json": (3, ""),
+    "powershell.jsonl": (3, ""),
+    "train.parquet": (3, ""),
+    "bom.jsonl": (3, ""),
+    "gbk.txt": (0, "in no encoding known here"),
+    "late_byte.txt": (1, "the rest of a file after bytes"),
+    "chat.jsonl": (0, "a list in place of a text"),
+    "content_key.jsonl": (0, "a row without 'text' (it has id, content)"),
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +143,59 @@ def sound(folder: Path) -> Iterator[Outcome]:
         yield Outcome(path, expected, actual, loud and near and words in reported)
 
 
-SETS: tuple[Callable[[Path], Iterator[Outcome]], ...] = (clients, sound)
+def rows(folder: Path) -> Iterator[Outcome]:
+    """Files of conversations and captions: rows that are kept, with how many images, and what is said about others."""
+    from mmphi.data.read import read_examples
+    from mmphi.errors import DataError
+    from mmphi.settings import DataSettings, SourceSettings
+
+    for path, (kind, kept, images, words) in ROWS.items():
+        own = folder / path
+        pictures = own.parent / "images" if (own.parent / "images").is_dir() else folder / "photos"
+        source = SourceSettings(kind=kind, path=str(own), images=str(pictures))
+        expected = f"{kept} rows with {images} images; {words}" if kept else f"error: {words}"
+        try:
+            examples, report = read_examples(DataSettings(sources=[source], validation_images=0, test_images=0), None)
+        except DataError as error:
+            yield Outcome(path, expected, f"error: {error.what}", not kept and words in str(error))
+            continue
+        shown = sum(len(example.images) for example in examples)
+        outcomes = "; ".join(f"{row['outcome']} ({row['rows']})" for row in report.rows())
+        right = (len(examples), shown) == (kept, images) and words in outcomes
+        yield Outcome(path, expected, f"{len(examples)} rows with {shown} images; {outcomes}", right)
+
+
+def pictures(folder: Path) -> Iterator[Outcome]:
+    """Image files: opened, or refused with the true reason."""
+    from mmphi.data.images import open_image
+    from mmphi.errors import ImageError
+
+    for path in sorted((folder / "09_odd_images" / "images").iterdir()):
+        expected = UNREADABLE.get(path.name, "opened")
+        try:
+            image = open_image(path)
+        except ImageError as error:
+            yield Outcome(f"09 {path.name}", expected, error.reason, error.reason == expected)
+            continue
+        bright = max(high for _, high in image.getextrema())
+        actual = "opened" if bright > 100 else f"opened, but its brightest value is {bright}"
+        yield Outcome(f"09 {path.name}", expected, actual, actual == expected)
+
+
+def corpora(folder: Path) -> Iterator[Outcome]:
+    """Texts: how many documents are read, and why others are not."""
+    from mmphi.data.texts import TextReport, read_texts
+
+    for name, (documents, words) in CORPORA.items():
+        report = TextReport()
+        text = "".join(piece.text for piece in read_texts(str(folder / "31_text_corpora" / name), report))
+        skipped = "; ".join(report.lines())
+        expected = f"{documents} documents; {words}"
+        right = report.documents == documents and words in skipped and '"text"' not in text and "\x00" not in text
+        yield Outcome(f"31 {name}", expected, f"{report.documents} documents; {skipped}", right)
+
+
+SETS: tuple[Callable[[Path], Iterator[Outcome]], ...] = (clients, sound, rows, pictures, corpora)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -26,11 +26,15 @@ Reader = Callable[[list[int]], torch.Tensor]
 
 
 class Names(FileDigests):
-    """Names in place of digests: there are no image files here."""
+    """Names in place of digests, prepared as those of a dataset: there are no image files here.
 
-    def __getitem__(self, path: Path) -> str:
-        """The file's name."""
-        return path.name
+    Args:
+        names: Of each path.
+    """
+
+    def __init__(self, names: dict[Path, str]) -> None:
+        super().__init__()
+        self._prepared = names
 
 
 def stored(folder: Path, rows: torch.Tensor) -> Reader:
@@ -41,8 +45,9 @@ def stored(folder: Path, rows: torch.Tensor) -> Reader:
     for first in range(0, count, 256):
         writer.write({str(i): rows[i] for i in range(first, min(count, first + 256))}, {})
     writer.finish()
-    store = FeatureStore(folder, Names())
-    return lambda index: store.get([ImageRef(str(i), Path(str(i))) for i in index])
+    images = [ImageRef(str(i), Path(str(i))) for i in range(count)]  # As a dataset holds them.
+    store = FeatureStore(folder, Names({image.path: image.id for image in images}))
+    return lambda index: store.get([images[i] for i in index])
 
 
 def numpy_file(folder: Path, rows: torch.Tensor) -> Reader:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmphi.data.images import ImageFolder
-from mmphi.data.llava import load_json
+from mmphi.data.json_rows import load_json, text_of
 from mmphi.data.records import Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
 
+DELIMITERS = ",;\t"
 KARPATHY: dict[str, Split] = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 
 
@@ -24,7 +26,7 @@ def read_captions(
     text_column: str = "caption",
     question: str = "",
 ) -> Iterator[Example]:
-    """Read a CSV with a header, one caption a row.
+    """Read a CSV with a header, one caption a row; between its columns are commas, semicolons or tabs.
 
     Raises:
         DataError: If the file cannot be read or lacks a column.
@@ -32,9 +34,9 @@ def read_captions(
     folder = ImageFolder(images, source, report.note)
     last_line = 1
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with io.StringIO(text_of(path), newline="") as file:
             # Strict: a quote that is never closed would swallow the rest of the file as one caption.
-            rows = csv.DictReader(file, strict=True)
+            rows = csv.DictReader(file, strict=True, delimiter=_delimiter(file, {image_column, text_column}))
             missing = {image_column, text_column} - set(rows.fieldnames or ())
             if missing:
                 have = ", ".join(rows.fieldnames or ()) or "nothing"
@@ -63,10 +65,16 @@ def read_captions(
         raise DataError(
             f"{path}, line {last_line + 1} and after: {error}", "put quotes around a caption, and double those inside"
         ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error.reason}", "save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "check the path in data.sources") from error
+
+
+def _delimiter(file: io.StringIO, columns: set[str]) -> str:
+    """What stands between the columns of a header; a comma where none gives the columns that are asked for."""
+    header = file.readline()
+    file.seek(0)
+    for delimiter in DELIMITERS:
+        if columns <= set(next(csv.reader([header], delimiter=delimiter), [])):
+            return delimiter
+    return DELIMITERS[0]
 
 
 def read_karpathy(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mmphi.data.images import open_image
-from mmphi.data.llava import load_json
+from mmphi.data.json_rows import load_json
 from mmphi.errors import DataError, ImageError, ModelError
 
 HUB = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main"

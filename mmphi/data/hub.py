@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,20 +52,67 @@ def read_dataset(
     rows = _with_files(load_rows(name, split, revision), name, image_column, text_column)
     folder = cache or cache_folder() / "images"
     images = Images(ImageFolder(Path(name), source), folder, _fetched_to(name))
-    for number, row in enumerate(rows):
+    written = Written(folder, f"{name}/{split}/{image_column}/{getattr(rows, '_fingerprint', '')}", len(rows))
+    # Where all images were written by an earlier reading, none of their bytes is read again.
+    for number, row in enumerate(rows.select_columns([text_column]) if written.digests else rows):
         where = f"{name}, row {number}"
         texts = row[text_column] if isinstance(row[text_column], list) else [row[text_column] or ""]
         if not texts or not all(isinstance(text, str) for text in texts):
             report.drop(source, where, "no caption" if not texts else "the caption is no text")
             continue
         try:
-            ref = images.find(row[image_column])
+            ref = written.find(number, source) or images.find(
+                rows[number][image_column] if written.digests else row[image_column]
+            )
         except ImageError as error:
             report.drop(source, where, error.reason)
             continue
+        written.note(number, ref)
         for i, text in enumerate(texts):
             report.keep(source)
             yield Example(f"{number}.{i}", (ref,), (Turn(question, text.strip()),), source)
+    written.keep()
+
+
+class Written:
+    """Which image of a dataset is which file of the cache, remembered from one reading to the next.
+
+    Args:
+        cache: Where the bytes of images are written.
+        identity: Of the dataset's rows: with its fingerprint of the `datasets` library.
+        count: Rows.
+
+    Attributes:
+        digests: Of each row's image, empty where it is not in the cache; no list before the first reading has ended.
+    """
+
+    def __init__(self, cache: Path, identity: str, count: int) -> None:
+        self.cache, self._file = cache, cache.with_name("dataset_rows") / f"{_digest(identity.encode())}.json"
+        self._found, self.digests = [""] * count, list[str]()
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(self._file.read_text())
+            if isinstance(known, list) and len(known) == count:
+                self.digests = known
+
+    def find(self, number: int, source: str) -> ImageRef | None:
+        """The image of a row, where it is in the cache."""
+        digest = self.digests[number] if self.digests else ""
+        path = self.cache / digest
+        return ImageRef(f"{source}/{digest}", path) if digest and path.is_file() else None
+
+    def note(self, number: int, image: ImageRef) -> None:
+        """Remember a row's image, if it is a file of the cache."""
+        if image.path.parent == self.cache:
+            self._found[number] = image.path.name
+
+    def keep(self) -> None:
+        """Write what was found, after all rows were read."""
+        if any(self._found) and not self.digests:
+            with contextlib.suppress(OSError):  # It saves time and nothing else.
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                part = self._file.with_suffix(f".{os.getpid()}")
+                part.write_text(json.dumps(self._found))
+                part.replace(self._file)
 
 
 def _fetched_to(name: str) -> list[Path]:

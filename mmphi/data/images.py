@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import os
 import re
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from mmphi.data.records import ImageRef
 from mmphi.errors import ImageError
 
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 COCO_NAME = re.compile(r"(?:.*/)?(?:COCO_(?:train|val)2014_)?(?P<number>\d{12})\.jpg")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# By the brand in the first box of a file: what else phones and browsers write.
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
+)
+DEPTHS = (8, 10, 12, 14, 16)  # Bits that cameras and scanners use of 16: an image is scaled by the fewest that hold it.
+PNG = b"\x89PNG\r\n\x1a\n"
+METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Chunks of a PNG, of which Pillow reads 1 MB at most.
 MAX_FILE_BYTES = 100 * 1024**2
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 
@@ -72,18 +84,31 @@ class ImageFolder:
         return self._known[relative]
 
     def _file(self, relative: str) -> Path | None:
+        if URL.match(relative):
+            raise ImageError("the image is a URL", f"{relative} is not fetched: give the path of a file")
         path = resolve_inside(self.folder, relative)
         try:
             if path.is_file():
                 return path
         except OSError as error:  # A name longer than file systems take.
             raise ImageError("malformed path", f"{relative!r} is no path: {error.strerror}") from error
-        for layout, name in coco_names(relative):
+        for layout, name in (*other_spellings(relative), *coco_names(relative)):
             path = resolve_inside(self.folder, name)
             if path.is_file():
                 self.note(self.source, f"images found as {layout}")
                 return path
         return None
+
+
+def other_spellings(relative: str) -> Iterator[tuple[str, str]]:
+    """The same path as other systems write it, each with what is different: backslashes, other Unicode normal forms."""
+    slashed = relative.replace("\\", "/")
+    if slashed != relative:
+        yield "a path with backslashes", slashed
+    for form in ("NFC", "NFD"):  # A Mac decomposes accented letters in file names.
+        normal = unicodedata.normalize(form, slashed)
+        if normal not in (relative, slashed):
+            yield f"a name in the Unicode form {form}", normal
 
 
 def coco_names(relative: str) -> Iterator[tuple[str, str]]:
@@ -154,21 +179,63 @@ def image_in(content: bytes, name: str) -> Image.Image:
     Raises:
         ImageError: If it is truncated, too large, or of no format wanted.
     """
+    brand = BRANDS.get(content[8:12], "") if content[4:8] == b"ftyp" else ""
+    if brand == "HEIC" and any(BRANDS.get(content[i : i + 4]) == "AVIF" for i in range(16, 48, 4)):
+        brand = "AVIF"  # Of the brands that it is compatible with.
+    if brand == "HEIC" and not _reads_heic():
+        raise ImageError("HEIC is not supported", f"{name} is HEIC: convert it to JPEG, or install pillow-heif")
+    if brand == "AVIF" and not features.check("avif"):
+        raise ImageError("AVIF is not supported", f"{name} is AVIF: convert it to JPEG, or install a newer Pillow")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What is odd about its metadata does not matter here.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImageError("too many pixels", f"{name} has {image.width} x {image.height} pixels")
-                image.load()
-                return _rgb(_upright(image))
+        try:
+            return _opened(content, name)
+        except BROKEN:
+            plain = without_metadata(content)
+            if plain is None:
+                raise
+            return _opened(plain, name)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError("too many pixels", f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageError("not an image", f"{name} is none of {', '.join(FORMATS)}") from error
     except BROKEN as error:
         raise ImageError("truncated or broken image", f"{name}: {error}") from error
+
+
+def _opened(content: bytes, name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # What is odd about its metadata does not matter here.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=[*FORMATS, *(["HEIF"] if _reads_heic() else [])]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError("too many pixels", f"{name} has {image.width} x {image.height} pixels")
+            image.load()
+            return _rgb(_upright(image))
+
+
+@cache
+def _reads_heic() -> bool:
+    """Whether Pillow reads HEIC: by the package pillow-heif, where it is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return True
+
+
+def without_metadata(content: bytes) -> bytes | None:
+    """A PNG without its texts and colour profile; ``None`` where it has none, or is no whole PNG."""
+    if not content.startswith(PNG):
+        return None
+    kept, place, dropped = [PNG], len(PNG), False
+    while place + 12 <= len(content):
+        (length,) = struct.unpack(">I", content[place : place + 4])
+        end = place + 12 + length
+        if content[place + 4 : place + 8] in METADATA:
+            dropped = True
+        else:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept) if dropped and place == len(content) else None
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -185,7 +252,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image, np.float64) / 257
+        grey = np.asarray(image, np.float64)
+        depth = next(bits for bits in DEPTHS if grey.max() < 2**bits)
+        grey = grey * (255 / (2**depth - 1))
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         # 32 bits have no white of their own: stretched over what they hold, as a viewer shows them.

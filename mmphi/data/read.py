@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmphi.data.captions import read_captions, read_karpathy
+from mmphi.data.duplicates import pictures
 from mmphi.data.hub import read_dataset
 from mmphi.data.llava import read_llava
 from mmphi.data.records import Example, ImageRef, ReadReport, Split
@@ -41,7 +42,7 @@ def read_examples(data: DataSettings, scenes: Path | None) -> tuple[list[Example
         usable = [e for e in limited if _usable(e, data, report)]
         brings_splits = source.kind in ("scenes", "karpathy")
         examples += usable if brings_splits else split_by_image(usable, data)
-    return one_split_per_file(examples), report
+    return one_split_per_picture(examples, report, near=data.near_duplicates == "group"), report
 
 
 def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadReport) -> Iterator[Example]:
@@ -82,11 +83,12 @@ def _limit(examples: Iterable[Example], images: int, report: ReadReport) -> Iter
     seen: dict[Split, set[str]] = {split: set() for split in SPLITS}
     for example in examples:
         if images and example.images:
-            known, own = seen[example.split], {image.id for image in example.images}
-            if len(known | own) > max(images, len(known)):
+            known = seen[example.split]
+            new = {image.id for image in example.images} - known
+            if new and len(known) + len(new) > images:
                 report.kept[example.source] -= 1  # Not bad, not wanted.
                 continue
-            known |= own
+            known |= new
         yield example
 
 
@@ -143,14 +145,35 @@ def _strictest(splits: Iterable[Split]) -> Split:
     return max(splits, key=SPLITS.index, default="train")
 
 
-def one_split_per_file(examples: list[Example]) -> list[Example]:
-    """Let sources that share image files agree: what one of them tests on, no other trains on."""
-    strictest: dict[Path, Split] = {}
+def one_split_per_picture(examples: list[Example], report: ReadReport, *, near: bool = False) -> list[Example]:
+    """Let all files of one picture agree on a split: what is tested on anywhere is trained on nowhere.
+
+    Args:
+        examples: Of all sources.
+        report: Counts files that show the picture of another, and examples whose split that changes.
+        near: Whether near duplicates are one picture.
+    """
+    if all(example.split == "train" for example in examples):
+        return examples
+    files = images_of(examples)
+    picture = pictures((image.path for image in files), near=near)
+    first: dict[str, ImageRef] = {}
+    for image in files:
+        if first.setdefault(picture[image.path], image) is not image:
+            report.note(image.id.partition("/")[0], f"files with the picture of another{' or nearly' * near}")
+    strictest: dict[str, Split] = {}
     for example in examples:
         for image in example.images:
-            strictest[image.path] = _strictest([example.split, strictest.get(image.path, "train")])
-    agreed = [_strictest([e.split, *(strictest[image.path] for image in e.images)]) for e in examples]
-    return [e if e.split == split else replace(e, split=split) for e, split in zip(examples, agreed, strict=True)]
+            name = picture[image.path]
+            strictest[name] = _strictest([example.split, strictest.get(name, "train")])
+    agreed = []
+    for example in examples:
+        split = _strictest([example.split, *(strictest[picture[image.path]] for image in example.images)])
+        if split != example.split:
+            report.note(example.source, f"moved to {split}, where the same picture is")
+            example = replace(example, split=split)
+        agreed.append(example)
+    return agreed
 
 
 def images_of(examples: Iterable[Example]) -> list[ImageRef]:

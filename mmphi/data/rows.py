@@ -13,8 +13,8 @@ def load_rows(name: str, split: str, revision: str) -> Any:
     """Load a split.
 
     Args:
-        name: Hub name (``owner/name``, or ``owner/name:configuration``), local folder, or folder written by
-            ``save_to_disk``.
+        name: Hub name (``owner/name``, or ``owner/name:configuration``), local folder, folder written by
+            ``save_to_disk``, or a Parquet file.
         split: Its split.
         revision: Of a hub dataset; empty takes the newest.
 
@@ -32,6 +32,8 @@ def load_rows(name: str, split: str, revision: str) -> Any:
             if split in loaded:
                 return loaded[split]
             raise ValueError(f"it has the splits {', '.join(loaded)}")
+        if folder.is_file():
+            return datasets.load_dataset("parquet", data_files=str(folder), split="train")
         if not folder.exists():
             hub_in_reach()  # Where it is not, `datasets` would try for most of a minute.
         owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")

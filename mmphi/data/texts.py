@@ -9,7 +9,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,7 +20,8 @@ from mmphi.data.compressed import HEAD, opened, plain_name
 from mmphi.data.rows import load_rows
 from mmphi.errors import DataError
 
-SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl")  # In a folder; a .json there is most often no text.
+ROWS, TABLE = (".jsonl", ".json"), ".parquet"
 PIECE = 1 << 18  # Characters of a piece: what one call of the tokenizer gets.
 BLOCK = 1 << 22  # Characters read from a file at once.
 SAFE_CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
@@ -93,7 +94,7 @@ def is_dataset(path: str) -> bool:
     if not folder.exists():
         return True
     if not folder.is_dir():
-        return False
+        return folder.suffix == TABLE
     written = ("dataset_info.json", "dataset_dict.json")
     return any((folder / name).exists() for name in written) or (
         not files_of(folder) and any(folder.rglob("*.parquet"))
@@ -116,7 +117,8 @@ def read_texts(
     Args:
         path: File, folder, or name of a dataset.
         report: Counts what was read.
-        kind: ``text``, ``jsonl`` or ``datasets``; ``auto`` goes by the name.
+        kind: ``text``, ``jsonl`` (also a JSON list of rows or texts) or ``datasets`` (also a Parquet file); ``auto``
+            goes by the name.
         column: Of the text in rows.
         separator: What stands between documents of a text file; empty takes a file as one document.
         encoding: Of text files; empty takes UTF-8, or what a byte-order mark says.
@@ -139,7 +141,7 @@ def read_texts(
     if not files:
         raise DataError(f"{path} has no texts", f"texts end in {', '.join(SUFFIXES)}, each also with .gz or .zst")
     for file in files:
-        as_rows = kind == "jsonl" or (kind == "auto" and plain_name(file).endswith(".jsonl"))
+        as_rows = kind == "jsonl" or (kind == "auto" and plain_name(file).endswith(ROWS))
         try:
             with opened(file) as stream:
                 found = _encoding(stream, encoding, file, report)
@@ -170,25 +172,57 @@ def _encoding(stream: IO[bytes], asked: str, file: Path, report: TextReport) -> 
 
 
 def _rows(stream: IO[bytes], file: Path, column: str, encoding: str, report: TextReport) -> Iterator[Piece]:
-    for number, line in enumerate(stream, 1):
-        where = f"{file}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line.decode(encoding))
-        except ValueError:
-            report.skip("a row that is no JSON", where)
-            continue
-        if not isinstance(row, dict) or column not in row:
-            report.skip(f"a row without {column!r}", where)
-            continue
-        yield from _document(row[column], where, report)
+    rows = _list(stream, file, encoding, report) if plain_name(file).endswith(".json") else None
+    for where, row in _lines(stream, file, encoding, report) if rows is None else rows:
+        if rows is not None and isinstance(row, str):  # A list of texts.
+            yield from _document(row, where, report)
+        elif not isinstance(row, dict) or column not in row:
+            has = f" (it has {', '.join(list(map(str, row))[:8])})" if isinstance(row, dict) and row else ""
+            report.skip(f"a row without {column!r}{has}", where)
+        else:
+            yield from _document(row[column], where, report)
+
+
+def _lines(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> Iterator[tuple[str, Any]]:
+    """The rows of JSON Lines, each with where it is; in UTF-16 and UTF-32 a byte of a new line is none."""
+    wide = encoding.startswith(("utf-16", "utf-32"))
+    lines: Iterable[bytes | str] = io.TextIOWrapper(stream, encoding=encoding, newline="\n") if wide else stream
+    try:
+        for number, line in enumerate(lines, 1):
+            where = f"{file}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                yield where, json.loads(line.decode(encoding) if isinstance(line, bytes) else line)
+            except (ValueError, RecursionError):
+                report.skip("a row that is no JSON", where)
+    except UnicodeDecodeError as error:
+        report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
+
+
+def _list(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> list[tuple[str, Any]]:
+    """The rows of a JSON list, or of JSON Lines under the name of one; read as a whole."""
+    try:
+        text = stream.read().decode(encoding)
+    except UnicodeDecodeError as error:
+        report.skip("a file with bytes that are not " + encoding, f"{file}: {error.reason}")
+        return []
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            return list(_lines(io.BytesIO(text.encode()), file, "utf-8", report))
+        report.skip("a file that is no JSON", f"{file}: {error}")
+        return []
+    rows = rows if isinstance(rows, list) else [rows]
+    return [(f"{file}, row {number}", row) for number, row in enumerate(rows)]
 
 
 def _document(text: Any, where: str, report: TextReport) -> Iterator[Piece]:
     """A document that is there as a whole."""
     if not isinstance(text, str) or not text.strip():
-        report.skip("empty" if text is None or isinstance(text, str) else "no text", where)
+        nothing = text is None or isinstance(text, str)
+        report.skip("empty" if nothing else f"a {type(text).__name__} in place of a text", where)
         return
     report.documents += 1
     report.characters += len(text)
@@ -261,5 +295,5 @@ def check_sources(paths: Sequence[str]) -> None:
         DataError: Naming it.
     """
     for path in paths:
-        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.endswith(SUFFIXES)):
+        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.endswith((*SUFFIXES, ".json", TABLE))):
             raise DataError(f"there is no {path}", "give a text file, a JSONL file, a folder or a `datasets` name")

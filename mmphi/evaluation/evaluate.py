@@ -92,7 +92,9 @@ def evaluate_model(
     """
     images = list(dict.fromkeys(image.id for e in examples for image in e.images))
     wanted = set(images[: chosen.max_images or None])
-    examples = [e for e in examples if all(image.id in wanted for image in e.images)]
+    texts = [e for e in examples if not e.images][: chosen.max_images or None]  # Of training data: no other has any.
+    kept = {id(e) for e in texts} | {id(e) for e in examples if e.images and all(i.id in wanted for i in e.images)}
+    examples = [e for e in examples if id(e) in kept]
     if not examples:
         raise DataError(f"the {prefix} split is empty", "keep images apart: data.validation_images, data.test_images")
     measured = grounding(model, examples, chosen.seed)

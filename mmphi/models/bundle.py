@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
+from mmphi.data.clip_weights import AUTO
 from mmphi.data.features import ImageFeatures, LiveFeatures
 from mmphi.errors import ModelError
 from mmphi.models.adapter import ADAPTER, adapter_digest, save_adapter, with_saved
@@ -71,7 +72,10 @@ def save_bundle(folder: Path, model: Multimodal) -> None:
     if vision is not None:
         if vision.folder is not None:
             _take(vision.folder, folder / VISION, CLIP_FILES)
-        content["vision"] = {**vision.settings.model_dump(), "digest": vision.digest}
+        chosen = vision.settings.model_dump()
+        # What is left open is not written: earlier versions have no such settings.
+        stated = {name: value for name, value in chosen.items() if name not in AUTO or value != AUTO[name]}
+        content["vision"] = {**stated, "digest": vision.digest}
         if vision.question:
             content["vision"]["question"] = vision.question
     if model.projector is not None:
@@ -245,7 +249,20 @@ def _vision(saved: dict[str, Any], folder: Path) -> Vision:
 
 
 def _tower(vision: Vision, device: torch.device, once: Once[Any]) -> Tower:
-    tower = borrowed_tower(vision.settings, vision.folder, device, once, vision.digest)
+    """The image tower that a model was trained with.
+
+    Earlier versions prepared images for every file of weights as OpenAI does; their models keep that.
+    """
+
+    def earlier() -> Tower:
+        return load_tower(vision.settings, vision.folder, earlier=True).to(device)
+
+    try:
+        tower = borrowed_tower(vision.settings, vision.folder, device, once, vision.digest)
+    except ModelError:  # Also where the weights' own preprocessing is not known.
+        tower = earlier()
+    if tower.digest != vision.digest:
+        tower = earlier()
     if tower.digest != vision.digest:
         name = f"{vision.settings.model} {vision.settings.pretrained}".strip()
         raise ModelError(

@@ -66,13 +66,16 @@ def _timm_layer(trunk: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tensor, Te
     """Blocks of a timm transformer; of a convolutional net its stages, and as the last layer its final features."""
     if hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"):
         index = _layer_index(len(trunk.blocks), layer)
+        # Asked for prefix tokens where there are none, timm's PE raises UnboundLocalError (1.0.31).
+        prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
         (outputs,) = trunk.forward_intermediates(
-            pixels_BCHW, indices=index, intermediates_only=True, return_prefix_tokens=True
+            pixels_BCHW, indices=index, intermediates_only=True, return_prefix_tokens=prefix
         )
         return outputs if isinstance(outputs, tuple) else (outputs, None)
     if layer == -1:
         features: Tensor = trunk.forward_features(pixels_BCHW)
-        return features, None
+        channels_last = str(getattr(trunk, "output_fmt", "NCHW")) == "NHWC"  # Swin's are (B, H, W, D).
+        return features.permute(0, 3, 1, 2) if channels_last else features, None
     stages = len(trunk.feature_info)
     index = _layer_index(stages + 1, layer)
     return trunk.forward_intermediates(pixels_BCHW, indices=index, intermediates_only=True)[0], None

@@ -19,6 +19,7 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch import Tensor, nn
 
+from mmphi.data.clip_weights import CONFIG, prepared_for, preprocess_of, quick_gelu_of, weights_file
 from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
 from mmphi.models.folding import fold_batch_norms
@@ -119,6 +120,8 @@ def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = No
     if light_clip is not None:
         name = "mmphi-light-clip"
         open_clip.factory._MODEL_CONFIGS[name] = light_clip
+    elif Path(name).is_dir():
+        return tower_shape(settings, _config_of(Path(name))["model_cfg"])
     else:
         name = _known(name)
         if not settings.pretrained:
@@ -141,6 +144,8 @@ def _digest(visual: Any, settings: VisionSettings, config: PreprocessCfg) -> str
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     chosen = {name: getattr(settings, name) for name in ("layer", "cls", "pool", "precision")}
+    if settings.quick_gelu != "auto":  # Left out before it was a setting: digests of stored features stay.
+        chosen["quick_gelu"] = settings.quick_gelu
     digest.update(json.dumps([chosen, str(config)], sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -156,7 +161,9 @@ def load_clip(settings: VisionSettings, light_clip: Path | None = None) -> Any:
         if light_clip is None:
             raise ModelError("vision.model = light_clip, but no light CLIP was trained", "run `mmphi light_clip`")
         return load_saved_clip(light_clip)
-    return _create(_known(name), settings.pretrained)
+    if Path(name).is_dir():
+        return load_saved_clip(Path(name), settings)
+    return _create(_known(name), settings)
 
 
 def _known(name: str) -> str:
@@ -168,7 +175,11 @@ def _known(name: str) -> str:
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise ModelError(f"vision.model = {name}: there is no such file", "give the path of an open_clip config")
-        open_clip.add_model_config(name)
+        config = json.loads(Path(name).read_text())
+        if "model_cfg" in config:
+            open_clip.factory._MODEL_CONFIGS[Path(name).stem] = config["model_cfg"]
+        else:
+            open_clip.add_model_config(name)
         name = Path(name).stem
     known = open_clip.list_models()
     if ":" not in name and name.replace("/", "-") not in known:
@@ -182,28 +193,37 @@ def _tags(name: str) -> str:
     return f"tags: {', '.join(tags) or 'none'}; with no hub in reach give the path of its weights file; or {RANDOM}"
 
 
-def _create(name: str, pretrained: str) -> Any:
+def _create(name: str, settings: VisionSettings) -> Any:
     """A model as its weights need it: a tag may ask for another activation than the architecture's own."""
-    hint = _tags(name)
+    hint, pretrained = _tags(name), settings.pretrained
     if not pretrained:
         raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", hint)
-    tag = {} if Path(pretrained).exists() or pretrained == RANDOM else open_clip.get_pretrained_cfg(name, pretrained)
-    if pretrained != RANDOM and not Path(pretrained).exists():
+    file = weights_file(pretrained)
+    quick = quick_gelu_of(settings)
+    if file is None and pretrained != RANDOM:
+        if quick is None and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"):
+            quick = True
         hub_in_reach()  # Where it is not, open_clip would try for most of a minute.
     try:
         with warnings.catch_warnings(), open_clip_warnings() as said:
             warnings.filterwarnings("error", message="QuickGELU mismatch")
             model = open_clip.create_model(
                 name,
-                pretrained=None if pretrained == RANDOM else pretrained,
+                pretrained=None if pretrained == RANDOM else str(file or pretrained),
                 pretrained_text=False,
-                force_quick_gelu=bool(tag.get("quick_gelu")),
+                force_preprocess_cfg=preprocess_of(settings) or None,
+                **_activation(quick),
             )
     except Exception as error:  # open_clip raises whatever its hub client does.
         raise ModelError(f"vision.pretrained = {pretrained} of {name} cannot be loaded: {error}", hint) from error
     if said and pretrained != RANDOM:
         raise ModelError(f"vision.pretrained = {pretrained} of {name} was not loaded whole: {said[0]}", hint)
     return model
+
+
+def _activation(quick_gelu: bool | None) -> dict[str, bool]:
+    """open_clip's arguments for an activation; none where the architecture's own is right."""
+    return {"quick_gelu": False} if quick_gelu is False else {"force_quick_gelu": bool(quick_gelu)}
 
 
 @contextmanager
@@ -223,14 +243,18 @@ def open_clip_warnings() -> Iterator[list[str]]:
         root.handlers = before
 
 
-def load_saved_clip(folder: Path) -> Any:
-    """A light CLIP from the folder its stage wrote; the folder may have been moved since.
+def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any:
+    """A CLIP from a folder as open_clip writes it, and the stage ``light_clip``; the folder may have been moved since.
+
+    Args:
+        folder: With ``open_clip_config.json`` and weights.
+        settings: The ``vision`` section, where it may ask for another preprocessing or activation.
 
     Raises:
         ModelError: If the folder holds no such model.
     """
     try:
-        config = json.loads((folder / "open_clip_config.json").read_text())
+        config = _config_of(folder)
         text = config["model_cfg"]["text_cfg"]
         if "hf_model_name" in text:
             text["hf_model_name"] = str(folder / "text_tower")
@@ -239,22 +263,40 @@ def load_saved_clip(folder: Path) -> Any:
         with open_clip_warnings():
             return open_clip.create_model(
                 name,
-                pretrained=str(folder / "open_clip_model.safetensors"),
+                pretrained=str(weights_file(str(folder))),
                 pretrained_text=False,
-                force_preprocess_cfg=config.get("preprocess_cfg"),
+                force_preprocess_cfg=(config.get("preprocess_cfg") or {})
+                | (preprocess_of(settings) if settings else {}),
+                **_activation(quick_gelu_of(settings) if settings else None),
             )
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"no CLIP can be read from {folder}: {error}", "train it anew with --force") from error
 
 
-def load_tower(settings: VisionSettings, light_clip: Path | None = None) -> Tower:
+def _config_of(folder: Path) -> dict[str, Any]:
+    """open_clip's configuration in a folder.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        return config if config["model_cfg"] else {}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"no CLIP can be read from {folder}: {error}", f"it needs {CONFIG} and weights") from error
+
+
+def load_tower(settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False) -> Tower:
     """The image tower of a CLIP, cut off at the layer that the settings name.
 
     Args:
         settings: The ``vision`` section.
         light_clip: Folder of the CLIP trained here.
+        earlier: As earlier versions loaded a file of weights: with open_clip's default preprocessing and activation.
 
     Raises:
         ModelError: If it cannot be had, or cannot give such features.
     """
+    if not earlier:
+        settings = prepared_for(settings)
     return Tower(load_clip(settings, light_clip).visual, settings)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmphi.data.clip_weights import prepared_for
 from mmphi.data.reach import hub_in_reach
 from mmphi.settings.declare import Section
 from mmphi.settings.fields import field_of, leaves
@@ -43,6 +44,9 @@ def resolved(settings: R, declared: Iterable[str]) -> R:
             new = _revision(section, names)
         if new != value:
             changed = _with(changed, name.split("."), new)
+    if covered("vision.quick_gelu", declared) and names.get("vision.pretrained"):
+        # What a file of CLIP weights was trained with.
+        changed = changed.model_copy(update={"vision": prepared_for(changed.vision)})  # type: ignore[attr-defined]
     return changed
 
 

@@ -39,6 +39,9 @@ class DataSettings(Section):
     max_bad_share: float = setting(0.05, "stop where more rows than this share are unusable", matters=False, ge=0, le=1)
     max_answer_words: int = setting(2000, "drop answers longer than this", unit="words", ge=1)
     split_seed: int = setting(0, "seed of the split by image and of the mixture", ge=0)
+    near_duplicates: Literal["keep", "group"] = setting(
+        "keep", "group: files that nearly show the same picture (another size or compression) share a split, too"
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataSettings:
@@ -63,11 +66,21 @@ class VisionSettings(Section):
     """The image tower and which of its tokens the language model sees."""
 
     model: str = setting(
-        "light_clip", "open_clip model name, its JSON config, or light_clip (the one trained here)", file="name"
+        "light_clip",
+        "open_clip model name, its JSON config, a folder with open_clip_config.json and weights, or light_clip (the one"
+        " trained here)",
+        file="name",
     )
     pretrained: str = setting(
-        "", "open_clip pretrained tag, a local weights file, or random; empty with light_clip", file="name"
+        "", "open_clip pretrained tag, a local weights file, or random; empty with light_clip and a folder", file="name"
     )
+    mean: list[float] = setting([], "mean of each colour, where a weights file needs another than its config says")
+    std: list[float] = setting([], "standard deviation of each colour, likewise")
+    interpolation: Literal["auto", "bicubic", "bilinear"] = setting("auto", "how images are resized, likewise")
+    resize: Literal["auto", "shortest", "longest", "squash"] = setting(
+        "auto", "the side that is fitted to the input's size, likewise; squash fits both"
+    )
+    quick_gelu: Literal["auto", "yes", "no"] = setting("auto", "whether the activation is OpenAI's, likewise")
     revision: str = setting("", "revision of the tag's hub repository; empty takes the newest, and notes which")
     layer: int = setting(-2, "which transformer block's tokens: -1 is the last, -2 the one before", ge=-64, le=-1)
     cls: Literal["drop", "keep"] = setting("drop", "whether the CLS token stands before the patches")

@@ -36,6 +36,7 @@ CONTENT = (
     "data.max_images",
     "data.max_answer_words",
     "data.max_bad_share",
+    "data.near_duplicates",
 )
 
 

@@ -67,17 +67,19 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Load, measure, record."""
     from mmphi.errors import DataError
     from mmphi.evaluation.evaluate import Measures, evaluate_model
-    from mmphi.models.bundle import load_bundle
-    from mmphi.training.checkpoints import load_trained
+    from mmphi.models.bundle import at_once, load_bundle
+    from mmphi.training.checkpoints import load_weights
 
     chosen = ctx.settings(EvaluateSettings)
     folder = ctx.models["evaluate.model"] if chosen.model else ctx.upstream[chosen.stage].path
     if chosen.stage == "speech":
         return evaluate_speech(ctx, folder)
     features = stored_features(ctx) if "embed" in ctx.upstream else None
-    model = load_bundle(folder, features=features, once=ctx.resources.once)
-    if chosen.checkpoint != "final":
-        load_trained(model.packed, checkpoint_of(folder, chosen.checkpoint))
+    earlier = chosen.checkpoint != "final"
+    # An adapter is part of a language model that others in this process may use: of a checkpoint it is loaded apart.
+    model = load_bundle(folder, features=features, once=at_once if earlier else ctx.resources.once)
+    if earlier:
+        load_weights(model.packed, checkpoint_of(folder, chosen.checkpoint))
     examples, report = read(ctx.settings, ctx.upstream)
     split = [e for e in examples if e.split == chosen.split]
     if not split:
@@ -106,10 +108,10 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     model = load_bundle(folder, once=ctx.resources.once)
     model = linked(ctx, model, "")
     if chosen.checkpoint != "final":
-        from mmphi.training.checkpoints import load_trained
+        from mmphi.training.checkpoints import load_weights
         from mmphi.training.distill import Distilled
 
-        load_trained(Distilled(model.packed, 1.0, 0.0), checkpoint_of(folder, chosen.checkpoint))
+        load_weights(Distilled(model.packed, 1.0, 0.0), checkpoint_of(folder, chosen.checkpoint))
     split = [e for e in conversations(ctx, report) if e.split == chosen.split]
     measures = SpokenMeasures(chosen.max_images, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     figures: dict[str, float] = {}

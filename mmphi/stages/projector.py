@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mmphi.errors import SettingsError
+from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.settings import DataSettings, LanguageSettings, VisionSettings, setting
 from mmphi.settings.shared import ConversationSettings
@@ -134,6 +134,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     examples, report = read(ctx.settings, ctx.upstream)
     features = image_features(ctx)
     examples = drop_unseen(examples, features, report)
+    if not any(e.images for e in examples if e.split == "train"):
+        raise DataError(f"no training example has an image\n{report.table()}", "check data.sources")
     language = language_of(ctx)
     torch.manual_seed(chosen.seed)
     shape = {name: getattr(chosen, name) for name in ("layers", "width", "activation", "norm", "dropout", "whiten")}

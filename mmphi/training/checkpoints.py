@@ -84,6 +84,29 @@ def save_tensors(tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, checkpoint / WEIGHTS)
 
 
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Put the trained parameters of a checkpoint into a model that is not trained further.
+
+    Args:
+        model: With a parameter for each of the checkpoint, whether it could be trained or not.
+        checkpoint: Folder.
+
+    Raises:
+        ModelError: If the model has no such parameter, or one of another shape.
+    """
+    saved = {name: t for name, t in load_file(checkpoint / WEIGHTS).items() if not name.startswith(STATE)}
+    own = dict(model.named_parameters())
+    wrong = sorted(saved.keys() - own.keys()) or [n for n, t in saved.items() if t.shape != own[n].shape]
+    if wrong or not saved:
+        raise ModelError(
+            f"{checkpoint} was written by another model: {(wrong or ['everything'])[0]} differs",
+            "train again with --force",
+        )
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            own[name].copy_(tensor)
+
+
 def load_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Put the trained parameters and the further state of a checkpoint back.
 

@@ -178,7 +178,9 @@ def captioned(
         uses.append(Counter(own[place - 1] for words in said for place in set(words)))
         first += len(texts)
     if not known:
-        usage = sum(uses, Counter[int]())
+        usage = Counter[int]()
+        for one in uses:  # A sum of counters would copy all words for every image.
+            usage.update(one)
         known = sorted(sorted(usage, key=lambda token: (-usage[token], token))[:WORDS])
     place_of = {token: place for place, token in enumerate(known)}
     found = []

@@ -32,14 +32,11 @@ class Group:
     name: str
     documents: Sequence[Ids]
     seen: list[int] = field(default_factory=list)
+    tokens: int = field(init=False)  # Predictions in them.
 
     def __post_init__(self) -> None:
         self.seen = self.seen or [0] * len(self.documents)
-
-    @property
-    def tokens(self) -> int:
-        """Predictions in them."""
-        return sum(len(ids) - 1 for ids in self.documents)
+        self.tokens = sum(len(ids) - 1 for ids in self.documents)
 
 
 class Window:

@@ -53,7 +53,7 @@ def test_a_folder_of_images_is_read_where_it_lies(tmp_path):
     assert Counter(e.split for e in examples) == {"train": 8, "test": 4}
     assert {e.image.path for e in examples} == set(folder.glob("*.png"))
     assert {e.image.id for e in examples} == {f"mine/{i}.png" for i in range(12)}
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "mmphi" / "images").exists()
 
 
 def test_an_image_in_many_rows_is_one_image(tmp_path):
@@ -70,6 +70,26 @@ def test_an_image_in_many_rows_is_one_image(tmp_path):
     written = list((tmp_path / "cache" / "mmphi" / "images").iterdir())
     assert len(written) == 6
     assert Image.open(examples[3].image.path).getpixel((0, 0)) == (3, 0, 0)
+
+
+def test_bytes_are_read_and_written_once(tmp_path, monkeypatch):
+    folder = photos(tmp_path / "photos", 6)
+    images = [{"bytes": (folder / f"{i % 6}.png").read_bytes(), "path": None} for i in range(12)]
+    stored({"image": [*images, None], "caption": ["a thing"] * 13}).save_to_disk(tmp_path / "stored")
+    first, report = read(tmp_path / "stored")
+    assert len(first) == 12
+    write = hub.Images._written
+    monkeypatch.setattr(hub.Images, "_written", lambda *_: pytest.fail("bytes are read again"))
+    again, same = read(tmp_path / "stored")
+    assert again == first
+    assert [each.reason for each in same.dropped] == [each.reason for each in report.dropped] == ["missing image"]
+    monkeypatch.setattr(hub.Images, "_written", write)
+    first[3].images[0].path.unlink()
+    assert read(tmp_path / "stored")[0] == first
+    assert first[3].images[0].path.is_file()
+    changed = stored({"image": images[:11], "caption": ["a thing"] * 11})
+    changed.save_to_disk(tmp_path / "other")
+    assert len(read(tmp_path / "other")[0]) == 11
 
 
 def test_columns_of_several_captions_and_rows_without(tmp_path):

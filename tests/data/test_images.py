@@ -77,6 +77,37 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
     assert np.asarray(open_image(save(tmp_path / "flat.png", flat))).min() == 255
 
 
+@pytest.mark.parametrize("depth", [8, 10, 12, 14, 16])
+def test_fewer_bits_in_sixteen_are_not_black(tmp_path, depth):
+    deep = Image.fromarray(np.linspace(0, 2**depth - 1, 100).astype(np.uint16).reshape(10, 10))
+    for name in ("deep.png", "deep.tif"):
+        grey = np.asarray(open_image(save(tmp_path / name, deep)))[..., 0].flatten()
+        assert np.abs(grey - np.linspace(0, 255, 100)).max() <= 1
+
+
+def test_texts_and_profiles_of_any_size_spoil_no_png(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    plain = save(tmp_path / "a.png", noise()).read_bytes()
+    huge = zlib.compress(bytes(3_000_000))
+    for extra in (chunk(b"zTXt", b"Comment\0\0" + huge), chunk(b"iCCP", b"profile\0\0" + huge)):
+        (tmp_path / "b.png").write_bytes(plain[:33] + extra + plain[33:])
+        with pytest.raises(ValueError, match=r"too large|MAX_TEXT"):
+            Image.open(tmp_path / "b.png").load()
+        assert np.array_equal(np.asarray(open_image(tmp_path / "b.png")), np.asarray(noise()))
+        (tmp_path / "c.png").write_bytes((plain[:33] + extra + plain[33:])[:-200])
+        assert reason(tmp_path / "c.png") == "truncated or broken image"
+
+
+def test_avif_is_read_and_heic_is_called_what_it_is(tmp_path):
+    soft = noise(4, 3).resize((64, 64), Image.Resampling.BICUBIC)
+    read = np.asarray(open_image(save(tmp_path / "a.avif", soft, quality=95)), float)
+    assert np.abs(read - np.asarray(soft, float)).mean() < 12
+    (tmp_path / "phone.jpg").write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(99))
+    assert reason(tmp_path / "phone.jpg") == "HEIC is not supported"
+
+
 def test_thirty_two_bits_are_stretched(tmp_path):
     real = np.linspace(-1, 1, 100, dtype=np.float32).reshape(10, 10)
     real[0, 0] = np.nan

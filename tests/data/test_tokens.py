@@ -45,12 +45,39 @@ def test_files_folders_rows_and_datasets(tmp_path):
     documents, report = read(tmp_path, separator="\n---\n")
     assert documents == ["first", "second", "third", "row one", "row two"]
     assert report.documents == 5
-    assert dict(report.skipped) == {"a row that is no JSON": 1, "a row without 'text'": 1, "no text": 1, "empty": 1}
+    assert dict(report.skipped) == {
+        "a row that is no JSON": 1,
+        "a row without 'text' (it has other)": 1,
+        "a int in place of a text": 1,
+        "empty": 1,
+    }
     assert "line 4" in report.examples["a row that is no JSON"]
     datasets.Dataset.from_dict({"text": ["one", "two"], "n": [1, 2]}).save_to_disk(str(tmp_path / "saved"))
     assert read(tmp_path / "saved")[0] == ["one", "two"]
     with pytest.raises(DataError, match="no column 'body'"):
         read(tmp_path / "saved", column="body")
+
+
+def test_lists_tables_and_wide_rows_are_read(tmp_path):
+    rows = [{"text": "row \u010d one"}, {"text": "row two"}]
+    lines = "\n".join(map(json.dumps, rows)) + "\n"
+    for encoding in ("utf-16", "utf-32"):
+        (tmp_path / "wide.jsonl").write_text(
+            "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding=encoding
+        )
+        assert read(tmp_path / "wide.jsonl")[0] == ["row \u010d one", "row two"]
+    for content in (json.dumps(rows), json.dumps(rows, indent=1), json.dumps([r["text"] for r in rows]), lines):
+        (tmp_path / "list.json").write_text(content)
+        assert read(tmp_path / "list.json")[0] == ["row \u010d one", "row two"]
+    (tmp_path / "list.json").write_text('[{"text": 1')
+    assert list(read(tmp_path / "list.json")[1].skipped) == ["a file that is no JSON"]
+    (tmp_path / "list.json").write_text('[{"text": [{"role": "user"}]}, {"id": 1, "content": "x"}]')
+    skipped = read(tmp_path / "list.json")[1].skipped
+    assert dict(skipped) == {"a list in place of a text": 1, "a row without 'text' (it has id, content)": 1}
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "table.parquet"))
+    assert read(tmp_path / "table.parquet")[0] == ["row \u010d one", "row two"]
+    with pytest.raises(DataError, match="no column 'body'"):
+        read(tmp_path / "table.parquet", column="body")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

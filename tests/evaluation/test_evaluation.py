@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 from builders import example
@@ -10,6 +11,7 @@ from sacrebleu import corpus_bleu
 
 from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.errors import DataError
+from mmphi.evaluation import evaluate
 from mmphi.evaluation.attributes import attribute_accuracy, parse
 from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.consensus import consensus
@@ -184,3 +186,20 @@ def test_everything_in_one_call(tmp_path, recorder):
     assert fewer["test/ended"] == 0.5
     with pytest.raises(DataError, match="split is empty"):
         evaluate_model(Fake({}), [], Measures(), recorder)
+
+
+def test_no_more_texts_than_images_are_measured(monkeypatch, recorder):
+    """Training data may hold any number of conversations without an image."""
+    images = [Example(f"i{i}", (ImageRef(f"{i}", Path(f"{i}")),), (Turn("", "a dog"),), "s") for i in range(6)]
+    texts = [Example(f"t{i}", (), (Turn("who?", "a dog"),), "s") for i in range(50)]
+    seen = []
+
+    def measured(model, examples, seed):
+        seen.append([example.id for example in examples])
+        raise StopIteration
+
+    monkeypatch.setattr(evaluate, "grounding", measured)
+    for most, expected in ((2, ["t0", "t1", "i0", "i1"]), (0, [e.id for e in [*texts, *images]])):
+        with pytest.raises(StopIteration):
+            evaluate_model(Fake({}), [*texts, *images], Measures(max_images=most), recorder, prefix="train")
+        assert seen.pop() == expected

@@ -8,13 +8,15 @@ import open_clip
 import pytest
 import torch
 from builders import TINY_CLIP
+from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision.transforms import Compose
 
 from mmphi.errors import ModelError
 from mmphi.models import preprocess
-from mmphi.models.vision import Tower, load_tower
+from mmphi.models.layers import tokens_of
+from mmphi.models.vision import Tower, load_tower, tower_shape
 from mmphi.settings import VisionSettings
 
 
@@ -57,6 +59,59 @@ def test_convolutional_timm_tower(tmp_path):
     torch.testing.assert_close(last(pixels), expected)
     with pytest.raises(ModelError, match="no CLS token"):
         tower(str(path), layer=-1, cls="keep")
+
+
+# timm's smallest of each family that open_clip's models have, and the shape (tokens, width) of its last two layers.
+FAMILIES = {
+    "vit_tiny_patch16_224": ((196, 192), (196, 192)),
+    "swin_tiny_patch4_window7_224": ((49, 768), (49, 768)),
+    "convnext_atto": ((49, 320), (49, 320)),
+    "eva02_tiny_patch14_224": ((256, 192), (256, 192)),
+    "fastvit_t8": ((49, 768), (49, 384)),
+    "vitamin_small_224": ((196, 384), (196, 384)),
+    "vit_pe_core_tiny_patch16_384": ((576, 192), (576, 192)),
+    "vit_pe_lang_large_patch14_448": ((1024, 1024), (1024, 1024)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_a_grid_of_patches(family):
+    """Built on the meta device: shapes without weights."""
+    size = 448 if "448" in family else 384 if "384" in family else 224
+    with torch.device("meta"):
+        visual = TimmModel(family, 16, size, pool="", proj="linear").eval()
+    for layer, expected in zip((-1, -2), FAMILIES[family], strict=True):
+        settings = VisionSettings(model="any", layer=layer)
+        found = tokens_of(visual, torch.zeros(2, 3, size, size, device="meta"), settings)
+        assert tuple(found.shape) == (2, *expected)
+
+
+def test_swins_last_layer_is_its_own_in_the_order_of_its_patches():
+    torch.manual_seed(0)
+    visual = TimmModel("swin_tiny_patch4_window7_224", 16, 224, pool="avg", proj="linear").eval()
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        found = tokens_of(visual, pixels, VisionSettings(model="any", layer=-1))
+        expected = visual.trunk.forward_features(pixels)
+    assert expected.shape == (1, 7, 7, 768)
+    torch.testing.assert_close(found, expected.reshape(1, 49, 768))
+
+
+@pytest.mark.slow
+def test_every_model_of_open_clip_has_a_shape():
+    """On the meta device; those that cannot give the tokens of a layer say so."""
+    refused = {}
+    for name in open_clip.list_models():
+        if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
+            continue  # Its text tower is on the hub.
+        try:
+            tokens, width = tower_shape(VisionSettings(model=name, pretrained="random", layer=-2))
+        except ModelError as error:
+            refused[name] = error.what
+            continue
+        assert 16 <= tokens <= 4096, name
+        assert 64 <= width <= 4096, name
+    assert refused == {}
 
 
 def test_timm_transformer_tower(tmp_path):

@@ -31,6 +31,7 @@ from mmphi.settings.qlora import QloraSettings
 from mmphi.stages import STAGES
 from mmphi.stages.qlora import asked_of
 from mmphi.tracking.store import Store
+from mmphi.training.checkpoints import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,25 @@ def test_loaded_anew_it_answers_the_same(pipeline, result):
     theirs = PeftModel.from_pretrained(base, str(result.path / "adapter")).eval()
     ids = torch.arange(5, 25)[None]
     assert torch.allclose(theirs(ids).logits, loaded.language.model(ids).logits, atol=1e-5)
+
+
+def test_a_checkpoint_is_measured_and_the_adapter_in_use_stays(pipeline, result):
+    """The last checkpoint is the result, and others in this process keep the adapter that they have."""
+    held = [example for example in examples(pipeline) if example.split == "test"]
+    shared = load_bundle(result.path, once=pipeline.resources.once)
+    before = shared.losses(held)
+    final = pipeline.build("evaluate", small.settings(evaluate__stage="qlora"))
+    last = pipeline.build("evaluate", small.settings(evaluate__stage="qlora", evaluate__checkpoint="6"))
+    assert last.run_id != final.run_id
+    assert last.metrics["test/loss"] == pytest.approx(final.metrics["test/loss"], rel=1e-5)
+    (checkpoint,) = result.path.glob("checkpoint-6")
+    weights = load_file(checkpoint / "trained.safetensors")
+    model = load_bundle(result.path)
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, checkpoint.parent / "trained.safetensors")
+    load_weights(model.packed, checkpoint.parent)
+    (checkpoint.parent / "trained.safetensors").unlink()
+    assert model.losses(held) != before
+    assert shared.losses(held) == before
 
 
 @pytest.mark.slow

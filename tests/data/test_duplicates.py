@@ -1,0 +1,112 @@
+"""The same picture under two names is on one side of every split."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sources import captions, settings
+
+from mmphi.data.duplicates import NEAR, difference_hash, joined, pictures
+from mmphi.data.read import read_examples
+
+COUNT = 30
+
+
+def photo(seed: int) -> Image.Image:
+    """Soft random colours, as photographs have them."""
+    small = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((64, 48), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for i in range(COUNT):
+        photo(i).save(tmp_path / "images" / f"{i}.png")
+        shutil.copy(tmp_path / "images" / f"{i}.png", tmp_path / "images" / f"copy-{i}.png")
+        photo(i).resize((40, 30)).save(tmp_path / "images" / f"near-{i}.jpg", quality=60)
+    return tmp_path
+
+
+def split_of(folder: Path, names: list[str], **data: object) -> tuple[dict[str, str], dict[str, int]]:
+    source = captions(folder, [(name, "a thing") for name in names])
+    examples, report = read_examples(settings(folder, source, validation_images=6, test_images=6, **data), None)
+    notes = {text: count for (_, text), count in report.notes.items()}
+    return {example.images[0].path.name: example.split for example in examples}, notes
+
+
+def test_copies_share_a_split_and_are_counted(folder: Path) -> None:
+    names = [f"{i}.png" for i in range(COUNT)]
+    split, notes = split_of(folder, [*names, *(f"copy-{name}" for name in names)])
+    assert all(split[name] == split[f"copy-{name}"] for name in names)
+    assert set(split.values()) == {"train", "validation", "test"}
+    assert notes["files with the picture of another"] == COUNT
+    assert sum(count for text, count in notes.items() if text.startswith("moved to")) > 0
+
+
+def test_without_copies_nothing_changes(folder: Path) -> None:
+    """The split of earlier versions, which went by names alone."""
+    split, notes = split_of(folder, [f"{i}.png" for i in range(COUNT)])
+    assert notes == {}
+    assert sum(each == "test" for each in split.values()) == 6
+    assert sum(each == "validation" for each in split.values()) == 6
+
+
+def test_near_duplicates_share_a_split_where_that_is_asked_for(folder: Path) -> None:
+    names = [*(f"{i}.png" for i in range(COUNT)), *(f"near-{i}.jpg" for i in range(COUNT))]
+    kept, _ = split_of(folder, names)
+    assert any(kept[f"{i}.png"] != kept[f"near-{i}.jpg"] for i in range(COUNT))
+    grouped, notes = split_of(folder, names, near_duplicates="group")
+    assert all(grouped[f"{i}.png"] == grouped[f"near-{i}.jpg"] for i in range(COUNT))
+    assert notes["files with the picture of another or nearly"] == COUNT
+    assert len(set(grouped.values())) == 3
+
+
+def test_an_unreadable_file_is_a_picture_of_its_own(folder: Path) -> None:
+    (folder / "broken.png").write_bytes(b"no image")
+    paths = [
+        folder / "broken.png",
+        folder / "missing.png",
+        folder / "images" / "0.png",
+        folder / "images" / "copy-0.png",
+    ]
+    found = pictures(paths, near=True)
+    assert len(set(found.values())) == 3
+    assert found[paths[2]] == found[paths[3]]
+
+
+def test_hashes_are_grouped_as_every_pair_compared() -> None:
+    """Against all pairs, of hashes in clusters of a few changed bits."""
+    rng = np.random.default_rng(0)
+    hashes: dict[str, int] = {}
+    for cluster in range(40):
+        middle = int(rng.integers(0, 2**63))
+        for member in range(5):
+            bits = middle
+            for place in rng.choice(64, rng.integers(0, 5), replace=False):
+                bits ^= 1 << int(place)
+            hashes[f"{cluster}/{member}"] = bits
+    expected = {name: name for name in hashes}
+    changed = True
+    while changed:
+        changed = False
+        for a, x in hashes.items():
+            for b, y in hashes.items():
+                if (x ^ y).bit_count() <= NEAR and expected[a] != expected[b]:
+                    expected[a] = expected[b] = min(expected[a], expected[b])
+                    changed = True
+    found = joined(hashes)
+    assert {(a, b) for a in hashes for b in hashes if found[a] == found[b]} == {
+        (a, b) for a in hashes for b in hashes if expected[a] == expected[b]
+    }
+
+
+def test_the_hash_follows_brightness_from_left_to_right() -> None:
+    ramp = np.tile(np.arange(255, 75, -20, dtype=np.uint8), (8, 1))
+    assert difference_hash(Image.fromarray(ramp).convert("RGB")) == 2**64 - 1
+    assert difference_hash(Image.fromarray(ramp[:, ::-1].copy()).convert("RGB")) == 0
