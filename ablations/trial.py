@@ -17,6 +17,7 @@ from ablations.jobs import Answer, Job
 from mmphi.errors import MmphiError, SettingsError, Stopped, TrainingError
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import Settings
+from reports.query import not_finite
 
 if TYPE_CHECKING:
     from mmphi.pipeline.stage import Result
@@ -78,7 +79,10 @@ def _trained(job: Job, pipeline: Pipeline, watch: Watch | None) -> tuple[str, di
     store.client.log_batch(run_id, params=[Param(name, value) for name, value in job.params.items()])
     if job.costs and "cost/first_token_s" not in run.data.metrics:
         _record(store, run_id, {"cost/first_token_s": first_token_s(result, pipeline)})
-    metrics = dict(store.run(run_id).data.metrics)
+    data = store.run(run_id).data
+    metrics = dict(data.metrics)
+    if reason := not_finite(data.tags, job.metric):
+        raise TrainingError(reason)
     if job.metric not in metrics:
         near = ", ".join(sorted(name for name in metrics if name.startswith(job.metric.partition("/")[0])))
         raise SettingsError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import SettingsError, StoreError
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 CURVE_POINTS = 3
 RECORD, CHANGE, DECLARATION = "study_record", "mmphi.change.", "study.json"
+
+
+def not_finite(tags: Mapping[str, str], metric: str) -> str:
+    """What a run's tags say about values of a metric that were NaN or infinite; empty where none was.
+
+    Such values are no metrics of the run (:meth:`mmphi.tracking.run.RunTracker.metrics`), so that an earlier finite
+    value of the same metric would be taken for the result.
+    """
+    entries = tags.get("mmphi.not_finite", "").split("; ")
+    return next((entry for entry in entries if entry.startswith(f"{metric} = ")), "")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,10 @@ class Trial:
     def finished(self) -> bool:
         """Whether it has a result."""
         return self.status == "FINISHED"
+
+    def has(self, metric: str) -> bool:
+        """Whether it has a result of a metric that can be compared."""
+        return self.finished and metric in self.metrics and not not_finite(self.tags, metric)
 
     @property
     def went_on(self) -> bool:
@@ -110,7 +124,7 @@ class StudyData:
         """The finished trials that have a metric, by level and seed; of several of one cell the oldest."""
         found: dict[str, dict[int, Trial]] = {level: {} for level in self.levels}
         for trial in self.trials:
-            if trial.phase == phase and trial.finished and (not metric or metric in trial.metrics):
+            if trial.phase == phase and (trial.has(metric) if metric else trial.finished):
                 found.setdefault(trial.level, {}).setdefault(trial.seed, trial)
         return found
 
@@ -126,8 +140,11 @@ class StudyData:
         return [(level, n) for level in going for n in range(self.seeds) if n not in there[level]]
 
     def failed(self) -> list[Trial]:
-        """Runs without a result that no other run went on from."""
-        return [t for t in self.trials if t.status in ("FAILED", "KILLED") and not t.went_on]
+        """Runs without a result that no other run went on from, and runs whose metric is not a number."""
+        metric = self.declaration.get("metric", "")
+        ended = [t for t in self.trials if t.status in ("FAILED", "KILLED") and not t.went_on]
+        without = [(t, not_finite(t.tags, metric)) for t in self.trials if t.finished and t.phase == "verdict"]
+        return ended + [replace(trial, reason=reason) for trial, reason in without if reason]
 
     def link(self, run_id: str) -> str:
         """Where MLflow's pages show a run."""

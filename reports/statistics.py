@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,21 @@ RESAMPLES = 9999
 EXACT_UP_TO = 16  # 2^16 sign patterns; beyond, as many at random.
 FEW = 6  # With fewer values resampling cannot leave their range, and Student's t is used.
 MOST_SEEDS = 10_000
+DRAWS, AT_ONCE = 2000, 2**23  # Simulated samples for a power, and sums of them that are in memory at once.
 
 Values = Sequence[float] | NDArray[np.float64]
+
+
+def _sample(values: Values) -> NDArray[np.float64]:
+    """Values as an array.
+
+    Raises:
+        ValueError: If one is NaN or infinite: it is no result that could be compared.
+    """
+    sample = np.asarray(values, dtype=float)
+    if not np.isfinite(sample).all():
+        raise ValueError(f"{int((~np.isfinite(sample)).sum())} of {len(sample)} values are not finite")
+    return sample
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,11 @@ def interval(values: Values, confidence: float = CONFIDENCE) -> Interval | None:
 
     Returns:
         The interval; nothing of fewer than two values.
+
+    Raises:
+        ValueError: If a value is not finite.
     """
-    sample = np.asarray(values, dtype=float)
+    sample = _sample(values)
     n = len(sample)
     if n < 2:
         return None
@@ -80,8 +96,11 @@ def sign_flip(differences: Values, alternative: str = "two-sided") -> float:
 
     Returns:
         p; the smallest possible with n seeds is ``2 / 2**n`` (two-sided). 1 of fewer than two.
+
+    Raises:
+        ValueError: If a difference is not finite.
     """
-    sample = np.asarray(differences, dtype=float)
+    sample = _sample(differences)
     if len(sample) < 2 or not np.any(sample):
         return 1.0
     # Equal means of different patterns must count as equal, whatever order they were summed in.
@@ -116,8 +135,11 @@ def equivalence(differences: Values, margin: float) -> float:
     Args:
         differences: One a seed.
         margin: The smallest difference that would matter.
+
+    Raises:
+        ValueError: If a difference is not finite.
     """
-    sample = np.asarray(differences, dtype=float)
+    sample = _sample(differences)
     if margin <= 0 or len(sample) < 2:
         return 1.0
     return max(float(sign_flip(sample + margin, "greater")), sign_flip(sample - margin, "less"))
@@ -134,7 +156,11 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def power(effect: float, deviation: float, n: int, alpha: float = ALPHA) -> float:
-    """Chance that n pairs show an effect, by the noncentral t distribution.
+    """Chance that the sign-flip test of n pairs shows an effect, if differences are normal.
+
+    Up to :data:`EXACT_UP_TO` pairs it is simulated: the p values of so few pairs are so coarse that Student's t would
+    promise more than the test gives (0.83 for 0.66 with 6 pairs). With more pairs the two agree, and it is computed by
+    the noncentral t distribution.
 
     Args:
         effect: The true mean difference.
@@ -146,9 +172,24 @@ def power(effect: float, deviation: float, n: int, alpha: float = ALPHA) -> floa
         return 0.0
     if deviation == 0:
         return 1.0 if effect else 0.0
+    if n <= EXACT_UP_TO:
+        return _simulated_power(abs(effect) / deviation, n, alpha)
     shift, critical = effect / deviation * np.sqrt(n), stats.t.ppf(1 - alpha / 2, n - 1)
     upper, lower = stats.nct.sf(critical, n - 1, shift), stats.nct.cdf(-critical, n - 1, shift)
     return float(np.nan_to_num(upper, nan=1.0) + np.nan_to_num(lower))
+
+
+@lru_cache(1024)
+def _simulated_power(ratio: float, n: int, alpha: float) -> float:
+    """Share of :data:`DRAWS` samples of n normal differences, of mean ``ratio`` and deviation 1, with p below alpha."""
+    patterns = _patterns(n)[: 2 ** (n - 1)].T  # The other half has all signs turned, and the same absolute sums.
+    drawn = np.random.default_rng(n).normal(ratio, 1.0, (DRAWS, n))
+    shown = 0
+    for part in np.array_split(drawn, -(-DRAWS * patterns.shape[1] // AT_ONCE)):
+        seen = np.abs(part.sum(axis=1))[:, None]
+        p = (np.abs(part @ patterns) >= seen * (1 - 1e-12)).mean(axis=1)
+        shown += int((p < alpha).sum())
+    return shown / DRAWS
 
 
 def seeds_needed(effect: float, deviation: float, alpha: float = ALPHA, wanted: float = POWER) -> int | None:

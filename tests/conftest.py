@@ -25,7 +25,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-golden", action="store_true", help="write the values of tests/golden anew")
 
 
-LONGEST = ("test_mlproject.py", "test_whole.py", "test_qlora.py", "test_pretrain_texts.py", "test_driver.py")
+LONGEST = (
+    "test_ray.py",
+    "test_mlproject.py",
+    "test_textgen_benchmark.py",
+    "test_own_data.py",
+    "test_whole.py",
+    "test_qlora.py",
+    "test_pretrain_texts.py",
+    "test_driver.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

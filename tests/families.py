@@ -1,8 +1,7 @@
 """What holds for each family of language models: ``python tests/families.py`` prints a table in markdown.
 
-Models are built small, with random weights. ``packed``: sequences in one row are read as each alone. ``batched``: answers
-in a batch are those of transformers' ``generate`` for each alone, and how the engine reads. ``vision encoders`` are built
-without weights: the shape of the last layer but one.
+Models are built small, with random weights. ``packed``: sequences in one row are read as each alone. ``batched``:
+answers in a batch are those of transformers' ``generate`` for each alone, and how the engine reads.
 """
 
 from __future__ import annotations

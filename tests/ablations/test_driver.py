@@ -83,7 +83,11 @@ def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
 def test_results_with_a_reason(empty_store: str) -> None:
     """NaN and a full memory are results, told once and not tried again; the others go on."""
     study = replace(
-        STUDY, nuisance={}, factor="projector.dropout", levels={"none": 0.0, "nan": 0.5, "full": 0.25}, baseline="none"
+        STUDY,
+        nuisance={},
+        factor="projector.dropout",
+        levels={"none": 0.0, "nan": 0.5, "full": 0.25, "no number": 0.125, "infinite": 0.375},
+        baseline="none",
     )
     made = driver(replace(study, seeds=2))
     drive(made)
@@ -93,8 +97,13 @@ def test_results_with_a_reason(empty_store: str) -> None:
     reasons = {o.cell.level: o.reason for o in made.ledgers["verdict"].outcomes()}
     assert reasons["nan"] == "the loss at step 3 is nan"
     assert reasons["full"].startswith("out of memory")
-    failed = load_study(Store(), "toy").failed()
-    assert Counter(t.level for t in failed) == {"nan": 2, "full": 2}
+    assert reasons["no number"] == "test/loss = nan at step 8"
+    assert reasons["infinite"] == "test/loss = inf at step 8"
+    assert made.wanted() == []
+    data = load_study(Store(), "toy")
+    assert data.values("test/loss")["no number"] == data.values("test/loss")["infinite"] == {}
+    failed = data.failed()
+    assert Counter(t.level for t in failed) == dict.fromkeys(["nan", "full", "no number", "infinite"], 2)
     assert any("the loss at step 3 is nan" in t.reason for t in failed)
 
 

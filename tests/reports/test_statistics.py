@@ -43,6 +43,15 @@ def test_sign_flip_is_scipys(n: int, alternative: str) -> None:
     assert sign_flip(differences, alternative) == pytest.approx(found.pvalue)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused(value: float) -> None:
+    for judge in (interval, sign_flip, lambda sample: equivalence(sample, 0.1)):
+        with pytest.raises(ValueError, match="1 of 3 values are not finite"):
+            judge([0.1, value, 0.2])
+    with pytest.raises(ValueError, match="not finite"):
+        compare({"a": {0: 1.0, 1: value}, "b": {0: 1.0, 1: 2.0}}, "b")
+
+
 def test_sign_flip_of_many_draws_patterns() -> None:
     """Beyond 16 pairs the patterns are a sample: near the t-test, never 0."""
     differences = np.random.default_rng(0).normal(0.4, 1, 30)
@@ -66,10 +75,16 @@ def test_holm_by_hand() -> None:
 
 def test_power_is_what_a_simulation_finds() -> None:
     rng = np.random.default_rng(0)
-    for effect, deviation, n in ((0.02, 0.026, 14), (0.5, 1.0, 20), (0.0, 1.0, 10)):
-        drawn = rng.normal(effect, deviation, (4000, n))
+    cases = ((1.4, 1.0, 6, 0.05), (0.02, 0.026, 8, 0.0125), (0.02, 0.02, 12, 0.05), (0.0, 1.0, 10, 0.05))
+    for effect, deviation, n, alpha in cases:
+        found = np.mean([sign_flip(rng.normal(effect, deviation, n)) < alpha for _ in range(1500)])
+        assert power(effect, deviation, n, alpha) == pytest.approx(found, abs=0.04)
+    for effect, n in ((0.5, 20), (0.9, 17)):
+        drawn = rng.normal(effect, 1.0, (4000, n))
         found = np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05)
-        assert power(effect, deviation, n) == pytest.approx(found, abs=0.025)
+        assert power(effect, 1.0, n) == pytest.approx(found, abs=0.025)
+    by_t = stats.nct.sf(stats.t.ppf(0.975, 5), 5, 1.4 * np.sqrt(6))
+    assert by_t - power(1.4, 1.0, 6) > 0.1  # What Student's t would promise of 6 pairs.
     assert power(1.0, 0.1, 3) == 0.0  # No sign-flip test of 3 pairs can reach 0.05.
     assert power(0.1, 0.0, 8) == 1.0
 
