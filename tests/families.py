@@ -53,7 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "glm": {},
     "glm4": {},
-    "falcon": {"ffn_hidden_size": 64, "alibi": False, "new_decoder_architecture": False},
+    "falcon": {"head_dim": None, "ffn_hidden_size": 64, "alibi": False, "new_decoder_architecture": False},
     "gpt2": OLD,
     "gptj": {**OLD, "rotary_dim": 4},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 16},
@@ -63,14 +63,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "gpt_bigcode": OLD,
     "codegen": {**OLD, "rotary_dim": 4, "n_ctx": 256},
-    "mamba": {"state_size": 8},
 }
 
 
 def language_of(family: str) -> Any:
     """A small model of a family, with a tokenizer of bytes."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES[family]})
+    shape = {**SHAPE, **FAMILIES[family]}
+    left_out = [name for name in ("head_dim",) if shape[name] is None]  # It follows from others.
+    config = AutoConfig.for_model(family, **{name: value for name, value in shape.items() if name not in left_out})
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     width = model.get_input_embeddings().embedding_dim
     return replace(tiny_language(), model=model, width=width)
