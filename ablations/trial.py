@@ -17,7 +17,7 @@ from ablations.jobs import Answer, Job
 from mmphi.errors import MmphiError, SettingsError, Stopped, TrainingError
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import Settings
-from reports.query import not_finite
+from reports.query import JUDGED, not_finite
 
 if TYPE_CHECKING:
     from mmphi.pipeline.stage import Result
@@ -80,8 +80,12 @@ def _trained(job: Job, pipeline: Pipeline, watch: Watch | None) -> tuple[str, di
     if job.costs and "cost/first_token_s" not in run.data.metrics:
         _record(store, run_id, {"cost/first_token_s": first_token_s(result, pipeline)})
     data = store.run(run_id).data
-    metrics = dict(data.metrics)
-    if reason := not_finite(data.tags, job.metric):
+    # Of its own evaluation: the run shows the figures of every evaluation of the model, the latest of each name.
+    metrics = dict(data.metrics) | dict(result.metrics)
+    judging = next((after.run_id for after in result.after if job.metric in after.metrics), "")
+    if judging:
+        store.client.set_tag(run_id, JUDGED, judging)
+    if reason := not_finite(store.run(judging).data.tags if judging else data.tags, job.metric):
         raise TrainingError(reason)
     if job.metric not in metrics:
         near = ", ".join(sorted(name for name in metrics if name.startswith(job.metric.partition("/")[0])))

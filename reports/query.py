@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mmphi.tracking.search import RunStore
 
 CURVE_POINTS = 3
+NOT_FINITE = "mmphi.not_finite"
+JUDGED = "mmphi.judged_by"  # Tag of a trial: the run of the evaluation that its study asked for.
 RECORD, CHANGE, DECLARATION = "study_record", "mmphi.change.", "study.json"
 
 
@@ -25,7 +27,7 @@ def not_finite(tags: Mapping[str, str], metric: str) -> str:
     Such values are no metrics of the run (:meth:`mmphi.tracking.run.RunTracker.metrics`), so that an earlier finite
     value of the same metric would be taken for the result.
     """
-    entries = tags.get("mmphi.not_finite", "").split("; ")
+    entries = tags.get(NOT_FINITE, "").split("; ")
     return next((entry for entry in entries if entry.startswith(f"{metric} = ")), "")
 
 
@@ -208,7 +210,26 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
 def _trials(store: RunStore, name: str) -> Iterator[Trial]:
     for run in store.search(study=name):
         if run.info.lifecycle_stage == "active":
-            yield trial_of(run)
+            yield _judged(store, trial_of(run))
+
+
+def _judged(store: RunStore, trial: Trial) -> Trial:
+    """A trial with the figures of the evaluation that its study asked for.
+
+    The trial's run shows those of the latest evaluation of each metric: another study, or a person, may have evaluated
+    the same model with other settings since. Trials of earlier versions do not name their evaluation.
+    """
+    if JUDGED not in trial.tags:
+        return trial
+    try:
+        evaluation = store.run(trial.tags[JUDGED])
+    except StoreError:  # Removed for good, by `mlflow gc`.
+        evaluation = None
+    if evaluation is None or evaluation.info.lifecycle_stage != "active":
+        return replace(trial, metrics={}, reason=f"its evaluation, run {trial.tags[JUDGED]}, was deleted")
+    tags = {name: value for name, value in trial.tags.items() if name != NOT_FINITE}
+    own = {NOT_FINITE: evaluation.data.tags[NOT_FINITE]} if NOT_FINITE in evaluation.data.tags else {}
+    return replace(trial, metrics={**trial.metrics, **evaluation.data.metrics}, tags=tags | own)
 
 
 def trial_of(run: Run) -> Trial:

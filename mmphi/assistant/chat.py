@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
         [f"/load {options.load}"] if options.load else []
     ):
         list(talk.hear(command))
+    if isinstance(sys.stdin, io.TextIOWrapper):  # Bytes that are not in its encoding end no conversation.
+        sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         print(f"{called}. /help lists the commands, /quit or Ctrl-D leaves.")
         run(talk, _typed())

@@ -144,9 +144,16 @@ class Talk:
         return f"{name} = {changed}"
 
     def _undo(self, _: str) -> str:
-        if not self.messages or self.messages[-1]["role"] != "assistant":
+        roles = [message["role"] for message in self.messages]
+        answered = len(roles)
+        while answered and roles[answered - 1] == "assistant":
+            answered -= 1
+        asked = answered
+        while asked and roles[asked - 1] == "user":
+            asked -= 1
+        if asked == answered:
             return "there is nothing to take back"
-        self.messages = self.messages[:-2]
+        self.messages = self.messages[:asked]
         return "the last question is taken back"
 
     def _reset(self, _: str) -> str:
@@ -176,7 +183,9 @@ class Talk:
             raise DataError(f"{path} is no conversation", "give a file that /save wrote")
         if messages:
             conversation([*messages, {"role": "user", "content": "?"}])  # Whether it can be gone on with.
-        self.messages, self.waiting = messages, []
+        system = [message for message in self.messages if message["role"] == "system"]
+        has_own = any(message["role"] in ("system", "developer") for message in messages)
+        self.messages, self.waiting = (messages if has_own else [*system, *messages]), []
         return f"{len(messages)} messages"
 
     def _help(self, _: str) -> str:
@@ -200,7 +209,7 @@ def _path(text: str) -> Path:
 
 def _as_json(message: dict[str, Any]) -> dict[str, Any]:
     """A message as OpenAI's API has it, with its images and recordings in it."""
-    if isinstance(message["content"], str):
+    if not isinstance(message.get("content"), list):
         return message
     parts = []
     for part in message["content"]:

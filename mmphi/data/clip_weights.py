@@ -37,7 +37,7 @@ def weights_file(pretrained: str) -> Path | None:
     if path.is_file():
         return path
     found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-    if found is None:
+    if found is None and ("/" in pretrained or (path / CONFIG).is_file()):  # Not a tag that is called like a folder.
         raise ModelError(f"vision.pretrained = {pretrained}: the folder has none of {', '.join(WEIGHTS)}")
     return found
 
@@ -51,13 +51,14 @@ def prepared_for(settings: VisionSettings) -> VisionSettings:
     Raises:
         ModelError: If the tags of the architecture differ, and neither the settings nor a file say which is right.
     """
+    model = settings.model.replace("/", "-") if not settings.model.endswith(".json") else settings.model
     file = weights_file(settings.pretrained)
     if file is None or all(getattr(settings, name) != value for name, value in AUTO.items()):
         return settings
-    usual = _usual(settings.model)
-    found = {**usual, **_described(settings.model), **_beside(file)}
+    usual = _usual(model)
+    found = {**usual, **_described(model), **_beside(file)}
     if not (file.parent / CONFIG).is_file():
-        tags = _of_tags(settings.model)
+        tags = _of_tags(model)
         unsettled = [n for n, v in tags.items() if len(v) > 1 and getattr(settings, n) == AUTO[n]]
         if unsettled:
             raise ModelError(_choices(settings, tags, unsettled), _hint(tags, unsettled))
@@ -107,9 +108,18 @@ def _usual(model: str) -> dict[str, Any]:
 
 
 def _own_config(model: str) -> dict[str, Any]:
-    """A JSON configuration of the user's own: of an architecture alone, or with its preprocessing."""
-    config = json.loads(Path(model).read_text())
-    return config if "model_cfg" in config else {"model_cfg": config}
+    """A JSON configuration of the user's own: of an architecture alone, or with its preprocessing.
+
+    Raises:
+        ModelError: If it cannot be read.
+    """
+    try:
+        config = json.loads(Path(model).read_text())
+        return config if "model_cfg" in config else {"model_cfg": config}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"vision.model = {model} is no configuration of open_clip: {error}", "check the file"
+        ) from error
 
 
 def _described(model: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -23,6 +24,9 @@ SIDE = 8
 # Of 400 photographs of Flickr8k, 97.5 % differ in 5 bits at most from themselves at 5/8 of the size in JPEG of quality
 # 60; of the 79,800 pairs of different ones none differs in fewer than 11.
 NEAR = 5
+FLAT = 8  # Bits that a hash has of either kind at least; an image of fewer is nobody's near duplicate.
+COLOURS = 16  # Mean difference of the colours of near duplicates at most, of 255.
+COMPARED = 256
 WIDTHS = (11, 11, 11, 11, 10, 10)  # Bands of bits, one more than may differ: one of them is equal.
 BAR_FROM = 2000
 
@@ -40,37 +44,66 @@ def pictures(paths: Iterable[Path], *, near: bool = False) -> dict[Path, str]:
     if not near:
         return names
     first = {name: path for path, name in reversed(names.items())}  # One file of each content is opened.
-    hashes = {names[path]: bits for path, bits in _hashed(list(first.values())).items()}
-    groups = joined(hashes)
+    groups = joined({names[path]: look for path, look in _looks(list(first.values())).items()})
     return {path: groups.get(name, name) for path, name in names.items()}
 
 
-def joined(hashes: Mapping[str, int]) -> dict[str, str]:
-    """For each name the first one of its group: those whose hashes differ by :data:`NEAR` bits at most, and theirs."""
-    parent = {name: name for name in hashes}
+@dataclass(frozen=True)
+class Look:
+    """What near duplicates are found by.
 
-    def root(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
+    Attributes:
+        bits: The difference hash.
+        colours: Of the image scaled to 4 x 4 pixels, in bytes.
+    """
 
-    same: dict[int, list[str]] = defaultdict(list)
-    for name, bits in hashes.items():
-        same[bits].append(name)
-    bands: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for bits, names in same.items():
-        for name in names[1:]:
-            parent[root(name)] = root(names[0])
-        left = bits
+    bits: int
+    colours: bytes
+
+    @property
+    def flat(self) -> bool:
+        """Whether so little differs from place to place that the hash tells nothing."""
+        return not FLAT <= self.bits.bit_count() <= SIDE * SIDE - FLAT
+
+    def near(self, other: Look) -> bool:
+        """Whether another image shows nearly the same."""
+        if (self.bits ^ other.bits).bit_count() > NEAR:
+            return False
+        apart = sum(abs(a - b) for a, b in zip(self.colours, other.colours, strict=True))
+        return apart <= COLOURS * len(self.colours)
+
+
+def joined(looks: Mapping[str, Look]) -> dict[str, str]:
+    """For each name the first one that shows nearly the same, and that itself is nobody's duplicate; else itself.
+
+    Groups are not chained: every one is near the first of its group. Of images whose hashes share a band only the
+    first :data:`COMPARED` are compared, so that many images with an equal edge cost no quadratic time.
+    """
+    first: dict[str, str] = {}
+    bands: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, look in looks.items():
+        first[name] = name
+        if look.flat:
+            continue
+        keys, left = [], look.bits
         for band, width in enumerate(WIDTHS):
-            alike = bands[band, left & (1 << width) - 1]
+            keys.append((band, left & (1 << width) - 1))
             left >>= width
-            for other in alike:
-                if (bits ^ other).bit_count() <= NEAR:
-                    parent[root(names[0])] = root(same[other][0])
-            alike.append(bits)
-    return {name: root(name) for name in hashes}
+        alike = dict.fromkeys(other for key in keys for other in bands[key])
+        found = next((other for other in alike if look.near(looks[other])), None)
+        if found is not None:
+            first[name] = found
+            continue
+        for key in keys:
+            if len(bands[key]) < COMPARED:
+                bands[key].append(name)
+    return first
+
+
+def look_of(image: Image.Image) -> Look:
+    """What near duplicates of an image in RGB are found by."""
+    small = image.resize((4, 4), Image.Resampling.BOX)
+    return Look(difference_hash(image), small.tobytes())
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -85,23 +118,23 @@ def difference_hash(image: Image.Image) -> int:
     return bits
 
 
-def _hashed(paths: Sequence[Path]) -> dict[Path, int]:
-    """Difference hashes of those files that can be read."""
+def _looks(paths: Sequence[Path]) -> dict[Path, Look]:
+    """What those files that can be read look like."""
     from tqdm.auto import tqdm
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = tqdm(
-            pool.map(_hash, paths),
+            pool.map(_look, paths),
             total=len(paths),
             desc="near duplicates",
             unit="image",
             disable=len(paths) < BAR_FROM,
         )
-        return {path: bits for path, bits in zip(paths, found, strict=True) if bits is not None}
+        return {path: look for path, look in zip(paths, found, strict=True) if look is not None}
 
 
-def _hash(path: Path) -> int | None:
+def _look(path: Path) -> Look | None:
     try:
-        return difference_hash(open_image(path))
+        return look_of(open_image(path))
     except ImageError:
         return None

@@ -52,7 +52,7 @@ def read_dataset(
     rows = _with_files(load_rows(name, split, revision), name, image_column, text_column)
     folder = cache or cache_folder() / "images"
     images = Images(ImageFolder(Path(name), source), folder, _fetched_to(name))
-    written = Written(folder, f"{name}/{split}/{image_column}/{getattr(rows, '_fingerprint', '')}", len(rows))
+    written = Written(folder, _identity(rows, f"{name}/{split}/{image_column}"), len(rows))
     # Where all images were written by an earlier reading, none of their bytes is read again.
     for number, row in enumerate(rows.select_columns([text_column]) if written.digests else rows):
         where = f"{name}, row {number}"
@@ -74,12 +74,28 @@ def read_dataset(
     written.keep()
 
 
+def _identity(rows: Any, name: str) -> str:
+    """What tells the rows of a dataset from others; empty where nothing does.
+
+    The fingerprint of a dataset that a function generates is the function's, whatever it yields: the files that the
+    rows are in have to be the same, too.
+    """
+    fingerprint, files = (
+        getattr(rows, "_fingerprint", ""),
+        [each["filename"] for each in getattr(rows, "cache_files", ())],
+    )
+    if not fingerprint or not files:
+        return ""
+    looks = [f"{file}:{Path(file).stat().st_size}:{Path(file).stat().st_mtime_ns}" for file in files]
+    return "/".join([name, fingerprint, *looks])
+
+
 class Written:
     """Which image of a dataset is which file of the cache, remembered from one reading to the next.
 
     Args:
         cache: Where the bytes of images are written.
-        identity: Of the dataset's rows: with its fingerprint of the `datasets` library.
+        identity: Of the dataset's rows; nothing is remembered of rows without one.
         count: Rows.
 
     Attributes:
@@ -88,7 +104,9 @@ class Written:
 
     def __init__(self, cache: Path, identity: str, count: int) -> None:
         self.cache, self._file = cache, cache.with_name("dataset_rows") / f"{_digest(identity.encode())}.json"
-        self._found, self.digests = [""] * count, list[str]()
+        self._found, self.digests, self._known = [""] * count, list[str](), bool(identity)
+        if not identity:
+            return
         with contextlib.suppress(OSError, ValueError):
             known = json.loads(self._file.read_text())
             if isinstance(known, list) and len(known) == count:
@@ -107,7 +125,7 @@ class Written:
 
     def keep(self) -> None:
         """Write what was found, after all rows were read."""
-        if any(self._found) and not self.digests:
+        if self._known and any(self._found) and not self.digests:
             with contextlib.suppress(OSError):  # It saves time and nothing else.
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 part = self._file.with_suffix(f".{os.getpid()}")

@@ -94,10 +94,18 @@ class ImageFolder:
             raise ImageError("malformed path", f"{relative!r} is no path: {error.strerror}") from error
         for layout, name in (*other_spellings(relative), *coco_names(relative)):
             path = resolve_inside(self.folder, name)
-            if path.is_file():
+            if _is_file(path):
                 self.note(self.source, f"images found as {layout}")
                 return path
         return None
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file; a name that is too long is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def other_spellings(relative: str) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,7 +173,25 @@ def one_split_per_picture(examples: list[Example], report: ReadReport, *, near: 
             report.note(example.source, f"moved to {split}, where the same picture is")
             example = replace(example, split=split)
         agreed.append(example)
-    return agreed
+    return _apart(agreed, picture, report)
+
+
+def _apart(examples: list[Example], picture: Mapping[Path, str], report: ReadReport) -> list[Example]:
+    """Leave out examples of several images of which one is held out in a stricter split.
+
+    Moving them would hold their other pictures out, too, and so on: of rows that overlap nothing would be left.
+    """
+    held: set[str] = set()
+    left_out: set[int] = set()
+    for split in reversed(SPLITS):
+        own = [e for e in examples if e.split == split]
+        for example in own:
+            if any(picture[image.path] in held for image in example.images):
+                left_out.add(id(example))
+                report.kept[example.source] -= 1  # Not bad, not usable.
+                report.note(example.source, f"rows of {split} left out: one of their pictures is held out elsewhere")
+        held |= {picture[image.path] for e in own if id(e) not in left_out for image in e.images}
+    return [e for e in examples if id(e) not in left_out]
 
 
 def images_of(examples: Iterable[Example]) -> list[ImageRef]:

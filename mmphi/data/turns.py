@@ -7,7 +7,7 @@ named by ``image``, by ``images``, or by a part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,19 @@ class Conversation:
     images: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Message:
+    """One message: who says it, its text with ``<image>`` for its images, and those of them that it names itself."""
+
+    role: str
+    text: str
+    images: list[str]
+
+    @property
+    def marks(self) -> int:
+        return self.text.count(MARK)
+
+
 def conversation_of(row: Any, note: Callable[[str], None]) -> Conversation:
     """Read a row.
 
@@ -49,38 +62,87 @@ def conversation_of(row: Any, note: Callable[[str], None]) -> Conversation:
     if name is None:
         keys = ", ".join(list(map(str, row))[:SHOWN_KEYS]) or "no key"
         raise DataError(f"no list called conversations or messages (it has {keys})")
-    found = Conversation(images=_named(row))
+    messages = [_message(message) for message in row[name]]
+    leading = _share_out(messages, _named(row))
+    return _turns(messages, leading, note)
+
+
+def _share_out(messages: list[_Message], named: list[str]) -> list[str]:
+    """Give the images that a row names to the messages that say where they stand; the others stand before everything.
+
+    Raises:
+        DataError: If there are other places than images, or an answer has one.
+    """
+    asking = [message for message in messages if message.role in ASKS]
+    if any(message.images or (message.marks and named) for message in messages if message.role in ANSWERS):
+        raise DataError("an image in an answer")
+    own = sum(len(message.images) for message in asking)
+    if own and named:
+        raise DataError("images are named by the row and by its messages")
+    if own:
+        if any(message.marks != len(message.images) for message in asking):
+            raise DataError("another number of <image> than images")
+        return []
+    marks = sum(message.marks for message in asking)
+    if not named:
+        if any(_stands_alone(line) for message in asking for line in message.text.split("\n")):
+            raise DataError("<image> in a row without an image")
+        return []  # What is written of the word within a text is text.
+    if marks == 0:
+        return named
+    if marks != len(named):
+        raise DataError("another number of <image> than images")
+    for message in asking:
+        message.images, named = named[: message.marks], named[message.marks :]
+    return []
+
+
+def _turns(messages: Sequence[_Message], leading: list[str], note: Callable[[str], None]) -> Conversation:
+    """Questions with their answers; what has no partner is left out, with its images.
+
+    Raises:
+        DataError: If there is no answered question, or a system message after the first one.
+    """
+    found = Conversation(images=list(leading))
     system: list[str] = []
-    question: str | None = None
+    question: _Message | None = None
     begun = False
-    for message in row[name]:
-        role, text, images = _message(message)
-        found.images += images
-        if role in SYSTEM:
+    for message in messages:
+        if message.role in SYSTEM:
             if begun:
                 raise DataError("a system message after the first question")
-            system.append(text)
-        elif role in ASKS:
+            system.append(message.text)
+        elif message.role in ASKS:
             begun = True
-            question = text if question is None else f"{question}\n{text}"
+            if question is not None:
+                message = _Message(message.role, f"{question.text}\n{message.text}", question.images + message.images)
+            question = message
         elif question is None:
             begun = True
             note("an answer without its question is left out")
         else:
-            found.turns.append(Turn(question, text))
+            found.turns.append(Turn(question.text, message.text))
+            found.images += question.images
             question = None
     if question is not None:
         note("a question without its answer is left out")
     if not found.turns:
         raise DataError("no answered question")
-    if system and "".join(system):
+    if len(found.images) == 1 and not leading:
+        # One image stands before everything, wherever the row has it: LLaVA's own training moves it there.
+        found.turns = [Turn(turn.question.replace(MARK, "").strip(), turn.answer) for turn in found.turns]
+    if any(system):
         first = found.turns[0]
         found.turns[0] = Turn("\n".join([*filter(None, system), first.question]), first.answer)
-    return _placed(found)
+    return found
 
 
-def _message(message: Any) -> tuple[str, str, list[str]]:
-    """Role, text and images of a message."""
+def _message(message: Any) -> _Message:
+    """A message of a row.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     if not isinstance(message, Mapping):
         raise DataError("malformed turn")
     role = next((message[name] for name in ROLES if name in message), None)
@@ -90,7 +152,7 @@ def _message(message: Any) -> tuple[str, str, list[str]]:
     if role not in (*ASKS, *ANSWERS, *SYSTEM):
         raise DataError(f"unknown role {role[:20]!r}")
     if isinstance(content, str):
-        return role, content.strip(), []
+        return _Message(role, content.strip(), [])
     if not isinstance(content, list):
         raise DataError("malformed turn")
     texts, images = [], list[str]()
@@ -105,7 +167,7 @@ def _message(message: Any) -> tuple[str, str, list[str]]:
             images += _path(part)
         else:
             raise DataError(f"a part of an unknown type {str(kind)[:20]!r}")
-    return role, "\n".join(filter(None, texts)), images
+    return _Message(role, "\n".join(filter(None, texts)), images)
 
 
 def _path(part: Mapping[str, Any]) -> list[str]:
@@ -128,26 +190,6 @@ def _named(row: Mapping[str, Any]) -> list[str]:
         if paths:
             return [str(path) for path in paths]
     return []
-
-
-def _placed(found: Conversation) -> Conversation:
-    """The same, with ``<image>`` as prompts take it.
-
-    One image stands before everything, wherever the row has it: LLaVA's own training moves it there.
-
-    Raises:
-        DataError: If there are other places than images.
-    """
-    marks = sum(turn.question.count(MARK) for turn in found.turns)
-    if not found.images:
-        if any(_stands_alone(line) for turn in found.turns for line in (turn.question.split("\n"))):
-            raise DataError("<image> in a row without an image")
-        return found  # What is written of the word within a text is text.
-    if len(found.images) == 1 and marks <= 1:
-        found.turns = [Turn(turn.question.replace(MARK, "").strip(), turn.answer) for turn in found.turns]
-    elif marks not in (0, len(found.images)):
-        raise DataError("another number of <image> than images")
-    return found
 
 
 def _stands_alone(line: str) -> bool:

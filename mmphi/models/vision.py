@@ -121,7 +121,7 @@ def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = No
         name = "mmphi-light-clip"
         open_clip.factory._MODEL_CONFIGS[name] = light_clip
     elif Path(name).is_dir():
-        return tower_shape(settings, _config_of(Path(name))["model_cfg"])
+        return tower_shape(settings, _model_config(Path(name)))
     else:
         name = _known(name)
         if not settings.pretrained:
@@ -129,7 +129,7 @@ def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = No
     try:
         with open_clip_warnings(), torch.device("meta"):
             visual = open_clip.create_model(name, pretrained=None, pretrained_text=False, device="meta").visual.eval()
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"the tower of {name} cannot be built: {error}", "check the sizes of its towers") from error
     size = PreprocessCfg(**visual.preprocess_cfg).size
     height, width = size if isinstance(size, tuple | list) else (size, size)
@@ -254,10 +254,7 @@ def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any
         ModelError: If the folder holds no such model.
     """
     try:
-        config = _config_of(folder)
-        text = config["model_cfg"]["text_cfg"]
-        if "hf_model_name" in text:
-            text["hf_model_name"] = str(folder / "text_tower")
+        config = _config_of(folder) | {"model_cfg": _model_config(folder)}
         name = f"mmphi-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"
         open_clip.factory._MODEL_CONFIGS[name] = config["model_cfg"]
         with open_clip_warnings():
@@ -271,6 +268,15 @@ def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any
             )
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"no CLIP can be read from {folder}: {error}", "train it anew with --force") from error
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in a folder, with the text tower that is beside it."""
+    config: dict[str, Any] = _config_of(folder)["model_cfg"]
+    text = config.get("text_cfg") or {}
+    if "hf_model_name" in text and (folder / "text_tower").is_dir():
+        text["hf_model_name"] = str(folder / "text_tower")
+    return config
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,9 @@ class SourceSettings(Section):
     weight: float = setting(1.0, "share of this source in the mixture, relative to the others", gt=0)
 
 
+READING = 2  # 2: one picture in one split, further forms of conversations, and turns that are counted.
+
+
 class DataSettings(Section):
     """What to train and evaluate on."""
 
@@ -42,6 +45,17 @@ class DataSettings(Section):
     near_duplicates: Literal["keep", "group"] = setting(
         "keep", "group: files that nearly show the same picture (another size or compression) share a split, too"
     )
+
+    reading: int = setting(
+        1, "version of the rules by which files of other people are read; mmphi sets it", introduced=1, ge=1, le=READING
+    )
+
+    @model_validator(mode="after")
+    def _read_anew(self) -> DataSettings:
+        """Results on data that earlier versions read by other rules are no results of these."""
+        own = any(source.kind != "scenes" for source in self.sources)
+        self.__dict__["reading"] = READING if own else 1
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataSettings:

@@ -37,6 +37,7 @@ CONTENT = (
     "data.max_answer_words",
     "data.max_bad_share",
     "data.near_duplicates",
+    "data.reading",
 )
 
 

@@ -8,6 +8,7 @@ Here an answer always follows what the template writes to ask for one, in traini
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -146,11 +147,23 @@ class ChatTemplate:
 
     @property
     def fixed(self) -> str:
-        """The template with its options in it, for whatever else renders it."""
-        return (
-            "".join(f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in self.options.items())
-            + self.source
-        )
+        """The template as it is used here, for whatever else renders it: its options, the same before all answers.
+
+        Raises:
+            ModelError: If it does not ask for answers.
+        """
+        if self.asking != self.silent:
+            raise ModelError("the chat template does not ask for answers, so that it cannot be exported", "use plain")
+        text = "".join(f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in self.options.items())
+        text += self.source
+        # White space more is part of the answer, and written by the template anyway.
+        others = [other for other in self.replaced if other.removeprefix(self.asking).strip()]
+        if not others:
+            return text
+        longer = [other for other in others if self.asking not in other]  # Else it would be made longer twice.
+        filters = "".join(f" | replace({json.dumps(self.asking)}, {json.dumps(other)})" for other in longer)
+        filters += "".join(f" | replace({json.dumps(other)}, {json.dumps(self.asking)})" for other in others)
+        return f"{{%- set written -%}}{text}{{%- endset -%}}{{{{- written{filters} -}}}}"
 
     def _before_answers(self) -> tuple[str, str]:
         """What stands between a question and its answer: to ask for it, and in the history."""

@@ -82,9 +82,7 @@ class Encoder:
         self.joins = tokenizer.is_fast and self._names("x")[0].startswith(MARKER)
         if self.joins:
             self._special = {
-                token.content: (number, token)
-                for number, token in tokenizer.added_tokens_decoder.items()
-                if token.special
+                token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
             }
             self._splitting = re.compile(
                 "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
@@ -108,6 +106,14 @@ class Encoder:
         """
         found = self._joined(pieces, begun) if self.joins else (part for piece in pieces for part in self._alone(piece))
         return [part for part in found if part.ids or part.span]
+
+    def after(self, text: str, template: str) -> tuple[int, ...]:
+        """Token ids of a template's text that stands after another text."""
+        if not self.joins:
+            return tuple(number for part in self.parts([Piece(template, template=True)]) for number in part.ids)
+        pieces = [Piece(text), Piece(template, template=True)]
+        first = sum(len(part.ids) for part in self.parts(pieces[:1]))
+        return tuple(number for part in self.parts(pieces) for number in part.ids)[first:]
 
     def _alone(self, piece: Piece) -> list[Part]:
         if piece.span:
@@ -153,37 +159,53 @@ class Encoder:
     def _joined(self, pieces: Sequence[Piece], begun: bool) -> Iterator[Part]:
         """Texts between special tokens and features are encoded together."""
         run: list[Piece] = []
+        strips = False  # Whether the last special token takes the white space after it.
         for piece in pieces:
             if piece.span:
                 yield from self._run(run, begun)
                 yield Part(span=piece.span)
-                run, begun = [], True
+                run, begun, strips = [], True, False
                 continue
             for text, token in self._split(piece) if piece.template else [(piece.text, None)]:
-                run.append(replace(piece, text=text, ids=() if piece.template else piece.ids))
+                left = text.lstrip() if strips and not piece.words else text
+                strips = strips and not left
+                run.append(replace(piece, text=left, ids=() if piece.template else piece.ids))
                 if token is not None:
-                    yield from self._run(run, begun)
+                    yield from self._run(self._ended(run, token), begun)
                     yield Part((token,), piece.supervised)
-                    run, begun = [], True
+                    run, begun, strips = [], True, self._takes_space(token)
             if piece.ids:
                 if piece.template:
                     run.append(Piece(ids=piece.ids, supervised=piece.supervised))
-                yield from self._run(run, begun)
+                yield from self._run(self._ended(run, piece.ids[0]), begun)
+                strips = self._takes_space(piece.ids[-1])
                 # The text after the token that begins a sequence is its first, and a later one after any other.
                 run, begun = [], begun or bool(run[0].text) or piece.ids != (self.tokenizer.bos_token_id,)
         yield from self._run(run, begun)
 
+    def _takes_space(self, number: int) -> bool:
+        token = self.tokenizer.added_tokens_decoder.get(number)
+        return token is not None and bool(token.rstrip)
+
+    def _ended(self, run: list[Piece], number: int) -> list[Piece]:
+        """Pieces before a special token, without the white space that it takes."""
+        token = self.tokenizer.added_tokens_decoder.get(number)
+        if token is None or not token.lstrip:
+            return run
+        kept = list(run)
+        for place in range(len(kept) - 1, -1, -1):
+            kept[place] = replace(kept[place], text=kept[place].text.rstrip())
+            if kept[place].text:
+                break
+        return kept
+
     def _split(self, piece: Piece) -> Iterator[tuple[str, int | None]]:
         """Texts, each with the special token that follows it; the last one without."""
-        done, strips = 0, False
+        done = 0
         for found in self._splitting.finditer(piece.text):
-            number, token = self._special[found.group()]
-            text = piece.text[done : found.start()]
-            text = text.lstrip() if strips else text
-            yield text.rstrip() if token.lstrip else text, number
-            done, strips = found.end(), token.rstrip
-        text = piece.text[done:]
-        yield text.lstrip() if strips else text, None
+            yield piece.text[done : found.start()], self._special[found.group()]
+            done = found.end()
+        yield piece.text[done:], None
 
     def _run(self, run: Sequence[Piece], begun: bool) -> Iterator[Part]:
         """Parts of pieces that are encoded together; a token belongs to the piece that its last character is of.

@@ -87,8 +87,7 @@ class Prompt:
         text = "" if self.template is None else self.template.after_answer(self._special_tokens)
         if not text:
             return (self.tokenizer.eos_token_id,), ""
-        after = self.encoder.parts([Piece(text, template=True)], begun=True)
-        return tuple(number for part in after for number in part.ids), text
+        return self.encoder.after("x", text), text
 
     def _special_tokens(self, text: str) -> tuple[str, ...]:
         """The special tokens that a template's text spells, in order."""
@@ -181,6 +180,13 @@ class Prompt:
                 gap = "" if at_once or self.style == "plain" else " " if question else "\n"
                 yield Piece(gap + answer, (self.tokenizer.eos_token_id,), supervised=True)
 
+    def _answer(self, answer: str) -> Piece:
+        """An answer with what the chat template writes after it."""
+        if not self.encoder.joins:
+            return Piece(answer, self.end, supervised=True)
+        token = str(self.tokenizer.convert_ids_to_tokens(self.end[-1]))
+        return Piece(answer + self._end_text.removesuffix(token), self.end[-1:], supervised=True)
+
     def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[Piece]:
         """A question on its line; nothing where there is none."""
         if not question:
@@ -220,7 +226,7 @@ class Prompt:
             if question:
                 places.append((QUESTION.format(i), question_pieces(question, audio)))
             if answer is not None:
-                places.append((ANSWER.format(i), [Piece(answer, self.end, supervised=True)]))
+                places.append((ANSWER.format(i), [self._answer(answer)]))
         for marker, inner in places:
             before, there, text = text.partition(marker)
             if not there:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,36 @@ def test_a_conversation_is_saved_and_gone_on_with(talk: Talk, photo: Path, tmp_p
         with pytest.raises(MmphiError):
             said(again, line)
     assert again.messages == before
+
+
+def test_what_is_taken_back_and_loaded_keeps_the_system_text(talk: Talk, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+
+    def load(*messages: tuple[str, str | None]) -> None:
+        path.write_text(json.dumps([{"role": role, "content": text} for role, text in messages]))
+        said(talk, f"/load {path}")
+
+    load(("system", "Be short."), ("assistant", "Welcome"))
+    assert "nothing" in said(talk, "/undo")
+    assert len(talk.messages) == 2
+    load(("user", "one"), ("user", "two"), ("assistant", None))
+    assert talk.messages[0] == {"role": "system", "content": "Be short."}  # The file has none of its own.
+    said(talk, f"/save {path}")
+    said(talk, "/undo")
+    assert [message["role"] for message in talk.messages] == ["system"]
+    load(("developer", "Be long."), ("user", "one"), ("assistant", "two"))
+    assert talk.messages[0]["content"] == "Be long."
+
+
+def test_bytes_that_are_no_text_end_no_conversation(
+    talk: Talk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mmphi.load", lambda *_, **__: talk.model)
+    monkeypatch.setattr("mmphi.assistant.choice.named", lambda name: (name, "a model"))
+    typed = io.TextIOWrapper(io.BytesIO(b"hello \xff\nand then?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert chat.main(["--model", "x", "--max-tokens", "4"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(talk: Talk) -> None:

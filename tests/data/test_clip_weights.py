@@ -43,6 +43,28 @@ def test_what_all_tags_of_an_architecture_have_is_taken(file: str, model: str, e
     assert changed(given, prepared_for(given)) == expected
 
 
+def test_names_with_a_slash_are_those_with_a_dash(file: str) -> None:
+    given = VisionSettings(model="ViT-B/16-SigLIP", pretrained=file)
+    assert changed(given, prepared_for(given)) == {"mean": HALF, "std": HALF, "resize": "squash"}
+    with pytest.raises(ModelError, match=r"quick_gelu"):
+        prepared_for(VisionSettings(model="ViT-B/32", pretrained=file))
+
+
+def test_a_folder_that_is_called_like_a_tag_is_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()
+    given = VisionSettings(model="ViT-B-32", pretrained="openai")
+    assert prepared_for(given) == given
+    with pytest.raises(ModelError, match="none of"):
+        prepared_for(VisionSettings(model="ViT-B-32", pretrained=str(tmp_path / "openai")))
+    (tmp_path / "wrong.json").write_text("{")
+    for name in ("missing.json", "wrong.json"):
+        with pytest.raises(ModelError, match="is no configuration of open_clip"):
+            prepared_for(VisionSettings(model=str(tmp_path / name), pretrained=file))
+
+
 def test_where_tags_differ_the_choices_are_listed(file: str) -> None:
     given = VisionSettings(model="ViT-B-32", pretrained=file)
     with pytest.raises(ModelError) as caught:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from sources import captions, settings
 
-from mmphi.data.duplicates import NEAR, difference_hash, joined, pictures
+from mmphi.data.duplicates import Look, difference_hash, joined, look_of, pictures
 from mmphi.data.read import read_examples
 
 COUNT = 30
@@ -80,30 +81,68 @@ def test_an_unreadable_file_is_a_picture_of_its_own(folder: Path) -> None:
     assert found[paths[2]] == found[paths[3]]
 
 
-def test_hashes_are_grouped_as_every_pair_compared() -> None:
+def test_every_near_duplicate_is_found_and_groups_are_not_chained() -> None:
     """Against all pairs, of hashes in clusters of a few changed bits."""
     rng = np.random.default_rng(0)
-    hashes: dict[str, int] = {}
+    looks: dict[str, Look] = {}
     for cluster in range(40):
         middle = int(rng.integers(0, 2**63))
-        for member in range(5):
+        for member in range(6):
             bits = middle
             for place in rng.choice(64, rng.integers(0, 5), replace=False):
                 bits ^= 1 << int(place)
-            hashes[f"{cluster}/{member}"] = bits
-    expected = {name: name for name in hashes}
-    changed = True
-    while changed:
-        changed = False
-        for a, x in hashes.items():
-            for b, y in hashes.items():
-                if (x ^ y).bit_count() <= NEAR and expected[a] != expected[b]:
-                    expected[a] = expected[b] = min(expected[a], expected[b])
-                    changed = True
-    found = joined(hashes)
-    assert {(a, b) for a in hashes for b in hashes if found[a] == found[b]} == {
-        (a, b) for a in hashes for b in hashes if expected[a] == expected[b]
+            looks[f"{cluster}/{member}"] = Look(bits, bytes(48))
+    found, firsts = joined(looks), list[str]()
+    for name, look in looks.items():
+        near = [other for other in firsts if look.near(looks[other])]
+        assert (found[name] in near) if near else (found[name] == name)
+        firsts += [] if near else [name]
+    assert len(firsts) < len(looks) / 2
+
+
+def test_pictures_of_little_are_told_apart() -> None:
+    """Drawings on a white ground have hardly a bit in their hash, and those that have differ in colour."""
+    drawn = {}
+    for number in range(30):
+        image = Image.new("RGB", (112, 112), "white")
+        left, top = (int(n) for n in np.random.default_rng(number).integers(0, 80, 2))
+        ImageDraw.Draw(image).ellipse((left, top, left + 25, top + 25), fill="red")
+        drawn[str(number)] = look_of(image)
+    assert joined(drawn) == {name: name for name in drawn}
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (32, 16)))
+    black = Image.new("L", stripes.size)
+    looks = {
+        "red": look_of(Image.merge("RGB", (stripes, black, black))),
+        "red again": look_of(Image.merge("RGB", (stripes, black, black))),
+        "blue": look_of(Image.merge("RGB", (black, black, stripes))),
     }
+    assert looks["red"].bits == looks["red again"].bits
+    assert joined(looks)["blue"] == "blue"
+
+
+def test_pictures_that_share_an_example_leak_nowhere(folder: Path) -> None:
+    """Rows of two images that overlap: a picture that is held out is in no training row."""
+    rows = [
+        {
+            "image": [f"{i}.png", f"{i + 1}.png"],
+            "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "x"}],
+        }
+        for i in range(COUNT - 1)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    source = {"kind": "llava", "path": str(folder / "rows.json")}
+    examples, report = read_examples(settings(folder, source, validation_images=2, test_images=4), None)
+    of = {
+        split: {i.path.name for e in examples if e.split == split for i in e.images}
+        for split in ("train", "validation", "test")
+    }
+    assert not of["train"] & of["test"]
+    assert not of["train"] & of["validation"]
+    assert not of["validation"] & of["test"]
+    assert all(of.values())
+    left_out = sum(count for (_, text), count in report.notes.items() if "left out" in text)
+    assert len(examples) + left_out == len(rows)
+    assert report.kept.total() == len(examples)
 
 
 def test_the_hash_follows_brightness_from_left_to_right() -> None:

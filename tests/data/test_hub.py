@@ -92,6 +92,28 @@ def test_bytes_are_read_and_written_once(tmp_path, monkeypatch):
     assert len(read(tmp_path / "other")[0]) == 11
 
 
+def test_a_dataset_that_a_function_makes_again_is_another(tmp_path):
+    """Its fingerprint is that of the function, whatever the function yields."""
+    folder = photos(tmp_path / "photos", 3)
+
+    def rows():
+        for i in range(3):
+            yield {"image": {"bytes": (folder / f"{i}.png").read_bytes(), "path": None}, "caption": "a thing"}
+
+    def saved() -> list[bytes]:
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        shutil.rmtree(tmp_path / "made", ignore_errors=True)
+        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+        made = datasets.Dataset.from_generator(rows, features=features, cache_dir=str(tmp_path / "made"))
+        made.save_to_disk(str(tmp_path / "set"))
+        return [example.images[0].path.read_bytes() for example in read(tmp_path / "set")[0]]
+
+    first = saved()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (0, 0, 200 + i)).save(folder / f"{i}.png")
+    assert saved() == [(folder / f"{i}.png").read_bytes() for i in range(3)] != first
+
+
 def test_columns_of_several_captions_and_rows_without(tmp_path):
     image = str(photos(tmp_path / "stored") / "0.png")
     rows = {"image": [image, image, None, image], "texts": [["a", " b "], [], ["c"], ["", "d"]]}

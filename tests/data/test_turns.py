@@ -113,6 +113,38 @@ def test_rows_that_would_lose_something_are_dropped(folder: Path) -> None:
     }
 
 
+def test_images_stay_with_their_questions(folder: Path) -> None:
+    """What is left out takes its images along, and an image is never shown before what comes earlier."""
+    shown = [{"type": "image", "image": "1.png"}, {"type": "text", "text": "what is it?"}]
+    rows = [
+        chat(("user", "hi"), ("assistant", "hello"), ("user", shown)),
+        {"images": ["0.png", "1.png"], **chat(("user", "q"), ("assistant", "x"), ("user", "<image><image> compare"))},
+        {"images": ["0.png", "1.png"], **chat(("user", "<image>q"), ("assistant", "x"), ("user", "<image> what?"))},
+        {
+            "images": ["0.png", "1.png"],
+            **chat(("user", "<image>q"), ("assistant", "x"), ("user", "<image>"), ("assistant", "y")),
+        },
+        {"images": ["0.png", "1.png"], **chat(("user", "compare"), ("assistant", "x"))},
+        chat(("user", "draw"), ("assistant", shown)),
+        {"images": ["0.png"], **chat(("user", "draw"), ("assistant", "<image>"))},
+        {"images": ["0.png"], **chat(("user", shown), ("assistant", "x"))},
+    ]
+    examples, report = read(folder, *rows)
+    found = [([image.path.stem for image in e.images], [turn.question for turn in e.turns]) for e in examples]
+    assert found == [
+        ([], ["hi"]),
+        ([], ["q"]),
+        (["0"], ["q"]),
+        (["0", "1"], ["<image>q", "<image>"]),
+        (["0", "1"], ["compare"]),
+    ]
+    assert [each.reason for each in report.dropped] == [
+        "an image in an answer",
+        "an image in an answer",
+        "images are named by the row and by its messages",
+    ]
+
+
 def test_the_word_in_a_text_of_a_row_without_image_stays(folder: Path) -> None:
     (example,), _ = read(folder, chat(("user", "what does <image> mean in HTML?"), ("assistant", "nothing")))
     assert example.turns == (Turn("what does <image> mean in HTML?", "nothing"),)
@@ -143,6 +175,13 @@ def test_columns_of_captions_may_be_divided_otherwise(folder: Path, delimiter: s
         path.write_text(text, encoding=encoding)
         (example,), _ = read_examples(settings(folder, {"kind": "captions", "path": str(path)}), None)
         assert example.turns == (Turn("", "a dog"),)
+
+
+@pytest.mark.parametrize("name", ["é" * 120 + ".jpg", "가" * 60 + ".jpg"])
+def test_a_name_that_is_too_long_in_another_form_is_a_missing_image(folder: Path, name: str) -> None:
+    examples, report = read(folder, {"image": name, **chat(("user", "what?"), ("assistant", "a thing"))})
+    assert examples == []
+    assert [each.reason for each in report.dropped] == ["missing image"]
 
 
 def test_file_names_in_another_unicode_form_are_found(folder: Path) -> None:

@@ -72,6 +72,28 @@ def test_same_store_same_bytes(empty_store: str, tmp_path: Path) -> None:
     assert len(one) > 8
 
 
+def test_a_later_evaluation_changes_nothing(empty_store: str) -> None:
+    """Another study, or a person, measures the same model with other settings, and its run shows that."""
+    store = Store()
+    record("judged", seeds=2)
+    evaluations = [trial("none", "", seed, {"test/loss": 1.0 + seed}) for seed in range(2)]
+    trials = [
+        trial("judged", "2 layers", seed, {"test/loss": 9.0, "val/loss": 0.5}, tags={"mmphi.judged_by": evaluation})
+        for seed, evaluation in enumerate(evaluations)
+    ]
+    store.client.set_tag(trials[0], "mmphi.not_finite", "test/loss = nan at step 0")  # Of the later evaluation.
+    data = load_study(store, "judged")
+    assert data.values("test/loss")["2 layers"] == {0: 1.0, 1: 2.0}
+    assert data.results()["2 layers"][0].metrics["val/loss"] == 0.5
+    assert data.failed() == []
+    store.client.set_tag(evaluations[0], "mmphi.not_finite", "test/loss = nan at step 0")
+    store.client.delete_run(evaluations[1])
+    data = load_study(store, "judged")
+    assert data.values("test/loss")["2 layers"] == {}
+    assert [trial.reason for trial in data.failed()] == ["test/loss = nan at step 0"]
+    assert "was deleted" in data.trials[1].reason
+
+
 def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path: Path) -> None:
     run_id = record("gaps", seeds=3)
     for seed in range(3):

@@ -25,6 +25,8 @@ QWEN3 = (
     "{% if add_generation_prompt %}" + OPEN + "assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# The same without a way to turn thoughts off.
+THINKING = QWEN3.replace("enable_thinking is defined and enable_thinking is false", "false")
 # DeepSeek-R1's distilled models: thoughts are opened to ask, and are not part of the history.
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|User|>{{ m['content'] }}"
@@ -39,7 +41,15 @@ MISTRAL = (
 # Zephyr's older relatives: no way to ask for an answer.
 SILENT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 DATED = "{{ strftime_now('%d %b %Y') }} ({{ strftime_now(\"%Y\") }})\n" + CHATML
-TEMPLATES = {"chatml": CHATML, "qwen3": QWEN3, "r1": R1, "mistral": MISTRAL, "silent": SILENT, "dated": DATED}
+TEMPLATES = {
+    "thinking": THINKING,
+    "chatml": CHATML,
+    "qwen3": QWEN3,
+    "r1": R1,
+    "mistral": MISTRAL,
+    "silent": SILENT,
+    "dated": DATED,
+}
 TURNS: list[tuple[str, str | None]] = [("what is it?", "a dog"), ("where?", "in the snow"), ("and?", "no more")]
 
 
@@ -91,14 +101,24 @@ def test_todays_date_is_not_part_of_a_prompt() -> None:
     assert text.startswith(f"{TODAY:%d %b %Y} ({TODAY:%Y})\n")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "dated"])
-def test_an_export_writes_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "thinking", "r1", "mistral", "dated"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_export_writes_the_same(name: str, count: int) -> None:
     tokenizer = tokenizer_with(TEMPLATES[name])
     prompt = Prompt(tokenizer)
-    expected = tokenizer.decode(ids(prompt, [("what is it?", None)]))
+    turns = [*TURNS[: count - 1], (TURNS[count - 1][0], None)]
+    expected = tokenizer.decode(ids(prompt, turns))
     tokenizer.chat_template = llava_template(prompt)
-    messages = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}]}]
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages += [] if answer is None else [{"role": "assistant", "content": answer}]
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+
+
+def test_a_template_that_cannot_ask_is_not_exported() -> None:
+    with pytest.raises(ModelError, match="does not ask for answers"):
+        llava_template(Prompt(tokenizer_with(SILENT)))
 
 
 def test_a_template_that_drops_answers_is_refused() -> None:

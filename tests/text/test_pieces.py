@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from test_chat_template import MISTRAL, SILENT, TURNS
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mmphi.text.pieces import Encoder, Piece
@@ -61,6 +61,35 @@ def test_a_chat_has_the_tokens_of_its_text(kind: str) -> None:
     assert prompt.encoder.joins
     assert ids(prompt, TURNS) == expected
     assert ids(prompt, [*TURNS[:2], ("and?", None)]) == expected[: len(ids(prompt, [*TURNS[:2], ("and?", None)]))]
+
+
+# Llama 2: a space before the token that ends an answer.
+LLAMA2 = MISTRAL.replace("{{ m['content'] }}{{ eos_token }}", "{{ m['content'] }} {{ eos_token }}")
+# Phi-3: tokens that take the white space after them.
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [LLAMA2, PHI3])
+@pytest.mark.parametrize("side", ["rstrip", "lstrip"])
+def test_ends_of_answers_have_the_tokens_of_the_text(kind: str, template: str, side: str) -> None:
+    tokenizer = sentencepiece(kind)
+    if template is PHI3:
+        tokens = [AddedToken(f"<|{name}|>", special=True, **{side: True}) for name in ("user", "assistant", "end")]
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = template
+    text = tokenizer.apply_chat_template(messages(TURNS), tokenize=False)
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = Prompt(tokenizer)
+    found = ids(prompt, TURNS)
+    assert found == expected[: len(found)]
+    assert text_of(tokenizer, expected[len(found) :]).strip() == ""
+    asked = ids(prompt, [*TURNS[:2], ("and?", None)])
+    assert found[: len(asked)] == asked
+    assert found[-len(prompt.end) :] == list(prompt.end)
 
 
 @pytest.mark.parametrize("kind", KINDS)
