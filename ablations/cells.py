@@ -31,7 +31,8 @@ class Cell:
     @property
     def name(self) -> str:
         """What it is found by; of one name there is one result."""
-        values = ", ".join(f"{k}={v!r}" for k, v in sorted(self.nuisance.items())) if self.phase == "tuning" else ""
+        # Without the quotes of a text, which a filter of MLflow cannot hold.
+        values = ", ".join(f"{k}={v}" for k, v in sorted(self.nuisance.items())) if self.phase == "tuning" else ""
         return "/".join(filter(None, (self.phase, self.level, str(self.number), values)))
 
 

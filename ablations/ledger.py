@@ -17,6 +17,7 @@ from typing import Any, Literal
 import optuna
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
@@ -177,9 +178,13 @@ class Ledger:
         return ended or any(cell_of(t).name == name for t in earlier)
 
     def tell(self, trial: optuna.trial.Trial, values: Sequence[float], run_id: str) -> None:
-        """Record a result."""
-        self.storage.set_trial_user_attr(trial._trial_id, "run_id", run_id)
-        self.study.tell(trial, list(values))
+        """Record a result.
+
+        Where this driver was silent for so long that another one failed the trial, the cell is asked for again. Its run
+        is found in MLflow then, and nothing is trained twice.
+        """
+        self._note(trial, run_id=run_id)
+        self.study.tell(trial, list(values), skip_if_finished=True)
         self.mine.pop(trial.number, None)
 
     def fail(self, trial: optuna.trial.Trial, reason: str, *, final: bool, died: bool = False) -> None:
@@ -192,14 +197,19 @@ class Ledger:
             died: Whether the worker died over it.
         """
         if died:
-            self.storage.set_trial_user_attr(trial._trial_id, "died", True)
+            self._note(trial, died=True)
         self._fail(trial, reason, final=final)
         self.mine.pop(trial.number, None)
 
     def _fail(self, trial: Any, reason: str, *, final: bool) -> None:
-        self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-        self.storage.set_trial_user_attr(trial._trial_id, "final", final)
-        self.study.tell(trial.number, state=TrialState.FAIL)
+        self._note(trial, reason=reason, final=final)
+        self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _note(self, trial: Any, **values: Any) -> None:
+        """Write attributes of a trial, unless another driver ended it."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            for name, value in values.items():
+                self.storage.set_trial_user_attr(trial._trial_id, name, value)
 
     def beat(self) -> None:
         """Show that this driver lives, and fail the trials of drivers that do not."""

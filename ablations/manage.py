@@ -114,7 +114,12 @@ def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int 
             )
         check_name(level)
         value = level_value(plan.study, level, typed) if equals else plan.study.levels[level]
-        changed(plan.study, [record_change(level, value)]).study.settings(level)  # Refuses what cannot be set.
+        asked = changed(plan.study, [record_change(level, value)]).study.settings(level)  # Refuses what cannot be set.
+        if level in plan.study.levels and asked != plan.study.settings(level):
+            raise SettingsError(
+                f"the level {level!r} is {json.dumps(plan.study.levels[level])} already, and its results are of that",
+                f"give the new value a name of its own: --add '{level} (2)={typed}'",
+            )
         record.change("add", level, value)
         print(f"{level}: {json.dumps(value)} goes on with the others")
     if seeds is not None:

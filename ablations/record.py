@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from mmphi.errors import SettingsError, StoreError
+from mmphi.settings.fields import field_of
+from mmphi.stages import Settings
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -68,20 +73,15 @@ class Record:
         Raises:
             SettingsError: If the study was begun as something else; says in what it differs.
         """
-        known = cls.find(store, name)
-        if known is None:
-            told = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
-            tracker = store.begin(f"study {name}", {RECORD: name, **told}, run)
-            tracker.text(DECLARATION, json.dumps(declaration, indent=1))
-            from mmphi.pipeline.lineage import code, hardware, packages
-
-            tracker.text("packages.txt", packages())
-            tags, diff = code()
-            tracker.tags({**tags, **hardware()})
-            if diff:
-                tracker.text("uncommitted.diff", diff)
-            return cls(store, name, store.run(tracker.run_id))
-        different = differences(known.declaration(), declaration)
+        with FileLock(store.locks / f"study-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
+            known = cls.find(store, name)
+            if known is None:
+                begun = cls._begun(store, name, declaration, run, command)
+                known = cls.find(store, name)
+                if begun is not None:
+                    return begun
+        assert known is not None
+        different = differences(*without_new_settings(known.declaration(), declaration))
         if different:
             raise SettingsError(
                 f"the study {name} was begun with other settings: {'; '.join(different)}",
@@ -92,6 +92,27 @@ class Record:
             store.client.set_tag(run, "mmphi.reuses", known.run_id)
         store.client.update_run(known.run_id, status="RUNNING")
         return known
+
+    @classmethod
+    def _begun(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str, command: str) -> Record | None:
+        """A new record; nothing where a driver on another machine began the study a moment earlier."""
+        told = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
+        tracker = store.begin(f"study {name}", {RECORD: name, **told}, run)
+        tracker.text(DECLARATION, json.dumps(declaration, indent=1))
+        others = [each for each in store.search(study_record=name) if each.info.run_id != tracker.run_id]
+        first = min(others, key=lambda each: (each.info.start_time, each.info.run_id), default=None)
+        own = store.run(tracker.run_id)
+        if first and (first.info.start_time, first.info.run_id) < (own.info.start_time, own.info.run_id):
+            store.client.delete_run(tracker.run_id)
+            return None
+        from mmphi.pipeline.lineage import code, hardware, packages
+
+        tracker.text("packages.txt", packages())
+        tags, diff = code()
+        tracker.tags({**tags, **hardware()})
+        if diff:
+            tracker.text("uncommitted.diff", diff)
+        return cls(store, name, own)
 
     def declaration(self) -> dict[str, Any]:
         """What the study was begun as.
@@ -121,6 +142,23 @@ class Record:
     def finish(self, status: str) -> None:
         """Mark its run ``FINISHED``, ``KILLED`` or ``FAILED``."""
         self.store.client.set_terminated(self.run_id, status)
+
+
+def without_new_settings(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Two declarations, the later one without settings that did not exist yet when the study was begun.
+
+    Such a setting counts where it has another value than the one that earlier results were built with.
+    """
+    known = before.get("settings", {})
+
+    def is_new(name: str, value: Any) -> bool:
+        field = field_of(Settings, name)
+        return name not in known and field is not None and value == field.introduced
+
+    settings = {name: value for name, value in after.get("settings", {}).items() if not is_new(name, value)}
+    return before, {**after, "settings": settings} if "settings" in after else after
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 import toy_studies
+from optuna.trial import TrialState
 from toy_studies import STUDY, drive, driver, loss, results
 
-from ablations.cells import chosen
+from ablations.cells import Cell, chosen
 from ablations.driver import TrialError
 from ablations.record import Record
 from mmphi.errors import SettingsError, StoreError
@@ -221,6 +222,7 @@ def test_changes_while_it_runs(empty_store: str) -> None:
         (["--stop", "five"], "there is no level 'five'"),
         (["--stop", "two"], "the baseline"),
         (["--add", "five"], "give it a value"),
+        (["--add", "one=7"], "the level 'one' is 1 already"),
         (["--add", "five=99"], "projector.layers"),
         (["--seeds", "0"], "nothing would be run"),
     ):
@@ -236,6 +238,48 @@ def test_study_begun_as_something_else_is_refused(empty_store: str) -> None:
         driver(replace(STUDY, fixed={"projector.steps": 9}))
     with pytest.raises(SettingsError, match="seeds is 4, was 3"):
         driver(replace(STUDY, seeds=4))
+
+
+def test_a_study_goes_on_where_a_setting_was_introduced_since(empty_store: str) -> None:
+    declared = STUDY.declaration()
+    settings = {name: value for name, value in declared["settings"].items() if name != "vision.quick_gelu"}
+    Record.open(Store(), "toy", declared | {"settings": settings})
+    assert Record.open(Store(), "toy", declared).declaration()["settings"] == settings
+    changed = declared | {"settings": {**declared["settings"], "vision.quick_gelu": "yes"}}
+    with pytest.raises(SettingsError, match=r"settings\.vision\.quick_gelu is yes, was not there"):
+        Record.open(Store(), "toy", changed)
+
+
+def test_two_drivers_that_begin_at_once_share_one_record(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two machines, where no lock of a file holds: neither sees the other's record at first."""
+    first = Record.open(Store(), "toy", STUDY.declaration())
+    find, seen = Record.find, []
+
+    def blind(store: Store, name: str) -> Record | None:
+        seen.append(name)
+        return None if len(seen) == 1 else find(store, name)
+
+    monkeypatch.setattr(Record, "find", blind)
+    assert Record.open(Store(), "toy", STUDY.declaration()).run_id == first.run_id
+    assert [run.info.run_id for run in Store().search(study_record="toy")] == [first.run_id]
+
+
+def test_a_trial_that_another_driver_failed_ends_no_driver(empty_store: str) -> None:
+    made = driver(replace(STUDY, nuisance={}))
+    ledger = made.ledgers["verdict"]
+    taken = [ledger.take(cell, 0) for cell in made.wanted()[:2]]
+    assert all(taken)
+    for trial in taken:
+        ledger.study.tell(trial.number, state=TrialState.FAIL)
+    ledger.tell(taken[0], [1.0], "a run")
+    ledger.fail(taken[1], "its worker died", final=False, died=True)
+    assert ledger.outcomes() == []
+    assert len(made.wanted()) == 9
+
+
+def test_texts_that_are_tuned_have_no_quotes_in_the_names_of_their_cells() -> None:
+    cell = Cell("tuning", "one", 1000, {"projector.optimizer": "muon", "projector.learning_rate": 1e-3})
+    assert cell.name == "tuning/one/1000/projector.learning_rate=0.001, projector.optimizer=muon"
 
 
 def test_second_driver_of_a_study_is_refused(empty_store: str) -> None:
