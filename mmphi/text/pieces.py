@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ MARKER = "\u2581"  # SentencePiece's for a space.
 # A fast tokenizer's `split_special_tokens` is a setting of the object that all threads share: who encodes sets it, and
 # must be alone until the text is encoded.
 _ENCODING = threading.Lock()
+_BACKENDS: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._known: dict[str, tuple[int, ...]] = {}  # Questions and short answers come again and again.
+        # Questions, short answers and what a template writes come again and again; the flag is that of a template.
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self._texts: Any = _texts_backend(tokenizer) if tokenizer.is_fast else None
         self.joins = tokenizer.is_fast and self._names("x")[0].startswith(MARKER)
         if self.joins:
             self._special = {
@@ -87,9 +91,9 @@ class Encoder:
             self._splitting = re.compile(
                 "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
             )
-            rules = json.loads(tokenizer.backend_tokenizer.to_str())
-            self._first = self._later = _backend(rules)
+            self._first = self._later = self._texts
             if self._marks_first_alone():
+                rules = json.loads(tokenizer.backend_tokenizer.to_str())
                 _without_marker(rules)
                 self._later = _backend(rules)
 
@@ -120,33 +124,32 @@ class Encoder:
             return [Part(span=piece.span)]
         if piece.words:
             return self._with_words(piece)
-        if piece.template:
-            with _ENCODING:
-                ids = tuple(self.tokenizer(piece.text, add_special_tokens=False)["input_ids"]) if piece.text else ()
-        else:
-            ids = self._encoded(piece.text)
+        ids = self._encoded(piece.text, piece.template)
         return [Part((*ids, *piece.ids), piece.supervised)]
 
-    def _encoded(self, text: str) -> tuple[int, ...]:
+    def _encoded(self, text: str, template: bool) -> tuple[int, ...]:
         if not text:
             return ()
-        if (known := self._known.get(text)) is not None:
+        if (known := self._known.get((text, template))) is not None:
             return known
-        with _ENCODING:
-            ids = tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        ids = self._ids(text, template)
         if len(text) <= REMEMBERED and len(self._known) < MOST_REMEMBERED:
-            self._known[text] = ids
+            self._known[text, template] = ids
         return ids
+
+    def _ids(self, text: str, template: bool) -> tuple[int, ...]:
+        """Token ids of a text; what transformers' tokenizer adds to its backend takes half of the time."""
+        if self._texts is not None and not template:
+            return tuple(self._texts.encode(text, add_special_tokens=False).ids)
+        with _ENCODING:
+            return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"])
 
     def _with_words(self, piece: Piece) -> list[Part]:
         """The text is encoded as a whole, so that its tokens do not depend on which of its words are a transcript's."""
-        if not self.tokenizer.is_fast:
+        if self._texts is None:
             raise ModelError("this tokenizer does not say which characters a token is of", "use one that is fast")
-        with _ENCODING:
-            encoded = self.tokenizer(
-                piece.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-            )
-        ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
+        encoded = self._texts.encode(piece.text, add_special_tokens=False)
+        ids, offsets = tuple(encoded.ids), encoded.offsets
         parts, done = [], 0
         for start, end in piece.words:
             inside = [i for i, (a, b) in enumerate(offsets) if i >= done and a < end and start < b]
@@ -245,6 +248,15 @@ def _until(
     while last < len(tokens) and (tokens[last][1][0] < end if inside else tokens[last][1][1] <= end):
         last += 1
     return tuple(number for number, _ in tokens[done:last]), last
+
+
+def _texts_backend(tokenizer: Any) -> Any:
+    """A backend to which special tokens are text, made once for every tokenizer: it takes some 0.3 s."""
+    size, made = _BACKENDS.get(tokenizer, (0, None))
+    if made is None or size != len(tokenizer):
+        made = _backend(json.loads(tokenizer.backend_tokenizer.to_str()))
+        _BACKENDS[tokenizer] = len(tokenizer), made
+    return made
 
 
 def _backend(rules: dict[str, Any]) -> Any:
