@@ -91,7 +91,8 @@ class Encoder:
             self._splitting = re.compile(
                 "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
             )
-            self._first = self._later = self._texts
+            self._first: Any = self._texts
+            self._later: Any = self._texts
             if self._marks_first_alone():
                 rules = json.loads(tokenizer.backend_tokenizer.to_str())
                 _without_marker(rules)
