@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from mmphi.errors import SettingsError
+from mmphi.settings import yaml12
 from mmphi.settings.declare import Section
 from mmphi.settings.fields import Field, all_fields, canonical, field_of
 from mmphi.settings.messages import unknown
@@ -92,13 +93,23 @@ def _index(items: list[Any], part: str, name: str, fresh: Any) -> int:
 def parsed(typed: str, field: Field) -> Any:
     """A list from YAML or JSON; anything else stays as typed, for its type to make sense of.
 
+    A list of one item may be typed as that item: a path, with whatever letters it has.
+
     Raises:
-        SettingsError: If a list is malformed.
+        SettingsError: If a list is malformed or empty.
     """
     if field.kind != "list":
         return typed
+    if not typed.strip():
+        raise SettingsError(f"{field.name} = {typed!r} names nothing", "write a list: '[a, b]'; '[]' is an empty one")
+    if not typed.lstrip().startswith(("[", "{", "- ")):
+        try:
+            alone = yaml12.plain(yaml12.load(typed))
+        except yaml.YAMLError:
+            alone = typed
+        return [alone if isinstance(alone, int | float) else typed]
     try:
-        value = yaml.safe_load(typed)
+        value = yaml12.plain(yaml12.load(typed))
     except yaml.YAMLError as error:
         where = str(error).replace("\n", " ")
         raise SettingsError(f"{field.name} = {typed!r} cannot be read: {where}", "write a list: '[a, b]'") from error

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from mmphi.errors import SettingsError
+from mmphi.settings import yaml12
 from mmphi.settings.declare import Section
 from mmphi.settings.fields import field_of, leaves
 from mmphi.settings.messages import explained, nearest
@@ -90,7 +91,7 @@ def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str,
         circle = " -> ".join(p.name for p in (*above, path))
         raise SettingsError(f"{path} extends itself: {circle}", "take one `extends` out")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml12.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path} cannot be read: {error}", "mend the YAML there") from error
     if not isinstance(content or {}, dict):
@@ -100,7 +101,12 @@ def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str,
     content = {"name": path.stem, **_nested(content or {})}
     parent = content.pop("extends", None)
     for name, value in list(leaves(content)):
-        _put(content, name, _from_file(root, name, value, path.parent))
+        if value is None and name.rpartition(".")[2].isdigit():
+            raise SettingsError(f"{path}: {name} is empty", "write a value, or take the item out")
+        if value is None:  # `projector:` with nothing below it, `name:` with nothing after it: as it is inherited.
+            _drop(content, name)
+        else:
+            _put(content, name, _from_file(root, name, value, path.parent))
     return _merge(_read(root, _find(str(parent), path.parent), (*above, path)), content) if parent else content
 
 
@@ -130,15 +136,21 @@ def _put(content: Any, name: str, value: Any) -> None:
     content[int(last) if isinstance(content, list) else last] = value
 
 
+def _drop(content: dict[str, Any], name: str) -> None:
+    *parents, last = name.split(".")
+    place: Any = content
+    for part in parents:
+        place = place[int(part)] if isinstance(place, list) else place[part]
+    del place[last]
+
+
 def _from_file(root: type[Section], name: str, value: Any, folder: Path) -> Any:
     """What YAML made of a value, made what was meant: texts that look like numbers, paths beside the file."""
     field = field_of(root, name)
-    if value is None:  # `projector:` with nothing below it, `name:` with nothing after it.
-        return {} if field is None else field.default
-    if field is None or (field.kind != "str" and not field.file):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+    if field is None or (field.kind not in ("str", "choice") and not field.file):
+        return yaml12.plain(value)
+    if isinstance(value, yaml12.WrittenInt | yaml12.WrittenFloat):
+        return value.text
     if not isinstance(value, str) or not value or value.startswith(("${", "~", "/")):
         return value
     return str(folder / value) if field.file and _is_path(field.file, value, folder) else value
