@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
 LABEL_CHARACTERS = 80
+FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # In any case of letters.
 # Commands that read their own options; imported when they are called.
 OWN = {
     "ask": "mmphi.assistant.ask:main",
@@ -202,12 +203,13 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         key, equals, value = word.partition("=")
         key = {"-h": "--help"}.get(key, key).replace("-", "_")
         if not key.startswith("__") or not key.strip("_"):
-            raise SettingsError(f"{word!r} stands alone", "settings are given as --key value")
+            hint = f"write --{word}" if equals else "settings are given as --key value"
+            raise SettingsError(f"{word!r} stands alone", hint)
         key = key.removeprefix("__")
         flag = key in ("force", "no_build", "help")
         if not equals:
             if flag:
-                value = words.pop(0) if words and words[0] in ("true", "false") else "true"
+                value = words.pop(0) if words and words[0].lower() in FLAGS else "true"
             elif not words or words[0].startswith("--"):
                 if key == "preset":
                     raise SettingsError("--preset has no value", "give one: --preset tiny")
@@ -216,10 +218,10 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
                 value = words.pop(0)
         if not flag:
             (options if key == "preset" else overrides)[key] = value
-        elif value not in ("true", "false"):
+        elif value.lower() not in FLAGS:
             raise SettingsError(f"{word}: {value!r} is neither true nor false", f"give {word.partition('=')[0]} alone")
-        elif value == "true":
-            options[key] = value
+        elif FLAGS[value.lower()]:
+            options[key] = "true"
         else:
             options.pop(key, None)
     return options, overrides

@@ -93,3 +93,24 @@ def test_status_draws_the_graph(empty_store, capsys):
     assert "finished  run " in out
     assert "missing   would take" in out
     assert out.index("evaluate") < out.index("projector") < out.index("embed")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--force", "True"], {"force": "true"}),
+        (["--force=YES", "--no-build", "no"], {"force": "true"}),
+        (["--force", "0"], {}),
+        (["--force"], {"force": "true"}),
+    ],
+)
+def test_flags_are_true_or_false_in_any_spelling(words: list[str], expected: dict[str, str]) -> None:
+    assert parse(words) == (expected, {})
+
+
+def test_numbers_in_other_spellings_are_understood_in_hints() -> None:
+    for name, typed, hint in (("steps", "1,600", "1600"), ("steps", "2.4e3", "2400"), ("learning_rate", "0,5", "0.5")):
+        with pytest.raises(SettingsError, match=f"the nearest valid value is {hint}"):
+            load_settings("tiny", {f"projector.{name}": typed})
+    with pytest.raises(SettingsError, match="write --force=True"):
+        parse(["force=True"])

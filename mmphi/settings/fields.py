@@ -56,9 +56,11 @@ class Field:
         """The valid number or choice nearest to a value that is not valid; the default where none is nearer."""
         if self.kind not in ("int", "float"):
             return self.default
+        # 1,600 is a whole number with a mark between its thousands; 1,5 a fraction as many languages write it.
+        typed = str(value).replace(",", "" if self.kind == "int" else ".")
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = float(typed)
+        except ValueError:
             return self.default
         if math.isnan(number):
             return self.default
