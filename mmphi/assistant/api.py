@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,7 +23,7 @@ from mmphi.assistant.metrics import Metrics
 from mmphi.assistant.refusals import Refused, refusal, told
 from mmphi.assistant.reply import Reply
 from mmphi.assistant.request import ChatRequest, request_of
-from mmphi.assistant.worker import Ticket, Worker
+from mmphi.assistant.worker import Left, Ticket, TooSlow, Worker
 from mmphi.errors import MmphiError
 from mmphi.models.chat.messages import Conversation, conversation
 
@@ -124,12 +126,20 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
             asked = await loop.run_in_executor(
                 readers, _read, b"".join([part async for part in request.stream()]), rules
             )
-            said = await loop.run_in_executor(readers if rules.fetch is None else fetchers, _conversation, asked, rules)
-            if await request.is_disconnected():
+            left = threading.Event()
+            leaving = asyncio.create_task(_leaving(request, left))
+            try:
+                with worker.reading():
+                    pool = fetchers if rules.fetch is not None and names_url(asked.messages) else readers
+                    check = partial(_check, left, born, worker.limit_s)
+                    said = await loop.run_in_executor(pool, _conversation, asked, rules, check)
+            finally:
+                leaving.cancel()
+            if left.is_set() or await request.is_disconnected():
                 return Response(status_code=499)
             ticket = Ticket(said, asked.sampling(rules.temperature), tell, born)
             worker.submit(ticket)
-        except ClientDisconnect:
+        except (ClientDisconnect, Left):
             return Response(status_code=499)  # As nginx logs it; nobody gets it.
         except MmphiError as error:
             metrics.refused(error)
@@ -163,13 +173,58 @@ def _read(body: bytes, rules: Rules) -> ChatRequest:
     return asked
 
 
-def _conversation(asked: ChatRequest, rules: Rules) -> Conversation:
+def _conversation(asked: ChatRequest, rules: Rules, check: Callable[[], None]) -> Conversation:
     """Its conversation, with images fetched where that is allowed.
+
+    Args:
+        asked: The request.
+        rules: What is allowed.
+        check: Called before each image is fetched; what it raises ends this.
 
     Raises:
         MessageError: If a message cannot be read.
     """
-    return conversation(asked.messages, files=False, allow=rules.fetch)
+
+    def fetched(url: str) -> bytes:
+        assert rules.fetch is not None
+        check()
+        return rules.fetch(url)
+
+    return conversation(asked.messages, files=False, allow=fetched if rules.fetch is not None else None)
+
+
+def _check(left: threading.Event, born: float, limit_s: float) -> None:
+    """That a request that is read is still wanted, and may still be answered.
+
+    Raises:
+        Left: If its client has left.
+        TooSlow: If its time is over.
+    """
+    if left.is_set():
+        raise Left("nobody waits for the answer")
+    if limit_s and time.monotonic() - born > limit_s:
+        raise TooSlow(f"the answer took more than {limit_s:g} s", "send the images themselves, as data: URIs")
+
+
+def names_url(messages: list[Any]) -> bool:
+    """Whether a message names an image by a URL that has to be fetched."""
+    parts = [
+        part
+        for message in messages
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        for part in message["content"]
+        if isinstance(part, dict)
+    ]
+    urls = [part.get("image_url") for part in parts if part.get("type") in ("image", "image_url")]
+    names = [url.get("url") if isinstance(url, dict) else url for url in urls]
+    return any(isinstance(name, str) and name[:5].lower() != "data:" for name in names)
+
+
+async def _leaving(request: Request, left: threading.Event) -> None:
+    """Note when the client of a request that is read has left."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(LOOK_S)
+    left.set()
 
 
 def _no_model(name: str, rules: Rules) -> Refused:

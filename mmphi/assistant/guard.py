@@ -41,11 +41,12 @@ class Guard:
         if scope["path"].startswith(PROTECTED) and not self._allowed(headers.get(b"authorization", b"")):
             await told(Refused(401, "the key is missing or wrong", "authentication_error"))(scope, receive, send)
             return
-        name = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
-        if self.hosts and not self.key and name not in self.hosts:
-            wrong = Refused(403, f"the host {name[:100]!r} is not served without a key", "permission_error")
-            await told(wrong)(scope, receive, send)
-            return
+        if self.hosts and not self.key:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if _host_name(host) not in self.hosts:
+                wrong = Refused(403, f"the host {host[:100]!r} is not served without a key", "permission_error")
+                await told(wrong)(scope, receive, send)
+                return
         refused = Refused(413, f"the request has more than {self.largest:,} bytes")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.largest:
@@ -72,6 +73,14 @@ class Guard:
 
     def _allowed(self, authorization: bytes) -> bool:
         return not self.key or hmac.compare_digest(authorization.removeprefix(b"Bearer "), self.key.encode())
+
+
+def _host_name(host: str) -> str:
+    """The name in a ``Host``, without the port; empty where it is malformed."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class TimedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # Which of two classes is found at run time.

@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -21,6 +21,9 @@ IDLE_S = 0.5  # How long an idle thread waits before it looks whether it shall s
 STALLED_S = 60.0  # Without a step for longer, the engine counts as stalled: a step takes seconds at most.
 AUDIO_S = 600.0  # Longest recordings of one request, all together, in seconds.
 STOP_S = 5.0  # How long a stop waits for the threads; they are daemons, and do not hold up the end of the process.
+
+
+NOTHING = Conversation("", (("", None),), ((),), ((),))
 
 
 class Full(MmphiError):  # noqa: N818  # As HTTP has it: Too Many Requests.
@@ -105,6 +108,7 @@ class Worker:
         }
         self._ready: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._open: set[Ticket] = set()
+        self._reading = 0
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._stepped = time.monotonic()
         self._decoder = Decoder()
@@ -141,12 +145,12 @@ class Worker:
     @property
     def full(self) -> bool:
         """Whether no more tickets are taken at present."""
-        return len(self._open) >= self.most
+        return self.open >= self.most
 
     @property
     def open(self) -> int:
-        """Tickets that wait or are answered."""
-        return len(self._open)
+        """Tickets that wait or are answered, and requests that are read."""
+        return len(self._open) + self._reading
 
     def check_room(self) -> None:
         """That a ticket would be taken at present.
@@ -155,7 +159,23 @@ class Worker:
             Full: If too many wait.
         """
         if self.full:
-            raise Full(f"{len(self._open)} questions wait for an answer, and no more are taken", "try again soon")
+            raise Full(f"{self.open} questions wait for an answer, and no more are taken", "try again soon")
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count a request that is read, whose images may be fetched meanwhile, as one that waits.
+
+        Raises:
+            Full: If too many wait.
+        """
+        with self._lock:
+            self.check_room()
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
 
     def submit(self, ticket: Ticket) -> None:
         """Take a ticket.
@@ -212,11 +232,12 @@ class Worker:
     def _write_prompt(self, ticket: Ticket) -> None:
         model, check = self.engine.model, partial(self._check, ticket)
         check()
-        check_shown(model, ticket.asked, check)
-        asked = decoded(ticket.asked, self._decoder, self.audio_s, check)
+        given = ticket.asked  # It is let go of when the ticket ends, which may be meanwhile.
+        check_shown(model, given, check)
+        asked = decoded(given, self._decoder, self.audio_s, check)
         own = [audio for turn in asked.audio for audio in turn]
         ticket.heard = [each.said or "" for each in model.inputs(own, check)]
-        prompt, _ = open_prompt(model, asked, self.engine.room(ticket.sampling), checked=True)
+        prompt, _ = open_prompt(model, asked, self.engine.room(ticket.sampling), checked=True, check=check)
         ticket.prompt_tokens = len(prompt)
         ticket._answering = self.engine.answering(prompt, ticket.sampling)
 
@@ -302,6 +323,7 @@ class Worker:
         try:
             self.ended(ticket)
         finally:
+            ticket.asked = NOTHING  # It may wait in a lane for long yet, and would hold all its images there.
             with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
                 ticket.tell(None)
 

@@ -62,6 +62,14 @@ def test_without_the_key_nothing_of_the_body_is_waited_for(address: str) -> None
     assert httpx.get(f"{address}/health").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["[", "a]", "[x]", "evil.example", ""])
+def test_a_host_that_is_malformed_or_another_is_refused(host: str) -> None:
+    with served(answerer(), Rules("tiny", hosts=("127.0.0.1",)), slots=1) as address:
+        said = sent(address, f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        assert said.startswith(b"HTTP/1.1 403")
+        assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["type"] == "permission_error"
+
+
 def test_a_body_too_large_is_refused_by_its_length_and_while_it_comes(address: str) -> None:
     assert sent(address, head(LARGEST + 1, KEY)).startswith(b"HTTP/1.1 413")
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", KEY, "Transfer-Encoding: chunked", "", ""]

@@ -161,6 +161,7 @@ def test_whoever_leaves_is_let_go_of_while_prepared_and_while_waiting_for_that(
     assert hearing.entered.wait(60)
     working.leave(second.ticket)
     assert second.answer() == ""
+    assert not any(second.ticket.asked.audio)  # It waits in its lane still, and holds nothing there.
     assert working.open == 1
     working.leave(first.ticket)
     assert first.answer() == ""

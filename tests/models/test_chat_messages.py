@@ -169,7 +169,7 @@ def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
         ([user({"type": "input_audio", "input_audio": {"data": "*"}})], "no base64"),
         ([user({"type": "input_audio"})], "has no data"),
         ([user("x" * (MAX_LETTERS + 1))], "characters"),
-        ([user(*[{"type": "image", "image": b"x"}] * (MAX_IMAGES + 1))], "at most 16"),
+        ([user(*[{"type": "image", "image": b"x"}] * (MAX_IMAGES + 1))], "more than 16 images"),
         ([user("x"), {"role": "assistant", "content": [{"type": "image", "image": b"x"}]}], "only a user's message"),
     ],
 )
@@ -248,6 +248,34 @@ def laid_out(model: Multimodal, messages: Any) -> str:
     return text + model.language.tokenizer.decode(prompt.input_ids[done:].tolist())
 
 
+def test_base64_is_read_without_holding_other_threads_up() -> None:
+    """In functions of C that take as long as the data is; filling in the midst is an error."""
+    for data in ("A=" * 50_000, "AAAA=AAA", "é" * 8):
+        with pytest.raises(MessageError, match="no base64"):
+            conversation([user({"type": "image_url", "image_url": {"url": f"data:,{data}"}})])
+
+
+def test_a_conversation_of_empty_turns_is_not_written_as_a_whole(
+    model: Multimodal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = conversation([*[user(""), answer("")] * 5000, user("hi")])
+    written = []
+    write = prompts._written
+    monkeypatch.setattr(prompts, "_written", lambda m, c: written.append(len(c.turns)) or write(m, c))
+    sample, left_out = open_prompt(model, said, 64)
+    assert len(sample) <= 64
+    assert left_out > 4900
+    assert max(written) < 200
+
+
+def test_writing_a_prompt_ends_where_it_is_not_wanted_any_longer(model: Multimodal) -> None:
+    def check() -> None:
+        raise KeyError("not wanted")
+
+    with pytest.raises(KeyError):
+        open_prompt(model, conversation([user("hi")]), 64, check=check)
+
+
 def test_images_and_texts_keep_their_order(model: Multimodal, photo: Path) -> None:
     for parts, expected in (
         ([image(photo), text("a"), text("b")], "[image]\na\nb\n"),
@@ -303,7 +331,7 @@ def test_as_many_turns_are_kept_as_fit(model: Multimodal, photo: Path, monkeypat
     letters: list[int] = []
 
     def noted(own: Multimodal, of: Any) -> Any:
-        letters.append(of.letters)
+        letters.append(sum(len(question) + len(said or "") for question, said in of.turns))
         return written(own, of)
 
     monkeypatch.setattr(prompts, "_written", noted)

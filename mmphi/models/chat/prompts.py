@@ -42,7 +42,12 @@ def check_shown(model: Multimodal, conversation: Conversation, check: Callable[[
 
 
 def open_prompt(
-    model: Multimodal, conversation: Conversation, longest: int, *, checked: bool = False
+    model: Multimodal,
+    conversation: Conversation,
+    longest: int,
+    *,
+    checked: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Sample, int]:
     """A conversation as a sequence that its next answer goes on from.
 
@@ -54,6 +59,7 @@ def open_prompt(
         conversation: What was said.
         longest: In tokens, features included.
         checked: Whether :func:`check_shown` was done.
+        check: Called before the prompt is written; what it raises ends this.
 
     Returns:
         The sequence, and how many turns were left out.
@@ -65,7 +71,8 @@ def open_prompt(
         AudioError: If a recording cannot be used.
     """
     if not checked:
-        check_shown(model, conversation)
+        check_shown(model, conversation, check)
+    check()
     turns = len(conversation.turns)
     if conversation.letters <= LETTERS_PER_TOKEN * longest:
         sample = _written(model, conversation)
@@ -80,6 +87,7 @@ def open_prompt(
     # conversation of any length little more is encoded than there is room for.
     kept, most, step = 1, turns, 1
     while kept < most:
+        check()
         tried = min(kept + step, most)
         longer = _written(model, conversation.newest(tried))
         if len(longer) <= longest:
