@@ -160,6 +160,7 @@ def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
         ([{"role": "user", "content": "look \ud83d here"}], "surrogate"),
         ([{"role": "system", "content": [{"type": "text", "text": "\udc00"}]}], "surrogate"),
         ([{"role": "user", "content": []}], "message 1: it is empty"),
+        ([{"role": "user"}], "message 1: it has no content"),
         ([{"role": "user", "content": 5}], "neither a text nor a list"),
         ([{"role": "user", "content": [1]}], "neither a text nor a list"),
         ([user({"type": "video"})], "type 'video' is unknown"),

@@ -120,6 +120,8 @@ class _Reading:
         if role in ("system", "developer"):
             self.system += [text] if (text := self._text_alone(content)) else []
         elif role == "user":
+            if "content" not in message:
+                raise MessageError("it has no content")
             if content is not None and not isinstance(content, str) and not content:
                 raise MessageError("it is empty")
             self._ask(*self._parts(content))  # An empty text, or null, is a question: OpenAI takes the text.
