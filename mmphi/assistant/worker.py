@@ -47,7 +47,7 @@ class Ticket:
     """One question on its way.
 
     Attributes:
-        asked: The conversation.
+        asked: The conversation; nothing is left of it at the end.
         sampling: How the answer is chosen.
         tell: Called in the engine's thread with each piece of the answer, and with ``None`` at its end.
         born: When it came, on the clock of :func:`time.monotonic`.
@@ -60,6 +60,7 @@ class Ticket:
         first_s: Seconds until its first token.
         gone: Whether nobody waits for it any longer.
         ended: Whether nothing more is told.
+        recordings: How many the newest question has.
     """
 
     asked: Conversation
@@ -75,7 +76,11 @@ class Ticket:
     first_s: float = 0.0
     gone: bool = False
     ended: bool = False
+    recordings: int = field(init=False)
     _answering: Answering | None = None
+
+    def __post_init__(self) -> None:
+        self.recordings = len(self.asked.audio[-1])
 
 
 class Worker:

@@ -168,8 +168,7 @@ class Desk:
             while waited_for:
                 number, piece = news.get()
                 turn, ticket = turns[number], mine[number][1]
-                own = ticket.asked.audio[-1]
-                turn.heard = " ".join(ticket.heard[-len(own) :]) if own else ""
+                turn.heard = " ".join(ticket.heard[-ticket.recordings :]) if ticket.recordings else ""
                 turn.answer += piece or ""
                 if piece is None:
                     waited_for.remove(number)
