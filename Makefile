@@ -2,7 +2,7 @@
 # make photos PHOTOS=folder                projector and adapter on captioned photographs, as experiments/photos.yaml
 #                                          says; the three pretrained models are fetched, or are in MODELS=folder
 # make status | ui                         which stages are built; MLflow's pages
-# make test                                lint, types and the default tests: 10 minutes on 2 cores
+# make test                                lint, types and the default tests: 8.5 minutes on 2 cores
 # make test-all                            all tests: the default ones, then test-slow, real, cloud and harness
 # make test-slow                           tests that take long, or need Chromium, PostgreSQL, espeak-ng or a Ray cluster
 # make real                                tests with pretrained models, in the folders that MMPHI_MODELS, MMPHI_PHOTOS
