@@ -186,7 +186,8 @@ def _rows(stream: IO[bytes], file: Path, column: str, encoding: str, report: Tex
 def _lines(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> Iterator[tuple[str, Any]]:
     """The rows of JSON Lines, each with where it is; in UTF-16 and UTF-32 a byte of a new line is none."""
     wide = encoding.startswith(("utf-16", "utf-32"))
-    lines: Iterable[bytes | str] = io.TextIOWrapper(stream, encoding=encoding, newline="\n") if wide else stream
+    reader = io.TextIOWrapper(stream, encoding=encoding, newline="\n") if wide else None
+    lines: Iterable[bytes | str] = stream if reader is None else reader
     try:
         for number, line in enumerate(lines, 1):
             where = f"{file}, line {number}"
@@ -198,6 +199,9 @@ def _lines(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> 
                 report.skip("a row that is no JSON", where)
     except UnicodeDecodeError as error:
         report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
+    finally:
+        if reader is not None:
+            reader.close()
 
 
 def _list(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> list[tuple[str, Any]]:
