@@ -26,7 +26,10 @@ def photos(folder: Path) -> list[str]:
 
 
 def llava(folder: Path) -> dict[str, str]:
-    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red thing"}]
+    turns = [
+        {"from": "human", "value": "<image>\nDescribe the image concisely."},
+        {"from": "gpt", "value": "a red thing"},
+    ]
     rows = [{"id": name, "image": name, "conversations": turns} for name in photos(folder)]
     (folder / "rows.json").write_text(json.dumps(rows))
     return {"kind": "llava", "path": str(folder / "rows.json")}
@@ -64,7 +67,10 @@ def changes(write: Writing, folder: Path, **others: str) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [llava, captions, karpathy, saved])
 def test_every_stage_reads_every_kind(write: Writing, small_chain: Path, tmp_path: Path) -> None:
-    own = changes(write, tmp_path / "data", light_clip__from_nothing="vit")
+    # What transformers' LLaVA has a counterpart of.
+    exported = {"light_clip__from_nothing": "vit", "projector__norm": "false"}
+    exported |= {"projector__width": "0", "projector__layers": "2"}
+    own = changes(write, tmp_path / "data", **exported)
     with small.built("merge", small_chain, tmp_path / "store", **own) as pipeline:
         for stage in ("light_clip", "embed", "projector", "qlora", "merge"):
             assert pipeline.result(stage, small.settings(**own)).path.is_dir()
