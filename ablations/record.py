@@ -96,8 +96,8 @@ class Record:
     @classmethod
     def _begun(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str, command: str) -> Record | None:
         """A new record; nothing where a driver on another machine began the study a moment earlier."""
-        told = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
-        tracker = store.begin(f"study {name}", {RECORD: name, **told}, run)
+        described = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
+        tracker = store.begin(f"study {name}", {RECORD: name, **described}, run)
         tracker.text(DECLARATION, json.dumps(declaration, indent=1))
         others = [each for each in store.search(study_record=name) if each.info.run_id != tracker.run_id]
         first = min(others, key=lambda each: (each.info.start_time, each.info.run_id), default=None)

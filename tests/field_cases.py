@@ -55,24 +55,24 @@ SOUND: dict[str, tuple[float | None, str]] = {
     "17_opposite_phase/left_only.flac": (2.54, ""),
     "17_opposite_phase/left_minus_right.flac": (2.54, "cancel each other"),
 }
-# Kind of source; rows that are kept, their images, and words of what is said about the others. No row: an error.
+# Kind of source; rows that are kept, their images, and words of the report on the others. No row: an error.
 ROWS: dict[str, tuple[Any, int, int, str]] = {
     "01_messages_role_content/data.json": ("llava", 12, 12, ""),
     "02_images_key/data.json": ("llava", 12, 12, ""),
     "04_jsonl/data.jsonl": ("llava", 12, 12, ""),
     "05_excel_semicolon/captions.csv": ("captions", 0, 0, "not UTF-8"),
     "05b_semicolon_utf8/captions.csv": ("captions", 12, 12, ""),
-    "06_caption_broken_line/captions.csv": ("captions", 12, 12, ""),
-    "12_odd_turns/data.json": ("llava", 12, 12, ""),
+    "06_caption_broken_line/captions.csv": ("captions", 36, 36, "malformed row"),
+    "12_odd_turns/data.json": ("llava", 9, 9, "an answer without its question"),
 }
-UNREADABLE = {"phone.jpg": "HEIC is not supported", "cut.jpg": "truncated or broken image"}
+UNREADABLE = {"IMG_0001.JPG": "HEIC is not supported", "cut.jpg": "truncated or broken image"}
 CORPORA = {
-    "list.json": (3, ""),
-    "powershell.jsonl": (3, ""),
-    "train.parquet": (3, ""),
-    "bom.jsonl": (3, ""),
+    "list.json": (200, ""),
+    "powershell.jsonl": (200, ""),
+    "train.parquet": (200, ""),
+    "bom.jsonl": (200, ""),
     "gbk.txt": (0, "in no encoding known here"),
-    "late_byte.txt": (1, "the rest of a file after bytes"),
+    "late_byte.txt": (0, "in no encoding known here"),
     "chat.jsonl": (0, "a list in place of a text"),
     "content_key.jsonl": (0, "a row without 'text' (it has id, content)"),
 }
@@ -144,7 +144,7 @@ def sound(folder: Path) -> Iterator[Outcome]:
 
 
 def rows(folder: Path) -> Iterator[Outcome]:
-    """Files of conversations and captions: rows that are kept, with how many images, and what is said about others."""
+    """Files of conversations and captions: rows that are kept, with how many images, and the report on others."""
     from mmphi.data.read import read_examples
     from mmphi.errors import DataError
     from mmphi.settings import DataSettings, SourceSettings

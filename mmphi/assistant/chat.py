@@ -78,9 +78,9 @@ def run(talk: Talk, lines: Iterator[str]) -> None:
             print()
 
 
-def _complain(error: str, said: str) -> None:
+def _complain(error: str, answer: str) -> None:
     """Print an error, below the part of an answer that came before it."""
-    if said:
+    if answer:
         print(flush=True)
     print(f"error: {error}", file=sys.stderr, flush=True)
 

@@ -5,7 +5,7 @@ computes the activation that the architecture has by default. For SigLIP and Mob
 that is wrong, and nothing fails. So for a file these are taken from, in this order:
 
 1. the settings;
-2. ``open_clip_config.json`` beside the file, as open_clip and the stage ``light_clip`` write it;
+2. ``open_clip_config.json`` in the file's folder, as open_clip and the stage ``light_clip`` write it;
 3. the pretrained tags of the architecture, as far as all of them agree;
 4. open_clip's defaults, for an architecture that has no tag.
 """
@@ -128,7 +128,7 @@ def _described(model: str) -> dict[str, Any]:
 
 
 def _beside(file: Path) -> dict[str, Any]:
-    """What ``open_clip_config.json`` beside a file says.
+    """What ``open_clip_config.json`` in the folder of a file says.
 
     Raises:
         ModelError: If it cannot be read.

@@ -24,7 +24,7 @@ SIDE = 8
 # Of 400 photographs of Flickr8k, 97.5 % differ in 5 bits at most from themselves at 5/8 of the size in JPEG of quality
 # 60; of the 79,800 pairs of different ones none differs in fewer than 11.
 NEAR = 5
-FLAT = 8  # Bits that a hash has of either kind at least; an image of fewer is nobody's near duplicate.
+FLAT = 8  # Bits that a hash has of either kind at least; an image of fewer is no near duplicate of any other.
 COLOURS = 16  # Mean difference of the colours of near duplicates at most, of 255.
 COMPARED = 256
 WIDTHS = (11, 11, 11, 11, 10, 10)  # Bands of bits, one more than may differ: one of them is equal.
@@ -74,7 +74,7 @@ class Look:
 
 
 def joined(looks: Mapping[str, Look]) -> dict[str, str]:
-    """For each name the first one that shows nearly the same, and that itself is nobody's duplicate; else itself.
+    """For each name the first one that shows nearly the same, and is no duplicate of another itself; else itself.
 
     Groups are not chained: every one is near the first of its group. Of images whose hashes share a band only the
     first :data:`COMPARED` are compared, so that many images with an equal edge cost no quadratic time.

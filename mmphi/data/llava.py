@@ -1,7 +1,7 @@
 """LLaVA-Instruct JSON, as the real file is: ids of either type, rows without image, ``<image>`` at either end.
 
-A row may also have several images, as LLaVA-NeXT-Interleave's and Mantis' rows do: ``image`` is then a list. What else
-a row may look like is said in :mod:`mmphi.data.turns`.
+A row may also have several images, as LLaVA-NeXT-Interleave's and Mantis' rows do: ``image`` is then a list. The
+other forms of rows are described in :mod:`mmphi.data.turns`.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _path(part: Mapping[str, Any]) -> list[str]:
 
 
 def _named(row: Mapping[str, Any]) -> list[str]:
-    """The images that a row names beside its turns."""
+    """The images that a row names outside its turns."""
     for name in IMAGES:
         value = row.get(name)
         images = value if isinstance(value, list) else [value] if value else []

@@ -271,7 +271,7 @@ def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the model in a folder, with the text tower that is beside it."""
+    """The configuration of the model in a folder, with the text tower of the same folder."""
     config: dict[str, Any] = _config_of(folder)["model_cfg"]
     text = config.get("text_cfg") or {}
     if "hf_model_name" in text and (folder / "text_tower").is_dir():

@@ -124,7 +124,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     for split in ("train", "test"):
         own = [e for e in examples if e.split == split]
         if split == "test" and not own:  # data.test_images: 0
-            ctx.tracker.say("light_clip: no images are kept apart for the test, so retrieval is not measured")
+            ctx.tracker.say("light_clip: data.test_images is 0, so retrieval is not measured")
             continue
         pixels, captions, owners = pairs(own, report, preprocess)
         images = clip.image_inputs(pixels, chosen.workers)
