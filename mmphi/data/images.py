@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import stat
 import struct
 import unicodedata
 import warnings
@@ -46,13 +47,21 @@ def resolve_inside(folder: Path, relative: str) -> Path:
         ImageError: If the path leads out of the folder, by ``..``, as an absolute path or by a symbolic link, or is
             no path at all.
     """
+    return Path(_inside(os.path.realpath(folder), relative))
+
+
+def _inside(root: str, relative: str) -> str:
+    """:func:`resolve_inside` of a resolved folder; on strings, as there may be a million of them.
+
+    Raises:
+        ImageError: As of :func:`resolve_inside`.
+    """
     try:
-        # Three times as fast as Path.resolve, and there may be a million of them.
-        root, path = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / relative))
+        path = os.path.realpath(os.path.join(root, relative))  # noqa: PTH118
     except (OSError, ValueError) as error:  # A NUL, half a surrogate pair.
         raise ImageError("malformed path", f"{relative!r} is no path: {error}") from error
-    if not path.is_relative_to(root):
-        raise ImageError("path leaves the image folder", f"{relative!r} leads out of {folder}")
+    if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):
+        raise ImageError("path leaves the image folder", f"{relative!r} leads out of {root}")
     return path
 
 
@@ -67,6 +76,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, source: str, note: Callable[[str, str], None] = lambda *_: None) -> None:
         self.folder = folder.resolve()
+        self._root = os.path.realpath(folder)
         self.source, self.note = source, note
         self._known: dict[str, ImageRef] = {}
 
@@ -80,32 +90,27 @@ class ImageFolder:
             path = self._file(relative)
             if path is None:
                 raise ImageError("missing image", f"{relative} is not in {self.folder}")
-            self._known[relative] = ImageRef(f"{self.source}/{path.relative_to(self.folder).as_posix()}", path)
+            inside = path[len(self._root) :].lstrip(os.sep).replace(os.sep, "/")
+            self._known[relative] = ImageRef(f"{self.source}/{inside}", Path(path))
         return self._known[relative]
 
-    def _file(self, relative: str) -> Path | None:
+    def _file(self, relative: str) -> str | None:
         if URL.match(relative):
             raise ImageError("the image is a URL", f"{relative} is not fetched: give the path of a file")
-        path = resolve_inside(self.folder, relative)
+        path = _inside(self._root, relative)
         try:
-            if path.is_file():
+            if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
                 return path
+        except (FileNotFoundError, NotADirectoryError):
+            pass
         except OSError as error:  # A name longer than file systems take.
             raise ImageError("malformed path", f"{relative!r} is no path: {error.strerror}") from error
         for layout, name in (*other_spellings(relative), *coco_names(relative)):
-            path = resolve_inside(self.folder, name)
-            if _is_file(path):
+            path = _inside(self._root, name)
+            if os.path.isfile(path):  # noqa: PTH113
                 self.note(self.source, f"images found as {layout}")
                 return path
         return None
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a file; a name that is too long is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def other_spellings(relative: str) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +39,30 @@ def read_llava(path: Path, images: Path, source: str, report: ReadReport, split:
             f"its keys are {', '.join(list(map(str, rows))[:8])}" if isinstance(rows, dict) else "",
         )
     folder, seen = ImageFolder(images, source, report.note), Counter[str]()
-    for number, row in enumerate(rows):
-        where = f"{path.name}, row {number}"
+    rows.reverse()
+    for number in range(len(rows)):
+        row = rows.pop()  # The memory of a row that was read is free for the next example.
+        name = row.get("id") if isinstance(row, dict) else None
+        name = str(number if name is None else name)
+        again = seen[name] + 1
         try:
-            example = _example(row, number, folder, split)
+            # LLaVA-Instruct-150k names rows by their image, and has up to three of one image.
+            example = _example(row, name if again == 1 else f"{name}#{again}", folder, split)
         except ImageError as error:
-            report.drop(source, where, error.reason)
+            report.drop(source, f"{path.name}, row {number}", error.reason)
         except DataError as error:
-            report.drop(source, where, error.what)
+            report.drop(source, f"{path.name}, row {number}", error.what)
         else:
             report.keep(source)
-            # LLaVA-Instruct-150k names rows by their image, and has up to three of one image.
-            seen[example.id] += 1
-            again = seen[example.id] > 1
-            yield replace(example, id=f"{example.id}#{seen[example.id]}") if again else example
+            seen[name] = again
+            yield example
 
 
-def _example(row: Any, number: int, folder: ImageFolder, split: Split) -> Example:
+def _example(row: Any, name: str, folder: ImageFolder, split: Split) -> Example:
     found = conversation_of(row, lambda text: folder.note(folder.source, text))
-    name, attributes = row.get("id"), row.get("attributes")
+    attributes = row.get("attributes")
     return Example(
-        id=str(number if name is None else name),
+        id=name,
         images=tuple(folder.find(image) for image in found.images),
         turns=tuple(found.turns),
         source=folder.source,

@@ -99,12 +99,12 @@ def _usable(example: Example, data: DataSettings, report: ReadReport) -> bool:
         except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which no tokenizer takes.
             report.drop_kept(example.source, example.id, "text is not Unicode")
             return False
-        words = len(turn.answer.split())
-        if not words:
+        if not turn.answer.strip():
             report.drop_kept(example.source, example.id, "empty answer")
             return False
-        if words > data.max_answer_words:
-            report.drop_kept(example.source, example.id, f"answer over {data.max_answer_words} words")
+        most = data.max_answer_words
+        if len(turn.answer) > 2 * most and len(turn.answer.split()) > most:  # n words have 2 n - 1 characters at least.
+            report.drop_kept(example.source, example.id, f"answer over {most} words")
             return False
     return True
 
@@ -138,7 +138,8 @@ def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]
     split: dict[str, Split] = dict.fromkeys(images, "train")
     split.update(dict.fromkeys(images[: data.test_images], "test"))
     split.update(dict.fromkeys(images[data.test_images : wanted], "validation"))
-    return [replace(e, split=_strictest(split[image.id] for image in e.images)) for e in examples]
+    splits = [_strictest(split[image.id] for image in e.images) for e in examples]
+    return [e if e.split == own else replace(e, split=own) for e, own in zip(examples, splits, strict=True)]
 
 
 def _strictest(splits: Iterable[Split]) -> Split:

@@ -15,12 +15,13 @@ from mmphi.data.records import Turn
 from mmphi.errors import DataError
 from mmphi.text.prompt import MARK
 
-LISTS, ROLES, TEXTS, IMAGES = ("conversations", "messages"), ("from", "role"), ("value", "content"), ("image", "images")
+LISTS, IMAGES = ("conversations", "messages"), ("image", "images")
 ASKS, ANSWERS, SYSTEM = ("human", "user"), ("gpt", "assistant", "model"), ("system",)
+KNOWN = frozenset(ASKS + ANSWERS + SYSTEM)
 SHOWN_KEYS = 8
 
 
-@dataclass
+@dataclass(slots=True)
 class Conversation:
     """What a row says.
 
@@ -33,7 +34,7 @@ class Conversation:
     images: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Message:
     """One message: who says it, its text with ``<image>`` for its images, and those of them that it names itself."""
 
@@ -56,7 +57,7 @@ def conversation_of(row: Any, note: Callable[[str], None]) -> Conversation:
     Raises:
         DataError: If it cannot be used; its ``what`` is a reason that can be counted.
     """
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise DataError(f"a row is a {type(row).__name__}, not an object")
     name = next((name for name in LISTS if isinstance(row.get(name), list)), None)
     if name is None:
@@ -73,6 +74,8 @@ def _share_out(messages: list[_Message], named: list[str]) -> list[str]:
     Raises:
         DataError: If there are other places than images, or an answer has one.
     """
+    if not (named or any(message.images or message.marks for message in messages)):
+        return []
     asking = [message for message in messages if message.role in ASKS]
     if any(message.images or (message.marks and named) for message in messages if message.role in ANSWERS):
         raise DataError("an image in an answer")
@@ -85,7 +88,7 @@ def _share_out(messages: list[_Message], named: list[str]) -> list[str]:
         return []
     marks = sum(message.marks for message in asking)
     if not named:
-        if any(_stands_alone(line) for message in asking for line in message.text.split("\n")):
+        if any(_stands_alone(line) for message in asking if message.marks for line in message.text.split("\n")):
             raise DataError("<image> in a row without an image")
         return []  # What is written of the word within a text is text.
     if marks == 0:
@@ -143,13 +146,13 @@ def _message(message: Any) -> _Message:
     Raises:
         DataError: If it cannot be read.
     """
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         raise DataError("malformed turn")
-    role = next((message[name] for name in ROLES if name in message), None)
-    content = next((message[name] for name in TEXTS if name in message), None)
+    role = message.get("from", message.get("role"))
+    content = message.get("value", message.get("content"))
     if not isinstance(role, str):
         raise DataError("malformed turn")
-    if role not in (*ASKS, *ANSWERS, *SYSTEM):
+    if role not in KNOWN:
         raise DataError(f"unknown role {role[:20]!r}")
     if isinstance(content, str):
         return _Message(role, content.strip(), [])

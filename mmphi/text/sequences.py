@@ -82,10 +82,9 @@ def join(parts: Iterable[Part], inputs: Sequence[Input] = (), name: str = "") ->
 
     The first token is never supervised: nothing stands before it to predict it from.
     """
-    ids: list[int] = []
-    supervised: list[bool] = []
     spans: list[Span] = []
-    waiting = list(inputs)
+    filled: list[tuple[Part, int, int]] = []  # A part, where it begins, and its length.
+    waiting, total = list(inputs), 0
     for part in parts:
         length = len(part.ids)
         if part.span:
@@ -94,12 +93,17 @@ def join(parts: Iterable[Part], inputs: Sequence[Input] = (), name: str = "") ->
             reference, length = chosen.reference, chosen.length
             if part.spelled:
                 reference, length = Spelled(reference, part.ids), len(part.ids)
-            spans.append(Span(chosen.kind, reference, len(ids), length))
-        ids.extend(part.ids or [0] * length)
-        supervised.extend([part.supervised] * length)
-    if supervised:
-        supervised[0] = False
-    return Sample(np.asarray(ids, np.int32), np.asarray(supervised, np.bool_), tuple(spans), name)
+            spans.append(Span(chosen.kind, reference, total, length))
+        filled.append((part, total, length))
+        total += length
+    ids, supervised = np.zeros(total, np.int32), np.zeros(total, np.bool_)
+    for part, start, length in filled:
+        if part.ids:
+            ids[start : start + length] = part.ids
+        if part.supervised:
+            supervised[start : start + length] = True
+    supervised[:1] = False
+    return Sample(ids, supervised, tuple(spans), name)
 
 
 def encode(
