@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any, Literal
-
-from ablations.study import Study
 
 Phase = Literal["tuning", "verdict", "search"]
 
@@ -51,19 +48,6 @@ class Outcome:
     reason: str = ""
 
 
-def choices(study: Study) -> list[dict[str, Any]]:
-    """Every combination of nuisance values; one empty one where there is no nuisance."""
-    return [dict(zip(study.nuisance, values, strict=True)) for values in product(*study.nuisance.values())]
-
-
-def tuning_cells(study: Study, levels: Iterable[str]) -> Iterator[Cell]:
-    """The trials that find nuisance values: every value at every level before the next seed."""
-    if study.nuisance:
-        for number in study.tuning_seeds:
-            for values, level in product(choices(study), levels):
-                yield Cell("tuning", level, number, values)
-
-
 def verdict_cells(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[Cell]:
     """The trials that are judged, in rounds: one seed of all levels before the next.
 
@@ -74,25 +58,3 @@ def verdict_cells(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterat
     for number in range(seeds):
         for level, nuisance in levels.items():
             yield Cell("verdict", level, number, nuisance)
-
-
-def chosen(study: Study, levels: Iterable[str], outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-    """The nuisance values of each level whose tuning is over: those with the least mean.
-
-    Values that failed at any seed are not taken; a level at which all failed is not among the result.
-    """
-    ended = {o.cell.name: o for o in outcomes}
-    found = {}
-    for level in levels:
-        means: list[tuple[float, int]] = []
-        over = True
-        for index, values in enumerate(choices(study)):
-            cells = [Cell("tuning", level, n, values) for n in study.tuning_seeds]
-            results = [ended.get(cell.name) for cell in cells] if study.nuisance else []
-            over &= all(r is not None for r in results)
-            measured = [r.value for r in results if r is not None and r.value is not None]
-            if len(measured) == len(results):
-                means.append((sum(measured) / len(measured) if measured else 0.0, index))
-        if over and means:
-            found[level] = choices(study)[min(means)[1]]
-    return found

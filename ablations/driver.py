@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ablations.cells import Cell, Outcome, chosen, tuning_cells, verdict_cells
+from ablations.cells import Cell, Outcome, verdict_cells
 from ablations.crew import Crew, Worker
 from ablations.jobs import Answer, Job
 from ablations.ledger import Ledger, cell_of
 from ablations.record import Change, Record
 from ablations.study import Study
+from ablations.tuning import tuning_cells, tuning_of
 from mmphi.errors import MmphiError, SettingsError
 
 if TYPE_CHECKING:
@@ -93,8 +94,10 @@ class Driver:
         """
         study, levels = self.plan.study, self.plan.levels
         outcomes = self.ledgers["tuning"].outcomes()
-        tuning = _without(tuning_cells(study, levels), outcomes)
-        judged = verdict_cells(chosen(study, levels, outcomes), study.seeds)
+        tunings = [tuning_of(study, level, outcomes) for level in levels]
+        tuning = list(tuning_cells(tunings))
+        best = {each.level: each.chosen for each in tunings if each.chosen is not None}
+        judged = verdict_cells(best, study.seeds)
         return tuning or _without(judged, self.ledgers["verdict"].outcomes())
 
     def run(self, workers: int, logs: Path, **crew: Any) -> None:
@@ -158,7 +161,7 @@ class Driver:
         tuning = cell.phase == "tuning"
         tokens = study.tuning_tokens if tuning and study.tuning_tokens else study.tokens
         seed = cell.number if tuning else study.seed(cell.level, cell.number)
-        settings = study.settings(cell.level, seed, cell.nuisance, tokens)
+        settings = study.settings(cell.level, seed, cell.nuisance, tokens, study.draw(cell.number))
         return Job(
             number=number,
             stage=study.stage,
@@ -172,6 +175,7 @@ class Driver:
                 "mmphi.round": str(cell.number),
                 "mmphi.phase": cell.phase,
                 "mmphi.cell": cell.name,
+                **({"mmphi.draw": str(study.draw(cell.number))} if study.replicate else {}),
             },
             params={"study.level": cell.level, "study.seed": str(seed)},
             metric=study.tuning_metric if tuning else study.metric,

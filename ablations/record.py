@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from ablations.study import BEFORE
 from mmphi.errors import SettingsError, StoreError
 from mmphi.settings.fields import field_of
 from mmphi.stages import Settings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 STUDY, RECORD, CHANGE = "mmphi.study", "mmphi.study_record", "mmphi.change."
 DECLARATION = "study.json"
+SHOWN, NONE = ("costs", "also", "leaves_open"), object()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Record:
                 if begun is not None:
                     return begun
         assert known is not None
-        different = differences(*without_new_settings(known.declaration(), declaration))
+        different = differences(*comparable(known.declaration(), declaration))
         if different:
             raise SettingsError(
                 f"the study {name} was begun with other settings: {'; '.join(different)}",
@@ -144,13 +146,15 @@ class Record:
         self.store.client.set_terminated(self.run_id, status)
 
 
-def without_new_settings(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Two declarations, the later one without settings that did not exist yet when the study was begun.
+def comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Two declarations without what does not decide whether the later one can go on with the earlier one's results.
 
-    Such a setting counts where it has another value than the one that earlier results were built with.
+    That is what only the report shows, and what did not exist yet when the study was begun: a setting or a part of a
+    declaration that has the value which earlier results were built with.
     """
+    before = {name: value for name, value in before.items() if name not in SHOWN}
+    after = {name: value for name, value in after.items() if name not in SHOWN}
+    after = {name: v for name, v in after.items() if name in before or v != BEFORE.get(name, NONE)}
     known = before.get("settings", {})
 
     def is_new(name: str, value: Any) -> bool:

@@ -33,6 +33,9 @@ COSTS: Mapping[str, str] = {
     "projector/feature_bytes_per_image": "bytes of features an image",
     "cost/first_token_s": "seconds to the first token",
 }
+LISTS = ("fields", "tuning_seeds", "seed_settings", "looks", "replicate")
+# What a study was before these could be declared.
+BEFORE: Mapping[str, Any] = {"tuning_extensions": 0, "looks": [], "replicate": [], "replicates": 0, "also": {}}
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,26 @@ class Study:
         nuisance: Settings whose best value may differ from level to level: the values tried. Each level is judged at
             its own best, found on the validation split with seeds that no verdict uses.
         tuning_seeds: These seeds.
+        tuning_extensions: How many values may be added beyond each end of a nuisance setting's values, in geometric
+            order, while the best one lies there.
         tuning_tokens: Budget of a tuning trial in supervised tokens; 0 takes ``tokens``.
         tuning_metric: What is least at the best value.
         tokens: Budget of a trial in supervised tokens, the same for all; 0 trains as many steps as the preset says.
-        seeds: How many; 0, 1, 2, ... are paired over the levels.
+        seeds: How many; 0, 1, 2, ... are paired over the levels. More seeds than these are exploratory.
+        looks: Numbers of seeds, fewer than ``seeds``, at which the study may be judged before its end; p values are
+            corrected for them.
         seed_settings: The settings that a seed is put in.
+        replicate: Settings of what all levels are built on (``pretrain.seed``, ``data.split_seed``) that are drawn
+            again over the seeds, so that a verdict is not about one draw of them alone.
+        replicates: How many draws of these; 0 takes one for every seed. With fewer than seeds a draw is the unit that
+            is judged.
         shifts: Added to the seeds of a level, so that its trials share nothing with their pairs.
         metric: What is judged, as the stage or its evaluation names it.
         unit: Of the metric.
         direction: Whether less or more of it is better.
         margin: The smallest difference that would matter to anybody; a verdict of equivalence is made against it.
         costs: Further metrics by name: what they are.
+        also: Metrics of quality that are not judged, by name: what they are.
         leaves_open: What the study cannot answer, in a sentence; stands in its report.
     """
 
@@ -74,18 +86,23 @@ class Study:
     stage: str = "projector"
     fixed: Changes = field(default_factory=dict)
     nuisance: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    tuning_seeds: tuple[int, ...] = (1000,)
+    tuning_seeds: tuple[int, ...] = (1000, 1001, 1002)
+    tuning_extensions: int = 3
     tuning_tokens: int = 0
     tuning_metric: str = "val/loss"
     tokens: int = 0
     seeds: int = 8
+    looks: tuple[int, ...] = ()
     seed_settings: tuple[str, ...] = ("projector.seed",)
+    replicate: tuple[str, ...] = ()
+    replicates: int = 0
     shifts: Mapping[str, int] = field(default_factory=dict)
     metric: str = "test/loss"
     unit: str = "nats/token"
     direction: Literal["minimize", "maximize"] = "minimize"
     margin: float = 0.0
     costs: Mapping[str, str] = field(default_factory=lambda: dict(COSTS))
+    also: Mapping[str, str] = field(default_factory=dict)
     leaves_open: str = ""
 
     def changes(self, level: str) -> dict[str, Any]:
@@ -115,19 +132,33 @@ class Study:
         """The seed of a level in a round."""
         return number + self.shifts.get(level, 0)
 
-    def overrides(self, level: str, seed: int, nuisance: Changes, tokens: int) -> dict[str, Any]:
+    def draw(self, number: int) -> int:
+        """The draw of ``replicate`` that a round is built on."""
+        return number % self.replicates if self.replicates else number
+
+    def overrides(self, level: str, seed: int, nuisance: Changes, tokens: int, draw: int = 0) -> dict[str, Any]:
         """All that a trial changes on the preset."""
         budget = {f"{self.stage}.supervised_tokens": tokens} if tokens else {}
         seeds = dict.fromkeys(self.seed_settings, seed)
-        return {**self.fixed, **budget, **nuisance, **self.changes(level), **seeds}
+        return {
+            **self.fixed,
+            **budget,
+            **nuisance,
+            **self.changes(level),
+            **seeds,
+            **dict.fromkeys(self.replicate, draw),
+        }
 
-    def settings(self, level: str, seed: int = 0, nuisance: Changes | None = None, tokens: int = 0) -> Settings:
+    def settings(
+        self, level: str, seed: int = 0, nuisance: Changes | None = None, tokens: int = 0, draw: int = 0
+    ) -> Settings:
         """Settings of a trial.
 
         Raises:
             SettingsError: If there is no such setting, or it cannot have that value.
         """
-        return settings_of(self.preset, self.overrides(level, seed, nuisance or {}, tokens or self.tokens), self.stage)
+        changes = self.overrides(level, seed, nuisance or {}, tokens or self.tokens, draw)
+        return settings_of(self.preset, changes, self.stage)
 
     def check(self) -> None:
         """Refuse what cannot be a comparison, before anything is trained.
@@ -153,6 +184,18 @@ class Study:
                 f"seeds {sorted(taken & set(self.tuning_seeds))} are for tuning and for the verdict",
                 "tune with seeds that the verdict does not use, such as 1000",
             )
+        if self.nuisance and (self.metric == self.tuning_metric or self.metric.startswith("val/")):
+            raise SettingsError(
+                f"{self.metric} is judged, and the nuisance settings are tuned on the validation split",
+                "judge a metric of the test split, such as test/loss",
+            )
+        if list(self.looks) != sorted(set(self.looks)) or any(not 1 < look < self.seeds for look in self.looks):
+            raise SettingsError(
+                f"looks at {', '.join(map(str, self.looks))} seeds, of {self.seeds}",
+                "give numbers between 1 and the number of seeds, each larger than the one before",
+            )
+        if self.tuning_extensions < 0 or self.replicates < 0:
+            raise SettingsError("tuning_extensions and replicates are not negative", "0 leaves them out")
         budget = f"{self.stage}.supervised_tokens"
         if budget in self.fixed:
             raise SettingsError(f"{budget} is the study's budget", "give it as `tokens`, on the command line --tokens")
@@ -164,22 +207,52 @@ class Study:
                 "give --tokens, or --tokens 0 to count steps",
             )
         held = set(self.fields or (self.factor,))
-        for what, names in (("fixed", self.fixed), ("nuisance", self.nuisance)):
+        for what, names in (("fixed", self.fixed), ("nuisance", self.nuisance), ("replicate", self.replicate)):
             if both := held & set(names):
                 raise SettingsError(f"{', '.join(sorted(both))} is the factor and stands in `{what}`", "leave one out")
+        if both := set(self.replicate) & {*self.fixed, *self.nuisance, *self.seed_settings}:
+            raise SettingsError(f"{', '.join(sorted(both))} stands in `replicate` and elsewhere", "leave one out")
         stage = STAGES[self.stage]
         for level in self.levels:
             settings = self.settings(level)
+            self._check_nuisance(level, settings)
             for name in {stage.name, *plan_order(self.stage, settings)}:
                 from mmphi.settings.view import SettingsView
 
                 STAGES[name].check(SettingsView(settings, STAGES[name].declared))
 
+    def _check_nuisance(self, level: str, settings: Settings) -> None:
+        """Refuse a nuisance setting that has no effect at a level."""
+        values = dict(leaves(settings))
+        for name in self.nuisance:
+            section, _, field_name = name.rpartition(".")
+            optimizer, schedule = values.get(f"{section}.optimizer"), values.get(f"{section}.schedule")
+            if field_name == "muon_learning_rate" and optimizer == "adamw":
+                raise SettingsError(
+                    f"{name} is tuned, and AdamW does not use it at level {level!r}",
+                    f"tune {section}.learning_rate, or fix {section}.optimizer = muon",
+                )
+            if (
+                field_name == "learning_rate"
+                and optimizer == "muon"
+                and f"{section}.muon_learning_rate" not in self.nuisance
+            ):
+                raise SettingsError(
+                    f"{name} is tuned, and at level {level!r} Muon trains the matrices, which does not use it",
+                    f"tune {section}.muon_learning_rate, or fix {section}.optimizer = adamw",
+                )
+            if field_name == "decay" and schedule is not None and schedule != "wsd":
+                raise SettingsError(
+                    f"{name} is tuned, and the schedule {schedule} does not use it at level {level!r}",
+                    f"fix {section}.schedule = wsd",
+                )
+
     @classmethod
     def declared(cls, declaration: Mapping[str, Any]) -> Study:
-        """A study as its declaration has it."""
-        names, lists = {each.name for each in fields(cls)}, {"fields", "tuning_seeds", "seed_settings"}
-        given: dict[str, Any] = {n: tuple(v) if n in lists else v for n, v in declaration.items() if n in names}
+        """A study as its declaration has it; one of an earlier version is what it was then."""
+        names = {each.name for each in fields(cls)}
+        whole = {name: value for name, value in {**BEFORE, **declaration}.items() if name in names}
+        given: dict[str, Any] = {name: tuple(v) if name in LISTS else v for name, v in whole.items()}
         return cls(**given)
 
     def declaration(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ablations.studies.lora_rank import ADAPTER_COSTS, ADAPTER_CURVES
+from ablations.studies.lora_rank import ADAPTER_COSTS, ADAPTER_CURVES, ADAPTER_QUALITY
 from ablations.study import Study
 
 QUESTIONS = "parts=1, questions=1, yes_no=1"
@@ -24,6 +24,7 @@ STUDY = Study(
     tokens=60_000,
     margin=0.005,
     costs=ADAPTER_COSTS,
+    also=ADAPTER_QUALITY,
     leaves_open="The test holds captions and questions alike, as the baseline's mixture does. What is forgotten is"
     " measured on the text that the language model was made from, which is narrow on drawn scenes.",
 )

@@ -8,9 +8,8 @@ ADAPTER_COSTS = {
     "qlora/parameters": "parameters of the adapter",
     "seconds": "training seconds",
     "train/memory_gb": "peak memory, GB",
-    "val/text_loss": "loss on text, nats/token",
-    "test/exact_match": "exact answers",
 }
+ADAPTER_QUALITY = {"val/text_loss": "loss on text, nats/token", "test/exact_match": "exact answers"}
 # Validation often enough for a curve, without the answers that cost more than the loss.
 ADAPTER_CURVES = {"qlora.eval_every": 50, "qlora.sample_images": 0, "evaluate.yes_no": 0}
 
@@ -38,7 +37,9 @@ STUDY = Study(
     nuisance={"qlora.learning_rate": [2e-3, 8e-3, 3.2e-2]},
     tokens=60_000,
     margin=0.005,
+    tuning_tokens=20_000,
     costs=ADAPTER_COSTS,
+    also=ADAPTER_QUALITY,
     leaves_open="All adapters are trained beside one projector and one language model: how far another draw of these"
     " would move the ranks is not measured. Ranks are compared at one budget; more training may need more rank.",
 )
@@ -51,6 +52,7 @@ PRESETS = {
         | {f"rank {n}, rsLoRA": rank(n, rslora=True) for n in (16, 64)},
         fixed={},
         nuisance={"qlora.learning_rate": [1e-4, 2e-4, 5e-4]},
+        tuning_tokens=1_500_000,
         tokens=5_000_000,
     )
 }

@@ -9,6 +9,7 @@ STUDY = Study(
     baseline="2 layers",
     fixed={"projector.optimizer": "adamw", **CURVES},
     nuisance={"projector.learning_rate": [1e-3, 3e-3, 1e-2]},
-    tokens=150_000,
+    tokens=60_000,
+    tuning_tokens=60_000,
     margin=0.01,
 )

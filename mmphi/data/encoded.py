@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 from filelock import FileLock
 
 from mmphi.data.digests import cache_folder
@@ -185,24 +187,24 @@ def _write(
 ) -> None:
     from tqdm.auto import tqdm
 
-    ids, supervised, kept, left_out = [], [], [], []
+    kept, left_out = [], []
     spans: list[tuple[int, int, int]] = []
     starts, span_starts = [0], [0]
-    for i, example in enumerate(tqdm(examples, desc="tokens", unit="row", leave=False, disable=len(examples) < 1000)):
-        sample = encode_example(example, prompt, length, max_length)
-        if sample is None:
-            left_out.append(i)
-            continue
-        ids.append(sample.input_ids)
-        supervised.append(sample.supervised)
-        kept.append(i)
-        left = list(range(len(example.images)))[len(example.images) - len(sample.spans) :]
-        spans += [(image, span.start, span.length) for image, span in zip(left, sample.spans, strict=True)]
-        starts.append(starts[-1] + len(sample))
-        span_starts.append(len(spans))
+    bar = tqdm(examples, desc="tokens", unit="row", leave=False, disable=len(examples) < 1000)
+    with appended(folder / "ids.npy", np.int32) as add_ids, appended(folder / "supervised.npy", np.bool_) as add_flags:
+        for i, example in enumerate(bar):
+            sample = encode_example(example, prompt, length, max_length)
+            if sample is None:
+                left_out.append(i)
+                continue
+            add_ids(sample.input_ids)
+            add_flags(sample.supervised)
+            kept.append(i)
+            left = list(range(len(example.images)))[len(example.images) - len(sample.spans) :]
+            spans += [(image, span.start, span.length) for image, span in zip(left, sample.spans, strict=True)]
+            starts.append(starts[-1] + len(sample))
+            span_starts.append(len(spans))
     arrays = {
-        "ids": np.concatenate([*ids, np.zeros(0, np.int32)]),
-        "supervised": np.concatenate([*supervised, np.zeros(0, np.bool_)]),
         "starts": np.asarray(starts, np.int64),
         "examples": np.asarray(kept, np.int64),
         "spans": np.asarray(spans, np.int64).reshape(-1, 3),
@@ -211,6 +213,28 @@ def _write(
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     (folder / "left_out.json").write_text(json.dumps(left_out))
+
+
+@contextlib.contextmanager
+def appended(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDArray[Any]], object]]:
+    """Write a ``.npy`` file of one axis piece by piece, so that it need not fit in memory.
+
+    Args:
+        path: Of the file; it is complete when the block ends.
+        dtype: Of its values.
+
+    Returns:
+        Appends an array of the same type.
+    """
+    raw = path.with_suffix(".raw")
+    with raw.open("wb") as file:
+        yield lambda array: file.write(array.tobytes())
+    count = raw.stat().st_size // np.dtype(dtype).itemsize
+    with raw.open("rb") as source, path.open("wb") as target:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(target, header)
+        shutil.copyfileobj(source, target, 2**20)
+    raw.unlink()
 
 
 def count_left_out(encoded: Encoded, examples: Sequence[Example], max_length: int, report: ReadReport) -> None:

@@ -16,9 +16,10 @@ import toy_studies
 from optuna.trial import TrialState
 from toy_studies import STUDY, drive, driver, loss, results
 
-from ablations.cells import Cell, chosen
+from ablations.cells import Cell
 from ablations.driver import TrialError
 from ablations.record import Record
+from ablations.tuning import tuning_of
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.store import Store
 from reports.query import Trial, load_study
@@ -59,8 +60,8 @@ def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
     assert judged(results(made)) == pytest.approx(expected(3))
     assert made.wanted() == []
     outcomes = made.ledgers["tuning"].outcomes()
-    assert chosen(STUDY, STUDY.levels, outcomes)["one"] == {"projector.learning_rate": 1e-2}
-    assert chosen(STUDY, STUDY.levels, outcomes)["three"] == {"projector.learning_rate": 1e-3}
+    assert tuning_of(STUDY, "one", outcomes).chosen == {"projector.learning_rate": 1e-2}
+    assert tuning_of(STUDY, "three", outcomes).chosen == {"projector.learning_rate": 1e-3}
     data = load_study(Store(), "toy", ["val/loss"])
     runs = Counter((t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials)
     assert set(runs.values()) == {1}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ablations.cells import Cell, Outcome, chosen, tuning_cells, verdict_cells
+from ablations.cells import verdict_cells
 from ablations.commands import ablate
 from ablations.search import Range, Search
 from ablations.study import Study, load, names, settings_of
@@ -17,6 +17,7 @@ STUDY = Study(
     factor="projector.layers",
     levels={"one": 1, "two": 2},
     baseline="two",
+    fixed={"projector.optimizer": "adamw"},
     nuisance={"projector.learning_rate": [1e-3, 1e-2]},
     tuning_seeds=(1000, 1001),
     seeds=2,
@@ -117,7 +118,7 @@ def test_what_a_trial_changes() -> None:
         ({"fixed": {"projector.steps": 9}}, "but the budget is 500 tokens"),
         ({"tuning_seeds": (1,)}, "are for tuning and for the verdict"),
         ({"stage": "projecter"}, "there is no stage"),
-        ({"fixed": {"vision.pool": 3}}, "vision.pool"),
+        ({"fixed": {"vision.pool": 3, "projector.optimizer": "adamw"}}, "vision.pool"),
     ],
 )
 def test_what_cannot_be_a_comparison(changes: dict[str, object], said: str) -> None:
@@ -142,33 +143,9 @@ def test_unknown_names(empty_store: str) -> None:
         ablate(["control", "--seeds", "0"])
 
 
-def test_rounds_and_tuning() -> None:
-    tuning = list(tuning_cells(STUDY, STUDY.levels))
-    assert [(c.number, c.nuisance["projector.learning_rate"], c.level) for c in tuning[:4]] == [
-        (1000, 1e-3, "one"),
-        (1000, 1e-3, "two"),
-        (1000, 1e-2, "one"),
-        (1000, 1e-2, "two"),
-    ]
-    assert len({c.name for c in tuning}) == 8
+def test_verdicts_come_in_rounds() -> None:
     verdicts = list(verdict_cells({"one": {"a": 1}, "two": {"a": 2}}, 2))
     assert [(c.number, c.level) for c in verdicts] == [(0, "one"), (0, "two"), (1, "one"), (1, "two")]
-    assert not list(tuning_cells(replace(STUDY, nuisance={}), STUDY.levels))
-    assert chosen(replace(STUDY, nuisance={}), STUDY.levels, []) == {"one": {}, "two": {}}
-
-
-def test_nuisance_value_with_the_least_mean_is_chosen() -> None:
-    def ended(level: str, rate: float, *values: float | None) -> list[Outcome]:
-        cells = [Cell("tuning", level, n, {"projector.learning_rate": rate}) for n in STUDY.tuning_seeds]
-        return [Outcome(cell, value) for cell, value in zip(cells, values, strict=False)]
-
-    both = [*ended("one", 1e-3, 1.0, 2.0), *ended("one", 1e-2, 1.4, 1.5)]
-    assert chosen(STUDY, ["one"], both) == {"one": {"projector.learning_rate": 1e-2}}
-    # One seed is still out; a value that failed once is not taken; a level at which all failed has none.
-    assert chosen(STUDY, ["one"], both[:3]) == {}
-    failed = [*ended("one", 1e-3, 1.0, 2.0), *ended("one", 1e-2, 0.1, None)]
-    assert chosen(STUDY, ["one"], failed) == {"one": {"projector.learning_rate": 1e-3}}
-    assert chosen(STUDY, ["one"], [*ended("one", 1e-3, None, 1.0), *ended("one", 1e-2, None, None)]) == {}
 
 
 def test_control_shares_nothing_with_its_pair() -> None:

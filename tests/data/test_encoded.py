@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from builders import byte_tokenizer, encode, example, of_length
 
 from mmphi.data import encoded as module
-from mmphi.data.encoded import Subset, count_left_out, encoded
+from mmphi.data.encoded import Subset, appended, count_left_out, encoded
 from mmphi.data.records import Example, ImageRef, ReadReport, Turn
 from mmphi.text.prompt import Prompt
 
@@ -72,3 +74,16 @@ def test_is_encoded_anew_where_anything_differs(tmp_path, examples, change):
 def test_text_alone(tmp_path):
     sequences = encoded([example(0, "a", image=False)], Prompt(byte_tokenizer(), "plain"), of_length(4), 50, tmp_path)
     assert sequences[0].spans == ()
+
+
+def test_a_file_written_piece_by_piece_is_numpys_own(tmp_path: Path) -> None:
+    pieces = [np.arange(5, dtype=np.int32), np.zeros(0, np.int32), np.arange(7, dtype=np.int32)]
+    with appended(tmp_path / "pieces.npy", np.int32) as add:
+        for piece in pieces:
+            add(piece)
+    np.save(tmp_path / "whole.npy", np.concatenate(pieces))
+    assert (tmp_path / "pieces.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["pieces.npy", "whole.npy"]
+    with appended(tmp_path / "none.npy", np.bool_):
+        pass
+    assert np.load(tmp_path / "none.npy", mmap_mode=None).shape == (0,)
