@@ -18,6 +18,7 @@ from ablations.record import Change, Record
 from ablations.study import Study
 from ablations.tuning import tuning_cells, tuning_of
 from mmphi.errors import MmphiError, SettingsError
+from reports.query import STUDY_RUN
 
 if TYPE_CHECKING:
     import optuna
@@ -169,6 +170,7 @@ class Driver:
             title=f"{cell.level}, {'tuning' if tuning else 'seed'} {cell.number} of {self.record.name}",
             tags={
                 "mmphi.study": self.record.name,
+                STUDY_RUN: self.record.run_id,
                 "mmphi.factor": study.factor,
                 "mmphi.level": cell.level,
                 "mmphi.seed": str(seed),

@@ -22,11 +22,13 @@ from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from ablations.cells import Cell, Outcome
+from ablations.results import Results
 from mmphi.errors import StoreError
 from mmphi.tracking.lease import lease_s
 from mmphi.tracking.uri import SQLITE, database
 
 MOST = 100_000  # Levels and seeds are numbered below this.
+RECORD = "record"  # Attribute of a study: the run of its record in MLflow.
 WAIT_S = 60  # For a SQLite database that another process is writing to.
 
 
@@ -71,8 +73,12 @@ class Ledger:
         directions: Of its values.
         sampler: Suggests what a search tries next.
         pruner: Ends what is not worth more.
+        record: Id of the study's run in MLflow. Trials that belong to an earlier study of the same name, whose run was
+            deleted, are left alone, under that name; the new ones get another name in Optuna.
+        results: Knows which runs of the study were deleted; their cells have no result.
 
     Attributes:
+        name: Of the study in Optuna.
         shared: Whether other drivers may work on the same study at the same time.
     """
 
@@ -83,18 +89,36 @@ class Ledger:
         directions: Sequence[Literal["minimize", "maximize"]],
         sampler: optuna.samplers.BaseSampler | None = None,
         pruner: optuna.pruners.BasePruner | None = None,
+        *,
+        record: str = "",
+        results: Results | None = None,
     ) -> None:
-        self.url, self.name, self.shared = url, name, not url.startswith(SQLITE)
+        self.url, self.shared, self._results = url, not url.startswith(SQLITE), results
         self.storage = connect(url)
+        self.name = self._own_name(name, record)
         self.study = optuna.create_study(
-            study_name=name,
+            study_name=self.name,
             storage=self.storage,
             directions=list(directions),
             sampler=sampler,
             pruner=pruner,
             load_if_exists=True,
         )
+        if record and not self.study.user_attrs.get(RECORD):
+            self.study.set_user_attr(RECORD, record)
         self.mine: dict[int, optuna.trial.Trial] = {}
+
+    def _own_name(self, name: str, record: str) -> str:
+        """The name, or another one where trials of an earlier study have it."""
+        if not record or name not in optuna.get_all_study_names(self.storage):
+            return name
+        known = optuna.load_study(study_name=name, storage=self.storage)
+        if owner := known.user_attrs.get(RECORD):
+            return name if owner == record else f"{name} {record[:8]}"
+        # Of an earlier version of mmphi, which did not note the record: its runs are there, or it is another study's.
+        runs = {t.user_attrs.get("run_id", "") for t in known.get_trials(deepcopy=False)} - {""}
+        deleted = self._results.gone(runs) if self._results is not None else set()
+        return f"{name} {record[:8]}" if runs and runs == deleted else name
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
@@ -127,9 +151,14 @@ class Ledger:
         return list(self.study.get_trials(deepcopy=False, states=states or None))
 
     def outcomes(self) -> list[Outcome]:
-        """How cells ended, each once."""
+        """How cells ended, each once; without results whose run was deleted."""
         found: dict[str, Outcome] = {}
-        for trial in self.trials(TrialState.COMPLETE, TrialState.FAIL):
+        ended = self.trials(TrialState.COMPLETE, TrialState.FAIL)
+        runs = [t.user_attrs.get("run_id", "") for t in ended if t.state == TrialState.COMPLETE]
+        deleted = self._results.gone(runs) if self._results is not None else set()
+        for trial in ended:
+            if trial.state == TrialState.COMPLETE and trial.user_attrs.get("run_id") in deleted:
+                continue
             if trial.state == TrialState.COMPLETE or trial.user_attrs.get("final"):
                 cell = cell_of(trial)
                 value = trial.value if trial.state == TrialState.COMPLETE else None

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ablations.results import Results
 from mmphi.tracking.uri import SQLITE, database
 
 if TYPE_CHECKING:
@@ -33,8 +34,17 @@ def ledgers(store: RunStore, name: str, study: Study, storage: str) -> dict[str,
     """The trials of a study, by phase: those that are judged, and those that find nuisance values."""
     from ablations.ledger import Ledger
 
-    url = storage_url(store, storage)
-    return {"verdict": Ledger(url, name, [study.direction]), "tuning": Ledger(url, f"{name}/tuning", ["minimize"])}
+    url, results, record = storage_url(store, storage), Results(store, name), _record(store, name)
+    return {
+        "verdict": Ledger(url, name, [study.direction], record=record, results=results),
+        "tuning": Ledger(url, f"{name}/tuning", ["minimize"], record=record, results=results),
+    }
+
+
+def _record(store: RunStore, name: str) -> str:
+    """Id of the run of a study's record; empty where it was not begun."""
+    found = next(store.search(study_record=name), None)
+    return str(found.info.run_id) if found is not None else ""
 
 
 def search_ledger(store: RunStore, name: str, search: Search, storage: str) -> Ledger:
@@ -42,4 +52,6 @@ def search_ledger(store: RunStore, name: str, search: Search, storage: str) -> L
     from ablations.ledger import Ledger
 
     url = storage_url(store, storage)
-    return Ledger(url, name, list(search.objectives.values()), search.made_sampler(), search.made_pruner())
+    directions, record = list(search.objectives.values()), _record(store, name)
+    # A search has tried what it has tried: a run that was deleted since is not trained again.
+    return Ledger(url, name, directions, search.made_sampler(), search.made_pruner(), record=record)

@@ -17,6 +17,7 @@ from ablations.jobs import Answer, Job
 from ablations.ledger import Ledger
 from ablations.record import Record
 from ablations.search import Search
+from reports.query import STUDY_RUN
 
 if TYPE_CHECKING:
     import optuna
@@ -144,6 +145,7 @@ class SearchDriver:
             title=f"{name}, seed {seed} of {self.record.name}",
             tags={
                 "mmphi.study": self.record.name,
+                STUDY_RUN: self.record.run_id,
                 "mmphi.level": name,
                 "mmphi.seed": str(seed),
                 "mmphi.round": str(place),

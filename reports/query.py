@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CURVE_POINTS = 3
 NOT_FINITE = "mmphi.not_finite"
 JUDGED = "mmphi.judged_by"  # Tag of a trial: the run of the evaluation that its study asked for.
+STUDY_RUN = "mmphi.study_run"  # Tag of a trial: the run of its study's record.
 RECORD, CHANGE, DECLARATION = "study_record", "mmphi.change.", "study.json"
 
 
@@ -181,7 +182,7 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
     declaration = store.json_of(record, DECLARATION)
     if not declaration:
         raise StoreError(f"run {record.info.run_id} of the study {name} has no {DECLARATION}", "restore its artifacts")
-    runs = sorted(_trials(store, name), key=lambda trial: (trial.started_ms, trial.run_id))
+    runs = sorted(_trials(store, name, str(record.info.run_id)), key=lambda trial: (trial.started_ms, trial.run_id))
     judged = [trial.run_id for trial in runs if trial.finished and trial.phase == "verdict"]
     points: dict[str, list[tuple[int, float]]] = {}
     drawn, most = "", -1
@@ -207,9 +208,10 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
     )
 
 
-def _trials(store: RunStore, name: str) -> Iterator[Trial]:
+def _trials(store: RunStore, name: str, record: str) -> Iterator[Trial]:
+    """The trials of a study, without those of an earlier one of the same name whose record was deleted."""
     for run in store.search(study=name):
-        if run.info.lifecycle_stage == "active":
+        if run.info.lifecycle_stage == "active" and run.data.tags.get(STUDY_RUN, record) == record:
             yield _judged(store, trial_of(run))
 
 

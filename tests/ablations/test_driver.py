@@ -14,7 +14,7 @@ import psutil
 import pytest
 import toy_studies
 from optuna.trial import TrialState
-from toy_studies import STUDY, drive, driver, loss, results
+from toy_studies import STEPS, STUDY, drive, driver, loss, results
 
 from ablations.cells import Cell
 from ablations.driver import TrialError
@@ -370,3 +370,57 @@ def test_record_without_its_declaration(empty_store: str) -> None:
     assert record is not None
     with pytest.raises(StoreError, match=r"has no study.json"):
         record.declaration()
+
+
+def test_a_trial_whose_run_was_deleted_is_run_again(empty_store: str) -> None:
+    study = replace(STUDY, seeds=2)
+    drive(driver(study))
+    before = load_study(Store(), "toy")
+    gone = [before.results()["three"][1].run_id, before.results("tuning")["one"][1000].run_id]
+    for run_id in gone:
+        Store().client.delete_run(run_id)
+    assert load_study(Store(), "toy").missing() == [("three", 1)]
+    made = driver(study)
+    assert sorted(cell.level for cell in made.wanted()) == ["one"]  # What is tuned comes first.
+    drive(made)
+    data = load_study(Store(), "toy")
+    assert data.missing() == made.wanted() == []
+    assert judged(results(made)) == pytest.approx(expected(2))
+    assert len(data.trials) == len(before.trials)
+    assert not set(gone) & {trial.run_id for trial in data.trials}
+
+
+def test_a_study_that_is_begun_again_after_all_of_it_was_deleted(empty_store: str) -> None:
+    drive(driver(replace(STUDY, seeds=1)))
+    for run in Store().client.search_runs([Store().experiment()]):
+        Store().client.delete_run(run.info.run_id)
+    made = driver(replace(STUDY, seeds=1, fixed={"projector.steps": STEPS + 1}))
+    assert len(made.wanted()) == 6  # Nothing that was tuned with other settings counts.
+    drive(made)
+    data = load_study(Store(), "toy")
+    assert data.missing() == []
+    assert {t.params["projector.steps"] for t in data.trials} == {str(STEPS + 1)}
+    # The same driver once more finds its own trials.
+    assert driver(replace(STUDY, seeds=1, fixed={"projector.steps": STEPS + 1})).wanted() == []
+
+
+def test_trials_of_an_earlier_study_of_the_same_name_are_not_reported(empty_store: str) -> None:
+    study = replace(STUDY, seeds=1, nuisance={})
+    drive(driver(study))
+    record = Record.find(Store(), "toy")
+    assert record is not None
+    Store().client.delete_run(record.run_id)
+    made = driver(replace(study, fixed={"projector.steps": STEPS + 1}))
+    assert load_study(Store(), "toy").trials == []
+    drive(made)
+    assert {t.params["projector.steps"] for t in load_study(Store(), "toy").trials} == {str(STEPS + 1)}
+
+
+def test_trials_in_optuna_of_an_earlier_version_are_gone_on_with(empty_store: str) -> None:
+    study = replace(STUDY, seeds=1, nuisance={})
+    made = driver(study)
+    drive(made)
+    for ledger in made.ledgers.values():  # As they were: without a note of their record.
+        ledger.storage.set_study_user_attr(ledger.study._study_id, "record", None)
+        assert ledger.study.user_attrs == {"record": None}
+    assert driver(study).wanted() == []
