@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmphi.describe import duration
+from reports.comparison import compare
 from reports.query import StudyData, load_study
 from reports.search import tried
-from reports.statistics import compare, interval
+from reports.statistics import interval
 from reports.verdict import ends_of, number
 
 if TYPE_CHECKING:

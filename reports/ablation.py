@@ -32,11 +32,13 @@ def ablation(data: StudyData) -> Document:
         {
             "study": data.name,
             "question": data.declaration["question"],
-            "headline": headline(comparisons, found.means, baseline, metric),
+            "partial": prose.partial(data),
+            "headline": headline(comparisons, baseline, metric),
             "sentences": [sentence(c, baseline, metric) for c in comparisons] if len(comparisons) > 1 else [],
             "design": prose.design(data),
             "leaves_open": data.declaration.get("leaves_open", ""),
             "warnings": list(prose.warnings(data, metric)),
+            "exploratory": prose.exploratory(found),
             "budget": prose.budget(data, metric),
             "statistics": prose.STATISTICS,
             "costs_note": prose.costs_note(data),
@@ -48,7 +50,7 @@ def ablation(data: StudyData) -> Document:
     )
     document.tables |= tables(found)
     document.figures |= drawn(found)
-    parts = shares({level: of for level, of in found.values.items() if of})
+    parts = shares({level: of for level, of in found.judged.items() if of})
     if parts and len(data.levels) > 1:
         document.figures["importance"] = figures.png(figures.importance(parts))
         document.values = {**document.values, "importance": prose.importance(parts.factor, parts.seed, parts.rest)}

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
+from reports.comparison import Comparison
 from reports.pretrainings import Pretraining
 from reports.references import Reference
 from reports.scaling import Outlook
-from reports.statistics import Comparison, Interval, Shares
+from reports.statistics import Interval, Shares
 from reports.verdict import Metric
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -53,12 +54,16 @@ def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) ->
     if metric.margin:
         axes.axvspan(-metric.margin, metric.margin, color=BAND, label=f"within {metric.margin:g}: no matter")
     axes.axvline(0, color=GREY, linewidth=1)
-    marks = {"different": ("o", COLOURS[0]), "equivalent": ("s", COLOURS[2]), "open": ("D", COLOURS[5])}
-    words = {"different": "different", "equivalent": "the same within the margin", "open": "not decided"}
+    marks = {
+        "different": ("o", COLOURS[0], "different"),
+        "equivalent": ("s", COLOURS[2], "the same within the margin"),
+        "open": ("D", COLOURS[5], "not decided"),
+        "interim": ("x", GREY, "too few seeds yet"),
+    }
     told: set[str] = set()
     for row, comparison in enumerate(comparisons):
-        marker, colour = marks[comparison.verdict]
-        label = None if comparison.verdict in told else words[comparison.verdict]
+        marker, colour, words = marks[comparison.verdict]
+        label = None if comparison.verdict in told else words
         told.add(comparison.verdict)
         if comparison.interval:
             axes.plot([comparison.interval.low, comparison.interval.high], [row, row], color=colour, linewidth=2)

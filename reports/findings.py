@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mmphi.errors import StoreError
+from reports.comparison import Comparison, Judging, compare, lost_runs
+from reports.looks import reached
 from reports.query import StudyData, Trial
-from reports.statistics import Comparison, Interval, compare, interval
+from reports.statistics import Interval, interval
 from reports.verdict import Metric
 
 
@@ -21,21 +23,29 @@ class Findings:
         data: The study.
         metric: What was judged.
         baseline: The level that the others are compared with.
-        results: Its judged trials, by level and seed.
-        values: The metric, by level and seed.
-        means: By level; of levels that have any.
+        judging: How it is judged, and over which seeds.
+        results: Its trials, by level and seed.
+        values: The metric of all of them, by level and seed.
+        lost: Seeds whose run diverged or gave no number, by level.
+        judged: The metric of those that are judged: without seeds beyond the look, and without runs that diverged.
+        means: Of these by level; of levels that have any.
         intervals: Of the means, by level.
         comparisons: Of every other level with the baseline.
+        exploratory: The same over all seeds, where there are more than the study declared; never a verdict.
     """
 
     data: StudyData
     metric: Metric
     baseline: str
+    judging: Judging
     results: Mapping[str, Mapping[int, Trial]]
     values: Mapping[str, Mapping[int, float]]
+    lost: Mapping[str, set[int]]
+    judged: Mapping[str, Mapping[int, float]]
     means: Mapping[str, float]
     intervals: Mapping[str, Interval | None]
     comparisons: Sequence[Comparison]
+    exploratory: Sequence[Comparison] = ()
 
     @classmethod
     def of(cls, data: StudyData) -> Findings:
@@ -48,16 +58,41 @@ class Findings:
         metric = Metric(declared["metric"], declared["unit"], declared["direction"] == "minimize", declared["margin"])
         values, baseline = data.values(metric.name), str(declared["baseline"])
         _some(data, metric, values)
+        levels = {level: values[level] for level in data.levels}
+        judging = judging_of(data, metric)
+        lost = lost_runs(levels, judging)
+        ends = dict(judging.until or {})
+        judged = {
+            level: {n: v for n, v in of.items() if n not in lost[level] and _within(n, ends.get(level))}
+            for level, of in levels.items()
+        }
+        beyond = any(n >= data.planned for of in levels.values() for n in of)
         return cls(
             data,
             metric,
             baseline,
+            judging,
             data.results("verdict", metric.name),
             values,
-            {level: float(np.mean(list(of.values()))) for level, of in values.items() if of},
-            {level: interval(list(of.values())) for level, of in values.items()},
-            compare({level: values[level] for level in data.levels}, baseline, metric.margin),
+            lost,
+            judged,
+            {level: float(np.mean(list(of.values()))) for level, of in judged.items() if of},
+            {level: interval(list(of.values())) for level, of in judged.items()},
+            compare(levels, baseline, judging=judging),
+            compare(levels, baseline, judging=replace(judging, until=None)) if beyond else (),
         )
+
+
+def judging_of(data: StudyData, metric: Metric) -> Judging:
+    """How a study is judged, and over which of the seeds that it has by now."""
+    baseline = str(data.declaration["baseline"])
+    ended = {level: data.ended(level) for level in data.levels}
+    until = {level: reached(min(ended[level], ended.get(baseline, 0)), data.looks) for level in data.levels}
+    return Judging(metric.margin, metric.less, data.looks, until, data.draw(), data.lost())
+
+
+def _within(number: int, end: int | None) -> bool:
+    return end is None or number < end
 
 
 def _some(data: StudyData, metric: Metric, values: Mapping[str, Mapping[int, float]]) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from reports.findings import Findings
 from reports.query import StudyData
-from reports.tables import mean_of, order_of, tried_at
+from reports.tables import mean_of, order_of, tried_at, used_at
 from reports.verdict import Metric, listed
 
 SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.
 EDGE = "the best value lies at the edge of what was tried: a better one may lie beyond"
 STATISTICS = (
-    "Intervals are 95 % bootstrap intervals of the mean (scipy, 9,999 resamples; expanded for small samples as in"
-    " Hesterberg 2015), p values exact sign-flip permutation tests of the differences at the same seeds, corrected by"
-    " Holm's method over the comparisons of this study. Equivalence is judged by two one-sided tests of the same kind."
+    "Intervals are 95 % intervals of the mean: Student's t of fewer than 12 values, else scipy's bootstrap (9,999"
+    " resamples, expanded for small samples as in Hesterberg 2015). p is the larger of two exact sign-flip permutation"
+    " tests of the differences at the same seeds, of their values and of their signed ranks (Wilcoxon), corrected by"
+    " Holm's method over the comparisons of this study. Both tests assume that differences are symmetric about their"
+    " centre. Runs that diverged (10 standard deviations, as the better half of all runs shows them, from the median of"
+    " their level) or gave no number are left out and judged apart. Equivalence is judged by two one-sided tests of the"
+    " same kind."
 )
 COSTS_NOTE = (
     "Means over the seeds. Seconds and memory are those of the training as these machines ran it, beside whatever else"
@@ -44,13 +49,64 @@ def design(data: StudyData) -> str:
     drawn = [f"{stage}.seed" for stage in ("scenes", "pretrain", "light_clip", "projector") if stage in upstream]
     split = "corpus.split_seed" if "tokens" in upstream else "data.split_seed"
     fixed = [name for name in (*drawn, split) if name not in settings]
-    level = f"every level at {data.seeds} paired seeds, in rounds, {budget} each, nothing pruned"
-    judged = f"judged by `{declared['metric']}` on what neither training nor tuning saw"
-    repeated, stands = (listed([f"`{name}`" for name in names]) for names in (settings, fixed))
+    level = f"{seeds_of(data)}, in rounds, {budget} each, nothing pruned"
+    judged = f"judged by `{declared['metric']}`{_split_of(data)}"
+    replicate = list(declared.get("replicate", []))
+    fixed = [name for name in fixed if name not in replicate]
+    repeated, stands = (listed([f"`{name}`" for name in names]) for names in ([*settings, *replicate], fixed))
+    if draws := int(declared.get("replicates", 0)) if replicate else 0:
+        repeated += (
+            f" ({listed([f'`{name}`' for name in replicate])} in {draws} draws, which are the units that are judged)"
+        )
+    if not fixed:
+        return (
+            f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over"
+            f" seeds: {repeated}. The verdict is about new draws of all of these."
+        )
     return (
         f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over seeds:"
-        f" {repeated}. **Not repeated**, and so not part of the uncertainty: {stands}: what was drawn or trained with"
-        " these stands for all."
+        f" {repeated}. **Not repeated**, and so not part of the uncertainty: {stands}. The verdict is about new draws"
+        " of what was repeated, on the one draw of what was not."
+    )
+
+
+def _split_of(data: StudyData) -> str:
+    """What the judged metric is measured on, as far as its name says."""
+    metric = data.declaration["metric"]
+    if metric.startswith("test/"):
+        return " on the test split, which neither training nor tuning used"
+    if metric.startswith("val/"):
+        chosen = ", **on which the nuisance values were chosen, too**" if data.declaration.get("nuisance") else ""
+        return f" on the validation split{chosen}"
+    return ""
+
+
+def seeds_of(data: StudyData) -> str:
+    """At how many seeds the levels were run."""
+    counts = {level: len(of) for level, of in data.results("verdict", data.declaration["metric"]).items()}
+    fewest, most = min(counts.values()), max(counts.values())
+    if fewest == most:
+        return f"every level at {most} paired seed{'s' * (most != 1)}"
+    return f"levels at {fewest} to {most} paired seeds"
+
+
+def partial(data: StudyData) -> str:
+    """That trials are missing, where some are; empty where all that was asked for has ended."""
+    lost = data.lost()
+    missing = [(level, n) for level, n in data.missing() if n not in lost[level]]
+    if not missing:
+        return ""
+    asked = len([level for level in data.levels if level not in data.stopped]) * data.seeds
+    return f"Partial report: {asked - len(missing)} of {asked} trials have ended."
+
+
+def exploratory(found: Findings) -> str:
+    """What the seeds beyond the declared ones are worth; empty where there are none."""
+    if not found.exploratory:
+        return ""
+    return (
+        f"The study declared {found.data.planned} seeds, and more were added after results were seen. Over all of them,"
+        " without a verdict, because adding seeds until something shows is no test:"
     )
 
 
@@ -60,12 +116,9 @@ def warnings(data: StudyData, metric: Metric) -> Iterator[str]:
         cells = listed([f"{level} seed {n}" for level, n in missing[:12]])
         more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
         yield f"{len(missing)} trials that were asked for have no result: {cells}{more}. Their pairs are left out."
-    failed: dict[str, int] = {}
-    for trial in data.failed():
-        if trial.phase == "verdict" and (trial.level, trial.seed) in missing:
-            failed[trial.level] = failed.get(trial.level, 0) + 1
-    for level, count in failed.items():
-        yield f"{level} failed at {count} of {data.seeds} seeds: its mean is that of the trials that did not."
+    for level, seeds in data.lost().items():
+        if seeds:
+            yield f"{level} failed at {len(seeds)} of {data.seeds} seeds: its mean is that of the trials that did not."
     found = [t for t in data.trials if t.phase == "verdict" and t.finished and metric.name in t.metrics]
     cells_found = [(t.level, t.seed) for t in found]
     if twice := sorted({cell for cell in cells_found if cells_found.count(cell) > 1}):
@@ -132,11 +185,15 @@ def command(data: StudyData) -> str:
 
 
 def tuning_notes(data: StudyData) -> Iterator[str]:
-    """Levels whose best nuisance value lies at the edge of what was tried."""
+    """Levels whose nuisance value lies at the edge of what was tried, or of which several were used."""
+    limit = int(data.declaration.get("tuning_extensions", 0))
     for level in data.levels:
-        tried = tried_at(data, level)
+        tried, used = tried_at(data, level), used_at(data, level)
+        if len(used) > 1:
+            yield f"{level}: {len(used)} values were used, {listed([', '.join(values) for values in used])}."
         for place, name in enumerate(data.declaration["nuisance"]):
-            choices = sorted({values[place] for values, _ in tried}, key=lambda v: order_of([v]))
-            if len(choices) > 1 and min(tried, key=lambda item: item[1])[0][place] in (choices[0], choices[-1]):
-                best = min(tried, key=lambda item: item[1])[0][place]
-                yield f"{level}, `{name}` = {best}: {EDGE}."
+            values = sorted({values[place] for values, _ in tried}, key=lambda v: order_of([v]))
+            edges = {values[0], values[-1]} if len(values) > 1 else set()
+            if at_edge := sorted({each[place] for each in used} & edges):
+                reached = f", after {limit} values that were added, the study's limit" if limit else ""
+                yield f"{level}, `{name}` = {' and '.join(at_edge)}: {EDGE}{reached}."

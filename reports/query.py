@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,11 @@ class Trial:
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     started_ms: int = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.status in ("RUNNING", "SCHEDULED")
 
     @property
     def finished(self) -> bool:
@@ -122,6 +128,39 @@ class StudyData:
         """How many seeds are asked for now."""
         numbers = [int(c["value"]) for c in self.changes if c["what"] == "seeds"]
         return numbers[-1] if numbers else int(self.declaration["seeds"])
+
+    @property
+    def planned(self) -> int:
+        """How many seeds were declared before the first result; more are exploratory."""
+        return int(self.declaration["seeds"])
+
+    @property
+    def looks(self) -> list[int]:
+        """Numbers of seeds at which the study is judged, the last one included."""
+        return [*map(int, self.declaration.get("looks", [])), self.planned]
+
+    def draw(self) -> Callable[[int], int] | None:
+        """The draw that a seed was built on, where a study has fewer draws than seeds."""
+        draws = int(self.declaration.get("replicates", 0)) if self.declaration.get("replicate") else 0
+        return (lambda number: number % draws) if draws else None
+
+    def lost(self) -> dict[str, set[int]]:
+        """Seeds of every level whose run ended without a number: it diverged, or it ran out of memory."""
+        metric = self.declaration.get("metric", "")
+        there, running = self.results("verdict", metric), {(t.level, t.seed) for t in self.trials if t.running}
+        found: dict[str, set[int]] = {level: set() for level in self.levels}
+        for trial in self.failed():
+            cell = (trial.level, trial.seed)
+            interrupted = trial.status == "KILLED"
+            known = trial.phase == "verdict" and trial.level in found and trial.seed not in there[trial.level]
+            if known and not interrupted and cell not in running:
+                found[trial.level].add(trial.seed)
+        return found
+
+    def ended(self, level: str) -> int:
+        """At how many of the first seeds a level has ended, with a number or without."""
+        there = set(self.results("verdict", self.declaration["metric"])[level]) | self.lost()[level]
+        return next(n for n in itertools.count() if n not in there)
 
     def results(self, phase: str = "verdict", metric: str = "") -> dict[str, dict[int, Trial]]:
         """The finished trials that have a metric, by level and seed; of several of one cell the oldest."""

@@ -10,6 +10,7 @@ import numpy as np
 from reports.document import Table
 from reports.findings import Findings
 from reports.query import StudyData, Trial
+from reports.statistics import interval
 from reports.verdict import ends_of, number, p_value
 
 # Of every level: the interval of its mean, then what is to be said of it beside the baseline.
@@ -23,7 +24,7 @@ def tables(found: Findings) -> dict[str, Table]:
     rows, costs = [], []
     against: list[str]
     for level in data.levels:
-        trials, comparison = found.results[level], beside.get(level)
+        trials, comparison = {n: found.results[level][n] for n in found.judged[level]}, beside.get(level)
         mean = number(found.means[level], 4) if level in found.means else "-"
         if comparison is None or comparison.n == 0:
             against = ["baseline" if level == found.baseline else "-", "-", "-", "-"]
@@ -40,11 +41,12 @@ def tables(found: Findings) -> dict[str, Table]:
         costs.append([level, *(_cost(mean_of(trials, name)) for name in declared["costs"])])
     made = {
         "levels": Table([declared["factor"], "n", f"mean {metric.name}", *LEVEL_COLUMNS], rows),
+        "robustness": robustness(found),
         "costs": Table([declared["factor"], *declared["costs"].values()], costs),
         "trials": by_seed(found),
         "environment": environment(data),
     }
-    made |= _tuning(data)
+    made |= _tuning(data) | _also(found) | _exploratory(found)
     if failed := data.failed():
         made["failed"] = Table(
             ["phase", "level", "seed", "status", "reason", "run"],
@@ -58,6 +60,44 @@ def tables(found: Findings) -> dict[str, Table]:
     return made
 
 
+def robustness(found: Findings) -> Table:
+    """What the verdicts rest on: other estimates of the differences, and runs that are not among them."""
+    rows = [
+        [
+            c.level,
+            c.n,
+            number(c.difference),
+            number(c.typical),
+            ends_of(c.without_one),
+            f"{c.lost[0]} and {c.lost[1]}",
+            p_value(c.p_lost).removeprefix("p = ") if any(c.lost) else "-",
+        ]
+        for c in found.comparisons
+    ]
+    columns = ("pairs", "mean difference", "Hodges-Lehmann", "mean without any one pair")
+    return Table([found.data.declaration["factor"], *columns, "lost, and of the baseline", "p of that"], rows)
+
+
+def _also(found: Findings) -> dict[str, Table]:
+    """Metrics of quality that are not judged: means and intervals, and differences to the baseline."""
+    also, rows = found.data.declaration.get("also", {}), []
+    for level in found.data.levels:
+        row: list[Any] = [level]
+        for name in also:
+            of = {n: found.results[level][n].metrics.get(name) for n in found.judged[level]}
+            values = [value for value in of.values() if value is not None]
+            row.append(f"{number(float(np.mean(values)), 4)} ({ends_of(interval(values))})" if values else "-")
+        rows.append(row)
+    return {"also": Table([found.data.declaration["factor"], *also.values()], rows)} if also else {}
+
+
+def _exploratory(found: Findings) -> dict[str, Table]:
+    """All seeds, where there are more than the study declared."""
+    rows = [[c.level, c.n, number(c.difference), ends_of(c.interval)] for c in found.exploratory]
+    columns = [found.data.declaration["factor"], "pairs", "minus the baseline", "95 % interval"]
+    return {"exploratory": Table(columns, rows)} if rows else {}
+
+
 def linked(data: StudyData, trial: Trial) -> str:
     """A short link to a run."""
     return f"[{trial.run_id[:8]}]({data.link(trial.run_id)})"
@@ -68,10 +108,14 @@ def by_seed(found: Findings) -> Table:
     data, metric, results = found.data, found.metric, found.results
     numbers = sorted({n for of in results.values() for n in of})
 
-    def cell(trial: Trial | None) -> str:
-        return f"[{number(trial.metrics[metric.name], 4)}]({data.link(trial.run_id)})" if trial else "-"
+    def cell(level: str, n: int) -> str:
+        trial = results[level].get(n)
+        if trial is None:
+            return "-"
+        left_out = " diverged" if n in found.lost[level] else ""
+        return f"[{number(trial.metrics[metric.name], 4)}]({data.link(trial.run_id)}){left_out}"
 
-    rows = [[n, *(cell(results[level].get(n)) for level in data.levels)] for n in numbers]
+    rows = [[n, *(cell(level, n) for level in data.levels)] for n in numbers]
     return Table(["seed", *data.levels], rows)
 
 
@@ -86,26 +130,37 @@ def _tuning(data: StudyData) -> dict[str, Table]:
         return {}
     rows = []
     for level in data.levels:
-        tried = tried_at(data, level)
-        best = min(tried, key=lambda item: item[1]) if tried else None
-        shown = "; ".join(f"{', '.join(map(str, values))}: {number(mean, 4)}" for values, mean in tried) or "-"
-        rows.append([level, ", ".join(map(str, best[0])) if best else "-", shown])
+        shown = [
+            f"{', '.join(map(str, values))}: {number(float(np.mean(of)), 4)}"
+            + (f" ({number(min(of), 4)} to {number(max(of), 4)})" if len(of) > 1 else "")
+            for values, of in tried_at(data, level)
+        ]
+        used = [", ".join(map(str, values)) for values in used_at(data, level)]
+        rows.append([level, " and ".join(used) or "-", "; ".join(shown) or "-"])
     names = ", ".join(data.declaration["nuisance"])
     return {
         "tuning": Table(
-            [data.declaration["factor"], names, f"mean {data.declaration['tuning_metric']} at each value"], rows
+            [data.declaration["factor"], f"{names} used", f"mean {data.declaration['tuning_metric']} at each (range)"],
+            rows,
         )
     }
 
 
-def tried_at(data: StudyData, level: str) -> list[tuple[tuple[Any, ...], float]]:
-    """Nuisance values tried at a level, and the mean of what they were judged by, in the order of the declaration."""
+def used_at(data: StudyData, level: str) -> list[tuple[str, ...]]:
+    """Nuisance values that the judged trials of a level were run with: one, unless it was tuned again since."""
+    names = list(data.declaration["nuisance"])
+    trials = data.results("verdict")[level].values()
+    return sorted({tuple(str(trial.params.get(name, "?")) for name in names) for trial in trials})
+
+
+def tried_at(data: StudyData, level: str) -> list[tuple[tuple[str, ...], list[float]]]:
+    """Nuisance values tried at a level, and what each of them gave at the tuning seeds, in order of the values."""
     names, metric = list(data.declaration["nuisance"]), data.declaration["tuning_metric"]
-    found: dict[tuple[Any, ...], list[float]] = {}
+    found: dict[tuple[str, ...], list[float]] = {}
     for trial in data.trials:
         if trial.phase == "tuning" and trial.level == level and trial.finished and metric in trial.metrics:
-            found.setdefault(tuple(trial.params.get(n, "?") for n in names), []).append(trial.metrics[metric])
-    return sorted(((values, float(np.mean(of))) for values, of in found.items()), key=lambda item: order_of(item[0]))
+            found.setdefault(tuple(str(trial.params.get(n, "?")) for n in names), []).append(trial.metrics[metric])
+    return sorted(found.items(), key=lambda item: order_of(item[0]))
 
 
 def order_of(values: Sequence[Any]) -> tuple[Any, ...]:

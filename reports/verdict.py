@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from reports.statistics import ALPHA, POWER, Comparison, Interval, seeds_needed, smallest_p
+from reports.comparison import Comparison
+from reports.power import POWER, seeds_needed
+from reports.statistics import ALPHA, Interval, smallest_p
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,20 @@ def p_value(p: float) -> str:
 def after_holm(comparison: Comparison) -> str:
     """What a p value was corrected for."""
     many = comparison.comparisons
-    return f" after Holm over {many} comparisons" if many > 1 else ""
+    looks = f" for looks at {listed([str(look) for look in comparison.looks])} seeds" if comparison.looks else ""
+    holm = f" after Holm over {many} comparisons" if many > 1 else ""
+    return f"{holm}{' and' if holm and looks else ''}{' corrected' if looks else ''}{looks}"
+
+
+def left_out(comparison: Comparison, baseline: str) -> str:
+    """How many runs are not among the pairs; empty where there are none."""
+    own, other = comparison.lost
+    if not own and not other:
+        return ""
+    return (
+        f" Left out, because they diverged or gave no number: {own} runs of {comparison.level} and {other} of"
+        f" {baseline} (exact McNemar test, {p_value(comparison.p_lost)})."
+    )
 
 
 def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
@@ -78,8 +93,19 @@ def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
     level, n = comparison.level, comparison.n
     if n == 0:
         return f"Nothing can be said of {level}: it has no seed in common with {baseline}."
+    return _verdict(comparison, baseline, metric) + left_out(comparison, baseline)
+
+
+def _verdict(comparison: Comparison, baseline: str, metric: Metric) -> str:
+    level, n = comparison.level, comparison.n
     size = f"{number(abs(comparison.difference))} {metric.unit}"
     seeds = f"{n} seeds" if n > 1 else "1 seed"
+    if comparison.interim:
+        first = f" before {comparison.looks[0]} seeds" if comparison.looks else ""
+        return (
+            f"**No verdict on {level} yet**{first}: so far {number(comparison.difference)} {metric.unit} from"
+            f" {baseline} ({range_of(comparison.interval)}, {seeds})."
+        )
     if comparison.verdict == "different":
         better = metric.better(comparison.difference)
         what = "beat" if better else "did worse than"  # In the past all numbers agree.
@@ -117,22 +143,25 @@ def _why_not(comparison: Comparison, metric: Metric) -> str:
     return ";".join(parts)
 
 
-def headline(comparisons: Sequence[Comparison], means: Mapping[str, float], baseline: str, metric: Metric) -> str:
+def headline(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -> str:
     """The whole study in a sentence or two.
 
     Args:
         comparisons: Of every level with the baseline.
-        means: Of the metric, by level.
         baseline: Its name.
         metric: What was measured.
     """
+    if comparisons and all(c.interim for c in comparisons):
+        return "**No verdict yet: the study has not come to the number of seeds at which it is judged.**"
     better = [c for c in comparisons if c.verdict == "different" and metric.better(c.difference)]
     worse = [c for c in comparisons if c.verdict == "different" and not metric.better(c.difference)]
     same = [c.level for c in comparisons if c.verdict == "equivalent"]
     unsaid = [c.level for c in comparisons if c.verdict == "open"]
+    waiting = [c.level for c in comparisons if c.verdict == "interim"]
     parts = []
     if better:
-        best = min(better, key=lambda c: means[c.level] if metric.less else -means[c.level])
+        # By the differences at the seeds of the baseline: means of levels with other seeds do not compare.
+        best = min(better, key=lambda c: c.difference if metric.less else -c.difference)
         parts.append(sentence(best, baseline, metric))
         others = [c.level for c in better if c is not best]
         if others:
@@ -147,6 +176,8 @@ def headline(comparisons: Sequence[Comparison], means: Mapping[str, float], base
         parts.append(f"{listed(same)} equalled it within {number(metric.margin)} {metric.unit}.")
     if unsaid:
         parts.append(f"Of {listed(unsaid)} no difference can be shown.")
+    if waiting:
+        parts.append(f"{listed(waiting)} have too few seeds for a verdict yet.")
     return " ".join(parts)
 
 

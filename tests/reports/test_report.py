@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from synthetic import read, record, study, trial
+from synthetic import read, record, study, trial, values
 
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.store import Store
 from reports.commands import report
+from reports.comparison import compare
 from reports.figures import front
 from reports.prose import design
 from reports.query import StudyData, Trial, begun, load_study
+from reports.verdict import Metric, headline
 
 EFFECTS = {"2 layers": 0.0, "3 layers": -0.05, "odd | one": -0.001}
 
@@ -176,7 +178,7 @@ def test_front_is_who_is_beaten_by_nobody() -> None:
             ("scenes", "pretrain", "projector"),
             "`scenes.seed`, `pretrain.seed`, `projector.seed` and `data.spli",
         ),
-        ("pretrain", ("tokens",), "`corpus.split_seed`:"),
+        ("pretrain", ("tokens",), "`corpus.split_seed`."),
     ],
 )
 def test_what_was_drawn_once_for_all_is_named(stage, upstream, said):
@@ -189,3 +191,83 @@ def test_what_was_drawn_once_for_all_is_named(stage, upstream, said):
     assert f"**Not repeated**, and so not part of the uncertainty: {said}" in design(
         StudyData("study", "run", "1", declaration, trials=[trial])
     )
+
+
+def test_a_report_of_a_study_that_runs_says_so(empty_store: str, tmp_path: Path) -> None:
+    record("half", seeds=8, looks=[4])
+    for level, by in (("2 layers", 0.0), ("3 layers", -0.1)):
+        for seed in range(3):
+            trial("half", level, seed, {"test/loss": 1.0 + seed / 100 + by + seed * by / 50})
+    text = write("half", tmp_path / "three")
+    assert "> **Partial report: 6 of 24 trials have ended.**" in text
+    assert "**No verdict yet: the study has not come to the number of seeds at which it is judged.**" in text
+    assert "**No verdict on 3 layers yet** before 4 seeds: so far −0.102 nats/token from 2 layers" in text
+    assert "every level at" not in text
+    assert "levels at 0 to 3 paired seeds" in text
+
+
+def test_seeds_beyond_the_declared_ones_are_exploratory(empty_store: str, tmp_path: Path) -> None:
+    run_id = record("more", seeds=3, levels={"2 layers": 2, "3 layers": 3}, also={"test/exact_match": "exact answers"})
+    change = '{"what": "seeds", "name": "", "value": 8, "at": "2026-11-25 01:00:00"}'
+    Store().client.set_tag(run_id, "mmphi.change.0000", change)
+    for level, by in (("2 layers", 0.0), ("3 layers", -0.1)):
+        for seed in range(8):
+            metrics = {"test/loss": 1.0 + seed / 100 + by + seed * by / 50, "test/exact_match": 0.5 - by}
+            trial("more", level, seed, metrics)
+    text = write("more", tmp_path)
+    assert "**No difference can be shown between 3 layers and 2 layers** with 3 seeds" in text
+    assert "The study declared 3 seeds, and more were added after results were seen." in text
+    assert "| 3 layers | 8 | −0.107 |" in text
+    assert "| 3 layers | 0.6 (0.6 to 0.6) |" in text
+    assert "Partial report" not in text
+
+
+def test_what_diverged_is_counted_and_left_out(empty_store: str, tmp_path: Path) -> None:
+    record("wild", seeds=8, levels={"2 layers": 2, "3 layers": 3})
+    found = values({"2 layers": 0.0, "3 layers": -0.1})
+    found["3 layers"][5] = 7.5
+    for level, of in found.items():
+        for seed, value in of.items():
+            trial("wild", level, seed, {"test/loss": value})
+    text = write("wild", tmp_path)
+    assert "**3 layers beat 2 layers by 0.096 nats/token**" in text
+    assert "7 seeds). Left out, because they diverged or gave no number: 1 runs of 3 layers and 0 of 2 layers" in text
+    assert re.search(r"\[7.5\]\(.*\) diverged \|", text)
+    assert re.search(r"\| 3 layers \| 7 \| −0\.096 \| −0\.09\S* \| −0\.09\S* to −0\.09\S* \| 1 and 0 \| 1.00 \|", text)
+
+
+def test_the_nuisance_values_that_were_used_are_shown(empty_store: str, tmp_path: Path) -> None:
+    """Not those with the best mean: a value that failed at a seed is not taken."""
+    record("rates", seeds=2, nuisance={"projector.learning_rate": [0.001, 0.01]}, levels={"2 layers": 2, "3 layers": 3})
+    for level in ("2 layers", "3 layers"):
+        for rate, losses in ((0.001, (0.5, 0.6)), (0.01, (0.1,))):
+            for seed, loss in enumerate(losses, 1000):
+                params = {"projector.learning_rate": rate}
+                trial("rates", level, seed, {"val/loss": loss}, phase="tuning", params=params)
+        for seed in range(2):
+            trial("rates", level, seed, {"test/loss": 0.5 + seed}, params={"projector.learning_rate": 0.001})
+    text = write("rates", tmp_path)
+    assert "| 2 layers | 0.001 | 0.001: 0.55 (0.5 to 0.6); 0.01: 0.1 |" in text
+    assert "3 layers, `projector.learning_rate` = 0.001: the best value lies at the edge" in text
+
+
+def test_the_best_level_is_the_one_with_the_best_paired_difference() -> None:
+    """Not with the best mean: one that lacks the hard seeds has a good mean."""
+    hard = {n: 1.0 + n for n in range(10)}
+    levels = {
+        "base": hard,
+        "better": {n: v - 0.5 - n / 100 for n, v in hard.items()},
+        "lacks hard ones": {n: v - 0.2 - n / 100 for n, v in hard.items() if n < 8},
+    }
+    said = headline(compare(levels, "base"), "base", Metric("test/loss", "nats/token", less=True))
+    assert said.startswith("**better beat base by 0.5")
+
+
+def test_a_validation_metric_is_called_one(empty_store: str, tmp_path: Path) -> None:
+    record("val", seeds=2, metric="val/loss", levels={"2 layers": 2, "3 layers": 3})
+    for level in ("2 layers", "3 layers"):
+        for seed in range(2):
+            trial("val", level, seed, {"val/loss": 0.5 + seed})
+    text = write("val", tmp_path)
+    assert "judged by `val/loss` on the validation split." in text
+    assert "neither training nor tuning" not in text

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from reports.comparison import Comparison, compare
+from reports.power import power, seeds_needed
 from reports.statistics import (
-    Comparison,
-    compare,
+    both_agree,
     equivalence,
     holm,
     interval,
-    power,
-    seeds_needed,
     shares,
     sign_flip,
+    signed_ranks,
     smallest_p,
+    typical,
 )
 
 
@@ -41,6 +42,27 @@ def test_sign_flip_is_scipys(n: int, alternative: str) -> None:
         (differences,), np.mean, permutation_type="samples", alternative=alternative, n_resamples=np.inf
     )
     assert sign_flip(differences, alternative) == pytest.approx(found.pvalue)
+
+
+@pytest.mark.parametrize("n", [5, 8, 12])
+@pytest.mark.parametrize("alternative", ["two-sided", "less", "greater"])
+def test_signed_ranks_are_scipys(n: int, alternative: str) -> None:
+    differences = np.random.default_rng(n).normal(0.4, 1, n)
+    found = stats.wilcoxon(differences, alternative=alternative, method="exact")
+    assert sign_flip(signed_ranks(differences), alternative) == pytest.approx(found.pvalue)
+
+
+def test_typical_is_the_median_of_the_means_of_two() -> None:
+    differences = [1.0, 2.0, 4.0, 100.0]
+    pairs = [(a + b) / 2 for a, b in itertools.combinations_with_replacement(differences, 2)]
+    assert typical(differences) == np.median(pairs) == 3.5
+
+
+def test_both_tests_must_agree() -> None:
+    ordinary = np.array([0.1, 0.2, 0.15, 0.12, 0.3, 0.22, 0.18, 0.11])
+    assert both_agree(ordinary) == sign_flip(ordinary) == pytest.approx(2 / 2**8)
+    outlier = np.array([-0.1, -0.2, -0.15, -0.12, -0.3, -0.22, -0.18, 9.0])
+    assert both_agree(outlier) == 1.0  # The mean says more, the ranks less.
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -77,12 +99,13 @@ def test_power_is_what_a_simulation_finds() -> None:
     rng = np.random.default_rng(0)
     cases = ((1.4, 1.0, 6, 0.05), (0.02, 0.026, 8, 0.0125), (0.02, 0.02, 12, 0.05), (0.0, 1.0, 10, 0.05))
     for effect, deviation, n, alpha in cases:
-        found = np.mean([sign_flip(rng.normal(effect, deviation, n)) < alpha for _ in range(1500)])
+        found = np.mean([both_agree(rng.normal(effect, deviation, n)) < alpha for _ in range(1500)])
         assert power(effect, deviation, n, alpha) == pytest.approx(found, abs=0.04)
-    for effect, n in ((0.5, 20), (0.9, 17)):
-        drawn = rng.normal(effect, 1.0, (4000, n))
-        found = np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05)
-        assert power(effect, 1.0, n) == pytest.approx(found, abs=0.025)
+    for effect, n in ((0.5, 20), (0.9, 17), (0.5, 40)):
+        drawn = rng.normal(effect, 1.0, (2000, n))
+        by_t, by_ranks = stats.ttest_1samp(drawn, 0, axis=1).pvalue, stats.wilcoxon(drawn, axis=1).pvalue
+        found = np.mean(np.maximum(by_t, by_ranks) < 0.05)
+        assert power(effect, 1.0, n) == pytest.approx(found, abs=0.03)
     by_t = stats.nct.sf(stats.t.ppf(0.975, 5), 5, 1.4 * np.sqrt(6))
     assert by_t - power(1.4, 1.0, 6) > 0.1  # What Student's t would promise of 6 pairs.
     assert power(1.0, 0.1, 3) == 0.0  # No sign-flip test of 3 pairs can reach 0.05.
@@ -133,6 +156,8 @@ def test_shares_are_the_two_way_analysis_of_variance() -> None:
     assert found.seed == pytest.approx(3 * ((grid.mean(axis=0) - grid.mean()) ** 2).sum() / total)
     assert found.factor + found.seed + found.rest == pytest.approx(1)
     assert shares({"a": {0: 1.0}, "b": {0: 1.0}}) is None
+    assert shares({"a": {0: 1.0}, "b": {0: 2.0, 1: 3.0}}) is None  # One seed that all have explains nothing.
+    assert shares({"a": {0: 1.0, 1: 2.0}}) is None
 
 
 def planted(seed: int, effect: float, n: int = 8, noise: float = 0.02, margin: float = 0.0) -> list[Comparison]:

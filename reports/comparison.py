@@ -1,0 +1,168 @@
+"""The levels of a study beside its baseline: what is judged, over which seeds, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reports.divergence import diverged, p_of_rates
+from reports.looks import corrected
+from reports.statistics import ALPHA, Interval, both_agree, equivalence, holm, interval, typical
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A level beside the baseline, over the seeds that both have.
+
+    Attributes:
+        level: Which.
+        n: Pairs; of a study that draws anew less often than it has seeds, draws.
+        difference: Mean of level minus baseline.
+        typical: Hodges-Lehmann estimate of it, which outliers hardly move.
+        interval: Of the mean.
+        without_one: From where to where the mean lies if any one pair is left out.
+        deviation: Standard deviation of the differences.
+        p: Of no difference, the larger of two tests, corrected for looks and by Holm.
+        p_equivalence: Of a difference as large as the margin, corrected likewise; 1 where there is no margin.
+        comparisons: Of the study, which Holm corrected for.
+        looks: Numbers of seeds that p was corrected for; empty for one look.
+        interim: Whether the study has not come to a look yet, so that nothing is judged.
+        lost: Runs of the level and of the baseline that diverged or gave no number.
+        p_lost: That they do so equally often, by Holm.
+    """
+
+    level: str
+    n: int
+    difference: float
+    typical: float
+    interval: Interval | None
+    without_one: Interval | None
+    deviation: float
+    p: float
+    p_equivalence: float
+    comparisons: int
+    looks: Sequence[int] = ()
+    interim: bool = False
+    lost: tuple[int, int] = (0, 0)
+    p_lost: float = 1.0
+
+    @property
+    def verdict(self) -> str:
+        """``different``, ``equivalent``, ``open``, or ``interim`` before a look."""
+        if self.interim:
+            return "interim"
+        if self.p < ALPHA:
+            return "different"
+        return "equivalent" if self.p_equivalence < ALPHA else "open"
+
+    @property
+    def small(self) -> bool:
+        """Whether there is a difference, and one that is shown to lie within the margin."""
+        return self.p < ALPHA and self.p_equivalence < ALPHA
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a study is judged.
+
+    Attributes:
+        margin: The smallest difference that would matter; 0 for none.
+        less: Whether less is better.
+        looks: Numbers of seeds at which it is judged, the last one included; empty judges what there is.
+        until: Of each level how many of the first seeds are judged; nothing where it has come to no look. A level that
+            is not among them is judged at all.
+        draw: The draw that a seed was built on, where draws are the units.
+        failed: Seeds of each level whose run gave no number.
+    """
+
+    margin: float = 0.0
+    less: bool = True
+    looks: Sequence[int] = ()
+    until: Mapping[str, int | None] | None = None
+    draw: Callable[[int], int] | None = None
+    failed: Mapping[str, Collection[int]] | None = None
+
+
+def compare(
+    levels: Mapping[str, Mapping[int, float]], baseline: str, margin: float = 0.0, judging: Judging | None = None
+) -> list[Comparison]:
+    """Every level beside the baseline.
+
+    Runs that diverged are left out of the differences, and counted.
+
+    Args:
+        levels: Value by seed, by level.
+        baseline: The one the others are compared with.
+        margin: The smallest difference that would matter; 0 for none.
+        judging: How else the study is judged.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    how = judging or Judging(margin=margin)
+    others = [level for level in levels if level != baseline]
+    until = {level: (how.until or {}).get(level) for level in others}
+    interim = {level: bool(how.until) and level in (how.until or {}) and until[level] is None for level in others}
+    lost = lost_runs(levels, how)
+    pairs = {level: _differences(levels, level, baseline, until[level], lost, how.draw) for level in others}
+    ps = holm([corrected(both_agree(pairs[level]), how.looks) for level in others])
+    same = holm([corrected(equivalence(pairs[level], how.margin), how.looks) for level in others])
+    rates = holm([p_of_rates(lost[level], lost.get(baseline, set())) for level in others])
+    return [
+        Comparison(
+            level,
+            len(values := pairs[level]),
+            float(np.mean(values)) if len(values) else float("nan"),
+            typical(values) if len(values) else float("nan"),
+            interval(values),
+            _without_one(values),
+            float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
+            p,
+            p_same,
+            len(others),
+            how.looks if len(how.looks) > 1 else (),
+            interim[level],
+            (len(lost[level]), len(lost.get(baseline, set()))),
+            p_rate,
+        )
+        for level, p, p_same, p_rate in zip(others, ps, same, rates, strict=True)
+    ]
+
+
+def lost_runs(levels: Mapping[str, Mapping[int, float]], how: Judging) -> dict[str, set[int]]:
+    """Seeds of every level whose run diverged or gave no number, among those that are judged."""
+    found = diverged(levels, how.less)
+    for level, seeds in (how.failed or {}).items():
+        found.setdefault(level, set()).update(seeds)
+    ends = [end for end in (how.until or {}).values() if end is not None]
+    last = max(ends, default=None)
+    return {level: {n for n in seeds if last is None or n < last} for level, seeds in found.items()}
+
+
+def _differences(
+    levels: Mapping[str, Mapping[int, float]],
+    level: str,
+    baseline: str,
+    until: int | None,
+    lost: Mapping[str, set[int]],
+    draw: Callable[[int], int] | None,
+) -> NDArray[np.float64]:
+    one, other = levels[level], levels.get(baseline, {})
+    left_out = lost.get(level, set()) | lost.get(baseline, set())
+    both = [n for n in sorted(set(one) & set(other)) if n not in left_out and (until is None or n < until)]
+    if draw is None:
+        return np.array([one[n] - other[n] for n in both])
+    of_draw: dict[int, list[float]] = {}
+    for n in both:
+        of_draw.setdefault(draw(n), []).append(one[n] - other[n])
+    return np.array([float(np.mean(of)) for of in of_draw.values()])
+
+
+def _without_one(values: NDArray[np.float64]) -> Interval | None:
+    if len(values) < 2:
+        return None
+    means = (values.sum() - values) / (len(values) - 1)
+    return Interval(float(means.min()), float(means.max()))

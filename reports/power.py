@@ -1,0 +1,89 @@
+"""How likely a study is to show an effect, and how many seeds it would need: simulated with the test that is used."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from reports.statistics import ALPHA, patterns, signed_ranks, smallest_p
+
+POWER = 0.8
+MOST_SEEDS = 10_000
+EXACT_UP_TO = 12  # Pairs whose patterns of signs are all counted; of more, as many at random.
+SIMULATED_UP_TO = 24
+DRAWS, AT_ONCE = 4000, 2**22  # Simulated samples, and numbers of them that are in memory at once.
+RANK_EFFICIENCY = 3 / np.pi  # Of Wilcoxon's test beside the t test, of many normal values.
+
+
+def power(effect: float, deviation: float, n: int, alpha: float = ALPHA) -> float:
+    """Chance that a comparison of n pairs is called different, if differences are normal.
+
+    That is, that the sign-flip tests of the differences and of their signed ranks both are below alpha. Up to
+    :data:`SIMULATED_UP_TO` pairs it is simulated: the p values of so few pairs are so coarse that Student's t would
+    promise more (0.83 for 0.66 with 6 pairs). With more pairs the noncentral t distribution is near enough.
+
+    Args:
+        effect: The true mean difference.
+        deviation: Standard deviation of the paired differences.
+        n: Pairs.
+        alpha: Of the two-sided test. With so few pairs that no sign-flip test can reach it, the chance is 0.
+    """
+    if n < 2 or smallest_p(n) > alpha:
+        return 0.0
+    if deviation == 0:
+        return 1.0 if effect else 0.0
+    if n <= SIMULATED_UP_TO:
+        return _simulated(abs(effect) / deviation, n, alpha)
+    shift = effect / deviation * np.sqrt(n * RANK_EFFICIENCY)
+    critical = stats.t.ppf(1 - alpha / 2, n - 1)
+    upper, lower = stats.nct.sf(critical, n - 1, shift), stats.nct.cdf(-critical, n - 1, shift)
+    return float(np.nan_to_num(upper, nan=1.0) + np.nan_to_num(lower))
+
+
+@lru_cache(1024)
+def _simulated(ratio: float, n: int, alpha: float) -> float:
+    """Share of samples of n normal differences, of mean ``ratio`` and deviation 1, that are called different."""
+    drawn = np.random.default_rng(n).normal(ratio, 1.0, (DRAWS, n))
+    return float(np.mean(p_values(drawn) < alpha))
+
+
+def p_values(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """:func:`reports.statistics.both_agree` of many samples, shape (samples, n), at once."""
+    signs = _half(samples.shape[1])
+    found = []
+    for part in np.array_split(samples, -(-len(samples) * len(signs) // AT_ONCE)):
+        of_part = []
+        for values in (part, signed_ranks(part)):
+            sums = np.abs(values @ signs.T)
+            of_part.append((sums >= np.abs(values.sum(axis=1))[:, None] * (1 - 1e-12)).mean(axis=1))
+        found.append(np.max(of_part, axis=0))
+    return np.concatenate(found)
+
+
+@lru_cache(64)
+def _half(n: int) -> NDArray[np.float64]:
+    """Patterns of signs, the one without a change first; the other half has all signs turned, and the same sums."""
+    if n <= EXACT_UP_TO:
+        return patterns(n)[: 2 ** (n - 1)]
+    bits = np.random.default_rng(0).integers(0, 2, (2 ** (EXACT_UP_TO - 1), n))
+    bits[0] = 0
+    signs: NDArray[np.float64] = (1.0 - 2.0 * bits).astype(np.float64)
+    return signs
+
+
+def seeds_needed(effect: float, deviation: float, alpha: float = ALPHA, wanted: float = POWER) -> int | None:
+    """The fewest pairs that show an effect with the power wanted; nothing beyond 10,000."""
+    if effect <= 0:
+        return None
+    low, high = 1, 2
+    while power(effect, deviation, high, alpha) < wanted:
+        low, high = high, high * 2
+        if high > MOST_SEEDS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(effect, deviation, middle, alpha) >= wanted else (middle, high)
+    return high
