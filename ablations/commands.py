@@ -76,19 +76,26 @@ def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> An
     if options.levels and options.levels != "preset":
         if not isinstance(study, Study):
             raise SettingsError("a search has a space, not --levels", "give --trials or --seeds")
-        wanted = [level.strip() for level in options.levels.split(",")]
-        for level in wanted:
-            known_level(study, level)
+        wanted = named_levels(study, options.levels)
         study = replace(study, levels={level: study.levels[level] for level in wanted})
     named = {full_name(Settings, key, study.stage): value for key, value in fixed.items()}
     return replace(study, fixed={**study.fixed, **named}) if named else study
 
 
-def known_level(study: Study, level: str) -> None:
-    """Refuse a level that a study does not have.
+def named_levels(study: Study, text: str) -> list[str]:
+    """Levels that are separated by commas, which names of levels may have, too.
 
     Raises:
-        SettingsError: Naming those there are.
+        SettingsError: If a study does not have one; names those there are.
     """
-    if level not in study.levels:
-        raise SettingsError(f"there is no level {level!r}", f"the levels are {', '.join(study.levels)}")
+    parts, found = [part.strip() for part in text.split(",")], []
+    while parts:
+        # The longest name that the next parts make.
+        names = [", ".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        name = next((name for name in names if name in study.levels), None)
+        if name is None:
+            mark = "; " if any("," in level for level in study.levels) else ", "
+            raise SettingsError(f"there is no level {parts[0]!r}", f"the levels are {mark.join(study.levels)}")
+        found.append(name)
+        parts = parts[name.count(", ") + 1 :]
+    return found

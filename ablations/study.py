@@ -14,6 +14,7 @@ import ablations.studies
 from mmphi.errors import SettingsError
 from mmphi.settings.fields import leaves
 from mmphi.settings.messages import nearest
+from mmphi.settings.presets import from_caller
 from mmphi.stages import STAGES, Settings, load_settings
 
 Changes = Mapping[str, Any]
@@ -305,7 +306,7 @@ def load(name: str, preset: str = "") -> tuple[str, Any]:
     Raises:
         SettingsError: If there is none of that name.
     """
-    path = Path(name).expanduser()
+    path = from_caller(Path(name).expanduser())
     if path.suffix == ".py":
         if not path.is_file():
             raise SettingsError(f"there is no study file {path}", "check the path")

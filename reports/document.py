@@ -17,7 +17,13 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 TEMPLATES = Path(__file__).parent / "templates"
+MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~!&])")
 IMAGE = re.compile(r'<img src="([^"]+\.png)"')
+
+
+def plain(text: str) -> str:
+    """Text that a model or a file wrote, as one line of markdown that shows it as it is."""
+    return MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Document:
 
     def page(self) -> str:
         """The report as one page of HTML that needs no other file."""
-        body = MarkdownIt("commonmark").enable("table").render(self.markdown())
+        # Samples, names of levels and messages may hold HTML, which is text here.
+        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(self.markdown())
 
         def held(match: re.Match[str]) -> str:
             content = self.figures[match.group(1).removesuffix(".png")]

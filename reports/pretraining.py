@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from reports import figures
 from reports.distance import Distance
-from reports.document import Document, Table
+from reports.document import Document, Table, plain
 from reports.pretrainings import Pretraining
 from reports.references import Reference, original_run
 from reports.scaling import Outlook
@@ -129,7 +129,7 @@ def _made_by(run: Pretraining) -> str:
 def _samples(run: Pretraining) -> list[dict[str, str]]:
     last = max((int(row["step"]) for row in run.samples), default=0)
     shown = [row for row in run.samples if int(row["step"]) == last]
-    return [{"prompt": str(row["prompt"]), "text": " ".join(str(row["text"]).split())} for row in shown]
+    return [{"prompt": plain(str(row["prompt"])), "text": plain(str(row["text"]))} for row in shown]
 
 
 def _generated(run: Pretraining) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from mmphi.tracking.search import RunStore
 
+SPLITS = ("train", "valid", "test")
+REUSES = "mmphi.reuses"
 LOSS, PUBLIC, HELD = "train/step_loss", "public/loss", "val/loss"
 MARK = "pretrain/initial_loss"  # What every pretraining on a corpus has, and none on scenes.
 
@@ -91,10 +93,14 @@ class Pretraining:
         return f"the {size} Phi of run {self.run_id[:6]}"
 
     def scored_on(self, text: str) -> bool:
-        """Whether its public text is one of this name, as far as its file's name says."""
-        file = self.params.get("pretrain.public_text", "").rpartition("/")[2]
-        plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (file, text.partition(" ")[0])]
-        return "public/loss" in self.metrics and plain[1] in plain[0]
+        """Whether its public text is one of this name, as far as the names of its file and folder say.
+
+        Where the text is a split (``WikiText-2 (raw, test split)``), the file's name has to say which one it is.
+        """
+        *_, folder, file = ["", "", *self.params.get("pretrain.public_text", "").lower().split("/")]
+        name, here = (re.sub(r"[^a-z0-9]", "", part) for part in (text.partition(" ")[0].lower(), f"{folder}{file}"))
+        split = next((split for split in SPLITS if f"{split} split" in text), "")
+        return "public/loss" in self.metrics and name in here and split in file
 
     @property
     def schedule(self) -> Schedule:
@@ -127,7 +133,11 @@ def load_pretrainings(store: RunStore, chosen: Sequence[str] = ()) -> list[Pretr
     Raises:
         SettingsError: If one is not there, or nothing was pretrained on a corpus.
     """
-    runs = [r for r in store.search(stage="pretrain") if MARK in r.data.metrics or LOSS in r.data.metrics]
+    there = [r for r in store.search(stage="pretrain") if MARK in r.data.metrics or LOSS in r.data.metrics]
+    # A run of `mlflow run` that found the result of an earlier one points at it, and has no curve of its own.
+    pointing = {str(r.info.run_id): r.data.tags[REUSES] for r in there if REUSES in r.data.tags}
+    runs = [r for r in there if str(r.info.run_id) not in pointing]
+    chosen = list(dict.fromkeys(_original_of(name, pointing) for name in chosen))
     finished = [r for r in runs if r.info.status == "FINISHED" and MARK in r.data.metrics]
     if not runs:
         raise SettingsError(f"{store.uri} has no pretraining on a corpus", "mmphi pretrain --preset text --corpus FILE")
@@ -140,6 +150,11 @@ def load_pretrainings(store: RunStore, chosen: Sequence[str] = ()) -> list[Pretr
     else:
         raise SettingsError("no pretraining has finished yet", f"name one: --runs {runs[0].info.run_id}")
     return [_pretraining(store, run) for run in found]
+
+
+def _original_of(name: str, pointing: Mapping[str, str]) -> str:
+    """The run that a run points at; a name of another one as it is."""
+    return next((target for run_id, target in pointing.items() if run_id.startswith(name)), name)
 
 
 def _one(runs: Sequence[Run], name: str) -> Run:

@@ -180,10 +180,10 @@ def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
     if not _is_path(field.file, value, Path.cwd()):
         return value
     path = Path(value).expanduser()
-    return str(path if path.is_absolute() else _from_caller(path))
+    return str(path if path.is_absolute() else from_caller(path))
 
 
-def _from_caller(relative: Path) -> Path:
+def from_caller(relative: Path) -> Path:
     """Where a relative path leads from: the current folder, or the one that `mlflow run` was called in.
 
     `mlflow run` starts its commands in the project's folder, wherever it was called. The folders of the processes above

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from ablations.cells import verdict_cells
-from ablations.commands import ablate
+from ablations.commands import ablate, named_levels
 from ablations.search import Range, Search
 from ablations.study import Study, load, names, settings_of
 from mmphi.errors import MmphiError, SettingsError
+from mmphi.settings import presets
 
 STUDY = Study(
     question="Which?",
@@ -168,3 +169,25 @@ def test_searches_that_cannot_be() -> None:
     ):
         with pytest.raises(SettingsError, match=said):
             replace(search, **changes).check()
+
+
+def test_levels_whose_names_have_commas_are_named() -> None:
+    study = replace(STUDY, levels={"rank 64": 1, "rank 64, rsLoRA": 2, "rank 2": 3})
+    assert named_levels(study, "rank 2,rank 64, rsLoRA") == ["rank 2", "rank 64, rsLoRA"]
+    assert named_levels(study, "rank 64, rsLoRA, rank 64") == ["rank 64, rsLoRA", "rank 64"]
+    with pytest.raises(SettingsError, match=r"no level 'rsLoRA'\n  the levels are rank 64; rank 64, rsLoRA; rank 2"):
+        named_levels(study, "rsLoRA")
+
+
+def test_a_study_file_is_found_from_where_mlflow_run_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mlflow run` starts its command in the project's folder."""
+    (tmp_path / "called").mkdir()
+    (tmp_path / "called" / "mine.py").write_text("from ablations.studies.control import STUDY\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(presets, "caller_folders", lambda: iter([tmp_path / "none", tmp_path / "called"]))
+    with pytest.raises(SettingsError, match="no study file"):
+        load("mine.py")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "a run")
+    assert load("mine.py")[0] == "mine"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from mlflow.entities import Metric, Param, RunTag
@@ -251,3 +252,47 @@ def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
     assert reference_of("mine", "text.txt", tmp_path / "reference").measured
     assert main(["reference", "--lm", str(folder), "--text", str(tmp_path / "gone.txt")]) == 2
     assert main(["reference", *words[:4], "--window", "1"]) == 2
+
+
+def test_a_run_that_points_at_an_earlier_one_is_that_one(empty_store):
+    """As the second `mlflow run -e pretrain` leaves it: without parameters of its own."""
+    first = run("mine")
+    tags = {"mmphi.stage": "pretrain", "mmphi.reuses": first, "mmphi.preset": "text"}
+    tracker = Store().begin("pretrain text (reused)", tags)
+    tracker.metrics({"pretrain/initial_loss": 10.8, "val/loss": 4.1})
+    tracker.flush()
+    Store().client.set_terminated(tracker.run_id, "FINISHED")
+    for chosen in ((), ("all",), (tracker.run_id[:8],), (first, tracker.run_id)):
+        assert [found.run_id for found in load_pretrainings(Store(), chosen)] == [first]
+    assert pretraining(load_pretrainings(Store()), reference_of()).files()
+
+
+@pytest.mark.parametrize(
+    ("path", "same"),
+    [
+        ("/somewhere/wikitext2-raw-test.txt", True),
+        ("/data/wikitext-2-raw/wiki.test.raw", True),
+        ("/data/wikitext-2-raw/wiki.train.raw", False),
+        ("/somewhere/wikitext2-raw-train.txt", False),
+        ("/somewhere/wikitext2.txt", False),  # Of which split?
+        ("/tests/lambada.txt", False),
+        ("", False),
+    ],
+)
+def test_only_the_same_split_is_compared(empty_store, monkeypatch, path, same):
+    monkeypatch.setitem(PARAMS, "pretrain.public_text", path)
+    run("mine")
+    (found,) = load_pretrainings(Store())
+    assert found.scored_on("WikiText-2 (raw, test split)") is same
+
+
+def test_what_a_model_wrote_is_shown_as_text(empty_store):
+    run_id = run("mine")
+    samples = [{"step": 400, "prompt": "<b>", "text": "<script>alert(1)</script> ![x](http://x/y.png) | *a*"}]
+    (found,) = load_pretrainings(Store(), [run_id])
+    document = pretraining([replace(found, samples=samples)], reference_of())
+    page = document.page()
+    assert "<script>" not in page
+    assert "http://x/y.png&quot;" not in page
+    assert '<img src="http' not in page
+    assert "<em>&lt;b&gt;</em>: &lt;script&gt;alert(1)&lt;/script&gt; ![x](http://x/y.png) | *a*" in page
