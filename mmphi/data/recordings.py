@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmphi.data.digests import Digests
 from mmphi.data.images import resolve_inside
 from mmphi.data.records import AudioRef, Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
@@ -97,6 +99,20 @@ def read_recordings(
         raise DataError(f"{path} cannot be read: {error}", "save it as CSV in UTF-8") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", "check the path in transcribe.path") from error
+
+
+def recordings_digest(path: Path, audio_column: str, digests: Digests) -> str:
+    """SHA-256 of the names and contents of the recordings that a CSV names, relative to its own folder.
+
+    Raises:
+        DataError: If the CSV cannot be read or lacks the column.
+    """
+    spoken = list(read_recordings(path, path.parent, ReadReport(), audio_column=audio_column))
+    known = digests.of_files([each.path for each in spoken], "recordings")
+    whole = hashlib.sha256()
+    for each in spoken:
+        whole.update(f"{each.name}\0{known.get(each.path, '')}\0".encode())
+    return whole.hexdigest()
 
 
 def spoken_examples(

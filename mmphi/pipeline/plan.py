@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,25 @@ class Plan:
             if path not in self._known:
                 self._known[path] = self._digests.of(path)
             digests[name] = self._known[path]
+        digests |= self._recordings(settings, list(digests))
         for name, folder in self.models(stage, settings).items():
             from mmphi.models.bundle import bundle_digest
 
             digests[name] = bundle_digest(folder)
         return {name: digest for name, digest in sorted(digests.items()) if covered(name, stage.reads)}
+
+    def _recordings(self, settings: Section, known: Iterable[str]) -> dict[str, str]:
+        """Digests of the recordings that a CSV names beside itself, where their folder is left empty."""
+        values, found = dict(leaves(settings)), {}
+        for name in known:
+            section = name.removesuffix(".path")
+            if section != name and values.get(f"{section}.recordings") == "":
+                from mmphi.data.recordings import recordings_digest
+
+                found[f"{section}.recordings"] = recordings_digest(
+                    Path(values[name]), values[f"{section}.audio_column"], self._digests
+                )
+        return found
 
     def models(self, stage: Stage, settings: Section) -> dict[str, Path]:
         """Folders of the models that a stage's settings name, by dotted setting name."""

@@ -41,7 +41,7 @@ def resolved(settings: R, declared: Iterable[str]) -> R:
         if last == "precision" and value == "auto":
             new = "bf16" if gpu_has_bf16() else "fp32"
         elif last == "revision" and not value:
-            new = _revision(section, names)
+            new = _revision(section, names, declared)
         if new != value:
             changed = _with(changed, name.split("."), new)
     if covered("vision.quick_gelu", declared) and names.get("vision.pretrained"):
@@ -59,13 +59,16 @@ def _with(value: Any, path: list[str], new: Any) -> Any:
     return value.model_copy(update={path[0]: _with(getattr(value, path[0]), path[1:], new)})
 
 
-def _revision(section: str, names: dict[str, Any]) -> str:
+def _revision(section: str, names: dict[str, Any], declared: Iterable[str]) -> str:
     """The newest revision of what a section takes from the hub; empty where it takes nothing or nothing is known."""
     if section == "language":
         return _of_repository(names["language.model"], "model")
     if section == "vision":
         tag = names["vision.pretrained"]
         return _of_repository(_tag_repository(names["vision.model"], tag), "model") if tag else ""
+    if section == "textgen":  # A training on files reads its settings, too, and nobody writes.
+        unused = covered("pretrain.source", declared) and names["pretrain.source"] == "files"
+        return "" if unused else _of_repository(names["textgen.model"], "model")
     if names.get(f"{section}.kind") in ("datasets", "auto"):  # Texts say by their name what they are.
         return _of_repository(names[f"{section}.path"].partition(":")[0], "dataset")
     return ""

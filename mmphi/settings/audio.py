@@ -6,11 +6,16 @@ from typing import Literal
 
 from mmphi.settings.declare import Section, setting
 
+SIZES = (
+    *("tiny.en", "tiny", "base.en", "base", "small.en", "small", "medium.en", "medium"),
+    *("large-v1", "large-v2", "large-v3", "large", "large-v3-turbo", "turbo"),
+)
+
 
 class AudioSettings(Section):
     """Which Whisper hears recordings, and how."""
 
-    whisper: str = setting("tiny.en", "Whisper's size by name, or the path of its weights", file="name")
+    whisper: str = setting("tiny.en", "Whisper's size by name, or the path of its weights", file="name", names=SIZES)
     backend: Literal["openai", "faster"] = setting("openai", "openai-whisper, or faster-whisper where it is installed")
     language: str = setting("", "code of the language, such as de; empty finds it out for every recording")
     prompt: str = setting("", "put before every window: how names are spelled, what was said before")

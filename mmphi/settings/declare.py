@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
-File = Literal["", "path", "name", "model"]
+File = Literal["", "path", "name", "weights", "model"]
 UNSET: Any = object()
 
 
@@ -18,6 +19,7 @@ def setting(
     unit: str = "",
     matters: bool = True,
     file: File = "",
+    names: Sequence[str] = (),
     introduced: Any = UNSET,
     **bounds: Any,
 ) -> Any:
@@ -28,14 +30,16 @@ def setting(
         help: One line for ``--help``.
         unit: Unit of the value, empty for plain numbers and names.
         matters: Whether the value can change a result, and so belongs in the stage's key.
-        file: ``path`` where the value is a file or folder, ``name`` where it may be one or else a name, ``model`` where
-            it is a model's folder, run or registered name. A path counts from the file it is written in, must be
-            there, and stands in the key by its content.
+        file: ``path`` where the value is a file or folder, ``name`` where it may be one or else a name, ``weights``
+            where it may be a file or else a name, ``model`` where it is a model's folder, run or registered name. A
+            value that may be a name is a path where there is such a file or folder. A path counts from the file it is
+            written in, must be there, and stands in the key by its content.
+        names: Values that are names, whatever files there are.
         introduced: The value that all earlier results were built with, where the default is no longer that one. A
             setting that has this value is left out of keys, so that a new setting does not empty anybody's cache.
         **bounds: pydantic's ``ge``, ``gt``, ``le``, ``lt``.
     """
-    extra: JsonDict = {"unit": unit, "matters": matters, "file": file}
+    extra: JsonDict = {"unit": unit, "matters": matters, "file": file, "names": list(names)}
     if introduced is not UNSET:
         extra["introduced"] = introduced
     if isinstance(default, list | dict):

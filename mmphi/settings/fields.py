@@ -30,7 +30,8 @@ class Field:
         unit: Unit, empty for plain numbers and names.
         matters: Whether it stands in keys.
         introduced: The value that is left out of keys.
-        file: ``path``, ``name``, ``model`` or empty, as :func:`mmphi.settings.setting` says.
+        file: ``path``, ``name``, ``weights``, ``model`` or empty, as :func:`mmphi.settings.setting` says.
+        names: Values that are names, whatever files there are.
         bounds: ``ge``, ``gt``, ``le``, ``lt``, as far as declared.
         choices: The values allowed, where they are few.
     """
@@ -43,6 +44,7 @@ class Field:
     matters: bool
     introduced: Any
     file: str
+    names: tuple[str, ...]
     bounds: Mapping[str, float]
     choices: tuple[str, ...]
 
@@ -116,6 +118,7 @@ def _field(name: str, info: FieldInfo) -> Field:
         matters=bool(extra.get("matters", True)),
         introduced=extra.get("introduced", default),
         file=str(extra.get("file", "")),
+        names=tuple(map(str, names)) if isinstance(names := extra.get("names"), list) else (),
         bounds={sign: getattr(m, sign) for m in info.metadata for sign in SIGNS if hasattr(m, sign)},
         choices=tuple(map(str, get_args(info.annotation))) if origin is Literal else (),
     )

@@ -15,13 +15,16 @@ from pydantic import ValidationError
 from mmphi.errors import SettingsError
 from mmphi.settings import yaml12
 from mmphi.settings.declare import Section
-from mmphi.settings.fields import field_of, leaves
+from mmphi.settings.fields import Field, field_of, leaves
 from mmphi.settings.messages import explained, nearest
 from mmphi.settings.overrides import change, full_name
 from mmphi.settings.view import covered
 
 AS_PRESET = "preset"  # The word that MLproject's parameters default to: as the preset says.
-FILE_ENDINGS = (".bin", ".csv", ".json", ".jsonl", ".pt", ".pth", ".safetensors", ".tsv", ".txt")
+FILE_ENDINGS = (
+    *(".bin", ".csv", ".gz", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".pt", ".pth", ".safetensors"),
+    *(".tsv", ".txt", ".xz", ".zip", ".zst"),
+)
 R = TypeVar("R", bound=Section)
 # What the presets that come with mmphi want in them.
 VARIABLES = {
@@ -153,18 +156,27 @@ def _from_file(root: type[Section], name: str, value: Any, folder: Path) -> Any:
         return value.text
     if not isinstance(value, str) or not value or value.startswith(("${", "~", "/")):
         return value
-    return str(folder / value) if field.file and _is_path(field.file, value, folder) else value
+    return str(folder / value) if field.file and is_path(field, value, folder) else value
 
 
-def _is_path(file: str, value: str, folder: Path) -> bool:
-    """Whether a value that may be a path is one.
+def is_path(field: Field, value: str, folder: Path) -> bool:
+    """Whether a value that may be a path is one: the only place where that is decided.
 
-    A bare word is a name, unless it ends as files do; ``owner/name`` is a path where there is such a folder, as
-    transformers has it.
+    It is where there is such a file or folder, as transformers and ``datasets`` have it, and where it looks like one.
+    Words that mean something of their own (``pretrain``, ``phi-2``) are names.
+
+    Args:
+        field: The setting.
+        value: As written.
+        folder: What a relative path counts from.
     """
-    if file == "path" or value.startswith(("/", "./", "../", "~")) or value.endswith(FILE_ENDINGS):
+    if value in field.names:
+        return False
+    if field.file == "path" or value.startswith(("/", "./", "../", "~")) or value.endswith(FILE_ENDINGS):
         return True
-    return "/" in value and (folder / value).exists()
+    if field.file == "model":  # A run or a registered name is looked for in the store.
+        return "/" in value and (folder / value).exists()
+    return _exists(folder / value) and (field.file != "weights" or (folder / value).is_file())
 
 
 def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
@@ -177,23 +189,34 @@ def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
         return value
     if field is None or not field.file or not value:
         return value
-    if not _is_path(field.file, value, Path.cwd()):
-        return value
     path = Path(value).expanduser()
-    return str(path if path.is_absolute() else from_caller(path))
+    for folder in _folders():
+        if _exists(folder / path) and is_path(field, value, folder):
+            return str(folder / path)
+    return str(Path.cwd() / path) if is_path(field, value, Path.cwd()) else value
+
+
+def _folders() -> Iterator[Path]:
+    """What a relative path may count from: the current folder, and those that `mlflow run` was called in.
+
+    `mlflow run` starts its commands in the project's folder, wherever it was called. The folders of the processes above
+    are looked through, the nearest first.
+    """
+    yield Path.cwd()
+    if os.environ.get("MLFLOW_RUN_ID"):
+        yield from caller_folders()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # Too long for a file's name.
+        return False
 
 
 def from_caller(relative: Path) -> Path:
-    """Where a relative path leads from: the current folder, or the one that `mlflow run` was called in.
-
-    `mlflow run` starts its commands in the project's folder, wherever it was called. The folders of the processes above
-    are looked through, the nearest that has the file first.
-    """
-    here = Path.cwd() / relative
-    if here.exists() or not os.environ.get("MLFLOW_RUN_ID"):
-        return here
-    above = (folder / relative for folder in caller_folders())
-    return next((path for path in above if path.exists()), here)
+    """Where a relative path leads from: the current folder, or the one that `mlflow run` was called in."""
+    return next((folder / relative for folder in _folders() if _exists(folder / relative)), Path.cwd() / relative)
 
 
 def caller_folders() -> Iterator[Path]:
@@ -228,9 +251,9 @@ def files(settings: Section, declared: Iterable[str]) -> dict[str, Path]:
     named = {}
     for name, value in leaves(settings):
         field = field_of(type(settings), name)
-        if field is None or field.file not in ("path", "name") or not isinstance(value, str) or not value:
+        if field is None or field.file not in ("path", "name", "weights") or not isinstance(value, str) or not value:
             continue
-        if not covered(name, declared) or not _is_path(field.file, value, Path.cwd()):
+        if not covered(name, declared) or not is_path(field, value, Path.cwd()):
             continue
         named[name] = Path(value).expanduser().absolute()
         if not named[name].exists():

@@ -84,9 +84,13 @@ class VisionSettings(Section):
         "open_clip model name, its JSON config, a folder with open_clip_config.json and weights, or light_clip (the one"
         " trained here)",
         file="name",
+        names=("light_clip",),
     )
     pretrained: str = setting(
-        "", "open_clip pretrained tag, a local weights file, or random; empty with light_clip and a folder", file="name"
+        "",
+        "open_clip pretrained tag, a local weights file, or random; empty with light_clip and a folder",
+        file="weights",
+        names=("random",),
     )
     mean: list[float] = setting([], "mean of each colour, where a weights file needs another than its config says")
     std: list[float] = setting([], "standard deviation of each colour, likewise")
@@ -106,10 +110,15 @@ class LanguageSettings(Section):
     """The causal language model that answers."""
 
     model: str = setting(
-        "pretrain", "hub name, folder, config.json (random weights), or pretrain (the one trained here)", file="name"
+        "pretrain",
+        "hub name, folder, config.json (random weights), or pretrain (the one trained here)",
+        file="name",
+        names=("pretrain",),
     )
     revision: str = setting("", "revision of a hub model; empty takes the newest, and notes which that was")
-    tokenizer: str = setting("", "hub name, folder or phi-2 (built offline); empty takes the model's own", file="name")
+    tokenizer: str = setting(
+        "", "hub name, folder or phi-2 (built offline); empty takes the model's own", file="name", names=("phi-2",)
+    )
     precision: Precision = setting("fp32", "weights of the frozen model")
     prompt: Literal["auto", "plain", "phi", "chat"] = setting("auto", "how question and answer are written")
 

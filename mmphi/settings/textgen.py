@@ -21,7 +21,11 @@ class TextgenSettings(Section):
         "", "revision of a hub model; empty takes the newest, and notes which that was", introduced=""
     )
     tokenizer: str = setting(
-        "", "hub name, folder or phi-2 (built offline); empty takes the model's own", file="name", introduced=""
+        "",
+        "hub name, folder or phi-2 (built offline); empty takes the model's own",
+        file="name",
+        names=("phi-2",),
+        introduced="",
     )
     precision: Literal["fp32", "bf16", "8bit", "4bit"] = setting("fp32", "weights of the model", introduced="fp32")
     prompted: float = setting(

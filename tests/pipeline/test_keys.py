@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -11,12 +12,14 @@ import toys
 
 from mmphi.data.digests import Digests
 from mmphi.errors import SettingsError
+from mmphi.pipeline import resolve
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.keys import difference, key_parts
 from mmphi.pipeline.resolve import hub_revision
 from mmphi.pipeline.stage import Stage
-from mmphi.settings.fields import all_fields
-from mmphi.stages import Settings, load_settings
+from mmphi.settings.fields import all_fields, leaves
+from mmphi.settings.presets import files
+from mmphi.stages import STAGES, Settings, load_settings
 
 
 @pytest.fixture
@@ -200,3 +203,81 @@ def test_folder_is_not_listed_again_while_nothing_was_added_or_renamed(
         assert digests.of(folder) == before
     (folder / "b.png").write_text("b")
     assert digests.of(folder) != before
+
+
+def own_files(file: str) -> list[str]:
+    """Settings that may name a file or folder in one of these ways."""
+    return [f.name for f in all_fields(Settings).values() if f.file in file.split() and f.kind == "str"]
+
+
+@pytest.mark.parametrize("name", own_files("path name weights"))
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_bare_name_that_is_there_is_a_path_and_its_content_is_what_counts(
+    name: str, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is typed, and whatever its name ends with."""
+    field = all_fields(Settings)[name]
+    if folder and field.file == "weights":
+        pytest.skip("weights are a file")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for place in (tmp_path, tmp_path / "elsewhere"):
+        own = place / "mine.dat"
+        if folder:
+            own.mkdir()
+            own /= "a"
+        own.write_text(str(place))
+    section, _, last = name.partition(".sources.N.")
+    typed = {f"{section}.sources": json.dumps([{last: "mine.dat"}])} if last else {name: "mine.dat"}
+    here = load_settings("tiny", typed)
+    written = name.replace(".N.", ".0.")
+    assert files(here, [name]) == {written: tmp_path / "mine.dat"}
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert files(load_settings("tiny", typed), [name]) == {written: tmp_path / "elsewhere" / "mine.dat"}
+    for word in field.names:
+        (tmp_path / "elsewhere" / word).mkdir()
+        kept = load_settings("tiny", {name: word})
+        assert dict(leaves(kept))[name] == word
+        assert files(kept, [name]) == {}
+
+
+def test_words_that_are_names_whatever_files_there_are() -> None:
+    names = {f.name: f.names for f in all_fields(Settings).values() if f.names}
+    assert names["language.model"] == ("pretrain",)
+    assert names["vision.model"] == ("light_clip",)
+    assert names["language.tokenizer"] == names["textgen.tokenizer"] == ("phi-2",)
+    assert names["vision.pretrained"] == ("random",)
+    import whisper
+
+    assert set(names["audio.whisper"]) == set(whisper.available_models())
+
+
+@pytest.mark.parametrize("stage", ["transcribe", "speech", "evaluate"])
+def test_recordings_beside_their_csv_count_by_content(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    section = "transcribe" if stage == "transcribe" else "speech"
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.wav").write_bytes(b"one")
+    (tmp_path / "list.csv").write_text("audio,transcript\nclips/a.wav,one\n")
+    given = {f"{section}.path": str(tmp_path / "list.csv")}
+    before = key(Pipeline(STAGES), stage, **given)
+    (tmp_path / "clips" / "b.wav").write_bytes(b"is not named")
+    assert key(Pipeline(STAGES), stage, **given) == before
+    (tmp_path / "clips" / "a.wav").write_bytes(b"another")
+    assert key(Pipeline(STAGES), stage, **given) != before
+
+
+def test_a_generator_stands_in_the_key_by_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(STAGES)
+    on_files = [key(pipeline, "pretrain", **{"pretrain.source": "files"})]
+    keys = []
+    for revision in "ab":
+        monkeypatch.setattr(resolve, "hub_revision", lambda name, kind, now=revision: now if name else "")
+        given = {"textgen.model": "owner/writer"}
+        keys.append(key(pipeline, "textgen", **given))
+        keys.append(key(pipeline, "pretrain", **given, **{"pretrain.source": "stream"}))
+        on_files.append(key(pipeline, "pretrain", **{"pretrain.source": "files"}))
+    assert len(set(keys)) == 4
+    assert len(set(on_files)) == 1
