@@ -123,7 +123,10 @@ class Store(RunStore):
             Id of the run gone on from, empty where there is none.
         """
         others = self._others(key, tracker.run_id)
-        dead = [run for run in others if not self._finished(run) or (damaged and not self.is_result(run))]
+        # A host that waits for the lease, with a heartbeat, is not dead: it builds the next thing, or reuses this one.
+        lease = Lease(self.client, tracker.run_id, self._domain())
+        unfinished = (run for run in others if not self._finished(run) or (damaged and not self.is_result(run)))
+        dead = [run for run in unfinished if not lease.alive(run)]
         for run in dead:
             if run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")

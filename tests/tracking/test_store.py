@@ -260,3 +260,24 @@ def test_shared_checkpoint_replaces_the_one_before(server: str, tmp_path: Path) 
         (checkpoint / "weights").write_text(str(step))
         tracker.checkpoint(checkpoint)
     assert {f.path for f in store.client.list_artifacts(tracker.run_id)} == {"checkpoint-4"}
+
+
+def test_a_host_that_waits_is_not_taken_over(empty_store: str) -> None:
+    store = Store(empty_store)
+    tags = {"mmphi.key": "k", "mmphi.stage": "draw"}
+    runs = {name: store.begin(name, tags) for name in ("waits", "silent", "same machine, killed", "builds")}
+    now = {"waits": time.time(), "silent": time.time() - 3600, "same machine, killed": time.time()}
+    for name, at in now.items():
+        domain = store._domain() if name.startswith("same") else "another machine"
+        runs[name].tags({HEARTBEAT: f"{at:.3f}", "mmphi.lock_domain": domain, "mmphi.lease": "waiting"})
+    store.adopt(runs["builds"], "k")
+    found = {name: store.run(tracker.run_id) for name, tracker in runs.items()}
+    assert {name: run.info.status for name, run in found.items()} == {
+        "waits": "RUNNING",
+        "silent": "KILLED",
+        "same machine, killed": "KILLED",
+        "builds": "RUNNING",
+    }
+    taken = {name for name, run in found.items() if "mmphi.continued_by" in run.data.tags}
+    assert taken == {"silent", "same machine, killed"}
+    store.finish(runs["waits"])  # It may do its own work, when its turn comes.
