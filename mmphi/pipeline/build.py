@@ -20,6 +20,7 @@ from mmphi.pipeline.quiet import quieten
 from mmphi.pipeline.ranks import Ranks, alone, as_json, follow
 from mmphi.pipeline.resources import PROCESS, Resources
 from mmphi.pipeline.stage import Context, Result, Stage
+from mmphi.pipeline.threads import threads_of
 from mmphi.settings.declare import Section
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ class Pipeline(Plan):
     ) -> Result:
         from mmphi.pipeline import lineage
 
-        key = key_of(parts)
+        key, source = key_of(parts), ""
         if request.force:
             self.store.clear(tracker)
         elif source := self.store.adopt(tracker, key, damaged=stage.verifies):
@@ -229,7 +230,8 @@ class Pipeline(Plan):
         begun = time.perf_counter()
         if stage.trains:
             request.ranks.share(context, key, settings)
-            metrics = dict(stage.run(context))
+            with threads_of(self.store, tracker, source):
+                metrics = dict(stage.run(context))
             request.ranks.done()
         else:
             with alone():

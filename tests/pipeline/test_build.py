@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toys
 import yaml
 
@@ -152,3 +153,29 @@ def test_run_that_mlflow_began_has_its_name_before_its_stage_starts(store: Store
     stages = {**toys.TOYS, "draw": replace(toys.TOYS["draw"], run=look)}
     Pipeline(stages, store).build("train", settings(), run=run, label="layers=2")
     assert names == ["train tiny layers=2"]
+
+
+def test_a_training_goes_on_with_the_threads_that_it_began_with(
+    pipeline: Pipeline, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is resumed alone after it was killed while another training had half of the cores."""
+    seen = []
+    monkeypatch.setitem(
+        pipeline.stages,
+        "train",
+        replace(pipeline.stages["train"], run=lambda ctx: seen.append(torch.get_num_threads()) or toys.train(ctx)),
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        monkeypatch.setenv("TOY_FAIL", "killed")
+        with pytest.raises(ValueError, match="killed"):
+            pipeline.build("train", load_settings("tiny"))
+        monkeypatch.delenv("TOY_FAIL")
+        torch.set_num_threads(2)
+        result = pipeline.build("train", load_settings("tiny"))
+        assert seen == [1, 1]
+        assert torch.get_num_threads() == 2
+        assert store.run(result.run_id).data.tags["mmphi.threads"] == "1"
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,47 @@
+"""The number of threads that a training runs with, which decides the last bits of its sums.
+
+A training that goes on after a kill is the same to the bit only with as many threads as it began with. So a run records
+them, and the run that goes on from it takes them over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmphi.tracking.run import RunTracker
+    from mmphi.tracking.store import Store
+
+THREADS = "mmphi.threads"
+
+
+@contextmanager
+def threads_of(store: Store, tracker: RunTracker, source: str) -> Iterator[None]:
+    """Work with as many threads as the run that is gone on from, and record the number.
+
+    Args:
+        store: Has that run.
+        tracker: Of the run that works.
+        source: Id of the run that is gone on from; empty for none.
+    """
+    import torch
+
+    now = torch.get_num_threads()
+    before = int(store.run(source).data.tags.get(THREADS, now)) if source else now
+    if before > (os.cpu_count() or 1):
+        print(
+            f"run {source} had {before} threads, and this machine has {os.cpu_count()} cores: the last bits may differ",
+            flush=True,
+        )
+        before = now
+    tracker.tags({THREADS: str(before)})
+    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        # Unless something else has changed them meanwhile, as the end of a build beside this one does.
+        if torch.get_num_threads() == before:
+            torch.set_num_threads(now)
