@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import SettingsError
+from mmphi.tracking.run import params_of
 from reports.scaling import Curve, Schedule
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _pretraining(store: RunStore, run: Run) -> Pretraining:
         name=str(run.info.run_name),
         status=str(run.info.status),
         metrics=run.data.metrics,
-        params=run.data.params,
+        params=params_of(run),
         tags=run.data.tags,
         losses=history(LOSS),
         public=[(step, value) for step, value in history(PUBLIC) if step],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import SettingsError, StoreError
 from mmphi.settings.messages import nearest
+from mmphi.tracking.run import params_of
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -284,7 +285,7 @@ def trial_of(run: Run) -> Trial:
         status=str(run.info.status),
         reason=tags.get("mmphi.error", ""),
         metrics=run.data.metrics,
-        params=run.data.params,
+        params=params_of(run),
         tags=tags,
         started_ms=int(run.info.start_time or 0),
     )

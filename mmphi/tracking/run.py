@@ -17,11 +17,20 @@ from mmphi.tracking.pictures import cell, grid
 from mmphi.tracking.tables import Tables, plain
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+RESOLVED = "resolved."  # Before the name of a parameter whose value `mlflow run` has recorded as it was typed.
 Watch = Callable[[Mapping[str, float], int], None]
 EVERY_S, AT_MOST = 1.0, 500  # Metrics are sent together, at most this much later and this many.
 TAG_CHARACTERS, PARAM_CHARACTERS = 5000, 6000  # MLflow's own limits.
+
+
+def params_of(run: Run) -> dict[str, str]:
+    """The parameters of a run, with settings as they were resolved, however they were typed."""
+    params = dict(run.data.params)
+    resolved = {name.removeprefix(RESOLVED): text for name, text in params.items() if name.startswith(RESOLVED)}
+    return {name: text for name, text in params.items() if not name.startswith(RESOLVED)} | resolved
 
 
 class RunTracker:
@@ -76,8 +85,16 @@ class RunTracker:
         self._sent = time.monotonic()
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record settings; an empty value is written as ``(none)``, because MLflow refuses it."""
-        entities = [Param(name, str(value)[:PARAM_CHARACTERS] or "(none)") for name, value in values.items()]
+        """Record settings; an empty value is written as ``(none)``, because MLflow refuses it.
+
+        ``mlflow run -P scenes.held_out=2e-1`` has recorded what was typed, and a parameter cannot be changed. Where the
+        resolved value is written differently, it is recorded as ``resolved.scenes.held_out``.
+        """
+        texts = {name: str(value)[:PARAM_CHARACTERS] or "(none)" for name, value in values.items()}
+        typed = self.client.get_run(self._run_id).data.params
+        entities = [
+            Param(name if typed.get(name, text) == text else f"{RESOLVED}{name}", text) for name, text in texts.items()
+        ]
         for first in range(0, len(entities), 100):
             self.client.log_batch(self._run_id, params=entities[first : first + 100])
 

@@ -13,7 +13,9 @@ import yaml
 from mmphi.errors import StoreError
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context
+from mmphi.settings.fields import leaves
 from mmphi.stages import Settings, load_settings
+from mmphi.tracking.run import params_of
 from mmphi.tracking.store import Store
 
 
@@ -179,3 +181,61 @@ def test_a_training_goes_on_with_the_threads_that_it_began_with(
         assert store.run(result.run_id).data.tags["mmphi.threads"] == "1"
     finally:
         torch.set_num_threads(before)
+
+
+SPELLINGS = {  # As typed after `mlflow run . -P`, and what is meant.
+    "projector.learning_rate": ("1e-3", 0.001),
+    "projector.muon_learning_rate": (".02", 0.02),
+    "projector.weight_decay": ("0", 0.0),
+    "projector.beta2": ("0.9990", 0.999),
+    "projector.max_grad_norm": ("1.", 1.0),
+    "projector.warmup": ("3e-2", 0.03),
+    "projector.steps": ("4", 4),
+    "projector.seed": ("007", 7),
+    "projector.batch_size": ("+16", 16),
+    "projector.layers": ("2 ", 2),
+    "projector.width": (" 64", 64),
+    "projector.norm": ("yes", True),
+    "projector.gradient_checkpointing": ("False", False),
+    "projector.schedule": ("wsd", "wsd"),
+    "projector.optimizer": ("adamw", "adamw"),
+    "projector.precision": ("auto", "fp32"),
+    "projector.dropout": ("1E-1", 0.1),
+    "scenes.held_out": ("2e-1", 0.2),
+    "scenes.image_size": ("32", 32),
+    "scenes.train_images": ("1_000", 1000),
+    "scenes.seed": ("0", 0),
+    "pretrain.initializer_range": ("0.060", 0.06),
+    "pretrain.tied": ("no", False),
+    "pretrain.layers": ("1", 1),
+    "light_clip.width": ("64", 64),
+    "data.max_images": ("0", 0),
+    "vision.cls": ("keep", "keep"),
+    "vision.mean": ("[0.5, .5, 5e-1]", [0.5, 0.5, 0.5]),
+    "vision.layer": ("-1", -1),
+    "evaluate.temperature": ("5e-1", 0.5),
+}
+
+
+def test_thirty_spellings_of_what_mlflow_run_has_recorded(pipeline: Pipeline, store: Store) -> None:
+    """MLflow records what was typed before mmphi begins, and no parameter can be changed then."""
+    assert len(SPELLINGS) == 30
+    begun = store.client.create_run(store.experiment()).info.run_id
+    typed = {name: text for name, (text, _) in SPELLINGS.items()}
+    for name, text in typed.items():
+        store.client.log_param(begun, name, text)
+    chosen = load_settings("tiny", typed)
+    values = dict(leaves(chosen))
+    result = pipeline.build("train", chosen, run=begun)
+    assert result.run_id == begun
+    run = store.run(begun)
+    assert run.info.status == "FINISHED"
+    recorded = params_of(run)
+    for name, (text, meant) in SPELLINGS.items():
+        assert run.data.params[name] == text
+        if isinstance(meant, list):
+            assert getattr(chosen.vision, name.partition(".")[2]) == meant
+            continue
+        assert values[name] == meant or name == "projector.precision"
+        if name.startswith("projector."):  # What the stage reads.
+            assert recorded[name] == str(meant)
