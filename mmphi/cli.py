@@ -121,6 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `mmphi ... | head` has read enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except Exception as error:
+            from mmphi.tracking.failures import store_error
+
+            told = store_error(error)
+            if told is None:
+                raise
+            print(f"error: {told}", file=sys.stderr)
+            return USER_ERROR
 
 
 @contextlib.contextmanager

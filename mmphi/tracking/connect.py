@@ -6,18 +6,23 @@ import contextlib
 import logging
 import os
 import socket
+import sqlite3
 import urllib.request
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlparse
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from mmphi.errors import StoreError
+from mmphi.tracking.failures import store_error
 from mmphi.tracking.uri import database
 
+BUSY, BUSY_S = "MMPHI_BUSY_S", "60"  # Seconds that a locked SQLite database is waited for.
 ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"  # Where MLflow's SQLite store takes its default artifact root from.
 
 
@@ -37,10 +42,20 @@ def connected(uri: str) -> MlflowClient:
         with root:
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # Of MLflow, SQLAlchemy, SQLite or the file system.
+        told = store_error(error, uri)
+        if told is not None and not told.what.startswith("the tracking store"):
+            raise told from error
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise StoreError(f"the tracking store {uri} cannot be used: {first}", "check MLFLOW_TRACKING_URI") from error
     return client
+
+
+@event.listens_for(Engine, "connect")
+def _wait_for_locks(connection: Any, _: Any) -> None:
+    """Let SQLite wait for another process that writes, in place of its 5 s."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute(f"PRAGMA busy_timeout = {int(float(os.environ.get(BUSY, BUSY_S)) * 1000)}")
 
 
 @contextlib.contextmanager

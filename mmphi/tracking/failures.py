@@ -1,0 +1,89 @@
+"""What MLflow, SQLAlchemy and SQLite raise, in words that say what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from mmphi.errors import StoreError
+
+OF_A_STORE = ("mlflow", "sqlalchemy", "sqlite3", "alembic")
+RUN = re.compile(r"\b[0-9a-f]{32}\b")
+# What a message says, what is wrong, and what to do about it.
+KNOWN = (
+    (
+        "database is locked",
+        "the database {uri} is locked by another process",
+        "wait for it, or stop it; the same command goes on from there. Many processes need a server: `mlflow server`",
+    ),
+    (
+        r"not a database|malformed",
+        "{uri} is no SQLite database, or is damaged",
+        "restore a copy of it, or set MLFLOW_TRACKING_URI to another file",
+    ),
+    (
+        r"readonly database|read-only|attempt to write",
+        "the database {uri} cannot be written",
+        "make the file and its folder writable, or set MLFLOW_TRACKING_URI to another file",
+    ),
+    (
+        "unable to open database file",
+        "the database {uri} cannot be opened",
+        "check that its folder is there and that you may write to it",
+    ),
+    (
+        r"database or disk is full|No space left",
+        "the disk of the database {uri} is full",
+        "make room; the same command goes on from there",
+    ),
+    (
+        r"must be in (the )?'?active|Run .*not found|deleted.*run|run.*deleted",
+        "run {run} was deleted while it was needed",
+        "`mlflow runs restore --run-id {run}` brings it back; without it the same command builds anew",
+    ),
+    (
+        r"[Ee]xperiment.*(not found|does not exist|No )|No Experiment with id",
+        "the experiment is not in {uri}, or was deleted: {first}",
+        "unset MLFLOW_EXPERIMENT_ID, or name one that `mlflow experiments search` lists",
+    ),
+    (
+        r"[Cc]an't locate revision|out of date|out-of-date",
+        "{uri} was made by another version of MLflow: {first}",
+        "`mlflow db upgrade {uri}` brings it to this version; keep a copy of it",
+    ),
+)
+
+
+def store_error(error: BaseException, uri: str = "") -> StoreError | None:
+    """The error of a store in words; nothing where an exception is not of a store.
+
+    Args:
+        error: As it was raised; what caused it counts, too.
+        uri: Of the store; by default that of the environment.
+    """
+    found = next((each for each in _chain(error) if type(each).__module__.partition(".")[0] in OF_A_STORE), None)
+    if found is None:
+        return None
+    from mmphi.tracking.uri import absolute_uri
+
+    text = "\n".join(str(each) for each in _chain(error))
+    first = next(iter(str(found).strip().splitlines()), type(found).__name__)
+    run = next(iter(RUN.findall(text)), os.environ.get("MLFLOW_RUN_ID", "?"))
+    of_optuna = any(type(each).__module__.startswith("optuna") for each in _chain(error))
+    name = "Optuna's storage" if of_optuna else _without_password(uri or absolute_uri())
+    filled = {"uri": name, "run": run, "first": first}
+    for pattern, what, hint in KNOWN:
+        if re.search(pattern, text):
+            return StoreError(what.format(**filled), hint.format(**filled))
+    return StoreError(f"the tracking store {name} refused: {first}", "check MLFLOW_TRACKING_URI")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//...@", uri)
