@@ -133,14 +133,17 @@ class Distance:
             missed = (
                 ""
                 if math.isnan(self.outlook.backtest)
-                else (
-                    f"; fitted to the first 60 % of the curve, it misses the rest by {self.outlook.backtest:.3f} nats"
-                )
+                else f"; fitted to the first 60 % of it, the law misses the rest by {self.outlook.backtest:.3f} nats"
             )
+            cold = ""
+            if (law.cooled_floor, law.cooled_scale) != (law.floor, law.scale):
+                kind = "whatever the length" if law.kind == "fixed" else "as a share of what is left to learn"
+                cold = (
+                    f", and {law.cooled_floor:.3g} + {law.cooled_scale:.3g} S^-{law.exponent:.3g} cooled down ({kind})"
+                )
             yield (
-                f"The law of this run's own curve (Tissue et al. 2024, arXiv 2408.11029): {law.floor:.3g} +"
-                f" {law.scale:.3g} S1^-{law.exponent:.3g} - {law.annealing:.2g} S2, S1 the sum of the learning rates as"
-                f" shares of the peak, S2 what cooling down adds{missed}."
+                f"The law of this run's own curve: {law.floor:.3g} + {law.scale:.3g} S^-{law.exponent:.3g} nats at the"
+                f" peak of the learning rate{cold}, S the sum of the learning rates as shares of the peak{missed}."
             )
         if not self.comparable:
             yield f"The law is that of the training loss; {self.reference.text} was not scored, and may be harder."

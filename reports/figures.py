@@ -288,18 +288,20 @@ def losses_over_updates(runs: Mapping[str, Pretraining], original: Sequence[Mapp
 
 
 def law(outlook: Outlook) -> Figure:
-    """The binned curve that a law was fitted to, and the law, over the area of the learning rate."""
+    """The binned curve that a law was fitted to, and the law, over the sum of the learning rates."""
     figure, (axes,) = _figure()
-    s1, s2, losses, _ = outlook.curve.points()
-    axes.plot(s1, losses, "o", color=COLOURS[0], markersize=5, label="training loss, binned")
+    total, cooled, losses, _ = outlook.curve.points()
+    axes.plot(total, losses, "o", color=COLOURS[0], markersize=5, label="training loss, binned")
     if outlook.law is not None:
-        axes.plot(s1, outlook.law(s1, s2), color=COLOURS[5], linewidth=1.6, label="its law")
-        spread = np.array([drawn(s1, s2) for drawn in outlook.resampled])
+        axes.plot(total, outlook.law(total, cooled), color=COLOURS[5], linewidth=1.6, label="its law")
+        spread = np.array([drawn(total, cooled) for drawn in outlook.resampled])
         if len(spread):
             low, high = np.quantile(spread, [0.025, 0.975], axis=0)
-            axes.fill_between(s1, low, high, color=COLOURS[5], alpha=0.2, linewidth=0, label="95 % of resampled laws")
+            axes.fill_between(
+                total, low, high, color=COLOURS[5], alpha=0.2, linewidth=0, label="95 % of laws of simulated curves"
+            )
     axes.set_xscale("log")
-    axes.set_xlabel("S1: sum of the learning rates, as shares of the peak (updates at full rate)", fontsize=11)
+    axes.set_xlabel("S: sum of the learning rates, as shares of the peak (updates at full rate)", fontsize=11)
     axes.set_ylabel("loss, nats per token", fontsize=11)
     axes.legend(fontsize=10, frameon=False)
     return figure
