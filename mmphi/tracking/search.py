@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmphi.errors import StoreError
 from mmphi.pipeline.manifest import MANIFEST, manifest_holds
 from mmphi.tracking.artifacts import fetch_result
 from mmphi.tracking.connect import connected
+from mmphi.tracking.moved import relocate
 from mmphi.tracking.uri import absolute_uri, database
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class RunStore:
         self.locks = file.parent / "mlruns" / ".locks" if file else self.cache / "locks"
         self.locks.mkdir(parents=True, exist_ok=True)
         with FileLock(self.locks / "database.lock"):  # Two processes must not both make its tables.
+            for before in relocate(file) if file else ():
+                print(f"{self.uri} was in {before} before: its artifacts are looked for beside it now", file=sys.stderr)
             self.client = connected(self.uri)
 
     def run(self, run_id: str) -> Run:
