@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STUDY, RECORD, CHANGE = "mmphi.study", "mmphi.study_record", "mmphi.change."
 DECLARATION = "study.json"
 SHOWN, NONE = ("costs", "also", "leaves_open"), object()
+TUNING = ("tuning_seeds", "tuning_extensions", "tuning_tokens", "tuning_metric")  # Of no effect without nuisance.
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Record:
         made = Change(what, name, value, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()))
         number = len(self.changes())
         self.store.client.set_tag(self.run_id, f"{CHANGE}{number:04d}", json.dumps(made.__dict__))
+        if self.store.run(self.run_id).info.status == "FINISHED":  # There is more to do now.
+            self.store.client.update_run(self.run_id, status="SCHEDULED")
         return made
 
     def finish(self, status: str) -> None:
@@ -152,8 +155,9 @@ def comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Map
     That is what only the report shows, and what did not exist yet when the study was begun: a setting or a part of a
     declaration that has the value which earlier results were built with.
     """
-    before = {name: value for name, value in before.items() if name not in SHOWN}
-    after = {name: value for name, value in after.items() if name not in SHOWN}
+    idle = TUNING if not before.get("nuisance") and not after.get("nuisance") else ()
+    before = {name: value for name, value in before.items() if name not in (*SHOWN, *idle)}
+    after = {name: value for name, value in after.items() if name not in (*SHOWN, *idle)}
     after = {name: v for name, v in after.items() if name in before or v != BEFORE.get(name, NONE)}
     known = before.get("settings", {})
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from mmphi.errors import StoreError
 from reports.query import JUDGED
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Results:
         asked = {run_id for run_id in run_ids if run_id}
         if not asked <= self._there | self._gone or time.monotonic() - self._at > AGAIN_S:
             self._there = set(self._found())
-            self._gone = asked - self._there
+            self._gone = (self._gone | asked) - self._there
             self._at = time.monotonic()
         return asked & self._gone
 
@@ -45,7 +44,5 @@ class Results:
                 yield str(run.info.run_id)
 
     def _active(self, run_id: str) -> bool:
-        try:
-            return bool(self.store.run(run_id).info.lifecycle_stage == "active")
-        except StoreError:  # Removed for good.
-            return False
+        run = self.store.run_if_there(run_id)
+        return run is not None and bool(run.info.lifecycle_stage == "active")

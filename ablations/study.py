@@ -195,6 +195,14 @@ class Study:
                 f"looks at {', '.join(map(str, self.looks))} seeds, of {self.seeds}",
                 "give numbers between 1 and the number of seeds, each larger than the one before",
             )
+        if self.nuisance and (not self.tuning_seeds or not all(self.nuisance.values())):
+            raise SettingsError(
+                "there are no tuning seeds, or no values to try", "give one at least: (1000, 1001, 1002)"
+            )
+        if self.replicates and self.looks:
+            raise SettingsError(
+                "looks are numbers of seeds, and draws are what is judged", "leave looks or replicates out"
+            )
         if self.tuning_extensions < 0 or self.replicates < 0:
             raise SettingsError("tuning_extensions and replicates are not negative", "0 leaves them out")
         budget = f"{self.stage}.supervised_tokens"
@@ -213,21 +221,30 @@ class Study:
                 raise SettingsError(f"{', '.join(sorted(both))} is the factor and stands in `{what}`", "leave one out")
         if both := set(self.replicate) & {*self.fixed, *self.nuisance, *self.seed_settings}:
             raise SettingsError(f"{', '.join(sorted(both))} stands in `replicate` and elsewhere", "leave one out")
-        stage = STAGES[self.stage]
         for level in self.levels:
             settings = self.settings(level)
             self._check_nuisance(level, settings)
-            for name in {stage.name, *plan_order(self.stage, settings)}:
-                from mmphi.settings.view import SettingsView
+            self.check_stages(settings)
 
-                STAGES[name].check(SettingsView(settings, STAGES[name].declared))
+    def check_stages(self, settings: Settings) -> None:
+        """Refuse settings that the stage, or what it is built on, cannot work with.
+
+        Raises:
+            MmphiError: As the stage says it.
+        """
+        from mmphi.settings.view import SettingsView
+
+        for name in {self.stage, *plan_order(self.stage, settings)}:
+            STAGES[name].check(SettingsView(settings, STAGES[name].declared))
 
     def _check_nuisance(self, level: str, settings: Settings) -> None:
         """Refuse a nuisance setting that has no effect at a level."""
         values = dict(leaves(settings))
         for name in self.nuisance:
             section, _, field_name = name.rpartition(".")
-            optimizer, schedule = values.get(f"{section}.optimizer"), values.get(f"{section}.schedule")
+            chosen = {n: values.get(f"{section}.{n}") for n in ("optimizer", "schedule")}
+            # What is tuned itself has no value yet.
+            optimizer, schedule = (None if f"{section}.{n}" in self.nuisance else chosen[n] for n in chosen)
             if field_name == "muon_learning_rate" and optimizer == "adamw":
                 raise SettingsError(
                     f"{name} is tuned, and AdamW does not use it at level {level!r}",

@@ -13,7 +13,7 @@ from typing import Any
 
 from ablations.cells import Cell, Outcome
 from ablations.study import Study
-from mmphi.errors import SettingsError
+from mmphi.errors import MmphiError
 
 DIGITS = 2  # Significant ones of a value that is added.
 
@@ -86,7 +86,8 @@ def _extended(
             if best[name] != values[end] or added.get((name, end), 0) >= study.tuning_extensions:
                 continue
             value = next_value(values[inner], values[end])
-            if value in values or not _allowed(study, level, name, value):
+            beyond = 0 < value < values[0] if end == 0 else value > values[-1]
+            if not beyond or not _allowed(study, level, {**best, name: value}):
                 continue
             added[name, end] = added.get((name, end), 0) + 1
             values.insert(0 if end == 0 else len(values), value)
@@ -107,12 +108,13 @@ def next_value(before: float, end: float) -> float:
 
 
 def _ordered(values: Sequence[Any]) -> list[Any]:
-    return sorted(values) if grows(values) else list(values)
+    return sorted(set(values)) if grows(values) else list(dict.fromkeys(values))
 
 
-def _allowed(study: Study, level: str, name: str, value: Any) -> bool:
+def _allowed(study: Study, level: str, point: Mapping[str, Any]) -> bool:
+    """Whether settings and stages take a point."""
     try:
-        study.settings(level, nuisance={name: value})
-    except SettingsError:
+        study.check_stages(study.settings(level, nuisance=point))
+    except MmphiError:
         return False
     return True

@@ -72,8 +72,9 @@ def drawn(found: Findings) -> dict[str, bytes]:
     for name in SHOWN_COSTS:
         points = {level: (mean_of(results[level], name), found.means[level]) for level in found.means}
         there = {level: (x, y) for level, (x, y) in points.items() if x}
-        if len({x for x, _ in there.values()}) > 1 and name in data.declaration["costs"]:
-            costs[data.declaration["costs"][name]] = there
+        titles = {**data.declaration["costs"], **data.declaration.get("also", {})}
+        if len({x for x, _ in there.values()}) > 1 and name in titles:
+            costs[titles[name]] = there
     if costs:
         made["tradeoffs"] = figures.png(figures.tradeoffs(costs, metric))
     return made

@@ -32,6 +32,7 @@ class Comparison:
         interim: Whether the study has not come to a look yet, so that nothing is judged.
         lost: Runs of the level and of the baseline that diverged or gave no number.
         p_lost: That they do so equally often, by Holm.
+        unit: What a pair is of: ``seed``, or ``draw``.
     """
 
     level: str
@@ -48,6 +49,7 @@ class Comparison:
     interim: bool = False
     lost: tuple[int, int] = (0, 0)
     p_lost: float = 1.0
+    unit: str = "seed"
 
     @property
     def verdict(self) -> str:
@@ -110,7 +112,8 @@ def compare(
     pairs = {level: _differences(levels, level, baseline, until[level], lost, how.draw) for level in others}
     ps = holm([corrected(both_agree(pairs[level]), how.looks) for level in others])
     same = holm([corrected(equivalence(pairs[level], how.margin), how.looks) for level in others])
-    rates = holm([p_of_rates(lost[level], lost.get(baseline, set())) for level in others])
+    both_lost = {level: _lost_of_both(levels, level, baseline, until[level], lost) for level in others}
+    rates = holm([p_of_rates(*both_lost[level]) for level in others])
     return [
         Comparison(
             level,
@@ -125,8 +128,9 @@ def compare(
             len(others),
             how.looks if len(how.looks) > 1 else (),
             interim[level],
-            (len(lost[level]), len(lost.get(baseline, set()))),
+            (len(both_lost[level][0]), len(both_lost[level][1])),
             p_rate,
+            "draw" if how.draw else "seed",
         )
         for level, p, p_same, p_rate in zip(others, ps, same, rates, strict=True)
     ]
@@ -140,6 +144,20 @@ def lost_runs(levels: Mapping[str, Mapping[int, float]], how: Judging) -> dict[s
     ends = [end for end in (how.until or {}).values() if end is not None]
     last = max(ends, default=None)
     return {level: {n for n in seeds if last is None or n < last} for level, seeds in found.items()}
+
+
+def _lost_of_both(
+    levels: Mapping[str, Mapping[int, float]],
+    level: str,
+    baseline: str,
+    until: int | None,
+    lost: Mapping[str, set[int]],
+) -> tuple[set[int], set[int]]:
+    """Seeds that a level and the baseline lost, of those at which both have ended and that are judged."""
+    own, other = lost.get(level, set()), lost.get(baseline, set())
+    ended = (set(levels[level]) | own) & (set(levels.get(baseline, {})) | other)
+    judged = {n for n in ended if until is None or n < until}
+    return own & judged, other & judged
 
 
 def _differences(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from reports.findings import Findings
 from reports.query import StudyData
-from reports.tables import mean_of, order_of, tried_at, used_at
+from reports.tables import failed_at, mean_of, order_of, tried_at, used_at
 from reports.verdict import Metric, listed
 
 SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.
@@ -117,7 +117,7 @@ def warnings(data: StudyData, metric: Metric) -> Iterator[str]:
         more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
         yield f"{len(missing)} trials that were asked for have no result: {cells}{more}. Their pairs are left out."
     for level, seeds in data.lost().items():
-        if seeds:
+        if seeds and len(seeds) < data.seeds:
             yield f"{level} failed at {len(seeds)} of {data.seeds} seeds: its mean is that of the trials that did not."
     found = [t for t in data.trials if t.phase == "verdict" and t.finished and metric.name in t.metrics]
     cells_found = [(t.level, t.seed) for t in found]
@@ -191,9 +191,13 @@ def tuning_notes(data: StudyData) -> Iterator[str]:
         tried, used = tried_at(data, level), used_at(data, level)
         if len(used) > 1:
             yield f"{level}: {len(used)} values were used, {listed([', '.join(values) for values in used])}."
-        for place, name in enumerate(data.declaration["nuisance"]):
-            values = sorted({values[place] for values, _ in tried}, key=lambda v: order_of([v]))
-            edges = {values[0], values[-1]} if len(values) > 1 else set()
+        for place, (name, declared) in enumerate(data.declaration["nuisance"].items()):
+            # A value that failed was tried, too: the best one does not lie at an edge beside it.
+            everything = {values[place] for values, _ in tried} | {values[place] for values in failed_at(data, level)}
+            values = sorted(everything, key=lambda v: order_of([v]))
+            numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in declared)
+            edges = {values[0], values[-1]} if len(values) > 1 and numbers else set()
             if at_edge := sorted({each[place] for each in used} & edges):
-                reached = f", after {limit} values that were added, the study's limit" if limit else ""
+                added = len(values) - len(set(declared))
+                reached = f", after {added} values that were added" if limit and added > 0 else ""
                 yield f"{level}, `{name}` = {' and '.join(at_edge)}: {EDGE}{reached}."

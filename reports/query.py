@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mmphi.tracking.search import RunStore
 
 CURVE_POINTS = 3
+FINAL = ("TrainingError", "MemoryError", "OutOfMemoryError", "out of memory")  # Reasons that are results themselves.
 NOT_FINITE = "mmphi.not_finite"
 JUDGED = "mmphi.judged_by"  # Tag of a trial: the run of the evaluation that its study asked for.
 STUDY_RUN = "mmphi.study_run"  # Tag of a trial: the run of its study's record.
@@ -146,15 +147,22 @@ class StudyData:
         return (lambda number: number % draws) if draws else None
 
     def lost(self) -> dict[str, set[int]]:
-        """Seeds of every level whose run ended without a number: it diverged, or it ran out of memory."""
+        """Seeds of every level whose run ended without a number: it diverged, or it ran out of memory.
+
+        Where the driver has seen the end of the study, those are all that have none: it asks for what was interrupted,
+        and for what a person has mended, until that has ended. Before, those whose run says that it gave no number.
+        """
         metric = self.declaration.get("metric", "")
-        there, running = self.results("verdict", metric), {(t.level, t.seed) for t in self.trials if t.running}
+        there = self.results("verdict", metric)
         found: dict[str, set[int]] = {level: set() for level in self.levels}
+        if self.status == "FINISHED":
+            for level, number in self.missing():
+                found[level].add(number)
+        running = {(t.level, t.seed) for t in self.trials if t.running}
         for trial in self.failed():
-            cell = (trial.level, trial.seed)
-            interrupted = trial.status == "KILLED"
             known = trial.phase == "verdict" and trial.level in found and trial.seed not in there[trial.level]
-            if known and not interrupted and cell not in running:
+            final = trial.reason.startswith(FINAL) or bool(not_finite(trial.tags, metric))
+            if known and final and (trial.level, trial.seed) not in running:
                 found[trial.level].add(trial.seed)
         return found
 
@@ -263,10 +271,7 @@ def _judged(store: RunStore, trial: Trial) -> Trial:
     """
     if JUDGED not in trial.tags:
         return trial
-    try:
-        evaluation = store.run(trial.tags[JUDGED])
-    except StoreError:  # Removed for good, by `mlflow gc`.
-        evaluation = None
+    evaluation = store.run_if_there(trial.tags[JUDGED])
     if evaluation is None or evaluation.info.lifecycle_stage != "active":
         return replace(trial, metrics={}, reason=f"its evaluation, run {trial.tags[JUDGED]}, was deleted")
     tags = {name: value for name, value in trial.tags.items() if name != NOT_FINITE}

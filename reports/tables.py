@@ -32,7 +32,7 @@ def tables(found: Findings) -> dict[str, Table]:
             against = [
                 number(comparison.difference),
                 ends_of(comparison.interval),
-                p_value(comparison.p).removeprefix("p = "),
+                "-" if comparison.interim else p_value(comparison.p).removeprefix("p = "),
                 comparison.verdict,
             ]
         tokens = mean_of(trials, f"{declared['stage']}/supervised_tokens")
@@ -151,6 +151,13 @@ def used_at(data: StudyData, level: str) -> list[tuple[str, ...]]:
     names = list(data.declaration["nuisance"])
     trials = data.results("verdict")[level].values()
     return sorted({tuple(str(trial.params.get(name, "?")) for name in names) for trial in trials})
+
+
+def failed_at(data: StudyData, level: str) -> list[tuple[str, ...]]:
+    """Nuisance values that gave no number at a level, at one tuning seed at least."""
+    names = list(data.declaration["nuisance"])
+    ended = [t for t in data.trials if t.phase == "tuning" and t.level == level and t.status == "FAILED"]
+    return [tuple(str(trial.params.get(name, "?")) for name in names) for trial in ended]
 
 
 def tried_at(data: StudyData, level: str) -> list[tuple[tuple[str, ...], list[float]]]:

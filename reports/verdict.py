@@ -92,14 +92,15 @@ def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
     """
     level, n = comparison.level, comparison.n
     if n == 0:
-        return f"Nothing can be said of {level}: it has no seed in common with {baseline}."
+        pairs = "no pair of runs gave a number" if any(comparison.lost) else f"it has no seed in common with {baseline}"
+        return f"Nothing can be said of {level}: {pairs}.{left_out(comparison, baseline)}"
     return _verdict(comparison, baseline, metric) + left_out(comparison, baseline)
 
 
 def _verdict(comparison: Comparison, baseline: str, metric: Metric) -> str:
     level, n = comparison.level, comparison.n
     size = f"{number(abs(comparison.difference))} {metric.unit}"
-    seeds = f"{n} seeds" if n > 1 else "1 seed"
+    seeds = f"{n} {comparison.unit}s" if n > 1 else f"1 {comparison.unit}"
     if comparison.interim:
         first = f" before {comparison.looks[0]} seeds" if comparison.looks else ""
         return (
@@ -135,11 +136,8 @@ def _why_not(comparison: Comparison, metric: Metric) -> str:
     if comparison.n > 1 and wanted:
         needed = seeds_needed(wanted, comparison.deviation, ALPHA / comparison.comparisons)
         what = f"{number(wanted)} {metric.unit}{'' if metric.margin else ', the difference seen,'}"
-        parts.append(
-            f" at the noise seen, {needed:,} seeds would show {what} with power {POWER}"
-            if needed
-            else f" at the noise seen, no number of seeds below 10,000 would show {what} with power {POWER}"
-        )
+        number_of = f"{needed:,} {comparison.unit}s" if needed else f"no number of {comparison.unit}s below 10,000"
+        parts.append(f" at the noise seen, {number_of} would show {what} with power {POWER}")
     return ";".join(parts)
 
 

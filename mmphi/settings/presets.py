@@ -170,7 +170,7 @@ def is_path(field: Field, value: str, folder: Path) -> bool:
         value: As written.
         folder: What a relative path counts from.
     """
-    if value in field.names:
+    if value in field.names or "://" in value:
         return False
     if field.file == "path" or value.startswith(("/", "./", "../", "~")) or value.endswith(FILE_ENDINGS):
         return True
@@ -191,6 +191,8 @@ def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
         return value
     path = Path(value).expanduser()
     for folder in _folders():
+        if folder == Path("/") and "/" not in value:
+            continue  # A daemon's folder, in which `home` and `tmp` are no names that anybody typed.
         if _exists(folder / path) and is_path(field, value, folder):
             return str(folder / path)
     return str(Path.cwd() / path) if is_path(field, value, Path.cwd()) else value

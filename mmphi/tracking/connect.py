@@ -55,7 +55,14 @@ def connected(uri: str) -> MlflowClient:
 def _wait_for_locks(connection: Any, _: Any) -> None:
     """Let SQLite wait for another process that writes, in place of its 5 s."""
     if isinstance(connection, sqlite3.Connection):
-        connection.execute(f"PRAGMA busy_timeout = {int(float(os.environ.get(BUSY, BUSY_S)) * 1000)}")
+        connection.execute(f"PRAGMA busy_timeout = {int(_busy_s() * 1000)}")
+
+
+def _busy_s() -> float:
+    try:
+        return float(os.environ.get(BUSY, BUSY_S))
+    except ValueError:
+        return float(BUSY_S)
 
 
 @contextlib.contextmanager

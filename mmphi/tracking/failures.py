@@ -18,7 +18,7 @@ KNOWN = (
         "wait for it, or stop it; the same command goes on from there. Many processes need a server: `mlflow server`",
     ),
     (
-        r"not a database|malformed",
+        r"file is not a database|disk image is malformed",
         "{uri} is no SQLite database, or is damaged",
         "restore a copy of it, or set MLFLOW_TRACKING_URI to another file",
     ),
@@ -38,7 +38,7 @@ KNOWN = (
         "make room; the same command goes on from there",
     ),
     (
-        r"must be in (the )?'?active|Run .*not found|deleted.*run|run.*deleted",
+        r"Run with id=\S+ not found|run .*must be in (the )?'?active|run \S+ is deleted",
         "run {run} was deleted while it was needed",
         "`mlflow runs restore --run-id {run}` brings it back; without it the same command builds anew",
     ),
@@ -80,9 +80,12 @@ def store_error(error: BaseException, uri: str = "") -> StoreError | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it; not what was only being handled when it was raised."""
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        of_a_store = type(error).__module__.partition(".")[0] in (*OF_A_STORE, "optuna")
+        handled = error.__context__ if of_a_store and not error.__suppress_context__ else None
+        error = error.__cause__ or handled
 
 
 def _without_password(uri: str) -> str:

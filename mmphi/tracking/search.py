@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "mmphi"
 KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # As MLflow names a run that was given no name.
+MISSING = "RESOURCE_DOES_NOT_EXIST"
 PAGE = 5  # Runs of one key are few, and the newest is nearly always the one: a long page only costs time.
 
 
@@ -70,6 +71,19 @@ class RunStore:
             raise StoreError(
                 f"{self.uri} has no run {run_id}", "check the id and MLFLOW_TRACKING_URI, which must be absolute"
             ) from error
+
+    def run_if_there(self, run_id: str) -> Run | None:
+        """A run by its id; nothing where it was removed for good, as `mlflow gc` does.
+
+        Raises:
+            MlflowException: If the store cannot say.
+        """
+        try:
+            return self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == MISSING:
+                return None
+            raise
 
     def experiment(self) -> str:
         """Id of the experiment to record in: that of :meth:`record_beside`, else the environment's, else ``mmphi``.

@@ -13,12 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import toy_studies
+from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 from toy_studies import STEPS, STUDY, drive, driver, loss, results
 
 from ablations.cells import Cell
 from ablations.driver import TrialError
 from ablations.record import Record
+from ablations.results import Results
 from ablations.tuning import tuning_of
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.store import Store
@@ -424,3 +426,36 @@ def test_trials_in_optuna_of_an_earlier_version_are_gone_on_with(empty_store: st
         ledger.storage.set_study_user_attr(ledger.study._study_id, "record", None)
         assert ledger.study.user_attrs == {"record": None}
     assert driver(study).wanted() == []
+
+
+def test_a_study_of_an_earlier_version_without_tuning_is_gone_on_with(empty_store: str) -> None:
+    study = replace(STUDY, nuisance={}, tuning_extensions=3, tuning_seeds=(1000, 1001, 1002))
+    later = ("tuning_extensions", "looks", "replicate", "replicates", "also")
+    earlier = {name: value for name, value in study.declaration().items() if name not in later}
+    first = Record.open(Store(), "toy", earlier | {"tuning_seeds": [1000]})
+    assert Record.open(Store(), "toy", study.declaration()).run_id == first.run_id
+
+
+def test_an_evaluation_that_the_store_cannot_show_now_is_not_deleted(
+    empty_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store()
+
+    def away(run_id: str) -> None:
+        raise MlflowException("timeout", error_code="TEMPORARILY_UNAVAILABLE")
+
+    monkeypatch.setattr(store.client, "get_run", away)
+    with pytest.raises(MlflowException, match="timeout"):
+        store.run_if_there("0" * 32)
+    monkeypatch.undo()
+    assert Store().run_if_there("0" * 32) is None
+
+
+def test_deleted_runs_are_looked_for_once(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, store = [], Store()
+    results = Results(store, "toy")
+    monkeypatch.setattr(store, "search", lambda **tags: looked.append(tags) or iter(()))
+    for _ in range(3):
+        assert results.gone(["one"]) == {"one"}
+        assert results.gone(["two"]) == {"two"}
+    assert len(looked) == 2

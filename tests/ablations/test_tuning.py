@@ -170,3 +170,40 @@ def test_a_study_of_an_earlier_version_is_what_it_was() -> None:
     declaration = {name: value for name, value in STUDY.declaration().items() if name != "tuning_extensions"}
     assert Study.declared(declaration).tuning_extensions == 0
     assert Study.declared(STUDY.declaration()) == STUDY
+
+
+def test_values_that_round_onto_others_are_not_added() -> None:
+    for values in ([1, 2], [1010, 1024], [120, 124]):
+        study = replace(STUDY, nuisance={WIDTH: values}, tuning_extensions=2)
+        for best in (min, max):
+            tuning, points = tuned(study, lambda point, best=best, values=values: abs(point[WIDTH] - best(values)))
+            grid = list(tuning.grid[WIDTH])
+            assert grid == sorted(set(grid))
+            assert all(value > 0 for value in grid)
+            assert len(points) == len(grid)
+    tuning, points = tuned(replace(STUDY, nuisance={RATE: [1e-3, 1e-3, 3e-3]}), lambda point: point[RATE])
+    assert tuning.grid[RATE] == sorted({point[RATE] for point in points})
+
+
+def test_a_value_that_a_stage_refuses_is_not_added() -> None:
+    """`accumulation` passes share a batch: fewer sequences than passes are refused by the stage, not by the setting."""
+    study = replace(
+        STUDY,
+        fixed={"projector.optimizer": "adamw", "projector.accumulation": 4},
+        nuisance={"projector.batch_size": [4, 8]},
+    )
+    tuning, _ = tuned(study, lambda point: point["projector.batch_size"])
+    assert tuning.grid["projector.batch_size"] == [4, 8]
+
+
+def test_what_is_tuned_needs_seeds_and_values() -> None:
+    with pytest.raises(SettingsError, match="no tuning seeds"):
+        replace(STUDY, tuning_seeds=()).check()
+    with pytest.raises(SettingsError, match="no values to try"):
+        replace(STUDY, nuisance={RATE: []}).check()
+    with pytest.raises(SettingsError, match="draws are what is judged"):
+        replace(STUDY, replicate=("pretrain.seed",), replicates=2, seeds=8, looks=(4,)).check()
+
+
+def test_an_optimizer_that_is_tuned_itself_refuses_no_rate() -> None:
+    replace(STUDY, fixed={}, nuisance={RATE: [1e-3, 3e-3], "projector.optimizer": ["adamw", "muon"]}).check()

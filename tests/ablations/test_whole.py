@@ -19,13 +19,15 @@ from mmphi.stages import STAGES
 from mmphi.tracking.store import Store
 from reports.query import StudyData, Trial, load_study
 
-FIXED = {name: value for name, value in SMALL.items() if name != "projector.steps"}
+FIXED = {name: value for name, value in SMALL.items() if name != "projector.steps"} | {"projector.optimizer": "adamw"}
 STUDY = Study(
     question="Do two layers do better than one?",
     factor="projector.layers",
     levels={"one": 1, "two": 2},
     baseline="one",
     nuisance={"projector.learning_rate": [1e-3, 1e-2]},
+    tuning_seeds=(1000,),
+    tuning_extensions=0,
     fixed=FIXED,
     tokens=600,
     seeds=2,

@@ -6,6 +6,7 @@ import pytest
 from reports.comparison import Judging, compare
 from reports.divergence import diverged, p_of_rates
 from reports.looks import corrected, reached
+from reports.verdict import Metric, sentence
 
 VALUES = {"base": {n: 1.0 + n / 100 for n in range(8)}, "other": {n: 0.9 + n / 90 for n in range(8)}}
 
@@ -60,3 +61,23 @@ def test_correction_for_looks_lies_between_none_and_bonferronis() -> None:
     assert corrected(1.0, (8, 16)) == 1.0
     # With 4 pairs no p is below 0.125: looking there cannot be wrong.
     assert corrected(0.03, (4, 12)) == pytest.approx(0.03, abs=0.004)
+
+
+def test_only_pairs_count_for_rates_of_divergence() -> None:
+    """A level of five seeds says nothing of the seeds at which the baseline alone was run."""
+    levels = {"base": {n: 1.0 + n / 9 for n in range(5)}, "other": {n: 1.1 + n / 9 for n in range(5)}}
+    (found,) = compare(levels, "base", judging=Judging(failed={"base": set(range(5, 12))}))
+    assert (found.lost, found.p_lost) == ((0, 0), 1.0)
+
+
+def test_a_level_that_lost_all_its_runs_is_said_so() -> None:
+    levels = {"base": {n: 1.0 + n / 9 for n in range(8)}, "other": {}}
+    (found,) = compare(levels, "base", judging=Judging(failed={"other": set(range(8))}))
+    said = sentence(found, "base", Metric("test/loss", "nats/token", less=True))
+    assert said.startswith("Nothing can be said of other: no pair of runs gave a number. Left out")
+    assert "8 runs of other and 0 of base (exact McNemar test, p = 0.008)" in said
+
+
+def test_draws_are_called_draws() -> None:
+    (found,) = compare(VALUES, "base", judging=Judging(draw=lambda n: n % 4))
+    assert "with 4 draws (" in sentence(found, "base", Metric("test/loss", "nats/token", less=True, margin=0.001))

@@ -106,7 +106,7 @@ def test_rates_of_divergence_are_compared() -> None:
     assert sum(both) / STUDIES <= AT_MOST
 
     def mostly(rng: np.random.Generator, n: int) -> NDArray[np.float64]:
-        return np.where(rng.random(n) < 0.5, 3.0, rng.normal(0, 0.02, n))
+        return np.where(rng.random(n) < 0.4, 3.0, rng.normal(0, 0.02, n))
 
     one = [planted(k, level=mostly, n=24).p_lost < ALPHA for k in range(100)]
     assert sum(one) / 100 >= 0.8
@@ -146,3 +146,8 @@ def test_a_draw_is_the_unit_where_draws_are_fewer_than_seeds() -> None:
     assert wrong[True] / STUDIES <= AT_MOST
     assert wrong[False] / STUDIES > 0.15
     assert covered / STUDIES >= 0.92
+
+
+@pytest.mark.parametrize("n", [4, 6, 8, 16])
+def test_normal_noise_is_not_called_diverged(n: int) -> None:
+    assert sum(any(planted(k, n=n).lost) for k in range(2 * STUDIES)) / (2 * STUDIES) <= 0.03

@@ -114,7 +114,7 @@ def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path:
     Store().client.set_tag(run_id, "mmphi.change.0000", change)
     text = write("gaps", tmp_path)
     assert "2 trials that were asked for have no result: 3 layers seed 1 and 3 layers seed 2" in text
-    assert "3 layers failed at 1 of 3 seeds" in text
+    assert "3 layers failed at 2 of 3 seeds" in text
     assert "1 cells have more than one finished run; the oldest counts: 3 layers seed 0" in text
     assert "Stopped before their last seed: odd | one" in text
     assert "2 commits of the code" in text
@@ -129,8 +129,10 @@ def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path:
 
 @pytest.mark.slow
 def test_tuning_is_shown_and_its_edges(empty_store: str, tmp_path: Path) -> None:
-    study("tuned", EFFECTS, nuisance={"projector.learning_rate": [0.001, 0.003, 0.01]})
+    record("tuned", seeds=2, nuisance={"projector.learning_rate": [0.001, 0.003, 0.01]})
     for level, best in (("2 layers", 0.003), ("3 layers", 0.01)):
+        for seed in range(2):
+            trial("tuned", level, seed, {"test/loss": 1.0 + seed}, params={"projector.learning_rate": best})
         for rate in (0.001, 0.003, 0.01):
             params = {"projector.learning_rate": rate}
             reached = {"val/loss": 1.0 + abs(rate - best)}
@@ -194,7 +196,7 @@ def test_what_was_drawn_once_for_all_is_named(stage, upstream, said):
 
 
 def test_a_report_of_a_study_that_runs_says_so(empty_store: str, tmp_path: Path) -> None:
-    record("half", seeds=8, looks=[4])
+    Store().client.update_run(record("half", seeds=8, looks=[4]), status="RUNNING")
     for level, by in (("2 layers", 0.0), ("3 layers", -0.1)):
         for seed in range(3):
             trial("half", level, seed, {"test/loss": 1.0 + seed / 100 + by + seed * by / 50})
@@ -271,3 +273,28 @@ def test_a_validation_metric_is_called_one(empty_store: str, tmp_path: Path) -> 
     text = write("val", tmp_path)
     assert "judged by `val/loss` on the validation split." in text
     assert "neither training nor tuning" not in text
+
+
+@pytest.mark.parametrize(("status", "judged"), [("FINISHED", True), ("RUNNING", False)])
+def test_a_cell_that_never_ended_stops_no_verdict_of_a_study_that_has(
+    empty_store: str, tmp_path: Path, status: str, judged: bool
+) -> None:
+    """A worker that is killed too often leaves its run KILLED, or RUNNING."""
+    run_id = record("dead", seeds=8, levels={"2 layers": 2, "3 layers": 3})
+    Store().client.update_run(run_id, status=status)
+    for level, of in values({"2 layers": 0.0, "3 layers": -0.1}).items():
+        for seed, value in of.items():
+            if (level, seed) != ("2 layers", 6):
+                trial("dead", level, seed, {"test/loss": value})
+    trial("dead", "2 layers", 6, {}, status="KILLED")
+    text = write("dead", tmp_path)
+    assert ("**3 layers beat 2 layers by" in text) == judged
+    assert ("No verdict yet" in text) != judged
+
+
+def test_a_run_that_failed_for_another_reason_is_not_lost_while_the_study_runs(empty_store: str) -> None:
+    run_id = record("disk", seeds=2, levels={"2 layers": 2, "3 layers": 3})
+    Store().client.update_run(run_id, status="RUNNING")
+    for name, reason in (("2 layers", "StoreError: the disk is full"), ("3 layers", "TrainingError: the loss is nan")):
+        trial("disk", name, 0, {}, status="FAILED", tags={"mmphi.error": reason})
+    assert load_study(Store(), "disk").lost() == {"2 layers": set(), "3 layers": {0}}

@@ -28,6 +28,12 @@ def told(error: BaseException) -> StoreError:
 
 def test_errors_of_other_things_are_not_explained() -> None:
     assert store_error(ValueError("database is locked")) is None
+    with pytest.raises(KeyError) as raised:  # noqa: PT012
+        try:
+            raise sqlite3.OperationalError("database is locked")
+        except sqlite3.Error:
+            raise KeyError("a mistake of ours")  # noqa: B904 - that is what is tested.
+    assert store_error(raised.value) is None
 
 
 def test_a_file_that_is_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
