@@ -55,10 +55,11 @@ def connected(uri: str) -> MlflowClient:
 def _wait_for_locks(connection: Any, _: Any) -> None:
     """Let SQLite wait for another process that writes, in place of its 5 s."""
     if isinstance(connection, sqlite3.Connection):
-        connection.execute(f"PRAGMA busy_timeout = {int(_busy_s() * 1000)}")
+        connection.execute(f"PRAGMA busy_timeout = {int(busy_s() * 1000)}")
 
 
-def _busy_s() -> float:
+def busy_s() -> float:
+    """Seconds that a locked SQLite database is waited for; ``MMPHI_BUSY_S``, by default 60."""
     try:
         return float(os.environ.get(BUSY, BUSY_S))
     except ValueError:

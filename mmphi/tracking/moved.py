@@ -12,6 +12,8 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from mmphi.tracking.connect import busy_s
+
 FOLDER = "mlruns"
 LOCATION = re.compile(rf"(?P<root>.*/{FOLDER})/[^/]+/?")
 # Columns that hold addresses of artifacts, as far as a version of MLflow has them.
@@ -36,7 +38,7 @@ def relocate(file: Path) -> list[str]:
     if not file.is_file():
         return []
     here = (file.parent / FOLDER).as_uri()
-    with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection, connection:
+    with contextlib.closing(sqlite3.connect(file, timeout=busy_s())) as connection, connection:
         try:
             found = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
         except sqlite3.Error:  # A new database, or none at all: whoever opens it says so.
