@@ -28,7 +28,7 @@ MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "u
 FIRST_TOKENS = 5  # The median of so many; the first of all is left out.
 
 
-class Pruned(Exception):  # noqa: N818 - no error: the driver asked for it.
+class Pruned(Exception):  # noqa: N818  # A request of the driver, not an error.
     """The driver does not want the rest of a training."""
 
 

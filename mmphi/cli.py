@@ -124,10 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             from mmphi.tracking.failures import store_error
 
-            told = store_error(error)
-            if told is None:
+            explained = store_error(error)
+            if explained is None:
                 raise
-            print(f"error: {told}", file=sys.stderr)
+            print(f"error: {explained}", file=sys.stderr)
             return USER_ERROR
 
 

@@ -1,4 +1,4 @@
-"""The levels of a study beside its baseline: what is judged, over which seeds, and how surely."""
+"""Comparisons of the levels of a study with its baseline: over which seeds, and with what uncertainty."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from reports.statistics import ALPHA, Interval, both_agree, equivalence, holm, i
 
 @dataclass(frozen=True)
 class Comparison:
-    """A level beside the baseline, over the seeds that both have.
+    """A level compared with the baseline, over the seeds that both have.
 
     Attributes:
         level: Which.
-        n: Pairs; of a study that draws anew less often than it has seeds, draws.
+        n: Pairs of seeds; pairs of draws where a study has fewer draws than seeds.
         difference: Mean of level minus baseline.
         typical: Hodges-Lehmann estimate of it, which outliers hardly move.
         interval: Of the mean.
@@ -91,7 +91,7 @@ class Judging:
 def compare(
     levels: Mapping[str, Mapping[int, float]], baseline: str, margin: float = 0.0, judging: Judging | None = None
 ) -> list[Comparison]:
-    """Every level beside the baseline.
+    """Every level compared with the baseline.
 
     Runs that diverged are left out of the differences, and counted.
 

@@ -137,7 +137,7 @@ class Distance:
             )
             cold = ""
             if (law.cooled_floor, law.cooled_scale) != (law.floor, law.scale):
-                kind = "whatever the length" if law.kind == "fixed" else "as a share of what is left to learn"
+                kind = "whatever the length" if law.kind == "fixed" else "as a share of the reducible loss"
                 cold = (
                     f", and {law.cooled_floor:.3g} + {law.cooled_scale:.3g} S^-{law.exponent:.3g} cooled down ({kind})"
                 )

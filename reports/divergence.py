@@ -10,7 +10,7 @@ from scipy import stats
 # Standard deviations, as the better half of the runs shows them. Those of few runs are known so badly that the fence is
 # further out, by FEW / runs: of studies of 4 to 24 seeds with normal noise at most 3 % have a run beyond it.
 FENCE, FEW = 10.0, 6.0
-FEWEST = 4  # Runs of a level; of fewer it cannot be said which of them lies apart.
+FEWEST = 4  # Runs of a level; of fewer it is not known which of them is the outlier.
 # Of the better half of normal values: its median lies 0.6745 standard deviations from that of all, and the median
 # distance from it is 0.4 of them.
 HALF_MEDIAN, HALF_DISTANCE = 0.6745, 0.4

@@ -49,7 +49,7 @@ def _label(metric: Metric) -> str:
 
 
 def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -> Figure:
-    """Differences to the baseline with their intervals, beside the margin within which nothing would matter."""
+    """Differences to the baseline with their intervals, and the margin within which a difference does not matter."""
     figure, (axes,) = _figure(1.6 + 0.5 * len(comparisons))
     if metric.margin:
         axes.axvspan(-metric.margin, metric.margin, color=BAND, label=f"within {metric.margin:g}: no matter")
@@ -60,11 +60,11 @@ def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) ->
         "open": ("D", COLOURS[5], "not decided"),
         "interim": ("x", GREY, "too few seeds yet"),
     }
-    told: set[str] = set()
+    labelled: set[str] = set()
     for row, comparison in enumerate(comparisons):
         marker, colour, words = marks[comparison.verdict]
-        label = None if comparison.verdict in told else words
-        told.add(comparison.verdict)
+        label = None if comparison.verdict in labelled else words
+        labelled.add(comparison.verdict)
         if comparison.interval:
             axes.plot([comparison.interval.low, comparison.interval.high], [row, row], color=colour, linewidth=2)
         axes.plot(comparison.difference, row, marker, color=colour, markersize=9, label=label, linestyle="none")

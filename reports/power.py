@@ -15,7 +15,7 @@ MOST_SEEDS = 10_000
 EXACT_UP_TO = 12  # Pairs whose patterns of signs are all counted; of more, as many at random.
 SIMULATED_UP_TO = 24
 DRAWS, AT_ONCE = 4000, 2**22  # Simulated samples, and numbers of them that are in memory at once.
-RANK_EFFICIENCY = 3 / np.pi  # Of Wilcoxon's test beside the t test, of many normal values.
+RANK_EFFICIENCY = 3 / np.pi  # Of Wilcoxon's test relative to the t test, for many normal values.
 
 
 def power(effect: float, deviation: float, n: int, alpha: float = ALPHA) -> float:

@@ -192,7 +192,7 @@ def tuning_notes(data: StudyData) -> Iterator[str]:
         if len(used) > 1:
             yield f"{level}: {len(used)} values were used, {listed([', '.join(values) for values in used])}."
         for place, (name, declared) in enumerate(data.declaration["nuisance"].items()):
-            # A value that failed was tried, too: the best one does not lie at an edge beside it.
+            # A value that failed was tried, too: the best value next to it does not lie at an edge.
             everything = {values[place] for values, _ in tried} | {values[place] for values in failed_at(data, level)}
             values = sorted(everything, key=lambda v: order_of([v]))
             numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in declared)

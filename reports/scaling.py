@@ -4,7 +4,7 @@ After updates whose learning rates sum to ``S`` (as shares of the peak), and wit
 peak (0 to 1), the loss is one of
 
     loss = (1 - g) E + g E' + A S^-a                    the gain of cooling down is fixed
-    loss = E + ((1 - g) A + g A') S^-a                  it is a share of what is left to learn
+    loss = E + ((1 - g) A + g A') S^-a                  it is a share of the reducible loss
 
 with all coefficients non-negative, ``E' <= E`` and ``A' <= A``: what cooling down gains is bounded by what was seen of
 it, and no loss is predicted below 0. (The sum of the learning rates is the progress of Tissue et al. 2024, arXiv
@@ -332,7 +332,7 @@ class Outlook:
         return [found for _, found in self.simulated]
 
     def answer(self, target: float) -> Answer:
-        """How many tokens reach a loss, with its interval, or why that cannot be said."""
+        """How many tokens reach a loss, with its interval, or why there is no answer."""
         if self.law is None or self.refusal:
             return Answer(target, self.refusal)
         seen = max(self.curve.steps) * self.curve.tokens_per_step
@@ -342,11 +342,11 @@ class Outlook:
             return Answer(target, f"the law does not reach {target:.2f} nats within {far}")
         errors, failed = [], 0
         for true, found in self.simulated:
-            truth, said = self._tokens(true, target), self._tokens(found, target)
-            if min(truth, said) <= 0 or max(truth, said) > 2 * REACH * seen:
+            truth, estimate = self._tokens(true, target), self._tokens(found, target)
+            if min(truth, estimate) <= 0 or max(truth, estimate) > 2 * REACH * seen:
                 failed += 1
             else:
-                errors.append(math.log(said / truth))
+                errors.append(math.log(estimate / truth))
         if failed > FAILED_SHARE * len(self.simulated):
             share = failed / len(self.simulated)
             return Answer(

@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{rules.name} at http://{options.host}:{options.port}/v1", flush=True)
     server = server_of(app, options.host, options.port, options.slots + options.waiting)
     # uvicorn has no hook for signals, so the method of this server is replaced.
-    server.handle_exit = ending_soon(server.handle_exit)  # type: ignore[method-assign]
+    server.handle_exit = ending_soon(server.handle_exit)  # type: ignore[method-assign]  # See above.
     server.run()
     return 0
 

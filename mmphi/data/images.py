@@ -57,7 +57,7 @@ def _inside(root: str, relative: str) -> str:
         ImageError: As of :func:`resolve_inside`.
     """
     try:
-        path = os.path.realpath(os.path.join(root, relative))  # noqa: PTH118
+        path = os.path.realpath(os.path.join(root, relative))  # noqa: PTH118  # Strings: three times as fast.
     except (OSError, ValueError) as error:  # A NUL, half a surrogate pair.
         raise ImageError("malformed path", f"{relative!r} is no path: {error}") from error
     if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):
@@ -99,7 +99,7 @@ class ImageFolder:
             raise ImageError("the image is a URL", f"{relative} is not fetched: give the path of a file")
         path = _inside(self._root, relative)
         try:
-            if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # Strings, as above.
                 return path
         except (FileNotFoundError, NotADirectoryError):
             pass
@@ -107,7 +107,7 @@ class ImageFolder:
             raise ImageError("malformed path", f"{relative!r} is no path: {error.strerror}") from error
         for layout, name in (*other_spellings(relative), *coco_names(relative)):
             path = _inside(self._root, name)
-            if os.path.isfile(path):  # noqa: PTH113
+            if os.path.isfile(path):  # noqa: PTH113  # Strings, as above.
                 self.note(self.source, f"images found as {layout}")
                 return path
         return None

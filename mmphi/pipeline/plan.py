@@ -86,7 +86,7 @@ class Plan:
         return {name: digest for name, digest in sorted(digests.items()) if covered(name, stage.reads)}
 
     def _recordings(self, settings: Section, known: Iterable[str]) -> dict[str, str]:
-        """Digests of the recordings that a CSV names beside itself, where their folder is left empty."""
+        """Digests of recordings in the folder of the CSV that names them, where no other folder is set."""
         values, found = dict(leaves(settings)), {}
         for name in known:
             section = name.removesuffix(".path")

@@ -66,7 +66,7 @@ def _revision(section: str, names: dict[str, Any], declared: Iterable[str]) -> s
     if section == "vision":
         tag = names["vision.pretrained"]
         return _of_repository(_tag_repository(names["vision.model"], tag), "model") if tag else ""
-    if section == "textgen":  # A training on files reads its settings, too, and nobody writes.
+    if section == "textgen":  # A training on files reads these settings, too, but uses no generator.
         unused = covered("pretrain.source", declared) and names["pretrain.source"] == "files"
         return "" if unused else _of_repository(names["textgen.model"], "model")
     if names.get(f"{section}.kind") in ("datasets", "auto"):  # Texts say by their name what they are.

@@ -1,7 +1,7 @@
 """The number of threads that a training runs with, which decides the last bits of its sums.
 
-A training that goes on after a kill is the same to the bit only with as many threads as it began with. So a run records
-them, and the run that goes on from it takes them over.
+A training that is resumed after a kill gives the same bits only with the number of threads that it began with. So a run
+records the number, and the run that resumes it uses the same.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ THREADS = "mmphi.threads"
 
 @contextmanager
 def threads_of(store: Store, tracker: RunTracker, source: str) -> Iterator[None]:
-    """Work with as many threads as the run that is gone on from, and record the number.
+    """Work with as many threads as the run that is resumed, and record the number.
 
     Args:
         store: Has that run.
         tracker: Of the run that works.
-        source: Id of the run that is gone on from; empty for none.
+        source: Id of the run that is resumed; empty for none.
     """
     import torch
 
@@ -42,6 +42,6 @@ def threads_of(store: Store, tracker: RunTracker, source: str) -> Iterator[None]
     try:
         yield
     finally:
-        # Unless something else has changed them meanwhile, as the end of a build beside this one does.
+        # Unless something else has changed the number meanwhile, as the end of a background build does.
         if torch.get_num_threads() == before:
             torch.set_num_threads(now)

@@ -43,9 +43,9 @@ def connected(uri: str) -> MlflowClient:
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # Of MLflow, SQLAlchemy, SQLite or the file system.
-        told = store_error(error, uri)
-        if told is not None and not told.what.startswith("the tracking store"):
-            raise told from error
+        explained = store_error(error, uri)
+        if explained is not None and not explained.what.startswith("the tracking store"):
+            raise explained from error
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise StoreError(f"the tracking store {uri} cannot be used: {first}", "check MLFLOW_TRACKING_URI") from error
     return client

@@ -15,7 +15,7 @@ KNOWN = (
     (
         "database is locked",
         "the database {uri} is locked by another process",
-        "wait for it, or stop it; the same command goes on from there. Many processes need a server: `mlflow server`",
+        "wait for it, or stop it; the same command resumes. Many processes need a server: `mlflow server`",
     ),
     (
         r"file is not a database|disk image is malformed",
@@ -35,12 +35,12 @@ KNOWN = (
     (
         r"database or disk is full|No space left",
         "the disk of the database {uri} is full",
-        "make room; the same command goes on from there",
+        "make room; the same command resumes",
     ),
     (
         r"Run with id=\S+ not found|run .*must be in (the )?'?active|run \S+ is deleted",
         "run {run} was deleted while it was needed",
-        "`mlflow runs restore --run-id {run}` brings it back; without it the same command builds anew",
+        "`mlflow runs restore --run-id {run}` brings it back; without it the same command builds it again",
     ),
     (
         r"[Ee]xperiment.*(not found|does not exist|No )|No Experiment with id",

@@ -1,6 +1,6 @@
 """A SQLite store whose folder was moved or copied: MLflow's database holds absolute addresses of its artifacts.
 
-They are rewritten to the folder beside the database, once, when the store is opened. MLflow's own pages find the
+They are rewritten to the database's own folder, once, when the store is opened. MLflow's own pages find the
 artifacts then, too, and nothing is written to the folder that the store was copied from.
 """
 
@@ -41,7 +41,7 @@ def relocate(file: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(file, timeout=busy_s())) as connection, connection:
         try:
             found = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-        except sqlite3.Error:  # A new database, or none at all: whoever opens it says so.
+        except sqlite3.Error:  # A new database, or no database: opening it reports that.
             return []
         roots = {match["root"] for (address,) in found if address and (match := LOCATION.fullmatch(str(address)))}
         moved = sorted(root for root in roots if root != here and _followed(root, file.parent / FOLDER))
@@ -55,7 +55,7 @@ def relocate(file: Path) -> list[str]:
     return [unquote(urlparse(root).path) for root in moved]
 
 
-def _followed(root: str, beside: Path) -> bool:
+def _followed(root: str, folder: Path) -> bool:
     """Whether artifacts came along with their database, or are not where it says; else the place is on purpose."""
     parsed = urlparse(root)
     if parsed.scheme not in ("", "file"):
@@ -63,5 +63,5 @@ def _followed(root: str, beside: Path) -> bool:
     before = Path(unquote(parsed.path))
     if not before.is_dir():
         return True
-    came = {path.name for path in beside.iterdir() if not path.name.startswith(".")} if beside.is_dir() else set()
+    came = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
     return bool(came & {path.name for path in before.iterdir()})

@@ -56,7 +56,10 @@ class RunStore:
         self.locks.mkdir(parents=True, exist_ok=True)
         with FileLock(self.locks / "database.lock"):  # Two processes must not both make its tables.
             for before in relocate(file) if file else ():
-                print(f"{self.uri} was in {before} before: its artifacts are looked for beside it now", file=sys.stderr)
+                print(
+                    f"{self.uri} was in {before} before: its artifacts are now expected in its own folder",
+                    file=sys.stderr,
+                )
             self.client = connected(self.uri)
 
     def run(self, run_id: str) -> Run:

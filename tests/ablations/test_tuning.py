@@ -118,15 +118,15 @@ def test_next_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nuisance", "fixed", "said"),
+    ("nuisance", "fixed", "message"),
     [
         ({RATE: [1e-3, 3e-3]}, {"projector.optimizer": "muon"}, "Muon trains the matrices"),
         ({"projector.muon_learning_rate": [0.01, 0.03]}, {"projector.optimizer": "adamw"}, "AdamW does not use it"),
         ({"projector.decay": [0.1, 0.3]}, {"projector.schedule": "cosine"}, "the schedule cosine does not use it"),
     ],
 )
-def test_a_setting_that_has_no_effect_is_not_tuned(nuisance: Any, fixed: Any, said: str) -> None:
-    with pytest.raises(SettingsError, match=said):
+def test_a_setting_that_has_no_effect_is_not_tuned(nuisance: Any, fixed: Any, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         replace(STUDY, nuisance=nuisance, fixed=fixed).check()
     both = {RATE: [1e-3, 3e-3], "projector.muon_learning_rate": [0.01, 0.03]}
     replace(STUDY, nuisance=both, fixed={"projector.optimizer": "muon"}).check()

@@ -119,7 +119,7 @@ def test_what_a_helper_fails_at_is_built_here(
     monkeypatch.setenv("RIGHT_FAIL", "not in this process")
     pipeline.build("goal", SETTINGS)
     assert result(pipeline, "right").metrics["pid"] == os.getpid()
-    # It goes on from what the helper left, with as many threads as that began with.
+    # The helper's run is resumed, with the number of threads that it began with.
     assert result(pipeline, "right").metrics["threads"] == 2
     assert torch.get_num_threads() == 4
     assert "ended with code 1: ValueError: not in this process; going on here" in capsys.readouterr().out

@@ -16,7 +16,7 @@ def test_runs_that_end_far_worse_are_diverged() -> None:
     levels = {name: dict(enumerate(rng.normal(1, 0.02, 8))) for name in ("a", "b", "few")}
     levels["a"][5] = 9.0
     levels["b"][2] = -9.0  # Far better is none.
-    levels["few"] = {0: 1.0, 1: 9.0}  # Of two nobody knows which.
+    levels["few"] = {0: 1.0, 1: 9.0}  # Of two runs it is not known which one is the outlier.
     assert diverged(levels) == {"a": {5}, "b": set(), "few": set()}
     assert diverged(levels, less=False) == {"a": set(), "b": {2}, "few": set()}
     assert diverged({"a": dict.fromkeys(range(8), 1.0), "b": {}}) == {"a": set(), "b": set()}

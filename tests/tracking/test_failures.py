@@ -20,7 +20,7 @@ from mmphi.tracking.store import Store
 from mmphi.tracking.uri import database
 
 
-def told(error: BaseException) -> StoreError:
+def explained(error: BaseException) -> StoreError:
     found = store_error(error)
     assert found is not None, repr(error)
     return found
@@ -44,9 +44,9 @@ def test_a_file_that_is_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "restore a copy" in error.value.hint
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert main(["status"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {uri} is no SQLite database")
-    assert "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {uri} is no SQLite database")
+    assert "Traceback" not in printed
 
 
 def test_a_locked_database_is_waited_for_and_then_told(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_locked_database_is_waited_for_and_then_told(empty_store: str, monkeyp
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(Exception, match="locked") as error:
             Store(empty_store).client.set_tag(run_id, "x", "1")
-        assert "is locked by another process" in told(error.value).what
+        assert "is locked by another process" in explained(error.value).what
         monkeypatch.setenv("MMPHI_BUSY_S", "60")
         threading.Timer(0.5, lambda: other.execute("COMMIT")).start()
         Store(empty_store).client.set_tag(run_id, "x", "2")
@@ -76,7 +76,7 @@ def test_a_run_that_is_deleted_while_it_trains(empty_store: str, monkeypatch: py
     stages = {**toys.TOYS, "draw": Stage("draw", 1, "deletes its run", ("scenes",), deletes)}
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises.
         Pipeline(stages, Store(empty_store)).build("draw", load_settings("tiny"))
-    found = told(error.value)
+    found = explained(error.value)
     assert "was deleted while it was needed" in found.what
     assert "mlflow runs restore --run-id" in found.hint
 
@@ -85,7 +85,7 @@ def test_an_experiment_that_is_not_there(empty_store: str, monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises.
         Pipeline(toys.TOYS, Store(empty_store)).build("draw", load_settings("tiny"))
-    found = told(error.value)
+    found = explained(error.value)
     assert "the experiment is not in" in found.what
     assert "MLFLOW_EXPERIMENT_ID" in found.hint
 
@@ -98,11 +98,11 @@ def test_a_store_that_cannot_be_written(empty_store: str) -> None:
     file.chmod(0o444)
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises.
         store.begin("a run", {})
-    assert "cannot be written" in told(error.value).what
+    assert "cannot be written" in explained(error.value).what
 
 
 @pytest.mark.parametrize(
-    ("raised", "said"),
+    ("raised", "message"),
     [
         ("attempt to write a readonly database", "cannot be written"),
         ("unable to open database file", "cannot be opened"),
@@ -110,8 +110,8 @@ def test_a_store_that_cannot_be_written(empty_store: str) -> None:
         ("database disk image is malformed", "is no SQLite database, or is damaged"),
     ],
 )
-def test_what_sqlite_says(raised: str, said: str) -> None:
-    assert said in told(sqlite3.OperationalError(raised)).what
+def test_what_sqlite_says(raised: str, message: str) -> None:
+    assert message in explained(sqlite3.OperationalError(raised)).what
 
 
 def test_a_password_is_not_repeated() -> None:
