@@ -145,15 +145,18 @@ def compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-browser", action="store_true", help="only print the addresses")
     options = parser.parse_args(list(arguments))
     from mmphi.tracking.store import Store
-    from mmphi.tracking.ui import HOST, listening, serve
+    from mmphi.tracking.ui import HOST, listening, serve, shared_view
+    from reports.ablation import CURVES
     from reports.query import load_study
 
     store = Store()
-    data = load_study(store, options.study)
+    data = load_study(store, options.study, CURVES)
     if not any(trial.finished for trial in data.trials):
         raise SettingsError(f"no trial of {options.study} is finished yet", f"mmphi studies {options.study} --watch")
     server = store.uri.startswith("http")
-    pages = addresses(data, data.address if server else f"http://{HOST}:{options.port}")
+    first = [data.declaration["metric"]]
+    shared = shared_view(store.uri, data.experiment, first, f"mmphi-{data.name}")
+    pages = addresses(data, data.address if server else f"http://{HOST}:{options.port}", shared)
     if server or listening(options.port) or options.no_browser:
         print("\n".join(f"{name:<20}{address}" for name, address in pages.items()))
         if not options.no_browser:
@@ -162,21 +165,25 @@ def compare(arguments: Sequence[str]) -> int:
     return serve(store.uri, options.port, pages, browser=True)
 
 
-def addresses(data: StudyData, base: str) -> dict[str, str]:
-    """Where MLflow's pages show the judged trials of a study.
+def addresses(data: StudyData, base: str, shared: str = "") -> dict[str, str]:
+    """The addresses of MLflow's pages that show the judged trials of a study, the charts of its metric first.
 
     Args:
         data: The study.
         base: Address of the pages.
+        shared: What :func:`mmphi.tracking.view_state.share` returns.
     """
     runs = [t.run_id for t in data.trials if t.finished and t.phase != "tuning"][:MOST_COMPARED]
     listed, experiments = quote(json.dumps(runs)), quote(json.dumps([data.experiment]))
     only = quote(f"tags.`mmphi.study` = '{data.name}' AND tags.`mmphi.phase` != 'tuning'")
     table = f"{base}/#/experiments/{data.experiment}/runs?workflowType=machine_learning&searchFilter={only}"
-    curve = f"runs={listed}&metric={quote(json.dumps('val/loss'))}&experiments={experiments}"
+    if shared:
+        table += f"&{shared}"
+    metric = data.curve or "train/loss"
+    curve = f"runs={listed}&metric={quote(json.dumps(metric))}&experiments={experiments}"
     return {
-        "side by side": f"{base}/#/compare-runs?runs={listed}&experiments={experiments}",
-        "curves": f"{base}/#/metric?{curve}&plot_metric_keys={quote(json.dumps(['val/loss']))}&x_axis=step",
-        "table": table,
         "charts": f"{table}&compareRunsMode=CHART",
+        "table": table,
+        "curves": f"{base}/#/metric?{curve}&plot_metric_keys={quote(json.dumps([metric]))}&x_axis=step",
+        "side by side": f"{base}/#/compare-runs?runs={listed}&experiments={experiments}",
     }

@@ -25,6 +25,7 @@ CURVES: Changes = {
     "projector.sample_images": 0,
     "projector.align_steps": 0,
     "evaluate.yes_no": 0,
+    "evaluate.held_out_phrasings": False,
 }
 # Costs that every trial records; none of them decides a verdict.
 COSTS: Mapping[str, str] = {

@@ -61,6 +61,10 @@ class ModelError(MmphiError):
     """A model that cannot be found, loaded or joined to another."""
 
 
+class PartMissingError(ModelError):
+    """A part of a model that this machine does not have, such as a Whisper; no request can change that."""
+
+
 class GenerationError(MmphiError):
     """An answer that broke off because of the model, and not because of the question."""
 

@@ -173,7 +173,7 @@ def _pretraining(store: RunStore, run: Run) -> Pretraining:
         values = {m.step: m.value for m in store.client.get_metric_history(run.info.run_id, name)}
         return sorted(values.items())
 
-    base = store.uri if store.uri.startswith("http") else "http://127.0.0.1:5000"
+    base = store.pages
     return Pretraining(
         run_id=str(run.info.run_id),
         name=str(run.info.run_name),

@@ -240,7 +240,7 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
         if measured > most:
             drawn, points, most = metric, of_run, measured
     tags = record.data.tags
-    base = store.uri if store.uri.startswith("http") else "http://127.0.0.1:5000"
+    base = store.pages
     return StudyData(
         name=name,
         run_id=str(record.info.run_id),

@@ -80,6 +80,7 @@ def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:
         "projector.save_every": shape.steps,
         "projector.sample_images": 0,
         "evaluate.yes_no": 0,
+        "evaluate.held_out_phrasings": False,
         "evaluate.max_new_tokens": 1,
     }
 

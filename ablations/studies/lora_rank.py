@@ -11,7 +11,12 @@ ADAPTER_COSTS = {
 }
 ADAPTER_QUALITY = {"val/text_loss": "loss on text, nats/token", "test/exact_match": "exact answers"}
 # Validation often enough for a curve, without the answers that cost more than the loss.
-ADAPTER_CURVES = {"qlora.eval_every": 50, "qlora.sample_images": 0, "evaluate.yes_no": 0}
+ADAPTER_CURVES = {
+    "qlora.eval_every": 50,
+    "qlora.sample_images": 0,
+    "evaluate.yes_no": 0,
+    "evaluate.held_out_phrasings": False,
+}
 
 
 def rank(units: int, rslora: bool = False) -> dict[str, object]:

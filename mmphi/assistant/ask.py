@@ -63,25 +63,31 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _answer(options: argparse.Namespace) -> int:
+    from mmphi.models.chat.messages import MessageError, conversation
+
     question = sys.stdin.read().strip() if options.question == STDIN else options.question
     messages = [{"role": "system", "content": options.system}] if options.system else []
     parts = [{"type": "image", "image": path} for path in options.image]
     parts += [{"type": "audio", "audio": path} for path in options.audio]
     parts += [{"type": "text", "text": question}] if question else []
+    if not parts:
+        raise MessageError(
+            "nothing is asked: there is no question, no image and no recording",
+            "mmphi ask --image photo.jpg 'what is this?', or mmphi ask --audio question.mp3",
+        )
     messages.append({"role": "user", "content": parts})
     sampling = sampling_of(options)
-
-    from mmphi.models.chat.messages import conversation
 
     asked = conversation(messages)  # Before anything heavy: what is wrong with it is said at once.
 
     import mmphi
-    from mmphi.assistant.choice import named
+    from mmphi.assistant.choice import chosen_model
     from mmphi.models.chat.engine import Engine
     from mmphi.models.chat.prompts import open_prompt
 
-    name, called = named(options.model)
-    model = mmphi.load(name, whisper=options.whisper)
+    choice = chosen_model(options)
+    print(f"model: {choice.label}", file=sys.stderr)
+    model = mmphi.load(choice.name, whisper=options.whisper)
     engine = Engine(model, slots=1, length=options.context)
     begun = time.perf_counter()
     prompt, _ = open_prompt(model, asked, engine.room(sampling))
@@ -101,7 +107,7 @@ def _answer(options: argparse.Namespace) -> int:
         "answer": answering.text,
         "reason": answering.reason,
         "heard": [each.said for each in model.inputs([*asked.audio[0]])],
-        "model": called,
+        "model": choice.short,
         "prompt_tokens": len(prompt),
         "tokens": answering.tokens,
         "first_token_s": round(first, 4),

@@ -33,10 +33,11 @@ def main(arguments: Sequence[str]) -> int:
     sampling = sampling_of(options)
 
     import mmphi
-    from mmphi.assistant.choice import named
+    from mmphi.assistant.choice import chosen_model
 
-    name, called = named(options.model)
-    model = mmphi.load(name, whisper=options.whisper)
+    choice = chosen_model(options)
+    print(f"model: {choice.label}", file=sys.stderr)
+    model = mmphi.load(choice.name, whisper=options.whisper)
     model.context = options.context
     talk = Talk(model, sampling)
     for command in ([f"/system {options.system}"] if options.system else []) + (
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):  # Bytes that are not in its encoding end no conversation.
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
-        print(f"{called}. /help lists the commands, /quit or Ctrl-D leaves.")
+        if model.questions:
+            print(f"It was trained on questions such as: {'  '.join(model.questions)}")
+        print("/image PATH shows an image, /help lists the commands, /quit or Ctrl-D leaves.")
         run(talk, _typed())
     else:
         run(talk, iter(sys.stdin.readline, ""))

@@ -1,10 +1,11 @@
-"""Which model is talked to."""
+"""The choice of the model that answers: a folder, a run, a registered model, or the newest model of the store."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +13,85 @@ from mmphi.errors import StoreError
 
 
 def model_options(made: argparse.ArgumentParser) -> None:
-    """Add what says which model it is, and who hears for it."""
+    """Add the options that choose the model and its Whisper."""
     made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--preset", default="", help="without --model: the newest model of this preset [of any preset]")
     made.add_argument(
-        "--whisper", default="", help="size or file of the Whisper that hears [the model's, else tiny.en]"
+        "--whisper", default="", help="size or file of the Whisper for recordings [the model's, else tiny.en]"
     )
     made.add_argument("--context", type=int, default=0, help="longest conversation, in tokens [4096, or the model's]")
 
 
-def _talking() -> list[str]:
+@dataclass(frozen=True)
+class Choice:
+    """A model to load.
+
+    Attributes:
+        name: Folder, run ID or registered name, as :func:`mmphi.load` takes it.
+        short: What answers call it: the folder's name, or ``name``.
+        label: For users: stage, preset and date of a run.
+    """
+
+    name: str
+    short: str
+    label: str
+
+
+def _finished(preset: str, most: int) -> list[Any]:
+    """Finished runs that ended in a model, newest first, without those that only a study asked for."""
     from mmphi.stages import STAGES
-
-    return [stage.name for stage in STAGES.values() if stage.talks]
-
-
-def newest() -> str:
-    """The newest run in the store that ended in a model.
-
-    Raises:
-        StoreError: If there is none.
-    """
-    from mmphi.tracking.store import Store
-
-    store = Store()
-    runs: list[Any] = [run for stage in _talking() if (run := store.newest(stage)) is not None]
-    if not runs:
-        raise StoreError("there is no trained model in this store", "run `mmphi projector`, or give --model FOLDER")
-    return str(max(runs, key=lambda run: run.info.end_time or 0).info.run_id)
-
-
-def choices(most: int = 50) -> list[tuple[str, str]]:
-    """Finished runs of the store that ended in a model, newest first: what each is called, and its id.
-
-    Args:
-        most: No more of them than this of each stage.
-    """
     from mmphi.tracking.store import Store
 
     store = Store()
     found: list[Any] = []
-    for stage in _talking():
-        runs = (run for run in store.search("FINISHED", stage=stage) if "mmphi.key" in run.data.tags)
-        found += itertools.islice(runs, most)
-    found.sort(key=lambda run: run.info.end_time or 0, reverse=True)
-    return [(f"{run.info.run_name}, {_when(run.info.end_time)}", str(run.info.run_id)) for run in found]
+    for stage in STAGES.values():
+        if stage.talks:
+            found += itertools.islice(store.own_results(stage.name, preset), most)
+    return sorted(found, key=lambda run: run.info.end_time or 0, reverse=True)
 
 
-def _when(milliseconds: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(milliseconds / 1000))
+def newest(preset: str = "") -> Choice:
+    """The newest model of the store; trials of studies and what was built for them alone are left out.
+
+    Args:
+        preset: Only models of this preset; empty takes all.
+
+    Raises:
+        StoreError: If there is none.
+    """
+    runs = _finished(preset, 1)
+    if not runs:
+        of = f" of the preset {preset}" if preset else ""
+        train = f"mmphi projector --preset {preset}" if preset else "mmphi projector"
+        raise StoreError(f"there is no trained model{of} in this store", f"run `{train}`, or give --model FOLDER")
+    run_id = str(runs[0].info.run_id)
+    return Choice(run_id, run_id, _label(runs[0]))
 
 
-def named(model: str) -> tuple[str, str]:
-    """A model to load and what to call it, where a folder, run, registered name or nothing was given."""
-    chosen = model or newest()
-    return chosen, Path(chosen).name if Path(chosen).expanduser().is_dir() else chosen
+def choices(most: int = 50) -> list[tuple[str, str]]:
+    """Finished runs of the store that ended in a model, newest first: the label and the ID of each.
+
+    Trials of studies and what was built for them alone are left out.
+
+    Args:
+        most: No more of them than this of each stage.
+    """
+    return [(_label(run), str(run.info.run_id)) for run in _finished("", most)]
+
+
+def _label(run: Any) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.info.end_time or 0) / 1000))
+    return f"{run.info.run_name}, {when} (run {str(run.info.run_id)[:8]})"
+
+
+def chosen_model(options: argparse.Namespace) -> Choice:
+    """The model that the options of :func:`model_options` name, or the newest of the store.
+
+    Raises:
+        StoreError: If none is named and the store has none.
+    """
+    if not options.model:
+        return newest(options.preset)
+    if Path(options.model).expanduser().is_dir():
+        return Choice(options.model, Path(options.model).name, options.model)
+    return Choice(options.model, options.model, options.model)

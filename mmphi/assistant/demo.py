@@ -49,9 +49,9 @@ def started(options: argparse.Namespace) -> Iterator[str]:
         MmphiError: If a model or the examples cannot be had.
     """
     import mmphi
-    from mmphi.assistant.choice import choices, named
+    from mmphi.assistant.choice import choices, chosen_model
     from mmphi.assistant.page.desk import Desk
-    from mmphi.assistant.page.examples import of_folder, of_store
+    from mmphi.assistant.page.examples import of_folder, of_model
     from mmphi.assistant.page.layout import CSS, Look, page_of, theme
     from mmphi.assistant.worker import Worker
     from mmphi.models.chat.engine import Engine
@@ -60,8 +60,10 @@ def started(options: argparse.Namespace) -> Iterator[str]:
         loaded = mmphi.load(model, whisper=options.whisper)
         return Worker(Engine(loaded, options.slots, options.context), options.waiting, options.time_limit)
 
-    model, called = named(options.model)
-    given = [(called, model), (options.beside, options.beside)]
+    choice = chosen_model(options)
+    model = choice.name
+    print(f"model: {choice.label}")
+    given = [(choice.label, model), (options.beside, options.beside)]
 
     def models() -> list[tuple[str, str]]:
         found = choices()
@@ -71,8 +73,14 @@ def started(options: argparse.Namespace) -> Iterator[str]:
     desk = Desk(load)
     for name in filter(None, (model, options.beside)):
         desk.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.
-    examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_store()
-    look = Look(models, model, options.beside, examples, sampling_of(options))
+    examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_model(model)
+
+    def questions(name: str) -> tuple[str, ...]:
+        """Of a model that is loaded: its page must not wait for another one."""
+        worker = desk.loaded(name)
+        return worker.engine.model.questions if worker else ()
+
+    look = Look(models, model, options.beside, examples, sampling_of(options), questions)
     page = page_of(desk, look)
     key = key_for(options.host)
     try:
@@ -90,6 +98,8 @@ def started(options: argparse.Namespace) -> Iterator[str]:
             enable_monitoring=False,
             prevent_thread_lock=True,
             quiet=True,
+            # Gradio's own errors, such as an image that it cannot decode, are shown with their text.
+            show_error=True,
         )
     except OSError as error:
         raise SettingsError(f"nothing can listen on {options.host}:{options.port}", "give another --port") from error

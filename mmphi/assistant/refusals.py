@@ -8,7 +8,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
 from mmphi.assistant.worker import Full, Stopping, TooSlow
-from mmphi.errors import GenerationError, MmphiError
+from mmphi.errors import GenerationError, MmphiError, PartMissingError
 from mmphi.models.chat.messages import MessageError
 
 RETRY_AFTER_S = 1
@@ -41,7 +41,7 @@ def refusal(error: Exception) -> Refused:
         return Refused(504, str(error), "timeout_error")
     if isinstance(error, MessageError):
         return Refused(400, str(error), param="messages")
-    if isinstance(error, MmphiError) and not isinstance(error, GenerationError):
+    if isinstance(error, MmphiError) and not isinstance(error, GenerationError | PartMissingError):
         return Refused(400, str(error))
     return Refused(500, f"{type(error).__name__}: {error}", "server_error")
 

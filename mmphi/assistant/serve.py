@@ -134,10 +134,10 @@ def main(arguments: Sequence[str]) -> int:
 
     import mmphi
     from mmphi.assistant.api import Rules
-    from mmphi.assistant.choice import named
+    from mmphi.assistant.choice import chosen_model
 
-    chosen, called = named(options.model)
-    model = mmphi.load(chosen, whisper=options.whisper)
+    choice = chosen_model(options)
+    model = mmphi.load(choice.name, whisper=options.whisper)
     fetch: Callable[[str], bytes] | None = None
     if options.allow_url:
         from mmphi.assistant.remote import fetcher
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
         fetch = fetcher(options.allow_url)
     hosts = (*LOCAL, options.host)
     rules = Rules(
-        options.name or called, key, options.max_bytes, options.temperature, fetch, hosts, tuple(options.cors)
+        options.name or choice.short, key, options.max_bytes, options.temperature, fetch, hosts, tuple(options.cors)
     )
     app = application_of(
         model,
@@ -156,6 +156,7 @@ def main(arguments: Sequence[str]) -> int:
         limit_s=options.time_limit,
         audio_s=options.audio_seconds,
     )
+    print(f"model: {choice.label}", flush=True)
     print(f"{rules.name} at http://{options.host}:{options.port}/v1", flush=True)
     server = server_of(app, options.host, options.port, options.slots + options.waiting)
     # uvicorn has no hook for signals, so the method of this server is replaced.

@@ -12,12 +12,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
 from mmphi.data.records import Turn
 from mmphi.data.scenes import COLORS, KINDS, OPPOSITE, SHAPES, Combination, Scene, Thing, scenes
 
-DESCRIBE = "describe the image."
-WHICH_SHAPES = "what shapes are there?"
-WHICH_COLORS = "what colors are there?"
 CELLS = 4
 SMALL_CELLS, BIG_CELLS = 2, 4
 EMPTY = "."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmphi.data.images import open_image
+from mmphi.data.phrasing import held_out_phrasing, match
 from mmphi.data.records import Example
 from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy
@@ -23,6 +25,7 @@ from mmphi.models.multimodal import Question
 from mmphi.tracking.tracker import Tracker
 
 SHOWN = 12
+HELD_OUT = "held_out_phrasing"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Measures:
         max_new_tokens: Longest answer, in tokens.
         batch_size: Answers generated at once.
         yes_no: Yes/no questions.
+        held_out_phrasings: Whether the questions that mmphi makes are asked a second time, in phrasings that no
+            training contains.
         long_answers: Questions of each kind with long answers (conversation, detail, reasoning).
         max_answer_tokens: Longest of these answers, in tokens.
         candidates: Captions sampled of each image, of which the most agreed on is taken; 1 is greedy.
@@ -45,6 +50,7 @@ class Measures:
     max_new_tokens: int = 48
     batch_size: int = 32
     yes_no: int = 200
+    held_out_phrasings: bool = False
     long_answers: int = 100
     max_answer_tokens: int = 512
     candidates: int = 1
@@ -103,14 +109,23 @@ def evaluate_model(
     metrics |= _captions(model, examples, chosen, tracker, prefix)
     asked = to_answer(examples, chosen.long_answers)
     if asked:
-        prompts = [(e.images, e.turns[0].question) for e in asked]
-        figures, rows = measure(asked, model.generate(prompts, chosen.max_answer_tokens, chosen.batch_size))
+        figures, rows = measure(
+            asked,
+            model.generate(
+                [(e.images, e.turns[0].question) for e in asked], chosen.max_answer_tokens, chosen.batch_size
+            ),
+        )
         metrics |= figures
         tracker.table(f"{prefix}_answers", rows[: 4 * SHOWN], image="image")
     questions = ask(examples, chosen.yes_no, chosen.seed)
     if questions:
         answers = model.generate([(q.image, q.text) for q in questions], 8, chosen.batch_size)
         metrics |= score(questions, [a.text for a in answers])
+        if chosen.held_out_phrasings:
+            rng = random.Random(f"held-out phrasings {chosen.seed}")
+            prompts: list[Question] = [(q.image, held_out_phrasing(q.text, rng)) for q in questions]
+            answers = model.generate(prompts, 8, chosen.batch_size)
+            metrics[f"yes_no_accuracy_{HELD_OUT}"] = score(questions, [a.text for a in answers])["yes_no_accuracy"]
     named = {f"{prefix}/{name}": value for name, value in metrics.items()}
     tracker.metrics(named)
     return named
@@ -137,7 +152,13 @@ def _captions(
         "bleu4": bleu4(texts, references),
     }
     if all("shape1" in e.attributes for e in firsts):
-        metrics |= attribute_accuracy(texts, [e.attributes for e in firsts])
+        attributes = [e.attributes for e in firsts]
+        metrics |= attribute_accuracy(texts, attributes)
+        if chosen.held_out_phrasings and all(match(question) for _, question in prompts):
+            rng = random.Random(f"held-out phrasings {chosen.seed}")
+            again = _say(model, [(image, held_out_phrasing(question, rng)) for image, question in prompts], chosen)
+            accuracy = attribute_accuracy([a.text for a in again], attributes)
+            metrics[f"exact_match_{HELD_OUT}"] = accuracy["exact_match"]
     else:
         hits = (a in refs for a, refs in zip(texts, references, strict=True))
         metrics["exact_match"] = sum(hits) / len(texts)

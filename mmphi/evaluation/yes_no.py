@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmphi.data.phrasing import training_phrasing
 from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.data.scenes import KINDS
 from mmphi.evaluation.things import named, possible
@@ -52,7 +53,7 @@ def _question(thing: str) -> str:
     return f"is there {'an' if thing[0] in 'aeiou' else 'a'} {thing}?"
 
 
-def conversations(examples: Sequence[Example], per_image: int, seed: int) -> list[Example]:
+def conversations(examples: Sequence[Example], per_image: int, seed: int, *, varied: bool = False) -> list[Example]:
     """Yes/no questions as conversations to learn from, one of every image, half of its questions with yes.
 
     What is there and what is not are found as :func:`ask` finds them, among these examples alone: give it those of one
@@ -62,19 +63,23 @@ def conversations(examples: Sequence[Example], per_image: int, seed: int) -> lis
         examples: With captions or attributes; several of one image are put together.
         per_image: Questions of an image, at most; an image with fewer things that are or are not there has fewer.
         seed: Seed of the choice.
+        varied: Ask in several phrasings with varied case and punctuation, in place of one.
 
     Returns:
         Conversations of the kind ``yes_no``; none of images of which nothing is known.
     """
     present, absent, images = _scene_things(examples) if _are_scenes(examples) else _photo_things(examples)
     first = {e.image.id: e for e in examples if e.image is not None}
-    rng, made = random.Random(seed), []
+    rng, phrasing_rng, made = random.Random(seed), random.Random(f"phrasings {seed}"), []
     for name, image in images.items():
         count = min(per_image // 2, len(present[name]), len(absent[name]))
         asked = [(thing, "yes") for thing in rng.sample(present[name], count)]
         asked += [(thing, "no") for thing in rng.sample(absent[name], count)]
         rng.shuffle(asked)
-        turns = tuple(Turn(_question(thing), answer) for thing, answer in asked)
+        texts = [_question(thing) for thing, _ in asked]
+        if varied:
+            texts = [training_phrasing(text, phrasing_rng) for text in texts]
+        turns = tuple(Turn(text, answer) for text, (_, answer) in zip(texts, asked, strict=True))
         if turns:
             of, attributes = first[name], {"kind": "yes_no"}
             made.append(Example(f"{name}-yes_no", (image,), turns, of.source, of.split, attributes))

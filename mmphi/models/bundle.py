@@ -78,6 +78,8 @@ def save_bundle(folder: Path, model: Multimodal) -> None:
         content["vision"] = {**stated, "digest": vision.digest}
         if vision.question:
             content["vision"]["question"] = vision.question
+    if model.questions:
+        content["questions"] = list(model.questions)
     if model.projector is not None:
         model.projector.save(folder)
     if model.speech is not None and model.audio is not None:
@@ -168,7 +170,8 @@ def load_bundle(
     speech = SpeechProjection.load(folder) if "audio" in content else None
     config = speech.config if speech else None
     hears = hearing or (lambda: hearing_of(spoken, audio, config, device, once))
-    return Multimodal(spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio)
+    asked = content.get("questions", ())  # Models of earlier versions do not have it.
+    return Multimodal(spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked)
 
 
 def _language(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 TEMPLATE = """---
 library_name: mmphi
-base_model: {base}
----
+{base_model}---
 
 # {title}
 
@@ -24,7 +26,7 @@ model = mmphi.load("FOLDER")  # this folder, or the run {run_id} where its store
 print(model.ask({example}))
 ```
 
-## Figures
+{questions}## Figures
 
 {figures}
 
@@ -49,6 +51,7 @@ def write_card(
     figures: Mapping[str, float],
     parts: Mapping[str, Any],
     lineage: Mapping[str, str],
+    questions: Sequence[str] = (),
 ) -> None:
     """Write ``README.md``.
 
@@ -62,9 +65,14 @@ def write_card(
         figures: What was measured of it.
         parts: What it is joined from, and how.
         lineage: Ids of the runs that it is built on, by stage.
+        questions: What its training asked most often.
     """
+    listed = "".join(f"- {question}\n" for question in questions)
     text = TEMPLATE.format(
-        base=base,
+        # Only a name on the hub is a base model to others; a folder of this machine or a stage of mmphi is none.
+        base_model=f"base_model: {base}\n" if HUB_NAME.fullmatch(base) and not Path(base).exists() else "",
+        questions=f"## Questions in training\n\nThe most frequent ones; others are untested.\n\n{listed}\n"
+        * bool(listed),
         title=title,
         what=what,
         run_id=run_id or "that it came from",
@@ -81,3 +89,22 @@ def _table(heads: tuple[str, str], rows: Mapping[str, str]) -> str:
         return "None."
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return "\n".join([f"| {heads[0]} | {heads[1]} |", "|---|---|", *lines])
+
+
+def language_title(model: str) -> str:
+    """What a language model is called in a heading: the last part of its name or folder.
+
+    Args:
+        model: As ``language.model`` has it.
+    """
+    return "A Phi trained from scratch" if model == "pretrain" else Path(model).name
+
+
+def language_part(model: str) -> str:
+    """A language model as a row of the card's table has it."""
+    return "trained from scratch by the stage `pretrain`" if model == "pretrain" else model
+
+
+def shape_text(config: Any) -> str:
+    """The fields of a dataclass in a line, such as ``layers 2, width 512, activation gelu``."""
+    return ", ".join(f"{each.name} {str(getattr(config, each.name)).lower()}" for each in fields(config))

@@ -48,6 +48,7 @@ class Multimodal(Conversing):
         hearing: Where the features of recordings come from, or what makes that at the first recording.
         speech: What is between them and the language model; without it words are taken as they are.
         audio: Which Whisper the speech projection is for; needed to save it.
+        questions: Questions that its training asked most often, for those who use it.
 
     Raises:
         ModelError: If the projector does not fit the features or the language model.
@@ -64,6 +65,7 @@ class Multimodal(Conversing):
         hearing: Hearing | Callable[[], Hearing] | None = None,
         speech: SpeechProjection | None = None,
         audio: Audio | None = None,
+        questions: Sequence[str] = (),
     ) -> None:
         if projector is not None:
             if features is not None:
@@ -72,6 +74,7 @@ class Multimodal(Conversing):
         self.language, self.features, self.max_length, self.projector = language, features, max_length, projector
         self.vision, self.own_language = vision, own_language
         self._hearing, self.speech, self.audio = hearing, speech, audio
+        self.questions = tuple(questions)
         projectors: dict[str, torch.nn.Module] = {} if projector is None else {"image": projector}
         if speech is not None:
             if speech.config.output_width != language.width:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from mmphi.data.audio import RATE, Samples
-from mmphi.errors import ModelError
+from mmphi.errors import PartMissingError
 from mmphi.models.hearing import Heard, Listener, Segment
 from mmphi.models.voice import WINDOW_S
 
@@ -39,6 +40,13 @@ def _one_thread_at_a_time(method: Method) -> Method:
     return locked  # type: ignore[return-value]
 
 
+def stored_whisper(size: str) -> Path | None:
+    """The weights of a size in the folder that ``MMPHI_MODELS`` names, as ``whisper-SIZE.pt`` or ``SIZE.pt``."""
+    folder = os.environ.get("MMPHI_MODELS", "")
+    files = (Path(folder).expanduser() / name for name in (f"whisper-{size}.pt", f"{size}.pt"))
+    return next((file for file in files if file.is_file()), None) if folder else None
+
+
 class OpenAIWhisper:
     """openai-whisper: a size by name, or a file of weights.
 
@@ -48,7 +56,7 @@ class OpenAIWhisper:
         beam: Guesses that are followed at once; 1 is greedy.
 
     Raises:
-        ModelError: If there is no such size, or its weights cannot be had.
+        PartMissingError: If there is no such size, or its weights cannot be had.
     """
 
     lock = threading.RLock()  # Of all of them: on one machine they would only slow each other down.
@@ -56,16 +64,19 @@ class OpenAIWhisper:
     def __init__(self, name: str, device: torch.device, beam: int = 5) -> None:
         import whisper
 
+        sizes = whisper.available_models()
         file = Path(name).expanduser()
-        if not file.is_file() and name not in whisper.available_models():
-            raise ModelError(
-                f"there is no Whisper {name!r}", f"give a .pt file, or one of {', '.join(whisper.available_models())}"
-            )
+        if not file.is_file() and name not in sizes:
+            raise PartMissingError(f"there is no Whisper {name!r}", f"give a .pt file, or one of {', '.join(sizes)}")
+        if not file.is_file():
+            file = stored_whisper(name) or file
         try:
             self.model = whisper.load_model(str(file) if file.is_file() else name, device=device).eval()
         except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"Whisper {name} cannot be loaded: {error}", "with no network, give the path of its .pt file"
+            raise PartMissingError(
+                f"Whisper {name} cannot be loaded: {error}",
+                "with no network: --whisper FILE.pt (of a stage: --audio.whisper FILE.pt), or put the file into the"
+                f" folder of MMPHI_MODELS as whisper-{name}.pt",
             ) from error
         self.name, self.english, self.beam = name, not self.model.is_multilingual, beam
         self.half = device.type == "cuda"
@@ -242,19 +253,19 @@ class FasterWhisper:
         beam: Guesses that are followed at once; 1 is greedy.
 
     Raises:
-        ModelError: If the package is not installed, or the model cannot be had.
+        PartMissingError: If the package is not installed, or the model cannot be had.
     """
 
     def __init__(self, name: str, device: torch.device, beam: int = 5) -> None:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise ModelError("faster-whisper is not installed", FASTER) from error
+            raise PartMissingError("faster-whisper is not installed", FASTER) from error
         kind = "float16" if device.type == "cuda" else "float32"
         try:
             self.model = WhisperModel(name, device=device.type, compute_type=kind, cpu_threads=torch.get_num_threads())
         except (OSError, RuntimeError, ValueError) as error:
-            raise ModelError(
+            raise PartMissingError(
                 f"faster-whisper {name} cannot be loaded: {error}", "with no network, give the path of its folder"
             ) from error
         self.name, self.english, self.beam = name, not self.model.model.is_multilingual, beam

@@ -23,6 +23,8 @@ from mmphi.pipeline.stage import Context, Result, Stage
 from mmphi.pipeline.threads import threads_of
 from mmphi.settings.declare import Section
 
+STUDY, FOR_STUDY = "mmphi.study", "mmphi.for_study"  # Tags; as of mmphi.tracking.search, which imports mlflow.
+
 if TYPE_CHECKING:
     from mmphi.tracking.run import RunTracker, Watch
     from mmphi.tracking.store import Store
@@ -133,7 +135,7 @@ class Pipeline(Plan):
         result = None if request.force else self.result(name, settings)
         if result:
             _print(f"{name}: reusing run {result.run_id}, which has the same settings, data and code version")
-            self.store.note_use(result.run_id)
+            self.store.note_use(result.run_id, own=STUDY not in request.tags)
             request.ranks.tell({"result": as_json(result)})
         elif no_build:
             lacking = [name] if request.force else self.missing(name, settings)
@@ -143,7 +145,8 @@ class Pipeline(Plan):
                 self.stages[each].check(self.view(each, settings))
             helper = self.helper if request.ranks.count == 1 else ""
             with alone(), Beside(self, name, settings, helper) as beside:
-                done = self._ready(self.upstream(name, settings), settings, beside)
+                study = {FOR_STUDY: request.tags[STUDY]} if STUDY in request.tags else {}
+                done = self._ready(self.upstream(name, settings), settings, beside, study)
             result = self._run(name, settings, done, request)
         result = self._followed(result, settings, request, no_build)
         if request.run and request.run != result.run_id:
@@ -162,8 +165,10 @@ class Pipeline(Plan):
             results.append(after)
         return replace(result, metrics=metrics, after=tuple(results))
 
-    def _ready(self, names: Sequence[str], settings: Section, beside: Beside) -> dict[str, Result]:
-        """Results of upstream stages, built where they are missing."""
+    def _ready(
+        self, names: Sequence[str], settings: Section, beside: Beside, tags: Mapping[str, str]
+    ) -> dict[str, Result]:
+        """Results of upstream stages, built where they are missing, with these further tags."""
         done: dict[str, Result] = {}
         for name in names:
             beside.wait(name)
@@ -172,9 +177,9 @@ class Pipeline(Plan):
                 _print(f"{name}: reusing run {result.run_id}")
                 self.store.note_use(result.run_id)
             else:
-                upstream = self._ready(self.upstream(name, settings), settings, beside)
+                upstream = self._ready(self.upstream(name, settings), settings, beside, tags)
                 beside.before(name)
-                result = self._run(name, settings, upstream, Request())
+                result = self._run(name, settings, upstream, Request(tags=tags))
             done[name] = result
         return done
 

@@ -21,7 +21,7 @@ import yaml
 from mmphi.pipeline.stage import Result, Stage
 from mmphi.settings.declare import Section
 from mmphi.settings.fields import leaves
-from mmphi.settings.view import covered
+from mmphi.settings.view import SettingsView, covered
 
 if TYPE_CHECKING:
     from mmphi.tracking.run import RunTracker
@@ -46,7 +46,9 @@ def describe(
     tracker.text("settings.yaml", yaml.safe_dump(resolved, sort_keys=False))
     tracker.text("key.json", json.dumps(parts, indent=1))
     # `mlflow run` has logged its own parameters, such as `seed`; these have a dot, and so never the same name.
-    tracker.params({name: value for name, value in leaves(settings) if covered(name, stage.reads)})
+    unused = stage.unused(SettingsView(settings, stage.declared))
+    read = ((name, value) for name, value in leaves(settings) if covered(name, stage.reads))
+    tracker.params({name: value for name, value in read if not covered(name, unused)})
     data = {f"mmphi.data.{n}": v for n, v in parts.items() if str(v).startswith("sha256:")}
     upstream = {f"mmphi.upstream.{name}": result.run_id for name, result in needed.items()}
     tags, diff = code()

@@ -90,6 +90,7 @@ class Stage:
             key; a name covers all below it, an item of a list is called ``N``.
         run: The work. Imports what is heavy itself. Returns its final metrics.
         upstream: Names of the stages whose results it needs, given the settings; their keys stand in its key.
+        unused: Of ``reads``, what has no effect with these settings: it is not recorded as parameters of the run.
         requests: Settings that it may read and that do not decide what any of its result is: not in the key.
         request_upstream: Stages whose results say how much is asked for: not in the key either.
         covers: Whether a finished result of the key holds all that is asked for; ``None`` where it always does.
@@ -108,6 +109,7 @@ class Stage:
     reads: tuple[str, ...]
     run: Callable[[Context], Mapping[str, float]]
     upstream: Callable[[SettingsView], tuple[str, ...]] = _nothing
+    unused: Callable[[SettingsView], tuple[str, ...]] = _nothing
     requests: tuple[str, ...] = ()
     request_upstream: Callable[[SettingsView], tuple[str, ...]] = _nothing
     covers: Callable[[SettingsView, Mapping[str, Result], Path], bool] | None = None

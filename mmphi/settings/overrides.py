@@ -13,6 +13,9 @@ from mmphi.settings.declare import Section
 from mmphi.settings.fields import Field, all_fields, canonical, field_of
 from mmphi.settings.messages import unknown
 
+# Sections that short names of a stage are looked for in as well, after its own: `mmphi listen --path x --whisper base`.
+ALSO = {"transcribe": ("audio",), "listen": ("speech", "audio"), "speech": ("audio",)}
+
 
 class Alone(str):
     """The value of a key that was typed without one: ``true``, which is what it means for a setting of that kind.
@@ -35,14 +38,16 @@ def full_name(root: type[Section], key: str, stage: str) -> str:
     """The dotted name of a key as typed.
 
     Looks in the section of the stage first, then among all names; ``-`` counts as ``_``. The name of a section whose
-    sources may be mere paths stands for them: ``corpus`` for ``corpus.sources``.
+    sources may be mere paths stands for them: ``corpus`` for ``corpus.sources``. Last come the sections of
+    :data:`ALSO`.
 
     Raises:
         SettingsError: If there is no such setting; names the nearest.
     """
     key = key.replace("-", "_")
     sources = all_fields(root).get(f"{key}.sources")
-    for name in (f"{stage}.{key}", key, *([sources.name] if sources and sources.file else [])):
+    own = [f"{stage}.{key}", key, *([sources.name] if sources and sources.file else [])]
+    for name in (*own, *(f"{section}.{key}" for section in ALSO.get(stage, ()))):
         if canonical(name) in all_fields(root) or (re.fullmatch(r".+\.\d+", name) and field_of(root, name)):
             return name
     raise unknown(root, key, stage)

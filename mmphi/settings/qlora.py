@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import model_validator
+
 from mmphi.settings.declare import setting
 from mmphi.settings.shared import ConversationSettings, Precision
 
@@ -33,6 +37,16 @@ class QloraSettings(ConversationSettings):
         unit="questions",
         ge=0,
     )
+    phrasings: Literal["one", "varied"] = setting(
+        "varied", "wordings of these questions: one, or several with varied case and punctuation", introduced="one"
+    )
     plain_text: str = setting(
         "", "a text whose loss is measured before and after, to see what is forgotten", file="path"
     )
+
+    @model_validator(mode="after")
+    def _phrasings_of_questions(self) -> QloraSettings:
+        """Without questions their phrasings decide nothing, and results of earlier versions stay valid."""
+        if not self.questions:
+            self.__dict__["phrasings"] = "one"
+        return self

@@ -37,6 +37,11 @@ class EvaluateSettings(Section):
     batch_size: int = setting(32, "answers generated at once", unit="answers", matters=False, ge=1)
     checkpoint: str = setting("final", "final, or the step of a kept checkpoint")
     yes_no: int = setting(200, "POPE-style yes/no questions; 0 asks none", unit="questions", ge=0)
+    held_out_phrasings: bool = setting(
+        True,
+        "ask the captions of scenes and the yes/no questions a second time, in phrasings that no training contains",
+        introduced=False,
+    )
     long_answers: int = setting(100, "long answers of each kind (conversation, ...); 0 none", unit="answers", ge=0)
     max_answer_tokens: int = setting(512, "longest of these answers", unit="tokens", ge=1)
     candidates: int = setting(1, "captions sampled, of which the most agreed on is taken; 1 is greedy", ge=1)
@@ -127,6 +132,11 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     return figures
 
 
+def unused(settings: SettingsView) -> tuple[str, ...]:
+    """What is of recordings where a model of images is measured, and the other way round."""
+    return ("data",) if settings(EvaluateSettings).stage == "speech" else ("speech",)
+
+
 def check(settings: SettingsView) -> None:
     """A checkpoint that the projector keeps.
 
@@ -177,6 +187,7 @@ STAGE = Stage(
     reads=("evaluate", *CONTENT, "data.sources.N.question", *(f"speech.{name}" for name in HEARD)),
     run=run,
     upstream=upstream,
+    unused=unused,
     requests=(
         "projector.features",
         *(f"{stage}.{name}" for stage in ("projector", "qlora") for name in KEPT),

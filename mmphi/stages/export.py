@@ -146,7 +146,9 @@ def plain_model(folder: Path) -> Multimodal:
     tower = getattr(model.features, "tower", None)
     if tower is not None:
         tower.visual.float()
-    return Multimodal(language, model.projector, model.features, model.max_length, model.vision)
+    return Multimodal(
+        language, model.projector, model.features, model.max_length, model.vision, questions=model.questions
+    )
 
 
 STAGE = Stage(

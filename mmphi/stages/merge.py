@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -74,27 +74,29 @@ def run(ctx: Context) -> Mapping[str, float]:
         own_language=True,
         speech=model.speech,
         audio=model.audio,
+        questions=model.questions,
     )
     after = loss(joined)
     joined.save_pretrained(ctx.folder)
     ctx.tracker.say(f"merge: {before:.4f} nats/token before, {after:.4f} after, on {len(held)} held-out conversations")
-    _write_card(ctx, {"val/loss before": before, "val/loss": after})
+    _write_card(ctx, {"val/loss before": before, "val/loss": after}, joined.questions)
     return {"before/val/loss": before, "val/loss": after}
 
 
-def _write_card(ctx: Context, figures: Mapping[str, float]) -> None:
-    from mmphi.models.card import write_card
+def _write_card(ctx: Context, figures: Mapping[str, float], questions: Sequence[str]) -> None:
+    from mmphi.models.card import language_part, language_title, write_card
 
     base, chosen = ctx.settings(LanguageSettings).model, ctx.settings(MergeSettings)
     write_card(
         ctx.folder,
-        title="A language model that answers about images",
-        what="An adapter merged into its dequantised language model, and the projector that it sees through.",
+        title=f"{language_title(base)} with a merged adapter for questions about images",
+        what="An adapter merged into its dequantised language model, and a projector for its images.",
         base=base,
         example='"what is this?", "photo.jpg"',
         run_id=ctx.tracker.run_id,
         figures=figures,
-        parts={"language model": f"{base}, merged, in {chosen.precision}"},
+        parts={"language model": f"{language_part(base)}, merged, in {chosen.precision}"},
+        questions=questions,
         lineage={name: result.run_id for name, result in ctx.upstream.items()},
     )
 

@@ -54,6 +54,13 @@ def check(settings: SettingsView) -> None:
         )
 
 
+def unused(settings: SettingsView) -> tuple[str, ...]:
+    """The generator's settings where no text is generated, and the corpus where the scenes are read."""
+    generated = settings(PretrainSettings).source == "stream"
+    read = "tokens" in upstream(settings)
+    return (*(() if generated else ("textgen",)), *(() if generated or read else ("corpus",)))
+
+
 def cost(settings: SettingsView) -> Cost:
     """Weights, and a checkpoint with two moments of each."""
     from mmphi.models.phi import SIZES, PhiSize, parameters_of
@@ -120,6 +127,7 @@ STAGE = Stage(
     reads=("pretrain", "corpus.sources.N.path", "corpus.sources.N.weight", "textgen"),
     run=run,
     upstream=upstream,
+    unused=unused,
     requests=("store",),
     trains=True,
     check=check,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mmphi.errors import DataError, SettingsError
@@ -123,6 +122,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
     from mmphi.data.kinds import asked_for_captions
     from mmphi.data.mixing import mixture
+    from mmphi.data.phrasing import typical_questions
     from mmphi.models.compiling import compiling, worth_compiling
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
@@ -148,6 +148,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     model = Multimodal(
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
     )
+    model.questions = typical_questions(t.question for e in examples if e.split == "train" for t in e.turns)
     say_if_alone(model, "projector", ctx.tracker)
     if chosen.align_steps:
         name_words(
@@ -215,22 +216,23 @@ def image_features(ctx: Context) -> ImageFeatures:
 def _write_card(
     ctx: Context, model: Multimodal, vision: Vision, projector: Projector, figures: Mapping[str, float]
 ) -> None:
-    from mmphi.models.card import write_card
+    from mmphi.models.card import language_part, language_title, shape_text, write_card
 
     chosen = ctx.settings(LanguageSettings)
     write_card(
         ctx.folder,
-        title=f"{Path(model.language.name).name} that sees",
+        title=f"{language_title(chosen.model)} with a projector for images",
         what="A projector between a frozen image tower and a frozen causal language model.",
         base=chosen.model,
         example='"what is this?", "photo.jpg"',
+        questions=model.questions,
         run_id=ctx.tracker.run_id,
         figures=figures,
         parts={
-            "language model": f"{chosen.model} ({model.language.digest})",
+            "language model": f"{language_part(chosen.model)} ({model.language.digest})",
             "prompt style": model.language.prompt.style,
             "image tower": f"{vision.settings.model} {vision.settings.pretrained}".strip() + f" ({vision.digest})",
-            "projector": projector.config,
+            "projector": shape_text(projector.config),
         },
         lineage={name: result.run_id for name, result in ctx.upstream.items()},
     )

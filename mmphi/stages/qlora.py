@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmphi.errors import ModelError, SettingsError
@@ -55,6 +54,7 @@ def cost(settings: SettingsView) -> Cost:
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     from mmphi.data.mixing import grouped, mixed, mixture, parse_weights
+    from mmphi.data.phrasing import typical_questions
     from mmphi.models.adapter import adapter_parameters
 
     chosen, data = ctx.settings(QloraSettings), ctx.settings(DataSettings)
@@ -67,6 +67,9 @@ def run(ctx: Context) -> Mapping[str, float]:
     for row in questions:
         report.keep(row.source)
     examples += questions
+    training = typical_questions(turn.question for row in examples if row.split == "train" for turn in row.turns)
+    # The projector's own questions count as well: the adapter is trained on its projector.
+    model.questions = tuple(dict.fromkeys([*training, *model.questions]))
     weights = parse_weights(chosen.mixture, "qlora.mixture")
     texts = text_rows(ctx) if "text" in weights else []
     for row in texts:
@@ -127,6 +130,7 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
         own_language=base.own_language,
         speech=base.speech,
         audio=base.audio,
+        questions=base.questions,
     )
 
 
@@ -136,8 +140,9 @@ def asked_of(examples: Sequence[Example], chosen: QloraSettings) -> list[Example
 
     if not chosen.questions:
         return []
+    varied = chosen.phrasings == "varied"
     splits = [[e for e in examples if e.split == split] for split in ("train", "validation")]
-    return [row for split in splits for row in conversations(split, chosen.questions, chosen.seed)]
+    return [row for split in splits for row in conversations(split, chosen.questions, chosen.seed, varied=varied)]
 
 
 def text_rows(ctx: Context) -> list[Example]:
@@ -198,25 +203,27 @@ def _trained(
 
 
 def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures: Mapping[str, float]) -> None:
-    from mmphi.models.card import write_card
+    from mmphi.models.card import language_part, language_title, shape_text, write_card
 
     assert model.vision is not None
     assert model.projector is not None
     scale = "alpha / sqrt(rank)" if chosen.rslora else "alpha / rank"
     write_card(
         ctx.folder,
-        title=f"{Path(model.language.name).name} that answers about images",
-        what="A low-rank adapter on a frozen, quantised causal language model, and the projector that it sees through.",
+        title=f"{language_title(ctx.settings(LanguageSettings).model)} with an adapter for questions about images",
+        what="A low-rank adapter on a frozen, quantised causal language model, and a projector for its images.",
         base=ctx.settings(LanguageSettings).model,
         example='"what is this?", "photo.jpg"',
+        questions=model.questions,
         run_id=ctx.tracker.run_id,
         figures=figures,
         parts={
-            "language model": f"{ctx.settings(LanguageSettings).model} in {chosen.base} ({model.language.digest})",
+            "language model": f"{language_part(ctx.settings(LanguageSettings).model)}, in {chosen.base}"
+            f" ({model.language.digest})",
             "adapter": f"rank {chosen.rank}, alpha {chosen.alpha:g}, scaled by {scale}{', DoRA' * chosen.dora}",
             "prompt style": model.language.prompt.style,
             "image tower": f"{model.vision.settings.model} {model.vision.settings.pretrained}".strip(),
-            "projector": model.projector.config,
+            "projector": shape_text(model.projector.config),
         },
         lineage={name: result.run_id for name, result in ctx.upstream.items()},
     )

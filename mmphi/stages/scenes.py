@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.settings import Section, setting
@@ -29,6 +29,11 @@ class ScenesSettings(Section):
     image_size: int = setting(96, "side of the drawn images", unit="px", ge=32, le=1024)
     questions: int = setting(2, "question-answer turns beside each caption", unit="turns", ge=0, le=8)
     texts: int = setting(20000, "scenes written as words for the language model to read", unit="texts", ge=0)
+    phrasings: Literal["one", "varied"] = setting(
+        "varied",
+        "wordings of each question in training: one, or several with varied case and punctuation",
+        introduced="one",
+    )
 
 
 def cost(settings: SettingsView) -> Cost:
@@ -43,6 +48,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Draw every split and write the corpus."""
     from tqdm.auto import tqdm
 
+    from mmphi.data.phrasing import training_phrasing
     from mmphi.data.scene_drawing import Writing, drawn
     from mmphi.data.scene_text import corpus_texts
     from mmphi.data.scenes import combinations, held_out, scenes
@@ -52,6 +58,12 @@ def run(ctx: Context) -> Mapping[str, float]:
     unseen = held_out(chosen.held_out, seed)
     seen = [c for c in combinations() if c not in unseen]
     sizes = {"train": chosen.train_images, "validation": chosen.validation_images, "test": chosen.test_images}
+    # A generator of its own: the scenes are the same with one phrasing and with several.
+    phrasing_rng = random.Random(f"phrasings {seed}")
+
+    def phrase(question: str) -> str:
+        return training_phrasing(question, phrasing_rng) if chosen.phrasings == "varied" else question
+
     figure_scenes: list[tuple[Path, Scene]] = []
     with tqdm(total=sum(sizes.values()), desc="scenes", unit="image") as bar, Writing() as writing:
         for split, count in sizes.items():
@@ -62,30 +74,25 @@ def run(ctx: Context) -> Mapping[str, float]:
             for number, scene in enumerate(scenes(count, rng, among)):
                 path = ctx.folder / "images" / split / f"{number:05d}.png"
                 writing.save(drawn(scene, chosen.image_size, rng), path)
-                rows += _records(scene, f"{split}/{path.name}", chosen.questions, rng)
+                rephrase = str if split == "test" else phrase
+                rows += _records(scene, f"{split}/{path.name}", chosen.questions, rng, rephrase)
                 if len(figure_scenes) < SHOWN:
                     figure_scenes.append((path, scene))
                 bar.update()
             (ctx.folder / f"{split}.json").write_text(json.dumps(rows))
     with (ctx.folder / "corpus.jsonl").open("w") as file:
         for text in corpus_texts(chosen.texts, chosen.questions, random.Random(f"corpus {seed}"), seen):
-            turns = [[turn.question, turn.answer] for turn in text.turns]
+            turns = [[phrase(turn.question), turn.answer] for turn in text.turns]
             file.write(json.dumps({"context": text.context, "turns": turns}) + "\n")
     ctx.tracker.figure("scenes", _figure(figure_scenes))
     return {"scenes/images": sum(sizes.values()), "scenes/held_out_combinations": len(unseen)}
 
 
-def _records(scene: Scene, relative: str, question_count: int, rng: random.Random) -> list[dict[str, Any]]:
-    from mmphi.data.scene_text import (
-        DESCRIBE,
-        WHICH_COLORS,
-        WHICH_SHAPES,
-        caption,
-        colors,
-        questions,
-        shapes,
-        yes_no_questions,
-    )
+def _records(
+    scene: Scene, relative: str, question_count: int, rng: random.Random, phrase: Callable[[str], str]
+) -> list[dict[str, Any]]:
+    from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
+    from mmphi.data.scene_text import caption, colors, questions, shapes, yes_no_questions
 
     drawn = questions(scene, question_count, rng)
     conversations = {
@@ -99,6 +106,7 @@ def _records(scene: Scene, relative: str, question_count: int, rng: random.Rando
         messages = []
         for i, (question, answer) in enumerate(turns):
             # As in the real file, the image stands now before, now after the first question.
+            question = phrase(question)
             places = (f"<image>\n{question}", f"{question}\n<image>")
             messages.append({"from": "human", "value": rng.choice(places) if i == 0 else question})
             messages.append({"from": "gpt", "value": answer})

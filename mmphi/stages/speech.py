@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import DataError, SettingsError
@@ -173,14 +172,14 @@ def _validation(
 
 
 def _write_card(ctx: Context, model: Multimodal) -> None:
-    from mmphi.models.card import write_card
+    from mmphi.models.card import language_title, shape_text, write_card
 
     chosen, audio = ctx.settings(LanguageSettings), model.audio
     assert model.speech is not None
     assert audio is not None
     write_card(
         ctx.folder,
-        title=f"{Path(model.language.name).name} that hears",
+        title=f"{language_title(chosen.model)} with a projection for recordings",
         what=f"A speech projection ({model.speech.config.link}) before a frozen causal language model.",
         base=chosen.model,
         example='"Repeat after me: <audio>", audio="speech.mp3"',
@@ -190,7 +189,7 @@ def _write_card(ctx: Context, model: Multimodal) -> None:
             "language model": f"{model.language.name} ({model.language.digest})",
             "prompt style": model.language.prompt.style,
             "Whisper": f"{audio.settings.whisper} {audio.digest}".strip(),
-            "speech projection": model.speech.config,
+            "speech projection": shape_text(model.speech.config),
         },
         lineage={name: result.run_id for name, result in ctx.upstream.items()},
     )

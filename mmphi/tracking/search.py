@@ -34,6 +34,9 @@ EXPERIMENT = "mmphi"
 KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # As MLflow names a run that was given no name.
 MISSING = "RESOURCE_DOES_NOT_EXIST"
+STUDY = "mmphi.study"  # Tag of a trial: its study.
+FOR_STUDY = "mmphi.for_study"  # Tag of what was built because a trial needs it: the trial's study.
+REQUESTED = "mmphi.requested"  # Tag of a result that a user has asked for as well.
 PAGE = 5  # Runs of one key are few, and the newest is nearly always the one: a long page only costs time.
 
 
@@ -168,6 +171,16 @@ class RunStore:
         runs = self.search("FINISHED", stage=stage)
         return next((run for run in runs if "mmphi.key" in run.data.tags), None)
 
+    def own_results(self, stage: str, preset: str = "") -> Iterator[Run]:
+        """The finished runs of a stage, newest first, without the trials of studies and what was built for them alone.
+
+        Args:
+            stage: Its name.
+            preset: Only runs of this preset; empty takes all.
+        """
+        runs = self.search("FINISHED", stage=stage, **({"preset": preset} if preset else {}))
+        return (run for run in runs if "mmphi.key" in run.data.tags and not _is_of_study(run))
+
     def results(self, key: str) -> Iterator[Run]:
         """The runs that are results of a key, newest first."""
         return (run for run in self.search("FINISHED", key=key) if self.is_result(run))
@@ -236,8 +249,15 @@ class RunStore:
             ) from error
         return str(registered.run_id)
 
-    def note_use(self, run_id: str) -> None:
-        """Note on a result that it is used again, and when."""
+    def note_use(self, run_id: str, *, own: bool = False) -> None:
+        """Note on a result that it is used again, and when.
+
+        Args:
+            run_id: Of the result.
+            own: Whether a user asks for this stage with these settings, so that it is not a study's alone.
+        """
+        if own:
+            self.client.set_tag(run_id, REQUESTED, "true")
         self.client.set_tag(run_id, "mmphi.last_used", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def add_metrics(self, run_id: str, after: Result, own: Mapping[str, float]) -> None:
@@ -252,9 +272,15 @@ class RunStore:
 
     def address(self, run_id: str) -> str:
         """Where MLflow's pages show a run."""
-        base = self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000"
         experiment = self.client.get_run(run_id).info.experiment_id
-        return f"{base.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        # Without the workflow type, MLflow 3 shows its sidebar for agents.
+        return f"{self.pages}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+
+    @property
+    def pages(self) -> str:
+        """Address of MLflow's pages: the server's own, else that of ``mmphi ui``, which ``MMPHI_UI`` changes."""
+        base = self.uri if self.uri.startswith("http") else os.environ.get("MMPHI_UI", "http://127.0.0.1:5000")
+        return base.rstrip("/")
 
     def json_of(self, run: Run, name: str) -> dict[str, Any]:
         """A JSON artifact of a run; empty where there is none."""
@@ -263,3 +289,8 @@ class RunStore:
             path = local / name if local else Path(self.client.download_artifacts(run.info.run_id, name))
             return dict(json.loads(path.read_text()))
         return {}
+
+
+def _is_of_study(run: Run) -> bool:
+    """Whether only a study asked for a run."""
+    return bool({STUDY, FOR_STUDY} & set(run.data.tags)) and REQUESTED not in run.data.tags

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import webbrowser
+from collections.abc import Sequence
 
 from mmphi.errors import StoreError
 from mmphi.tracking.uri import absolute_uri, database
@@ -23,9 +24,15 @@ HOST, TRAINING = "127.0.0.1", "workflowType=machine_learning"
 PATIENCE_S = 120.0
 
 
-def addresses(base: str, experiment: str) -> dict[str, str]:
-    """Where the pages show the runs of an experiment: as a table, and as charts beside one another."""
-    runs = f"{base}/#/experiments/{experiment}/runs?{TRAINING}"
+def addresses(base: str, experiment: str, shared: str = "") -> dict[str, str]:
+    """The addresses of an experiment's runs: as a table, and as charts.
+
+    Args:
+        base: Address of the pages.
+        experiment: ID of the experiment.
+        shared: What :func:`mmphi.tracking.view_state.share` returns.
+    """
+    runs = f"{base}/#/experiments/{experiment}/runs?{TRAINING}{f'&{shared}' if shared else ''}"
     return {"runs": runs, "charts": f"{runs}&compareRunsMode=CHART"}
 
 
@@ -55,8 +62,23 @@ def main(arguments: list[str]) -> int:
         raise StoreError(f"{uri} is a server with pages of its own", "open it in a browser")
     if listening(options.port):
         raise StoreError(f"port {options.port} of {HOST} is taken", "give another: --port 5001")
-    pages = addresses(f"http://{HOST}:{options.port}", experiment_id(uri))
+    experiment = experiment_id(uri)
+    pages = addresses(f"http://{HOST}:{options.port}", experiment, shared_view(uri, experiment))
     return serve(uri, options.port, pages, browser=not options.no_browser)
+
+
+def shared_view(uri: str, experiment: str, first: Sequence[str] = (), key: str = "mmphi") -> str:
+    """The view of an experiment that shows results first; empty where the store cannot be written to."""
+    from mlflow.exceptions import MlflowException
+
+    from mmphi.tracking.connect import connected
+    from mmphi.tracking.view_state import share
+
+    try:
+        return share(connected(uri), experiment, first, key)
+    except MlflowException as error:
+        print(f"MLflow's own order of charts is used: {error}", file=sys.stderr)
+        return ""
 
 
 def listening(port: int) -> bool:

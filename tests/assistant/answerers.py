@@ -142,6 +142,7 @@ def page(models: dict[str, Multimodal], beside: str = "", most: int = 8, **look:
         max_file_size=10**6,
         theme=theme(),
         css=CSS,
+        show_error=True,
         footer_links=[],
     )
     try:

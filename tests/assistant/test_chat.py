@@ -135,7 +135,6 @@ def test_bytes_that_are_no_text_end_no_conversation(
     talk: Talk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mmphi.load", lambda *_, **__: talk.model)
-    monkeypatch.setattr("mmphi.assistant.choice.named", lambda name: (name, "a model"))
     typed = io.TextIOWrapper(io.BytesIO(b"hello \xff\nand then?\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", typed)
     assert chat.main(["--model", "x", "--max-tokens", "4"]) == 0

@@ -55,7 +55,7 @@ def test_a_photo_a_recording_and_text_get_pythons_answer(
         {"type": "text", "text": "tell me"},
     ]
     answer = models["one"].chat([{"role": "user", "content": parts}], max_tokens=8)
-    assert texts(shown[3]) == [["tell me", f"heard: {HEARD}"], [as_shown(answer)]]
+    assert texts(shown[3]) == [["tell me", f"transcript: {HEARD}"], [as_shown(answer)]]
     files = [part["file"] for part in shown[3]["value"][0]["content"] if part["type"] == "file"]
     assert [file["mime_type"].partition("/")[0] for file in files] == ["image", "audio"]
 
@@ -96,7 +96,7 @@ def test_what_is_cleared_stays_so_though_nobody_cancelled_the_answer(
         if len(ended) == 2:
             break
     assert ended == [cleared, asked]
-    with pytest.raises(RuntimeError, match="nothing was asked"):
+    with pytest.raises(RuntimeError, match="no question to repeat"):
         visitor.press("retry")
 
 
@@ -113,7 +113,7 @@ def test_another_model_answers_beside_it(models: dict[str, Multimodal], visitor:
 def test_what_is_wrong_is_shown(visitor: Visitor) -> None:
     with pytest.raises(RuntimeError, match="type a question"):
         visitor.press("send", text="  ")
-    with pytest.raises(RuntimeError, match="nothing was asked"):
+    with pytest.raises(RuntimeError, match="no question to repeat"):
         visitor.press("retry")
     with pytest.raises(RuntimeError, match="minimum value"):
         visitor.press("send", text="hello", top_p=-1)

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx2 as httpx
 import numpy as np
 import pytest
+import torch
 from answerers import all_ways, picture, recording, served
 from PIL import Image
 
@@ -30,6 +31,7 @@ from mmphi.data.audio import RATE
 from mmphi.errors import MmphiError
 from mmphi.models.chat.engine import Engine
 from mmphi.models.chat.sampling import Sampling
+from mmphi.models.whispers import OpenAIWhisper
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 
@@ -137,6 +139,8 @@ def test_photo_speech_and_text_get_the_same_answer_by_every_way(
 ) -> None:
     (tmp_path / "photo.png").write_bytes(picture())
     (tmp_path / "question.wav").write_bytes(recording())
+    # Noise stands for a question here: speech is no part of the repository.
+    monkeypatch.setattr("mmphi.models.chat.prompts._check_speech", lambda *_: None)
     found = all_ways(
         projector.path,
         tmp_path / "photo.png",
@@ -149,3 +153,46 @@ def test_photo_speech_and_text_get_the_same_answer_by_every_way(
     assert found["python"]
     assert found.pop("page") == inspect.cleandoc(found["python"])
     assert set(found.values()) == {found["python"]}
+
+
+def test_a_recording_without_speech_is_reported_and_not_answered(
+    projector: Result, tmp_path: Path, tiny_whisper: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "noise.wav").write_bytes(recording())
+    words = ["--model", str(projector.path), "--whisper", str(tiny_whisper), "--audio", str(tmp_path / "noise.wav")]
+    assert main(["ask", *words, "what is it?"]) == 2
+    shown = capsys.readouterr()
+    assert "no speech was found in the recording" in shown.err
+    assert shown.out == ""
+    model = mmphi.load(projector.path, whisper=str(tiny_whisper))
+    with served(model) as address:
+        part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(recording()).decode(), "format": "wav"}}
+        body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 4}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400
+    assert "no speech" in answer.json()["error"]["message"]
+
+
+def test_a_whisper_that_cannot_be_had_is_the_servers_fault(
+    projector: Result, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("whisper.load_model", unreachable)
+    with served(mmphi.load(projector.path, whisper="base.en")) as address:
+        part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(recording()).decode(), "format": "wav"}}
+        body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 4}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 500
+    assert "--whisper FILE.pt" in answer.json()["error"]["message"]
+    assert "MMPHI_MODELS" in answer.json()["error"]["message"]
+
+
+def test_a_whisper_in_the_folder_of_models_needs_no_network(
+    tiny_whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whisper._download", lambda *_: pytest.fail("it was downloaded"))
+    (tmp_path / "whisper-base.en.pt").write_bytes(tiny_whisper.read_bytes())
+    monkeypatch.setenv("MMPHI_MODELS", str(tmp_path))
+    assert OpenAIWhisper("base.en", torch.device("cpu")).name == "base.en"

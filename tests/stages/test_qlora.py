@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PhiForCausalLM
 
 import mmphi
+from mmphi.data.phrasing import DESCRIBE
 from mmphi.data.records import ImageRef
-from mmphi.data.scene_text import DESCRIBE
 from mmphi.errors import ModelError, SettingsError, TrainingError
 from mmphi.models.adapter import Shape, adapted, adapter_parameters, merged
 from mmphi.models.bundle import load_bundle

@@ -19,8 +19,8 @@ from forked import run
 from safetensors.torch import load_file
 
 import mmphi
+from mmphi.data.phrasing import DESCRIBE
 from mmphi.data.records import ImageRef
-from mmphi.data.scene_text import DESCRIBE
 from mmphi.errors import ModelError, SettingsError
 from mmphi.models.bundle import load_bundle
 from mmphi.models.multimodal import Multimodal

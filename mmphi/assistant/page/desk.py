@@ -137,6 +137,11 @@ class Desk:
             worker.stop()
         return worker
 
+    def loaded(self, model: str) -> Worker | None:
+        """The worker of a model that is in memory; None for any other."""
+        with self._lock:
+            return self._workers.get(model)
+
     def _make_room(self) -> None:
         """Let go of models that nobody talks to; nothing refers to them afterwards, so that their memory is free."""
         with self._lock:

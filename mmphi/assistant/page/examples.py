@@ -1,15 +1,22 @@
-"""Examples at hand for the page: of a folder, or drawn scenes of the store."""
+"""Examples for the page: of a folder, or of the data that the model was trained or evaluated on."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import DataError
 
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from mmphi.tracking.store import Store
+
 IMAGES, SOUNDS = (".png", ".jpg", ".jpeg", ".webp"), (".wav", ".mp3", ".flac", ".ogg", ".m4a")
 MOST = 8
+RUN_ID = re.compile("[0-9a-f]{32}")
 
 Example = list[str | None]  # What is typed, an image, a recording.
 
@@ -52,10 +59,45 @@ def of_scenes(folder: Path) -> list[Example]:
     return examples
 
 
-def of_store() -> list[Example]:
-    """Of the newest ``scenes`` in the store; none where it has none."""
+def of_predictions(folder: Path) -> list[Example]:
+    """Test images that an evaluation recorded in its table of predictions, without a question.
+
+    Args:
+        folder: Of the run.
+    """
+    for table in sorted(folder.glob("*_predictions.json")):
+        content = json.loads(table.read_text())
+        if "image" in content.get("columns", ()):
+            column = content["columns"].index("image")
+            files = [row[column].get("filepath", "") for row in content["data"][:MOST] if isinstance(row[column], dict)]
+            return [["", str(folder / file), None] for file in files if file and (folder / file).is_file()]
+    return []
+
+
+def of_model(model: str) -> list[Example]:
+    """Examples from the data that a model was trained or evaluated on.
+
+    Args:
+        model: Folder, run ID or registered name.
+
+    Returns:
+        Scenes with questions for a model of drawn scenes, test images for others; none where the store has none.
+    """
     from mmphi.tracking.store import Store
 
     store = Store()
-    run = store.newest("scenes")
-    return of_scenes(store.fetch(run)) if run is not None else []
+    run = _run(store, model)
+    if run is None:
+        return []
+    scenes = _run(store, run.data.tags.get("mmphi.upstream.scenes", ""))
+    if scenes is not None:
+        return of_scenes(store.fetch(scenes))
+    evaluated = _run(store, run.data.tags.get("mmphi.then.evaluate", ""))
+    return of_predictions(store.fetch(evaluated)) if evaluated is not None else []
+
+
+def _run(store: Store, name: str) -> Run | None:
+    """A run of the store; None for a folder, a registered name, or a run that was removed."""
+    if RUN_ID.fullmatch(name):
+        return store.run_if_there(name)
+    return None

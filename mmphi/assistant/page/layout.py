@@ -17,7 +17,8 @@ from mmphi.errors import MmphiError
 from mmphi.models.chat.sampling import Sampling
 
 ALONE = ""
-NOBODY = ("nobody", ALONE)
+NO_SECOND = ("(no second model)", ALONE)
+PURPOSE = "Ask a trained multimodal model about an image or a recording, or compare the answers of two models."
 KEPT_S, LOOK_S = 24 * 3600, 3600  # How long what was uploaded is kept, and how often it is looked through.
 # The system's fonts: those of gradio's own themes are fetched from elsewhere.
 FONT = ["system-ui", "sans-serif"]
@@ -34,10 +35,11 @@ class Look:
 
     Attributes:
         models: Lists those to choose from; asked whenever somebody opens the page.
-        model: Who answers at first.
-        beside: Who answers beside it; nobody where empty.
-        examples: At hand.
-        sampling: How answers are chosen at first.
+        model: The model that is selected at first.
+        beside: The second model that is selected at first; empty for none.
+        examples: Examples to click on.
+        sampling: Sampling settings at first.
+        questions: Questions that a model was trained on, by its name.
     """
 
     models: Callable[[], Sequence[Choice]]
@@ -45,6 +47,13 @@ class Look:
     beside: str = ALONE
     examples: Sequence[Example] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    questions: Callable[[str], Sequence[str]] = lambda _: ()
+
+
+def _trained_on(questions: Sequence[str]) -> str:
+    """The questions of a model's training, as Markdown."""
+    listed = " · ".join(f"*{question}*" for question in questions)
+    return f"The selected model was trained on questions such as: {listed}" if listed else ""
 
 
 def shown(talk: Talk) -> Shown:
@@ -55,17 +64,17 @@ def shown(talk: Talk) -> Shown:
         if turn.text.strip():
             parts.append(turn.text)
         if turn.audio and (turn.heard or turn.done):
-            parts.append(f"heard: {turn.heard or 'nothing'}")
+            parts.append(f"transcript: {turn.heard or '(no speech)'}")
         messages.append({"role": "user", "content": parts})
         if turn.answer or turn.done or turn.problem:
             said = turn.answer + (f"\n\n⚠ {turn.problem}" if turn.problem else "")
-            messages.append({"role": "assistant", "content": said.strip() or "(nothing)"})
+            messages.append({"role": "assistant", "content": said.strip() or "(empty answer)"})
     return messages
 
 
 def _check_done(talks: Sequence[Talk]) -> None:
     if any(talk.answering for talk in talks):
-        raise gr.Error("it is still answering: wait for it, or press Stop", print_exception=False)
+        raise gr.Error("The model is still answering: wait, or press Stop.", print_exception=False)
 
 
 def _sampling(max_tokens: float, temperature: float, top_p: float, seed: float | None) -> Sampling:
@@ -91,7 +100,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
 
     def opened() -> list[Any]:
         found = listed()
-        return [gr.update(choices=found), gr.update(choices=[NOBODY, *found])]
+        return [gr.update(choices=found), gr.update(choices=[NO_SECOND, *found])]
 
     def views(talks: list[Talk]) -> list[Any]:
         second = talks[1] if len(talks) > 1 else None
@@ -104,7 +113,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
         for talk in talks:
             talk.left = True
         desk.stop(str(who.session_hash))
-        return views([Talk(name) for name in (model, beside) if name])
+        return [*views([Talk(name) for name in (model, beside) if name]), _trained_on(look.questions(model))]
 
     def answered(talks: list[Talk], who: gr.Request, system: str, how: Sampling) -> Iterator[list[Any]]:
         for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
@@ -118,7 +127,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
         text: str, image: str | None, audio: str | None, talks: list[Talk], who: gr.Request, system: str, *how: Any
     ) -> Iterator[list[Any]]:
         if not (text.strip() or image or audio):
-            raise gr.Error("type a question, say it, or show an image", print_exception=False)
+            raise gr.Error("Nothing to send: type a question, record one, or add an image.", print_exception=False)
         _check_done(talks)
         sampling = _sampling(*how)
         for talk in talks:
@@ -129,7 +138,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
 
     def again(talks: list[Talk], who: gr.Request, system: str, *how: Any) -> Iterator[list[Any]]:
         if not talks[0].turns:
-            raise gr.Error("nothing was asked yet", print_exception=False)
+            raise gr.Error("There is no question to repeat yet.", print_exception=False)
         _check_done(talks)
         sampling = _sampling(*how)
         for talk in talks:
@@ -140,11 +149,13 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
         desk.stop(str(who.session_hash))
 
     with gr.Blocks(title="mmphi", analytics_enabled=False, fill_height=True, delete_cache=(LOOK_S, KEPT_S)) as page:
+        gr.Markdown(f"# mmphi\n{PURPOSE}")
         talks = gr.State([Talk(name) for name in (look.model, look.beside) if name])
         found = listed()
         with gr.Row():
             model = gr.Dropdown(found, value=look.model, label="Model", elem_id="model")
-            beside = gr.Dropdown([NOBODY, *found], value=look.beside, label="Beside it, to compare", elem_id="beside")
+            beside = gr.Dropdown([NO_SECOND, *found], value=look.beside, label="Compare with", elem_id="beside")
+        trained_on = gr.Markdown(_trained_on(look.questions(look.model)), elem_id="trained-on")
         with gr.Row():
             common: dict[str, Any] = {"height": 380, "buttons": ["copy"], "feedback_options": None}
             first = gr.Chatbot(label=names.get(look.model, look.model), elem_id="first", **common)
@@ -153,7 +164,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
             )
         with gr.Row():
             image = gr.Image(
-                label="Photo",
+                label="Image",
                 sources=["upload", "webcam", "clipboard"],
                 type="filepath",
                 image_mode=None,
@@ -164,7 +175,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
             with gr.Column(scale=2):
                 text = gr.Textbox(
                     label="Question",
-                    placeholder="Type it, or say it and leave this empty",
+                    placeholder="Type a question, or record one and leave this empty",
                     lines=1,
                     max_lines=6,
                     elem_id="text",
@@ -174,30 +185,36 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
                     stopping = gr.Button("Stop", elem_id="stop", min_width=80)
                     repeating = gr.Button("Retry", elem_id="retry", min_width=80)
                     clearing = gr.Button("Clear", elem_id="clear", min_width=80)
-        with gr.Accordion("How it answers", open=False):
-            system = gr.Textbox("", label="System text", lines=1)
+        with gr.Accordion("Generation settings", open=False):
+            system = gr.Textbox("", label="System prompt", lines=1)
             with gr.Row():
-                max_tokens = gr.Slider(1, 1024, look.sampling.max_tokens, step=1, label="Longest answer, tokens")
+                max_tokens = gr.Slider(1, 1024, look.sampling.max_tokens, step=1, label="Longest answer (tokens)")
                 temperature = gr.Slider(
-                    0, 2, look.sampling.temperature, step=0.05, label="Temperature", info="0: the likeliest word"
+                    0, 2, look.sampling.temperature, step=0.05, label="Temperature", info="0: the likeliest token"
                 )
                 top_p = gr.Slider(0.05, 1, look.sampling.top_p, step=0.05, label="Top-p", elem_id="top_p")
-                seed = gr.Number(look.sampling.seed, precision=0, label="Seed", info="empty: another each time")
+                seed = gr.Number(look.sampling.seed, precision=0, label="Seed", info="empty: a new one for each answer")
         if look.examples:
-            gr.Examples(list(look.examples), [text, image, audio], label="Examples", examples_per_page=8)
+            examples = gr.Examples(
+                list(look.examples), [text, image, audio], label="Examples (a click sends one)", examples_per_page=8
+            )
 
         how = [system, max_tokens, temperature, top_p, seed]
         seen = [first, second, talks]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         many: dict[str, Any] = quiet | {"concurrency_limit": None}
         asked = [text, image, audio]
+        if look.examples:
+            # Loading an example fills the fields; what follows sends them.
+            asking_for_example = examples.load_input_event.then(send, [*asked, talks, *how], [*asked, *seen], **many)
         answers = [
+            *([asking_for_example] if look.examples else []),
             gr.on([asking.click, text.submit], send, [*asked, talks, *how], [*asked, *seen], **many),
             repeating.click(again, [talks, *how], seen, **many),
         ]
         stopping.click(stop, None, None, queue=False, **quiet)
         anew = [model.change, beside.change, clearing.click]
-        gr.on(anew, chosen, [model, beside, talks], seen, cancels=answers, **quiet)
+        gr.on(anew, chosen, [model, beside, talks], [*seen, trained_on], cancels=answers, **quiet)
         page.load(opened, None, [model, beside], **quiet)
         page.unload(stop)
     made: gr.Blocks = page

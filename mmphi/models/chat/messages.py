@@ -123,7 +123,7 @@ class _Reading:
             if "content" not in message:
                 raise MessageError("it has no content")
             if content is not None and not isinstance(content, str) and not content:
-                raise MessageError("it is empty")
+                raise MessageError("it is empty", "give a question, an image or a recording")
             self._ask(*self._parts(content))  # An empty text, or null, is a question: OpenAI takes the text.
         elif role == "assistant":
             if message.get("tool_calls") or message.get("function_call"):

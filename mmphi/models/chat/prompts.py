@@ -9,7 +9,7 @@ from mmphi.data.encoded import image_inputs
 from mmphi.data.features import LiveFeatures
 from mmphi.data.images import open_image
 from mmphi.data.records import AudioRef, ImageRef
-from mmphi.errors import ModelError
+from mmphi.errors import AudioError, ModelError
 from mmphi.models.chat.messages import Conversation
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.prompt import SHOWN
@@ -73,6 +73,7 @@ def open_prompt(
     if not checked:
         check_shown(model, conversation, check)
     check()
+    _check_speech(model, conversation)
     turns = len(conversation.turns)
     if conversation.letters <= LETTERS_PER_TOKEN * longest:
         sample = _written(model, conversation)
@@ -95,6 +96,23 @@ def open_prompt(
         else:
             most, step = tried - 1, max(1, step // 2)
     return sample, turns - kept
+
+
+def _check_speech(model: Multimodal, conversation: Conversation) -> None:
+    """Refuse recordings of the newest question in which nobody speaks: an answer to them would be invented.
+
+    Raises:
+        AudioError: If the voice gate or Whisper finds no speech in one.
+    """
+    recordings = conversation.audio[-1] if conversation.audio else ()
+    for number, each in enumerate(model.inputs(recordings), 1):
+        if not each.length and not (each.said or "").strip():
+            which = f"recording {number}" if len(recordings) > 1 else "the recording"
+            raise AudioError(
+                "no speech",
+                f"no speech was found in {which}",
+                "check its volume, or lower audio.threshold of the model's settings",
+            )
 
 
 def _written(model: Multimodal, conversation: Conversation) -> Sample:

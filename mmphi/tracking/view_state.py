@@ -1,0 +1,107 @@
+"""What MLflow's run list and charts show first: a shared view state, as its *Share* button stores one.
+
+MLflow 3 keeps the columns and charts of a page in the browser, and orders charts by name, so that warm-up and memory
+come before losses. A page that is opened with ``viewStateShareKey=KEY`` takes its state from the experiment's tag
+``mlflow.sharedViewState.KEY`` instead.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+TAG = "mlflow.sharedViewState."
+KEY = "mmphi"
+RESULTS = "Results"
+# Losses first, then the figures of the test split; those that an experiment lacks are left out.
+HEADLINES = (
+    *("val/loss", "train/loss", "test/loss", "test/exact_match", "test/cider", "test/grounding_gain"),
+    *("test/yes_no_accuracy", "test/yes_no_accuracy_held_out_phrasing", "test/wer", "public/loss"),
+)
+SECTIONS = ("val", "test", "train")  # In this order, before the others.
+RUNS_READ = 200  # Of these newest runs the names of metrics are collected.
+
+
+def _id(name: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"mmphi/{name}"))
+
+
+def _chart(metric: str, section: str, curve: bool) -> dict[str, Any]:
+    chart: dict[str, Any] = {
+        "uuid": _id(f"{section}/{metric}"),
+        "type": "LINE" if curve else "BAR",
+        "metricKey": metric,
+        "metricSectionId": _id(section),
+        "isGenerated": False,
+        "deleted": False,
+        "displayName": metric,
+        "runsCountToCompare": 10,
+    }
+    if curve:
+        chart |= {"lineSmoothness": 0, "scaleType": "linear", "xAxisScaleType": "linear", "xAxisKey": "step"}
+        chart |= {"range": {}, "useGlobalXaxisKey": True, "useGlobalLineSmoothing": True, "selectedXAxisMetricKey": ""}
+    return chart
+
+
+def view_state(metrics: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
+    """The state of a page whose run list and first charts show some metrics.
+
+    Args:
+        metrics: In the order that they are shown in.
+        curves: Those of them that are recorded at several steps.
+    """
+    columns = ["attributes.`Dataset`", *(f"metrics.`{name}`" for name in metrics), "attributes.`Models`"]
+    sections = [RESULTS, *SECTIONS]
+    return {
+        "selectedColumns": columns,
+        "columnOrder": [],
+        "columnWidths": {},
+        "runsExpanded": {},
+        "runsPinned": [],
+        "runsHidden": [],
+        "runsVisibilityMap": {},
+        "runsHiddenMode": "FIRST_10_RUNS",
+        "compareRunCharts": [_chart(name, RESULTS, name in curves) for name in metrics],
+        "compareRunSections": [
+            {"uuid": _id(name), "name": name, "display": True, "isReordered": True} for name in sections
+        ],
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "autoRefreshEnabled": True,
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+    }
+
+
+def share(client: MlflowClient, experiment: str, first: Sequence[str] = (), key: str = KEY) -> str:
+    """Store the view state of an experiment; returns what a page's address needs for it.
+
+    Args:
+        client: Of the store.
+        experiment: ID of the experiment.
+        first: Metrics that come before :data:`HEADLINES`, such as that of a study.
+        key: Name of the state; an earlier one of this name is replaced.
+    """
+    runs = client.search_runs([experiment], max_results=RUNS_READ, order_by=["attributes.start_time DESC"])
+    recorded = {name for run in runs for name in run.data.metrics}
+    shown = [name for name in dict.fromkeys([*first, *HEADLINES]) if name in recorded]
+    curves = [name for name in shown if any(_is_curve(client, run.info.run_id, name) for run in _with(runs, name))]
+    client.set_experiment_tag(experiment, f"{TAG}{key}", json.dumps(view_state(shown, curves)))
+    return f"viewStateShareKey={key}"
+
+
+def _with(runs: Sequence[Any], metric: str) -> Sequence[Any]:
+    return [run for run in runs if metric in run.data.metrics][:3]
+
+
+def _is_curve(client: MlflowClient, run_id: str, metric: str) -> bool:
+    return len({point.step for point in client.get_metric_history(run_id, metric)}) > 1

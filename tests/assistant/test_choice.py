@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from mmphi.assistant.choice import choices, chosen_model, model_options, newest
+from mmphi.errors import StoreError
+from mmphi.tracking.search import FOR_STUDY, STUDY
+from mmphi.tracking.store import Store
+
+
+@pytest.fixture
+def store(empty_store: str) -> Store:
+    return Store()
+
+
+def add(store: Store, ended_ms: int, preset: str = "tiny", stage: str = "projector", **tags: str) -> str:
+    experiment = store.experiment()
+    run = store.client.create_run(experiment, run_name=f"{stage} {preset}", start_time=ended_ms - 1000)
+    own = {"mmphi.stage": stage, "mmphi.key": "k", "mmphi.preset": preset, **tags}
+    for name, value in own.items():
+        store.client.set_tag(run.info.run_id, name, value)
+    store.client.set_terminated(run.info.run_id, "FINISHED", end_time=ended_ms)
+    return str(run.info.run_id)
+
+
+def options(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    model_options(parser)
+    return parser.parse_args(words)
+
+
+def test_trials_and_what_is_built_for_them_are_no_candidates(store: Store) -> None:
+    own = add(store, 10_000_000)
+    add(store, 20_000_000, **{STUDY: "projector_depth"})
+    add(store, 30_000_000, **{FOR_STUDY: "lora_rank"})
+    assert newest().name == own
+    assert [run_id for _, run_id in choices()] == [own]
+
+
+def test_a_trial_that_a_user_asks_for_as_well_is_a_candidate(store: Store) -> None:
+    add(store, 10_000_000)
+    trial = add(store, 20_000_000, **{STUDY: "projector_depth"})
+    store.note_use(trial)
+    assert newest().name != trial
+    store.note_use(trial, own=True)
+    assert newest().name == trial
+
+
+def test_the_preset_chooses_among_the_newest(store: Store) -> None:
+    tiny = add(store, 10_000_000)
+    photos = add(store, 20_000_000, preset="photos")
+    assert chosen_model(options()).name == photos
+    choice = chosen_model(options("--preset", "tiny"))
+    assert choice.name == tiny
+    assert choice.label.startswith("projector tiny, 1970-01-01")
+    assert tiny[:8] in choice.label
+    with pytest.raises(StoreError, match="no trained model of the preset phi2") as error:
+        chosen_model(options("--preset", "phi2"))
+    assert "mmphi projector --preset phi2" in error.value.hint
+
+
+def test_a_named_model_is_taken_as_it_is(store: Store, tmp_path: Path) -> None:
+    choice = chosen_model(options("--model", str(tmp_path)))
+    assert (choice.name, choice.short) == (str(tmp_path), tmp_path.name)
+    assert chosen_model(options("--model", "models:/seer/1")).short == "models:/seer/1"
