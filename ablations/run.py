@@ -5,14 +5,50 @@ from __future__ import annotations
 import sys
 
 from ablations.crew import visible_gpus
-from ablations.driver import Driver, changed
+from ablations.driver import Driver, Plan, changed
 from ablations.places import ledgers, logs_folder, search_ledger, storage_url
 from ablations.record import Record
 from ablations.search import Search
 from ablations.search_driver import SearchDriver
 from ablations.study import Study, check_name
+from ablations.tuning import points_of
 from mmphi.errors import Stopped
 from mmphi.tracking.store import Store
+from reports.statistics import ALPHA, smallest_p
+
+
+def summary(plan: Plan) -> str:
+    """How many trials a study has, and what each is trained on."""
+    study, levels, seeds = plan.study, len(plan.levels), plan.study.seeds
+    parts = [f"{levels} levels x {seeds} seeds = {levels * seeds} judged trials"]
+    if study.nuisance:
+        tuned = levels * len(points_of(study.nuisance)) * len(study.tuning_seeds)
+        parts.append(f"{tuned} tuning trials before them (more where the best value is the first or last one)")
+    if study.tokens:
+        parts.append(f"{study.tokens:,} supervised tokens each")
+    section = getattr(study.settings(study.baseline), study.stage, None)
+    if steps := getattr(section, "align_steps", 0):
+        parts.append(f"{steps:,} warm-up steps each, which the token budget does not count")
+    return ", ".join(parts)
+
+
+def too_few_seeds(plan: Plan) -> str:
+    """A warning where no difference can be shown, whatever the results are; empty where one can."""
+    study, comparisons = plan.study, len(plan.levels) - 1
+    units = min(study.replicates or study.seeds, study.seeds)
+    least = min(1.0, smallest_p(units) * comparisons)
+    if comparisons < 1 or least < ALPHA:
+        return ""
+    what = "draws" if study.replicates else "seeds"
+    return (
+        f"warning: with {units} {what} and {comparisons} comparisons the smallest possible p value is {least:.2g}: no"
+        f" difference can be shown. {fewest_seeds(comparisons)} {what} are the fewest that can show one."
+    )
+
+
+def fewest_seeds(comparisons: int) -> int:
+    """The fewest seeds with which any p value can be below 0.05 after Holm's correction."""
+    return next(n for n in range(2, 64) if smallest_p(n) * comparisons < ALPHA)
 
 
 def run(
@@ -52,13 +88,15 @@ def run(
     driver: Driver | SearchDriver
     if isinstance(study, Search):
         driver = SearchDriver(study, record, search_ledger(store, name, study, storage), retries=retries)
-        what = study.summary()
+        what, warning = study.summary(), ""
     else:
         driver = Driver(study, record, ledgers(store, name, study, storage), retries=retries)
         plan = changed(study, record.changes())
-        what = f"{len(plan.levels)} levels x {plan.study.seeds} seeds"
+        what, warning = summary(plan), too_few_seeds(plan)
     count = workers or max(1, len(visible_gpus()))
-    print(f"{study.question}\n{name}: {what}, {count} worker(s)")
+    print(f"{study.question}\n{name}: {what}; {count} worker(s)")
+    if warning:
+        print(warning)
     print(f"watch it: mmphi studies {name} --watch\nOptuna: optuna-dashboard {storage_url(store, storage)}", flush=True)
     try:
         driver.run(count, logs_folder(store, name), **crew)

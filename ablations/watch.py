@@ -70,7 +70,7 @@ def progress(data: StudyData) -> str:
     running = [t for t in data.trials if t.status == "RUNNING"]
     tuning = sum(t.finished and t.phase == "tuning" for t in data.trials)
     missing = data.missing()
-    parts = [f"{len(missing)} trials to go" if missing else "all trials are done"]
+    parts = [f"{len(missing)} judged trials to go" if missing else "all judged trials are done"]
     parts += [f"{tuning} tuning trials done"] if tuning else []
     parts += [f"{len(running)} running"] if running and missing else []
     parts += [f"{len(data.failed())} without a result"] if data.failed() else []

@@ -45,7 +45,7 @@ GENERATORS = "generators"
 BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
 
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
-       mmphi STAGE --help             every setting of a stage
+       mmphi STAGE --help             the settings of a stage that are changed most; --help-all lists all
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
        mmphi ask --image x.jpg "..."  a question to a trained model, typed or spoken
        mmphi chat                     a conversation with a trained model in the terminal
@@ -74,6 +74,7 @@ options:
   --KEY VALUE      any setting: --learning_rate 1e-3, --vision.pool 2
   --force          build the stage anew, though it is there
   --no-build       build nothing; say what is missing
+  --smoke          every stage and the evaluation at a size that takes seconds, to see whether the whole run works
 
 Results are kept in MLflow's store: MLFLOW_TRACKING_URI, else mlflow.db in this folder or the project's.
 """
@@ -175,12 +176,12 @@ def _command(words: list[str]) -> int:
     preset = options.get("preset", "tiny")
     from mmphi.stages import load_settings
 
-    if "help" in options:
+    if "help" in options or "help_all" in options:
         from mmphi.describe import STATUS_HELP, stage_help
 
         # Help must not need the files and variables that a run needs.
         settings = load_settings(preset, overrides, name, expand=False)
-        print(STATUS_HELP if name == "status" else stage_help(name, settings))
+        print(STATUS_HELP if name == "status" else stage_help(name, settings, everything="help_all" in options))
         return 0
     if name == "status":
         from mmphi.describe import status
@@ -189,6 +190,11 @@ def _command(words: list[str]) -> int:
         print(status(load_settings(preset, overrides, name, expand=False)))
         return 0
     settings = load_settings(preset, overrides, name)
+    if "smoke" in options:
+        from mmphi.settings.overrides import full_name
+        from mmphi.stages.smoke import smoke
+
+        settings = smoke(settings, {full_name(type(settings), key, name) for key in overrides})
     return _stage(name, settings, overrides, force="force" in options, no_build="no_build" in options)
 
 
@@ -214,7 +220,7 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
             hint = f"write --{word}" if equals else "settings are given as --key value"
             raise SettingsError(f"{word!r} stands alone", hint)
         key = key.removeprefix("__")
-        flag = key in ("force", "no_build", "help")
+        flag = key in ("force", "no_build", "help", "help_all", "smoke")
         if not equals:
             if flag:
                 value = words.pop(0) if words and words[0].lower() in FLAGS else "true"

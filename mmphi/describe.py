@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
 import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmphi.errors import SettingsError
@@ -24,38 +29,104 @@ STATUS_HELP = """usage: mmphi status [--preset NAME] [--KEY VALUE ...]
 The stages as a graph: finished with run, time and size, or missing with what building would cost."""
 
 
-def stage_help(name: str, settings: Settings) -> str:
-    """Every setting that a stage or what it is built on may read, with type, value, unit and meaning."""
+CAPTIONS = "Captions of held-out images (=: as the reference; otherwise the reference follows in brackets):"
+
+# The settings of each stage that are changed most; of other stages, those of their own section.
+MOST_CHANGED: Mapping[str, tuple[str, ...]] = {
+    "projector": (
+        *("projector.layers", "projector.steps", "projector.batch_size", "projector.learning_rate", "projector.seed"),
+        *("vision.model", "vision.pool", "language.model", "data.max_images", "evaluate.max_images"),
+    ),
+    "qlora": (
+        *("qlora.rank", "qlora.alpha", "qlora.steps", "qlora.batch_size", "qlora.learning_rate", "qlora.seed"),
+        *("qlora.base", "qlora.questions", "qlora.model", "evaluate.max_images"),
+    ),
+    "pretrain": (
+        *("pretrain.size", "pretrain.stop", "pretrain.steps", "pretrain.batch_tokens", "pretrain.optimizer"),
+        *("pretrain.learning_rate", "pretrain.seed", "pretrain.source", "pretrain.public_text"),
+        "corpus.sources.N.path",
+    ),
+    "evaluate": (
+        *("evaluate.model", "evaluate.stage", "evaluate.split", "evaluate.max_images", "evaluate.max_new_tokens"),
+        *("evaluate.yes_no", "evaluate.long_answers", "evaluate.candidates", "evaluate.checkpoint"),
+        "evaluate.batch_size",
+    ),
+    "light_clip": (
+        *("light_clip.steps", "light_clip.batch_size", "light_clip.learning_rate", "light_clip.seed"),
+        *("light_clip.from_nothing", "light_clip.width", "light_clip.layers", "data.max_images"),
+    ),
+    "speech": (
+        *("speech.path", "speech.link", "speech.model", "speech.steps", "speech.batch_size", "speech.learning_rate"),
+        *("speech.seed", "audio.whisper", "language.model"),
+    ),
+    "textgen": (
+        *("textgen.model", "textgen.stop", "textgen.generators", "textgen.prompted", "textgen.max_tokens"),
+        *("textgen.temperature", "textgen.spool", "textgen.seed", "store.megabytes", "corpus.sources.N.path"),
+    ),
+}
+
+
+def stage_help(name: str, settings: Settings, *, everything: bool = False) -> str:
+    """The settings of a stage, with type, value, unit and meaning.
+
+    Args:
+        name: Of the stage.
+        settings: Whose values are shown.
+        everything: Every setting that the stage or what it is built on may read, in place of those changed most.
+    """
     stage, plan = STAGES[name], Plan(STAGES)
     order = plan.order(name, settings)
-    declared = [*stage.declared, *(d for each in reversed(order) for d in STAGES[each].declared)]
+    # The stages at its end, such as its evaluation, are built with these settings, too.
+    declared = [*stage.declared, *(d for each in (*reversed(order), *stage.then) for d in STAGES[each].declared)]
     sections = dict.fromkeys([name, *(d.partition(".")[0] for d in declared)])
     lines = [
         f"mmphi {name}: {stage.help}",
         f"built on: {', '.join(each for each in order if each != name) or 'nothing'}",
         "",
         f"Values in brackets are those of the preset {settings.name}. Settings marked * change no result, and no key.",
-        "--preset, --force and --no-build: see mmphi --help.",
+        "--preset, --force, --no-build and --smoke: see mmphi --help.",
     ]
+    if name in MOST_CHANGED and not everything:
+        wanted = MOST_CHANGED[name]
+        rows = _rows(name, settings, wanted, declared)
+        count = sum(len(_rows(section, settings, (), declared, section == name)) for section in sections)
+        others = f"{count - len(rows)} further settings: mmphi {name} --help-all"
+        return "\n".join([*lines, "", "changed most:", *_aligned(rows), "", others])
     for section in sections:
         own = section == name
-        if rows := _lines(section, settings, declared, own):  # Not every stage has a section of its own.
+        if rows := _rows(section, settings, (), declared, own):  # Not every stage has a section of its own.
             title = f"{section}, its own section, which may be left out:" if own else f"{section}:"
-            lines += ["", title, *rows]
+            lines += ["", title, *_aligned(rows)]
     return "\n".join(lines)
 
 
-def _lines(section: str, settings: Settings, declared: list[str], own: bool = False) -> list[str]:
-    values = settings.model_dump()
+Row = tuple[str, str, str, str]  # An option, its type, its value, its meaning.
+
+
+def _rows(section: str, settings: Settings, only: Collection[str], declared: list[str], own: bool = True) -> list[Row]:
+    """The settings of a section, or those that are named, in their order.
+
+    Args:
+        section: Whose names may be left out of its own options.
+        settings: Whose values are shown.
+        only: Full names; none takes those of the section.
+        declared: Names that the stage may read.
+        own: Whether it is the stage's own section.
+    """
+    values, fields = settings.model_dump(), all_fields(type(settings))
     rows = []
-    for name, field in all_fields(type(settings)).items():
-        if name.partition(".")[0] != section or not (own or covered(name, declared)):
+    for name in only or fields:
+        if not only and (name.partition(".")[0] != section or not (own or covered(name, declared))):
             continue
-        item = ".N." in name
+        field, item = fields[name], ".N." in name
         shown = field.default if item else _value(values, name)
         bracket = f"[{_shown(shown)}{f' {field.unit}' if field.unit else ''}]"
         option = f"--{name.removeprefix(f'{section}.') if own else name}{'' if field.matters else ' *'}"
         rows.append((option, field.type_name, bracket, field.help))
+    return rows
+
+
+def _aligned(rows: Sequence[Row]) -> list[str]:
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:<14} {d}" for a, b, c, d in rows]
 
@@ -156,9 +227,13 @@ def ending(result: Result, store: Store) -> str:
     lines = ["", *(f"  {name:<34} {value:.4g}" for name, value in sorted(result.metrics.items()))]
     tables = [each.path / "test_predictions.json" for each in (result, *result.after)]
     for table in (path for path in tables if path.exists()):
-        lines += ["", "What it now says of held-out images:", *predictions(json.loads(table.read_text()))]
+        lines += ["", CAPTIONS, *predictions(json.loads(table.read_text()))]
     server = store.uri.startswith("http")
-    opens = [] if server else [f"opened by  MLFLOW_TRACKING_URI={store.uri} mmphi ui"]
+    command = f"MLFLOW_TRACKING_URI={shlex.quote(store.uri)} {program()}"
+    opens = [] if server else [f"pages      {command} ui"]
+    asks = []
+    if STAGES[result.stage].talks and (image := test_image(result, store)):
+        asks = [f"ask it     {command} ask --model {result.run_id} --image {shlex.quote(str(image))} 'what is this?'"]
     return "\n".join(
         [
             *lines,
@@ -167,8 +242,37 @@ def ending(result: Result, store: Store) -> str:
             f"files in   {result.path}",
             f"page at    {store.address(result.run_id)}",
             *opens,
+            *asks,
         ]
     )
+
+
+def program() -> str:
+    """How mmphi is called in this environment, also where it is not on the PATH."""
+    if shutil.which("mmphi"):
+        return "mmphi"
+    own = Path(sys.executable).with_name("mmphi")
+    if not own.exists():
+        return f"{shlex.quote(sys.executable)} -m mmphi"
+    here = Path.cwd()
+    return shlex.quote(str(own.relative_to(here) if own.is_relative_to(here) else own))
+
+
+def test_image(result: Result, store: Store) -> Path | None:
+    """A held-out image of a trained model's data: of the drawn scenes, else one that its evaluation has shown."""
+    scenes = store.run(result.run_id).data.tags.get("mmphi.upstream.scenes", "")
+    run = store.run_if_there(scenes) if scenes else None
+    folder = store.local_folder(run) if run else None
+    if folder and (images := sorted((folder / "images" / "test").glob("*.png"))[:1]):
+        return images[0]
+    for each in result.after:
+        table = each.path / "test_predictions.json"
+        content = json.loads(table.read_text()) if table.exists() else {}
+        if "image" in content.get("columns", ()) and content["data"]:
+            shown = content["data"][0][content["columns"].index("image")]
+            if isinstance(shown, dict) and (each.path / shown["filepath"]).exists():
+                return each.path / str(shown["filepath"])
+    return None
 
 
 def predictions(table: dict[str, Any], count: int = 6) -> list[str]:

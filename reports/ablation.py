@@ -7,12 +7,15 @@ from reports.document import Document
 from reports.findings import Findings
 from reports.query import StudyData
 from reports.statistics import shares
-from reports.tables import mean_of, tables
+from reports.tables import is_noise, mean_of, tables
 from reports.verdict import headline, sentence
 
 CURVES = "val/loss", "train/loss"  # The second where the first was hardly measured on the way.
 # Against these the metric is drawn.
 SHOWN_COSTS = ("projector/parameters", "qlora/parameters", "val/text_loss", "cost/first_token_s")
+
+
+FEWEST_POINTS = 3  # Of a curve that is worth a figure.
 
 
 def ablation(data: StudyData) -> Document:
@@ -41,7 +44,7 @@ def ablation(data: StudyData) -> Document:
             "exploratory": prose.exploratory(found),
             "budget": prose.budget(data, metric),
             "statistics": prose.STATISTICS,
-            "costs_note": prose.costs_note(data),
+            "costs_note": prose.costs_note(data, noisy_costs(found)),
             "held": prose.held(data),
             "tuning_notes": list(prose.tuning_notes(data)),
             "failures": prose.failures(data),
@@ -57,6 +60,17 @@ def ablation(data: StudyData) -> Document:
     return document
 
 
+def titles(data: StudyData) -> dict[str, str]:
+    """Names for readers of the costs and other metrics that a study declares."""
+    return {**data.declaration["costs"], **data.declaration.get("also", {})}
+
+
+def noisy_costs(found: Findings) -> list[str]:
+    """Titles of the costs that would be drawn but do not differ beyond their noise."""
+    named = titles(found.data)
+    return [named[name] for name in SHOWN_COSTS if name in named and is_noise(found.results.values(), name)]
+
+
 def drawn(found: Findings) -> dict[str, bytes]:
     """The figures, by name."""
     data, metric, baseline, results = found.data, found.metric, found.baseline, found.results
@@ -66,15 +80,16 @@ def drawn(found: Findings) -> dict[str, bytes]:
         made["effects"] = figures.png(figures.effects(with_pairs, baseline, metric))
     made["seeds"] = figures.png(figures.seeds(found.values, found.intervals, metric))
     curves = {level: [data.curves.get(t.run_id, []) for t in of.values()] for level, of in results.items()}
-    if any(len(run) > 1 for runs in curves.values() for run in runs):
+    if any(len(run) >= FEWEST_POINTS for runs in curves.values() for run in runs):
         made["curves"] = figures.png(figures.curves(curves, baseline, data.curve, metric.unit))
+    noisy = noisy_costs(found)
     costs: dict[str, dict[str, tuple[float, float]]] = {}
     for name in SHOWN_COSTS:
         points = {level: (mean_of(results[level], name), found.means[level]) for level in found.means}
         there = {level: (x, y) for level, (x, y) in points.items() if x}
-        titles = {**data.declaration["costs"], **data.declaration.get("also", {})}
-        if len({x for x, _ in there.values()}) > 1 and name in titles:
-            costs[titles[name]] = there
+        title = titles(data).get(name)
+        if title and title not in noisy and len({x for x, _ in there.values()}) > 1:
+            costs[title] = there
     if costs:
         made["tradeoffs"] = figures.png(figures.tradeoffs(costs, metric))
     return made

@@ -27,7 +27,7 @@ class Comparison:
         deviation: Standard deviation of the differences.
         p: Of no difference, the larger of two tests, corrected for looks and by Holm.
         p_equivalence: Of a difference as large as the margin, corrected likewise; 1 where there is no margin.
-        comparisons: Of the study, which Holm corrected for.
+        comparisons: Of the study, which Holm corrected for: those that have a pair.
         looks: Numbers of seeds that p was corrected for; empty for one look.
         interim: Whether the study has not come to a look yet, so that nothing is judged.
         lost: Runs of the level and of the baseline that diverged or gave no number.
@@ -53,9 +53,11 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``different``, ``equivalent``, ``open``, or ``interim`` before a look."""
+        """``different``, ``equivalent``, ``open``, ``interim`` before a look, or ``none`` without a pair."""
         if self.interim:
             return "interim"
+        if not self.n:
+            return "none"
         if self.p < ALPHA:
             return "different"
         return "equivalent" if self.p_equivalence < ALPHA else "open"
@@ -110,8 +112,12 @@ def compare(
     interim = {level: bool(how.until) and level in (how.until or {}) and until[level] is None for level in others}
     lost = lost_runs(levels, how)
     pairs = {level: _differences(levels, level, baseline, until[level], lost, how.draw) for level in others}
-    ps = holm([corrected(both_agree(pairs[level]), how.looks) for level in others])
-    same = holm([corrected(equivalence(pairs[level], how.margin), how.looks) for level in others])
+    # A level without a pair is no test, and must not make the others harder.
+    tested = [level for level in others if len(pairs[level])]
+    ps = dict.fromkeys(others, 1.0)
+    ps |= zip(tested, holm([corrected(both_agree(pairs[level]), how.looks) for level in tested]), strict=True)
+    same = dict.fromkeys(others, 1.0)
+    same |= zip(tested, holm([corrected(equivalence(pairs[x], how.margin), how.looks) for x in tested]), strict=True)
     both_lost = {level: _lost_of_both(levels, level, baseline, until[level], lost) for level in others}
     rates = holm([p_of_rates(*both_lost[level]) for level in others])
     return [
@@ -123,16 +129,16 @@ def compare(
             interval(values),
             _without_one(values),
             float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
-            p,
-            p_same,
-            len(others),
+            ps[level],
+            same[level],
+            len(tested),
             how.looks if len(how.looks) > 1 else (),
             interim[level],
             (len(both_lost[level][0]), len(both_lost[level][1])),
             p_rate,
             "draw" if how.draw else "seed",
         )
-        for level, p, p_same, p_rate in zip(others, ps, same, rates, strict=True)
+        for level, p_rate in zip(others, rates, strict=True)
     ]
 
 

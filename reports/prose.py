@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from reports.findings import Findings
 from reports.query import StudyData
@@ -27,9 +27,17 @@ COSTS_NOTE = (
 FIRST_TOKEN = " The first token is that of an answer about a photograph of 640 x 480 px, image tower included."
 
 
-def costs_note(data: StudyData) -> str:
-    """How what it costs was measured."""
-    return COSTS_NOTE + FIRST_TOKEN * ("cost/first_token_s" in data.declaration["costs"])
+def costs_note(data: StudyData, noisy: Sequence[str] = ()) -> str:
+    """How costs were measured.
+
+    Args:
+        data: The study.
+        noisy: Titles of the costs by which levels do not differ beyond the spread over their seeds.
+    """
+    note = COSTS_NOTE + FIRST_TOKEN * ("cost/first_token_s" in data.declaration["costs"])
+    if noisy:
+        note += f" Not drawn, because the levels differ by less than twice their spread over seeds: {listed(noisy)}."
+    return note
 
 
 def design(data: StudyData) -> str:
@@ -197,7 +205,9 @@ def tuning_notes(data: StudyData) -> Iterator[str]:
             values = sorted(everything, key=lambda v: order_of([v]))
             numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in declared)
             edges = {values[0], values[-1]} if len(values) > 1 and numbers else set()
-            if at_edge := sorted({each[place] for each in used} & edges):
+            if len(values) == 2 and not limit:
+                yield f"{level}, `{name}`: only two values were tried, so that a better one may lie outside of them."
+            elif at_edge := sorted({each[place] for each in used} & edges):
                 added = len(values) - len(set(declared))
                 reached = f", after {added} values that were added" if limit and added > 0 else ""
                 yield f"{level}, `{name}` = {' and '.join(at_edge)}: {EDGE}{reached}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -210,6 +210,19 @@ def environment(data: StudyData) -> Table:
         only = f"[{next(iter(runs))[:8]}]({data.link(next(iter(runs)))})" if len(runs) == 1 else f"{len(runs)} runs"
         rows.append([f"built on {name}", only])
     return Table(["what", "value"], rows)
+
+
+def is_noise(levels: Iterable[Mapping[int, Trial]], name: str) -> bool:
+    """Whether levels differ in a cost by less than twice its spread over their seeds, as measured times do.
+
+    Args:
+        levels: Trials of each level by seed.
+        name: Of the cost; one that is the same at all seeds of a level, such as parameters, is no noise.
+    """
+    values = [[t.metrics[name] for t in of.values() if name in t.metrics] for of in levels]
+    spreads = [float(np.std(of, ddof=1)) for of in values if len(of) > 1]
+    means = [float(np.mean(of)) for of in values if of]
+    return bool(spreads) and max(means) - min(means) < 2 * float(np.median(spreads))
 
 
 def mean_of(trials: Mapping[int, Trial], name: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def left_out(comparison: Comparison, baseline: str) -> str:
     if not own and not other:
         return ""
     return (
-        f" Left out, because they diverged or gave no number: {own} runs of {comparison.level} and {other} of"
+        f" Left out, because they diverged or gave no number: {own} runs of {quoted(comparison.level)} and {other} of"
         f" {baseline} (exact McNemar test, {p_value(comparison.p_lost)})."
     )
 
@@ -90,7 +91,7 @@ def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
         baseline: Its name.
         metric: What was measured.
     """
-    level, n = comparison.level, comparison.n
+    level, n, baseline = quoted(comparison.level), comparison.n, quoted(baseline)
     if n == 0:
         pairs = "no pair of runs gave a number" if any(comparison.lost) else f"it has no seed in common with {baseline}"
         return f"Nothing can be said of {level}: {pairs}.{left_out(comparison, baseline)}"
@@ -98,7 +99,7 @@ def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
 
 
 def _verdict(comparison: Comparison, baseline: str, metric: Metric) -> str:
-    level, n = comparison.level, comparison.n
+    level, n = quoted(comparison.level), comparison.n
     size = f"{number(abs(comparison.difference))} {metric.unit}"
     seeds = f"{n} {comparison.unit}s" if n > 1 else f"1 {comparison.unit}"
     if comparison.interim:
@@ -153,30 +154,37 @@ def headline(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -
         return "**No verdict yet: the study has not come to the number of seeds at which it is judged.**"
     better = [c for c in comparisons if c.verdict == "different" and metric.better(c.difference)]
     worse = [c for c in comparisons if c.verdict == "different" and not metric.better(c.difference)]
-    same = [c.level for c in comparisons if c.verdict == "equivalent"]
-    unsaid = [c.level for c in comparisons if c.verdict == "open"]
-    waiting = [c.level for c in comparisons if c.verdict == "interim"]
+    same = [quoted(c.level) for c in comparisons if c.verdict == "equivalent"]
+    unsaid = [quoted(c.level) for c in comparisons if c.verdict == "open"]
+    waiting = [quoted(c.level) for c in comparisons if c.verdict == "interim"]
     parts = []
     if better:
         # By the differences at the seeds of the baseline: means of levels with other seeds do not compare.
         best = min(better, key=lambda c: c.difference if metric.less else -c.difference)
         parts.append(sentence(best, baseline, metric))
-        others = [c.level for c in better if c is not best]
+        others = [quoted(c.level) for c in better if c is not best]
         if others:
             parts.append(f"{listed(others)} also beat it.")
     else:
-        parts.append(f"**No level is shown to be better than {baseline}.**")
+        parts.append(f"**No level is shown to be better than {quoted(baseline)}.**")
         if len(comparisons) == 1:
             return sentence(comparisons[0], baseline, metric)
     if worse:
-        parts.append(f"{listed([c.level for c in worse])} did worse.")
+        parts.append(f"{listed([quoted(c.level) for c in worse])} did worse.")
     if same:
         parts.append(f"{listed(same)} equalled it within {number(metric.margin)} {metric.unit}.")
     if unsaid:
         parts.append(f"Of {listed(unsaid)} no difference can be shown.")
+    if empty := [quoted(c.level) for c in comparisons if c.verdict == "none"]:
+        parts.append(f"{listed(empty)} {'has' if len(empty) == 1 else 'have'} no result to compare.")
     if waiting:
         parts.append(f"{listed(waiting)} have too few seeds for a verdict yet.")
     return " ".join(parts)
+
+
+def quoted(name: str) -> str:
+    """A name of a level in a sentence: in quotes where it is longer than two words, as *better than none* is."""
+    return f"“{name}”" if len(re.findall(r"[^\W_]+", name)) > 2 and "`" not in name and ", " not in name else name
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from mmphi.cli import main, parse
+from mmphi.describe import MOST_CHANGED
 from mmphi.errors import SettingsError
 from mmphi.stages import STAGES, load_settings
+from mmphi.stages.smoke import smoke
 
 
 def test_help_loads_nothing_heavy():
@@ -23,7 +26,7 @@ def test_help_loads_nothing_heavy():
 
 def test_stage_help_loads_no_torch_and_lists_every_setting():
     code = (
-        "import sys; from mmphi.cli import main; main(['projector', '--help']);"
+        "import sys; from mmphi.cli import main; main(['projector', '--help-all']);"
         "sys.exit(bool({'torch', 'mlflow', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -44,6 +47,33 @@ def test_help_of_every_stage(stage, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith(f"mmphi {stage}: {STAGES[stage].help}")
     assert "\n  --" in shown
+
+
+def test_help_begins_with_what_is_changed_most_and_the_rest_is_one_option_away(capsys):
+    for stage, names in MOST_CHANGED.items():
+        assert main([stage, "--help"]) == 0
+        short = capsys.readouterr().out
+        assert short.count("\n  --") == len(names) == len(set(names))
+        assert main([stage, "--help-all"]) == 0
+        whole = capsys.readouterr().out
+        further = int(re.search(r"(\d+) further settings: mmphi \w+ --help-all", short)[1])
+        assert whole.count("\n  --") == len(names) + further
+        listed = [line.split()[0] for line in short.splitlines() if line.startswith("  --")]
+        assert all(f"  {option} " in whole for option in listed)
+
+
+def test_a_smoke_run_is_small_and_what_is_given_stays():
+    for preset in ("tiny", "text", "small", "phi2", "speech", "spoken-scenes"):
+        settings = load_settings(preset, {}, "projector", expand=False)
+        small = smoke(settings)
+        assert (small.projector.steps, small.pretrain.steps, small.evaluate.max_images) == (4, 4, 8)
+        assert small.data.max_images == 32
+        assert small.name == f"{preset} smoke"
+        assert small.projector.layers == settings.projector.layers
+    kept = smoke(load_settings("tiny", {"steps": "7"}, "projector"), {"projector.steps"})
+    assert kept.projector.steps == 7
+    assert smoke(load_settings("tiny", {"scenes.train_images": "9"})).scenes.train_images == 9
+    assert parse(["--smoke", "--layers", "2"]) == ({"smoke": "true"}, {"layers": "2"})
 
 
 def test_parse():

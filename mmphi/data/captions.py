@@ -91,7 +91,7 @@ def read_karpathy(
         raise DataError(f"{path} has no list called 'images'", "Karpathy's files have one")
     folder = ImageFolder(images, source, report.note)
     for number, row in enumerate(rows):
-        where = f"{path.name}, image {number}"
+        where = f"{path.name}, image {number + 1}"
         try:
             split = KARPATHY[row["split"]]
             relative = "/".join(filter(None, (row.get("filepath"), row["filename"])))

@@ -55,7 +55,7 @@ def read_dataset(
     written = Written(folder, _identity(rows, f"{name}/{split}/{image_column}"), len(rows))
     # Where all images were written by an earlier reading, none of their bytes is read again.
     for number, row in enumerate(rows.select_columns([text_column]) if written.digests else rows):
-        where = f"{name}, row {number}"
+        where = f"{name}, row {number + 1}"
         texts = row[text_column] if isinstance(row[text_column], list) else [row[text_column] or ""]
         if not texts or not all(isinstance(text, str) for text in texts):
             report.drop(source, where, "no caption" if not texts else "the caption is no text")

@@ -49,9 +49,9 @@ def read_llava(path: Path, images: Path, source: str, report: ReadReport, split:
             # LLaVA-Instruct-150k names rows by their image, and has up to three of one image.
             example = _example(row, name if again == 1 else f"{name}#{again}", folder, split)
         except ImageError as error:
-            report.drop(source, f"{path.name}, row {number}", error.reason)
+            report.drop(source, f"{path.name}, row {number + 1}", error.reason)
         except DataError as error:
-            report.drop(source, f"{path.name}, row {number}", error.what)
+            report.drop(source, f"{path.name}, row {number + 1}", error.what)
         else:
             report.keep(source)
             seen[name] = again

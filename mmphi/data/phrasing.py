@@ -36,7 +36,14 @@ class Phrasings:
 ALL = (
     Phrasings(
         DESCRIBE,
-        ("describe this picture.", "what is this?", "what do you see?", "what is in the image?", "describe the scene."),
+        (
+            "describe this picture.",
+            "please describe the picture.",
+            "what is this?",
+            "what do you see?",
+            "what is in the image?",
+            "what does the picture show?",
+        ),
         ("what is in this picture?", "please describe the image.", "what does the image show?"),
     ),
     Phrasings(
@@ -141,20 +148,20 @@ def _filled(template: str, about: str) -> str:
 
 
 def training_phrasing(question: str, rng: random.Random) -> str:
-    """A question in one of its training phrasings; half of the time in its canonical wording.
+    """A question in one of its training phrasings, two in three in the canonical wording.
 
-    A third each begins with a capital letter and has no final punctuation.
+    One in four begins with a capital letter, and one in four has no final punctuation.
 
     Args:
         question: In its canonical wording; any other question keeps its words.
         rng: Source of the choice.
     """
     matched = match(question)
-    if matched and rng.random() < 0.5:
+    if matched and rng.random() < 1 / 3:
         question = _filled(rng.choice(matched[0].training), matched[1])
-    if rng.random() < 1 / 3:
+    if rng.random() < 1 / 4:
         question = question[:1].upper() + question[1:]
-    if rng.random() < 1 / 3 and question[-1:] in "?.":
+    if rng.random() < 1 / 4 and question[-1:] in "?.":
         question = question[:-1]
     return question
 

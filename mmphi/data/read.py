@@ -132,14 +132,23 @@ def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]
     wanted = data.validation_images + data.test_images
     if images and wanted >= len(images):
         raise DataError(
-            f"{wanted} images of {examples[0].source!r} are to be kept apart, but it has {len(images)} in all",
-            "lower data.validation_images and data.test_images",
+            f"validation and test take {data.validation_images} + {data.test_images} images of"
+            f" {examples[0].source!r}, but it has {len(images)} in all",
+            _smaller_splits(len(images)),
         )
     split: dict[str, Split] = dict.fromkeys(images, "train")
     split.update(dict.fromkeys(images[: data.test_images], "test"))
     split.update(dict.fromkeys(images[data.test_images : wanted], "validation"))
     splits = [_strictest(split[image.id] for image in e.images) for e in examples]
     return [e if e.split == own else replace(e, split=own) for e, own in zip(examples, splits, strict=True)]
+
+
+def _smaller_splits(images: int) -> str:
+    """The lines of a YAML file that keep a tenth of the images for each split."""
+    share = images // 10 or 1
+    if images <= 2 * share:
+        return "add images: training, validation and test need one each"
+    return f"add these lines to the YAML file:\n  data:\n    validation_images: {share}\n    test_images: {share}"
 
 
 def _strictest(splits: Iterable[Split]) -> Split:

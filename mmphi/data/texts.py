@@ -134,7 +134,7 @@ def read_texts(
             raise DataError(
                 f"{path} has no column {column!r}; it has {', '.join(rows.column_names)}", "name its column"
             )
-        for number, row in enumerate(rows.select_columns([column])):
+        for number, row in enumerate(rows.select_columns([column]), 1):
             yield from _document(row[column], f"{path}, row {number}", report)
         return
     files = files_of(Path(path))
@@ -219,7 +219,7 @@ def _list(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> l
         report.skip("a file that is no JSON", f"{file}: {error}")
         return []
     rows = rows if isinstance(rows, list) else [rows]
-    return [(f"{file}, row {number}", row) for number, row in enumerate(rows)]
+    return [(f"{file}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _document(text: Any, where: str, report: TextReport) -> Iterator[Piece]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mmphi.text.packing import check_spans, spread, to_device
@@ -17,6 +18,7 @@ from mmphi.text.sequences import Sample, Span
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
 
+BAR_AFTER_S = 5.0  # A loop that takes longer shows a progress bar.
 _GENERATING = threading.Lock()  # The settings of a model are shared by all threads.
 
 
@@ -66,7 +68,7 @@ def answers_to(model: Multimodal, prompts: Sequence[Sample], batch_size: int, **
     # Alike lengths together: less padding, and the answers go back to their places.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[Answer]] = {}
-    for first in range(0, len(order), batch_size):
+    for first in tqdm(range(0, len(order), batch_size), "answers", leave=False, delay=BAR_AFTER_S):
         chosen = order[first : first + batch_size]
         answers.update(zip(chosen, _batch(model, [prompts[i] for i in chosen], how), strict=True))
     return [answers[i] for i in range(len(prompts))]

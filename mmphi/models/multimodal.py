@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from mmphi.data.digests import content_digest
 from mmphi.data.encoded import encode_example, image_inputs
@@ -16,7 +17,7 @@ from mmphi.data.features import ImageFeatures
 from mmphi.data.records import AudioRef, Example, ImageRef
 from mmphi.errors import ModelError
 from mmphi.models.chat.conversing import Conversing
-from mmphi.models.generation import Answer, answers_to
+from mmphi.models.generation import BAR_AFTER_S, Answer, answers_to
 from mmphi.models.language import Language
 from mmphi.models.packed import PackedModel
 from mmphi.models.projector import Projector
@@ -183,7 +184,9 @@ class Multimodal(Conversing):
             examples = [replace(e, images=other) for e, other in zip(examples, images, strict=True)]
         samples = (self.encode(e) for e in examples)
         nats, tokens = 0.0, 0
-        for pack in packs([s for s in samples if s is not None], self.sources, max_tokens, layout=self.packed.layout):
+        kept = [s for s in samples if s is not None]
+        made = packs(kept, self.sources, max_tokens, layout=self.packed.layout)
+        for pack in tqdm(made, "losses", unit="pack", leave=False, delay=BAR_AFTER_S):
             nats += float(self.packed(**to_device(pack, self.device)))
             tokens += len(pack["targets"])
         return nats, tokens

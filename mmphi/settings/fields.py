@@ -55,7 +55,7 @@ class Field:
         return "|".join(self.choices) or f"{self.kind} {bounds}".strip()
 
     def nearest(self, value: Any) -> Any:
-        """The valid number or choice nearest to a value that is not valid; the default where none is nearer."""
+        """The valid number nearest to one that is not valid; None beyond an open end, the default for no number."""
         if self.kind not in ("int", "float"):
             return self.default
         # 1,600 is a whole number with a mark between its thousands; 1,5 a fraction as many languages write it.
@@ -71,7 +71,7 @@ class Field:
         high = min((self.bounds.get("le", math.inf), self.bounds.get("lt", math.inf) - step))
         clamped = min(max(number, low), high)
         if math.isinf(clamped) or clamped in (self.bounds.get("gt"), self.bounds.get("lt")):
-            return self.default  # An open end has no nearest number.
+            return None  # An open end has no nearest number.
         return round(clamped) if self.kind == "int" else clamped
 
 

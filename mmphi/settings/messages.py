@@ -43,8 +43,12 @@ def unknown(root: type[Section], key: str, stage: str = "") -> SettingsError:
     below = [k for k in known if k.startswith(f"{key}.")]
     own = [k.removeprefix(f"{stage}.") for k in known if k.startswith(f"{stage}.")]
     near = difflib.get_close_matches(tail, siblings, n=1) if section else []
+    # Of a YAML file: a section, or the preset that it extends.
+    top = [] if section or stage else difflib.get_close_matches(key, [*root.model_fields, "extends"], n=1, cutoff=0.7)
     if below:
         hint = f"it is a section: {', '.join(below)}"
+    elif top:
+        hint = f"did you mean {top[0]}?"
     elif near:
         hint = f"did you mean {section}.{near[0]}?"
     elif similar := nearest(key, [*own, *known]):
@@ -87,4 +91,6 @@ def _nearest_valid(field: Field, value: Any) -> str:
     if field.choices:
         return f"the nearest valid value is {nearest(str(value), field.choices).split(' or ')[0] or field.default}"
     valid = field.nearest(value)
+    if valid is None:
+        return f"the default is {field.default}"
     return f"the nearest valid value is {str(valid).lower() if field.kind == 'bool' else valid}"

@@ -40,14 +40,14 @@ def test_phrasings_keep_the_type_and_the_object_of_a_question(question: str) -> 
     assert {canonical(text) for text in [*trained, *held_out]} == {question}
     assert not {bare(text) for text in trained} & {bare(text) for text in held_out}
     assert len({bare(text) for text in trained}) >= 3
-    assert 0.4 < sum(bare(text) == bare(question) for text in trained) / 400 < 0.6
+    assert 0.6 < sum(bare(text) == bare(question) for text in trained) / 400 < 0.74
 
 
 def test_case_and_final_punctuation_vary() -> None:
     rng = random.Random(0)
     trained = [training_phrasing("is there a red circle?", rng) for _ in range(600)]
-    assert 0.27 < sum(text[0].isupper() for text in trained) / 600 < 0.4
-    assert 0.27 < sum(not re.search(r"[?.]$", text) for text in trained) / 600 < 0.4
+    assert 0.2 < sum(text[0].isupper() for text in trained) / 600 < 0.3
+    assert 0.2 < sum(not re.search(r"[?.]$", text) for text in trained) / 600 < 0.3
 
 
 def test_questions_of_other_origin_keep_their_words() -> None:

@@ -49,7 +49,7 @@ def test_split_is_by_image_never_by_caption(folder):
     assert Counter(s for (s,) in map(tuple, splits.values())) == {"train": 12, "validation": 3, "test": 5}
     again, _ = read_examples(chosen, None)
     assert again == examples
-    with pytest.raises(DataError, match="20 images of 'captions' are to be kept apart"):
+    with pytest.raises(DataError, match=r"10 \+ 10 images of 'captions', but it has"):
         read_examples(settings(folder, captions(folder, rows), validation_images=10, test_images=10), None)
 
 

@@ -76,7 +76,8 @@ def test_bad_rows_are_counted_with_their_reason(folder):
     }
     assert report.bad_share == 12 / 13
     assert report.kept["llava"] == 1
-    assert "row 1" in report.table()
+    assert "row 2" in report.table()  # Rows are counted from 1.
+    assert "row 0" not in report.table()
 
 
 def test_malformed_json_names_the_line(folder):

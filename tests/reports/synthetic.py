@@ -85,7 +85,7 @@ def study(name: str, effects: Mapping[str, float], seeds: int = 8, **changes: An
         for seed, value in of.items():
             costs = {"projector/parameters": 1e5 * layers, "cost/first_token_s": 0.01 * layers}
             metrics = {"test/loss": value, "seconds": 30.0, "projector/supervised_tokens": 1000.0, **costs}
-            trial(name, level, seed, metrics, curve={50: 2 * value, 100: value})
+            trial(name, level, seed, metrics, curve={50: 2 * value, 75: 1.4 * value, 100: value})
     return found
 
 

@@ -15,7 +15,7 @@ from reports.comparison import compare
 from reports.figures import front
 from reports.prose import design
 from reports.query import StudyData, Trial, begun, load_study
-from reports.verdict import Metric, headline
+from reports.verdict import Metric, headline, quoted
 
 EFFECTS = {"2 layers": 0.0, "3 layers": -0.05, "odd | one": -0.001}
 
@@ -250,7 +250,7 @@ def test_the_nuisance_values_that_were_used_are_shown(empty_store: str, tmp_path
             trial("rates", level, seed, {"test/loss": 0.5 + seed}, params={"projector.learning_rate": 0.001})
     text = write("rates", tmp_path)
     assert "| 2 layers | 0.001 | 0.001: 0.55 (0.5 to 0.6); 0.01: 0.1 |" in text
-    assert "3 layers, `projector.learning_rate` = 0.001: the best value lies at the edge" in text
+    assert "3 layers, `projector.learning_rate`: only two values were tried" in text
 
 
 def test_the_best_level_is_the_one_with_the_best_paired_difference() -> None:
@@ -298,3 +298,22 @@ def test_a_run_that_failed_for_another_reason_is_not_lost_while_the_study_runs(e
     for name, reason in (("2 layers", "StoreError: the disk is full"), ("3 layers", "TrainingError: the loss is nan")):
         trial("disk", name, 0, {}, status="FAILED", tags={"mmphi.error": reason})
     assert load_study(Store(), "disk").lost() == {"2 layers": set(), "3 layers": {0}}
+
+
+def test_costs_within_their_noise_and_curves_of_two_points_are_not_drawn(empty_store: str, tmp_path: Path) -> None:
+    levels = {"2 layers": 2, "3 layers": 3}
+    record("noisy", seeds=4, levels=levels)
+    for level in levels:
+        for seed in range(4):
+            latency = {"cost/first_token_s": 0.1 + 0.02 * seed + 0.001 * levels[level]}
+            metrics = {"test/loss": 0.5 + 0.01 * seed, "projector/parameters": 1e5 * levels[level], **latency}
+            trial("noisy", level, seed, metrics, curve={50: 1.0, 100: 0.5})
+    text = write("noisy", tmp_path)
+    assert "curves.png" not in text
+    assert "tradeoffs.png" in text  # By the parameters alone.
+    assert re.search(r"less than twice their spread over seeds: [^.]*first token", text)
+
+
+def test_names_of_several_words_are_quoted() -> None:
+    assert quoted("better than none") == "“better than none”"
+    assert quoted("2 layers") == "2 layers"

@@ -207,4 +207,10 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     levels = {"base": {0: 1.0, 1: 2.0, 2: 3.0}, "other": {1: 2.5, 2: 3.5, 7: 100.0}, "none": {}}
     other, none = compare(levels, "base")
     assert (other.n, other.difference) == (2, 0.5)
-    assert (none.n, none.verdict, none.interval) == (0, "open", None)
+    assert (none.n, none.verdict, none.interval) == (0, "none", None)
+    # A level without results is no test, and does not make the others harder.
+    many = {"base": dict.fromkeys(range(8), 1.0), "other": {n: 1.1 + n / 1000 for n in range(8)}}
+    alone, *_ = compare(many, "base")
+    beside, empty = compare({**many, "none": {}}, "base")
+    assert beside == alone
+    assert (empty.verdict, empty.p, empty.comparisons) == ("none", 1.0, 1)

@@ -81,7 +81,8 @@ def test_command_line_overrides():
         ({"data.sources": "[{kind: captions"}, ["data.sources", "cannot be read"]),
         ({"data.sources.1.kind": "captions"}, ["data.sources.1.kind", "data.sources.0.kind"]),
         ({"data": "all"}, ["no setting 'data'", "data.sources"]),
-        ({"learning_rate": "0"}, ["projector.learning_rate = 0", "> 0", "nearest valid value is 0.00"]),
+        ({"learning_rate": "0"}, ["projector.learning_rate = 0", "> 0", "the default is 0.001"]),
+        ({"projector.warmup": "1.5"}, ["< 1", "the default is 0.03"]),
     ],
 )
 def test_mistakes_name_key_value_and_what_is_near(overrides, words):
@@ -89,6 +90,14 @@ def test_mistakes_name_key_value_and_what_is_near(overrides, words):
         load_settings("tiny", overrides, "projector")
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_misspelled_key_of_a_file_finds_sections_and_extends(tmp_path):
+    for line, near in (("extend: tiny", "did you mean extends?"), ("projectors: {}", "did you mean projector?")):
+        (tmp_path / "mine.yaml").write_text(line)
+        with pytest.raises(SettingsError) as caught:
+            load_settings(str(tmp_path / "mine.yaml"))
+        assert near in str(caught.value)
 
 
 def test_files_that_are_no_settings(tmp_path):

@@ -1,0 +1,91 @@
+"""``--smoke``: every stage and its evaluation at a size that takes seconds, to see whether a whole run works.
+
+The settings are real ones, so that results of a smoke run have keys of their own and are never taken for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+from mmphi.settings.declare import Section
+from mmphi.settings.fields import leaves
+
+S = TypeVar("S", bound=Section)
+
+# Upper bounds; a smaller value stays.
+AT_MOST: Mapping[str, int] = {
+    "scenes.train_images": 64,
+    "scenes.validation_images": 8,
+    "scenes.test_images": 8,
+    "scenes.texts": 400,
+    "data.validation_images": 4,
+    "data.test_images": 4,
+    "pretrain.steps": 4,
+    "pretrain.eval_every": 4,
+    "pretrain.save_every": 4,
+    "pretrain.validation_tokens": 2048,
+    "light_clip.steps": 4,
+    "light_clip.eval_every": 4,
+    "light_clip.save_every": 4,
+    "projector.steps": 4,
+    "projector.align_steps": 2,
+    "projector.eval_every": 4,
+    "projector.save_every": 4,
+    "projector.sample_images": 4,
+    "qlora.steps": 4,
+    "qlora.eval_every": 4,
+    "qlora.save_every": 4,
+    "qlora.sample_images": 4,
+    "speech.steps": 4,
+    "speech.align_steps": 2,
+    "speech.eval_every": 4,
+    "speech.save_every": 4,
+    "evaluate.max_new_tokens": 8,
+    "evaluate.yes_no": 8,
+    "evaluate.long_answers": 2,
+    "evaluate.max_answer_tokens": 16,
+    "evaluate.candidates": 2,
+    "textgen.generators": 1,
+}
+# Bounds of settings whose 0 stands for all.
+AT_MOST_OF_ALL: Mapping[str, int] = {
+    "data.max_images": 32,
+    "evaluate.max_images": 8,
+    "pretrain.public_windows": 2,
+}
+# Budgets that would outweigh the bounds above.
+INSTEAD: Mapping[str, Any] = {
+    "pretrain.stop": "steps 4",
+    "pretrain.supervised_tokens": 0,
+    "textgen.stop": "tokens 2000",
+    "projector.supervised_tokens": 0,
+    "qlora.supervised_tokens": 0,
+    "speech.supervised_tokens": 0,
+}
+
+
+def smoke(settings: S, given: Collection[str] = ()) -> S:
+    """Settings at the size of a smoke run.
+
+    Args:
+        settings: All settings.
+        given: Full names of settings that keep their value, such as those of the command line.
+    """
+    values = dict(leaves(settings))
+    small: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in given:
+            continue
+        if name in INSTEAD:
+            small[name] = INSTEAD[name]
+        elif name in AT_MOST_OF_ALL:
+            small[name] = min(value or AT_MOST_OF_ALL[name], AT_MOST_OF_ALL[name])
+        elif name in AT_MOST:
+            small[name] = min(value, AT_MOST[name])
+    content = settings.model_dump()
+    for name, value in small.items():
+        section, _, field = name.partition(".")
+        content[section][field] = value
+    content["name"] = f"{content['name']} smoke"
+    return type(settings).model_validate(content)
