@@ -7,7 +7,7 @@ from reports.document import Document
 from reports.findings import Findings
 from reports.query import StudyData
 from reports.statistics import shares
-from reports.tables import is_noise, mean_of, tables
+from reports.tables import is_noise, median_of, tables
 from reports.verdict import headline, sentence
 
 CURVES = "val/loss", "train/loss"  # The second where the first was hardly measured on the way.
@@ -85,7 +85,7 @@ def drawn(found: Findings) -> dict[str, bytes]:
     noisy = noisy_costs(found)
     costs: dict[str, dict[str, tuple[float, float]]] = {}
     for name in SHOWN_COSTS:
-        points = {level: (mean_of(results[level], name), found.means[level]) for level in found.means}
+        points = {level: (median_of(results[level], name), found.means[level]) for level in found.means}
         there = {level: (x, y) for level, (x, y) in points.items() if x}
         title = titles(data).get(name)
         if title and title not in noisy and len({x for x, _ in there.values()}) > 1:

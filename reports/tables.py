@@ -38,7 +38,7 @@ def tables(found: Findings) -> dict[str, Table]:
         tokens = mean_of(trials, f"{declared['stage']}/supervised_tokens")
         around = ends_of(found.intervals[level])
         rows.append([level, len(trials), mean, around, *against, f"{tokens:,.0f}" if tokens else "-"])
-        costs.append([level, *(_cost(mean_of(trials, name)) for name in declared["costs"])])
+        costs.append([level, *(_cost(median_of(trials, name)) for name in declared["costs"])])
     made = {
         "levels": Table([declared["factor"], "n", f"mean {metric.name}", *LEVEL_COLUMNS], rows),
         "robustness": robustness(found),
@@ -220,15 +220,23 @@ def is_noise(levels: Iterable[Mapping[int, Trial]], name: str) -> bool:
         name: Of the cost; one that is the same at all seeds of a level, such as parameters, is no noise.
     """
     values = [[t.metrics[name] for t in of.values() if name in t.metrics] for of in levels]
-    spreads = [float(np.std(of, ddof=1)) for of in values if len(of) > 1]
-    means = [float(np.mean(of)) for of in values if of]
-    return bool(spreads) and max(means) - min(means) < 2 * float(np.median(spreads))
+    variances = [float(np.var(of, ddof=1)) for of in values if len(of) > 1]
+    medians = [float(np.median(of)) for of in values if of]
+    return bool(variances) and max(medians) - min(medians) < 2 * float(np.sqrt(np.mean(variances)))
 
 
 def mean_of(trials: Mapping[int, Trial], name: str) -> float | None:
-    """Mean of a metric over trials; of seconds without those that went on from another run."""
-    went_on = name == "seconds"
-    found = [
-        t.metrics[name] for t in trials.values() if name in t.metrics and not (went_on and "mmphi.continues" in t.tags)
-    ]
+    """Mean of a metric over trials."""
+    found = [t.metrics[name] for t in trials.values() if name in t.metrics]
     return float(np.mean(found)) if found else None
+
+
+def median_of(trials: Mapping[int, Trial], name: str) -> float | None:
+    """Median of a cost over trials, because times have outliers; of seconds without trials that were continued."""
+    continued = name == "seconds"
+    found = [
+        t.metrics[name]
+        for t in trials.values()
+        if name in t.metrics and not (continued and "mmphi.continues" in t.tags)
+    ]
+    return float(np.median(found)) if found else None

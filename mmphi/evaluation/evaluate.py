@@ -167,6 +167,7 @@ def _captions(
             "image": e.image.path if e.image else "",
             "prediction": answer.text,
             "reference": refs[0],
+            "correct": "yes" if answer.text in refs else "no",
             "ended": answer.ended,
         }
         for e, answer, refs in zip(firsts, answers, references, strict=True)

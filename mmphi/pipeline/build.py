@@ -235,7 +235,9 @@ class Pipeline(Plan):
         begun = time.perf_counter()
         if stage.trains:
             request.ranks.share(context, key, settings)
-            with threads_of(self.store, tracker, source):
+            from mmphi.tracking.system_metrics import system_metrics
+
+            with threads_of(self.store, tracker, source), system_metrics(tracker.run_id, self.store.uri):
                 metrics = dict(stage.run(context))
             request.ranks.done()
         else:

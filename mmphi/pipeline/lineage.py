@@ -45,10 +45,14 @@ def describe(
     resolved = settings.model_dump()
     tracker.text("settings.yaml", yaml.safe_dump(resolved, sort_keys=False))
     tracker.text("key.json", json.dumps(parts, indent=1))
+    from mmphi.tracking.datasets import datasets_of, log_datasets
+
     # `mlflow run` has logged its own parameters, such as `seed`; these have a dot, and so never the same name.
     unused = stage.unused(SettingsView(settings, stage.declared))
     read = ((name, value) for name, value in leaves(settings) if covered(name, stage.reads))
     tracker.params({name: value for name, value in read if not covered(name, unused)})
+    context = "evaluation" if stage.name == "evaluate" else "training"
+    log_datasets(tracker.client, tracker.run_id, datasets_of(parts, dict(leaves(settings)), needed), context)
     data = {f"mmphi.data.{n}": v for n, v in parts.items() if str(v).startswith("sha256:")}
     upstream = {f"mmphi.upstream.{name}": result.run_id for name, result in needed.items()}
     tags, diff = code()

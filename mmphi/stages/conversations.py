@@ -110,9 +110,10 @@ class Validation:
             {
                 "step": step,
                 "image": e.images[0].path,
-                "question": e.turns[0].question,
                 "prediction": answer.text,
                 "reference": e.turns[0].answer,
+                "correct": "yes" if answer.text == e.turns[0].answer else "no",
+                "question": e.turns[0].question,
             }
             for e, answer in zip(self.shown, self.model.generate(prompts, self.chosen.sample_tokens), strict=True)
         ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
-from mlflow.entities import LoggedModelOutput, Run
+from mlflow.entities import LoggedModelOutput, Metric, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MLMODEL = "MLmodel"
 LOADER = "mmphi.assistant.pyfunc"  # Named, and neither imported here nor pickled.
 COLUMNS = ("question", "image", "audio", "system", "messages")
+SHOWN_TAGS = ("mmphi.stage", "mmphi.key", "mmphi.preset", "mlflow.note.content")
+RESULTS = ("val/", "test/", "public/", "floor/")
+MOST_PARAMS = 100  # That MLflow takes at once.
 NEEDS = ("mmphi", "torch", "transformers")
 
 
@@ -90,10 +93,16 @@ def log_model(client: MlflowClient, run: Run, folder: Path, name: str) -> str:
         folder: Its files on this machine.
         name: What the model is called; not unique.
     """
-    tags = {key: value for key, value in run.data.tags.items() if key in ("mmphi.stage", "mmphi.key", "mmphi.preset")}
+    tags = {key: value for key, value in run.data.tags.items() if key in SHOWN_TAGS}
     model = client.create_logged_model(
-        run.info.experiment_id, name=name, source_run_id=run.info.run_id, tags=tags, model_type="mmphi"
+        run.info.experiment_id,
+        name=name,
+        source_run_id=run.info.run_id,
+        tags=tags,
+        params=dict(list(run.data.params.items())[:MOST_PARAMS]),
+        model_type="mmphi",
     )
+    log_results(client, run, model.model_id)
     place = urlparse(model.artifact_location)
     if place.scheme in ("", "file"):
         _linked(folder, Path(unquote(place.path)))
@@ -104,6 +113,24 @@ def log_model(client: MlflowClient, run: Run, folder: Path, name: str) -> str:
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, 0)])
     return str(model.model_id)
+
+
+def log_results(client: MlflowClient, run: Run, model_id: str) -> None:
+    """Link a run's last validation, test and public-text figures to its model.
+
+    Args:
+        client: Of the store.
+        run: The run, with its metrics.
+        model_id: Of the model.
+    """
+    # With the times and steps that they have: MLflow keeps one of equal values, and no curve gets a second point.
+    results = [
+        Metric(m.key, m.value, m.timestamp, m.step, model_id=model_id, run_id=run.info.run_id)
+        for m in run.data._metric_objs  # MLflow has no public list of them with steps.
+        if m.key.startswith(RESULTS)
+    ]
+    if results:
+        client.log_batch(run.info.run_id, metrics=results)
 
 
 def _linked(source: Path, target: Path) -> None:

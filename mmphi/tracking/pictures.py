@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE, GRID = 256, 12  # Pixels; pictures in a grid.
+MARKS = {"yes": "#1a7f37", "no": "#b42318"}  # Colours of predictions that are correct and that are not.
 
 
 def thumbnail(path: Any) -> Image.Image | None:
@@ -64,10 +65,15 @@ def grid(rows: Sequence[Mapping[str, Any]], image: str) -> Figure | None:
     figure = Figure(figsize=(3.6 * columns, 4.6 * lines), layout="constrained")
     for axes, (picture, row) in zip(figure.subplots(lines, columns, squeeze=False).flat, shown, strict=False):
         axes.imshow(picture)
-        texts = [(k, str(v)) for k, v in row.items() if k != image and isinstance(v, str) and v]
+        correct = row.get("correct", "")
+        texts = [(k, str(v)) for k, v in row.items() if k not in (image, "correct") and isinstance(v, str) and v]
         caption = "\n".join(textwrap.fill(f"{k}: {v}", 42, max_lines=4) for k, v in texts)
         # A dollar sign would begin a formula.
-        axes.set_title(caption.replace("$", r"\$"), fontsize=8, loc="left", y=-0.02, verticalalignment="top")
+        colour = MARKS.get(str(correct), "black")
+        escaped = caption.replace("$", r"\$")
+        axes.set_title(escaped, fontsize=8, loc="left", y=-0.02, verticalalignment="top", color=colour)
+        if correct == "no":
+            axes.text(0.97, 0.03, "wrong", transform=axes.transAxes, ha="right", color="white", backgroundcolor=colour)
     for axes in figure.axes:
         axes.axis("off")
     return figure

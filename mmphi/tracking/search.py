@@ -24,6 +24,7 @@ from mmphi.errors import StoreError
 from mmphi.pipeline.manifest import MANIFEST, manifest_holds
 from mmphi.tracking.artifacts import fetch_result
 from mmphi.tracking.connect import connected
+from mmphi.tracking.logged_model import logged_model
 from mmphi.tracking.moved import relocate
 from mmphi.tracking.uri import absolute_uri, database
 
@@ -266,7 +267,12 @@ class RunStore:
         if self.run(run_id).data.tags.get(tag) == after.run_id:
             return
         now = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now, 0) for name, value in after.metrics.items() if name not in own]
+        model = logged_model(self.run(run_id)) or None
+        metrics = [
+            Metric(name, float(value), now, 0, model_id=model, run_id=run_id)
+            for name, value in after.metrics.items()
+            if name not in own
+        ]
         self.client.log_batch(run_id, metrics=metrics)
         self.client.set_tag(run_id, tag, after.run_id)
 

@@ -34,7 +34,9 @@ class Tables:
         before = self._rows[name] if name in self._rows else self._left(name, rows[0].get("step"))
         self._rows[name] = [*before, *rows]
         columns = list(dict.fromkeys(column for row in self._rows[name] for column in row))
-        data = [[row.get(column) for column in columns] for row in self._rows[name]]
+        # MLflow's page shows the first rows: those of the newest step.
+        newest = sorted(self._rows[name], key=_step, reverse=True)
+        data = [[row.get(column) for column in columns] for row in newest]
         return json.dumps({"columns": columns, "data": data}).encode()
 
     def _left(self, name: str, step: Any) -> list[Row]:
@@ -43,7 +45,12 @@ class Tables:
             rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
         except (OSError, ValueError, KeyError):
             return []
-        return [row for row in rows if step is not None and row.get("step") is not None and row["step"] < step]
+        kept = [row for row in rows if step is not None and row.get("step") is not None and row["step"] < step]
+        return sorted(kept, key=_step)
+
+
+def _step(row: Row) -> int:
+    return int(row["step"]) if isinstance(row.get("step"), int) else 0
 
 
 def plain(row: Mapping[str, Any]) -> Row:
