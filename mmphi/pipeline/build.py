@@ -245,7 +245,7 @@ class Pipeline(Plan):
                 metrics = dict(stage.run(context))
         give_back()
         tracker.watch = None  # Final values are no report of a training, which has ended.
-        tracker.metrics({**metrics, "seconds": time.perf_counter() - begun})
+        tracker.final_metrics({**metrics, "seconds": time.perf_counter() - begun})
         tracker.text(METRICS, json.dumps(metrics))
         if stage.talks:
             from mmphi.tracking.logged_model import write_mlmodel

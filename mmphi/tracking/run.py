@@ -53,6 +53,7 @@ class RunTracker:
         self._tables = Tables(folder)
         self._not_finite: list[str] = []
         self._checkpoint = ""
+        self._last: dict[str, tuple[int, float]] = {}  # Step and value of each metric's last point.
         self.watch: Watch | None = None
 
     @property
@@ -70,12 +71,25 @@ class RunTracker:
         now = int(time.time() * 1000)
         for name, value in values.items():
             if math.isfinite(value):
+                if step >= self._last.get(name, (0, 0.0))[0]:
+                    self._last[name] = step, float(value)
                 self._waiting.append(Metric(name, float(value), now, step))
             else:
                 self._not_finite.append(f"{name} = {value} at step {step}")
                 self.tags({"mmphi.not_finite": "; ".join(self._not_finite)})
         if len(self._waiting) >= AT_MOST or time.monotonic() - self._sent > EVERY_S:
             self.flush()
+
+    def final_metrics(self, values: Mapping[str, float]) -> None:
+        """Record a run's final numbers, each at the last step of its curve; a curve gets no point at step 0."""
+        by_step: dict[int, dict[str, float]] = {}
+        for name, value in values.items():
+            step, last = self._last.get(name, (0, None))
+            if last is None or last != float(value):
+                by_step.setdefault(step, {})[name] = value
+        time.sleep(0.002)  # Of two points at one step MLflow takes the later one as the last, by the millisecond.
+        for step, some in by_step.items():
+            self.metrics(some, step)
 
     def flush(self) -> None:
         """Send the metrics that wait."""

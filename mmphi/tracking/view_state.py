@@ -55,7 +55,7 @@ def view_state(metrics: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
         metrics: In the order that they are shown in.
         curves: Those of them that are recorded at several steps.
     """
-    columns = ["attributes.`Dataset`", *(f"metrics.`{name}`" for name in metrics), "attributes.`Models`"]
+    columns = [f"metrics.`{name}`" for name in metrics]
     sections = [RESULTS, *SECTIONS]
     return {
         "selectedColumns": columns,

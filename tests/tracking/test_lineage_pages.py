@@ -101,3 +101,19 @@ def test_a_runs_page_is_that_of_trainings(empty_store: str, monkeypatch: pytest.
     assert address.endswith(f"/runs/{result.run_id}?workflowType=machine_learning")
     monkeypatch.setenv("MMPHI_UI", "http://127.0.0.1:5050/")
     assert Store().address(result.run_id).startswith("http://127.0.0.1:5050/#/experiments/")
+
+
+def test_final_numbers_stand_at_the_end_of_their_curves(store: Store) -> None:
+    with store.building("key", "title", {"mmphi.stage": "x", "mmphi.key": "key"}, "", lambda _: None) as (tracker, _):
+        for step, loss in ((10, 2.0), (20, 1.0)):
+            tracker.metrics({"val/loss": loss, "val/best": loss}, step)
+        tracker.final_metrics({"val/loss": 1.0, "val/best": 0.9, "seconds": 3.0})
+        tracker.flush()
+        points = {
+            name: [(point.step, point.value) for point in store.client.get_metric_history(tracker.run_id, name)]
+            for name in ("val/loss", "val/best", "seconds")
+        }
+    assert points["val/loss"] == [(10, 2.0), (20, 1.0)]
+    assert set(points["val/best"]) == {(10, 2.0), (20, 1.0), (20, 0.9)}
+    assert points["seconds"] == [(0, 3.0)]
+    assert store.run(tracker.run_id).data.metrics["val/best"] == 0.9
