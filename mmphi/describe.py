@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +157,12 @@ def status(settings: Settings) -> str:
     plan, looked = Plan(STAGES), glance()
     drawn: set[str] = set()
     rows: list[tuple[str, str]] = []
+    missing: dict[str, str] = {}  # What the settings name and is not there, by setting.
+    states = {name: _state(plan, looked, name, settings, missing) for name in STAGES}
+    shown = relevant(plan, settings, states)
 
     def draw(name: str, before: str, branch: str) -> None:
-        rows.append((f"{before}{branch}{name}", "(above)" if name in drawn else _state(plan, looked, name, settings)))
+        rows.append((f"{before}{branch}{name}", "(above)" if name in drawn else states[name].text))
         if name in drawn:
             return
         drawn.add(name)
@@ -167,33 +171,85 @@ def status(settings: Settings) -> str:
         for each in upstream:
             draw(each, inner, "└─ " if each == upstream[-1] else "├─ ")
 
-    needed = {each for name in STAGES for each in plan.upstream(name, settings)}
-    for name in sorted(STAGES, key=lambda name: name in needed):
+    needed = {each for name in shown for each in plan.upstream(name, settings)}
+    for name in sorted(shown, key=lambda name: name in needed):
         if name not in drawn:
             draw(name, "", "")
     width = max(len(name) for name, _ in rows)
     lines = [f"{settings.name}, in {looked.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)]
+    lines += ["", total([states[name] for name in drawn])]
+    if others := [name for name in STAGES if name not in drawn]:
+        lines.append(f"other stages, which these do not need: {', '.join(others)}")
+    lines += ["", "missing:", *(f"  {name} = {what}" for name, what in missing.items())] if missing else []
     view = plan.view("projector", settings)
     for title, names in (("fetched", list(to_fetch(view))), ("hashed once", list(to_hash(view)))):
         lines += ["", f"would be {title}:", *(f"  {name}" for name in names)] if names else []
     return "\n".join(lines)
 
 
-def _state(plan: Plan, looked: Glance, name: str, settings: Settings) -> str:
+@dataclass(frozen=True)
+class State:
+    """What a status says of a stage.
+
+    Attributes:
+        text: In a line.
+        begun: Whether the store has a run of it.
+        disk_bytes: What building it would take on the disk; 0 where it is finished.
+        seconds: How long that would take; None where it cannot be known, 0 where it is finished.
+    """
+
+    text: str
+    begun: bool
+    disk_bytes: float
+    seconds: float | None
+
+
+def _state(plan: Plan, looked: Glance, name: str, settings: Settings, missing: dict[str, str]) -> State:
+    cost = STAGES[name].cost(plan.view(name, settings))
     try:
         key = plan.key(name, settings)
     except SettingsError as error:
-        return f"missing {_would_take(STAGES[name].cost(plan.view(name, settings)))}; {error.what}"
+        setting, _, what = error.what.partition(" = ")
+        missing.setdefault(setting, what or error.what)
+        return State(f"missing {_would_take(cost)}, needs {setting}", False, cost.disk_bytes, cost.seconds)
     result = looked.result(key)
     if result:
         disk = f", {size(total_bytes(result.folder))}" if result.folder else ""
         took = f", took {duration(result.seconds)}" if result.seconds is not None else ""
-        return f"finished  run {result.run_id}, {ago(result.ended_ms)}{disk}{took}"
-    cost = STAGES[name].cost(plan.view(name, settings))
-    past = looked.seconds(name, settings.name)
+        text = f"finished  run {result.run_id}, {ago(result.ended_ms)}{disk}{took}"
+        return State(text, True, 0, 0.0)
+    past, begun = looked.seconds(name, settings.name), looked.begun(key)
     seconds = past if past is not None else cost.seconds
     took = f", about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
-    return f"{'begun' if looked.begun(key) else 'missing':<8}{_would_take(cost)}{took}"
+    text = f"{'begun' if begun else 'missing':<8}{_would_take(cost)}{took}"
+    return State(text, begun, cost.disk_bytes, seconds)
+
+
+def relevant(plan: Plan, settings: Settings, states: Mapping[str, State]) -> list[str]:
+    """The stages that a preset is about: those that train and measure a model of its data, and those with runs.
+
+    Args:
+        plan: The stages.
+        settings: All settings.
+        states: Of every stage.
+    """
+    named = [name for name in ("speech", "transcribe") if getattr(settings, name).path]
+    if settings.corpus.sources or settings.pretrain.size != "custom":
+        named.append("pretrain")
+        goals = named
+    else:
+        goals = ["evaluate", "qlora", *named] if not settings.speech.path else named
+    ordered = {each for goal in goals for each in plan.order(goal, settings)}
+    return [name for name in STAGES if name in ordered or states[name].begun]
+
+
+def total(states: Sequence[State]) -> str:
+    """What building everything that is missing would take."""
+    unknown = sum(state.seconds is None for state in states)
+    known = sum(state.seconds or 0 for state in states)
+    time_text = f"about {duration(known)}" if known else "no time known"
+    more = f" without {unknown} stages whose time is not known" if unknown and known else ""
+    return f"in all: {size(sum(state.disk_bytes for state in states))} of disk, {time_text}{more}"
 
 
 def _would_take(cost: Cost) -> str:

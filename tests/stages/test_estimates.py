@@ -58,7 +58,14 @@ def test_status_of_phi2_works_without_its_data(
     out = capsys.readouterr().out
     (embed,) = [line for line in out.splitlines() if "embed " in line and "(above)" not in line]
     assert "would take 23.6 GB" in embed  # 80,000 images x 144 tokens x 1,024 x 2 bytes
-    assert "${MMPHI_LLAVA}/llava_instruct_150k.json: there is no such file" in embed
+    assert "needs data.sources.0.path" in embed
+    # What is missing is said once, whatever needs it; and what all of it would take.
+    assert out.count("there is no such file") == 1
+    assert "data.sources.0.path = ${MMPHI_LLAVA}/llava_instruct_150k.json: there is no such file" in out
+    assert "in all: 44." in out
+    shown, _, others = out.partition("other stages, which these do not need:")
+    assert "pretrain" not in shown
+    assert "pretrain" in others
     assert "microsoft/phi-2, 5.6 GB" in out
     assert "ViT-L-14-336 openai, by open_clip" in out
     assert "mmphi fetch llava FOLDER" in out
