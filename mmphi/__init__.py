@@ -47,11 +47,21 @@ def load(
     quieten()
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        from mmphi.tracking.store import Store
-
-        folder = Store().model_folder(str(model))
+        folder = _folder_of(str(model))
     place = torch.device(device) if device else None
     return load_bundle(folder, device=place, language=language, precision=precision, whisper=whisper, once=PROCESS.once)
+
+
+def _folder_of(model: str) -> Path:
+    """The files of a run or registered model; those of a run in a local SQLite store are found without mlflow."""
+    from mmphi.tracking.glance import glance
+
+    found = glance().folder(model.removeprefix("runs:/").partition("/")[0])
+    if found is not None:
+        return found
+    from mmphi.tracking.store import Store
+
+    return Store().model_folder(model)
 
 
 def build(stage: str, preset: str = "tiny", **settings: Any) -> Result:

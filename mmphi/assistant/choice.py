@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mmphi.errors import StoreError
+from mmphi.tracking.glance import ModelRun, glance
+
+TEXT_ONLY = "pretrain"
 
 
 def model_options(made: argparse.ArgumentParser) -> None:
@@ -37,17 +38,21 @@ class Choice:
     label: str
 
 
-def _finished(preset: str, most: int) -> list[Any]:
-    """Finished runs that ended in a model, newest first, without those that only a study asked for."""
-    from mmphi.stages import STAGES
-    from mmphi.tracking.store import Store
+def _finished(preset: str, most: int) -> list[ModelRun]:
+    """Finished runs that ended in a model, newest first, without those that only a study asked for.
 
-    store = Store()
-    found: list[Any] = []
-    for stage in STAGES.values():
-        if stage.talks:
-            found += itertools.islice(store.own_results(stage.name, preset), most)
-    return sorted(found, key=lambda run: run.info.end_time or 0, reverse=True)
+    Language models from scratch come last: most are a part of the model that is built over them.
+    """
+    from mmphi.stages import STAGES
+
+    store = glance()
+    found = [
+        (stage.name != TEXT_ONLY, run.ended_ms, run)
+        for stage in STAGES.values()
+        if stage.talks
+        for run in store.models(stage.name, preset, most)
+    ]
+    return [run for _, _, run in sorted(found, key=lambda each: each[:2], reverse=True)]
 
 
 def newest(preset: str = "") -> Choice:
@@ -64,8 +69,7 @@ def newest(preset: str = "") -> Choice:
         of = f" of the preset {preset}" if preset else ""
         train = f"mmphi projector --preset {preset}" if preset else "mmphi projector"
         raise StoreError(f"there is no trained model{of} in this store", f"run `{train}`, or give --model FOLDER")
-    run_id = str(runs[0].info.run_id)
-    return Choice(run_id, run_id, _label(runs[0]))
+    return Choice(runs[0].run_id, runs[0].run_id, _label(runs[0]))
 
 
 def choices(most: int = 50) -> list[tuple[str, str]]:
@@ -76,12 +80,12 @@ def choices(most: int = 50) -> list[tuple[str, str]]:
     Args:
         most: No more of them than this of each stage.
     """
-    return [(_label(run), str(run.info.run_id)) for run in _finished("", most)]
+    return [(_label(run), run.run_id) for run in _finished("", most)]
 
 
-def _label(run: Any) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run.info.end_time or 0) / 1000))
-    return f"{run.info.run_name}, {when} (run {str(run.info.run_id)[:8]})"
+def _label(run: ModelRun) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.ended_ms / 1000))
+    return f"{run.name}, {when} (run {run.run_id[:8]})"
 
 
 def chosen_model(options: argparse.Namespace) -> Choice:

@@ -7,6 +7,7 @@ token that is written. What is computed is the same: NF4's values, in the precis
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,9 @@ def dequantised_once(model: Any) -> Any:
     Returns:
         The same model.
     """
+    # A model with 4-bit layers has imported it; for any other it would take as long as all else that loading does.
+    if "bitsandbytes" not in sys.modules:
+        return model
     from bitsandbytes.nn import Linear4bit
 
     layers = [m for m in model.modules() if isinstance(m, Linear4bit) and m.weight.device.type == "cpu"]

@@ -22,8 +22,7 @@ from mmphi.pipeline.resources import PROCESS, Resources
 from mmphi.pipeline.stage import Context, Result, Stage
 from mmphi.pipeline.threads import threads_of
 from mmphi.settings.declare import Section
-
-STUDY, FOR_STUDY = "mmphi.study", "mmphi.for_study"  # Tags; as of mmphi.tracking.search, which imports mlflow.
+from mmphi.tracking.tags import FOR_STUDY, STUDY
 
 if TYPE_CHECKING:
     from mmphi.tracking.run import RunTracker, Watch

@@ -8,6 +8,7 @@ every other kind of store, its client is asked.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlparse
 
 from mmphi.pipeline.manifest import manifest_holds
+from mmphi.tracking.tags import FOR_STUDY, REQUESTED, STUDY
 from mmphi.tracking.uri import absolute_uri, database
 
 NEWEST = """
@@ -23,6 +25,33 @@ SELECT runs.run_uuid, runs.end_time, runs.artifact_uri FROM runs
 JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = ? AND tags.value = ?
 WHERE runs.lifecycle_stage = 'active' {condition} ORDER BY runs.start_time DESC
 """
+
+
+MODELS = """
+SELECT runs.run_uuid, runs.end_time, runs.name FROM runs
+JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'mmphi.stage' AND tags.value = ?
+WHERE runs.lifecycle_stage = 'active' AND runs.status = 'FINISHED' AND {result}
+AND (NOT ({trial} OR {for_study}) OR {requested}) {preset} ORDER BY runs.start_time DESC LIMIT ?
+"""
+HAS = "EXISTS (SELECT 1 FROM tags AS t WHERE t.run_uuid = runs.run_uuid AND t.key = '{}')"
+OF_PRESET = (
+    "AND EXISTS (SELECT 1 FROM tags AS t WHERE t.run_uuid = runs.run_uuid AND t.key = 'mmphi.preset' AND t.value = ?)"
+)
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A finished run that ended in a model.
+
+    Attributes:
+        run_id: Its ID.
+        ended_ms: When it ended, in milliseconds since 1970.
+        name: Of the run.
+    """
+
+    run_id: str
+    ended_ms: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -55,6 +84,12 @@ class Glance(Protocol):
 
     def seconds(self, stage: str, preset: str) -> float | None:
         """How long the newest finished run of a stage took under a preset's name."""
+
+    def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
+        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+
+    def folder(self, run_id: str) -> Path | None:
+        """The complete files of a finished run on this machine; None where only the store itself can tell."""
 
 
 class SqliteGlance:
@@ -96,6 +131,23 @@ class SqliteGlance:
         newest = next(self._rows(NEWEST.format(condition=named), "mmphi.stage", stage, preset), None)
         return self._seconds(newest[0]) if newest else None
 
+    def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
+        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+        names = {"result": "mmphi.key", "trial": STUDY, "for_study": FOR_STUDY, "requested": REQUESTED}
+        query = MODELS.format(**{k: HAS.format(v) for k, v in names.items()}, preset=OF_PRESET if preset else "")
+        rows = self._rows(query, stage, *([preset] if preset else []), str(most))
+        return [ModelRun(run_id, ended or 0, name) for run_id, ended, name in rows]
+
+    def folder(self, run_id: str) -> Path | None:
+        """The complete files of a finished run on this machine; None where only the store itself can tell."""
+        query = "SELECT run_uuid, 0, artifact_uri FROM runs WHERE run_uuid = ? AND status = 'FINISHED'"
+        found = next(self._rows(query, run_id), None)
+        address = urlparse(found[2]) if found else None
+        if address is None or address.scheme not in ("", "file"):
+            return None
+        folder = Path(unquote(address.path))
+        return folder if manifest_holds(folder) else None
+
     def _seconds(self, run_id: str) -> float | None:
         query = "SELECT value, 0, '' FROM latest_metrics WHERE run_uuid = ? AND key = 'seconds'"
         row = next(self._rows(query, run_id), None)
@@ -127,6 +179,16 @@ class ClientGlance:
         """How long the newest finished run of a stage took under a preset's name."""
         run = next(self._store.search("FINISHED", stage=stage, preset=preset), None)
         return run.data.metrics.get("seconds") if run else None
+
+    def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
+        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+        runs = itertools.islice(self._store.own_results(stage, preset), most)
+        return [ModelRun(str(run.info.run_id), run.info.end_time or 0, str(run.info.run_name)) for run in runs]
+
+    def folder(self, run_id: str) -> Path | None:
+        """None: a store is asked by :meth:`mmphi.tracking.search.RunStore.model_folder`."""
+        del run_id
+        return None
 
 
 def glance() -> Glance:

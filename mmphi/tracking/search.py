@@ -26,6 +26,7 @@ from mmphi.tracking.artifacts import fetch_result
 from mmphi.tracking.connect import connected
 from mmphi.tracking.logged_model import logged_model
 from mmphi.tracking.moved import relocate
+from mmphi.tracking.tags import FOR_STUDY, REQUESTED, STUDY
 from mmphi.tracking.uri import absolute_uri, database
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ EXPERIMENT = "mmphi"
 KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # As MLflow names a run that was given no name.
 MISSING = "RESOURCE_DOES_NOT_EXIST"
-STUDY = "mmphi.study"  # Tag of a trial: its study.
-FOR_STUDY = "mmphi.for_study"  # Tag of what was built because a trial needs it: the trial's study.
-REQUESTED = "mmphi.requested"  # Tag of a result that a user has asked for as well.
 PAGE = 5  # Runs of one key are few, and the newest is nearly always the one: a long page only costs time.
 
 

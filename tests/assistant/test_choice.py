@@ -7,8 +7,9 @@ import pytest
 
 from mmphi.assistant.choice import choices, chosen_model, model_options, newest
 from mmphi.errors import StoreError
-from mmphi.tracking.search import FOR_STUDY, STUDY
+from mmphi.tracking.glance import ClientGlance, SqliteGlance, glance
 from mmphi.tracking.store import Store
+from mmphi.tracking.tags import FOR_STUDY, REQUESTED, STUDY
 
 
 @pytest.fixture
@@ -60,6 +61,27 @@ def test_the_preset_chooses_among_the_newest(store: Store) -> None:
     with pytest.raises(StoreError, match="no trained model of the preset phi2") as error:
         chosen_model(options("--preset", "phi2"))
     assert "mmphi projector --preset phi2" in error.value.hint
+
+
+def test_a_language_model_is_chosen_only_where_there_is_no_other(store: Store) -> None:
+    text = add(store, 10_000_000, preset="text", stage="pretrain")
+    assert newest().name == text
+    projector = add(store, 20_000_000)
+    add(store, 30_000_000, stage="pretrain")  # Of a build that is under way.
+    assert newest().name == projector
+    assert newest("text").name == text
+
+
+def test_both_ways_to_read_a_store_find_the_same(store: Store) -> None:
+    for number, tags in enumerate(({}, {STUDY: "s"}, {STUDY: "s", REQUESTED: "true"}, {FOR_STUDY: "s"})):
+        add(store, 10_000_000 + 1000 * number, **tags)
+    add(store, 20_000_000, preset="photos")
+    by_client, by_tables = ClientGlance(), glance()
+    assert isinstance(by_tables, SqliteGlance)
+    for preset in ("", "tiny", "photos", "none"):
+        assert by_tables.models("projector", preset, 9) == by_client.models("projector", preset, 9)
+    assert len(by_tables.models("projector", "", 9)) == 3
+    assert len(by_tables.models("projector", "", 2)) == 2
 
 
 def test_a_named_model_is_taken_as_it_is(store: Store, tmp_path: Path) -> None:
