@@ -74,7 +74,7 @@ options:
   --KEY VALUE      any setting: --learning_rate 1e-3, --vision.pool 2
   --force          build the stage anew, though it is there
   --no-build       build nothing; say what is missing
-  --smoke          every stage and the evaluation at a size that takes seconds, to see whether the whole run works
+  --smoke          every stage and the evaluation in a few steps, to see whether the whole run works
 
 Results are kept in MLflow's store: MLFLOW_TRACKING_URI, else mlflow.db in this folder or the project's.
 """
@@ -187,15 +187,24 @@ def _command(words: list[str]) -> int:
         from mmphi.describe import status
 
         # What is missing is what a status is for.
-        print(status(load_settings(preset, overrides, name, expand=False)))
+        settings = load_settings(preset, overrides, name, expand=False)
+        print(status(_smoke(settings, overrides, name) if "smoke" in options else settings))
         return 0
     settings = load_settings(preset, overrides, name)
     if "smoke" in options:
-        from mmphi.settings.overrides import full_name
-        from mmphi.stages.smoke import smoke
+        settings = _smoke(settings, overrides, name)
+    status_code = _stage(name, settings, overrides, force="force" in options, no_build="no_build" in options)
+    if "smoke" in options and os.environ.get("RANK", "0") == "0":
+        print("smoke      every step of this run works; its figures and answers mean nothing after so few steps")
+    return status_code
 
-        settings = smoke(settings, {full_name(type(settings), key, name) for key in overrides})
-    return _stage(name, settings, overrides, force="force" in options, no_build="no_build" in options)
+
+def _smoke(settings: Settings, overrides: Mapping[str, str], name: str) -> Settings:
+    """Settings at the size of a smoke run; those of the command line stay."""
+    from mmphi.settings.overrides import full_name
+    from mmphi.stages.smoke import smoke
+
+    return smoke(settings, {full_name(type(settings), key, name) for key in overrides})
 
 
 def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:

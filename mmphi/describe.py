@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
 import sys
@@ -180,7 +182,9 @@ def status(settings: Settings) -> str:
     lines += ["", total([states[name] for name in drawn])]
     if others := [name for name in STAGES if name not in drawn]:
         lines.append(f"other stages, which these do not need: {', '.join(others)}")
-    lines += ["", "missing:", *(f"  {name} = {what}" for name, what in missing.items())] if missing else []
+    lines += (
+        ["", "missing:", *(f"  {name} = {what}{_unset(what)}" for name, what in missing.items())] if missing else []
+    )
     view = plan.view("projector", settings)
     for title, names in (("fetched", list(to_fetch(view))), ("hashed once", list(to_hash(view)))):
         lines += ["", f"would be {title}:", *(f"  {name}" for name in names)] if names else []
@@ -243,12 +247,20 @@ def relevant(plan: Plan, settings: Settings, states: Mapping[str, State]) -> lis
     return [name for name in STAGES if name in ordered or states[name].begun]
 
 
+def _unset(text: str) -> str:
+    """Which environment variables that a text names are not set."""
+    names = [name for name in dict.fromkeys(re.findall(r"\$\{(\w+)\}", text)) if name not in os.environ]
+    return f" ({', '.join(names)} is not set)" if names else ""
+
+
 def total(states: Sequence[State]) -> str:
     """What building everything that is missing would take."""
     unknown = sum(state.seconds is None for state in states)
     known = sum(state.seconds or 0 for state in states)
-    time_text = f"about {duration(known)}" if known else "no time known"
-    more = f" without {unknown} stages whose time is not known" if unknown and known else ""
+    if not any(state.disk_bytes or state.seconds is None or state.seconds for state in states):
+        return "nothing is missing"
+    time_text = f"about {duration(known)}" if known or not unknown else "no time known"
+    more = f", and {unknown} more stage{'s' * (unknown != 1)} whose time is not known" if unknown and known else ""
     return f"in all: {size(sum(state.disk_bytes for state in states))} of disk, {time_text}{more}"
 
 

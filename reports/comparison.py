@@ -27,7 +27,7 @@ class Comparison:
         deviation: Standard deviation of the differences.
         p: Of no difference, the larger of two tests, corrected for looks and by Holm.
         p_equivalence: Of a difference as large as the margin, corrected likewise; 1 where there is no margin.
-        comparisons: Of the study, which Holm corrected for: those that have a pair.
+        comparisons: Of the study, which Holm corrected for: all but levels that can get no pair.
         looks: Numbers of seeds that p was corrected for; empty for one look.
         interim: Whether the study has not come to a look yet, so that nothing is judged.
         lost: Runs of the level and of the baseline that diverged or gave no number.
@@ -80,6 +80,7 @@ class Judging:
             is not among them is judged at all.
         draw: The draw that a seed was built on, where draws are the units.
         failed: Seeds of each level whose run gave no number.
+        empty: Levels that can get no pair any more: stopped, or all of their runs ended without a number.
     """
 
     margin: float = 0.0
@@ -88,6 +89,7 @@ class Judging:
     until: Mapping[str, int | None] | None = None
     draw: Callable[[int], int] | None = None
     failed: Mapping[str, Collection[int]] | None = None
+    empty: Collection[str] = ()
 
 
 def compare(
@@ -112,8 +114,9 @@ def compare(
     interim = {level: bool(how.until) and level in (how.until or {}) and until[level] is None for level in others}
     lost = lost_runs(levels, how)
     pairs = {level: _differences(levels, level, baseline, until[level], lost, how.draw) for level in others}
-    # A level without a pair is no test, and must not make the others harder.
-    tested = [level for level in others if len(pairs[level])]
+    # A level that can get no pair is no test, and must not make the others harder. One whose runs are still to come is:
+    # else the verdicts of an unfinished study would hang on the order of its trials.
+    tested = [level for level in others if len(pairs[level]) or level not in how.empty]
     ps = dict.fromkeys(others, 1.0)
     ps |= zip(tested, holm([corrected(both_agree(pairs[level]), how.looks) for level in tested]), strict=True)
     same = dict.fromkeys(others, 1.0)

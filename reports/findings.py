@@ -88,7 +88,14 @@ def judging_of(data: StudyData, metric: Metric) -> Judging:
     baseline = str(data.declaration["baseline"])
     ended = {level: data.ended(level) for level in data.levels}
     until = {level: reached(min(ended[level], ended.get(baseline, 0)), data.looks) for level in data.levels}
-    return Judging(metric.margin, metric.less, data.looks, until, data.draw(), data.lost())
+    return Judging(metric.margin, metric.less, data.looks, until, data.draw(), data.lost(), _without_results(data))
+
+
+def _without_results(data: StudyData) -> set[str]:
+    """Levels that have no result and get none any more: stopped, or with a run without a number for every seed."""
+    values, lost = data.results("verdict", data.declaration["metric"]), data.lost()
+    none = {level for level in data.levels if not values[level]}
+    return {level for level in none if level in data.stopped or len(lost[level]) >= data.seeds}
 
 
 def _within(number: int, end: int | None) -> bool:

@@ -70,6 +70,10 @@ def test_a_smoke_run_is_small_and_what_is_given_stays():
         assert small.data.max_images == 32
         assert small.name == f"{preset} smoke"
         assert small.projector.layers == settings.projector.layers
+    given = smoke(load_settings("text", {"steps": "20"}, "pretrain", expand=False), {"pretrain.steps"})
+    assert (given.pretrain.steps, given.pretrain.stop) == (20, "steps 20")
+    budget = smoke(load_settings("text", {"stop": "loss 5"}, "pretrain", expand=False), {"pretrain.stop"})
+    assert budget.pretrain.stop == "loss 5"
     kept = smoke(load_settings("tiny", {"steps": "7"}, "projector"), {"projector.steps"})
     assert kept.projector.steps == 7
     assert smoke(load_settings("tiny", {"scenes.train_images": "9"})).scenes.train_images == 9

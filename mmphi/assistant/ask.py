@@ -73,7 +73,7 @@ def _answer(options: argparse.Namespace) -> int:
     if not parts:
         raise MessageError(
             "nothing is asked: there is no question, no image and no recording",
-            "mmphi ask --image photo.jpg 'what is this?', or mmphi ask --audio question.mp3",
+            "for example: mmphi ask --image photo.jpg 'what is this?'\n  or: mmphi ask --audio question.mp3",
         )
     messages.append({"role": "user", "content": parts})
     sampling = sampling_of(options)

@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmphi.errors import StoreError
+from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.glance import ModelRun, glance
 
-TEXT_ONLY = "pretrain"
+TEXT_ONLY, SMOKE = "pretrain", "smoke"
+MOST_LOOKED_AT = 50  # Models of each stage among which the newest is chosen.
 
 
 def model_options(made: argparse.ArgumentParser) -> None:
@@ -41,18 +42,19 @@ class Choice:
 def _finished(preset: str, most: int) -> list[ModelRun]:
     """Finished runs that ended in a model, newest first, without those that only a study asked for.
 
-    Language models from scratch come last: most are a part of the model that is built over them.
+    Language models from scratch come after all others, because most are a part of the model that is built over them;
+    models of smoke runs come last.
     """
     from mmphi.stages import STAGES
 
     store = glance()
     found = [
-        (stage.name != TEXT_ONLY, run.ended_ms, run)
+        (SMOKE not in run.name.split(), stage.name != TEXT_ONLY, run.ended_ms, run)
         for stage in STAGES.values()
         if stage.talks
         for run in store.models(stage.name, preset, most)
     ]
-    return [run for _, _, run in sorted(found, key=lambda each: each[:2], reverse=True)]
+    return [run for *_, run in sorted(found, key=lambda each: each[:3], reverse=True)]
 
 
 def newest(preset: str = "") -> Choice:
@@ -64,11 +66,12 @@ def newest(preset: str = "") -> Choice:
     Raises:
         StoreError: If there is none.
     """
-    runs = _finished(preset, 1)
+    runs = _finished(preset, MOST_LOOKED_AT)
+    if not runs and preset and (others := _finished("", MOST_LOOKED_AT)):
+        names = ", ".join(dict.fromkeys(run.name for run in others[:5]))
+        raise StoreError(f"there is no trained model of the preset {preset} in this store", f"it has: {names}")
     if not runs:
-        of = f" of the preset {preset}" if preset else ""
-        train = f"mmphi projector --preset {preset}" if preset else "mmphi projector"
-        raise StoreError(f"there is no trained model{of} in this store", f"run `{train}`, or give --model FOLDER")
+        raise StoreError("there is no trained model in this store", "run `mmphi projector`, or give --model FOLDER")
     return Choice(runs[0].run_id, runs[0].run_id, _label(runs[0]))
 
 
@@ -92,10 +95,14 @@ def chosen_model(options: argparse.Namespace) -> Choice:
     """The model that the options of :func:`model_options` name, or the newest of the store.
 
     Raises:
+        SettingsError: If both a model and a preset are named.
         StoreError: If none is named and the store has none.
     """
     if not options.model:
         return newest(options.preset)
-    if Path(options.model).expanduser().is_dir():
-        return Choice(options.model, Path(options.model).name, options.model)
+    if options.preset:
+        raise SettingsError("--model names the model, and --preset chooses among others", "leave one of them out")
+    folder = Path(options.model).expanduser()
+    if folder.is_dir():
+        return Choice(options.model, folder.resolve().name, options.model)
     return Choice(options.model, options.model, options.model)

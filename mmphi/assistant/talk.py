@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmphi.data.images import MAX_FILE_BYTES
+from mmphi.data.images import MAX_FILE_BYTES, open_image
 from mmphi.errors import DataError, MmphiError, SettingsError
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class Talk:
             large = found.stat().st_size > MAX_FILE_BYTES
             # As it is now: it may be overwritten while the conversation goes on. A film is read when it is heard.
             given = str(found.absolute()) if large else found.read_bytes()
+            if kind == "image":
+                open_image(found)  # What is no image is refused here, and not with the question that it comes with.
         except OSError as error:
             raise DataError(f"{found} cannot be read: {error.strerror}", "check that you may read it") from error
         self.waiting.append({"type": kind, kind: given})

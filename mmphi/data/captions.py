@@ -54,6 +54,9 @@ def read_captions(
                 if None in row:
                     report.drop(source, where, "more values than columns (a comma without quotes)")
                     continue
+                if not caption.strip():
+                    report.drop(source, where, "empty caption")
+                    continue
                 try:
                     ref = folder.find(image)
                 except ImageError as error:

@@ -136,10 +136,10 @@ def typical_questions(questions: Iterable[str], most: int = 8) -> tuple[str, ...
     """
     by_type: dict[str, Counter[str]] = {}
     for question, count in Counter(questions).items():
-        text = canonical(question)
-        matched = match(text)
-        by_type.setdefault(matched[0].canonical if matched else text, Counter())[text] += count
+        matched = match(canonical(question))
+        by_type.setdefault(matched[0].canonical if matched else question, Counter())[question] += count
     ranked = sorted((each for each in by_type if each), key=lambda each: -by_type[each].total())
+    # As they were asked, most often: a wording that no training has seen must not be shown as one.
     return tuple(by_type[each].most_common(1)[0][0] for each in ranked[:most])
 
 

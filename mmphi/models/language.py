@@ -17,6 +17,7 @@ from mmphi.data.digests import Digests
 from mmphi.data.reach import hub_in_reach
 from mmphi.errors import ModelError
 from mmphi.models.dequantised import dequantised_once
+from mmphi.models.loading_bar import no_loading_bar
 from mmphi.models.packing_check import packing_error, shortest_window
 from mmphi.models.passes import fewer_passes
 from mmphi.settings.shared import LanguageSettings
@@ -246,7 +247,8 @@ def _load(name: str, settings: LanguageSettings, dtype: torch.dtype, device: tor
     if quantized:
         options["quantization_config"] = _quantization(settings.precision, device)
     try:
-        return keep_exact(AutoModelForCausalLM.from_pretrained(name, **options))
+        with no_loading_bar(name):
+            return keep_exact(AutoModelForCausalLM.from_pretrained(name, **options))
     except (OSError, ValueError) as error:
         raise _missing("model", name, error) from error
 

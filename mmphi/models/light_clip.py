@@ -13,6 +13,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
 
 from mmphi.errors import ModelError
+from mmphi.models.loading_bar import no_loading_bar
 from mmphi.models.vision import open_clip_warnings
 
 HEAD_WIDTH = 32
@@ -109,7 +110,8 @@ def build(chosen: ClipShape, folder: Path) -> tuple[Any, Any]:
         if chosen.text_tower:
             from transformers import AutoModel
 
-            pretrained = AutoModel.from_pretrained(chosen.text_tower, add_pooling_layer=False)
+            with no_loading_bar(chosen.text_tower):
+                pretrained = AutoModel.from_pretrained(chosen.text_tower, add_pooling_layer=False)
             model.text.transformer.load_state_dict(pretrained.state_dict(), strict=False)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise ModelError(

@@ -147,6 +147,8 @@ class Pipeline(Plan):
                 study = {FOR_STUDY: request.tags[STUDY]} if STUDY in request.tags else {}
                 done = self._ready(self.upstream(name, settings), settings, beside, study)
             result = self._run(name, settings, done, request)
+            if STUDY not in request.tags:  # It may have been a trial's, which this command has waited for.
+                self.store.note_use(result.run_id, own=True)
         result = self._followed(result, settings, request, no_build)
         if request.run and request.run != result.run_id:
             self.store.point(request.run, result, settings_name(settings))

@@ -49,7 +49,7 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def difference(parts: Mapping[str, Any], before: Mapping[str, Any], settings: Section, shown: int = 3) -> str:
+def difference(parts: Mapping[str, Any], before: Mapping[str, Any], settings: Section, shown: int = 2) -> str:
     """In what the parts of two keys differ, in words; empty where they do not.
 
     Args:

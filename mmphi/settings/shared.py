@@ -26,6 +26,15 @@ class SourceSettings(Section):
     revision: str = setting("", "revision of a `datasets` name; empty takes the newest, and notes which that was")
     weight: float = setting(1.0, "share of this source in the mixture, relative to the others", gt=0)
 
+    @model_validator(mode="after")
+    def _scenes_have_no_files(self) -> SourceSettings:
+        """A forgotten kind would train on drawn scenes in place of the file."""
+        if self.kind == "scenes" and (self.path or self.images):
+            raise ValueError(
+                f"a source with {'path' if self.path else 'images'} needs a kind: llava, captions, karpathy, datasets"
+            )
+        return self
+
 
 READING = 2  # 2: one picture in one split, further forms of conversations, and turns that are counted.
 

@@ -5,7 +5,8 @@ The settings are real ones, so that results of a smoke run have keys of their ow
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
 from mmphi.settings.declare import Section
@@ -63,9 +64,10 @@ INSTEAD: Mapping[str, Any] = {
     "qlora.supervised_tokens": 0,
     "speech.supervised_tokens": 0,
 }
+PRETRAIN_BUDGETS = frozenset({"pretrain.steps", "pretrain.stop", "pretrain.supervised_tokens"})
 
 
-def smoke(settings: S, given: Collection[str] = ()) -> S:
+def smoke(settings: S, given: AbstractSet[str] = frozenset()) -> S:
     """Settings at the size of a smoke run.
 
     Args:
@@ -83,6 +85,10 @@ def smoke(settings: S, given: Collection[str] = ()) -> S:
             small[name] = min(value or AT_MOST_OF_ALL[name], AT_MOST_OF_ALL[name])
         elif name in AT_MOST:
             small[name] = min(value, AT_MOST[name])
+    if given & PRETRAIN_BUDGETS:  # A corpus is read until `stop`, which would undo what is given.
+        small.pop("pretrain.stop", None)
+        if "pretrain.steps" in given and "pretrain.stop" not in given:
+            small["pretrain.stop"] = f"steps {values['pretrain.steps']}"
     content = settings.model_dump()
     for name, value in small.items():
         section, _, field = name.partition(".")

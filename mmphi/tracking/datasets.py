@@ -31,7 +31,7 @@ def datasets_of(parts: Mapping[str, Any], settings: Mapping[str, Any], needed: M
         path = str(settings.get(name, ""))
         if name.startswith(DATA_SECTIONS) and str(digest).startswith("sha256:") and path:
             short = str(digest).removeprefix("sha256:")[:DIGEST_CHARACTERS]
-            found.append(Dataset(Path(path).name, short, "local", path))
+            found.append(Dataset(Path(path).resolve().name or path, short, "local", path))
     for stage, result in needed.items():
         if stage in DATA_STAGES:
             found.append(Dataset(stage, result.key[:DIGEST_CHARACTERS], "mmphi", f"runs:/{result.run_id}"))

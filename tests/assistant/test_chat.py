@@ -58,8 +58,15 @@ def test_what_is_wrong_leaves_the_conversation_as_it_was(talk: Talk, tmp_path: P
     said(talk, "hello")
     before = list(talk.messages)
     (tmp_path / "broken.png").write_bytes(b"no image")
-    said(talk, f"/image {tmp_path / 'broken.png'}")
-    wrong = "what?", "/image nowhere.png", "/image", "/set colour red", "/set temperature warm", "/nonsense", "x" * 600
+    wrong = (
+        f"/image {tmp_path / 'broken.png'}",
+        "/image nowhere.png",
+        "/image",
+        "/set colour red",
+        "/set temperature warm",
+        "/nonsense",
+        "x" * 600,
+    )
     pasted = "look \ud83d here", "/system \ud83d", "/image \ud83d", "/set stop \ud83d", "/\ud83d"
     paths = "/image " + "x" * 5000, "/image ~nobody-here/x.png", "/image a\0b", "/set temperature nan"
     for line in (*wrong, *pasted, *paths):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmphi.assistant.choice import choices, chosen_model, model_options, newest
-from mmphi.errors import StoreError
+from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.glance import ClientGlance, SqliteGlance, glance
 from mmphi.tracking.store import Store
 from mmphi.tracking.tags import FOR_STUDY, REQUESTED, STUDY
@@ -60,7 +60,7 @@ def test_the_preset_chooses_among_the_newest(store: Store) -> None:
     assert tiny[:8] in choice.label
     with pytest.raises(StoreError, match="no trained model of the preset phi2") as error:
         chosen_model(options("--preset", "phi2"))
-    assert "mmphi projector --preset phi2" in error.value.hint
+    assert error.value.hint == "it has: projector photos, projector tiny"
 
 
 def test_a_language_model_is_chosen_only_where_there_is_no_other(store: Store) -> None:
@@ -70,6 +70,20 @@ def test_a_language_model_is_chosen_only_where_there_is_no_other(store: Store) -
     add(store, 30_000_000, stage="pretrain")  # Of a build that is under way.
     assert newest().name == projector
     assert newest("text").name == text
+
+
+def test_a_smoke_run_is_the_last_choice(store: Store) -> None:
+    add(store, 30_000_000, preset="tiny smoke")
+    assert newest().label.startswith("projector tiny smoke")
+    trained = add(store, 10_000_000)
+    assert newest().name == trained
+
+
+def test_a_model_and_a_preset_exclude_each_other(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="--preset chooses among others"):
+        chosen_model(options("--model", str(tmp_path), "--preset", "tiny"))
+    monkeypatch.chdir(tmp_path)
+    assert chosen_model(options("--model", ".")).short == tmp_path.name
 
 
 def test_both_ways_to_read_a_store_find_the_same(store: Store) -> None:

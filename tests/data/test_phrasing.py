@@ -63,5 +63,7 @@ def test_typical_questions_are_one_of_each_type_by_frequency() -> None:
     asked += [training_phrasing("is there a blue cross?", rng) for _ in range(20)]
     asked += [training_phrasing("describe the image.", rng) for _ in range(40)] + ["", "What is funny here?"]
     assert typical_questions(asked) == ("is there a red circle?", "describe the image.", "What is funny here?")
+    # A question of other origin is shown as it was asked, and never in a wording that no training has seen.
+    assert typical_questions(["What is this?", "What is this?"]) == ("What is this?",)
     assert typical_questions(asked, most=1) == ("is there a red circle?",)
     assert typical_questions([]) == ()

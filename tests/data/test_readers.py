@@ -126,7 +126,8 @@ def test_captions_empty_spaces_and_endless(folder):
     rows = [("0.png", "a dog"), ("0.png", ""), ("1.png", "   "), ("2.png", "w " * 10_000), ("x.png", "a cat")]
     examples, report = read_examples(settings(folder, captions(folder, rows)), None)
     assert [e.turns for e in examples] == [(Turn("", "a dog"),)]
-    assert Counter(d.reason for d in report.dropped)["empty answer"] == 2
+    assert Counter(d.reason for d in report.dropped)["empty caption"] == 2
+    assert next(d.where for d in report.dropped if d.reason == "empty caption").endswith(", line 3")
     with pytest.raises(DataError, match=r"has no column 'caption'; it has image, text"):
         read_examples(settings(folder, captions(folder, [], header="image,text")), None)
 

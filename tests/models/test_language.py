@@ -135,3 +135,11 @@ def test_four_bits_give_gradients_after_an_answer():
         with torch.no_grad():
             layer(inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_no_bar_is_shown_for_a_folder_and_bars_are_shown_again_afterwards(folder, capsys):
+    from transformers.utils import logging as transformers_logging
+
+    load_language(LanguageSettings(model=str(folder)), None, torch.device("cpu"))
+    assert "Loading weights" not in capsys.readouterr().err
+    assert transformers_logging.is_progress_bar_enabled()

@@ -120,7 +120,7 @@ def test_difference_names_what_changed() -> None:
     tiny = load_settings("tiny")
     assert difference({"a": 1, "b": 2}, {"a": 1, "b": 3}, tiny) == "b is 2, was 3"
     assert difference({"a": 1}, {"a": 1}, tiny) == ""
-    assert difference(dict.fromkeys("abcde", 1), {}, tiny).endswith("and 2 more")
+    assert difference(dict.fromkeys("abcde", 1), {}, tiny).endswith("and 3 more")
     # What is left out of a key has the value it was introduced with.
     assert difference({"projector.layers": 3}, {}, tiny) == "projector.layers is 3, was 2"
 
@@ -228,7 +228,8 @@ def test_a_bare_name_that_is_there_is_a_path_and_its_content_is_what_counts(
             own /= "a"
         own.write_text(str(place))
     section, _, last = name.partition(".sources.N.")
-    typed = {f"{section}.sources": json.dumps([{last: "mine.dat"}])} if last else {name: "mine.dat"}
+    kind = {"kind": "captions"} if section == "data" else {}
+    typed = {f"{section}.sources": json.dumps([{last: "mine.dat", **kind}])} if last else {name: "mine.dat"}
     here = load_settings("tiny", typed)
     written = name.replace(".N.", ".0.")
     assert files(here, [name]) == {written: tmp_path / "mine.dat"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reports.comparison import Comparison, compare
+from reports.comparison import Comparison, Judging, compare
 from reports.power import power, seeds_needed
 from reports.statistics import (
     both_agree,
@@ -211,6 +211,9 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     # A level without results is no test, and does not make the others harder.
     many = {"base": dict.fromkeys(range(8), 1.0), "other": {n: 1.1 + n / 1000 for n in range(8)}}
     alone, *_ = compare(many, "base")
-    beside, empty = compare({**many, "none": {}}, "base")
+    beside, empty = compare({**many, "none": {}}, "base", judging=Judging(empty={"none"}))
     assert beside == alone
     assert (empty.verdict, empty.p, empty.comparisons) == ("none", 1.0, 1)
+    # One whose runs are still to come counts, so that verdicts do not hang on the order of trials.
+    waiting, _ = compare({**many, "none": {}}, "base")
+    assert (waiting.comparisons, waiting.p) == (2, 2 * alone.p)

@@ -80,6 +80,7 @@ def test_command_line_overrides():
         ({"data.sources": "[{knd: captions}]"}, ["data.sources.0.knd", "kind"]),
         ({"data.sources": "[{kind: captions"}, ["data.sources", "cannot be read"]),
         ({"data.sources.1.kind": "captions"}, ["data.sources.1.kind", "data.sources.0.kind"]),
+        ({"data.sources": "[{path: captions.csv}]"}, ["data.sources.0", "a source with path needs a kind"]),
         ({"data": "all"}, ["no setting 'data'", "data.sources"]),
         ({"learning_rate": "0"}, ["projector.learning_rate = 0", "> 0", "the default is 0.001"]),
         ({"projector.warmup": "1.5"}, ["< 1", "the default is 0.03"]),

@@ -89,11 +89,25 @@ def of_model(model: str) -> list[Example]:
     run = _run(store, model)
     if run is None:
         return []
-    scenes = _run(store, run.data.tags.get("mmphi.upstream.scenes", ""))
+    if run.data.tags.get("mmphi.stage") == "pretrain":
+        return []  # It takes no image.
+    scenes = _upstream_scenes(store, run)
     if scenes is not None:
         return of_scenes(store.fetch(scenes))
     evaluated = _run(store, run.data.tags.get("mmphi.then.evaluate", ""))
     return of_predictions(store.fetch(evaluated)) if evaluated is not None else []
+
+
+def _upstream_scenes(store: Store, run: Run) -> Run | None:
+    """The scenes that a model was trained on, or the model that it was made of."""
+    scenes = _run(store, run.data.tags.get("mmphi.upstream.scenes", ""))
+    if scenes is not None:
+        return scenes
+    for stage in ("qlora", "projector", "merge"):
+        model = _run(store, run.data.tags.get(f"mmphi.upstream.{stage}", ""))
+        if model is not None:
+            return _upstream_scenes(store, model)
+    return None
 
 
 def _run(store: Store, name: str) -> Run | None:

@@ -1,0 +1,26 @@
+"""Transformers' progress bar for reading weights, which no user needs for a folder of this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def no_loading_bar(path: str) -> Iterator[None]:
+    """No bar while weights are read from a folder; a download keeps its bar.
+
+    Args:
+        path: Folder or hub name of the model.
+    """
+    if not Path(path).exists() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
