@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 from ablations.crew import visible_gpus
 from ablations.driver import Driver, Plan, changed
@@ -44,6 +45,12 @@ def too_few_seeds(plan: Plan) -> str:
         f"warning: with {units} {what} and {comparisons} comparisons the smallest possible p value is {least:.2g}: no"
         f" difference can be shown. {fewest_seeds(comparisons)} {what} are the fewest that can show one."
     )
+
+
+def _dashboard(url: str) -> str:
+    """How to see the trials in Optuna's own pages."""
+    install = "" if find_spec("optuna_dashboard") else "pip install optuna-dashboard; "
+    return f"Optuna's pages: {install}optuna-dashboard {url}"
 
 
 def fewest_seeds(comparisons: int) -> int:
@@ -97,12 +104,12 @@ def run(
     print(f"{study.question}\n{name}: {what}; {count} worker(s)")
     if warning:
         print(warning)
-    print(f"watch it: mmphi studies {name} --watch\nOptuna: optuna-dashboard {storage_url(store, storage)}", flush=True)
+    print(f"watch it: mmphi studies {name} --watch\n{_dashboard(storage_url(store, storage))}", flush=True)
     try:
         driver.run(count, logs_folder(store, name), **crew)
     except KeyboardInterrupt as error:
         record.finish("KILLED")
-        raise Stopped(f"stopped; `mmphi ablate {name}` goes on from there") from error
+        raise Stopped(f"stopped; `{command or f'mmphi ablate {name}'}` goes on from there") from error
     except BaseException:
         record.finish("FAILED")
         raise
