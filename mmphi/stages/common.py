@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmphi.errors import DataError, SettingsError
@@ -14,6 +15,7 @@ from mmphi.settings.shared import (
     LanguageSettings,
     TrainingSettings,
     VisionSettings,
+    sources_of,
     uses_scenes,
 )
 from mmphi.settings.view import SettingsView
@@ -39,6 +41,9 @@ CONTENT = (
     "data.near_duplicates",
     "data.reading",
 )
+
+
+CHECKED_BYTES = 2_000_000  # Files of rows that are read before anything is built; larger ones take too long.
 
 
 def check_training(name: str, chosen: TrainingSettings) -> None:
@@ -91,6 +96,31 @@ def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None
         DataError: If more rows are bad than the settings allow, or none is left.
     """
     tracker.table("data_read", list(report.rows()))
+    refuse_bad(report, data)
+
+
+def check_data(settings: SettingsView) -> None:
+    """Read small data before anything is built, so that what is wrong with them is reported at once.
+
+    Raises:
+        DataError: As reading them in a stage does: too few images, too many unusable rows, a file that cannot be read.
+    """
+    from mmphi.data.read import read_examples
+
+    data = settings(DataSettings)
+    sources = sources_of(data)
+    files = [Path(source.path) for source in sources if source.kind in ("llava", "captions", "karpathy")]
+    readable = len(files) == len(sources) and all(file.is_file() for file in files)
+    if readable and sum(file.stat().st_size for file in files) <= CHECKED_BYTES:
+        refuse_bad(read_examples(data, None)[1], data)
+
+
+def refuse_bad(report: ReadReport, data: DataSettings) -> None:
+    """Refuse data of which no row is left, or too few.
+
+    Raises:
+        DataError: If more rows are bad than the settings allow, or none is left.
+    """
     if not report.kept.total() and not report.dropped:
         raise DataError("the data has no rows", "check the files that data.sources name")
     if report.bad_share > data.max_bad_share or not report.kept.total():

@@ -12,7 +12,7 @@ from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.settings import DataSettings, TrainingSettings, setting
 from mmphi.settings.view import SettingsView
-from mmphi.stages.common import CONTENT, check_training, log_report, read, scenes_if_read
+from mmphi.stages.common import CONTENT, check_data, check_training, log_report, read, scenes_if_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,7 @@ def check(settings: SettingsView) -> None:
     """A batch for every process, and towers that there are."""
     chosen = settings(LightClipSettings)
     check_training("light_clip", chosen)
+    check_data(settings)
     for half, weights in (("image", "image_weights"), ("text", "text_tower")):
         if getattr(chosen, f"lock_{half}") and not getattr(chosen, weights):
             raise SettingsError(

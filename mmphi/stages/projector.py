@@ -11,6 +11,7 @@ from mmphi.settings import DataSettings, LanguageSettings, VisionSettings, setti
 from mmphi.settings.shared import ConversationSettings
 from mmphi.settings.view import SettingsView
 from mmphi.stages.common import (
+    check_data,
     check_training,
     drop_unseen,
     language_of,
@@ -85,6 +86,7 @@ def check(settings: SettingsView) -> None:
 
     chosen, vision = settings(ProjectorSettings), settings(VisionSettings)
     check_training("projector", chosen)
+    check_data(settings)
     light_clip = config_of(settings(LightClipSettings)) if vision.model == LIGHT_CLIP else None
     tokens, _ = tower_shape(vision, light_clip)
     if chosen.max_length < tokens + ROOM:
