@@ -8,7 +8,6 @@ come before losses. A page that is opened with ``viewStateShareKey=KEY`` takes i
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,19 +23,16 @@ HEADLINES = (
     *("test/yes_no_accuracy", "test/yes_no_accuracy_held_out_phrasing", "test/wer", "public/loss"),
 )
 SECTIONS = ("val", "test", "train")  # In this order, before the others.
+MOST = 10  # Charts: MLflow keeps at most 5,000 characters of a tag.
 RUNS_READ = 200  # Of these newest runs the names of metrics are collected.
-
-
-def _id(name: str) -> str:
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"mmphi/{name}"))
 
 
 def _chart(metric: str, section: str, curve: bool) -> dict[str, Any]:
     chart: dict[str, Any] = {
-        "uuid": _id(f"{section}/{metric}"),
+        "uuid": metric,
         "type": "LINE" if curve else "BAR",
         "metricKey": metric,
-        "metricSectionId": _id(section),
+        "metricSectionId": section,
         "isGenerated": False,
         "deleted": False,
         "displayName": metric,
@@ -67,9 +63,7 @@ def view_state(metrics: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
         "runsVisibilityMap": {},
         "runsHiddenMode": "FIRST_10_RUNS",
         "compareRunCharts": [_chart(name, RESULTS, name in curves) for name in metrics],
-        "compareRunSections": [
-            {"uuid": _id(name), "name": name, "display": True, "isReordered": True} for name in sections
-        ],
+        "compareRunSections": [{"uuid": name, "name": name, "display": True, "isReordered": True} for name in sections],
         "viewMaximized": False,
         "runListHidden": False,
         "isAccordionReordered": True,
@@ -93,9 +87,9 @@ def share(client: MlflowClient, experiment: str, first: Sequence[str] = (), key:
     """
     runs = client.search_runs([experiment], max_results=RUNS_READ, order_by=["attributes.start_time DESC"])
     recorded = {name for run in runs for name in run.data.metrics}
-    shown = [name for name in dict.fromkeys([*first, *HEADLINES]) if name in recorded]
+    shown = [name for name in dict.fromkeys([*first, *HEADLINES]) if name in recorded][:MOST]
     curves = [name for name in shown if any(_is_curve(client, run.info.run_id, name) for run in _with(runs, name))]
-    client.set_experiment_tag(experiment, f"{TAG}{key}", json.dumps(view_state(shown, curves)))
+    client.set_experiment_tag(experiment, f"{TAG}{key}", json.dumps(view_state(shown, curves), separators=(",", ":")))
     return f"viewStateShareKey={key}"
 
 

@@ -17,7 +17,7 @@ from mmphi.tracking.datasets import datasets_of, log_datasets
 from mmphi.tracking.logged_model import log_results
 from mmphi.tracking.store import Store
 from mmphi.tracking.system_metrics import SWITCH, system_metrics
-from mmphi.tracking.view_state import TAG, share
+from mmphi.tracking.view_state import HEADLINES, TAG, share, view_state
 
 
 @pytest.fixture
@@ -42,6 +42,8 @@ def test_the_view_shows_losses_and_results_first_and_curves_as_lines(store: Stor
     charts = [(chart["metricKey"], chart["type"]) for chart in state["compareRunCharts"]]
     assert charts == [("mine/score", "BAR"), ("val/loss", "LINE"), ("test/exact_match", "BAR")]
     assert "metrics.`val/loss`" in state["selectedColumns"]
+    largest = view_state(HEADLINES, HEADLINES[:3])
+    assert len(json.dumps(largest, separators=(",", ":"))) < 5000  # MLflow's limit of a tag.
     assert state["compareRunSections"][0]["name"] == "Results"
     assert not any("align" in column for column in state["selectedColumns"])
 
