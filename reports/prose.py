@@ -120,6 +120,11 @@ def exploratory(found: Findings) -> str:
 
 def warnings(data: StudyData, metric: Metric) -> Iterator[str]:
     """What a reader must know before believing any of it."""
+    if data.seeds < data.looks[0]:
+        yield (
+            f"The seeds were lowered to {data.seeds} while it ran, and it is judged at {data.looks[0]}: there is no"
+            f" verdict. `mmphi studies {data.name} --seeds {data.looks[0]}` raises them."
+        )
     if missing := data.missing():
         cells = listed([f"{level} seed {n}" for level, n in missing[:12]])
         more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""

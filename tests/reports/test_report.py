@@ -208,6 +208,21 @@ def test_a_report_of_a_study_that_runs_says_so(empty_store: str, tmp_path: Path)
     assert "levels at 0 to 3 paired seeds" in text
 
 
+def test_seeds_that_were_lowered_below_the_first_look_are_the_reason_for_no_verdict(
+    empty_store: str, tmp_path: Path
+) -> None:
+    run_id = record("less", seeds=8, levels={"2 layers": 2, "3 layers": 3})
+    change = '{"what": "seeds", "name": "", "value": 3, "at": "2026-11-25 01:00:00"}'
+    Store().client.set_tag(run_id, "mmphi.change.0000", change)
+    for level, by in (("2 layers", 0.0), ("3 layers", -0.1)):
+        for seed in range(3):
+            trial("less", level, seed, {"test/loss": 1.0 + seed / 100 + by})
+    text = write("less", tmp_path)
+    assert "No verdict yet" in text
+    assert "The seeds were lowered to 3 while it ran, and it is judged at 8: there is no verdict." in text
+    assert "`mmphi studies less --seeds 8` raises them" in text
+
+
 def test_seeds_beyond_the_declared_ones_are_exploratory(empty_store: str, tmp_path: Path) -> None:
     run_id = record("more", seeds=3, levels={"2 layers": 2, "3 layers": 3}, also={"test/exact_match": "exact answers"})
     change = '{"what": "seeds", "name": "", "value": 8, "at": "2026-11-25 01:00:00"}'
