@@ -22,6 +22,9 @@ def parser() -> argparse.ArgumentParser:
     )
     model_options(made)
     made.add_argument("--system", default="", help="what the model shall be")
+    made.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="show an image with the first question"
+    )
     made.add_argument("--load", default="", metavar="FILE", help="go on with a conversation that /save wrote")
     sampling_options(made)
     return made
@@ -40,8 +43,10 @@ def main(arguments: Sequence[str]) -> int:
     model = mmphi.load(choice.name, whisper=options.whisper)
     model.context = options.context
     talk = Talk(model, sampling)
-    for command in ([f"/system {options.system}"] if options.system else []) + (
-        [f"/load {options.load}"] if options.load else []
+    for command in (
+        ([f"/system {options.system}"] if options.system else [])
+        + ([f"/load {options.load}"] if options.load else [])
+        + [f"/image {path}" for path in options.image]
     ):
         list(talk.hear(command))
     if isinstance(sys.stdin, io.TextIOWrapper):  # Bytes that are not in its encoding end no conversation.

@@ -120,7 +120,15 @@ class Talk:
         except OSError as error:
             raise DataError(f"{found} cannot be read: {error.strerror}", "check that you may read it") from error
         self.waiting.append({"type": kind, kind: given})
-        return f"{found.name} comes with the next question"
+        return f"{found.name} comes with the next question{self._second_image() if kind == 'image' else ''}"
+
+    def _second_image(self) -> str:
+        """A warning where the conversation has had an image before: most models are trained on one."""
+        parts = [
+            part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
+        ]
+        earlier = any(part["type"].startswith("image") for part in parts)
+        return "; the conversation has another image already, and /reset begins a new one" if earlier else ""
 
     def _system(self, text: str) -> str:
         self._reset("")

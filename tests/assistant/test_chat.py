@@ -54,6 +54,23 @@ def test_an_empty_line_is_a_question_where_something_waits(talk: Talk, photo: Pa
     assert said(talk, "") == talk.model.ask("", photo, max_new_tokens=8)
 
 
+def test_a_second_image_in_a_conversation_is_warned_about(talk: Talk, photo: Path) -> None:
+    assert said(talk, f"/image {photo}").endswith("comes with the next question")
+    said(talk, "what is it?")
+    assert "/reset begins a new one" in said(talk, f"/image {photo}")
+    said(talk, "/reset")
+    assert "/reset" not in said(talk, f"/image {photo}")
+
+
+def test_an_image_may_be_given_at_the_start(
+    talk: Talk, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mmphi.load", lambda *_, **__: talk.model)
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is it?\n"))
+    assert chat.main(["--model", "x", "--image", str(photo), "--max-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip() == talk.model.ask("what is it?", photo, max_new_tokens=8)
+
+
 def test_what_is_wrong_leaves_the_conversation_as_it_was(talk: Talk, tmp_path: Path) -> None:
     said(talk, "hello")
     before = list(talk.messages)
