@@ -102,7 +102,7 @@ def test_it_is_trained_and_measured(trained: Any) -> None:
     table = json.loads((measured.path / "test_heard.json").read_text())
     assert len(table["data"]) == 3
     card = (result.path / "README.md").read_text()
-    assert "that hears" in card
+    assert "with a projection for recordings" in card
     assert "encoder" in card
 
 

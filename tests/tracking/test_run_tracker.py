@@ -75,7 +75,7 @@ def test_table_with_pictures(store: Store, tracker: RunTracker, photo: Path) -> 
         tracker.table("predictions", rows, image="image")
     shown = table(tracker, "predictions")
     assert shown["columns"] == ["step", "image", "said"]
-    assert [row[0] for row in shown["data"]] == [1, 1, 1, 2, 2, 2]
+    assert [row[0] for row in shown["data"]] == [2, 2, 2, 1, 1, 1]  # The newest first.
     cell = shown["data"][0][1]
     assert set(cell) == {"type", "filepath", "compressed_filepath"}
     assert cell["type"] == "image"
@@ -105,7 +105,7 @@ def test_tables_of_a_dead_run_are_gone_on_with(store: Store, tracker: RunTracker
     again = RunTracker(store.client, tracker.run_id, tracker.folder, remote=False)
     again.table("predictions", [{"step": 200, "said": "after"}])
     again.table("data_read", [{"source": "a"}])
-    assert table(again, "predictions")["data"] == [[100, "before"], [200, "after"]]
+    assert table(again, "predictions")["data"] == [[200, "after"], [100, "before"]]
     assert table(again, "data_read")["data"] == [["a"]]
 
 
