@@ -95,7 +95,8 @@ def test_what_is_cleared_stays_so_though_nobody_cancelled_the_answer(
                 gate.open()
         if len(ended) == 2:
             break
-    assert ended == [cleared, asked]
+    # The answer ends at its next piece, which may come before or after the page is cleared: neither shows it again.
+    assert set(ended) == {cleared, asked}
     with pytest.raises(RuntimeError, match="no question to repeat"):
         visitor.press("retry")
 
