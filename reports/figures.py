@@ -92,10 +92,10 @@ def seeds(
         if not values[level]:
             continue
         mean, around = float(np.mean(list(values[level].values()))), intervals[level]
-        beside = place + 0.12  # The interval must not hide the points of the seeds.
+        shifted = place + 0.12  # The interval must not hide the points of the seeds.
         if around:
-            axes.plot([beside, beside], [around.low, around.high], color=COLOURS[0], linewidth=3, zorder=2)
-        axes.plot(beside, mean, "D", color=COLOURS[0], markersize=8, zorder=3)
+            axes.plot([shifted, shifted], [around.low, around.high], color=COLOURS[0], linewidth=3, zorder=2)
+        axes.plot(shifted, mean, "D", color=COLOURS[0], markersize=8, zorder=3)
     axes.set_xticks(range(len(levels)), levels, fontsize=11)
     axes.set_xlim(-0.5, len(levels) - 0.5)
     axes.set_ylabel(_label(metric), fontsize=10)

@@ -45,7 +45,7 @@ def log_datasets(client: MlflowClient, run_id: str, datasets: list[Dataset], con
         client: Of the store.
         run_id: The run.
         datasets: As of :func:`datasets_of`.
-        context: ``training`` or ``evaluation``, which MLflow shows beside their names.
+        context: ``training`` or ``evaluation``, which MLflow shows next to their names.
     """
     if datasets:
         tag = InputTag("mlflow.data.context", context)

@@ -1,4 +1,4 @@
-"""Names of tags by which runs of studies are told from those that a user asked for; light to import."""
+"""Tags that distinguish runs of studies from those that a user asked for; light to import."""
 
 STUDY = "mmphi.study"  # Of a trial: its study.
 FOR_STUDY = "mmphi.for_study"  # Of what was built because a trial needs it: the trial's study.

@@ -59,7 +59,7 @@ def test_status_of_phi2_works_without_its_data(
     (embed,) = [line for line in out.splitlines() if "embed " in line and "(above)" not in line]
     assert "would take 23.6 GB" in embed  # 80,000 images x 144 tokens x 1,024 x 2 bytes
     assert "needs data.sources.0.path" in embed
-    # What is missing is said once, whatever needs it; and what all of it would take.
+    # Missing data are reported once, whatever needs them, with the total of what is to be built.
     assert out.count("there is no such file") == 1
     assert "data.sources.0.path = ${MMPHI_LLAVA}/llava_instruct_150k.json: there is no such file" in out
     assert "in all: 44." in out

@@ -1,4 +1,4 @@
-"""What MLflow's pages show of a run beside its metrics: data, model, system metrics, and the view of an experiment."""
+"""What MLflow's pages show in addition to metrics: data, model, system metrics, and the view of an experiment."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def open_prompt(
 
 
 def _check_speech(model: Multimodal, conversation: Conversation) -> None:
-    """Refuse recordings of the newest question in which nobody speaks: an answer to them would be invented.
+    """Refuse recordings of the newest question that contain no speech: an answer to them would be invented.
 
     Raises:
         AudioError: If the voice gate or Whisper finds no speech in one.
