@@ -58,7 +58,7 @@ def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> An
         SettingsError: If it has no such level.
     """
     from mmphi.cli import parse
-    from mmphi.settings.overrides import full_name
+    from mmphi.config.overrides import full_name
     from mmphi.stages import Settings
 
     flags, fixed = parse(rest)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ablations.cells import Cell, Outcome, verdict_cells
-from ablations.crew import Crew, Worker
-from ablations.jobs import Answer, Job
-from ablations.ledger import Ledger, cell_of
-from ablations.record import Change, Record
+from ablations.protocol import Answer, Job
 from ablations.study import Study
+from ablations.study_run import Change, Record
+from ablations.trial_storage import Ledger, cell_of
+from ablations.trials import Cell, Outcome, verdict_cells
 from ablations.tuning import tuning_cells, tuning_of
+from ablations.worker_pool import Crew, Worker
 from mmphi.errors import MmphiError, SettingsError
-from reports.query import STUDY_RUN
+from reports.study_query import STUDY_RUN
 
 if TYPE_CHECKING:
     import optuna

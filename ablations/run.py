@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-from ablations.crew import visible_gpus
 from ablations.driver import Driver, Plan, changed
-from ablations.places import ledgers, logs_folder, search_ledger, storage_url
-from ablations.record import Record
+from ablations.paths import ledgers, logs_folder, search_ledger, storage_url
 from ablations.search import Search
 from ablations.search_driver import SearchDriver
 from ablations.study import Study, check_name
+from ablations.study_run import Record
 from ablations.tuning import points_of
+from ablations.worker_pool import visible_gpus
 from mmphi.errors import Stopped
-from mmphi.tracking.store import Store
-from reports.statistics import ALPHA, smallest_p
+from mmphi.tracking.run_writer import Store
+from reports.paired_tests import ALPHA, smallest_p
 
 
 def summary(plan: Plan) -> str:
@@ -79,7 +79,7 @@ def run(
         retries: How often a worker may die over a cell.
         run_id: A run that was begun for it.
         command: What was typed.
-        **crew: Further arguments of :class:`ablations.crew.Crew`.
+        **crew: Further arguments of :class:`ablations.worker_pool.Crew`.
 
     Raises:
         SettingsError: If it cannot be a comparison, or was begun as something else.

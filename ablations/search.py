@@ -16,8 +16,8 @@ from optuna.distributions import (
 )
 
 from ablations.study import Changes, plan_order, settings_of
+from mmphi.config.fields import all_fields, leaves
 from mmphi.errors import SettingsError
-from mmphi.settings.fields import all_fields, leaves
 from mmphi.stages import STAGES, Settings
 
 Direction = Literal["minimize", "maximize"]

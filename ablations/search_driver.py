@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
-from ablations.crew import Crew, Worker
 from ablations.driver import POLL_S, TrialError
-from ablations.jobs import Answer, Job
-from ablations.ledger import Ledger
-from ablations.record import Record
+from ablations.protocol import Answer, Job
 from ablations.search import Search
-from reports.query import STUDY_RUN
+from ablations.study_run import Record
+from ablations.trial_storage import Ledger
+from ablations.worker_pool import Crew, Worker
+from reports.study_query import STUDY_RUN
 
 if TYPE_CHECKING:
     import optuna

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ablations.studies
+from mmphi.config.fields import leaves
+from mmphi.config.messages import nearest
+from mmphi.config.presets import from_caller
 from mmphi.errors import SettingsError
-from mmphi.settings.fields import leaves
-from mmphi.settings.messages import nearest
-from mmphi.settings.presets import from_caller
 from mmphi.stages import STAGES, Settings, load_settings
 
 Changes = Mapping[str, Any]
@@ -233,7 +233,7 @@ class Study:
         Raises:
             MmphiError: As the stage says it.
         """
-        from mmphi.settings.view import SettingsView
+        from mmphi.config.declared_view import SettingsView
 
         for name in {self.stage, *plan_order(self.stage, settings)}:
             STAGES[name].check(SettingsView(settings, STAGES[name].declared))
@@ -294,7 +294,7 @@ def check_name(name: str) -> None:
 
 def plan_order(stage: str, settings: Settings) -> list[str]:
     """A stage, what it is built on, and what is asked for at its end."""
-    from mmphi.pipeline.plan import Plan
+    from mmphi.pipeline.graph import Plan
 
     plan = Plan(STAGES)
     return list(dict.fromkeys([*plan.order(stage, settings), *STAGES[stage].then]))

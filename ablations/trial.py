@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from mlflow.entities import Param
 from PIL import Image
 
-from ablations.jobs import Answer, Job
+from ablations.protocol import Answer, Job
 from mmphi.errors import MmphiError, SettingsError, Stopped, TrainingError
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import Settings
-from reports.query import JUDGED, not_finite
+from reports.study_query import JUDGED, not_finite
 
 if TYPE_CHECKING:
     from mmphi.pipeline.stage import Result
-    from mmphi.tracking.run import Watch
-    from mmphi.tracking.store import Store
+    from mmphi.tracking.run_tracker import Watch
+    from mmphi.tracking.run_writer import Store
 
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
 FIRST_TOKENS = 5  # The median of so many; the first of all is left out.
@@ -106,7 +106,7 @@ def first_token_s(result: Result, pipeline: Pipeline) -> float:
     The median of several, after one that is not counted, of a photograph of 640 x 480 px; 0 where the result is no
     model that sees.
     """
-    from mmphi.models.bundle import load_bundle
+    from mmphi.models.checkpoint import load_bundle
 
     if not (result.path / "projector.json").exists():
         return 0.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ablations.cells import Cell, Outcome
 from ablations.study import Study
+from ablations.trials import Cell, Outcome
 from mmphi.errors import MmphiError
 
 DIGITS = 2  # Significant ones of a value that is added.

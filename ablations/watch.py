@@ -10,13 +10,13 @@ import numpy as np
 
 from mmphi.describe import duration
 from reports.comparison import compare
-from reports.query import StudyData, load_study
+from reports.paired_tests import interval
 from reports.search import tried
-from reports.statistics import interval
+from reports.study_query import StudyData, load_study
 from reports.verdict import ends_of, number
 
 if TYPE_CHECKING:
-    from mmphi.tracking.search import RunStore
+    from mmphi.tracking.run_store import RunStore
 
 CLEAR = "\x1b[H\x1b[2J"
 LAST = 12  # Trials that the pace is taken from.

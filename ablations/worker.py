@@ -9,7 +9,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
-from ablations.jobs import Answer, decode_answer, decode_job, encode
+from ablations.protocol import Answer, decode_answer, decode_job, encode
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import Stopped
 

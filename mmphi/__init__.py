@@ -40,9 +40,9 @@ def load(
 
     import torch
 
-    from mmphi.models.bundle import load_bundle
-    from mmphi.pipeline.quiet import quieten
-    from mmphi.pipeline.resources import PROCESS
+    from mmphi.models.checkpoint import load_bundle
+    from mmphi.pipeline.process_cache import PROCESS
+    from mmphi.pipeline.warning_filters import quieten
 
     quieten()
     folder = Path(model).expanduser()
@@ -54,12 +54,12 @@ def load(
 
 def _folder_of(model: str) -> Path:
     """The files of a run or registered model; those of a run in a local SQLite store are found without mlflow."""
-    from mmphi.tracking.glance import glance
+    from mmphi.tracking.status_reader import glance
 
     found = glance().folder(model.removeprefix("runs:/").partition("/")[0])
     if found is not None:
         return found
-    from mmphi.tracking.store import Store
+    from mmphi.tracking.run_writer import Store
 
     return Store().model_folder(model)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mmphi.benchmarks
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import MmphiError, SettingsError, Stopped
-from mmphi.pipeline.quiet import quieten
+from mmphi.pipeline.warning_filters import quieten
 
 if TYPE_CHECKING:
     from mmphi.stages import Settings
@@ -24,20 +24,20 @@ LABEL_CHARACTERS = 80
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # In any case of letters.
 # Commands that read their own options; imported when they are called.
 OWN = {
-    "ask": "mmphi.assistant.ask:main",
-    "chat": "mmphi.assistant.chat:main",
-    "demo": "mmphi.assistant.demo:main",
+    "ask": "mmphi.serving.ask:main",
+    "chat": "mmphi.serving.chat:main",
+    "demo": "mmphi.serving.demo:main",
     "fetch": "mmphi.data.fetch:main",
     "register": "mmphi.tracking.register:main",
-    "say": "mmphi.data.say:main",
-    "serve": "mmphi.assistant.serve:main",
+    "say": "mmphi.data.tts:main",
+    "serve": "mmphi.serving.serve:main",
     "ui": "mmphi.tracking.ui:main",
 }
 # What the packages above this one bring; named and not imported, because nothing here may know them.
 COMMANDS = {
     "ablate": "ablations.commands:ablate",
-    "studies": "ablations.manage:studies",
-    "compare": "ablations.manage:compare",
+    "studies": "ablations.study_cli:studies",
+    "compare": "ablations.study_cli:compare",
     "report": "reports.commands:report",
     "reference": "reports.reference_command:reference",
 }
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except Exception as error:
-            from mmphi.tracking.failures import store_error
+            from mmphi.tracking.error_messages import store_error
 
             explained = store_error(error)
             if explained is None:
@@ -156,7 +156,7 @@ def _command(words: list[str]) -> int:
     if name == "benchmark":
         return _benchmark(rest)
     if name == "evaluate" and any(word.partition("=")[0] == "--harness" for word in rest):
-        from mmphi.harness.command import main as harness
+        from mmphi.serving.harness.command import main as harness
 
         return harness(rest)
     if name == GENERATORS:
@@ -166,7 +166,7 @@ def _command(words: list[str]) -> int:
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
-        from mmphi.settings.messages import nearest
+        from mmphi.config.messages import nearest
 
         near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark", GENERATORS, *OWN, *COMMANDS])
         raise SettingsError(
@@ -201,7 +201,7 @@ def _command(words: list[str]) -> int:
 
 def _smoke(settings: Settings, overrides: Mapping[str, str], name: str) -> Settings:
     """Settings at the size of a smoke run; those of the command line stay."""
-    from mmphi.settings.overrides import full_name
+    from mmphi.config.overrides import full_name
     from mmphi.stages.smoke import smoke
 
     return smoke(settings, {full_name(type(settings), key, name) for key in overrides})
@@ -216,7 +216,7 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     Raises:
         SettingsError: If a word stands alone that is no key.
     """
-    from mmphi.settings.overrides import alone
+    from mmphi.config.overrides import alone
 
     options: dict[str, str] = {}
     overrides: dict[str, str] = {}
@@ -274,13 +274,13 @@ def _benchmark(rest: list[str]) -> int:
 
 
 def _stage(name: str, settings: Settings, overrides: Mapping[str, str], *, force: bool, no_build: bool) -> int:
+    from mmphi.config.presets import AS_PRESET
     from mmphi.describe import ending
     from mmphi.pipeline.build import Pipeline
-    from mmphi.settings.presets import AS_PRESET
     from mmphi.stages import STAGES
 
     label = " ".join(f"{key}={value}" for key, value in overrides.items() if value != AS_PRESET)
-    pipeline = Pipeline(STAGES, helper="mmphi.stages.helper")
+    pipeline = Pipeline(STAGES, helper="mmphi.stages.background_worker")
     result = pipeline.build(
         name,
         settings,

@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config.declared_view import covered
+from mmphi.config.fields import all_fields, canonical, leaves
 from mmphi.errors import SettingsError
+from mmphi.pipeline.graph import Plan
 from mmphi.pipeline.manifest import total_bytes
-from mmphi.pipeline.plan import Plan
 from mmphi.pipeline.stage import Cost, Result
-from mmphi.settings.fields import all_fields, canonical, leaves
-from mmphi.settings.view import covered
 from mmphi.stages import STAGES, Settings
 from mmphi.stages.estimates import to_fetch, to_hash
-from mmphi.tracking.glance import Glance, glance
+from mmphi.tracking.status_reader import Glance, glance
 
 if TYPE_CHECKING:
-    from mmphi.tracking.search import RunStore as Store
+    from mmphi.tracking.run_store import RunStore as Store
 
 STATUS_HELP = """usage: mmphi status [--preset NAME] [--KEY VALUE ...]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from reports import figures, prose
-from reports.document import Document
-from reports.findings import Findings
-from reports.query import StudyData
-from reports.statistics import shares
+from reports import ablation_text, figures
+from reports.paired_tests import shares
+from reports.render import Document
+from reports.study_query import StudyData
+from reports.study_results import Findings
 from reports.tables import is_noise, median_of, tables
 from reports.verdict import headline, sentence
 
@@ -35,20 +35,20 @@ def ablation(data: StudyData) -> Document:
         {
             "study": data.name,
             "question": data.declaration["question"],
-            "partial": prose.partial(data),
+            "partial": ablation_text.partial(data),
             "headline": headline(comparisons, baseline, metric),
             "sentences": [sentence(c, baseline, metric) for c in comparisons] if len(comparisons) > 1 else [],
-            "design": prose.design(data),
+            "design": ablation_text.design(data),
             "leaves_open": data.declaration.get("leaves_open", ""),
-            "warnings": list(prose.warnings(data, metric)),
-            "exploratory": prose.exploratory(found),
-            "budget": prose.budget(data, metric),
-            "statistics": prose.STATISTICS,
-            "costs_note": prose.costs_note(data, noisy_costs(found)),
-            "held": prose.held(data),
-            "tuning_notes": list(prose.tuning_notes(data)),
-            "failures": prose.failures(data),
-            "command": prose.command(data),
+            "warnings": list(ablation_text.warnings(data, metric)),
+            "exploratory": ablation_text.exploratory(found),
+            "budget": ablation_text.budget(data, metric),
+            "statistics": ablation_text.STATISTICS,
+            "costs_note": ablation_text.costs_note(data, noisy_costs(found)),
+            "held": ablation_text.held(data),
+            "tuning_notes": list(ablation_text.tuning_notes(data)),
+            "failures": ablation_text.failures(data),
+            "command": ablation_text.command(data),
         },
     )
     document.tables |= tables(found)
@@ -56,7 +56,10 @@ def ablation(data: StudyData) -> Document:
     parts = shares({level: of for level, of in found.judged.items() if of})
     if parts and len(data.levels) > 1:
         document.figures["importance"] = figures.png(figures.importance(parts))
-        document.values = {**document.values, "importance": prose.importance(parts.factor, parts.seed, parts.rest)}
+        document.values = {
+            **document.values,
+            "importance": ablation_text.importance(parts.factor, parts.seed, parts.rest),
+        }
     return document
 
 

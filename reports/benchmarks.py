@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from mmphi.errors import DataError
-from mmphi.tracking.search import RunStore
-from reports.document import Document, Table
+from mmphi.tracking.run_store import RunStore
 from reports.references import FOLDER
+from reports.render import Document, Table
 
 PREFIX = "lmms/"
 COMMAND = "mmphi evaluate --harness lmms-eval --tasks {tasks} --model {model}{limit}"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
-    from mmphi.tracking.search import RunStore
-    from reports.document import Document
+    from mmphi.tracking.run_store import RunStore
+    from reports.render import Document
 
 KINDS = ("ablation", "pretraining", "benchmarks")
 AS_PRESET = "preset"  # What MLproject's parameters say where nothing is said.
@@ -48,7 +48,7 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-log", action="store_true", help="write the files only; leave MLflow as it is")
     options = parser.parse_args(list(arguments))
     given = {name: "" if getattr(options, name) == AS_PRESET else getattr(options, name) for name in ("study", "runs")}
-    from mmphi.tracking.search import RunStore
+    from mmphi.tracking.run_store import RunStore
 
     store = RunStore()
     begun = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
@@ -78,8 +78,8 @@ def report(arguments: Sequence[str]) -> int:
 
 def _ablation(store: RunStore, study: str) -> Made:
     from reports.ablation import CURVES, ablation
-    from reports.query import begun, load_study
     from reports.search import search
+    from reports.study_query import begun, load_study
 
     if not study:
         there = ", ".join(begun(store)) or "none yet"
@@ -91,7 +91,7 @@ def _ablation(store: RunStore, study: str) -> Made:
 
 def _pretraining(store: RunStore, chosen: str) -> Made:
     from reports.pretraining import pretraining
-    from reports.pretrainings import load_pretrainings
+    from reports.pretraining_query import load_pretrainings
     from reports.references import reference_of
 
     runs = load_pretrainings(store, [name.strip() for name in chosen.split(",") if name.strip()])

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reports.divergence import diverged, p_of_rates
-from reports.looks import corrected
-from reports.statistics import ALPHA, Interval, both_agree, equivalence, holm, interval, typical
+from reports.interim_looks import corrected
+from reports.paired_tests import ALPHA, Interval, both_agree, equivalence, holm, interval, typical
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
 from reports.comparison import Comparison
-from reports.pretrainings import Pretraining
+from reports.paired_tests import Interval, Shares
+from reports.pretraining_query import Pretraining
 from reports.references import Reference
 from reports.scaling import Outlook
-from reports.statistics import Interval, Shares
 from reports.verdict import Metric
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

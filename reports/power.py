@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from reports.statistics import ALPHA, patterns, signed_ranks, smallest_p
+from reports.paired_tests import ALPHA, patterns, signed_ranks, smallest_p
 
 POWER = 0.8
 MOST_SEEDS = 10_000
@@ -51,7 +51,7 @@ def _simulated(ratio: float, n: int, alpha: float) -> float:
 
 
 def p_values(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """:func:`reports.statistics.both_agree` of many samples, shape (samples, n), at once."""
+    """:func:`reports.paired_tests.both_agree` of many samples, shape (samples, n), at once."""
     signs = _half(samples.shape[1])
     found = []
     for part in np.array_split(samples, -(-len(samples) * len(signs) // AT_ONCE)):

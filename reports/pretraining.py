@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from reports import figures
-from reports.distance import Distance
-from reports.document import Document, Table, plain
-from reports.pretrainings import Pretraining
+from reports.extrapolation_text import Distance
+from reports.pretraining_query import Pretraining
 from reports.references import Reference, original_run
+from reports.render import Document, Table, plain
 from reports.scaling import Outlook
 from reports.verdict import listed
 

@@ -58,11 +58,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from tqdm.auto import tqdm
 
-    from mmphi.data.digests import file_digest
+    from mmphi.config import LanguageSettings
+    from mmphi.data.content_hash import file_digest
     from mmphi.evaluation.perplexity import Protocol, text_loss
     from mmphi.models.device import this_device
-    from mmphi.models.language import load_language
-    from mmphi.settings import LanguageSettings
+    from mmphi.models.language.language_model import load_language
 
     precision = options.precision
     if precision == "auto":

@@ -11,10 +11,10 @@ import numpy as np
 
 from mmphi.errors import StoreError
 from reports import figures
-from reports.document import Document, Table
-from reports.prose import command
-from reports.query import StudyData, Trial
-from reports.statistics import interval
+from reports.ablation_text import command
+from reports.paired_tests import interval
+from reports.render import Document, Table
+from reports.study_query import StudyData, Trial
 from reports.tables import environment, linked
 from reports.verdict import listed, number, range_of
 

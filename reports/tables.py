@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from reports.document import Table
-from reports.findings import Findings
-from reports.query import StudyData, Trial
-from reports.statistics import interval
+from reports.paired_tests import interval
+from reports.render import Table
+from reports.study_query import StudyData, Trial
+from reports.study_results import Findings
 from reports.verdict import ends_of, number, p_value
 
 # Of every level: the interval of its mean, then what is to be said of it beside the baseline.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from reports.comparison import Comparison
+from reports.paired_tests import ALPHA, Interval, smallest_p
 from reports.power import POWER, seeds_needed
-from reports.statistics import ALPHA, Interval, smallest_p
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.stages import helper
+from mmphi.stages import background_worker
 from mmphi.stages.projector import ProjectorSettings
 
 WAIT_S = 60.0
@@ -75,4 +75,4 @@ BRANCHES = {
 
 
 if __name__ == "__main__":
-    sys.exit(helper.main(BRANCHES))
+    sys.exit(background_worker.main(BRANCHES))

@@ -17,13 +17,13 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
-from mmphi.data.digests import content_digest
-from mmphi.data.encoded import encode_example
-from mmphi.data.records import Example, ImageRef, Turn
-from mmphi.models.language import Language
+from mmphi.config import LanguageSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.data.content_hash import content_digest
+from mmphi.data.schema import Example, ImageRef, Turn
+from mmphi.data.tokenized_dataset import encode_example
+from mmphi.models.language.language_model import Language
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings import LanguageSettings
-from mmphi.settings.view import SettingsView
 from mmphi.stages import Settings
 from mmphi.text.prompt import Prompt
 

@@ -14,8 +14,8 @@ import torch
 from builders import tiny_language
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mmphi.models.chat.engine import Engine
-from mmphi.models.chat.sampling import Sampling
+from mmphi.generation.engine import Engine
+from mmphi.generation.sampling import Sampling
 from mmphi.models.multimodal import Multimodal
 
 SHAPE: dict[str, Any] = {

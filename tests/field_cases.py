@@ -93,8 +93,8 @@ def clients(folder: Path) -> Iterator[Outcome]:
     from answerers import Same, answerer, served
 
     from mmphi.data.audio import read_audio
-    from mmphi.models.hearing import Transcript
-    from mmphi.models.links import TranscriptLink
+    from mmphi.models.audio.audio_features import TranscriptLink
+    from mmphi.models.audio.transcription import Transcript
     from mmphi.models.multimodal import Multimodal
 
     class Decoding(Same):
@@ -145,9 +145,9 @@ def sound(folder: Path) -> Iterator[Outcome]:
 
 def rows(folder: Path) -> Iterator[Outcome]:
     """Files of conversations and captions: rows that are kept, with how many images, and the report on others."""
-    from mmphi.data.read import read_examples
+    from mmphi.config import DataSettings, SourceSettings
+    from mmphi.data.dataset_builder import read_examples
     from mmphi.errors import DataError
-    from mmphi.settings import DataSettings, SourceSettings
 
     for path, (kind, kept, images, words) in ROWS.items():
         own = folder / path
@@ -184,7 +184,7 @@ def pictures(folder: Path) -> Iterator[Outcome]:
 
 def corpora(folder: Path) -> Iterator[Outcome]:
     """Texts: how many documents are read, and why others are not."""
-    from mmphi.data.texts import TextReport, read_texts
+    from mmphi.data.text_sources import TextReport, read_texts
 
     for name, (documents, words) in CORPORA.items():
         report = TextReport()
@@ -200,7 +200,7 @@ SETS: tuple[Callable[[Path], Iterator[Outcome]], ...] = (clients, sound, rows, p
 
 def main(arguments: Sequence[str]) -> int:
     """Print all cases; 1 where one is not as expected."""
-    sys.path.insert(0, str(ROOT / "assistant"))
+    sys.path.insert(0, str(ROOT / "serving"))
     wrong = 0
     for kind in SETS:
         for outcome in kind(Path(arguments[0])):

@@ -22,7 +22,13 @@ FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = [
     *("ablations.worker", "ablations.trial"),
     *("torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "open_clip"),
-    *("mmphi.pipeline.build", "mmphi.stages", "mmphi.training.loop", "mmphi.training.trainer", "mmphi.models.bundle"),
+    *(
+        "mmphi.pipeline.build",
+        "mmphi.stages",
+        "mmphi.training.hf_trainer",
+        "mmphi.training.trainer",
+        "mmphi.models.checkpoint",
+    ),
     *("mlflow.store.tracking.sqlalchemy_store", "mlflow.store.model_registry.sqlalchemy_store"),
 ]
 

@@ -12,19 +12,19 @@ import torch
 from builders import RandomFeatures, tiny_language
 from transformers import PhiConfig, PhiForCausalLM
 
+from mmphi.config import LanguageSettings
+from mmphi.config.audio import AudioSettings
 from mmphi.data.audio import RATE, Recording, Samples
-from mmphi.data.records import AudioRef, Example, ImageRef, Turn
-from mmphi.models.ears import Ears
-from mmphi.models.hearing import Segment, Transcript
-from mmphi.models.language import Language
-from mmphi.models.links import EncoderLink, TranscriptLink
+from mmphi.data.schema import AudioRef, Example, ImageRef, Turn
+from mmphi.models.audio.audio_features import EncoderLink, TranscriptLink
+from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
+from mmphi.models.audio.transcriber import Ears
+from mmphi.models.audio.transcription import Segment, Transcript
+from mmphi.models.audio.vad import Part
+from mmphi.models.audio.whisper_backends import OpenAIWhisper
+from mmphi.models.language.language_model import Language
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.models.speech import SpeechConfig, SpeechProjection
-from mmphi.models.voice import Part
-from mmphi.models.whispers import OpenAIWhisper
-from mmphi.settings import LanguageSettings
-from mmphi.settings.audio import AudioSettings
 from mmphi.text.packing import packs
 from mmphi.text.prompt import Prompt
 from mmphi.text.tokenizer import phi2_tokenizer

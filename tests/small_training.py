@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from builders import RandomFeatures, Recorder, encode, example, tiny_language
 
-from mmphi.models.packed import PackedModel
+from mmphi.config import TrainingSettings
+from mmphi.models.packed_vlm import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.settings import TrainingSettings
-from mmphi.training.steps import packed_steps
+from mmphi.training.packed_dataset import packed_steps
 from mmphi.training.trainer import Trained, train
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]

@@ -93,7 +93,7 @@ class ToldError(Exception):
     ("module", "arguments"),
     [
         ("mmphi.cli", [["status"]]),
-        ("mmphi.stages.helper", []),
+        ("mmphi.stages.background_worker", []),
         ("mmphi.textgen.generator", [None]),
         ("ablations.worker", [-1]),
     ],

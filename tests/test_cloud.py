@@ -19,9 +19,9 @@ import texts
 import yaml
 from builders import byte_tokenizer, tiny_language
 
-from mmphi.textgen.reader import Reader
-from mmphi.textgen.spool import Spool
-from mmphi.tracking.store import Store
+from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shard_reader import Reader
+from mmphi.tracking.run_writer import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = sorted((ROOT / "experiments" / "cloud").glob("*.yaml"))

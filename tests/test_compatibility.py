@@ -22,16 +22,16 @@ from builders import byte_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmphi.data.records import Example, ImageRef, Turn
-from mmphi.models.adapter import adapter_digest
-from mmphi.models.bundle import bundle_digest, load_bundle
-from mmphi.models.language import language_digest
+from mmphi.config import VisionSettings
+from mmphi.data.schema import Example, ImageRef, Turn
+from mmphi.models.checkpoint import bundle_digest, load_bundle
+from mmphi.models.language.adapter import adapter_digest
+from mmphi.models.language.language_model import language_digest
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.models.vision import load_tower
+from mmphi.models.vision.vision_encoder import load_tower
 from mmphi.pipeline.build import Pipeline
-from mmphi.pipeline.keys import consumed
-from mmphi.settings import VisionSettings
+from mmphi.pipeline.cache_key import consumed
 from mmphi.stages import STAGES, load_settings
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,7 +17,7 @@ def test_every_case_is_as_expected(kind, monkeypatch):
     folder = os.environ.get("MMPHI_CASES")
     if not folder:
         pytest.skip("MMPHI_CASES is not set")
-    monkeypatch.syspath_prepend(Path(__file__).parent / "assistant")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "serving")
     outcomes = list(kind(Path(folder)))
     assert len(outcomes) == COUNTS[kind.__name__]
     assert [outcome for outcome in outcomes if not outcome.right] == []

@@ -16,12 +16,12 @@ from PIL import Image
 
 import mmphi
 from mmphi.cli import main
-from mmphi.data.encoded import image_inputs
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
+from mmphi.data.tokenized_dataset import image_inputs
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.packing import pack
-from mmphi.text.sequences import encode
-from mmphi.tracking.store import Store
+from mmphi.text.tokenized_example import encode
+from mmphi.tracking.run_writer import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = """
@@ -40,7 +40,7 @@ LIKELIHOOD = """
 import json, sys
 from types import SimpleNamespace
 from PIL import Image
-from mmphi.harness.lmms import Mmphi
+from mmphi.serving.harness.lmms import Mmphi
 
 model = Mmphi(sys.argv[1])
 rows = json.load(open(sys.argv[2]))
@@ -123,7 +123,7 @@ def test_lmms_eval_finds_the_model_by_its_name() -> None:
     """As `python -m lmms_eval --model mmphi` looks it up: by the entry point of the package."""
     code = "from lmms_eval.models import get_model; print(get_model('mmphi').__module__)"
     done = subprocess.run([os.environ["MMPHI_LMMS"], "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.stdout.split()[-1:] == ["mmphi.harness.lmms"], done.stderr[-2000:]
+    assert done.stdout.split()[-1:] == ["mmphi.serving.harness.lmms"], done.stderr[-2000:]
 
 
 @pytest.mark.harness

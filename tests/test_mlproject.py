@@ -16,10 +16,10 @@ import small
 import yaml
 
 from mmphi.cli import parse
-from mmphi.settings.overrides import full_name
+from mmphi.config.overrides import full_name
 from mmphi.stages import STAGES, Settings
-from mmphi.tracking.store import Store
-from reports.query import load_study
+from mmphi.tracking.run_writer import Store
+from reports.study_query import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["-P", "train_images=8", "-P", "test_images=2", "-P", "validation_images=1", "-P", "texts=3"]

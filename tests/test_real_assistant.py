@@ -13,7 +13,7 @@ import torch
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, load_settings
 
-sys.path.insert(0, str(Path(__file__).parent / "assistant"))
+sys.path.insert(0, str(Path(__file__).parent / "serving"))
 
 pytestmark = pytest.mark.real
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from forked import Forked
 
+from mmphi.config.corpus import CorpusSettings
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings.corpus import CorpusSettings
 from mmphi.stages import load_settings
 from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings

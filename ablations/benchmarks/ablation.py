@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ablations.benchmarks.twins import RATES, SEEDS, Shape, fixed_settings, make_models, write_work
+from ablations.benchmarks.llava_pair import RATES, SEEDS, Shape, fixed_settings, make_models, write_work
 
 STUDY = """from ablations.study import Study
 STUDY = Study(question="Which rate?", factor="projector.learning_rate", levels={levels}, baseline="{baseline}",
@@ -51,7 +51,7 @@ def timed(command: Sequence[str], log: Path) -> float:
 
 def curves(metric: str = "train/loss") -> list[list[float]]:
     """Losses of the newest finished run of every trial, seed by seed, rate by rate."""
-    from mmphi.tracking.store import Store
+    from mmphi.tracking.run_writer import Store
 
     store, found = Store(), []
     for seed in range(SEEDS):

@@ -1,1 +1,1 @@
-"""Ways to talk to a trained model."""
+"""Module names in models that earlier versions have stored; nothing else is here."""

@@ -14,7 +14,7 @@ from mmphi.benchmarks._pretrain_sides import Clock
 if TYPE_CHECKING:
     import torch
 
-    from mmphi.models.language import Language
+    from mmphi.models.language.language_model import Language
     from mmphi.models.projector import Projector
 
 Row = Mapping[str, Any]
@@ -163,15 +163,15 @@ def our_way(
     import torch
     from transformers import TrainerCallback
 
-    from mmphi.data.records import ImageRef
-    from mmphi.models.compiling import compiling
+    from mmphi.config import TrainingSettings
+    from mmphi.data.schema import ImageRef
+    from mmphi.models.language.compiling import compiling
     from mmphi.models.multimodal import Multimodal
-    from mmphi.settings import TrainingSettings
-    from mmphi.text.sequences import Sample, Span
+    from mmphi.text.tokenized_example import Sample, Span
     from mmphi.tracking.tracker import SilentTracker
-    from mmphi.training.meters import StepLoss
     from mmphi.training.optimizers import grouped_adamw
-    from mmphi.training.steps import packed_steps
+    from mmphi.training.packed_dataset import packed_steps
+    from mmphi.training.throughput import StepLoss
     from mmphi.training.trainer import train
 
     model = Multimodal(language, projector, stored(folder), shape.max_length)

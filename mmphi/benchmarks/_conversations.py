@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmphi.data.features import FeatureStore
-    from mmphi.data.records import ImageRef
+    from mmphi.data.schema import ImageRef
 
 FEATURES = "features"
 
@@ -58,12 +58,12 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     from mmphi.benchmarks.embed import draw_photos
     from mmphi.data.features import LiveFeatures
     from mmphi.models.device import this_device
-    from mmphi.models.llava import as_llava, save_llava
+    from mmphi.models.export.llava_export import as_llava, save_llava
+    from mmphi.models.language.phi import phi_config
     from mmphi.models.multimodal import Multimodal
-    from mmphi.models.phi import phi_config
     from mmphi.models.projector import Projector, ProjectorConfig
-    from mmphi.models.vision import Vision
-    from mmphi.text.sequences import Input, join
+    from mmphi.models.vision.vision_encoder import Vision
+    from mmphi.text.tokenized_example import Input, join
     from mmphi.text.tokenizer import phi2_tokenizer
 
     torch.manual_seed(0)
@@ -136,23 +136,23 @@ def step_flops(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> float:
 
 def vision_settings(folder: Path) -> Any:
     """Of the image tower that :func:`prepare` left."""
-    from mmphi.settings import VisionSettings
+    from mmphi.config import VisionSettings
 
     return VisionSettings(model=str(folder / "benchmark-vit.json"), pretrained=str(folder / "vision.safetensors"))
 
 
 def loaded_tower(folder: Path) -> Any:
     """The image tower."""
-    from mmphi.models.vision import load_tower
+    from mmphi.models.vision.vision_encoder import load_tower
 
     return load_tower(vision_settings(folder))
 
 
 def loaded_language(folder: Path, precision: Any) -> Any:
     """The language model."""
+    from mmphi.config import LanguageSettings
     from mmphi.models.device import this_device
-    from mmphi.models.language import load_language
-    from mmphi.settings import LanguageSettings
+    from mmphi.models.language.language_model import load_language
 
     settings = LanguageSettings(model=str(folder / "language"), precision=precision, prompt="phi")
     return load_language(settings, None, this_device())

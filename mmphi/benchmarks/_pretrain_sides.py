@@ -78,7 +78,7 @@ def build(shape: Shape) -> Any:
     import torch
     from transformers import PhiForCausalLM
 
-    from mmphi.models.phi import phi_config
+    from mmphi.models.language.phi import phi_config
 
     torch.manual_seed(0)
     config = phi_config(shape.layers, shape.width, shape.heads, shape.context, shape.vocabulary, 0)
@@ -230,14 +230,14 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
     from torch.utils.data import Dataset
     from transformers import TrainerCallback
 
-    from mmphi.models.causal import CausalTask
+    from mmphi.config import TrainingSettings
     from mmphi.models.device import this_device
-    from mmphi.models.documents import attending_inside_documents
-    from mmphi.models.passes import fewer_passes
-    from mmphi.settings import TrainingSettings
+    from mmphi.models.language.causal_lm_task import CausalTask
+    from mmphi.models.patches.module_patches import fewer_passes
+    from mmphi.models.patches.varlen_attention import attending_inside_documents
     from mmphi.tracking.tracker import SilentTracker
-    from mmphi.training.meters import StepLoss
-    from mmphi.training.text_steps import batch_of, row_of
+    from mmphi.training.lm_dataset import batch_of, row_of
+    from mmphi.training.throughput import StepLoss
     from mmphi.training.trainer import train
 
     class Steps(Dataset[dict[str, torch.Tensor]]):

@@ -58,7 +58,7 @@ class Comparison:
 
     def run_side(self, side: str, folder: Path, shape: str, workers: int = 0, profiled: bool = False) -> dict[str, Any]:
         """Losses, seconds and tokens of each timed step, peak memory, and what the last step spent its time on."""
-        from mmphi.training.meters import peak_memory_bytes
+        from mmphi.training.throughput import peak_memory_bytes
 
         batches = batches_of(folder, by_length=self.sides[side].by_length)
         watch = []
@@ -169,8 +169,8 @@ def show(rounds: Mapping[str, Sequence[Mapping[str, Any]]], precision: str) -> N
         rounds: Of each side.
         precision: Of the language model.
     """
-    from mmphi.models.language import DTYPES
-    from mmphi.training.hardware import peak
+    from mmphi.models.language.language_model import DTYPES
+    from mmphi.training.peak_flops import peak
 
     fastest = peak(dtype=DTYPES[precision])
 

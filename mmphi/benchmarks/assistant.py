@@ -108,7 +108,7 @@ def _random(folder: Path, shape: str) -> None:
     from mmphi.data.features import LiveFeatures
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector
-    from mmphi.models.vision import Vision
+    from mmphi.models.vision.vision_encoder import Vision
 
     prepare(folder, SHAPES[shape], 1)
     tower = loaded_tower(folder)

@@ -57,12 +57,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def measured(folder: Path, rows: int, images: int) -> dict[str, float]:
     """Seconds and CPU seconds of each step, tokens, and peak memory in GB."""
-    from mmphi.data.encoded import encoded
-    from mmphi.data.read import read_examples
-    from mmphi.settings import DataSettings, SourceSettings
+    from mmphi.config import DataSettings, SourceSettings
+    from mmphi.data.dataset_builder import read_examples
+    from mmphi.data.tokenized_dataset import encoded
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer
-    from mmphi.training.meters import peak_memory_bytes
+    from mmphi.training.throughput import peak_memory_bytes
 
     generate(folder, rows, images)
     source = SourceSettings(kind="llava", path=str(folder / "rows.json"), images=str(folder / "images"))

@@ -20,13 +20,13 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmphi.data.digests import file_digest
+from mmphi.config import VisionSettings
+from mmphi.data.content_hash import file_digest
 from mmphi.data.feature_writer import FeatureWriter
 from mmphi.data.features import FeatureStore
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
 from mmphi.models.device import this_device
-from mmphi.models.vision import Tower, load_tower
-from mmphi.settings import VisionSettings
+from mmphi.models.vision.vision_encoder import Tower, load_tower
 from mmphi.stages.embed import EmbedSettings, embed
 
 CONFIG = {

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmphi.data.digests import FileDigests
+from mmphi.data.content_hash import FileDigests
 from mmphi.data.feature_writer import FeatureWriter
 from mmphi.data.features import FeatureStore
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
 
 Reader = Callable[[list[int]], torch.Tensor]
 

@@ -39,7 +39,7 @@ SIDES = {
 
 def run_side(side: str, kind: str, shape: Shape, steps: int) -> dict[str, Any]:
     """Losses and seconds of each step, peak memory, and positions computed per token of one side."""
-    from mmphi.training.meters import peak_memory_bytes
+    from mmphi.training.throughput import peak_memory_bytes
 
     sides = {
         "padded": lambda: trainer_side(shape, steps, kind, "padded"),

@@ -50,8 +50,8 @@ def peft_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch:
 
 def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
     """As the stage ``qlora`` runs it."""
-    from mmphi.models.adapter import Shape as AdapterShape
-    from mmphi.models.adapter import adapted
+    from mmphi.models.language.adapter import Shape as AdapterShape
+    from mmphi.models.language.adapter import adapted
     from mmphi.models.projector import Projector
 
     language = adapted(loaded_language(folder, "4bit"), AdapterShape(RANK, ALPHA, targets=LORA_LAYERS))

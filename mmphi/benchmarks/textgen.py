@@ -77,7 +77,7 @@ def sides_here(processes: int) -> dict[str, tuple[str, int]]:
     """What is measured: by name, the sampler and its number of processes."""
     import torch
 
-    from mmphi.textgen.sampling import chosen_backend
+    from mmphi.textgen.backends import chosen_backend
 
     chosen, _ = chosen_backend("auto")
     gpu = torch.cuda.is_available()
@@ -93,7 +93,7 @@ def random_model(folder: Path) -> str:
     import torch
     from transformers import PhiForCausalLM
 
-    from mmphi.models.phi import size_config
+    from mmphi.models.language.phi import size_config
     from mmphi.text.tokenizer import phi2_tokenizer
 
     tokenizer = phi2_tokenizer()
@@ -142,13 +142,13 @@ def run_side(options: argparse.Namespace) -> Figures:
     """Tokens, seconds and peak memory of a share of the texts."""
     import torch
 
+    from mmphi.config.shared import LanguageSettings
+    from mmphi.config.textgen import TextgenSettings
     from mmphi.models.device import this_device
-    from mmphi.models.language import load_language
-    from mmphi.settings.shared import LanguageSettings
-    from mmphi.settings.textgen import TextgenSettings
+    from mmphi.models.language.language_model import load_language
+    from mmphi.textgen.backends import Draw, sampler
     from mmphi.textgen.generator import Wants
-    from mmphi.textgen.sampling import Draw, sampler
-    from mmphi.training.meters import peak_memory_bytes
+    from mmphi.training.throughput import peak_memory_bytes
 
     number, processes = map(int, options.share.split("/"))
     settings = TextgenSettings(model=options.model, max_tokens=options.max_tokens)

@@ -31,13 +31,13 @@ def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> di
         beam: Guesses that are followed at once; 1 is greedy.
     """
     from mmphi.data.audio import read_audio
-    from mmphi.data.recordings import read_recordings
-    from mmphi.data.records import ReadReport
+    from mmphi.data.schema import ReadReport
+    from mmphi.data.speech_dataset import read_recordings
     from mmphi.evaluation.wer import total, word_errors
+    from mmphi.models.audio.transcription import transcribe
+    from mmphi.models.audio.whisper_backends import BACKENDS
     from mmphi.models.device import this_device
-    from mmphi.models.hearing import transcribe
-    from mmphi.models.whispers import BACKENDS
-    from mmphi.training.meters import peak_memory_bytes
+    from mmphi.training.throughput import peak_memory_bytes
 
     spoken = list(read_recordings(path, path.parent, ReadReport()))[: limit or None]
     recordings = [read_audio(each.path) for each in spoken]

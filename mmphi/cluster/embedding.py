@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmphi.allocator import keep_freed_memory
 from mmphi.cluster.connect import Machines, ray_itself
+from mmphi.data.augmentation import seen_as
 from mmphi.data.images import image_bytes, image_in
-from mmphi.data.views import seen_as
 from mmphi.errors import ImageError
-from mmphi.models.features import Embedded, features_of
+from mmphi.models.vision.image_features import Embedded, features_of
 
 if TYPE_CHECKING:
-    from mmphi.models.vision import Tower
+    from mmphi.models.vision.vision_encoder import Tower
 
 AHEAD = 2  # Batches of each place: one is computed while the next is sent.
 _TOWERS: dict[str, Any] = {}  # Of a worker process: it embeds many batches.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmphi.data.images import ImageFolder
 from mmphi.data.json_rows import load_json, text_of
-from mmphi.data.records import Example, ReadReport, Split, Turn
+from mmphi.data.schema import Example, ReadReport, Split, Turn
 from mmphi.errors import DataError, ImageError
 
 DELIMITERS = ",;\t"

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmphi.config.shared import VisionSettings
 from mmphi.errors import ModelError
-from mmphi.settings.shared import VisionSettings
 
 CONFIG, WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 AUTO: Mapping[str, Any] = {"mean": [], "std": [], "interpolation": "auto", "resize": "auto", "quick_gelu": "auto"}

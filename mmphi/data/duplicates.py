@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmphi.data.digests import Digests
+from mmphi.data.content_hash import Digests
 from mmphi.data.images import open_image
 from mmphi.errors import ImageError
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmphi.data.digests import FileDigests
+from mmphi.data.augmentation import seen_as, view_name
+from mmphi.data.content_hash import FileDigests
 from mmphi.data.images import open_image
-from mmphi.data.recent import Recent
-from mmphi.data.records import ImageRef
-from mmphi.data.views import seen_as, view_name
+from mmphi.data.lru_cache import Recent
+from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError, StoreError
 
 INDEX = "index.json"

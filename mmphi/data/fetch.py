@@ -149,7 +149,7 @@ def fetch_models(folder: Path) -> None:
     Raises:
         ModelError: If the hub is out of reach; names the files that are wanted.
     """
-    from mmphi.data.reach import hub_in_reach
+    from mmphi.data.hf_connectivity import hub_in_reach
 
     missing = [name for name in (*MODELS, TOWER) if not (folder / name).exists()]
     if missing and not hub_in_reach():

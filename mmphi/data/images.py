@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError
 
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")

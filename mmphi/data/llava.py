@@ -13,8 +13,8 @@ from typing import Any
 
 from mmphi.data.images import ImageFolder
 from mmphi.data.json_rows import load_json
-from mmphi.data.kinds import kind_of
-from mmphi.data.records import Example, ReadReport, Split
+from mmphi.data.llava_row_types import kind_of
+from mmphi.data.schema import Example, ReadReport, Split
 from mmphi.data.turns import conversation_of
 from mmphi.errors import DataError, ImageError
 

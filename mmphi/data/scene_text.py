@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
-from mmphi.data.records import Turn
 from mmphi.data.scenes import COLORS, KINDS, OPPOSITE, SHAPES, Combination, Scene, Thing, scenes
+from mmphi.data.schema import Turn
 
 CELLS = 4
 SMALL_CELLS, BIG_CELLS = 2, 4

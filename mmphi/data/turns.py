@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmphi.data.records import Turn
+from mmphi.data.schema import Turn
 from mmphi.errors import DataError
 from mmphi.text.prompt import MARK
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pycocoevalcap.cider.cider import Cider
 from sacrebleu.metrics.bleu import BLEU
 
-from mmphi.evaluation.words import joined
+from mmphi.evaluation.ptb_tokenize import joined
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

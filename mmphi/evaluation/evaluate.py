@@ -12,15 +12,15 @@ from PIL import Image
 
 from mmphi.data.images import open_image
 from mmphi.data.phrasing import held_out_phrasing, match
-from mmphi.data.records import Example
+from mmphi.data.schema import Example
 from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.evaluation.captioning import bleu4, cider
-from mmphi.evaluation.consensus import consensus
 from mmphi.evaluation.grounding import Scores, grounding
 from mmphi.evaluation.long_answers import kind, losses_by_kind, measure, to_answer
+from mmphi.evaluation.mbr import consensus
 from mmphi.evaluation.yes_no import ask, score
-from mmphi.models.generation import Answer
+from mmphi.generation.batch_generate import Answer
 from mmphi.models.multimodal import Question
 from mmphi.tracking.tracker import Tracker
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mmphi.data.records import Example, ImageRef
+from mmphi.data.schema import Example, ImageRef
 
 
 class Scores(Protocol):

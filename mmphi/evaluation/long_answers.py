@@ -7,11 +7,11 @@ from typing import Any
 
 from pycocoevalcap.rouge.rouge import Rouge
 
-from mmphi.data.kinds import LONG_KINDS
-from mmphi.data.records import Example
+from mmphi.data.llava_row_types import LONG_KINDS
+from mmphi.data.schema import Example
 from mmphi.evaluation.grounding import Scores
-from mmphi.evaluation.words import joined
-from mmphi.models.generation import Answer
+from mmphi.evaluation.ptb_tokenize import joined
+from mmphi.generation.batch_generate import Answer
 
 
 def kind(example: Example) -> str:

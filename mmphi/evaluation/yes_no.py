@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmphi.data.phrasing import training_phrasing
-from mmphi.data.records import Example, ImageRef, Turn
 from mmphi.data.scenes import KINDS
-from mmphi.evaluation.things import named, possible
-from mmphi.evaluation.words import words
+from mmphi.data.schema import Example, ImageRef, Turn
+from mmphi.evaluation.object_vocabulary import named, possible
+from mmphi.evaluation.ptb_tokenize import words
 
 
 @dataclass(frozen=True)

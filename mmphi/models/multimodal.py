@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmphi.data.digests import content_digest
-from mmphi.data.encoded import encode_example, image_inputs
+from mmphi.data.content_hash import content_digest
 from mmphi.data.features import ImageFeatures
-from mmphi.data.records import AudioRef, Example, ImageRef
+from mmphi.data.schema import AudioRef, Example, ImageRef
+from mmphi.data.tokenized_dataset import encode_example, image_inputs
 from mmphi.errors import ModelError
-from mmphi.models.chat.conversing import Conversing
-from mmphi.models.generation import BAR_AFTER_S, Answer, answers_to
-from mmphi.models.language import Language
-from mmphi.models.packed import PackedModel
+from mmphi.generation.batch_generate import BAR_AFTER_S, Answer, answers_to
+from mmphi.generation.chat_mixin import Conversing
+from mmphi.models.audio.audio_projector import SpeechProjection, words_as_they_are
+from mmphi.models.language.language_model import Language
+from mmphi.models.packed_vlm import PackedModel
 from mmphi.models.projector import Projector
-from mmphi.models.speech import SpeechProjection, words_as_they_are
 from mmphi.text.packing import SpanFeatures, packs, to_device
-from mmphi.text.sequences import Input, Sample, join
+from mmphi.text.tokenized_example import Input, Sample, join
 
 if TYPE_CHECKING:
-    from mmphi.models.ears import Audio
-    from mmphi.models.links import Hearing
-    from mmphi.models.vision import Vision
+    from mmphi.models.audio.audio_features import Hearing
+    from mmphi.models.audio.transcriber import Audio
+    from mmphi.models.vision.vision_encoder import Vision
 
 Shown = ImageRef | Sequence[ImageRef] | None
 Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]] | tuple[Shown, str, Sequence[AudioRef], str]
@@ -94,15 +94,15 @@ class Multimodal(Conversing):
 
         Args:
             folder: As :meth:`save_pretrained` or a stage left it.
-            **options: Those of :func:`~mmphi.models.bundle.load_bundle`.
+            **options: Those of :func:`~mmphi.models.checkpoint.load_bundle`.
         """
-        from mmphi.models.bundle import load_bundle
+        from mmphi.models.checkpoint import load_bundle
 
         return load_bundle(Path(folder), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder that loads alone."""
-        from mmphi.models.bundle import save_bundle
+        from mmphi.models.checkpoint import save_bundle
 
         save_bundle(Path(folder), self)
 

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmphi.allocator import give_back
+from mmphi.config.section import Section
 from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
-from mmphi.pipeline.beside import Beside
-from mmphi.pipeline.keys import difference, key_of
-from mmphi.pipeline.plan import KEY, METRICS, Plan
-from mmphi.pipeline.quiet import quieten
-from mmphi.pipeline.ranks import Ranks, alone, as_json, follow
-from mmphi.pipeline.resources import PROCESS, Resources
+from mmphi.pipeline.background_build import Beside
+from mmphi.pipeline.cache_key import difference, key_of
+from mmphi.pipeline.graph import KEY, METRICS, Plan
+from mmphi.pipeline.process_cache import PROCESS, Resources
 from mmphi.pipeline.stage import Context, Result, Stage
 from mmphi.pipeline.threads import threads_of
-from mmphi.settings.declare import Section
+from mmphi.pipeline.torchrun import Ranks, alone, as_json, follow
+from mmphi.pipeline.warning_filters import quieten
 from mmphi.tracking.tags import FOR_STUDY, STUDY
 
 if TYPE_CHECKING:
-    from mmphi.tracking.run import RunTracker, Watch
-    from mmphi.tracking.store import Store
+    from mmphi.tracking.run_tracker import RunTracker, Watch
+    from mmphi.tracking.run_writer import Store
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,14 @@ class Pipeline(Plan):
         tracker: RunTracker,
         request: Request,
     ) -> Result:
-        from mmphi.pipeline import lineage
+        from mmphi.pipeline import provenance
 
         key, source = key_of(parts), ""
         if request.force:
             self.store.clear(tracker)
         elif source := self.store.adopt(tracker, key, damaged=stage.verifies):
             _print(f"{stage.name}: going on from what run {source} left")
-        lineage.describe(tracker, stage, settings, parts, upstream)
+        provenance.describe(tracker, stage, settings, parts, upstream)
         earlier = () if request.force or stage.covers is None else tuple(self.results(stage.name, settings))
         context = Context(
             self.view(stage.name, settings),

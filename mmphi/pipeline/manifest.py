@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmphi.data.digests import file_digest
+from mmphi.data.content_hash import file_digest
 
 MANIFEST = "manifest.json"
 

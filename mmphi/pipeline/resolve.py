@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmphi.config.declared_view import covered
+from mmphi.config.fields import field_of, leaves
+from mmphi.config.presets import FILE_ENDINGS
+from mmphi.config.section import Section
 from mmphi.data.clip_weights import prepared_for
-from mmphi.data.reach import hub_in_reach
-from mmphi.settings.declare import Section
-from mmphi.settings.fields import field_of, leaves
-from mmphi.settings.presets import FILE_ENDINGS
-from mmphi.settings.view import covered
+from mmphi.data.hf_connectivity import hub_in_reach
 
 R = TypeVar("R", bound=Section)
 HUB_TIMEOUT_S = 5.0

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmphi.pipeline.resources import Resources
-from mmphi.settings.declare import Section
-from mmphi.settings.view import SettingsView
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.section import Section
+from mmphi.pipeline.process_cache import Resources
 from mmphi.tracking.tracker import Tracker
 
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmphi.tracking.run import RunTracker
-    from mmphi.tracking.store import Store
+    from mmphi.tracking.run_tracker import RunTracker
+    from mmphi.tracking.run_writer import Store
 
 THREADS = "mmphi.threads"
 

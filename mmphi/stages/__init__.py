@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
+from mmphi.config import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
+from mmphi.config.audio import AudioSettings
+from mmphi.config.corpus import CorpusSettings
+from mmphi.config.pretrain import PretrainSettings
+from mmphi.config.qlora import QloraSettings
+from mmphi.config.speech import SpeechSettings
+from mmphi.config.textgen import StoreSettings, TextgenSettings
 from mmphi.pipeline.stage import Stage
-from mmphi.settings import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
-from mmphi.settings.audio import AudioSettings
-from mmphi.settings.corpus import CorpusSettings
-from mmphi.settings.pretrain import PretrainSettings
-from mmphi.settings.qlora import QloraSettings
-from mmphi.settings.speech import SpeechSettings
-from mmphi.settings.textgen import StoreSettings, TextgenSettings
 from mmphi.stages import (
     embed,
     evaluate,
@@ -85,5 +85,5 @@ class Settings(Section):
 def load_settings(
     preset: str, overrides: Mapping[str, str] | None = None, stage: str = "", *, expand: bool = True
 ) -> Settings:
-    """Settings of a preset or YAML file, with single values changed: :func:`mmphi.settings.presets.load`."""
+    """Settings of a preset or YAML file, with single values changed: :func:`mmphi.config.presets.load`."""
     return presets.load(Settings, preset, overrides, stage, expand=expand)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mmphi.config import DataSettings
+from mmphi.config.shared import ConversationSettings
 from mmphi.pipeline.stage import Context
-from mmphi.settings import DataSettings
-from mmphi.settings.shared import ConversationSettings
-from mmphi.stages.common import log_report
+from mmphi.stages.shared_models import log_report
 
 if TYPE_CHECKING:
-    from mmphi.data.records import Example, ReadReport
+    from mmphi.data.schema import Example, ReadReport
     from mmphi.models.multimodal import Multimodal
     from mmphi.tracking.tracker import Tracker
-    from mmphi.training.steps import PackedSteps
+    from mmphi.training.packed_dataset import PackedSteps
 
 VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
 
@@ -45,8 +45,8 @@ def steps_of(
     Returns:
         The steps, and the settings with as many as there are.
     """
-    from mmphi.data.encoded import Subset, count_left_out, encoded, identity
-    from mmphi.training.steps import packed_steps
+    from mmphi.data.tokenized_dataset import Subset, count_left_out, encoded, identity
+    from mmphi.training.packed_dataset import packed_steps
 
     training = [e for e in examples if e.split == "train"]
     conversations = training, model.language.prompt, model.length, chosen.max_length
@@ -85,7 +85,7 @@ class Validation:
     def __init__(
         self, model: Multimodal, examples: Sequence[Example], chosen: ConversationSettings, tracker: Tracker
     ) -> None:
-        from mmphi.data.read import stratified
+        from mmphi.data.dataset_builder import stratified
 
         self.model, self.chosen, self.tracker = model, chosen, tracker
         self.held = stratified(examples, VALIDATION_EXAMPLES, seed=0)

@@ -12,16 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config import DataSettings, Section, VisionSettings, setting
+from mmphi.config.declared_view import SettingsView
 from mmphi.pipeline.stage import Context, Cost, Result, Stage
-from mmphi.settings import DataSettings, Section, VisionSettings, setting
-from mmphi.settings.view import SettingsView
-from mmphi.stages.common import read, scenes_if_read, tower_of
 from mmphi.stages.estimates import feature_bytes
+from mmphi.stages.shared_models import read, scenes_if_read, tower_of
 
 if TYPE_CHECKING:
     from mmphi.data.feature_writer import FeatureWriter
-    from mmphi.models.features import Embedded
-    from mmphi.models.vision import Tower
+    from mmphi.models.vision.image_features import Embedded
+    from mmphi.models.vision.vision_encoder import Tower
 
 
 class EmbedSettings(Section):
@@ -40,9 +40,9 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str, Path]:
     """A file of every image that the data names, and of each view of those to train on, by what it is called."""
-    from mmphi.data.digests import Digests
-    from mmphi.data.read import images_of
-    from mmphi.data.views import view_name
+    from mmphi.data.augmentation import view_name
+    from mmphi.data.content_hash import Digests
+    from mmphi.data.dataset_builder import images_of
     from mmphi.stages.projector import ProjectorSettings
 
     examples, _ = read(settings, upstream)
@@ -80,8 +80,8 @@ class Decoded:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[str, Any, str]:
+        from mmphi.data.augmentation import seen_as
         from mmphi.data.images import open_image
-        from mmphi.data.views import seen_as
         from mmphi.errors import ImageError
 
         digest, path = self.images[index]
@@ -180,7 +180,7 @@ def _here(images: Sequence[tuple[str, Path]], tower: Tower, chosen: EmbedSetting
     import torch
     from torch.utils.data import DataLoader
 
-    from mmphi.models.features import features_later
+    from mmphi.models.vision.image_features import features_later
 
     dataset: Any = Decoded(images, tower.preprocess)
     loader = DataLoader(

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmphi.settings import DataSettings, LanguageSettings, SourceSettings, VisionSettings
-from mmphi.settings.shared import sources_of
-from mmphi.settings.view import SettingsView
+from mmphi.config import DataSettings, LanguageSettings, SourceSettings, VisionSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.shared import sources_of
 from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.scenes import ScenesSettings
 
@@ -55,7 +55,7 @@ def feature_shape(settings: SettingsView) -> tuple[int, int]:
     """Features per image and their width; (0, 0) where only building the tower would tell."""
     vision = settings(VisionSettings)
     if vision.model != "light_clip":
-        from mmphi.models.vision import tower_shape
+        from mmphi.models.vision.vision_encoder import tower_shape
 
         return tower_shape(vision) if vision.pretrained else (0, 0)
     clip = settings(LightClipSettings)

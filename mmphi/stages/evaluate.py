@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from mmphi.config import Section, setting
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.qlora import QloraSettings
+from mmphi.config.shared import TrainingSettings
+from mmphi.config.speech import SpeechSettings
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings import Section, setting
-from mmphi.settings.qlora import QloraSettings
-from mmphi.settings.shared import TrainingSettings
-from mmphi.settings.speech import SpeechSettings
-from mmphi.settings.view import SettingsView
-from mmphi.stages.common import CONTENT, drop_unseen, read, scenes_if_read, stored_features
 from mmphi.stages.listen import COLUMNS
 from mmphi.stages.projector import ProjectorSettings
+from mmphi.stages.shared_models import CONTENT, drop_unseen, read, scenes_if_read, stored_features
 
 KEPT = "save_every", "steps", "keep_checkpoints"
 HEARD = (  # What decides which recordings there are, what is asked of them, and which are of the split.
@@ -72,7 +72,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Load, measure, record."""
     from mmphi.errors import DataError
     from mmphi.evaluation.evaluate import Measures, evaluate_model
-    from mmphi.models.bundle import at_once, load_bundle
+    from mmphi.models.checkpoint import at_once, load_bundle
     from mmphi.training.checkpoints import load_weights
 
     chosen = ctx.settings(EvaluateSettings)
@@ -103,18 +103,18 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     Raises:
         DataError: If no recording is of the split.
     """
-    from mmphi.data.records import ReadReport
+    from mmphi.data.schema import ReadReport
     from mmphi.errors import DataError
-    from mmphi.evaluation.spoken import SpokenMeasures, evaluate_hearing
-    from mmphi.models.bundle import load_bundle
-    from mmphi.stages.spoken import conversations, hearable, heard_afresh, linked
+    from mmphi.evaluation.speech import SpokenMeasures, evaluate_hearing
+    from mmphi.models.checkpoint import load_bundle
+    from mmphi.stages.speech_data import conversations, hearable, heard_afresh, linked
 
     chosen, report = ctx.settings(EvaluateSettings), ReadReport()
     model = load_bundle(folder, once=ctx.resources.once)
     model = linked(ctx, model, "")
     if chosen.checkpoint != "final":
         from mmphi.training.checkpoints import load_weights
-        from mmphi.training.distill import Distilled
+        from mmphi.training.distillation import Distilled
 
         load_weights(Distilled(model.packed, 1.0, 0.0), checkpoint_of(folder, chosen.checkpoint))
     split = [e for e in conversations(ctx, report) if e.split == chosen.split]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mmphi.config import Section, VisionSettings, setting
+from mmphi.config.declared_view import SettingsView
 from mmphi.errors import ModelError
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings import Section, VisionSettings, setting
-from mmphi.settings.view import SettingsView
 from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.projector import ProjectorSettings
 
@@ -62,7 +62,7 @@ def check(settings: SettingsView) -> None:
     Raises:
         ModelError: With the reason.
     """
-    from mmphi.models.llava import UNFIT, check_projector
+    from mmphi.models.export.llava_export import UNFIT, check_projector
     from mmphi.models.projector import ProjectorConfig
 
     if settings(ExportSettings).model:
@@ -87,8 +87,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     """
     import torch
 
-    from mmphi.models.llava import as_llava, save_llava
-    from mmphi.models.llava_check import QUESTIONS, difference, pictures, said
+    from mmphi.models.export.llava_check import QUESTIONS, difference, pictures, said
+    from mmphi.models.export.llava_export import as_llava, save_llava
 
     chosen = ctx.settings(ExportSettings)
     folder = ctx.models["export.model"] if chosen.model else ctx.upstream[chosen.stage].path
@@ -136,8 +136,8 @@ def plain_model(folder: Path) -> Multimodal:
     """A model in fp32 whose language model has neither quantised layers nor an adapter."""
     import torch
 
-    from mmphi.models.adapter import merged
-    from mmphi.models.bundle import load_bundle, read_bundle
+    from mmphi.models.checkpoint import load_bundle, read_bundle
+    from mmphi.models.language.adapter import merged
     from mmphi.models.multimodal import Multimodal
 
     # Beside an adapter the base stays as it was rounded; else its own weights are the better ones.

@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmphi.config import DataSettings, TrainingSettings, setting
+from mmphi.config.declared_view import SettingsView
 from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import DataSettings, TrainingSettings, setting
-from mmphi.settings.view import SettingsView
-from mmphi.stages.common import CONTENT, check_data, check_training, log_report, read, scenes_if_read
+from mmphi.stages.shared_models import CONTENT, check_data, check_training, log_report, read, scenes_if_read
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmphi.data.records import Example, ReadReport
-    from mmphi.training.pixels import Pixels
+    from mmphi.data.schema import Example, ReadReport
+    from mmphi.training.image_dataset import Pixels
 
 SHOWN = 8
 EPSILON = 1e-6  # CLIP's (Radford et al. 2021, table 20)
@@ -56,7 +56,7 @@ class LightClipSettings(TrainingSettings):
 
 def config_of(chosen: LightClipSettings) -> dict[str, Any]:
     """open_clip's configuration of the CLIP that the settings describe, with a text tower built from nothing."""
-    from mmphi.models.light_clip import ClipShape, model_config
+    from mmphi.models.vision.light_clip import ClipShape, model_config
 
     shape = ClipShape(**{name: getattr(chosen, name) for name in ClipShape.__dataclass_fields__})
     return model_config(shape, None)
@@ -101,10 +101,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     from mmphi.models.device import this_device
-    from mmphi.models.light_clip import ClipShape, build, save
-    from mmphi.training.arguments import world_rank, world_size
+    from mmphi.models.vision.light_clip import ClipShape, build, save
     from mmphi.training.contrastive import ClampScale, Clip, PairSteps
     from mmphi.training.trainer import train
+    from mmphi.training.training_args import world_rank, world_size
 
     chosen = ctx.settings(LightClipSettings)
     examples, report = read(ctx.settings, ctx.upstream)
@@ -170,7 +170,7 @@ def pairs(
         DataError: If there is none.
     """
     from mmphi.errors import DataError
-    from mmphi.training.pixels import Pixels
+    from mmphi.training.image_dataset import Pixels
 
     captions: dict[Path, list[Example]] = {}
     for example in examples:

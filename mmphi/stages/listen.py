@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config import Section, setting
+from mmphi.config.audio import AudioSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.speech import SpeechSettings
 from mmphi.errors import AudioError, DataError
 from mmphi.pipeline.stage import Context, Result, Stage
-from mmphi.settings import Section, setting
-from mmphi.settings.audio import AudioSettings
-from mmphi.settings.speech import SpeechSettings
-from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
-    from mmphi.data.recordings import Spoken
-    from mmphi.data.records import ReadReport
+    from mmphi.data.schema import ReadReport
+    from mmphi.data.speech_dataset import Spoken
 
 COLUMNS = "audio", "text", "split", "answer", "context"
 AT_ONCE = 8  # Windows that the encoder is given together.
@@ -37,7 +37,7 @@ def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Spoken]:
     Raises:
         DataError: If they cannot be read.
     """
-    from mmphi.data.recordings import read_recordings
+    from mmphi.data.speech_dataset import read_recordings
 
     path = Path(chosen.path)
     columns = {f"{name}_column": getattr(chosen, f"{name}_column") for name in COLUMNS}
@@ -46,8 +46,8 @@ def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Spoken]:
 
 def contents(settings: SettingsView) -> dict[str, Path]:
     """A file of every recording, by the digest of its content."""
-    from mmphi.data.digests import Digests
-    from mmphi.data.records import ReadReport
+    from mmphi.data.content_hash import Digests
+    from mmphi.data.schema import ReadReport
 
     paths = [each.path for each in recordings_of(settings(SpeechSettings), ReadReport())]
     return {digest: path for path, digest in Digests().of_files(paths, "recording digests").items()}
@@ -55,7 +55,7 @@ def contents(settings: SettingsView) -> dict[str, Path]:
 
 def covers(settings: SettingsView, _: Mapping[str, Result], folder: Path) -> bool:
     """Whether stored frames are of every recording that is named."""
-    from mmphi.data.ragged import RaggedStore
+    from mmphi.data.ragged_features import RaggedStore
 
     store = RaggedStore(folder)
     return all(store.knows(digest) for digest in contents(settings))
@@ -82,11 +82,11 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Compute what is not stored yet."""
     from tqdm.auto import tqdm
 
-    from mmphi.data.ragged import RaggedWriter
-    from mmphi.data.records import AudioRef
+    from mmphi.data.ragged_features import RaggedWriter
+    from mmphi.data.schema import AudioRef
+    from mmphi.models.audio.audio_features import frames_in
+    from mmphi.models.audio.transcriber import ears_of, openai_of
     from mmphi.models.device import this_device
-    from mmphi.models.ears import ears_of, openai_of
-    from mmphi.models.links import frames_in
 
     wanted = contents(ctx.settings)
     ears = ears_of(ctx.settings(AudioSettings), this_device(), ctx.resources.once)

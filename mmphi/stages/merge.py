@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from mmphi.config import LanguageSettings, Section, setting
+from mmphi.config.declared_view import SettingsView
 from mmphi.errors import ModelError
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings import LanguageSettings, Section, setting
-from mmphi.settings.view import SettingsView
-from mmphi.stages.common import CONTENT, drop_unseen, read, scenes_if_read
 from mmphi.stages.projector import ProjectorSettings, image_features
+from mmphi.stages.shared_models import CONTENT, drop_unseen, read, scenes_if_read
 
 SCORED = 200  # Held-out conversations that the loss before and after is of.
 
@@ -39,10 +39,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     """
     import torch
 
-    from mmphi.data.read import stratified
-    from mmphi.models.adapter import merged
-    from mmphi.models.bundle import LANGUAGE, load_bundle
-    from mmphi.models.language import DTYPES, language_digest, save_language
+    from mmphi.data.dataset_builder import stratified
+    from mmphi.models.checkpoint import LANGUAGE, load_bundle
+    from mmphi.models.language.adapter import merged
+    from mmphi.models.language.language_model import DTYPES, language_digest, save_language
     from mmphi.models.multimodal import Multimodal
 
     chosen = ctx.settings(MergeSettings)
@@ -84,7 +84,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def _write_card(ctx: Context, figures: Mapping[str, float], questions: Sequence[str]) -> None:
-    from mmphi.models.card import language_part, language_title, write_card
+    from mmphi.models.model_card import language_part, language_title, write_card
 
     base, chosen = ctx.settings(LanguageSettings).model, ctx.settings(MergeSettings)
     write_card(

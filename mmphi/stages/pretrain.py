@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config.corpus import CorpusSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.pretrain import PretrainSettings
 from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings.corpus import CorpusSettings
-from mmphi.settings.pretrain import PretrainSettings
-from mmphi.settings.view import SettingsView
-from mmphi.stages.common import check_training
+from mmphi.stages.shared_models import check_training
 
 if TYPE_CHECKING:
     from mmphi.text.prompt import Prompt
@@ -33,7 +33,7 @@ def check(settings: SettingsView) -> None:
             "a stream is read by one process, and there are several", "fill a store first: --source store"
         )
     if chosen.source != "files" or settings(CorpusSettings).sources:
-        from mmphi.training.stopping import parse_stop
+        from mmphi.training.stop_criteria import parse_stop
 
         parse_stop(chosen.stop)
         passes = chosen.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
@@ -63,7 +63,7 @@ def unused(settings: SettingsView) -> tuple[str, ...]:
 
 def cost(settings: SettingsView) -> Cost:
     """Weights, and a checkpoint with two moments of each."""
-    from mmphi.models.phi import SIZES, PhiSize, parameters_of
+    from mmphi.models.language.phi import SIZES, PhiSize, parameters_of
 
     chosen = settings(PretrainSettings)
     if chosen.size != "custom":
@@ -89,11 +89,11 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]) -> None:
     """Write the model in Hugging Face's format, and what it takes to load it alone."""
-    from mmphi.models.bundle import LANGUAGE
-    from mmphi.models.card import write_card
-    from mmphi.models.language import Language, language_digest, save_language
+    from mmphi.config import LanguageSettings
+    from mmphi.models.checkpoint import LANGUAGE
+    from mmphi.models.language.language_model import Language, language_digest, save_language
+    from mmphi.models.model_card import write_card
     from mmphi.models.multimodal import Multimodal
-    from mmphi.settings import LanguageSettings
 
     folder, config = ctx.folder, model.config
     save_language(model, prompt, folder / LANGUAGE)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmphi.data.records import Example, Turn
+from mmphi.config.pretrain import PretrainSettings
+from mmphi.data.schema import Example, Turn
 from mmphi.pipeline.stage import Context
-from mmphi.settings.pretrain import PretrainSettings
 
 if TYPE_CHECKING:
-    from mmphi.models.packed import PackedModel
+    from mmphi.models.packed_vlm import PackedModel
     from mmphi.text.prompt import Prompt
-    from mmphi.text.sequences import Sample
+    from mmphi.text.tokenized_example import Sample
 
 VALIDATION = 200  # Texts kept apart.
 
@@ -29,15 +29,15 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from transformers import PhiForCausalLM
 
     from mmphi.models.device import this_device
-    from mmphi.models.packed import PackedModel
-    from mmphi.models.passes import fewer_passes
-    from mmphi.models.phi import PHI2_VOCABULARY, count_parameters
+    from mmphi.models.language.phi import PHI2_VOCABULARY, count_parameters
+    from mmphi.models.packed_vlm import PackedModel
+    from mmphi.models.patches.module_patches import fewer_passes
     from mmphi.stages.pretrain_texts import shape_of
     from mmphi.text.packing import Layout
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
-    from mmphi.training.rates import rated
-    from mmphi.training.steps import packed_steps
+    from mmphi.training.lr_scaling import rated
+    from mmphi.training.packed_dataset import packed_steps
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(PretrainSettings)
@@ -104,7 +104,7 @@ def scene_samples(
     ``answers_only`` leaves what reading the grid determines, which is learned several times faster; otherwise the grid
     is learned too, like any other text.
     """
-    from mmphi.text.sequences import join
+    from mmphi.text.tokenized_example import join
 
     for row in rows:
         turns = [(question, answer) for question, answer in row["turns"]]

@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from mmphi.config.pretrain import PretrainSettings
+from mmphi.config.textgen import StoreSettings, TextgenSettings
 from mmphi.pipeline.stage import Context
-from mmphi.settings.pretrain import PretrainSettings
-from mmphi.settings.textgen import StoreSettings, TextgenSettings
 from mmphi.stages.textgen import DATA, STORE, store_of, told
-from mmphi.textgen.documents import Document
-from mmphi.textgen.fleet import Fleet
-from mmphi.textgen.reader import Reader
-from mmphi.textgen.spool import Spool
+from mmphi.textgen.generator_pool import Fleet
+from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.shards import Document
 from mmphi.training.checkpoints import complete_checkpoints
-from mmphi.training.stream_steps import StreamSteps
-from mmphi.training.window import Ids, Window
+from mmphi.training.replay_buffer import Ids, Window
+from mmphi.training.streaming_dataset import StreamSteps
 
 STREAM = "stream.json"  # In a checkpoint.
 HELD = "validation.json"

@@ -6,18 +6,18 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mmphi.config.corpus import CorpusSettings
+from mmphi.config.pretrain import PretrainSettings
+from mmphi.config.textgen import TextgenSettings
 from mmphi.pipeline.stage import Context
-from mmphi.settings.corpus import CorpusSettings
-from mmphi.settings.pretrain import PretrainSettings
-from mmphi.settings.textgen import TextgenSettings
 
 if TYPE_CHECKING:
-    from mmphi.models.causal import CausalTask
+    from mmphi.models.language.causal_lm_task import CausalTask
     from mmphi.text.prompt import Prompt
     from mmphi.training.checkpoints import Beside
-    from mmphi.training.meters import StepLoss, Throughput
-    from mmphi.training.progress import Progress
-    from mmphi.training.stopping import Stop
+    from mmphi.training.pretrain_callback import Progress
+    from mmphi.training.stop_criteria import Stop
+    from mmphi.training.throughput import StepLoss, Throughput
 
 MILESTONES = {"7": 7.0, "5": 5.0}
 WALLS_TOLERANCE, WALLS_TOLERANCE_ROUNDED = 1e-4, 3e-2  # Nats per token; the other in bf16.
@@ -32,10 +32,10 @@ def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     import torch
     from transformers import AutoTokenizer, PhiForCausalLM
 
-    from mmphi.data.tokens import INDEX
+    from mmphi.data.token_shards import INDEX
     from mmphi.models.device import this_device
-    from mmphi.models.documents import attending_inside_documents
-    from mmphi.models.passes import fewer_passes
+    from mmphi.models.patches.module_patches import fewer_passes
+    from mmphi.models.patches.varlen_attention import attending_inside_documents
     from mmphi.text.prompt import Prompt
 
     chosen = ctx.settings(PretrainSettings)
@@ -60,13 +60,13 @@ def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from transformers import PhiForCausalLM
 
     from mmphi.models.device import this_device
-    from mmphi.models.documents import attending_inside_documents
-    from mmphi.models.passes import fewer_passes
-    from mmphi.models.phi import PHI2_VOCABULARY
+    from mmphi.models.language.phi import PHI2_VOCABULARY
+    from mmphi.models.patches.module_patches import fewer_passes
+    from mmphi.models.patches.varlen_attention import attending_inside_documents
     from mmphi.stages.pretrain_stream import Stream
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer
-    from mmphi.textgen.fleet import backend_of
+    from mmphi.textgen.generator_pool import backend_of
 
     chosen = ctx.settings(PretrainSettings)
     tokenizer = phi2_tokenizer()
@@ -101,7 +101,7 @@ class _Shards:
     beside = None
 
     def __init__(self, ctx: Context, index: Mapping[str, Any]) -> None:
-        from mmphi.data.tokens import Tokens
+        from mmphi.data.token_shards import Tokens
 
         self.ctx, self.chosen = ctx, ctx.settings(PretrainSettings)
         self.tokens = Tokens(ctx.upstream["tokens"].path, index["shards"])
@@ -109,13 +109,13 @@ class _Shards:
 
     def held(self) -> list[Any]:
         """See :class:`Texts`."""
-        from mmphi.evaluation.texts import kept_apart
+        from mmphi.evaluation.lm_validation import kept_apart
 
         return kept_apart(self.tokens, len(self.weights), self.chosen.context, self.chosen.validation_tokens)
 
     def steps(self, rows: int, passes: int, steps: int) -> Any:
         """See :class:`Texts`."""
-        from mmphi.training.text_steps import TextSteps
+        from mmphi.training.lm_dataset import TextSteps
 
         chosen = self.chosen
         how = {"context": chosen.context, "rows": rows, "passes": passes, "steps": steps, "seed": chosen.seed}
@@ -130,14 +130,14 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: Texts) -> tuple
     Returns:
         The model, and its figures.
     """
-    from mmphi.evaluation.texts import Validation, windows_of
-    from mmphi.models.packed import PackedModel
-    from mmphi.models.phi import count_parameters
-    from mmphi.training.arguments import world_size
-    from mmphi.training.meters import StepLoss, Throughput
-    from mmphi.training.rates import rated
-    from mmphi.training.stopping import Stop, parse_stop
+    from mmphi.evaluation.lm_validation import Validation, windows_of
+    from mmphi.models.language.phi import count_parameters
+    from mmphi.models.packed_vlm import PackedModel
+    from mmphi.training.lr_scaling import rated
+    from mmphi.training.stop_criteria import Stop, parse_stop
+    from mmphi.training.throughput import StepLoss, Throughput
     from mmphi.training.trainer import train
+    from mmphi.training.training_args import world_size
 
     chosen, config, say = ctx.settings(PretrainSettings), model.config, ctx.tracker.say
     budget = chosen.supervised_tokens
@@ -151,7 +151,7 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: Texts) -> tuple
     task = task_of(model, settings, say)
     recomputing = PackedModel(model).recomputing(chosen.gradient_checkpointing)
     if chosen.shard and world_size() > 1:
-        from mmphi.training.sharding import shard
+        from mmphi.training.fsdp import shard
 
         shard(task, task.model.model.layers)
     throughput, step_loss = Throughput(), StepLoss()
@@ -186,9 +186,9 @@ def progress_of(
     """What tells and ends the training; notes what it is measured by."""
     import torch
 
-    from mmphi.models.phi import count_parameters, training_flops
-    from mmphi.training.hardware import peak
-    from mmphi.training.progress import Progress
+    from mmphi.models.language.phi import count_parameters, training_flops
+    from mmphi.training.peak_flops import peak
+    from mmphi.training.pretrain_callback import Progress
 
     fastest = peak(settings.peak_tflops, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     ctx.tracker.tags({"mmphi.peak": fastest.name})
@@ -218,7 +218,7 @@ def progress_of(
 
 def shape_of(chosen: PretrainSettings, vocabulary: int, end: int) -> Any:
     """The configuration that the settings name, with the corpus's vocabulary."""
-    from mmphi.models.phi import phi_config, size_config
+    from mmphi.models.language.phi import phi_config, size_config
 
     if chosen.size != "custom":
         config = size_config(chosen.size, chosen.context, vocabulary, end)
@@ -234,7 +234,7 @@ def task_of(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) ->
     """What is trained: with the fastest walls between documents that hold here, compiled if asked for and possible."""
     import torch
 
-    from mmphi.models.causal import CausalTask, try_out, walls_error
+    from mmphi.models.language.causal_lm_task import CausalTask, try_out, walls_error
 
     device = next(model.parameters()).device
     rounded = chosen.precision == "bf16"
@@ -260,7 +260,7 @@ def whole_model(task: CausalTask, config: Any) -> Any:
     """The model as one process has it, for saving."""
     from transformers import PhiForCausalLM
 
-    from mmphi.training.sharding import is_sharded, whole
+    from mmphi.training.fsdp import is_sharded, whole
 
     if not is_sharded(task):
         return task.model

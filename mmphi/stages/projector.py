@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from mmphi.config import DataSettings, LanguageSettings, VisionSettings, setting
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.shared import ConversationSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import DataSettings, LanguageSettings, VisionSettings, setting
-from mmphi.settings.shared import ConversationSettings
-from mmphi.settings.view import SettingsView
-from mmphi.stages.common import (
+from mmphi.stages.conversations import Validation, say_if_alone, steps_of
+from mmphi.stages.light_clip import LightClipSettings, config_of
+from mmphi.stages.projector_warmup import name_words
+from mmphi.stages.shared_models import (
     check_data,
     check_training,
     drop_unseen,
@@ -20,18 +23,15 @@ from mmphi.stages.common import (
     stored_features,
     tower_of,
 )
-from mmphi.stages.conversations import Validation, say_if_alone, steps_of
-from mmphi.stages.light_clip import LightClipSettings, config_of
-from mmphi.stages.naming import name_words
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mmphi.data.features import ImageFeatures
-    from mmphi.data.records import Example
+    from mmphi.data.schema import Example
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector
-    from mmphi.models.vision import Vision
+    from mmphi.models.vision.vision_encoder import Vision
 
 FEATURE_BYTES = 2  # They are stored in half precision.
 ROOM = 8  # Tokens of text beside an image, at the least.
@@ -82,7 +82,7 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 def check(settings: SettingsView) -> None:
     """A batch for every pass, a tower that gives such features, room for an image, a prompt that can be written."""
-    from mmphi.models.vision import LIGHT_CLIP, tower_shape
+    from mmphi.models.vision.vision_encoder import LIGHT_CLIP, tower_shape
 
     chosen, vision = settings(ProjectorSettings), settings(VisionSettings)
     check_training("projector", chosen)
@@ -103,7 +103,7 @@ def check_prompt(chosen: LanguageSettings) -> None:
     Raises:
         SettingsError: If it brings no chat template.
     """
-    from mmphi.models.language import tokenizer_of
+    from mmphi.models.language.language_model import tokenizer_of
 
     if chosen.prompt != "chat":
         return
@@ -122,14 +122,14 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     import torch
 
-    from mmphi.data.kinds import asked_for_captions
-    from mmphi.data.mixing import mixture
+    from mmphi.data.llava_row_types import asked_for_captions
+    from mmphi.data.mixture import mixture
     from mmphi.data.phrasing import typical_questions
-    from mmphi.models.compiling import compiling, worth_compiling
+    from mmphi.models.language.compiling import compiling, worth_compiling
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
-    from mmphi.models.vision import Vision
-    from mmphi.training.best import forget
+    from mmphi.models.vision.vision_encoder import Vision
+    from mmphi.training.best_checkpoint import forget
     from mmphi.training.trainer import train
 
     chosen, data = ctx.settings(ProjectorSettings), ctx.settings(DataSettings)
@@ -218,7 +218,7 @@ def image_features(ctx: Context) -> ImageFeatures:
 def _write_card(
     ctx: Context, model: Multimodal, vision: Vision, projector: Projector, figures: Mapping[str, float]
 ) -> None:
-    from mmphi.models.card import language_part, language_title, shape_text, write_card
+    from mmphi.models.model_card import language_part, language_title, shape_text, write_card
 
     chosen = ctx.settings(LanguageSettings)
     write_card(

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from mmphi.config import DataSettings, LanguageSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.qlora import QloraSettings
 from mmphi.errors import ModelError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import DataSettings, LanguageSettings
-from mmphi.settings.qlora import QloraSettings
-from mmphi.settings.view import SettingsView
-from mmphi.stages.before_after import measured_after, measured_before, record_before_and_after
-from mmphi.stages.common import check_training, drop_unseen, evaluating, read, scenes_if_read
+from mmphi.stages.adapter_comparison import measured_after, measured_before, record_before_and_after
 from mmphi.stages.conversations import Validation, say_if_alone, steps_of
 from mmphi.stages.projector import ProjectorSettings, image_features
+from mmphi.stages.shared_models import check_training, drop_unseen, evaluating, read, scenes_if_read
 
 if TYPE_CHECKING:
-    from mmphi.data.records import Example
+    from mmphi.data.schema import Example
     from mmphi.models.multimodal import Multimodal
-    from mmphi.training.steps import PackedSteps
+    from mmphi.training.packed_dataset import PackedSteps
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 def check(settings: SettingsView) -> None:
     """A batch for every pass, and a mixture that can be read."""
-    from mmphi.data.mixing import parse_weights
+    from mmphi.data.mixture import parse_weights
 
     chosen = settings(QloraSettings)
     check_training("qlora", chosen)
@@ -53,9 +53,9 @@ def cost(settings: SettingsView) -> Cost:
 
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
-    from mmphi.data.mixing import grouped, mixed, mixture, parse_weights
+    from mmphi.data.mixture import grouped, mixed, mixture, parse_weights
     from mmphi.data.phrasing import typical_questions
-    from mmphi.models.adapter import adapter_parameters
+    from mmphi.models.language.adapter import adapter_parameters
 
     chosen, data = ctx.settings(QloraSettings), ctx.settings(DataSettings)
     examples, report = read(ctx.settings, ctx.upstream)
@@ -98,8 +98,8 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
     Raises:
         ModelError: If there is no projector, or it was trained on other features.
     """
-    from mmphi.models.adapter import Shape, adapted, targets_of
-    from mmphi.models.bundle import load_bundle
+    from mmphi.models.checkpoint import load_bundle
+    from mmphi.models.language.adapter import Shape, adapted, targets_of
     from mmphi.models.multimodal import Multimodal
 
     folder = ctx.models["qlora.model"] if chosen.model else ctx.upstream["projector"].path
@@ -156,8 +156,8 @@ def text_rows(ctx: Context) -> list[Example]:
 def _trained(
     ctx: Context, model: Multimodal, chosen: QloraSettings, examples: Sequence[Example], steps: PackedSteps
 ) -> dict[str, float]:
-    from mmphi.models.adapter import adapter_parameters
-    from mmphi.training.best import forget
+    from mmphi.models.language.adapter import adapter_parameters
+    from mmphi.training.best_checkpoint import forget
     from mmphi.training.callbacks import StepTable
     from mmphi.training.optimizers import grouped_adamw
     from mmphi.training.trainer import train
@@ -203,7 +203,7 @@ def _trained(
 
 
 def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures: Mapping[str, float]) -> None:
-    from mmphi.models.card import language_part, language_title, shape_text, write_card
+    from mmphi.models.model_card import language_part, language_title, shape_text, write_card
 
     assert model.vision is not None
     assert model.projector is not None

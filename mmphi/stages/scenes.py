@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmphi.config import Section, setting
+from mmphi.config.declared_view import SettingsView
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import Section, setting
-from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
     from mmphi.data.scenes import Scene

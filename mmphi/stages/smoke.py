@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeVar
 
-from mmphi.settings.declare import Section
-from mmphi.settings.fields import leaves
+from mmphi.config.fields import leaves
+from mmphi.config.section import Section
 
 S = TypeVar("S", bound=Section)
 

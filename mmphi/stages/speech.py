@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config import LanguageSettings
+from mmphi.config.audio import AudioSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.speech import SpeechSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings import LanguageSettings
-from mmphi.settings.audio import AudioSettings
-from mmphi.settings.speech import SpeechSettings
-from mmphi.settings.view import SettingsView
-from mmphi.stages.common import check_training, evaluating
 from mmphi.stages.conversations import say_if_alone
-from mmphi.stages.spoken import conversations, hearable, hearing_model, own_answers, pairs
+from mmphi.stages.shared_models import check_training, evaluating
+from mmphi.stages.speech_data import conversations, hearable, hearing_model, own_answers, pairs
 
 if TYPE_CHECKING:
-    from mmphi.data.records import Example, ReadReport
+    from mmphi.data.schema import Example, ReadReport
     from mmphi.models.multimodal import Multimodal
 
 AT_ONCE = 16  # Held-out conversations whose logits are in memory at once.
@@ -62,8 +62,8 @@ def cost(_: SettingsView) -> Cost:
 
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
-    from mmphi.data.records import ReadReport
-    from mmphi.training.distill import Distilled, paired_steps
+    from mmphi.data.schema import ReadReport
+    from mmphi.training.distillation import Distilled, paired_steps
     from mmphi.training.trainer import train
 
     chosen, report = ctx.settings(SpeechSettings), ReadReport()
@@ -109,7 +109,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Sequence[Example]) -> None:
     """Let frames learn to name the words that are said, before the language model takes part."""
     from mmphi.tracking.tracker import Under
-    from mmphi.training.align import Named, NamedSteps, token_error_rate, vocabulary
+    from mmphi.training.ctc_alignment import Named, NamedSteps, token_error_rate, vocabulary
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(SpeechSettings)
@@ -151,9 +151,9 @@ def _validation(
     import numpy as np
     import torch
 
-    from mmphi.evaluation.spoken import hearing_gain
+    from mmphi.evaluation.speech import hearing_gain
     from mmphi.text.packing import to_device
-    from mmphi.training.distill import paired
+    from mmphi.training.distillation import paired
 
     heard, read = pairs(model, held)
 
@@ -172,7 +172,7 @@ def _validation(
 
 
 def _write_card(ctx: Context, model: Multimodal) -> None:
-    from mmphi.models.card import language_title, shape_text, write_card
+    from mmphi.models.model_card import language_title, shape_text, write_card
 
     chosen, audio = ctx.settings(LanguageSettings), model.audio
     assert model.speech is not None

@@ -9,16 +9,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmphi.config.corpus import CorpusSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.textgen import StoreSettings, TextgenSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings.corpus import CorpusSettings
-from mmphi.settings.textgen import StoreSettings, TextgenSettings
-from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
-    from mmphi.textgen.fleet import Fleet
-    from mmphi.textgen.reader import Reader
-    from mmphi.textgen.store import Ledger, Store
+    from mmphi.textgen.corpus_store import Ledger, Store
+    from mmphi.textgen.generator_pool import Fleet
+    from mmphi.textgen.shard_reader import Reader
 
 LOOK_S = 1.0
 METRICS_S = 10.0
@@ -28,14 +28,14 @@ SPOOL, FLEET = "spool", "generators"
 
 def check(settings: SettingsView) -> None:
     """A stop that can be read; sources where nothing is generated."""
-    from mmphi.textgen.enough import parse_enough
+    from mmphi.textgen.stop_criteria import parse_enough
 
     chosen = settings(TextgenSettings)
     parse_enough(chosen.stop)
     if chosen.generators == 0 and not chosen.spool and not chosen.store_only:
         raise SettingsError("textgen.generators = 0, and there is no spool that others fill", "give --spool URL")
     if chosen.store_only:
-        from mmphi.data.texts import check_sources
+        from mmphi.data.text_sources import check_sources
 
         sources = settings(CorpusSettings).sources
         if not sources:
@@ -66,8 +66,8 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> Store:
     """The store that the settings describe; goes on with what is there."""
+    from mmphi.textgen.corpus_store import Store
     from mmphi.textgen.quality import Quality
-    from mmphi.textgen.store import Store
 
     quality = Quality(chosen.shortest, chosen.longest, chosen.language)
     return Store(folder, int(chosen.megabytes * 1e6), quality, chosen.language, say)
@@ -77,8 +77,8 @@ def _from_texts(ctx: Context, store: Store) -> None:
     """From files and datasets: documents are judged in their order."""
     from tqdm.auto import tqdm
 
-    from mmphi.data.texts import TextReport
-    from mmphi.textgen.texts import documents_of
+    from mmphi.data.text_sources import TextReport
+    from mmphi.textgen.imported_texts import documents_of
 
     for source in ctx.settings(CorpusSettings).sources:
         report = TextReport()
@@ -99,11 +99,11 @@ def _from_texts(ctx: Context, store: Store) -> None:
 
 def _from_generators(ctx: Context, store: Store) -> None:
     """From the spool, while generators fill it."""
-    from mmphi.textgen.enough import parse_enough
-    from mmphi.textgen.fleet import Fleet, backend_of
-    from mmphi.textgen.reader import Reader
-    from mmphi.textgen.spool import Spool
-    from mmphi.textgen.table import LiveTable
+    from mmphi.textgen.generator_pool import Fleet, backend_of
+    from mmphi.textgen.live_table import LiveTable
+    from mmphi.textgen.shard_queue import Spool
+    from mmphi.textgen.shard_reader import Reader
+    from mmphi.textgen.stop_criteria import parse_enough
 
     chosen = ctx.settings(TextgenSettings)
     backend = backend_of(chosen, ctx.tracker.say)
@@ -165,8 +165,8 @@ def _below(reader: Reader, ledger: Ledger, limit: int) -> str:
 
 def told(ctx: Context, ledger: Ledger, seconds: float) -> dict[str, float]:
     """Write what a store is, and give its figures."""
+    from mmphi.textgen.corpus_store import floors
     from mmphi.textgen.datasheet import datasheet
-    from mmphi.textgen.store import floors
 
     chosen = ctx.settings(TextgenSettings)
     sections = {"textgen": chosen.model_dump(), "store": ctx.settings(StoreSettings).model_dump()}

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config.corpus import CorpusSettings, TextSourceSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.pretrain import PretrainSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.settings.corpus import CorpusSettings, TextSourceSettings
-from mmphi.settings.pretrain import PretrainSettings
-from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
-    from mmphi.data.texts import Piece, TextReport
+    from mmphi.data.text_sources import Piece, TextReport
 
 READ = ("path", "name", "kind", "column", "separator", "encoding", "split", "revision")
 TOKENIZER = "tokenizer"
@@ -26,7 +26,7 @@ BPE_CHARACTERS = 20_000_000  # What an own BPE is learned from, at most.
 
 def check(settings: SettingsView) -> None:
     """Sources that are there, and are named so that their content is in the key."""
-    from mmphi.data.texts import check_sources
+    from mmphi.data.text_sources import check_sources
 
     sources = settings(CorpusSettings).sources
     if settings(PretrainSettings).source == "store":
@@ -64,8 +64,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Tokenise all texts; goes on with the shards that are there."""
     from tqdm.auto import tqdm
 
-    from mmphi.data.texts import TextReport
-    from mmphi.data.tokens import INDEX, TokenWriting
+    from mmphi.data.text_sources import TextReport
+    from mmphi.data.token_shards import INDEX, TokenWriting
 
     chosen = ctx.settings(CorpusSettings)
     tokenizer, sources = tokenizer_of(ctx, chosen), sources_of(ctx)
@@ -115,7 +115,7 @@ def _row(name: str, report: TextReport, counts: list[int], size: int) -> dict[st
 
 
 def _rows_of(tokenizer: Any) -> int:
-    from mmphi.models.phi import PHI2_VOCABULARY
+    from mmphi.models.language.phi import PHI2_VOCABULARY
 
     return PHI2_VOCABULARY if len(tokenizer) > PHI2_VOCABULARY - 2048 else len(tokenizer)
 
@@ -128,7 +128,7 @@ def kept_apart(seed: int, share: float, source: int, piece: int, place: int) -> 
 
 def reader(source: TextSourceSettings, report: TextReport) -> Callable[[], Iterable[Piece]]:
     """What reads a source, anew at every call; the report is of the last."""
-    from mmphi.data.texts import TextReport, read_texts
+    from mmphi.data.text_sources import TextReport, read_texts
 
     def read() -> Iterable[Piece]:
         report.__dict__.update(TextReport().__dict__)
@@ -142,7 +142,7 @@ def tokenizer_of(ctx: Context, chosen: CorpusSettings) -> Any:
     """Phi-2's tokenizer, or a BPE of the corpus's own; saved beside the shards."""
     from transformers import AutoTokenizer
 
-    from mmphi.data.texts import TextReport
+    from mmphi.data.text_sources import TextReport
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
 
     folder, proof = ctx.folder / TOKENIZER, ctx.folder / f"{TOKENIZER}.sha256"

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config.audio import AudioSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.speech import RecordingsSection
 from mmphi.errors import AudioError, DataError
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.settings.audio import AudioSettings
-from mmphi.settings.speech import RecordingsSection
-from mmphi.settings.view import SettingsView
 
 if TYPE_CHECKING:
-    from mmphi.data.recordings import Spoken
-    from mmphi.data.records import ReadReport
+    from mmphi.data.schema import ReadReport
+    from mmphi.data.speech_dataset import Spoken
     from mmphi.evaluation.wer import Words
 
 LINES = "transcripts.jsonl"
@@ -45,10 +45,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Hear what was not heard before an interruption, then measure all of it."""
     from tqdm.auto import tqdm
 
-    from mmphi.data.recordings import read_recordings
-    from mmphi.data.records import ReadReport
+    from mmphi.data.schema import ReadReport
+    from mmphi.data.speech_dataset import read_recordings
+    from mmphi.models.audio.transcriber import listener_of
     from mmphi.models.device import this_device
-    from mmphi.models.ears import listener_of
 
     chosen, given, report = ctx.settings(AudioSettings), ctx.settings(TranscribeSettings), ReadReport()
     path = Path(given.path)
@@ -93,8 +93,8 @@ def kept(path: Path) -> dict[str, dict[str, Any]]:
 def heard(batch: Sequence[Spoken], listener: Any, chosen: AudioSettings, report: ReadReport) -> list[dict[str, Any]]:
     """Transcripts of a few recordings, as rows; one that cannot be read is counted and left out."""
     from mmphi.data.audio import read_audio
-    from mmphi.data.recordings import SOURCE
-    from mmphi.models.hearing import transcribe
+    from mmphi.data.speech_dataset import SOURCE
+    from mmphi.models.audio.transcription import transcribe
 
     given, recordings = [], []
     for each in batch:
@@ -131,7 +131,7 @@ def heard(batch: Sequence[Spoken], listener: Any, chosen: AudioSettings, report:
 
 def measured(ctx: Context, spoken: Sequence[Spoken], done: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Tables, a page with the recordings, and the figures of them all."""
-    from mmphi.evaluation.listen import listening_page
+    from mmphi.evaluation.audio_html import listening_page
     from mmphi.evaluation.wer import total, word_errors
 
     rows: list[dict[str, Any]] = []

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mmphi.errors import ModelError
-from mmphi.text.bundles import bundled
-from mmphi.text.sequences import Sample, Span
+from mmphi.text.shared_prefix import bundled
+from mmphi.text.tokenized_example import Sample, Span
 
 T = TypeVar("T")
 # Attention costs the square of a row. At so many times its model's width a layer's matrices and its attention over a

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import SettingsError
-from mmphi.settings.textgen import TextgenSettings
 
 USAGE = """usage: mmphi generators --spool URL [--model NAME] [--generators N] [--stop 'time 2h'] [--KEY VALUE ...]
 
@@ -29,11 +29,11 @@ def write(settings: TextgenSettings) -> int:
     Raises:
         SettingsError: If there is no spool, or nobody to write.
     """
-    from mmphi.textgen.enough import parse_enough
-    from mmphi.textgen.fleet import Fleet, backend_of
-    from mmphi.textgen.spool import Spool
-    from mmphi.textgen.store import Ledger
-    from mmphi.textgen.table import LiveTable
+    from mmphi.textgen.corpus_store import Ledger
+    from mmphi.textgen.generator_pool import Fleet, backend_of
+    from mmphi.textgen.live_table import LiveTable
+    from mmphi.textgen.shard_queue import Spool
+    from mmphi.textgen.stop_criteria import parse_enough
 
     if not settings.spool:
         raise SettingsError("generators alone need a spool that others read", "--spool FOLDER, or a bucket's URL")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmphi.textgen.store import Ledger, floors
+from mmphi.textgen.corpus_store import Ledger, floors
 
 HEAD = """# Datasheet
 

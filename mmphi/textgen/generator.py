@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmphi.allocator import keep_freed_memory
-from mmphi.settings.textgen import TextgenSettings
-from mmphi.textgen.documents import Document, ShardName, packed
+from mmphi.config.textgen import TextgenSettings
+from mmphi.textgen.backends import Draw, Wanted, Written
 from mmphi.textgen.prompts import Prompts
-from mmphi.textgen.sampling import Draw, Wanted, Written
+from mmphi.textgen.shards import Document, ShardName, packed
 
 BEGINNING = "<|endoftext|>"  # What stands between the documents that GPT-2's and its successors' models were shown.
 STOP = "stop"  # A file that tells all to end.
@@ -111,7 +111,7 @@ class Folder:
     """
 
     def __init__(self, spool: str, limit: int, status: Path, parent: int) -> None:
-        from mmphi.textgen.spool import Spool
+        from mmphi.textgen.shard_queue import Spool
 
         self.status, self.parent = status, parent
         self.spool = Spool(spool, limit, stopping=self.stopping)
@@ -194,10 +194,10 @@ def write_shards(order: Order, desk: Desk) -> None:
     """
     import torch
 
+    from mmphi.config.shared import LanguageSettings
     from mmphi.models.device import this_device
-    from mmphi.models.language import load_language
-    from mmphi.settings.shared import LanguageSettings
-    from mmphi.textgen.sampling import sampler
+    from mmphi.models.language.language_model import load_language
+    from mmphi.textgen.backends import sampler
 
     if order.threads:
         torch.set_num_threads(order.threads)

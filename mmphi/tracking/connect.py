@@ -19,7 +19,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from mmphi.errors import StoreError
-from mmphi.tracking.failures import store_error
+from mmphi.tracking.error_messages import store_error
 from mmphi.tracking.uri import database
 
 BUSY, BUSY_S = "MMPHI_BUSY_S", "60"  # Seconds that a locked SQLite database is waited for.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 MLMODEL = "MLmodel"
-LOADER = "mmphi.assistant.pyfunc"  # Named, and neither imported here nor pickled.
+LOADER = "mmphi.serving.pyfunc"  # Named, and neither imported here nor pickled.
 COLUMNS = ("question", "image", "audio", "system", "messages")
 SHOWN_TAGS = ("mmphi.stage", "mmphi.key", "mmphi.preset", "mlflow.note.content")
 RESULTS = ("val/", "test/", "public/", "floor/")

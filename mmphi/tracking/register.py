@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from mmphi.errors import StoreError
 from mmphi.tracking.logged_model import MLMODEL, log_model, logged_model
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 
 def register(store: Store, run_id: str, name: str, alias: str = "") -> str:

@@ -40,7 +40,7 @@ def _database(relative: Path) -> Path:
     """
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id:
-        from mmphi.settings.presets import caller_folders
+        from mmphi.config.presets import caller_folders
 
         for folder in (Path.cwd(), *caller_folders()):
             if _holds(folder / relative, run_id):

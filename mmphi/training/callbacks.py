@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmphi.tracking.tracker import Tracker
-from mmphi.training.meters import Throughput, peak_memory_bytes, reset_peak_memory
+from mmphi.training.throughput import Throughput, peak_memory_bytes, reset_peak_memory
 
 
 class Monitor(TrainerCallback):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmphi.errors import ModelError
-from mmphi.training.sharding import spread_like
+from mmphi.training.fsdp import spread_like
 
 MARKER = "complete"
 WEIGHTS = "trained.safetensors"

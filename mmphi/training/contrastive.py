@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmphi.allocator import give_back
-from mmphi.models.folding import fold_batch_norms
-from mmphi.training.pixels import Pixels
+from mmphi.models.patches.bn_folding import fold_batch_norms
+from mmphi.training.image_dataset import Pixels
 
 CHUNK = 64  # Images or captions in one pass: of more, what convolutions make leaves a processor's cache.
 ENDS = re.compile(

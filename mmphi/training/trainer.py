@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from mmphi.config.shared import TrainingSettings
 from mmphi.errors import Stopped
-from mmphi.settings.shared import TrainingSettings
 from mmphi.tracking.tracker import Tracker
-from mmphi.training.arguments import arguments_of, optimizer_of, world_rank
-from mmphi.training.best import Best
+from mmphi.training.best_checkpoint import Best
 from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked
 from mmphi.training.checkpoints import (
     Beside,
@@ -29,8 +28,9 @@ from mmphi.training.checkpoints import (
     prune,
     step_of,
 )
-from mmphi.training.loop import Loop
-from mmphi.training.meters import StepLoss, Throughput
+from mmphi.training.hf_trainer import Loop
+from mmphi.training.throughput import StepLoss, Throughput
+from mmphi.training.training_args import arguments_of, optimizer_of, world_rank
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def train(
         ended: Asked after ``state`` was put back from a checkpoint: whether that training had come to its end.
         beside: What else belongs to a checkpoint.
         keep_best: Whether the weights of the best validation are the result, and not the last ones. They are kept below
-            ``folder`` until :func:`mmphi.training.best.forget`.
+            ``folder`` until :func:`mmphi.training.best_checkpoint.forget`.
 
     Raises:
         TrainingError: If the loss stops being finite.

@@ -14,7 +14,7 @@ import pytest
 import toy_studies
 from forked import Process
 
-from ablations import crew
+from ablations import worker_pool
 
 
 class Fork(Process):
@@ -57,7 +57,7 @@ def work(toy: bool, pipe: Connection, log: Connection, env: Mapping[str, str]) -
 
 
 def start(command: Sequence[str], **how: Any) -> Any:
-    forked = tuple(command[:-1]) in (toy_studies.COMMAND, crew.COMMAND)
+    forked = tuple(command[:-1]) in (toy_studies.COMMAND, worker_pool.COMMAND)
     return Fork(command, **how) if forked else subprocess.Popen(command, **how)
 
 
@@ -68,4 +68,4 @@ def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
         name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "SubprocessError", "TimeoutExpired", "run")
     }
-    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=start, **names))
+    monkeypatch.setattr(worker_pool, "subprocess", SimpleNamespace(Popen=start, **names))

@@ -17,14 +17,14 @@ from mlflow.exceptions import MlflowException
 from optuna.trial import TrialState
 from toy_studies import STEPS, STUDY, drive, driver, loss, results
 
-from ablations.cells import Cell
 from ablations.driver import TrialError
-from ablations.record import Record
-from ablations.results import Results
+from ablations.finished_trials import Results
+from ablations.study_run import Record
+from ablations.trials import Cell
 from ablations.tuning import tuning_of
 from mmphi.errors import SettingsError, StoreError
-from mmphi.tracking.store import Store
-from reports.query import Trial, load_study
+from mmphi.tracking.run_writer import Store
+from reports.study_query import Trial, load_study
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -206,7 +206,7 @@ def test_changes_while_it_runs(empty_store: str) -> None:
     study = replace(STUDY, seeds=1)
     drive(driver(study))
     before = {t.run_id for t in load_study(Store(), "toy").trials}
-    from ablations.manage import studies
+    from ablations.study_cli import studies
 
     studies(["toy", "--stop", "one"])
     studies(["toy", "--add", "four=4"])

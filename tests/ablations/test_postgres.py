@@ -23,14 +23,14 @@ from sqlalchemy import create_engine, text
 from test_search import SEARCH
 from toy_studies import COMMAND, STUDY, driver, results
 
-from ablations.cells import Cell
-from ablations.ledger import Ledger, connect
-from ablations.places import logs_folder, search_ledger
-from ablations.record import Record
+from ablations.paths import logs_folder, search_ledger
 from ablations.search_driver import SearchDriver
+from ablations.study_run import Record
+from ablations.trial_storage import Ledger, connect
+from ablations.trials import Cell
 from mmphi.errors import SettingsError, StoreError
-from mmphi.tracking.store import Store
-from reports.query import Trial, load_study
+from mmphi.tracking.run_writer import Store
+from reports.study_query import Trial, load_study
 
 pytestmark = [pytest.mark.database, pytest.mark.usefixtures("forked_workers")]
 

@@ -7,16 +7,16 @@ import pytest
 from optuna.trial import TrialState
 from toy_studies import COMMAND, loss
 
-from ablations.manage import studies
-from ablations.places import logs_folder, search_ledger
-from ablations.record import Record
+from ablations.paths import logs_folder, search_ledger
 from ablations.search import Range, Search
 from ablations.search_driver import SearchDriver
+from ablations.study_cli import studies
+from ablations.study_run import Record
 from ablations.watch import table
 from mmphi.errors import SettingsError
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 from reports.commands import report
-from reports.query import load_study
+from reports.study_query import load_study
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 

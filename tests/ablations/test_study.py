@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ablations.cells import verdict_cells
 from ablations.commands import ablate, named_levels
 from ablations.driver import Plan
 from ablations.run import fewest_seeds, summary, too_few_seeds
 from ablations.search import Range, Search
 from ablations.study import Study, load, names, settings_of
+from ablations.trials import verdict_cells
+from mmphi.config import presets
 from mmphi.errors import MmphiError, SettingsError
-from mmphi.settings import presets
-from reports.statistics import smallest_p
+from reports.paired_tests import smallest_p
 
 STUDY = Study(
     question="Which?",

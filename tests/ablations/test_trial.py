@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ablations.jobs import Job
+from ablations.protocol import Job
 from ablations.trial import run_trial
 from mmphi.pipeline.stage import Result
 from mmphi.stages import load_settings
-from mmphi.tracking.store import Store
-from reports.query import trial_of
+from mmphi.tracking.run_writer import Store
+from reports.study_query import trial_of
 
 TAGS = {"mmphi.study": "one", "mmphi.level": "a", "mmphi.round": "0", "mmphi.phase": "verdict"}
 

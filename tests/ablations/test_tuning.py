@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ablations.cells import Cell, Outcome
 from ablations.study import Study, load, names
+from ablations.trials import Cell, Outcome
 from ablations.tuning import Tuning, next_value, tuning_cells, tuning_of
 from mmphi.errors import SettingsError
 

@@ -10,14 +10,14 @@ from urllib.parse import unquote
 import pytest
 from small import SMALL
 
-from ablations import manage
+from ablations import study_cli
 from ablations.run import run
 from ablations.study import Study
 from mmphi.cli import main
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
-from mmphi.tracking.store import Store
-from reports.query import StudyData, Trial, load_study
+from mmphi.tracking.run_writer import Store
+from reports.study_query import StudyData, Trial, load_study
 
 FIXED = {name: value for name, value in SMALL.items() if name != "projector.steps"} | {"projector.optimizer": "adamw"}
 STUDY = Study(
@@ -84,7 +84,7 @@ def test_study_of_real_trainings(empty_store: str, tmp_path: Path, capfd: pytest
 
 @pytest.mark.slow
 def test_charts_hold_no_tuning(empty_store: str) -> None:
-    pages = manage.addresses(load_data(), "http://127.0.0.1:5000")
+    pages = study_cli.addresses(load_data(), "http://127.0.0.1:5000")
     assert set(pages) == {"side by side", "curves", "table", "charts"}
     assert "'tuning'" in unquote(pages["table"])
 

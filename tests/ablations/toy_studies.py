@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ablations.driver import Driver
-from ablations.places import ledgers, logs_folder
-from ablations.record import Record
+from ablations.paths import ledgers, logs_folder
 from ablations.study import Study
+from ablations.study_run import Record
 from mmphi.errors import TrainingError
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.projector import ProjectorSettings
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 COMMAND = (sys.executable, __file__, "worker")
 STEPS, STEP_S = 8, 0.03

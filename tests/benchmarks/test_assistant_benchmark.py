@@ -17,7 +17,7 @@ from mmphi.benchmarks._load import Seen, ask, load, summary
 from mmphi.cli import main
 from mmphi.models.multimodal import Multimodal
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "assistant"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
 from answerers import answerer, picture, served
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`mmphi serve` in this process: that its own starts and answers is a test of tests/assistant."""
+    """`mmphi serve` in this process: that its own starts and answers is a test of tests/serving."""
 
     @contextmanager
     def serving(command: tuple[str, int]) -> Iterator[tuple[str, int]]:
@@ -92,7 +92,7 @@ def test_a_load_sees_what_python_says(images: list[Path]) -> None:
 def test_the_queue_was_full_and_all_were_answered(images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from mmphi.models.chat.engine import Engine
+    from mmphi.generation.engine import Engine
 
     step = Engine.step
 

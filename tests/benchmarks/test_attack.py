@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from mmphi.benchmarks import attack
-from mmphi.models.chat.words import Words
+from mmphi.generation.detokenizer import Words
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "assistant"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
 from answerers import answerer, served
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             yield address, os.getpid()
 
     def attack_rules() -> Any:
-        from mmphi.assistant.api import Rules
+        from mmphi.serving.api import Rules
 
         return Rules("tiny", largest=attack.LARGEST)
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 from mmphi.cluster.connect import Machines, connected
 from mmphi.cluster.embedding import embedded
+from mmphi.config import VisionSettings
+from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import SettingsError
-from mmphi.models.vision import load_tower
-from mmphi.settings import VisionSettings
-from mmphi.settings.textgen import TextgenSettings
-from mmphi.textgen.fleet import Fleet
-from mmphi.textgen.reader import Reader
-from mmphi.textgen.spool import Spool
+from mmphi.models.vision.vision_encoder import load_tower
+from mmphi.textgen.generator_pool import Fleet
+from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shard_reader import Reader
 
 pytestmark = pytest.mark.cluster
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmphi.settings import DataSettings, SourceSettings
+from mmphi.config import DataSettings, SourceSettings
 
 
 def photo_folder(folder: Path) -> Path:

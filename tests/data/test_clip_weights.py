@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from mmphi.config import VisionSettings
 from mmphi.data.clip_weights import prepared_for
 from mmphi.errors import ModelError
-from mmphi.models.vision import load_tower
-from mmphi.settings import VisionSettings
+from mmphi.models.vision.vision_encoder import load_tower
 
 HALF = [0.5, 0.5, 0.5]
 BESIDE = {"mean": HALF, "std": HALF, "interpolation": "bilinear", "resize_mode": "squash"}

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 from sources import captions, settings
 
+from mmphi.data.dataset_builder import read_examples
 from mmphi.data.duplicates import Look, difference_hash, joined, look_of, pictures
-from mmphi.data.read import read_examples
 
 COUNT = 30
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from mmphi.data import features
 from mmphi.data.features import LOOKED, LiveFeatures
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError
-from mmphi.models.chat.messages import image_of
+from mmphi.generation.messages import image_of
 
 
 class Mean:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from sources import captions, llava_row, photo_folder, settings, write
 
-from mmphi.data.read import read_examples
-from mmphi.data.records import Turn
+from mmphi.data.dataset_builder import read_examples
+from mmphi.data.schema import Turn
 from mmphi.errors import DataError
 
 

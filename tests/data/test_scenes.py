@@ -10,8 +10,8 @@ import pytest
 from builders import context
 from PIL import Image
 
+from mmphi.data.dataset_builder import read_examples
 from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
-from mmphi.data.read import read_examples
 from mmphi.data.scene_drawing import AHEAD, Writing, draw
 from mmphi.data.scene_drawing import drawn as drawing
 from mmphi.data.scene_text import (

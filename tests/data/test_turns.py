@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sources import llava_row, photo_folder, settings, write
 
-from mmphi.data.read import read_examples
-from mmphi.data.records import Turn
+from mmphi.data.dataset_builder import read_examples
+from mmphi.data.schema import Turn
 from mmphi.errors import DataError
 
 ONE = (Turn("what?", "a thing"),)

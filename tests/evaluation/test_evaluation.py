@@ -9,16 +9,16 @@ from builders import example
 from PIL import Image
 from sacrebleu import corpus_bleu
 
-from mmphi.data.records import Example, ImageRef, Turn
+from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.errors import DataError
 from mmphi.evaluation import evaluate
 from mmphi.evaluation.attributes import attribute_accuracy, parse
 from mmphi.evaluation.captioning import bleu4, cider
-from mmphi.evaluation.consensus import consensus
 from mmphi.evaluation.evaluate import Measures, evaluate_model
 from mmphi.evaluation.grounding import grounding, shuffled_images
-from mmphi.evaluation.words import words
-from mmphi.models.generation import Answer
+from mmphi.evaluation.mbr import consensus
+from mmphi.evaluation.ptb_tokenize import words
+from mmphi.generation.batch_generate import Answer
 
 REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
 

@@ -7,11 +7,11 @@ from builders import Recorder
 from PIL import Image
 from rouge_reference import longest_common
 
-from mmphi.data.kinds import asked_for_captions, kind_of
-from mmphi.data.records import Example, ImageRef, Turn
+from mmphi.data.llava_row_types import asked_for_captions, kind_of
+from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.evaluation.evaluate import Measures, evaluate_model
 from mmphi.evaluation.long_answers import rouge_l
-from mmphi.models.generation import Answer
+from mmphi.generation.batch_generate import Answer
 
 
 @pytest.mark.parametrize(

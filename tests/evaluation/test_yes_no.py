@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from builders import example
 
-from mmphi.data.records import Example, ImageRef, Turn
-from mmphi.evaluation.things import named, possible
-from mmphi.evaluation.words import words
+from mmphi.data.schema import Example, ImageRef, Turn
+from mmphi.evaluation.object_vocabulary import named, possible
+from mmphi.evaluation.ptb_tokenize import words
 from mmphi.evaluation.yes_no import Question, ask, conversations, score
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from builders import RandomFeatures, example, tiny_language
 
-from mmphi.data.records import ImageRef
+from mmphi.config.shared import VisionSettings
+from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.models.vision import Vision
-from mmphi.settings.shared import VisionSettings
+from mmphi.models.vision.vision_encoder import Vision
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_samples_follow_the_models_distribution(model):
     image, question = PROMPTS[1]
     language = model.language
     drawn = [a.text for a in model.sample([(image, question)], 400, 0.7, max_new_tokens=1, batch_size=400)[0]]
-    from mmphi.text.sequences import Input, join
+    from mmphi.text.tokenized_example import Input, join
 
     sample = join(language.prompt.parts([(question, None)], images=1), [Input("image", image, 4)])
     ids = torch.from_numpy(sample.input_ids).long()[None]
@@ -85,7 +85,7 @@ def test_generation_equals_a_plain_greedy_loop(model):
     """Without cache, padding or generate(): the arg max of the whole sequence's logits, token by token."""
     language = model.language
     end = language.tokenizer.eos_token_id
-    from mmphi.text.sequences import Input, join
+    from mmphi.text.tokenized_example import Input, join
 
     for image, question in PROMPTS[:3]:
         parts = language.prompt.parts([(question, None)], images=int(image is not None))

@@ -10,13 +10,13 @@ import torch
 import toys
 import yaml
 
+from mmphi.config.fields import leaves
 from mmphi.errors import StoreError
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context
-from mmphi.settings.fields import leaves
 from mmphi.stages import Settings, load_settings
-from mmphi.tracking.run import params_of
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_tracker import params_of
+from mmphi.tracking.run_writer import Store
 
 
 @pytest.fixture

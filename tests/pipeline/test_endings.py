@@ -19,7 +19,7 @@ from mmphi.errors import StoreError
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context
 from mmphi.stages import Settings, load_settings
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 
 @pytest.fixture

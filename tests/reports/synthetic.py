@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 DECLARED: dict[str, Any] = {
     "question": "How many layers?",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mmphi.errors import DataError
-from mmphi.harness.command import figures_of, record
-from mmphi.tracking.search import RunStore
+from mmphi.serving.harness.command import figures_of, record
+from mmphi.tracking.run_store import RunStore
 from reports.benchmarks import load_benchmarked, published
 from reports.commands import report
 

@@ -5,7 +5,7 @@ import pytest
 
 from reports.comparison import Judging, compare
 from reports.divergence import diverged, p_of_rates
-from reports.looks import corrected, reached
+from reports.interim_looks import corrected, reached
 from reports.verdict import Metric, sentence
 
 VALUES = {"base": {n: 1.0 + n / 100 for n in range(8)}, "other": {n: 0.9 + n / 90 for n in range(8)}}

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from reports.comparison import Comparison, Judging, compare
-from reports.looks import corrected
+from reports.interim_looks import corrected
+from reports.paired_tests import ALPHA, both_agree
 from reports.power import power
-from reports.statistics import ALPHA, both_agree
 
 STUDIES, SEEDS = 400, 8
 AT_MOST = ALPHA + 2 * np.sqrt(ALPHA * (1 - ALPHA) / STUDIES)

@@ -13,12 +13,12 @@ from test_scaling import curve
 
 from mmphi.cli import main
 from mmphi.errors import DataError, SettingsError
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 from reports import references
 from reports.commands import report
-from reports.distance import Distance
+from reports.extrapolation_text import Distance
 from reports.pretraining import pretraining
-from reports.pretrainings import load_pretrainings
+from reports.pretraining_query import load_pretrainings
 from reports.references import original_run, phi2_budget, prices, reference_of
 from reports.scaling import Outlook
 
@@ -228,10 +228,10 @@ def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
     """`mmphi reference` on a model of one's own: the same loss as its protocol says, kept with all that repeats it."""
     from builders import byte_tokenizer, tiny_language
 
+    from mmphi.config import LanguageSettings
     from mmphi.evaluation.perplexity import Protocol, text_loss
     from mmphi.models.device import this_device
-    from mmphi.models.language import load_language
-    from mmphi.settings import LanguageSettings
+    from mmphi.models.language.language_model import load_language
 
     folder = tmp_path / "mine"
     tiny_language().model.save_pretrained(folder)

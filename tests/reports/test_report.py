@@ -9,12 +9,12 @@ from PIL import Image
 from synthetic import read, record, study, trial, values
 
 from mmphi.errors import SettingsError, StoreError
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
+from reports.ablation_text import design
 from reports.commands import report
 from reports.comparison import compare
 from reports.figures import front
-from reports.prose import design
-from reports.query import StudyData, Trial, begun, load_study
+from reports.study_query import StudyData, Trial, begun, load_study
 from reports.verdict import Metric, headline, quoted
 
 EFFECTS = {"2 layers": 0.0, "3 layers": -0.05, "odd | one": -0.001}

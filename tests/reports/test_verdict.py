@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from reports.comparison import compare
-from reports.statistics import Interval
+from reports.paired_tests import Interval
 from reports.verdict import Metric, headline, listed, number, p_value, range_of, sentence
 
 LOSS = Metric("test/loss", "nats/token", less=True, margin=0.02)

@@ -17,7 +17,7 @@ import torch
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, Settings, load_settings
-from mmphi.training.loop import Loop
+from mmphi.training.hf_trainer import Loop
 
 SMALL = {
     "scenes.train_images": "40",

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmphi.cli import main
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 
 @pytest.fixture

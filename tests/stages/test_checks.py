@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import small
 
+from mmphi.config import VisionSettings
 from mmphi.errors import MmphiError
-from mmphi.models.vision import load_tower, tower_shape
+from mmphi.models.vision.vision_encoder import load_tower, tower_shape
 from mmphi.pipeline.build import Pipeline
-from mmphi.settings import VisionSettings
 from mmphi.stages import STAGES
 from mmphi.stages.light_clip import LightClipSettings, config_of
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from mmphi.config import DataSettings, SourceSettings, VisionSettings
 from mmphi.data.features import FeatureStore, LiveFeatures
-from mmphi.data.records import ImageRef
-from mmphi.models.vision import load_tower
+from mmphi.data.schema import ImageRef
+from mmphi.models.vision.vision_encoder import load_tower
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
-from mmphi.settings import DataSettings, SourceSettings, VisionSettings
 from mmphi.stages import STAGES, Settings
 from mmphi.stages.embed import EmbedSettings
 from mmphi.stages.projector import ProjectorSettings

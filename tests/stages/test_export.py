@@ -11,11 +11,11 @@ from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mmphi.errors import ModelError
-from mmphi.models.llava_check import QUESTIONS, difference, pictures, said
+from mmphi.models.export.llava_check import QUESTIONS, difference, pictures, said
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.stages.export import plain_model
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 pytestmark = pytest.mark.slow
 

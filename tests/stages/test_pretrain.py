@@ -6,10 +6,10 @@ import pytest
 import torch
 from builders import context
 
-from mmphi.models.language import load_language
+from mmphi.config import LanguageSettings
+from mmphi.config.pretrain import PretrainSettings
+from mmphi.models.language.language_model import load_language
 from mmphi.pipeline.stage import Result
-from mmphi.settings import LanguageSettings
-from mmphi.settings.pretrain import PretrainSettings
 from mmphi.stages import Settings, pretrain, scenes
 from mmphi.stages.pretrain_scenes import scene_samples
 from mmphi.stages.pretrain_texts import shape_of

@@ -8,11 +8,11 @@ import pytest
 import texts
 from builders import Recorder
 
+from mmphi.config.declared_view import SettingsView
 from mmphi.errors import DataError, SettingsError, TrainingError
 from mmphi.pipeline.stage import Result
-from mmphi.settings.view import SettingsView
 from mmphi.stages import load_settings, pretrain, tokens
-from mmphi.training import progress
+from mmphi.training import pretrain_callback
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def read(tmp_path_factory) -> Result:
 
 
 def test_a_first_loss_that_cannot_be_is_told(tmp_path, read, monkeypatch):
-    monkeypatch.setattr(progress, "INITIAL_TOLERANCE", -1.0)
+    monkeypatch.setattr(pretrain_callback, "INITIAL_TOLERANCE", -1.0)
     with pytest.raises(TrainingError, match=r"ln 300 = 5\.704"):
         texts.pretrained(tmp_path, read, texts.settings("text.txt"))
 

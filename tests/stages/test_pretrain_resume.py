@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from mmphi.pipeline.stage import Result
 from mmphi.stages import pretrain
-from mmphi.training.loop import Loop
+from mmphi.training.hf_trainer import Loop
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,9 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path, read):
 def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
     """The disk is full while the ninth checkpoint is written: told, and gone on from the eighth."""
     from mmphi.errors import disk_is_full
-    from mmphi.training import loop
+    from mmphi.training import hf_trainer
 
-    real, left = loop.save_tensors, [8]
+    real, left = hf_trainer.save_tensors, [8]
 
     def full(*arguments):
         left[0] -= 1
@@ -120,7 +120,7 @@ def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_tensors", full)
+        patch.setattr(hf_trainer, "save_tensors", full)
         with pytest.raises(OSError, match="No space") as caught:
             texts.pretrained(tmp_path, read, texts.settings("text.txt"))
     assert disk_is_full(caught.value)
@@ -132,7 +132,7 @@ def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
 
 def test_a_corrupt_shard_of_a_result_is_named_and_built_again(tmp_path, empty_store, capsys, monkeypatch):
     """The others are taken over from the damaged result; the training built on it is the same as before."""
-    from mmphi.data import tokens as shards
+    from mmphi.data import token_shards as shards
     from mmphi.pipeline.build import Pipeline
     from mmphi.stages import STAGES
 

@@ -12,10 +12,10 @@ from mmphi.errors import SettingsError
 from mmphi.stages import load_settings
 from mmphi.stages.pretrain import STAGE
 from mmphi.stages.pretrain_stream import Stream, advice
-from mmphi.textgen.documents import Document, ShardName, packed
-from mmphi.textgen.spool import Spool
-from mmphi.textgen.store import stored
-from mmphi.training import stream_steps
+from mmphi.textgen.corpus_store import stored
+from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shards import Document, ShardName, packed
+from mmphi.training import streaming_dataset
 
 SMALL = {
     "pretrain.source": "stream",
@@ -201,7 +201,7 @@ def test_it_waits_for_text_and_says_how_long(spool, tmp_path, monkeypatch):
                 put(names[4:])
         sleep(seconds)
 
-    monkeypatch.setattr(stream_steps.time, "sleep", waiting)
+    monkeypatch.setattr(streaming_dataset.time, "sleep", waiting)
     _, figures = trained(tmp_path, "run", few)
     assert figures["stream/waited_s"] >= sum(waits[:3])
     assert figures["stream/trainer_busy"] < 1

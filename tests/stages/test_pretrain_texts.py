@@ -13,10 +13,10 @@ from builders import Recorder
 from transformers import AutoTokenizer, PhiForCausalLM
 from workers import spawn
 
-from mmphi.models.language import load_language
-from mmphi.models.passes import as_published
+from mmphi.config import LanguageSettings
+from mmphi.models.language.language_model import load_language
+from mmphi.models.patches.module_patches import as_published
 from mmphi.pipeline.stage import Result
-from mmphi.settings import LanguageSettings
 from mmphi.stages import pretrain_texts
 
 
@@ -69,7 +69,7 @@ def test_result_is_a_phi_of_hugging_face(straight):
 
 def test_losses_of_rows_and_of_validation_are_right(straight, read):
     """The validation loss against transformers' own, window by window."""
-    from mmphi.data.tokens import INDEX, Tokens
+    from mmphi.data.token_shards import INDEX, Tokens
 
     model = PhiForCausalLM.from_pretrained(straight / "language").eval()
     index = json.loads((read.path / INDEX).read_text())

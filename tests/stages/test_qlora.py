@@ -18,19 +18,19 @@ from safetensors.torch import load_file, save_file
 from transformers import PhiForCausalLM
 
 import mmphi
+from mmphi.config.qlora import QloraSettings
 from mmphi.data.phrasing import DESCRIBE
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, SettingsError, TrainingError
-from mmphi.models.adapter import Shape, adapted, adapter_parameters, merged
-from mmphi.models.bundle import load_bundle
-from mmphi.models.packed import PackedModel
+from mmphi.models.checkpoint import load_bundle
+from mmphi.models.language.adapter import Shape, adapted, adapter_parameters, merged
+from mmphi.models.packed_vlm import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
-from mmphi.settings.qlora import QloraSettings
 from mmphi.stages import STAGES
 from mmphi.stages.qlora import asked_of
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 from mmphi.training.checkpoints import load_weights
 
 
@@ -83,7 +83,7 @@ def test_loaded_anew_it_answers_the_same(pipeline, result):
     ) == pytest.approx(held, rel=1e-5)
     from peft import PeftModel
 
-    from mmphi.models.language import _quantization, keep_exact
+    from mmphi.models.language.language_model import _quantization, keep_exact
 
     config = _quantization("4bit", torch.device("cpu"))
     base = keep_exact(PhiForCausalLM.from_pretrained(result.path / "language", quantization_config=config))
@@ -118,7 +118,7 @@ def test_it_answers_the_same_in_another_process(pipeline, result):
     code = (
         "import json, sys, torch, mmphi\n"
         "from pathlib import Path\n"
-        "from mmphi.data.records import ImageRef\n"
+        "from mmphi.data.schema import ImageRef\n"
         "torch.set_num_threads(1)\n"
         "asked = [(ImageRef(Path(p).name, Path(p)), 'what shapes are there?') for p in sys.argv[2:]]\n"
         "print(json.dumps([a.text for a in mmphi.load(sys.argv[1]).generate(asked, 6)]))\n"
@@ -128,7 +128,7 @@ def test_it_answers_the_same_in_another_process(pipeline, result):
 
 
 def examples(pipeline: Pipeline) -> list:
-    from mmphi.data.read import read_examples
+    from mmphi.data.dataset_builder import read_examples
 
     scenes = pipeline.result("scenes", small.settings())
     return read_examples(small.settings().data, scenes.path)[0]
@@ -204,7 +204,7 @@ def test_a_damaged_or_foreign_adapter_is_refused(pipeline, result, tmp_path):
     save_file({name: torch.full_like(t, torch.nan) for name, t in tensors.items()}, file)
     with pytest.raises(ModelError, match="not the one that was saved"):
         load_bundle(tmp_path / "other")
-    from mmphi.models.adapter import with_saved
+    from mmphi.models.language.adapter import with_saved
 
     language = load_bundle(pipeline.result("projector", small.settings()).path).language
     with pytest.raises(ModelError, match="not finite"):

@@ -17,17 +17,17 @@ from small import SMALL, built
 
 import mmphi
 from mmphi.data.audio import RATE
-from mmphi.data.ragged import RaggedStore
-from mmphi.data.recordings import read_recordings, spoken_examples
-from mmphi.data.records import ReadReport
+from mmphi.data.ragged_features import RaggedStore
+from mmphi.data.schema import ReadReport
+from mmphi.data.speech_dataset import read_recordings, spoken_examples
 from mmphi.errors import DataError, ModelError, SettingsError
-from mmphi.models import ears, hearing
-from mmphi.models.ears import Ears
-from mmphi.models.hearing import Segment, Transcript
-from mmphi.models.voice import Part
+from mmphi.models.audio import transcriber, transcription
+from mmphi.models.audio.transcriber import Ears
+from mmphi.models.audio.transcription import Segment, Transcript
+from mmphi.models.audio.vad import Part
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, load_settings
-from mmphi.training.loop import Loop
+from mmphi.training.hf_trainer import Loop
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "brown"]
 QUICK = {
@@ -68,7 +68,7 @@ def all_of_it() -> Iterator[None]:
         return [Transcript((Segment(0, 1, f"a {COLOURS[int(n) % 8]} circle {n}"),), "en") for n in names]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ears, hearing):
+        for module in (transcriber, transcription):
             patch.setattr(module, "speech", lambda each, **_: [Part(0, each.seconds)])
         patch.setattr(Ears, "transcripts", transcripts)
         yield

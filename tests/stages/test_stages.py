@@ -19,15 +19,15 @@ from forked import run
 from safetensors.torch import load_file
 
 import mmphi
+from mmphi.config import LanguageSettings
 from mmphi.data.phrasing import DESCRIBE
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, SettingsError
-from mmphi.models.bundle import load_bundle
+from mmphi.models.checkpoint import load_bundle
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.passes import as_given
+from mmphi.models.patches.module_patches import as_given
 from mmphi.pipeline.build import Pipeline
-from mmphi.settings import LanguageSettings
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 UPSTREAM = ("scenes", "pretrain", "light_clip", "embed")
 

@@ -9,13 +9,13 @@ import torch
 from builders import context as context_of
 from PIL import Image
 
+from mmphi.config import DataSettings, SourceSettings, VisionSettings
 from mmphi.data.feature_writer import FeatureWriter
 from mmphi.data.features import FeatureStore, LiveFeatures
-from mmphi.data.records import ImageRef
+from mmphi.data.schema import ImageRef
 from mmphi.errors import DataError, StoreError
-from mmphi.models.vision import load_tower
+from mmphi.models.vision.vision_encoder import load_tower
 from mmphi.pipeline.stage import Context, Result
-from mmphi.settings import DataSettings, SourceSettings, VisionSettings
 from mmphi.stages import Settings, embed
 from mmphi.stages.embed import EmbedSettings
 

@@ -13,10 +13,10 @@ from scipy.io import wavfile
 
 from mmphi.data.audio import RATE, Samples
 from mmphi.errors import DataError, ModelError, SettingsError
-from mmphi.models import hearing
-from mmphi.models.hearing import Heard, Segment
-from mmphi.models.voice import Part
-from mmphi.models.whispers import BACKENDS
+from mmphi.models.audio import transcription
+from mmphi.models.audio.transcription import Heard, Segment
+from mmphi.models.audio.vad import Part
+from mmphi.models.audio.whisper_backends import BACKENDS
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, load_settings
 
@@ -45,7 +45,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     Fake.heard, Fake.fail_at = [], 0
     monkeypatch.setitem(BACKENDS, "openai", Fake)
     monkeypatch.setattr(
-        hearing, "speech", lambda each, **_: [Part(0, each.seconds)] if np.abs(each.samples).max() > 0.05 else []
+        transcription, "speech", lambda each, **_: [Part(0, each.seconds)] if np.abs(each.samples).max() > 0.05 else []
     )
 
 

@@ -14,11 +14,11 @@ import torch
 from builders import Recorder, context
 from safetensors.torch import load_file
 
+from mmphi.config.corpus import CorpusSettings
+from mmphi.config.pretrain import PretrainSettings
 from mmphi.pipeline.stage import Result
-from mmphi.settings.corpus import CorpusSettings
-from mmphi.settings.pretrain import PretrainSettings
 from mmphi.stages import Settings, pretrain, tokens
-from mmphi.training.loop import Loop
+from mmphi.training.hf_trainer import Loop
 
 SHAPE = {"layers": 2, "width": 32, "heads": 2, "context": 32, "batch_tokens": 512, "stop": "steps 24"}
 REST = {"optimizer": "muon", "schedule": "wsd", "warmup": 0.0, "log_every": 4, "eval_every": 6, "save_every": 1}

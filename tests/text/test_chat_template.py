@@ -9,8 +9,8 @@ from builders import byte_tokenizer
 
 from mmphi.errors import ModelError
 from mmphi.text.chat_template import TODAY
+from mmphi.text.llava_chat_template import llava_template
 from mmphi.text.prompt import Prompt
-from mmphi.text.template import llava_template
 
 OPEN, CLOSE = "<|im_start|>", "<|im_end|>"
 CHATML = (

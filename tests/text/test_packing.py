@@ -7,10 +7,10 @@ from builders import RandomFeatures, encode, example, tiny_language
 from torch.nn import functional as F
 
 from mmphi.errors import ModelError
-from mmphi.models.packed import PackedModel, block_causal_mask
+from mmphi.models.packed_vlm import PackedModel, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import DOUBLE, least_work, pack, packs, partition
-from mmphi.training.steps import PackedSteps
+from mmphi.training.packed_dataset import PackedSteps
 
 SOURCES = {"image": RandomFeatures()}
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 80, "it rains here"]

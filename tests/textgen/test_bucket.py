@@ -11,13 +11,13 @@ import threading
 import time
 
 import pytest
-from test_spool import quiet, shard
+from test_shard_queue import quiet, shard
 
 from mmphi.errors import StoreError
-from mmphi.textgen import spool as spool_module
-from mmphi.textgen.documents import ShardName
-from mmphi.textgen.reader import Reader
-from mmphi.textgen.spool import Spool
+from mmphi.textgen import shard_queue as spool_module
+from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.shards import ShardName
 
 pytestmark = pytest.mark.slow
 

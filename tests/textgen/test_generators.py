@@ -9,8 +9,8 @@ import pytest
 from builders import byte_tokenizer, tiny_language
 
 from mmphi.cli import main
-from mmphi.textgen.reader import Reader
-from mmphi.textgen.spool import Spool
+from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shard_reader import Reader
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from mmphi.tracking.lease import HEARTBEAT, HELD, Lease, lease_s
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 
 
 class Hosts:

@@ -15,7 +15,7 @@ from mmphi.pipeline.stage import Result
 from mmphi.stages import load_settings
 from mmphi.tracking.datasets import datasets_of, log_datasets
 from mmphi.tracking.logged_model import log_results
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 from mmphi.tracking.system_metrics import SWITCH, system_metrics
 from mmphi.tracking.view_state import HEADLINES, TAG, share, view_state
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmphi.tracking.run import RunTracker
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_tracker import RunTracker
+from mmphi.tracking.run_writer import Store
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_metrics_are_sent_together_and_all_arrive(
         log_batch(run_id, metrics=list(metrics), **rest)
 
     monkeypatch.setattr(store.client, "log_batch", counting)
-    monkeypatch.setattr("mmphi.tracking.run.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("mmphi.tracking.run_tracker.time.monotonic", lambda: 0.0)
     for step in range(1200):
         tracker.metrics({"train/loss": step}, step)
     tracker.flush()

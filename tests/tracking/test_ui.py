@@ -13,7 +13,7 @@ import toys
 from mmphi.cli import main
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import load_settings
-from mmphi.tracking.store import Store
+from mmphi.tracking.run_writer import Store
 from mmphi.tracking.ui import addresses, experiment_id
 
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from workers import spawn
 
+from mmphi.config import TrainingSettings
 from mmphi.errors import Stopped
-from mmphi.settings import TrainingSettings
 from mmphi.training import contrastive
 from mmphi.training.checkpoints import complete_checkpoints
 from mmphi.training.contrastive import ClampScale, Clip, PairSteps
+from mmphi.training.image_dataset import Pixels
 from mmphi.training.optimizers import MuonAdamW
-from mmphi.training.pixels import Pixels
 from mmphi.training.trainer import train
 
 VIT = {
@@ -130,7 +130,7 @@ def test_images_are_decoded_when_asked_for_and_once(tmp_path, monkeypatch):
     assert calls == []
     assert torch.equal(pixels[0], pixels[0])
     assert len(calls) == 1
-    monkeypatch.setattr("mmphi.training.pixels.KEPT_BYTES", 10)
+    monkeypatch.setattr("mmphi.training.image_dataset.KEPT_BYTES", 10)
     bounded = Pixels([path], lambda image: calls.append(1) or preprocess(image))
     assert bounded[0] is not bounded[0]
 

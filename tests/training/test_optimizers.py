@@ -6,12 +6,12 @@ import pytest
 import torch
 from builders import Recorder, encode, example, tiny_language
 
+from mmphi.config import TrainingSettings
 from mmphi.errors import Stopped
-from mmphi.models.packed import PackedModel
-from mmphi.settings import TrainingSettings
+from mmphi.models.packed_vlm import PackedModel
 from mmphi.training.muon import Muon, orthogonalized
 from mmphi.training.optimizers import MuonAdamW, grouped_adamw
-from mmphi.training.steps import packed_steps
+from mmphi.training.packed_dataset import packed_steps
 from mmphi.training.trainer import train
 
 

@@ -15,15 +15,15 @@ from small_training import ANSWERS, new_projector, trained, weights
 from transformers import TrainingArguments
 from workers import spawn
 
-from mmphi.data.records import ImageRef
+from mmphi.config import TrainingSettings
+from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, Stopped, TrainingError
-from mmphi.models.packed import PackedModel
+from mmphi.models.packed_vlm import PackedModel
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.settings import TrainingSettings
-from mmphi.training.arguments import arguments_of
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
-from mmphi.training.steps import packed_steps
+from mmphi.training.packed_dataset import packed_steps
 from mmphi.training.trainer import train
+from mmphi.training.training_args import arguments_of
 
 
 def run(folder: Path, recorder: Recorder | None = None, validate=None, dropout: float = 0.0, **changes) -> Projector:
@@ -68,7 +68,7 @@ def test_loss_is_per_supervised_token_of_the_step(tmp_path, recorder):
     """Against plain arithmetic: summed nats of the step's samples over the number of their tokens."""
     run(tmp_path, recorder, steps=1)
     from mmphi.text.packing import pack
-    from mmphi.training.steps import PackedSteps
+    from mmphi.training.packed_dataset import PackedSteps
 
     language = tiny_language()
     torch.manual_seed(1)

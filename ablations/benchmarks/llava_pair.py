@@ -1,0 +1,154 @@
+"""The same models and the same trainings twice: as mmphi reads them, and as a script of transformers does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RATES, SEEDS = ("0.001", "0.003"), 4  # Of the trainings: each rate at each seed.
+IMAGE_TOKEN, PAD = 50300, 50301  # Rows of Phi-2's embedding that no text uses.
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of models and trainings."""
+
+    width: int = 256
+    layers: int = 4
+    vision_width: int = 384
+    vision_layers: int = 8
+    image_size: int = 224
+    patch_size: int = 16
+    steps: int = 24
+    batch_size: int = 8
+    images: int = 200
+    test_images: int = 4
+
+
+def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
+    """A language model and an image tower with random weights, each as mmphi and as transformers reads it."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+    from transformers import PhiForCausalLM
+
+    from mmphi.models.language.phi import phi_config
+    from mmphi.models.vision.clip_vision import clip_vision
+    from mmphi.text.tokenizer import phi2_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = phi2_tokenizer()
+    config = phi_config(shape.layers, shape.width, max(1, shape.width // 32), 512, 51200, tokenizer.eos_token_id)
+    PhiForCausalLM(config).save_pretrained(folder / "language")
+    tokenizer.save_pretrained(folder / "language")
+    heads = 64 if shape.vision_width % 64 == 0 else 32
+    vision = {"image_size": shape.image_size, "layers": shape.vision_layers, "width": shape.vision_width}
+    vision |= {"patch_size": shape.patch_size, "head_width": heads}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1}
+    path = folder / "benchmark-vit.json"
+    path.write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    clip = open_clip.create_model("benchmark-vit")
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "vision.safetensors")
+    clip_vision(clip.visual).save_pretrained(folder / "vision")
+    return dict(clip.visual.preprocess_cfg)
+
+
+def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:
+    """What all trainings have in common, as settings of mmphi."""
+    return {
+        "scenes.train_images": shape.images,
+        "scenes.validation_images": 2,
+        "scenes.test_images": shape.test_images,
+        "scenes.texts": 4,
+        "scenes.image_size": 64,
+        "vision.model": str(folder / "benchmark-vit.json"),
+        "vision.pretrained": str(folder / "vision.safetensors"),
+        "language.model": str(folder / "language"),
+        "projector.optimizer": "adamw",
+        "projector.width": 0,
+        "projector.norm": False,
+        "projector.align_steps": 0,
+        "projector.steps": shape.steps,
+        "projector.batch_size": shape.batch_size,
+        "projector.max_length": 320,
+        "projector.log_every": 1,
+        "projector.eval_every": shape.steps,
+        "projector.save_every": shape.steps,
+        "projector.sample_images": 0,
+        "evaluate.yes_no": 0,
+        "evaluate.held_out_phrasings": False,
+        "evaluate.max_new_tokens": 1,
+    }
+
+
+def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, Any], shape: Shape) -> list[Path]:
+    """What the script is to train, a file a training, in the order of the study's trials."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ablations.study import settings_of
+    from mmphi.data.dataset_builder import read_examples
+    from mmphi.data.mixture import mixture
+    from mmphi.data.tokenized_dataset import encode_example, encoded
+    from mmphi.models.language.language_model import load_language
+    from mmphi.models.projector import Projector, ProjectorConfig
+    from mmphi.pipeline.build import Pipeline
+    from mmphi.stages import STAGES
+    from mmphi.training.packed_dataset import PackedSteps
+
+    made: list[Path] = []
+    tokens = (shape.image_size // shape.patch_size) ** 2
+    for seed in range(SEEDS):
+        for rate in RATES:
+            changes = {**fixed, "projector.seed": seed, "projector.learning_rate": rate}
+            settings = settings_of("tiny", changes, "projector")
+            pipeline, chosen = Pipeline(STAGES), settings.projector
+            scenes = pipeline.result("scenes", settings)
+            assert scenes is not None
+            examples, _ = read_examples(settings.data, scenes.path)
+            language = load_language(settings.language, None, torch.device("cpu"))
+            conversations = language.prompt, lambda _: tokens, chosen.max_length
+            sequences = encoded([e for e in examples if e.split == "train"], *conversations)
+            places = mixture(sequences.sources, settings.data)
+            order = PackedSteps(
+                [sequences[place] for place in places],
+                {},
+                steps=chosen.steps,
+                batch_size=chosen.batch_size,
+                packs_per_step=1,
+                seed=seed,
+            )
+            test = [encode_example(e, *conversations) for e in examples if e.split == "test"]
+            torch.manual_seed(seed)
+            weights = Projector(ProjectorConfig(shape.vision_width, shape.width)).state_dict()
+            path = folder / f"work{len(made)}.json"
+            save_file(weights, path.with_suffix(".safetensors"))
+            work = {
+                "language": str(folder / "language"),
+                "vision": str(folder / "vision"),
+                "projector": str(path.with_suffix(".safetensors")),
+                "preprocess": preprocess,
+                "image_token": IMAGE_TOKEN,
+                "pad": PAD,
+                "learning_rate": float(rate),
+                "warmup": chosen.warmup,
+                "steps": [[_row(s) for s in order.step(step)] for step in range(chosen.steps)],
+                "test": [_row(s) for s in test if s is not None],
+            }
+            path.write_text(json.dumps(work))
+            made.append(path)
+    return made
+
+
+def _row(sample: Any) -> dict[str, Any]:
+    (span,) = sample.spans
+    return {
+        "ids": sample.input_ids.tolist(),
+        "supervised": sample.supervised.tolist(),
+        "image": str(span.reference.path),
+        "image_at": [span.start, span.length],
+    }

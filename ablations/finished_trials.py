@@ -1,0 +1,48 @@
+"""Which results of a study are still in MLflow's store: a run may have been deleted since its trial ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from reports.study_query import JUDGED
+
+if TYPE_CHECKING:
+    from mmphi.tracking.run_store import RunStore
+
+AGAIN_S = 60.0  # Runs may be deleted while a study runs.
+
+
+class Results:
+    """The runs of a study.
+
+    Args:
+        store: MLflow's.
+        name: Of the study.
+    """
+
+    def __init__(self, store: RunStore, name: str) -> None:
+        self.store, self.name = store, name
+        self._there: set[str] = set()
+        self._gone: set[str] = set()
+        self._at = float("-inf")
+
+    def gone(self, run_ids: Iterable[str]) -> set[str]:
+        """Those of some runs that were deleted, or whose evaluation was."""
+        asked = {run_id for run_id in run_ids if run_id}
+        if not asked <= self._there | self._gone or time.monotonic() - self._at > AGAIN_S:
+            self._there = set(self._found())
+            self._gone = (self._gone | asked) - self._there
+            self._at = time.monotonic()
+        return asked & self._gone
+
+    def _found(self) -> Iterable[str]:
+        for run in self.store.search(study=self.name):
+            evaluation = run.data.tags.get(JUDGED)
+            if not evaluation or self._active(evaluation):
+                yield str(run.info.run_id)
+
+    def _active(self, run_id: str) -> bool:
+        run = self.store.run_if_there(run_id)
+        return run is not None and bool(run.info.lifecycle_stage == "active")

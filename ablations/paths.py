@@ -1,0 +1,57 @@
+"""Where a study's trials and its workers' logs are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ablations.finished_trials import Results
+from mmphi.tracking.uri import SQLITE, database
+
+if TYPE_CHECKING:
+    from ablations.search import Search
+    from ablations.study import Study
+    from ablations.trial_storage import Ledger
+    from mmphi.tracking.run_store import RunStore
+
+
+def storage_url(store: RunStore, given: str = "") -> str:
+    """Optuna's storage: as given, else ``MMPHI_OPTUNA``, else a database beside MLflow's."""
+    named = given or os.environ.get("MMPHI_OPTUNA", "")
+    if named:
+        return named
+    file = database(store.uri)
+    return f"{SQLITE}{(file.parent if file else store.cache) / 'optuna.db'}"
+
+
+def logs_folder(store: RunStore, name: str) -> Path:
+    """Where the workers of a study print to."""
+    return store.locks.parent / ".logs" / name.replace("/", "_")
+
+
+def ledgers(store: RunStore, name: str, study: Study, storage: str) -> dict[str, Ledger]:
+    """The trials of a study, by phase: those that are judged, and those that find nuisance values."""
+    from ablations.trial_storage import Ledger
+
+    url, results, record = storage_url(store, storage), Results(store, name), _record(store, name)
+    return {
+        "verdict": Ledger(url, name, [study.direction], record=record, results=results),
+        "tuning": Ledger(url, f"{name}/tuning", ["minimize"], record=record, results=results),
+    }
+
+
+def _record(store: RunStore, name: str) -> str:
+    """Id of the run of a study's record; empty where it was not begun."""
+    found = next(store.search(study_record=name), None)
+    return str(found.info.run_id) if found is not None else ""
+
+
+def search_ledger(store: RunStore, name: str, search: Search, storage: str) -> Ledger:
+    """The trials of a search."""
+    from ablations.trial_storage import Ledger
+
+    url = storage_url(store, storage)
+    directions, record = list(search.objectives.values()), _record(store, name)
+    # A search has tried what it has tried: a run that was deleted since is not trained again.
+    return Ledger(url, name, directions, search.made_sampler(), search.made_pruner(), record=record)

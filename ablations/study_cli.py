@@ -1,0 +1,189 @@
+"""``mmphi studies`` and ``mmphi compare``: look at studies, change them while they run, open their pages."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import webbrowser
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from mmphi.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ablations.study_run import Record
+    from mmphi.tracking.run_store import RunStore
+    from reports.study_query import StudyData
+
+MOST_COMPARED = 100  # Runs that one address can hold.
+
+
+def studies(arguments: Sequence[str]) -> int:
+    """``mmphi studies [STUDY]``: what there is, how far it is, and what to change."""
+    parser = argparse.ArgumentParser(
+        prog="mmphi studies", description="List studies; look at one; change one while it runs."
+    )
+    parser.add_argument("study", nargs="?", help="its name in the store")
+    parser.add_argument("--watch", action="store_true", help="show it until it is done")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks [5]")
+    parser.add_argument("--stop", metavar="LEVEL", help="no more trials of this level")
+    parser.add_argument("--add", metavar="LEVEL", help="NAME=VALUE: a new level, or NAME: one that was stopped")
+    parser.add_argument("--seeds", type=int, help="so many seeds from now on")
+    options = parser.parse_args(list(arguments))
+    from mmphi.tracking.run_writer import Store
+
+    if not options.study:
+        print(listing(Store()))
+        return 0
+    store = Store()
+    if options.stop or options.add or options.seeds is not None:
+        change(store, options.study, options.stop, options.add, options.seeds)
+    from ablations.watch import table, watch
+    from reports.study_query import load_study
+
+    if options.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            watch(store, options.study, options.every)
+    else:
+        print(table(load_study(store, options.study)))
+    return 0
+
+
+def listing(store: RunStore) -> str:
+    """The studies that there are, and how far those are that were begun."""
+    from ablations.study import Study, load, names
+    from ablations.watch import progress
+    from reports.study_query import begun, load_study
+
+    there, lines = begun(store), []
+    for name in names():
+        _, study = load(name)
+        what = f"{', '.join(study.levels)}; {study.seeds} seeds" if isinstance(study, Study) else study.summary()
+        lines += [f"{name:<24} {study.question}", f"{'':<24} {what}"]
+    lines += ["", f"in {store.uri}:", *([] if there else ["  nothing was begun yet"])]
+    for name in there:
+        data = load_study(store, name)
+        lines.append(f"  {name:<22} {progress(data)}")
+    return "\n".join([*lines, "", "mmphi ablate STUDY runs one; mmphi studies STUDY --watch follows it"])
+
+
+def record_of(store: Any, name: str) -> Record:
+    """The record of a study that was begun.
+
+    Raises:
+        SettingsError: If there is none of that name; names those there are.
+    """
+    from ablations.study_run import Record
+    from reports.study_query import load_study
+
+    found = Record.find(store, name)
+    if found is None:
+        load_study(store, name)  # Says what there is instead.
+        raise AssertionError
+    return found
+
+
+def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int | None) -> None:
+    """Note changes to a study; its driver acts on them before its next trial.
+
+    Raises:
+        SettingsError: If there is no such level, a new one has no value, or the seeds are fewer than one.
+    """
+    from ablations.driver import changed, level_value
+    from ablations.study import Study, check_name
+
+    record = record_of(store, name)
+    if record.declaration().get("kind") == "search":
+        raise SettingsError(f"{name} is a search: it has no levels and no seeds to change", "begin another: --name")
+    plan = changed(Study.declared(record.declaration()), record.changes())
+    known = ", ".join(plan.study.levels)
+    if stop is not None:
+        if stop not in plan.study.levels:
+            raise SettingsError(f"there is no level {stop!r}", f"the levels are {known}")
+        if stop == plan.study.baseline:
+            raise SettingsError(f"{stop} is the baseline: without it there is nothing to compare with", "stop others")
+        record.change("stop", stop)
+        print(f"{stop}: no more trials")
+    if add is not None:
+        level, equals, typed = add.partition("=")
+        if not equals and level not in plan.study.levels:
+            raise SettingsError(
+                f"there is no level {level!r}", f"give it a value: --add '{level}=VALUE'; there are {known}"
+            )
+        check_name(level)
+        value = level_value(plan.study, level, typed) if equals else plan.study.levels[level]
+        asked = changed(plan.study, [record_change(level, value)]).study.settings(level)  # Refuses what cannot be set.
+        if level in plan.study.levels and asked != plan.study.settings(level):
+            raise SettingsError(
+                f"the level {level!r} is {json.dumps(plan.study.levels[level])} already, and its results are of that",
+                f"give the new value a name of its own: --add '{level} (2)={typed}'",
+            )
+        record.change("add", level, value)
+        print(f"{level}: {json.dumps(value)} goes on with the others")
+    if seeds is not None:
+        if seeds < 1:
+            raise SettingsError(f"{seeds} seeds: nothing would be run", "give one at least")
+        record.change("seeds", value=seeds)
+        print(f"{seeds} seeds")
+    print(f"a driver that runs acts on it before its next trial; else `mmphi ablate {name}` does\n")
+
+
+def record_change(level: str, value: Any) -> Any:
+    """A change that adds a level, not yet noted."""
+    from ablations.study_run import Change
+
+    return Change("add", level, value, "")
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """``mmphi compare STUDY``: MLflow's pages of exactly the runs of a study."""
+    parser = argparse.ArgumentParser(prog="mmphi compare", description=compare.__doc__)
+    parser.add_argument("study", help="its name in the store")
+    parser.add_argument("--port", type=int, default=5000, help="of the pages on 127.0.0.1 [5000]")
+    parser.add_argument("--no-browser", action="store_true", help="only print the addresses")
+    options = parser.parse_args(list(arguments))
+    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.ui import HOST, listening, serve, shared_view
+    from reports.ablation import CURVES
+    from reports.study_query import load_study
+
+    store = Store()
+    data = load_study(store, options.study, CURVES)
+    if not any(trial.finished for trial in data.trials):
+        raise SettingsError(f"no trial of {options.study} is finished yet", f"mmphi studies {options.study} --watch")
+    server = store.uri.startswith("http")
+    first = [data.declaration["metric"]]
+    shared = shared_view(store.uri, data.experiment, first, f"mmphi-{data.name}")
+    pages = addresses(data, data.address if server else f"http://{HOST}:{options.port}", shared)
+    if server or listening(options.port) or options.no_browser:
+        print("\n".join(f"{name:<20}{address}" for name, address in pages.items()))
+        if not options.no_browser:
+            webbrowser.open(next(iter(pages.values())))
+        return 0
+    return serve(store.uri, options.port, pages, browser=True)
+
+
+def addresses(data: StudyData, base: str, shared: str = "") -> dict[str, str]:
+    """The addresses of MLflow's pages that show the judged trials of a study, the charts of its metric first.
+
+    Args:
+        data: The study.
+        base: Address of the pages.
+        shared: What :func:`mmphi.tracking.view_state.share` returns.
+    """
+    runs = [t.run_id for t in data.trials if t.finished and t.phase != "tuning"][:MOST_COMPARED]
+    listed, experiments = quote(json.dumps(runs)), quote(json.dumps([data.experiment]))
+    only = quote(f"tags.`mmphi.study` = '{data.name}' AND tags.`mmphi.phase` != 'tuning'")
+    table = f"{base}/#/experiments/{data.experiment}/runs?workflowType=machine_learning&searchFilter={only}"
+    if shared:
+        table += f"&{shared}"
+    metric = data.curve or "train/loss"
+    curve = f"runs={listed}&metric={quote(json.dumps(metric))}&experiments={experiments}"
+    return {
+        "charts": f"{table}&compareRunsMode=CHART",
+        "table": table,
+        "curves": f"{base}/#/metric?{curve}&plot_metric_keys={quote(json.dumps([metric]))}&x_axis=step",
+        "side by side": f"{base}/#/compare-runs?runs={listed}&experiments={experiments}",
+    }

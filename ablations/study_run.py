@@ -1,0 +1,189 @@
+"""A study in MLflow's store: one run that holds its declaration, and what was changed while it ran."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from ablations.study import BEFORE
+from mmphi.config.fields import field_of
+from mmphi.errors import SettingsError, StoreError
+from mmphi.stages import Settings
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from mmphi.tracking.run_writer import Store
+
+STUDY, RECORD, CHANGE = "mmphi.study", "mmphi.study_record", "mmphi.change."
+DECLARATION = "study.json"
+SHOWN, NONE = ("costs", "also", "leaves_open"), object()
+TUNING = ("tuning_seeds", "tuning_extensions", "tuning_tokens", "tuning_metric")  # Of no effect without nuisance.
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that a person changed while the study ran.
+
+    Attributes:
+        what: ``stop`` a level, ``add`` one, or the number of ``seeds``.
+        name: Of the level.
+        value: Of the level, or the number.
+        at: When, in UTC.
+    """
+
+    what: str
+    name: str
+    value: Any
+    at: str
+
+
+class Record:
+    """The run of a study.
+
+    Args:
+        store: MLflow's.
+        name: Of the study.
+        run: It.
+    """
+
+    def __init__(self, store: Store, name: str, run: Run) -> None:
+        self.store, self.name, self.run_id = store, name, str(run.info.run_id)
+
+    @classmethod
+    def find(cls, store: Store, name: str) -> Record | None:
+        """The record of a study that was begun, the newest of its name."""
+        found = next(store.search(study_record=name), None)
+        return cls(store, name, found) if found else None
+
+    @classmethod
+    def open(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str = "", command: str = "") -> Record:
+        """The record of a study, begun now where there is none.
+
+        Args:
+            store: MLflow's.
+            name: Of the study.
+            declaration: What it is now.
+            run: Id of a run that was begun for it, or empty.
+            command: What began it, for whoever wants to do so again.
+
+        Raises:
+            SettingsError: If the study was begun as something else; says in what it differs.
+        """
+        with FileLock(store.locks / f"study-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
+            known = cls.find(store, name)
+            if known is None:
+                begun = cls._begun(store, name, declaration, run, command)
+                known = cls.find(store, name)
+                if begun is not None:
+                    return begun
+        assert known is not None
+        different = differences(*comparable(known.declaration(), declaration))
+        if different:
+            raise SettingsError(
+                f"the study {name} was begun with other settings: {'; '.join(different)}",
+                f"give this one a name of its own: --name {name}2; levels and seeds of a study that runs are changed by"
+                f" `mmphi studies {name} --add | --stop | --seeds`",
+            )
+        if run and run != known.run_id:
+            store.client.set_tag(run, "mmphi.reuses", known.run_id)
+        store.client.update_run(known.run_id, status="RUNNING")
+        return known
+
+    @classmethod
+    def _begun(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str, command: str) -> Record | None:
+        """A new record; nothing where a driver on another machine began the study a moment earlier."""
+        described = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
+        tracker = store.begin(f"study {name}", {RECORD: name, **described}, run)
+        tracker.text(DECLARATION, json.dumps(declaration, indent=1))
+        others = [each for each in store.search(study_record=name) if each.info.run_id != tracker.run_id]
+        first = min(others, key=lambda each: (each.info.start_time, each.info.run_id), default=None)
+        own = store.run(tracker.run_id)
+        if first and (first.info.start_time, first.info.run_id) < (own.info.start_time, own.info.run_id):
+            store.client.delete_run(tracker.run_id)
+            return None
+        from mmphi.pipeline.provenance import code, hardware, packages
+
+        tracker.text("packages.txt", packages())
+        tags, diff = code()
+        tracker.tags({**tags, **hardware()})
+        if diff:
+            tracker.text("uncommitted.diff", diff)
+        return cls(store, name, own)
+
+    def declaration(self) -> dict[str, Any]:
+        """What the study was begun as.
+
+        Raises:
+            StoreError: If its record is damaged.
+        """
+        found = self.store.json_of(self.store.run(self.run_id), DECLARATION)
+        if not found:
+            raise StoreError(
+                f"run {self.run_id} of the study {self.name} has no {DECLARATION}", "restore its artifacts"
+            )
+        return found
+
+    def changes(self) -> list[Change]:
+        """What was changed while it ran, in order."""
+        tags = self.store.run(self.run_id).data.tags
+        return [Change(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(CHANGE)]
+
+    def change(self, what: str, name: str = "", value: Any = None) -> Change:
+        """Note a change; the driver acts on it before its next trial."""
+        made = Change(what, name, value, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()))
+        number = len(self.changes())
+        self.store.client.set_tag(self.run_id, f"{CHANGE}{number:04d}", json.dumps(made.__dict__))
+        if self.store.run(self.run_id).info.status == "FINISHED":  # There is more to do now.
+            self.store.client.update_run(self.run_id, status="SCHEDULED")
+        return made
+
+    def finish(self, status: str) -> None:
+        """Mark its run ``FINISHED``, ``KILLED`` or ``FAILED``."""
+        self.store.client.set_terminated(self.run_id, status)
+
+
+def comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Two declarations without what does not decide whether the later one can go on with the earlier one's results.
+
+    That is what only the report shows, and what did not exist yet when the study was begun: a setting or a part of a
+    declaration that has the value which earlier results were built with.
+    """
+    idle = TUNING if not before.get("nuisance") and not after.get("nuisance") else ()
+    before = {name: value for name, value in before.items() if name not in (*SHOWN, *idle)}
+    after = {name: value for name, value in after.items() if name not in (*SHOWN, *idle)}
+    after = {name: v for name, v in after.items() if name in before or v != BEFORE.get(name, NONE)}
+    known = before.get("settings", {})
+
+    def is_new(name: str, value: Any) -> bool:
+        field = field_of(Settings, name)
+        return name not in known and field is not None and value == field.introduced
+
+    settings = {name: value for name, value in after.get("settings", {}).items() if not is_new(name, value)}
+    return before, {**after, "settings": settings} if "settings" in after else after
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """In what two declarations differ, in words."""
+    one, other = _flat(before), _flat(after)
+    return [
+        f"{name} is {other.get(name, 'not there')}, was {one.get(name, 'not there')}"
+        for name in sorted(set(one) | set(other))
+        if one.get(name) != other.get(name)
+    ]
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{before}{name}.")
+        else:
+            flat[before + name] = value
+    return flat

@@ -1,0 +1,257 @@
+"""The Optuna study: which cells were asked for, by whom they are being run, and how they ended.
+
+One driver owns a SQLite study. Several drivers, on several machines, may share one in PostgreSQL: Optuna hands a
+waiting trial to one of them only, each sends heartbeats for its trials, and the trials of a driver that fell silent are
+failed by the others and asked for again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState
+
+from ablations.finished_trials import Results
+from ablations.trials import Cell, Outcome
+from mmphi.errors import StoreError
+from mmphi.tracking.lease import lease_s
+from mmphi.tracking.uri import SQLITE, database
+
+MOST = 100_000  # Levels and seeds are numbered below this.
+RECORD = "record"  # Attribute of a study: the run of its record in MLflow.
+WAIT_S = 60  # For a SQLite database that another process is writing to.
+
+
+def connect(url: str) -> RDBStorage:
+    """Optuna's storage at a URL.
+
+    Raises:
+        StoreError: If it cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sqlite = url.startswith(SQLITE)
+    if sqlite:
+        Path(url.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    heartbeat = None if sqlite else max(1, int(lease_s() / 3))
+    arguments = {"connect_args": {"timeout": WAIT_S}} if sqlite else {"pool_pre_ping": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Heartbeats are marked experimental.
+        try:
+            return RDBStorage(
+                url,
+                engine_kwargs=arguments,
+                heartbeat_interval=heartbeat,
+                grace_period=heartbeat and max(2, int(lease_s())),
+            )
+        except Exception as error:  # Whatever the database's own driver raises.
+            first = str(error).splitlines()[0]
+            hint = "pip install 'psycopg[binary]'" if isinstance(error, ImportError) else "check --storage"
+            raise StoreError(f"the study's storage {_without_password(url)} cannot be used: {first}", hint) from error
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    return f"{head.partition('//')[0]}//...@{tail}" if at else url
+
+
+class Ledger:
+    """One study's trials in Optuna.
+
+    Args:
+        url: Of Optuna's storage.
+        name: Of the study.
+        directions: Of its values.
+        sampler: Suggests what a search tries next.
+        pruner: Ends what is not worth more.
+        record: Id of the study's run in MLflow. Trials that belong to an earlier study of the same name, whose run was
+            deleted, are left alone, under that name; the new ones get another name in Optuna.
+        results: Knows which runs of the study were deleted; their cells have no result.
+
+    Attributes:
+        name: Of the study in Optuna.
+        shared: Whether other drivers may work on the same study at the same time.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        directions: Sequence[Literal["minimize", "maximize"]],
+        sampler: optuna.samplers.BaseSampler | None = None,
+        pruner: optuna.pruners.BasePruner | None = None,
+        *,
+        record: str = "",
+        results: Results | None = None,
+    ) -> None:
+        self.url, self.shared, self._results = url, not url.startswith(SQLITE), results
+        self.storage = connect(url)
+        self.name = self._own_name(name, record)
+        self.study = optuna.create_study(
+            study_name=self.name,
+            storage=self.storage,
+            directions=list(directions),
+            sampler=sampler,
+            pruner=pruner,
+            load_if_exists=True,
+        )
+        if record and not self.study.user_attrs.get(RECORD):
+            self.study.set_user_attr(RECORD, record)
+        self.mine: dict[int, optuna.trial.Trial] = {}
+
+    def _own_name(self, name: str, record: str) -> str:
+        """The name, or another one where trials of an earlier study have it."""
+        if not record or name not in optuna.get_all_study_names(self.storage):
+            return name
+        known = optuna.load_study(study_name=name, storage=self.storage)
+        if owner := known.user_attrs.get(RECORD):
+            return name if owner == record else f"{name} {record[:8]}"
+        # Of an earlier version of mmphi, which did not note the record: its runs are there, or it is another study's.
+        runs = {t.user_attrs.get("run_id", "") for t in known.get_trials(deepcopy=False)} - {""}
+        deleted = self._results.gone(runs) if self._results is not None else set()
+        return f"{name} {record[:8]}" if runs and runs == deleted else name
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Be the only driver of a SQLite study; trials that a dead driver left running are failed.
+
+        Raises:
+            StoreError: If another driver runs it.
+        """
+        file = database(self.url)
+        if file is None:
+            yield
+            return
+        lock = FileLock(file.with_name(f".{file.name}.{self.name.replace('/', '_')}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StoreError(
+                f"another process on this machine runs the study {self.name}",
+                f"watch it: mmphi studies {self.name} --watch; several drivers share a study in PostgreSQL: --storage",
+            ) from error
+        try:
+            for trial in self.trials(TrialState.RUNNING):
+                self._fail(trial, "its driver ended", final=False)
+            yield
+        finally:
+            lock.release()
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """The trials in these states, in order of number."""
+        return list(self.study.get_trials(deepcopy=False, states=states or None))
+
+    def outcomes(self) -> list[Outcome]:
+        """How cells ended, each once; without results whose run was deleted."""
+        found: dict[str, Outcome] = {}
+        ended = self.trials(TrialState.COMPLETE, TrialState.FAIL)
+        runs = [t.user_attrs.get("run_id", "") for t in ended if t.state == TrialState.COMPLETE]
+        deleted = self._results.gone(runs) if self._results is not None else set()
+        for trial in ended:
+            if trial.state == TrialState.COMPLETE and trial.user_attrs.get("run_id") in deleted:
+                continue
+            if trial.state == TrialState.COMPLETE or trial.user_attrs.get("final"):
+                cell = cell_of(trial)
+                value = trial.value if trial.state == TrialState.COMPLETE else None
+                found.setdefault(cell.name, Outcome(cell, value, trial.user_attrs.get("reason", "")))
+        return list(found.values())
+
+    def running(self) -> set[str]:
+        """Names of the cells that anybody is running."""
+        return {cell_of(trial).name for trial in self.trials(TrialState.RUNNING)}
+
+    def deaths(self, cell: Cell) -> int:
+        """How often a worker died over a cell."""
+        failed = self.trials(TrialState.FAIL)
+        return sum(t.user_attrs.get("died", False) and cell_of(t).name == cell.name for t in failed)
+
+    def take(self, cell: Cell, level: int) -> optuna.trial.Trial | None:
+        """Ask for a cell; nothing where another driver was faster.
+
+        What comes may be another cell, one that a driver put there before it died: it is as good.
+
+        Args:
+            cell: Which.
+            level: Its level's place, which Optuna's pages show.
+        """
+        self.study.enqueue_trial({"level": level, "seed": cell.number}, user_attrs={"cell": asdict(cell)})
+        place = IntDistribution(0, MOST)
+        spaces: dict[str, BaseDistribution] = {"level": place, "seed": place}
+        while True:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Heartbeats are sent here, without Study.optimize.
+                trial = self.study.ask(spaces)
+            if "cell" not in trial.user_attrs:  # Nothing waited any more: Optuna made one up.
+                self._fail(trial, "another driver was faster", final=False)
+                return None
+            if not self._elsewhere(trial):
+                self.mine[trial.number] = trial
+                self.beat()
+                return trial
+            self._fail(trial, "this cell is run, or was run, by another trial", final=False)
+
+    def _elsewhere(self, trial: optuna.trial.Trial) -> bool:
+        """Whether the cell of a trial has a result, or is being run by an earlier trial."""
+        name = cell_of(trial).name
+        ended = any(o.cell.name == name for o in self.outcomes())
+        earlier = (t for t in self.trials(TrialState.RUNNING) if t.number < trial.number)
+        return ended or any(cell_of(t).name == name for t in earlier)
+
+    def tell(self, trial: optuna.trial.Trial, values: Sequence[float], run_id: str) -> None:
+        """Record a result.
+
+        Where this driver was silent for so long that another one failed the trial, the cell is asked for again. Its run
+        is found in MLflow then, and nothing is trained twice.
+        """
+        self._note(trial, run_id=run_id)
+        self.study.tell(trial, list(values), skip_if_finished=True)
+        self.mine.pop(trial.number, None)
+
+    def fail(self, trial: optuna.trial.Trial, reason: str, *, final: bool, died: bool = False) -> None:
+        """Record that there is no result.
+
+        Args:
+            trial: Which.
+            reason: Why.
+            final: Whether that is a result itself; else the cell is asked for again.
+            died: Whether the worker died over it.
+        """
+        if died:
+            self._note(trial, died=True)
+        self._fail(trial, reason, final=final)
+        self.mine.pop(trial.number, None)
+
+    def _fail(self, trial: Any, reason: str, *, final: bool) -> None:
+        self._note(trial, reason=reason, final=final)
+        self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _note(self, trial: Any, **values: Any) -> None:
+        """Write attributes of a trial, unless another driver ended it."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            for name, value in values.items():
+                self.storage.set_trial_user_attr(trial._trial_id, name, value)
+
+    def beat(self) -> None:
+        """Show that this driver lives, and fail the trials of drivers that do not."""
+        if not self.shared:
+            return
+        for trial in self.mine.values():
+            self.storage.record_heartbeat(trial._trial_id)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fail_stale_trials(self.study)
+
+
+def cell_of(trial: FrozenTrial | optuna.trial.Trial) -> Cell:
+    """The cell that a trial is."""
+    stored: Mapping[str, Any] = trial.user_attrs.get("cell", {"phase": "search", "level": "", "number": trial.number})
+    return Cell(**stored)

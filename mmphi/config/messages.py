@@ -1,0 +1,96 @@
+"""What is wrong with a setting, in words: the key, the value, and the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmphi.config.fields import Field, all_fields, canonical, field_of
+from mmphi.config.section import Section
+from mmphi.errors import SettingsError
+
+WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list", "str": "a text"}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known words most like ``word``, best first, joined by "or"; empty where none is alike.
+
+    A dotted name whose last part is the same counts as most alike: ``layer`` finds ``vision.layer``.
+    """
+    known = list(dict.fromkeys(known))
+    tail = word.rpartition(".")[2]
+    same = [k for k in known if k.rpartition(".")[2] == tail]
+    by_tail = {k.rpartition(".")[2]: k for k in reversed(known)}
+    alike = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    alike += [by_tail[t] for t in difflib.get_close_matches(tail, list(by_tail), n=2, cutoff=0.7)]
+    return " or ".join(list(dict.fromkeys([*same, *alike]))[:3])
+
+
+def unknown(root: type[Section], key: str, stage: str = "") -> SettingsError:
+    """There is no setting of that name.
+
+    Args:
+        root: The class of all settings.
+        key: As it was written.
+        stage: The stage whose section may be left out.
+    """
+    known = [k for k in all_fields(root) if ".N." not in k]
+    section, _, tail = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in all_fields(root) if k.rpartition(".")[0] == canonical(section)]
+    below = [k for k in known if k.startswith(f"{key}.")]
+    own = [k.removeprefix(f"{stage}.") for k in known if k.startswith(f"{stage}.")]
+    near = difflib.get_close_matches(tail, siblings, n=1) if section else []
+    # Of a YAML file: a section, or the preset that it extends.
+    top = [] if section or stage else difflib.get_close_matches(key, [*root.model_fields, "extends"], n=1, cutoff=0.7)
+    if below:
+        hint = f"it is a section: {', '.join(below)}"
+    elif top:
+        hint = f"did you mean {top[0]}?"
+    elif near:
+        hint = f"did you mean {section}.{near[0]}?"
+    elif similar := nearest(key, [*own, *known]):
+        hint = f"did you mean {similar}?"
+    else:
+        hint = f"`mmphi {stage or 'STAGE'} --help` lists them"
+    return SettingsError(f"there is no setting {key!r}", hint)
+
+
+def explained(root: type[Section], error: ValidationError) -> SettingsError:
+    """What pydantic found, in words; all of it where it is more than one thing."""
+    errors = [_one(root, e) for e in error.errors()]
+    if len(errors) == 1:
+        return errors[0]
+    return SettingsError("; ".join(e.what for e in errors), "; ".join(dict.fromkeys(e.hint for e in errors if e.hint)))
+
+
+def _one(root: type[Section], error: Any) -> SettingsError:
+    key = ".".join(str(part) for part in error["loc"])
+    value, field = error["input"], field_of(root, key)
+    if error["type"] == "extra_forbidden":
+        return unknown(root, key)
+    if error["type"] == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return SettingsError(f"{key}: {message}" if key else message)
+    if field is None:
+        return SettingsError(f"{key} = {value!r} must be a section of settings", "give it as `key: value` lines")
+    shown = repr(value) if field.kind in ("str", "choice") else value
+    return SettingsError(f"{key} = {shown}, but it must be {_must(field, error['type'])}", _nearest_valid(field, value))
+
+
+def _must(field: Field, problem: str) -> str:
+    if field.choices:
+        return f"one of {', '.join(field.choices)}"
+    bounds = problem.startswith(("greater_than", "less_than"))
+    return field.type_name.removeprefix(field.kind).strip() if bounds else WANTED[field.kind]
+
+
+def _nearest_valid(field: Field, value: Any) -> str:
+    if field.choices:
+        return f"the nearest valid value is {nearest(str(value), field.choices).split(' or ')[0] or field.default}"
+    valid = field.nearest(value)
+    if valid is None:
+        return f"the default is {field.default}"
+    return f"the nearest valid value is {str(valid).lower() if field.kind == 'bool' else valid}"

@@ -1,0 +1,121 @@
+"""Single settings changed from the command line: ``--vision.pool 2``, or ``--layers 3`` in the stage's own section."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from mmphi.config import yaml12
+from mmphi.config.fields import Field, all_fields, canonical, field_of
+from mmphi.config.messages import unknown
+from mmphi.config.section import Section
+from mmphi.errors import SettingsError
+
+# Sections that short names of a stage are looked for in as well, after its own: `mmphi listen --path x --whisper base`.
+ALSO = {"transcribe": ("audio",), "listen": ("speech", "audio"), "speech": ("audio",)}
+
+
+class Alone(str):
+    """The value of a key that was typed without one: ``true``, which is what it means for a setting of that kind.
+
+    Attributes:
+        word: The key as typed.
+    """
+
+    word: str
+
+
+def alone(word: str) -> Alone:
+    """The value of ``word``, which has none."""
+    made = Alone("true")
+    made.word = word
+    return made
+
+
+def full_name(root: type[Section], key: str, stage: str) -> str:
+    """The dotted name of a key as typed.
+
+    Looks in the section of the stage first, then among all names; ``-`` counts as ``_``. The name of a section whose
+    sources may be mere paths stands for them: ``corpus`` for ``corpus.sources``. Last come the sections of
+    :data:`ALSO`.
+
+    Raises:
+        SettingsError: If there is no such setting; names the nearest.
+    """
+    key = key.replace("-", "_")
+    sources = all_fields(root).get(f"{key}.sources")
+    own = [f"{stage}.{key}", key, *([sources.name] if sources and sources.file else [])]
+    for name in (*own, *(f"{section}.{key}" for section in ALSO.get(stage, ()))):
+        if canonical(name) in all_fields(root) or (re.fullmatch(r".+\.\d+", name) and field_of(root, name)):
+            return name
+    raise unknown(root, key, stage)
+
+
+def change(root: type[Section], content: dict[str, Any], name: str, typed: str) -> None:
+    """Put a value as typed into a tree of settings.
+
+    Args:
+        root: The class of all settings.
+        content: Sections by name; changed in place.
+        name: Full dotted name.
+        typed: The value; lists are written as YAML or JSON.
+
+    Raises:
+        SettingsError: If a list is malformed, or has no such item, or a value is missing.
+    """
+    field = field_of(root, name)
+    if isinstance(typed, Alone) and (field is None or field.kind != "bool"):
+        raise SettingsError(f"{typed.word} has no value", f"give one: {typed.word} VALUE")
+    *parents, last = name.split(".")
+    place: Any = content
+    for part, following in zip(parents, name.split(".")[1:], strict=True):
+        if isinstance(place, list):
+            place = place[_index(place, part, name, {})]
+        else:
+            if not isinstance(place.get(part), dict | list):
+                place[part] = [] if following.isdigit() else {}
+            place = place[part]
+    value = parsed(typed, field) if field and canonical(name) == field.name else typed
+    if isinstance(place, list):
+        place[_index(place, last, name, "")] = value
+    else:
+        place[last] = value
+
+
+def _index(items: list[Any], part: str, name: str, fresh: Any) -> int:
+    index = int(part)
+    if index > len(items):
+        raise SettingsError(
+            f"{name}: the list has {len(items)} items", f"the next is {name.replace(part, str(len(items)), 1)}"
+        )
+    if index == len(items):
+        items.append(fresh)
+    return index
+
+
+def parsed(typed: str, field: Field) -> Any:
+    """A list from YAML or JSON; anything else stays as typed, for its type to make sense of.
+
+    A list of one item may be typed as that item: a path, with whatever letters it has.
+
+    Raises:
+        SettingsError: If a list is malformed or empty.
+    """
+    if field.kind != "list":
+        return typed
+    if not typed.strip():
+        raise SettingsError(f"{field.name} = {typed!r} names nothing", "write a list: '[a, b]'; '[]' is an empty one")
+    if not typed.lstrip().startswith(("[", "{", "- ")):
+        try:
+            alone = yaml12.plain(yaml12.load(typed))
+        except yaml.YAMLError:
+            alone = typed
+        return [alone if isinstance(alone, int | float) else typed]
+    try:
+        value = yaml12.plain(yaml12.load(typed))
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise SettingsError(f"{field.name} = {typed!r} cannot be read: {where}", "write a list: '[a, b]'") from error
+    return [] if value is None else value if isinstance(value, list) else [value]

@@ -1,0 +1,93 @@
+"""The section of a language model trained from nothing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from mmphi.config.section import setting
+from mmphi.config.shared import TrainingSettings
+
+Size = Literal["custom", "1M", "10M", "30M", "124M", "350M", "1.3B", "phi-2"]
+
+
+class PretrainSettings(TrainingSettings):
+    """A Phi-shaped language model trained from scratch, on a corpus or on scenes written as words."""
+
+    source: Literal["files", "store", "stream"] = setting(
+        "files",
+        "where texts are from: corpus.sources, the store of textgen, or text that is being written",
+        introduced="files",
+    )
+    window_tokens: int = setting(
+        2_000_000, "text at hand to be seen again (stream)", introduced=2_000_000, unit="tokens", ge=1024
+    )
+    passes: int = setting(4, "how often a document is seen at most (stream)", introduced=4, unit="times", ge=1)
+    keep: bool = setting(True, "keep the clean part of the text in a store, as textgen does (stream)", matters=False)
+    size: Size = setting("custom", "shape of the model by name; custom takes layers, width and heads")
+    layers: int = setting(4, "transformer layers (custom)", unit="layers", ge=1, le=128)
+    width: int = setting(128, "hidden width (custom)", unit="units", ge=16)
+    heads: int = setting(4, "attention heads (custom)", unit="heads", ge=1)
+    tied: bool = setting(False, "whether the output head shares the embedding's weights (custom)")
+    partial_rotary_factor: float = setting(
+        0.0, "share of a head's channels that positions rotate (custom); 0 is Phi's own", introduced=0.0, ge=0, le=1
+    )
+    initializer_range: float = setting(
+        0.02, "standard deviation of the weights at first; narrow models want more", introduced=0.02, gt=0, le=1
+    )
+    context: int = setting(512, "longest context; of a corpus, the tokens of a row", unit="tokens", ge=16)
+    learning_rate: float = setting(
+        0.0, "peak learning rate of AdamW; 0 follows size, batch and length", introduced=1e-3, ge=0, le=1
+    )
+    muon_learning_rate: float = setting(
+        0.0, "peak learning rate of Muon; 0 follows the batch", introduced=0.02, ge=0, le=1
+    )
+    batch_tokens: int = setting(8192, "tokens per optimiser step, over all processes (corpus)", unit="tokens", ge=16)
+    stop: str = setting(
+        "initial-1", "when to end (corpus): initial-1, loss 5, tokens 2M, steps 100, time 20m; the first of several"
+    )
+    supervised_tokens: int = setting(
+        0, "end after so many tokens, whatever stop says (corpus); 0 leaves it to stop", unit="tokens", ge=0
+    )
+    public_text: str = setting("", "a text that others report, such as WikiText-2's test split", file="path")
+    public_windows: int = setting(0, "score at most so many windows of it at each validation; 0 scores all", ge=0)
+    reference: float = setting(
+        2.273,
+        "loss to come near (Phi-2 on WikiText-2), for the time to one nat above",
+        unit="nats",
+        matters=False,
+        gt=0,
+    )
+    validation_tokens: int = setting(65536, "score at most so many tokens kept apart", unit="tokens", ge=512)
+    prompts: list[str] = setting(
+        ["The", "In the year", "She looked at him and"], "what samples go on from at each validation", matters=False
+    )
+    compile: bool = setting(False, "let torch compile the layers; told where it cannot", matters=False)
+    shard: bool = setting(False, "spread parameters over the processes (FSDP2) instead of copying them", matters=False)
+    peak_tflops: float = setting(
+        0.0, "what MFU divides by; 0 takes the device's data sheet, or measures", unit="TFLOP/s", matters=False, ge=0
+    )
+    learn: Literal["everything", "answers"] = setting("answers", "which tokens of scenes' texts are learned")
+    vocabulary: int = setting(
+        512, "size of an own byte-level BPE for scenes; 0 takes Phi-2's", unit="tokens", ge=0, le=200000
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> PretrainSettings:
+        if self.width % self.heads:
+            near = min((h for h in range(1, self.width + 1) if self.width % h == 0), key=lambda h: abs(h - self.heads))
+            raise ValueError(
+                f"heads = {self.heads} does not divide width = {self.width}; the nearest that does is {near}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_make_a_batch(self) -> PretrainSettings:
+        rows = self.batch_tokens // self.context
+        if rows * self.context != self.batch_tokens:
+            near = max(1, round(self.batch_tokens / self.context)) * self.context
+            raise ValueError(
+                f"batch_tokens = {self.batch_tokens} is no multiple of context = {self.context}; the nearest is {near}"
+            )
+        return self

@@ -1,0 +1,52 @@
+"""The section of an adapter on a quantised language model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from mmphi.config.section import setting
+from mmphi.config.shared import ConversationSettings, Precision
+
+
+class QloraSettings(ConversationSettings):
+    """A low-rank adapter on the frozen, quantised language model, trained on conversations."""
+
+    model: str = setting(
+        "", "folder or run of the projector to take over; empty takes that of these settings", file="model"
+    )
+    base: Precision = setting("4bit", "weights of the frozen language model: 4bit is NF4, quantised doubly")
+    rank: int = setting(16, "inner width of the adapter", unit="units", ge=1, le=4096)
+    alpha: float = setting(32.0, "the adapter is scaled by alpha / rank, or alpha / sqrt(rank) with rslora", gt=0)
+    rslora: bool = setting(False, "rank-stabilised scaling")
+    dropout: float = setting(0.0, "share of inputs that the adapter does not see in training", ge=0, lt=1)
+    dora: bool = setting(False, "learn sizes and directions of the weights apart (DoRA)")
+    targets: list[str] = setting([], "names of the layers that get an adapter; none takes all linear ones")
+    learning_rate: float = setting(2e-4, "peak learning rate of the adapter", gt=0, le=1)
+    projector_learning_rate: float = setting(2e-5, "peak learning rate of the projector; 0 freezes it", ge=0, le=1)
+    paged: bool = setting(
+        False, "let the optimiser's state move to the CPU where a GPU runs short of memory", matters=False
+    )
+    mixture: str = setting(
+        "", "groups to train on and their weights (caption=1, scenes:questions=2, text=1); empty takes data's own"
+    )
+    questions: int = setting(
+        0,
+        "yes/no questions of each image, made of its captions, to learn beside them; half are to be answered with no",
+        unit="questions",
+        ge=0,
+    )
+    phrasings: Literal["one", "varied"] = setting(
+        "varied", "wordings of these questions: one, or several with varied case and punctuation", introduced="one"
+    )
+    plain_text: str = setting(
+        "", "a text whose loss is measured before and after, to see what is forgotten", file="path"
+    )
+
+    @model_validator(mode="after")
+    def _phrasings_of_questions(self) -> QloraSettings:
+        """Without questions their phrasings decide nothing, and results of earlier versions stay valid."""
+        if not self.questions:
+            self.__dict__["phrasings"] = "one"
+        return self

@@ -1,0 +1,79 @@
+"""The sections of text that a language model writes, and of the store of it that is kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmphi.config.section import Section, setting
+
+
+class TextgenSettings(Section):
+    """Text that a language model writes: who writes, what, how, and where it waits for its readers.
+
+    Every value is left out of keys where it is the default: a training on files stands beside one on a stream, and
+    its key says nothing of who would write.
+    """
+
+    model: str = setting(
+        "microsoft/phi-2", "hub name or folder of the model that writes", file="name", introduced="microsoft/phi-2"
+    )
+    revision: str = setting(
+        "", "revision of a hub model; empty takes the newest, and notes which that was", introduced=""
+    )
+    tokenizer: str = setting(
+        "",
+        "hub name, folder or phi-2 (built offline); empty takes the model's own",
+        file="name",
+        names=("phi-2",),
+        introduced="",
+    )
+    precision: Literal["fp32", "bf16", "8bit", "4bit"] = setting("fp32", "weights of the model", introduced="fp32")
+    prompted: float = setting(
+        0.5,
+        "share of the documents that are asked for by a prompt; the others follow the begin of text",
+        ge=0,
+        le=1,
+        introduced=0.5,
+    )
+    temperature: float = setting(
+        1.0, "logits are divided by it; 1 draws from the model itself", gt=0, le=10, introduced=1.0
+    )
+    top_p: float = setting(
+        1.0, "draw only from the likeliest tokens with this share; 1 from all", gt=0, le=1, introduced=1.0
+    )
+    top_k: int = setting(0, "draw only from so many likeliest tokens; 0 from all", ge=0, introduced=0)
+    max_tokens: int = setting(512, "longest document", unit="tokens", ge=1, introduced=512)
+    seed: int = setting(0, "seed of prompts and samples", ge=0, introduced=0)
+    stop: str = setting(
+        "store", "when enough is written: store (it is full), documents 1k, tokens 2M, time 20m", introduced="store"
+    )
+    store_only: bool = setting(False, "write nothing: fill the store from corpus.sources", introduced=False)
+    generators: int = setting(
+        -1,
+        "processes that write on this machine; -1 takes one per GPU, or per two cores; 0 none: others fill the spool",
+        unit="processes",
+        ge=-1,
+        matters=False,
+    )
+    backend: Literal["auto", "transformers", "slots", "vllm"] = setting(
+        "auto", "what draws the tokens; auto: on a GPU vLLM where it is installed, else transformers", matters=False
+    )
+    batch: int = setting(16, "documents that a generator writes at once", unit="documents", matters=False, ge=1)
+    shard_documents: int = setting(32, "documents of a shard", unit="documents", matters=False, ge=1)
+    spool: str = setting("", "folder or fsspec URL of the spool; empty takes one in the run's folder", matters=False)
+    spool_mb: float = setting(64.0, "most that waits in the spool", unit="MB", matters=False, gt=0)
+    ray: str = setting(
+        "", "Ray cluster that writes: HOST:PORT, auto or local; empty takes this machine alone", matters=False
+    )
+    host: str = setting(
+        "", "name of this machine among those that write into one spool; empty makes one up", matters=False
+    )
+
+
+class StoreSettings(Section):
+    """What of generated text is kept: clean, without copies, of limited size."""
+
+    megabytes: float = setting(100.0, "most that the store has, compressed", unit="MB", gt=0)
+    shortest: int = setting(50, "shortest document", unit="words", ge=1)
+    longest: int = setting(100_000, "longest document", unit="words", ge=1)
+    language: str = setting("eng", "language of the documents, by its ISO 639-3 code")

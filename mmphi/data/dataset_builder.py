@@ -1,0 +1,227 @@
+"""All sources of an experiment read into one list of examples, split by image, with an account of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mmphi.config.shared import DataSettings, SourceSettings, sources_of
+from mmphi.data.captions import read_captions, read_karpathy
+from mmphi.data.duplicates import pictures
+from mmphi.data.hf_datasets import read_dataset
+from mmphi.data.llava import read_llava
+from mmphi.data.schema import Example, ImageRef, ReadReport, Split
+from mmphi.errors import DataError, SettingsError
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def read_examples(data: DataSettings, scenes: Path | None) -> tuple[list[Example], ReadReport]:
+    """Read every source.
+
+    Args:
+        data: What to read.
+        scenes: Folder of the drawn scenes, where a source asks for them.
+
+    Returns:
+        Usable examples of all splits, and the account of what was read.
+
+    Raises:
+        DataError: If a file cannot be read at all.
+        SettingsError: If a source does not say where its files are.
+    """
+    report = ReadReport()
+    examples: list[Example] = []
+    for source in sources_of(data):
+        name = source.name or source.kind
+        limited = _limit(_read(source, name, scenes, report), data.max_images, report)
+        usable = [e for e in limited if _usable(e, data, report)]
+        brings_splits = source.kind in ("scenes", "karpathy")
+        examples += usable if brings_splits else split_by_image(usable, data)
+    return one_split_per_picture(examples, report, near=data.near_duplicates == "group"), report
+
+
+def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadReport) -> Iterator[Example]:
+    for key in {"scenes": (), "datasets": ("path",)}.get(source.kind, ("path", "images")):
+        if not getattr(source, key):
+            raise SettingsError(f"the source {name!r} of kind {source.kind} has no {key}", f"set its {key}")
+    path, images = Path(source.path), Path(source.images)
+    image, text, question = source.image_column, source.text_column, source.question
+    match source.kind:
+        case "scenes":
+            if scenes is None:
+                raise DataError("a source asks for scenes, but none were drawn")
+            for split in SPLITS:
+                yield from read_llava(scenes / f"{split}.json", scenes / "images", name, report, split)
+        case "llava":
+            yield from read_llava(path, images, name, report)
+        case "captions":
+            yield from read_captions(
+                path, images, name, report, image_column=image, text_column=text, question=question
+            )
+        case "karpathy":
+            yield from read_karpathy(path, images, name, report, question=question)
+        case "datasets":
+            yield from read_dataset(
+                source.path,
+                source.split,
+                name,
+                report,
+                image_column=image,
+                text_column=text,
+                question=question,
+                revision=source.revision,
+            )
+
+
+def _limit(examples: Iterable[Example], images: int, report: ReadReport) -> Iterator[Example]:
+    """The examples of the first images of every split that the source brings."""
+    seen: dict[Split, set[str]] = {split: set() for split in SPLITS}
+    for example in examples:
+        if images and example.images:
+            known = seen[example.split]
+            new = {image.id for image in example.images} - known
+            if new and len(known) + len(new) > images:
+                report.kept[example.source] -= 1  # Not bad, not wanted.
+                continue
+            known |= new
+        yield example
+
+
+def _usable(example: Example, data: DataSettings, report: ReadReport) -> bool:
+    for turn in example.turns:
+        try:
+            (turn.question + turn.answer).encode()
+        except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which no tokenizer takes.
+            report.drop_kept(example.source, example.id, "text is not Unicode")
+            return False
+        if not turn.answer.strip():
+            report.drop_kept(example.source, example.id, "empty answer")
+            return False
+        most = data.max_answer_words
+        if len(turn.answer) > 2 * most and len(turn.answer.split()) > most:  # n words have 2 n - 1 characters at least.
+            report.drop_kept(example.source, example.id, f"answer over {most} words")
+            return False
+    return True
+
+
+def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]:
+    """Give every example the split of its images: captions of one image never stand on both sides.
+
+    Images are ordered by a digest of their path and the seed, so that adding one to the data moves at most one over
+    each border. An example of several images takes the strictest of their splits. Examples without an image are for
+    training.
+
+    Args:
+        examples: Of one source.
+        data: Says how many images are kept apart, and the seed.
+
+    Raises:
+        DataError: If there are fewer images than the splits ask for.
+    """
+
+    def rank(image: str) -> bytes:
+        return hashlib.sha256(f"{data.split_seed}/{image.removeprefix(prefix)}".encode()).digest()
+
+    prefix = f"{examples[0].source}/" if examples else ""
+    images = sorted({image.id for e in examples for image in e.images}, key=rank)
+    wanted = data.validation_images + data.test_images
+    if images and wanted >= len(images):
+        raise DataError(
+            f"validation and test take {data.validation_images} + {data.test_images} images of"
+            f" {examples[0].source!r}, but it has {len(images)} in all",
+            _smaller_splits(len(images)),
+        )
+    split: dict[str, Split] = dict.fromkeys(images, "train")
+    split.update(dict.fromkeys(images[: data.test_images], "test"))
+    split.update(dict.fromkeys(images[data.test_images : wanted], "validation"))
+    splits = [_strictest(split[image.id] for image in e.images) for e in examples]
+    return [e if e.split == own else replace(e, split=own) for e, own in zip(examples, splits, strict=True)]
+
+
+def _smaller_splits(images: int) -> str:
+    """The lines of a YAML file that keep a tenth of the images for each split."""
+    share = images // 10 or 1
+    if images <= 2 * share:
+        return "add images: training, validation and test need one each"
+    return f"add these lines to the YAML file:\n  data:\n    validation_images: {share}\n    test_images: {share}"
+
+
+def _strictest(splits: Iterable[Split]) -> Split:
+    return max(splits, key=SPLITS.index, default="train")
+
+
+def one_split_per_picture(examples: list[Example], report: ReadReport, *, near: bool = False) -> list[Example]:
+    """Let all files of one picture agree on a split: what is tested on anywhere is trained on nowhere.
+
+    Args:
+        examples: Of all sources.
+        report: Counts files that show the picture of another, and examples whose split that changes.
+        near: Whether near duplicates are one picture.
+    """
+    if all(example.split == "train" for example in examples):
+        return examples
+    files = images_of(examples)
+    picture = pictures((image.path for image in files), near=near)
+    first: dict[str, ImageRef] = {}
+    for image in files:
+        if first.setdefault(picture[image.path], image) is not image:
+            report.note(image.id.partition("/")[0], f"files with the picture of another{' or nearly' * near}")
+    strictest: dict[str, Split] = {}
+    for example in examples:
+        for image in example.images:
+            name = picture[image.path]
+            strictest[name] = _strictest([example.split, strictest.get(name, "train")])
+    agreed = []
+    for example in examples:
+        split = _strictest([example.split, *(strictest[picture[image.path]] for image in example.images)])
+        if split != example.split:
+            report.note(example.source, f"moved to {split}, where the same picture is")
+            example = replace(example, split=split)
+        agreed.append(example)
+    return _apart(agreed, picture, report)
+
+
+def _apart(examples: list[Example], picture: Mapping[Path, str], report: ReadReport) -> list[Example]:
+    """Leave out examples of several images of which one is held out in a stricter split.
+
+    Moving them would hold their other pictures out, too, and so on: of rows that overlap nothing would be left.
+    """
+    held: set[str] = set()
+    left_out: set[int] = set()
+    for split in reversed(SPLITS):
+        own = [e for e in examples if e.split == split]
+        for example in own:
+            if any(picture[image.path] in held for image in example.images):
+                left_out.add(id(example))
+                report.kept[example.source] -= 1  # Not bad, not usable.
+                report.note(example.source, f"rows of {split} left out: one of their pictures is held out elsewhere")
+        held |= {picture[image.path] for e in own if id(e) not in left_out for image in e.images}
+    return [e for e in examples if id(e) not in left_out]
+
+
+def images_of(examples: Iterable[Example]) -> list[ImageRef]:
+    """Every image of examples once, in order."""
+    return list({image.path: image for e in examples for image in e.images}.values())
+
+
+def stratified(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """A seeded sample in which sources and kinds of conversation stand in equal numbers, as far as they go.
+
+    Args:
+        examples: To choose from.
+        count: At most this many.
+        seed: Of the choice.
+    """
+    groups: dict[tuple[str, str], list[Example]] = {}
+    for example in examples:
+        groups.setdefault((example.source, example.attributes.get("kind", "")), []).append(example)
+    rng = random.Random(seed)
+    for group in groups.values():
+        rng.shuffle(group)
+    turns = itertools.zip_longest(*groups.values())
+    return [e for turn in turns for e in turn if e is not None][:count]

@@ -1,0 +1,155 @@
+"""A CSV of recordings, and what is said in them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmphi.data.content_hash import Digests
+from mmphi.data.images import resolve_inside
+from mmphi.data.schema import AudioRef, Example, ReadReport, Split, Turn
+from mmphi.errors import DataError, ImageError
+
+SOURCE = "recordings"
+SPLITS = ("", "train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A recording and what is said in it.
+
+    Attributes:
+        name: Its path as the CSV says it.
+        path: Where the file lies.
+        text: What is said, as somebody wrote it down; ``None`` where nobody did.
+        split: ``train``, ``validation`` or ``test``, where the CSV says so.
+        answer: What is to be answered to it; empty where it is to be repeated.
+        context: A text that it is about, if any.
+    """
+
+    name: str
+    path: Path
+    text: str | None = None
+    split: str = ""
+    answer: str = ""
+    context: str = ""
+
+
+def read_recordings(
+    path: Path,
+    folder: Path,
+    report: ReadReport,
+    *,
+    audio_column: str = "audio",
+    text_column: str = "transcript",
+    split_column: str = "split",
+    answer_column: str = "answer",
+    context_column: str = "context",
+) -> Iterator[Spoken]:
+    """Read a CSV with a header, one recording a row.
+
+    Args:
+        path: The CSV.
+        folder: What the paths in it are relative to; none may lead out of it.
+        report: Counts rows that cannot be used.
+        audio_column: Of the recording's path.
+        text_column: Of what is said; a CSV without it has recordings to transcribe, and no error rate.
+        split_column: Of ``train``, ``validation`` or ``test``; it may be missing.
+        answer_column: Of the answer to what is said; it may be missing.
+        context_column: Of a text that it is about; it may be missing.
+
+    Raises:
+        DataError: If the file cannot be read or lacks the column of recordings.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            if audio_column not in (rows.fieldnames or ()):
+                have = ", ".join(rows.fieldnames or ()) or "nothing"
+                raise DataError(
+                    f"{path} has no column {audio_column!r}; it has {have}",
+                    "name its column in transcribe.audio_column",
+                )
+            for row in rows:
+                where = f"{path.name}, line {rows.line_num}"
+                name = row[audio_column]
+                if not name or None in row:
+                    report.drop(SOURCE, where, "malformed row")
+                    continue
+                try:
+                    found = resolve_inside(folder, name)
+                except ImageError as error:
+                    report.drop(SOURCE, where, error.reason.replace("image", "recordings'"))
+                    continue
+                if not found.is_file():
+                    report.drop(SOURCE, where, "missing")
+                    continue
+                split = (row.get(split_column) or "").strip()
+                if split not in SPLITS:
+                    report.drop(SOURCE, where, f"no split: {split_column} = {split}")
+                    continue
+                report.keep(SOURCE)
+                answer, context = (row.get(column) or "" for column in (answer_column, context_column))
+                yield Spoken(name, found, row.get(text_column), split, answer.strip(), context)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", "save it as CSV in UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "check the path in transcribe.path") from error
+
+
+def recordings_digest(path: Path, audio_column: str, digests: Digests) -> str:
+    """SHA-256 of the names and contents of the recordings that a CSV names, relative to its own folder.
+
+    Raises:
+        DataError: If the CSV cannot be read or lacks the column.
+    """
+    spoken = list(read_recordings(path, path.parent, ReadReport(), audio_column=audio_column))
+    known = digests.of_files([each.path for each in spoken], "recordings")
+    whole = hashlib.sha256()
+    for each in spoken:
+        whole.update(f"{each.name}\0{known.get(each.path, '')}\0".encode())
+    return whole.hexdigest()
+
+
+def spoken_examples(
+    spoken: Sequence[Spoken], report: ReadReport, *, question: str, validation: int, test: int, seed: int
+) -> list[Example]:
+    """Conversations about recordings: what is asked of each, and its answer, or what is said in it.
+
+    Args:
+        spoken: With what is said; those without are counted and left out.
+        report: Counts them.
+        question: The recording stands where it says ``<audio>``.
+        validation: Recordings kept apart for validation, where the CSV does not say which.
+        test: Recordings kept apart for the test, likewise.
+        seed: Of the draw.
+
+    Raises:
+        DataError: If none are left to train on.
+    """
+    kept = []
+    for each in spoken:
+        if each.text and each.text.strip():
+            kept.append(each)
+        else:
+            report.drop_kept(SOURCE, each.name, "nothing said of it")
+    names = sorted({each.name for each in kept if not each.split})
+    random.Random(seed).shuffle(names)
+    drawn: dict[str, Split] = dict.fromkeys(names, "train")
+    if not any(each.split for each in kept):
+        drawn |= dict.fromkeys(names[:validation], "validation")
+        drawn |= dict.fromkeys(names[validation : validation + test], "test")
+    examples = []
+    for each in kept:
+        split: Split = each.split or drawn[each.name]  # type: ignore[assignment]  # One of SPLITS.
+        said = str(each.text).strip()
+        audio = (AudioRef(each.name, each.path),)
+        turns = (Turn(question, each.answer or said),)
+        examples.append(Example(each.name, (), turns, SOURCE, split, {"said": said}, each.context, audio))
+    if not any(example.split == "train" for example in examples):
+        raise DataError(f"of {len(examples)} recordings none is left to train on", "keep fewer apart: validation, test")
+    return examples

@@ -1,0 +1,303 @@
+"""Texts of any size from files, folders and datasets, a piece at a time; what cannot be read is counted and told."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import zstandard
+
+from mmphi.data.compressed_io import HEAD, opened, plain_name
+from mmphi.data.hf_datasets import load_rows
+from mmphi.errors import DataError
+
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl")  # In a folder; a .json there is most often no text.
+ROWS, TABLE = (".jsonl", ".json"), ".parquet"
+PIECE = 1 << 18  # Characters of a piece: what one call of the tokenizer gets.
+BLOCK = 1 << 22  # Characters read from a file at once.
+SAFE_CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
+"""Where a text may be cut without changing its tokens: after a single newline between words, or before a single space,
+which GPT-2's pattern joins with the word after it."""
+BOMS: tuple[tuple[bytes, str], ...] = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+)
+BOMS += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+class Piece(NamedTuple):
+    """A stretch of a document.
+
+    Attributes:
+        text: Its text.
+        first: Whether the document begins with it.
+        last: Whether it ends with it.
+    """
+
+    text: str
+    first: bool
+    last: bool
+
+
+@dataclass
+class TextReport:
+    """What was read of a source, and what was not.
+
+    Attributes:
+        documents: Read.
+        characters: In them.
+        skipped: Files or rows by reason.
+        examples: One of each reason.
+        cut: Pieces that were cut inside a word, because it was too long for one.
+    """
+
+    documents: int = 0
+    characters: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    cut: int = 0
+
+    def skip(self, reason: str, where: str) -> None:
+        """Count something that cannot be used."""
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, where)
+
+    def lines(self) -> Iterator[str]:
+        """What was skipped, in words."""
+        for reason, count in self.skipped.most_common():
+            yield f"{count} skipped: {reason}, such as {self.examples[reason]}"
+        if self.cut:
+            yield f"{self.cut} pieces were cut inside a word longer than {PIECE // 2:,} characters"
+
+
+def files_of(path: Path) -> list[Path]:
+    """The texts of a file or folder, in the order of their names."""
+    if path.is_file():
+        return [path]
+    there = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    return [p for p in there if plain_name(p).endswith(SUFFIXES)]
+
+
+def is_dataset(path: str) -> bool:
+    """Whether a source is one of the `datasets` library: a hub name, or its own folder, or one of Parquet files."""
+    folder = Path(path)
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return folder.suffix == TABLE
+    written = ("dataset_info.json", "dataset_dict.json")
+    return any((folder / name).exists() for name in written) or (
+        not files_of(folder) and any(folder.rglob("*.parquet"))
+    )
+
+
+def read_texts(
+    path: str,
+    report: TextReport,
+    *,
+    kind: str = "auto",
+    column: str = "text",
+    separator: str = "",
+    encoding: str = "",
+    split: str = "train",
+    revision: str = "",
+) -> Iterator[Piece]:
+    """The documents of a source, cut into pieces that a tokenizer can be given one by one.
+
+    Args:
+        path: File, folder, or name of a dataset.
+        report: Counts what was read.
+        kind: ``text``, ``jsonl`` (also a JSON list of rows or texts) or ``datasets`` (also a Parquet file); ``auto``
+            goes by the name.
+        column: Of the text in rows.
+        separator: What stands between documents of a text file; empty takes a file as one document.
+        encoding: Of text files; empty takes UTF-8, or what a byte-order mark says.
+        split: Of a dataset.
+        revision: Of a hub dataset.
+
+    Raises:
+        DataError: If there is no such source, or a dataset lacks the column.
+    """
+    if kind == "datasets" or (kind == "auto" and is_dataset(path)):
+        rows = load_rows(path, split, revision)
+        if column not in rows.column_names:
+            raise DataError(
+                f"{path} has no column {column!r}; it has {', '.join(rows.column_names)}", "name its column"
+            )
+        for number, row in enumerate(rows.select_columns([column]), 1):
+            yield from _document(row[column], f"{path}, row {number}", report)
+        return
+    files = files_of(Path(path))
+    if not files:
+        raise DataError(f"{path} has no texts", f"texts end in {', '.join(SUFFIXES)}, each also with .gz or .zst")
+    for file in files:
+        as_rows = kind == "jsonl" or (kind == "auto" and plain_name(file).endswith(ROWS))
+        try:
+            with opened(file) as stream:
+                found = _encoding(stream, encoding, file, report)
+                if found and as_rows:
+                    yield from _rows(stream, file, column, found, report)
+                elif found:
+                    yield from _text(stream, file, separator, found, report)
+        except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+            report.skip(f"a {file.suffix} that is broken, or the rest of it", f"{file}: {error}")
+
+
+def _encoding(stream: IO[bytes], asked: str, file: Path, report: TextReport) -> str:
+    """What a file is written in; empty where it cannot be read, which is counted."""
+    head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]  # Files and gzip's have it.
+    if not head.strip():
+        report.skip("empty", str(file))
+        return ""
+    found = asked or next((name for bom, name in BOMS if head.startswith(bom)), "")
+    if not found and b"\0" in head:
+        report.skip("binary, not text", str(file))
+        return ""
+    try:
+        codecs.getincrementaldecoder(found or "utf-8")().decode(head)
+    except (UnicodeDecodeError, LookupError):
+        report.skip("in no encoding known here (name it in corpus.sources.N.encoding)", str(file))
+        return ""
+    return found or "utf-8"
+
+
+def _rows(stream: IO[bytes], file: Path, column: str, encoding: str, report: TextReport) -> Iterator[Piece]:
+    rows = _list(stream, file, encoding, report) if plain_name(file).endswith(".json") else None
+    for where, row in _lines(stream, file, encoding, report) if rows is None else rows:
+        if rows is not None and isinstance(row, str):  # A list of texts.
+            yield from _document(row, where, report)
+        elif not isinstance(row, dict) or column not in row:
+            has = f" (it has {', '.join(list(map(str, row))[:8])})" if isinstance(row, dict) and row else ""
+            report.skip(f"a row without {column!r}{has}", where)
+        else:
+            yield from _document(row[column], where, report)
+
+
+def _lines(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> Iterator[tuple[str, Any]]:
+    """The rows of JSON Lines, each with where it is; in UTF-16 and UTF-32 a byte of a new line is none."""
+    wide = encoding.startswith(("utf-16", "utf-32"))
+    reader = io.TextIOWrapper(stream, encoding=encoding, newline="\n") if wide else None
+    lines: Iterable[bytes | str] = stream if reader is None else reader
+    try:
+        for number, line in enumerate(lines, 1):
+            where = f"{file}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                yield where, json.loads(line.decode(encoding) if isinstance(line, bytes) else line)
+            except (ValueError, RecursionError):
+                report.skip("a row that is no JSON", where)
+    except UnicodeDecodeError as error:
+        report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
+    finally:
+        if reader is not None:
+            reader.close()
+
+
+def _list(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> list[tuple[str, Any]]:
+    """The rows of a JSON list, or of JSON Lines under the name of one; read as a whole."""
+    try:
+        text = stream.read().decode(encoding)
+    except UnicodeDecodeError as error:
+        report.skip("a file with bytes that are not " + encoding, f"{file}: {error.reason}")
+        return []
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            return list(_lines(io.BytesIO(text.encode()), file, "utf-8", report))
+        report.skip("a file that is no JSON", f"{file}: {error}")
+        return []
+    rows = rows if isinstance(rows, list) else [rows]
+    return [(f"{file}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _document(text: Any, where: str, report: TextReport) -> Iterator[Piece]:
+    """A document that is there as a whole."""
+    if not isinstance(text, str) or not text.strip():
+        nothing = text is None or isinstance(text, str)
+        report.skip("empty" if nothing else f"a {type(text).__name__} in place of a text", where)
+        return
+    report.documents += 1
+    report.characters += len(text)
+    text = text.encode("utf-8", "replace").decode()  # Lone surrogates, which JSON can hold and no tokenizer takes.
+    cuts = list(_cuts(text, report))
+    for i, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(text)], strict=True)):
+        yield Piece(text[a:b], i == 0, i == len(cuts))
+
+
+def _cuts(text: str, report: TextReport) -> Iterator[int]:
+    start = 0
+    while len(text) - start > PIECE:
+        start = _cut(text, start, report)
+        yield start
+
+
+def _cut(text: str, start: int, report: TextReport) -> int:
+    """The last place to cut a text at, at most a piece after ``start``."""
+    window = text[start : start + PIECE + 1]
+    place = 0
+    for match in SAFE_CUT.finditer(window, len(window) // 2):
+        place = match.end()
+    if not place:
+        report.cut += 1
+        place = PIECE
+    return start + place
+
+
+def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: TextReport) -> Iterator[Piece]:
+    """The documents of a text file, read a block at a time; what cannot be decoded ends the file, and is counted."""
+    with io.TextIOWrapper(stream, encoding=encoding, newline="") as reader:
+        waiting, first, ended = "", True, False
+        while not ended:
+            try:
+                block = reader.read(BLOCK)
+            except UnicodeDecodeError as error:
+                report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
+                block = ""
+            ended = not block
+            waiting += block
+            if separator:
+                *whole, waiting = waiting.split(separator)
+                for text in whole:
+                    yield from _close(text, first, report)
+                    first = True
+            while len(waiting) > PIECE + len(separator):
+                cut = _cut(waiting, 0, report)
+                yield Piece(waiting[:cut], first, False)
+                report.characters += cut
+                first, waiting = False, waiting[cut:]
+    yield from _close(waiting, first, report)
+
+
+def _close(text: str, first: bool, report: TextReport) -> Iterator[Piece]:
+    """The last piece of a document; one of blanks alone is none."""
+    if first and not text.strip():
+        return
+    if first and len(text) > PIECE:
+        yield from _document(text, "", report)
+        return
+    report.documents += 1
+    report.characters += len(text)
+    yield Piece(text, first, True)
+
+
+def check_sources(paths: Sequence[str]) -> None:
+    """Refuse what is neither there nor could be a dataset's name.
+
+    Raises:
+        DataError: Naming it.
+    """
+    for path in paths:
+        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.endswith((*SUFFIXES, ".json", TABLE))):
+            raise DataError(f"there is no {path}", "give a text file, a JSONL file, a folder or a `datasets` name")

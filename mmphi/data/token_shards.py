@@ -1,0 +1,274 @@
+"""Texts as token ids in memory-mapped shards: written once, in parallel, a shard at a time.
+
+A document is ``end, t1, ..., tn, end``: its first token is given, all others are predicted. It is kept in *stretches*
+of at most :data:`STRETCH` predictions, each with the token before its first, so that every token is predicted once; a
+stretch is what is shuffled, and what is kept apart for validation. A shard is two files: the ids (uint16 where the
+vocabulary allows) and its stretches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mmphi.data.content_hash import file_digest
+from mmphi.data.text_sources import Piece
+
+STRETCH = 16384  # Predictions that stay together in the shuffled order; far more than a row has.
+APART = 512  # Predictions of what is kept apart as one.
+SHARD_TOKENS = 1 << 26
+BATCH_CHARACTERS = 1 << 23  # What the tokenizer is given at once, to spread over the cores.
+INDEX, SHARDS = "tokens.json", "shards.jsonl"
+Ids = npt.NDArray[np.uint16 | np.uint32]
+
+
+class Stretch(NamedTuple):
+    """Columns of a shard's list of stretches."""
+
+    start: int  # Place of its first id, which is given.
+    predictions: int  # How many ids after it are predicted.
+    source: int
+    validation: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard.
+
+    Attributes:
+        name: Of its files.
+        pieces: First piece of the corpus in it, and the first after it.
+        tokens: Predictions.
+        digest: Of both files.
+        counts: Predictions by source, those of training and of validation.
+        bytes: Of the texts in UTF-8, by source.
+    """
+
+    name: str
+    pieces: tuple[int, int]
+    tokens: int
+    digest: str
+    counts: Mapping[str, Sequence[int]]
+    bytes: Mapping[str, int]
+
+
+KeptApart = Callable[[int, int, int], bool]
+
+
+def _digest(folder: Path, name: str) -> str:
+    parts = [file_digest(folder / f"{name}.{kind}.npy") for kind in ("ids", "stretches")]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def whole_shards(folder: Path, say: Callable[[str], None]) -> list[Shard]:
+    """The shards of a folder whose files are as they were written; others are named, and left to be built again."""
+    path, whole = folder / SHARDS, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            shard = Shard(**{**entry, "pieces": tuple(entry["pieces"])})
+        except (ValueError, TypeError, KeyError):
+            continue  # Blank, or cut short by a kill.
+        try:
+            holds = _digest(folder, shard.name) == shard.digest
+        except OSError:
+            holds = False
+        if holds:
+            whole.append(shard)
+        else:
+            say(f"shard {shard.name} is not as it was written: built again")
+    return sorted({s.name: s for s in whole}.values(), key=lambda s: s.pieces)
+
+
+class Encoder:
+    """Turns pieces of documents into ids, many at once.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer.
+        end: Id that stands before, between and after documents.
+    """
+
+    def __init__(self, tokenizer: Any, end: int) -> None:
+        self.backend, self.end = tokenizer.backend_tokenizer, end
+        self.dtype: Any = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+
+    def __call__(self, pieces: Sequence[Piece]) -> Iterator[Ids]:
+        """The ids of each piece; a first piece begins with the end of text, a last one ends with it."""
+        encoded = self.backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
+        for piece, one in zip(pieces, encoded, strict=True):
+            before, after = [self.end] * piece.first, [self.end] * piece.last
+            yield np.asarray([*before, *one.ids, *after], self.dtype)
+
+
+class ShardWriter:
+    """Collects the stretches of one shard, and writes it whole.
+
+    Args:
+        folder: Where.
+        dtype: Of ids.
+        kept_apart: Whether a block of ``APART`` predictions is for validation, by source, piece and place in it.
+        sources: How many there are.
+    """
+
+    def __init__(self, folder: Path, dtype: Any, kept_apart: KeptApart, sources: int) -> None:
+        self.folder, self.dtype, self.kept_apart = folder, dtype, kept_apart
+        self.bytes = [0] * sources
+        self.ids: list[Ids] = []
+        self.stretches: list[Stretch] = []
+        self.size = self.tokens = 0
+
+    def add(self, ids: Ids, source: int, piece: int, context: int, size: int) -> None:
+        """Add the ids of a piece of ``size`` bytes; ``context`` is the id before it, -1 where a document begins."""
+        if context >= 0:
+            ids = np.concatenate([np.asarray([context], ids.dtype), ids])
+        self.bytes[source] += size
+        blocks = range(-(-(len(ids) - 1) // APART))
+        for apart, same in itertools.groupby(blocks, lambda block: self.kept_apart(source, piece, block)):
+            places = list(same)
+            begin, end = places[0] * APART, min((places[-1] + 1) * APART, len(ids) - 1)
+            for first in range(begin, end, STRETCH):
+                part = ids[first : min(first + STRETCH, end) + 1]
+                self.stretches.append(Stretch(self.size, len(part) - 1, source, int(apart)))
+                self.ids.append(part)
+                self.size += len(part)
+                self.tokens += len(part) - 1
+
+    def write(self, name: str, pieces: tuple[int, int], sources: Sequence[str]) -> Shard:
+        """Write the shard, first under another name, and note it in the list of shards."""
+        ids = np.concatenate(self.ids) if self.ids else np.zeros(0, self.dtype)
+        stretches = np.asarray(self.stretches, np.int64).reshape(-1, len(Stretch._fields))
+        for kind, array in (("ids", ids), ("stretches", stretches)):
+            part = self.folder / f".{name}.{kind}.npy"
+            with part.open("wb") as file:
+                np.save(file, array)
+            part.replace(self.folder / f"{name}.{kind}.npy")
+        counts = {}
+        for number, source in enumerate(sources):
+            own = stretches[stretches[:, 2] == number]
+            counts[source] = [int(own[own[:, 3] == apart, 1].sum()) for apart in (0, 1)]
+        sizes = dict(zip(sources, self.bytes, strict=True))
+        shard = Shard(name, pieces, self.tokens, _digest(self.folder, name), counts, sizes)
+        with (self.folder / SHARDS).open("a") as file:
+            file.write("\n" + json.dumps(asdict(shard)) + "\n")  # The line before may have been cut short by a kill.
+        return shard
+
+
+class TokenWriting:
+    """Turns texts into shards; what an earlier call finished stays, if it is whole.
+
+    Args:
+        folder: Where the shards go.
+        sources: By name, what reads their pieces: the same at every call.
+        tokenizer: A fast Hugging Face tokenizer.
+        kept_apart: Whether a block of ``APART`` predictions is for validation, by source, piece and place in it.
+        say: Told what is wrong with files found.
+        progress: Told the predictions of what is done.
+        shard_tokens: A shard is closed when it has so many.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sources: Mapping[str, Callable[[], Iterable[Piece]]],
+        tokenizer: Any,
+        *,
+        kept_apart: KeptApart,
+        say: Callable[[str], None] = print,
+        progress: Callable[[int], object] = lambda _: None,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        self.folder, self.sources, self.progress, self.shard_tokens = folder, sources, progress, shard_tokens
+        self.encoder, self.kept_apart = Encoder(tokenizer, tokenizer.eos_token_id), kept_apart
+        self.done = {shard.pieces[0]: shard for shard in whole_shards(folder, say)}
+        self.shards: list[Shard] = []
+        self.context = -1  # The last id before what comes next, where that goes on with a document.
+        self._begin(0)
+
+    def _begin(self, piece: int) -> None:
+        self.begun, self.waiting = piece, list[tuple[int, int, Piece]]()
+        self.writer = ShardWriter(self.folder, self.encoder.dtype, self.kept_apart, len(self.sources))
+
+    def __call__(self) -> list[Shard]:
+        """Read all texts, and write what is missing."""
+        until = number = 0
+        for source, read in enumerate(self.sources.values()):
+            for piece in read():
+                if number in self.done:
+                    self._close(number)
+                    until = self._take(self.done[number])
+                if number >= until:
+                    self.waiting.append((number, source, piece))
+                    if sum(len(p.text) for _, _, p in self.waiting) >= BATCH_CHARACTERS:
+                        self._encode()
+                        if self.writer.tokens >= self.shard_tokens:
+                            self._close(number + 1)
+                number += 1
+        self._close(number)
+        return self.shards
+
+    def _take(self, shard: Shard) -> int:
+        """Go on after a shard that is there."""
+        self.shards.append(shard)
+        self.progress(shard.tokens)
+        self.context = int(np.load(self.folder / f"{shard.name}.ids.npy", mmap_mode="r")[-1])
+        self._begin(shard.pieces[1])
+        return shard.pieces[1]
+
+    def _encode(self) -> None:
+        for (number, source, piece), ids in zip(
+            self.waiting, self.encoder([piece for _, _, piece in self.waiting]), strict=True
+        ):
+            before = self.writer.tokens
+            self.writer.add(ids, source, number, -1 if piece.first else self.context, len(piece.text.encode()))
+            self.context = int(ids[-1]) if len(ids) else self.context
+            self.progress(self.writer.tokens - before)
+        self.waiting = []
+
+    def _close(self, until: int) -> None:
+        self._encode()
+        if until > self.begun and self.writer.tokens:
+            self.shards.append(self.writer.write(f"{self.begun:08d}", (self.begun, until), list(self.sources)))
+        self._begin(until)
+
+
+class Tokens:
+    """The stretches of a corpus, memory-mapped.
+
+    Args:
+        folder: Of the shards.
+        shards: Their names.
+
+    Attributes:
+        stretches: Of all shards: shard, start, predictions, source, validation, int64 (N, 5).
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[str]) -> None:
+        self._ids: list[Any] = [np.load(folder / f"{name}.ids.npy", mmap_mode="r") for name in shards]
+        tables = [np.load(folder / f"{name}.stretches.npy") for name in shards]
+        columns = [np.column_stack([np.full(len(table), i), table]) for i, table in enumerate(tables)]
+        self.stretches = np.concatenate(columns) if columns else np.zeros((0, 5), np.int64)
+
+    def of(self, source: int, *, validation: bool = False) -> npt.NDArray[np.int64]:
+        """Numbers of the stretches of a source."""
+        table = self.stretches
+        return np.flatnonzero((table[:, 3] == source) & (table[:, 4] == int(validation)))
+
+    def lengths(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Predictions of stretches."""
+        lengths: npt.NDArray[np.int64] = self.stretches[chosen, 2]
+        return lengths
+
+    def ids(self, stretch: int, first: int = 0, predictions: int | None = None) -> Ids:
+        """Ids of a part of a stretch: one more than are predicted."""
+        shard, start, count = self.stretches[stretch, :3]
+        upto = count if predictions is None else first + predictions
+        part: Ids = self._ids[shard][start + first : start + upto + 1]
+        return part

@@ -1,0 +1,214 @@
+"""``mmphi say``: sentences read aloud by espeak-ng in many voices, as recordings to train on."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmphi.data.content_hash import file_digest
+from mmphi.errors import DataError
+
+PROGRAM = "espeak-ng"
+ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbcwmd", "en-gb-x-gbclan", "en-029")
+VOICES = ("", *(f"+m{n}" for n in range(1, 8)), *(f"+f{n}" for n in range(1, 6)))
+WORDS_A_MINUTE, PITCH = (130, 200), (30, 70)
+SPOKEN = "spoken.csv"
+FURTHER = "answer", "context"  # Columns that go on from the sentences to the recordings.
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sentence and how it is read.
+
+    Attributes:
+        text: What is read.
+        voice: espeak-ng's name of accent and speaker.
+        speed: In words per minute.
+        pitch: 0 to 99.
+    """
+
+    text: str
+    voice: str
+    speed: int
+    pitch: int
+
+    @property
+    def name(self) -> str:
+        """Of the recording: it is that of this text, read so, and of no other."""
+        said = json.dumps([self.text, self.voice, self.speed, self.pitch])
+        return f"{hashlib.sha256(said.encode()).hexdigest()[:20]}.wav"
+
+
+def readings(
+    texts: Sequence[str], seed: int, accents: Sequence[str] = ACCENTS, voices: Sequence[str] = VOICES
+) -> list[Reading]:
+    """Each text in a voice of its own; equal seeds give equal voices.
+
+    Args:
+        texts: What is read.
+        seed: Of accents, speakers, speeds and pitches.
+        accents: espeak-ng's voices.
+        voices: Its variants of them, such as ``+f5``; empty for none.
+    """
+    draw = random.Random(seed)
+    return [
+        Reading(
+            " ".join(text.split()),
+            draw.choice(accents) + draw.choice(voices),
+            draw.randint(*WORDS_A_MINUTE),
+            draw.randint(*PITCH),
+        )
+        for text in texts
+    ]
+
+
+def read_aloud(reading: Reading, folder: Path) -> Path:
+    """Write a recording, if it is not there yet.
+
+    Raises:
+        DataError: If espeak-ng cannot.
+    """
+    path = folder / reading.name
+    if path.exists():
+        return path
+    part = path.with_suffix(f".{threading.get_ident()}.part")  # The same reading may be asked for twice.
+    settings = ["-v", reading.voice, "-s", str(reading.speed), "-p", str(reading.pitch), "-w", str(part)]
+    done = subprocess.run([PROGRAM, *settings, "--", reading.text], capture_output=True, text=True, check=False)
+    if done.returncode or not part.exists():
+        raise DataError(
+            f"{PROGRAM} cannot read {reading.text[:40]!r}: {done.stderr.strip()[:200]}", "check that it speaks English"
+        )
+    part.rename(path)
+    return path
+
+
+def rows_of(path: Path, column: str) -> list[dict[str, str]]:
+    """Rows of a CSV that has a column; of JSON lines with turns, such as the stage ``scenes`` writes, their questions.
+
+    Raises:
+        DataError: If it cannot be read, or has no such column.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:  # Whose lines end where JSON's do; those of `splitlines` do not.
+                return [row for line in file for row in _turns(line, column)]
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            if column not in (rows.fieldnames or ()):
+                raise DataError(f"{path} has no column {column!r}", f"it has {', '.join(rows.fieldnames or ())}")
+            return [row for row in rows if (row[column] or "").strip()]
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", "give a CSV in UTF-8, with a header") from error
+
+
+def _turns(line: str, column: str) -> list[dict[str, str]]:
+    """Questions of a conversation, each with its answer and the text that it is about."""
+    row = json.loads(line)
+    return [
+        {column: question, "answer": answer, "context": row.get("context", "")}
+        for question, answer in row["turns"]
+        if question.strip()
+    ]
+
+
+def say(
+    texts: Path,
+    folder: Path,
+    *,
+    column: str,
+    count: int,
+    seed: int,
+    apart: Path | None = None,
+    accents: Sequence[str] = ACCENTS,
+    voices: Sequence[str] = VOICES,
+) -> int:
+    """Recordings of sentences, and ``spoken.csv`` (audio, transcript, split) beside them.
+
+    Args:
+        texts: CSV of sentences; its columns ``answer`` and ``context`` go on into ``spoken.csv``. Or JSON lines, each
+            with ``turns`` of question and answer, and a ``context``.
+        folder: Where the recordings go.
+        column: Of the sentence.
+        count: At most so many, drawn; 0 takes all.
+        seed: Of the draw and of the voices.
+        apart: CSV of real recordings (audio, transcript) beside them: they are copied, and kept apart: a fifth for
+            validation, the others for the test. No sentence of theirs, and where both CSVs have a column ``image`` none
+            about the same image, is read aloud.
+        accents: espeak-ng's voices.
+        voices: Its variants of them.
+
+    Returns:
+        How many sentences were read aloud.
+
+    Raises:
+        DataError: If there is no espeak-ng, or a file cannot be read.
+    """
+    from tqdm.auto import tqdm
+
+    if shutil.which(PROGRAM) is None:
+        raise DataError(f"there is no {PROGRAM} on this machine", "apt install espeak-ng, or brew install espeak-ng")
+    real = rows_of(apart, "transcript") if apart else []
+    said, images = {row["transcript"].strip() for row in real}, {row["image"] for row in real if row.get("image")}
+    rows = [r for r in rows_of(texts, column) if r[column].strip() not in said and r.get("image") not in images]
+    random.Random(seed).shuffle(rows)
+    rows = rows[: count or None]
+    chosen = readings([row[column] for row in rows], seed, accents, voices)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        spoken = workers.map(lambda each: read_aloud(each, folder), chosen)
+        for _ in tqdm(spoken, total=len(chosen), desc="say", unit="sentence"):
+            pass
+    further = [name for name in FURTHER if rows and name in rows[0]]
+    lines = [
+        {"audio": each.name, "transcript": each.text, "split": "train" if real else ""}
+        | {name: row.get(name) or "" for name in further}
+        for each, row in zip(chosen, rows, strict=True)
+    ]
+    for number, row in enumerate(real):
+        assert apart is not None
+        path = apart.parent / row["audio"]
+        name = f"{file_digest(path)[:20]}{path.suffix}"  # Two of them may have one name in different folders.
+        shutil.copy2(path, folder / name)
+        split = "test" if number % 5 else "validation"
+        lines.append({"audio": name, "transcript": row["transcript"].strip(), "split": split})
+    part = folder / f"{SPOKEN}.part"
+    with part.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, ["audio", "transcript", "split", *further], restval="")
+        table.writeheader()
+        table.writerows(lines)
+    part.rename(folder / SPOKEN)
+    return len(chosen)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi say``."""
+    parser = argparse.ArgumentParser(prog="mmphi say", description=__doc__.partition("\n")[0])
+    parser.add_argument("texts", type=Path, help="CSV of sentences, or JSON lines with turns")
+    parser.add_argument("folder", type=Path, help="where the recordings and spoken.csv go")
+    parser.add_argument("--column", default="caption", help="column of the sentence [caption]")
+    parser.add_argument("--count", type=int, default=0, help="at most so many sentences, drawn; 0 takes all [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw and of the voices [0]")
+    parser.add_argument("--apart", type=Path, help="CSV of real recordings (audio,transcript) to validate and test on")
+    parser.add_argument("--accents", default=",".join(ACCENTS), help=f"espeak-ng's voices [{','.join(ACCENTS)}]")
+    parser.add_argument(
+        "--voices",
+        default=",".join(VOICES),
+        help="its variants; begin with a comma to keep the plain one [all]; Whisper understands the plain one, +m1,"
+        " +m2, +m6 and +f5 of en-us best",
+    )
+    given = parser.parse_args(list(arguments))
+    shape = {name: getattr(given, name) for name in ("column", "count", "seed", "apart")}
+    count = say(given.texts, given.folder, **shape, accents=given.accents.split(","), voices=given.voices.split(","))
+    print(f"{count} sentences in {given.folder / SPOKEN}")
+    return 0

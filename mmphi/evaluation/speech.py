@@ -1,0 +1,150 @@
+"""How well a model hears: what it repeats, whether it answers as if it read, and what the right recording is worth."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmphi.data.schema import AudioRef, Example
+from mmphi.evaluation.grounding import Grounding
+from mmphi.evaluation.wer import total, word_errors
+from mmphi.models.audio.audio_features import Hearing
+from mmphi.models.multimodal import Multimodal, Question
+from mmphi.tracking.tracker import Tracker
+
+TIMED = 8  # Recordings that the time of hearing is measured on.
+
+
+def shuffled_recordings(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The same conversations, each about the recording of another one; with a single recording it stays."""
+    recordings = {audio.id: audio for e in examples for audio in e.audio}
+    circle = sorted(recordings)
+    random.Random(seed).shuffle(circle)
+    following = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+    return [replace(e, audio=tuple(recordings[following[a.id]] for a in e.audio)) for e in examples]
+
+
+def hearing_gain(model: Multimodal, examples: Sequence[Example], seed: int = 0) -> Grounding:
+    """Loss on the answers with the right recordings, and with another one in each one's place.
+
+    Args:
+        model: What to score.
+        examples: Conversations about at least two recordings.
+        seed: Seed of the shuffle.
+    """
+    nats, tokens = model.losses(examples)
+    other, other_tokens = model.losses(shuffled_recordings(examples, seed))
+    return Grounding(nats / max(tokens, 1), other / max(other_tokens, 1))
+
+
+@dataclass(frozen=True)
+class SpokenMeasures:
+    """How much is measured.
+
+    Attributes:
+        max_recordings: At most this many; 0 takes all.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Answers generated at once.
+        seed: Of the shuffle.
+    """
+
+    max_recordings: int = 0
+    max_new_tokens: int = 48
+    batch_size: int = 32
+    seed: int = 0
+
+
+def evaluate_hearing(
+    model: Multimodal,
+    examples: Sequence[Example],
+    chosen: SpokenMeasures,
+    tracker: Tracker,
+    prefix: str,
+    fresh: Hearing,
+) -> dict[str, float]:
+    """Measure a model that hears on recordings whose words are known.
+
+    Args:
+        model: What to measure.
+        examples: Each asks to repeat what is said in its recording, or has an answer of its own.
+        chosen: How much is measured.
+        tracker: The run to record in.
+        prefix: Put before every metric's name.
+        fresh: The same hearing, that has heard nothing yet: how long it takes is measured on it.
+
+    Returns:
+        Loss, and what the right recording saves; how often it answers a spoken question as the typed one, word for word
+        and by the words they share; where it is to repeat, the word error rate, and that where the words are typed,
+        which is the language model's own share of it; where answers are known, how many are right, and how many where
+        the words are typed; seconds of hearing and of answering, and tokens, for a second of speech.
+    """
+    examples = list(examples)[: chosen.max_recordings or None]
+    measured = hearing_gain(model, examples, chosen.seed)
+    seconds = sum(_seconds(audio) for e in examples for audio in e.audio)
+    spans = [span for e in examples for span in model.open_prompt(None, "", e.audio).spans]
+    begun = time.perf_counter()
+    for e, span in zip(examples[:TIMED], spans, strict=False):
+        fresh.inputs(e.audio)
+        fresh.rows([span.reference])
+    heard_s = time.perf_counter() - begun
+    said = [e.attributes["said"] for e in examples]
+
+    def answers(prompts: Sequence[Question]) -> list[str]:
+        return [answer.text for answer in model.generate(prompts, chosen.max_new_tokens, chosen.batch_size)]
+
+    begun = time.perf_counter()
+    heard = answers([(None, e.turns[0].question, e.audio, e.context) for e in examples])
+    answered_s = time.perf_counter() - begun
+    typed = [e.turns[0].question.replace("<audio>", words) for e, words in zip(examples, said, strict=True)]
+    read = answers([(None, question, (), e.context) for e, question in zip(examples, typed, strict=True)])
+    metrics = {
+        "loss": measured.loss,
+        "hearing_gain": measured.gain,
+        "hearing_s_per_s": heard_s / max(1e-9, sum(_seconds(a) for e in examples[:TIMED] for a in e.audio)),
+        "answering_s_per_s": answered_s / max(seconds, 1e-9),
+        "tokens_per_s": sum(span.length for span in spans) / max(seconds, 1e-9),
+    }
+    rows: list[dict[str, Any]] = [{"audio": e.id, "said": words} for e, words in zip(examples, said, strict=True)]
+    wanted = [e.turns[0].answer for e in examples]
+    if wanted == said:
+        errors = [word_errors(words, text) for words, text in zip(said, heard, strict=True)]
+        own = [word_errors(words, text) for words, text in zip(said, read, strict=True)]
+        metrics |= {"wer": total(errors).rate, "typed_wer": total(own).rate}
+        for row, text, each in zip(rows, heard, errors, strict=True):
+            row |= {"repeated": text, "wer": round(each.rate, 4)}
+        heard = answers([(None, "", e.audio) for e in examples])
+        read = answers([(None, words) for words in said])
+    else:
+        metrics |= {"exact_match": _same(heard, wanted), "typed_exact_match": _same(read, wanted)}
+        for row, answer in zip(rows, wanted, strict=True):
+            row |= {"right answer": answer}
+    overlap = sum(_overlap(a, b) for a, b in zip(heard, read, strict=True)) / len(heard)
+    metrics |= {"answer_agreement": _same(heard, read), "answer_overlap": overlap}
+    for row, one, two in zip(rows, heard, read, strict=True):
+        row |= {"answer": one, "answer to the typed words": two}
+    tracker.table(f"{prefix}_heard".replace("/", "_"), rows)
+    named = {f"{prefix}/{name}": value for name, value in metrics.items()}
+    tracker.metrics(named)
+    return named
+
+
+def _same(one: Sequence[str], two: Sequence[str]) -> float:
+    """Share of answers that are the same text."""
+    return sum(a == b for a, b in zip(one, two, strict=True)) / max(1, len(one))
+
+
+def _overlap(one: str, two: str) -> float:
+    """Share of the words that two answers have in common, in order (2 matches over all words, as difflib's ratio)."""
+    from difflib import SequenceMatcher
+
+    return SequenceMatcher(a=one.split(), b=two.split(), autojunk=False).ratio()
+
+
+def _seconds(audio: AudioRef) -> float:
+    from mmphi.data.audio import audio_seconds, read_audio
+
+    said = audio_seconds(audio.source)
+    return said if said is not None else read_audio(audio.source).seconds

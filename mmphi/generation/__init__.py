@@ -1,0 +1,1 @@
+"""Generation for many conversations at once: KV cache, sampling, detokenizer, stop conditions, messages."""

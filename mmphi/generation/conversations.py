@@ -1,0 +1,69 @@
+"""Conversations answered: one as it is said, or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mmphi.generation.engine import Answering, Engine
+from mmphi.generation.messages import Conversation, MessageError, conversation
+from mmphi.generation.prompt_builder import open_prompt
+from mmphi.generation.sampling import Sampling
+from mmphi.text.tokenized_example import Sample
+
+
+def opened(engine: Engine, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
+    """The answer to the last of some messages, in pieces as it is said; what is wrong with them is said at once."""
+    sampling, asked = Sampling(**how), conversation(messages)
+    return engine.stream(_prompt(engine, asked, sampling), sampling)
+
+
+def _prompt(engine: Engine, asked: Conversation, sampling: Sampling) -> Sample:
+    """A conversation, with room for an answer."""
+    return open_prompt(engine.model, asked, engine.room(sampling))[0]
+
+
+def read_all(conversations: Sequence[Sequence[Mapping[str, Any]]], *, files: bool = True) -> list[Conversation]:
+    """Read conversations.
+
+    Args:
+        conversations: Messages of each.
+        files: Whether they may name files of this machine.
+
+    Raises:
+        MessageError: Says which conversation and message is wrong, and how.
+    """
+    read = []
+    for number, messages in enumerate(conversations, 1):
+        try:
+            read.append(conversation(messages, files=files))
+        except MessageError as error:
+            raise MessageError(f"conversation {number}, {error.what}", error.hint) from error
+    return read
+
+
+def answered(engine: Engine, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answering]:
+    """Answer the last question of each conversation, as many at once as the engine has slots.
+
+    Args:
+        engine: Who answers.
+        conversations: What was said.
+        sampling: How the answers are chosen; with a seed each is the one that it would be alone.
+
+    Returns:
+        One answer per conversation, in order; all are ended.
+
+    Raises:
+        MmphiError: If one cannot be answered; none of the others is answered then.
+    """
+    prompts = [_prompt(engine, each, sampling) for each in conversations]
+    answers = [engine.submit(prompt, sampling) for prompt in prompts]
+    try:
+        while not all(answer.reason for answer in answers):
+            engine.step()
+            if error := next((answer.error for answer in answers if answer.error is not None), None):
+                raise error
+    finally:
+        for answer in answers:
+            engine.cancel(answer)
+    return answers

@@ -1,0 +1,1 @@
+"""Audio: voice activity, Whisper backends, transcripts, and features for the language model."""

@@ -1,0 +1,160 @@
+"""A Whisper, and what it has heard: recordings are decoded, gated and transcribed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmphi.config.audio import AudioSettings
+from mmphi.data.audio import Recording, read_audio
+from mmphi.data.content_hash import content_digest
+from mmphi.data.lru_cache import Recent
+from mmphi.data.schema import AudioRef
+from mmphi.errors import ModelError
+from mmphi.models.audio.transcript_cache import TranscriptMemory
+from mmphi.models.audio.transcription import Listener, Transcript, transcribe
+from mmphi.models.audio.vad import PAD_S, Part, speech, windows
+from mmphi.models.audio.whisper_backends import BACKENDS, OpenAIWhisper
+
+KEPT = 4096  # Transcripts in memory.
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Which Whisper a model hears with.
+
+    Attributes:
+        settings: How it hears.
+        digest: Of the weights that the speech projection was trained with; empty where any will do.
+    """
+
+    settings: AudioSettings
+    digest: str = ""
+
+
+class Ears:
+    """A Whisper, and what it has heard in this process: every recording is decoded, gated and transcribed once.
+
+    Args:
+        listener: Who hears.
+        settings: How.
+        memory: Transcripts of files, kept from process to process. Those of recordings in memory, which somebody sent,
+            are not stored there.
+    """
+
+    def __init__(self, listener: Listener, settings: AudioSettings, memory: TranscriptMemory | None = None) -> None:
+        self.listener, self.settings, self.memory = listener, settings, memory
+        self._heard: Recent[Transcript] = Recent(KEPT)
+
+    def recording(self, audio: AudioRef) -> Recording:
+        """A recording, decoded.
+
+        Raises:
+            AudioError: If it cannot be.
+        """
+        return read_audio(audio.source, max_seconds=self.settings.max_seconds)
+
+    def transcripts(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[Transcript]:
+        """What is said in recordings.
+
+        Args:
+            recordings: Files, or what they hold.
+            check: Called before each batch of windows; what it raises ends this.
+
+        Raises:
+            AudioError: If one cannot be decoded.
+        """
+        keys = [identity(audio) for audio in recordings]
+        known = {key: said for key in keys if (said := self._heard.get(key)) is not None}
+        new = {key: audio for key, audio in zip(keys, recordings, strict=True) if key not in known}
+        if self.memory is not None and new:
+            known |= self.memory.recall(list(new))
+        fresh = [(key, audio) for key, audio in new.items() if key not in known]
+        chosen = self.settings
+        for first in range(0, len(fresh), chosen.batch_size):
+            some = fresh[first : first + chosen.batch_size]
+            heard = transcribe(
+                self.listener,
+                [self.recording(audio) for _, audio in some],
+                language=chosen.language,
+                prompt=chosen.prompt,
+                threshold=chosen.threshold,
+                window=chosen.window,
+                batch_size=chosen.batch_size,
+                check=check,
+            )
+            known |= {key: what for (key, _), what in zip(some, heard, strict=True)}
+            if self.memory is not None:
+                self.memory.remember({key: known[key] for key, audio in some if not isinstance(audio.source, bytes)})
+        for key, said in known.items():
+            self._heard.put(key, said)
+        return [known[key] for key in keys]
+
+    def parts(self, recording: Recording) -> list[Part]:
+        """The stretches that are heard at once, silence left out."""
+        longest = self.settings.window
+        spoken = speech(recording, threshold=self.settings.threshold, longest=longest)
+        return windows(spoken, longest, pad=PAD_S, end=recording.seconds)
+
+
+def identity(audio: AudioRef) -> str:
+    """What tells a recording from others: the digest of its content, or the name of a file that is not there."""
+    return content_digest(audio.source)
+
+
+Once = Callable[[str, str, Callable[[], Any]], Any]
+
+
+def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> Listener:
+    """A Whisper that this process may have already.
+
+    Args:
+        settings: Which.
+        device: Where it goes.
+        once: ``Resources.once``.
+
+    Raises:
+        ModelError: If it cannot be had.
+    """
+
+    def load() -> Listener:
+        return BACKENDS[settings.backend](settings.whisper, device, settings.beam)
+
+    listener: Listener = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam}/{device}", load)
+    return listener
+
+
+def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Ears:
+    """A Whisper with what it has heard, in this process and before.
+
+    Args:
+        settings: Which, and how it hears.
+        device: Where it goes.
+        once: ``Resources.once``.
+
+    Raises:
+        ModelError: If it cannot be had.
+    """
+    listener = listener_of(settings, device, once)
+
+    def make() -> Ears:
+        if isinstance(listener, OpenAIWhisper):
+            return Ears(listener, settings, TranscriptMemory(listener.digest, settings))
+        return Ears(listener, settings)  # The other one does not say which weights it has.
+
+    ears: Ears = once("ears", f"{settings.model_dump_json()}/{device}", make)
+    return ears
+
+
+def openai_of(ears: Ears, link: str) -> OpenAIWhisper:
+    """The openai-whisper that gives a link what it needs.
+
+    Raises:
+        ModelError: If it is another one.
+    """
+    if not isinstance(ears.listener, OpenAIWhisper):
+        raise ModelError(f"faster-whisper does not give what the link {link} needs", "set audio.backend to openai")
+    return ears.listener

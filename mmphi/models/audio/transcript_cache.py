@@ -1,0 +1,73 @@
+"""What a Whisper has heard, remembered from process to process; it only saves time: lost, everything is heard again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mmphi.config.audio import AudioSettings
+from mmphi.data.content_hash import cache_folder
+from mmphi.models.audio.transcription import Segment, Transcript
+
+FORMAT = 1  # Raised whenever the same Whisper would be asked in another way.
+DECIDES = "backend", "language", "prompt", "threshold", "window", "beam"
+AT_ONCE = 500
+
+
+class TranscriptMemory:
+    """Transcripts of one Whisper that hears in one way, by the content of recordings.
+
+    Args:
+        whisper: Digest of its weights.
+        settings: How it hears.
+        path: SQLite file to remember in; by default one that all of this user's processes share.
+    """
+
+    def __init__(self, whisper: str, settings: AudioSettings, path: Path | None = None) -> None:
+        how = {name: getattr(settings, name) for name in DECIDES}
+        self._whose = hashlib.sha256(json.dumps([FORMAT, whisper, how]).encode()).hexdigest()
+        self._path = path or cache_folder() / "transcripts.sqlite"
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(self._path, timeout=30)) as connection, connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS transcripts (key TEXT PRIMARY KEY, content TEXT)")
+            yield connection
+
+    def recall(self, contents: Sequence[str]) -> dict[str, Transcript]:
+        """Transcripts of those recordings that were heard before, by the digest of their content."""
+        found: dict[str, Transcript] = {}
+        with contextlib.suppress(OSError, sqlite3.Error, ValueError, KeyError, TypeError), self._open() as connection:
+            for first in range(0, len(contents), AT_ONCE):
+                keys = [f"{self._whose}/{content}" for content in contents[first : first + AT_ONCE]]
+                marks = ",".join("?" * len(keys))
+                rows = connection.execute(f"SELECT key, content FROM transcripts WHERE key IN ({marks})", keys)
+                for key, text in rows:
+                    row = json.loads(text)
+                    segments = tuple(Segment(*segment) for segment in row["segments"])
+                    found[key.rpartition("/")[2]] = Transcript(segments, row["language"])
+        return found
+
+    def remember(self, heard: Mapping[str, Transcript]) -> None:
+        """Keep transcripts by the digest of the recording's content; not of those of which something was told."""
+        rows = [
+            (
+                f"{self._whose}/{content}",
+                json.dumps({"segments": [[s.start, s.end, s.text] for s in each.segments], "language": each.language}),
+            )
+            for content, each in heard.items()
+            if not each.told
+        ]
+        try:
+            with self._open() as connection:
+                connection.executemany("INSERT OR REPLACE INTO transcripts VALUES (?, ?)", rows)
+        except sqlite3.DatabaseError:  # Spoilt, or no database at all: begin anew next time.
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        except OSError:
+            pass

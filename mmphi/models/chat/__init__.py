@@ -1,1 +1,0 @@
-"""Conversations with a trained model: read once, answered word by word, many at once."""

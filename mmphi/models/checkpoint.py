@@ -1,0 +1,291 @@
+"""A model as a folder that loads alone: no data, no pipeline, no store.
+
+``mmphi.json`` says what it is joined from: the language model by name and revision or digest, or, where it was trained
+here, by its files in ``language/``; the image tower by name, tag and digest, or by its files in ``vision/``; how it is
+spoken to; and how long a sequence may be. The projector's files lie beside it, and ``README.md`` is its model card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from mmphi.config.audio import AudioSettings
+from mmphi.config.shared import LanguageSettings, VisionSettings
+from mmphi.data.clip_weights import AUTO
+from mmphi.data.features import ImageFeatures, LiveFeatures
+from mmphi.errors import ModelError
+from mmphi.models.audio.audio_features import Hearing, hearing_of
+from mmphi.models.audio.audio_projector import SHAPE, WEIGHTS, SpeechProjection
+from mmphi.models.audio.transcriber import Audio
+from mmphi.models.device import this_device
+from mmphi.models.language.adapter import ADAPTER, adapter_digest, save_adapter, with_saved
+from mmphi.models.language.language_model import PRETRAIN, STYLE_FILE, Language, language_digest, load_language
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector import Projector
+from mmphi.models.vision.vision_encoder import LIGHT_CLIP, Tower, Vision, load_tower
+
+T = TypeVar("T")
+Once = Callable[[str, str, Callable[[], T]], T]
+BUNDLE, LANGUAGE, VISION = "mmphi.json", "language", "vision"
+FORMAT = 1
+CLIP_FILES = ("*.json", "*.safetensors", "*.txt", "text_tower/*")
+
+
+def at_once(_kind: str, _digest: str, make: Callable[[], T]) -> T:
+    """Load anew, whoever has it already."""
+    return make()
+
+
+def save_bundle(folder: Path, model: Multimodal) -> None:
+    """Write a model so that it loads alone.
+
+    Args:
+        folder: Where to.
+        model: Its language model's files belong to it, and are linked or copied, where that was trained here.
+
+    Raises:
+        ModelError: If it has a projector, and nobody said which image tower that is for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    language, vision = model.language, model.vision
+    if model.projector is not None and vision is None:
+        raise ModelError("the model does not say which image tower it has", "give Multimodal its vision")
+    chosen = language.settings.model_dump() | {"prompt": language.prompt.style}
+    if model.own_language and language.local:
+        if language.local != folder / LANGUAGE:
+            _take(language.local, folder / LANGUAGE, ("*",))
+        chosen |= {"model": LANGUAGE, "tokenizer": "", "revision": ""}
+    content: dict[str, Any] = {"format": FORMAT, "max_length": model.max_length}
+    content["language"] = {**chosen, "digest": language.digest}
+    if language.adapter is not None:
+        save_adapter(language, folder / ADAPTER)
+        content["adapter"] = adapter_digest(folder / ADAPTER)
+    if vision is not None:
+        if vision.folder is not None:
+            _take(vision.folder, folder / VISION, CLIP_FILES)
+        chosen = vision.settings.model_dump()
+        # What is left open is not written: earlier versions have no such settings.
+        stated = {name: value for name, value in chosen.items() if name not in AUTO or value != AUTO[name]}
+        content["vision"] = {**stated, "digest": vision.digest}
+        if vision.question:
+            content["vision"]["question"] = vision.question
+    if model.questions:
+        content["questions"] = list(model.questions)
+    if model.projector is not None:
+        model.projector.save(folder)
+    if model.speech is not None and model.audio is not None:
+        model.speech.save(folder)
+        content["audio"] = {**model.audio.settings.model_dump(), "digest": model.audio.digest}
+    (folder / BUNDLE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _take(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Link files, or copy them where the disk has no hard links."""
+    for path in sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()}):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        try:
+            os.link(path, place)
+        except OSError:
+            shutil.copy2(path, place)
+
+
+def read_bundle(folder: Path) -> dict[str, Any]:
+    """What a bundle says of itself.
+
+    Raises:
+        ModelError: If it is none.
+    """
+    try:
+        content = dict(json.loads((folder / BUNDLE).read_text()))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder} holds no model that loads alone: {error}", "give the folder or run of a projector or pretrain"
+        ) from error
+    if content.get("format") != FORMAT:
+        raise ModelError(f"{folder / BUNDLE} has format {content.get('format')}, not {FORMAT}", "update mmphi")
+    return content
+
+
+def bundle_digest(folder: Path) -> str:
+    """What tells a model from every other: what it says of itself, and the weights of its projectors.
+
+    Raises:
+        ModelError: If it is none.
+    """
+    digest = hashlib.sha256(json.dumps(read_bundle(folder), sort_keys=True).encode())
+    for name in ("projector.json", "projector.safetensors", SHAPE, WEIGHTS):
+        if (folder / name).exists():
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def load_bundle(
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    language: str = "",
+    precision: str = "",
+    features: ImageFeatures | None = None,
+    whisper: str = "",
+    hearing: Hearing | None = None,
+    once: Once[Any] = at_once,
+) -> Multimodal:
+    """Load a model with all that it is joined from.
+
+    Args:
+        folder: As :func:`save_bundle` left it.
+        device: Where it goes; this process's own where left out.
+        language: Folder or hub name of its language model, where that has moved.
+        precision: Of the language model, where it shall be another.
+        features: Where image features come from; the tower is loaded where left out.
+        whisper: Size or file of the Whisper that it hears with, where that is another or has moved.
+        hearing: Where the features of recordings come from; a Whisper is loaded at the first one where left out.
+        once: ``Resources.once``, so that what this process has loaded is shared.
+
+    Raises:
+        ModelError: If a part cannot be had, or is not what it was.
+    """
+    content, device = read_bundle(folder), device or this_device()
+    spoken = _language(content, folder, device, language, precision, once)
+    seen = features
+    if seen is None and "vision" in content:
+        seen = LiveFeatures(_tower(_vision(content["vision"], folder), device, once))
+    projector = Projector.load(folder) if (folder / "projector.json").exists() else None
+    vision = _vision(content["vision"], folder) if "vision" in content else None
+    own = content["language"]["model"] == LANGUAGE and not language
+    saved = dict(content.get("audio", {}))
+    digest = saved.pop("digest", "")
+    audio = Audio(AudioSettings(**saved | ({"whisper": whisper} if whisper else {})), digest)
+    speech = SpeechProjection.load(folder) if "audio" in content else None
+    config = speech.config if speech else None
+    hears = hearing or (lambda: hearing_of(spoken, audio, config, device, once))
+    asked = content.get("questions", ())  # Models of earlier versions do not have it.
+    return Multimodal(spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked)
+
+
+def _language(
+    content: dict[str, Any], folder: Path, device: torch.device, moved: str, precision: str, once: Once[Any]
+) -> Language:
+    chosen = dict(content["language"])
+    digest = chosen.pop("digest")
+    own = chosen["model"] == LANGUAGE
+    if own:
+        chosen["model"] = str(folder / LANGUAGE)
+    if moved:
+        chosen |= {"model": moved, "tokenizer": "" if chosen["tokenizer"] != "phi-2" else "phi-2"}
+    if precision:
+        chosen["precision"] = precision
+    try:
+        settings = LanguageSettings(**chosen)
+    except ValidationError as error:
+        raise ModelError(f"{folder / BUNDLE}: {error.errors()[0]['msg']}", "use the file as it was written") from error
+    if "adapter" not in content:
+        return borrowed_language(settings, None, device, once, digest, str(folder))
+    found = adapter_digest(folder / ADAPTER)
+    if found != content["adapter"]:
+        raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it anew")
+
+    def load() -> Language:
+        # On layers that nobody else has: those of a shared model would be wrapped for all.
+        return with_saved(borrowed_language(settings, None, device, at_once, digest, str(folder)), folder / ADAPTER)
+
+    language: Language = once("language", "/".join([digest, found, settings.precision, str(device)]), load)
+    return language
+
+
+def borrowed_language(
+    settings: LanguageSettings,
+    pretrained: Path | None,
+    device: torch.device,
+    once: Once[Any],
+    expected: str = "",
+    whose: str = "",
+) -> Language:
+    """A language model that this process may have already.
+
+    Args:
+        settings: Which, and how.
+        pretrained: Folder of the ``pretrain`` stage, where the settings name it.
+        device: Where it goes.
+        once: ``Resources.once``.
+        expected: Digest that it must have.
+        whose: The model that expects it, for messages.
+
+    Raises:
+        ModelError: If it is not the one expected.
+    """
+    name = str(pretrained / LANGUAGE) if settings.model == PRETRAIN and pretrained else settings.model
+    path = Path(name)
+    if expected.startswith("sha256:") and not path.exists():
+        raise ModelError(
+            f"the language model of {whose} was in {name}, which is not there",
+            "say where it is: mmphi.load(..., language=FOLDER)",
+        )
+    digest = language_digest(name, settings.revision)
+    if expected and digest != expected:
+        raise ModelError(
+            f"{name} is not the language model that {whose} was trained with",
+            f"its digest is {digest[:23]}..., not {expected[:23]}...",
+        )
+    style = (path / STYLE_FILE).read_text() if (path / STYLE_FILE).is_file() else ""
+    identity = "/".join([digest, settings.precision, settings.tokenizer, settings.prompt, style, str(device)])
+    language: Language = once("language", identity, lambda: load_language(settings, pretrained, device))
+    return language
+
+
+def _vision(saved: dict[str, Any], folder: Path) -> Vision:
+    own = {"digest", "question"}
+    settings = VisionSettings(**{name: value for name, value in saved.items() if name not in own})
+    light_clip = folder / VISION if settings.model == LIGHT_CLIP else None
+    return Vision(settings, saved["digest"], light_clip, saved.get("question", ""))
+
+
+def _tower(vision: Vision, device: torch.device, once: Once[Any]) -> Tower:
+    """The image tower that a model was trained with.
+
+    Earlier versions prepared images for every file of weights as OpenAI does; their models keep that.
+    """
+
+    def earlier() -> Tower:
+        return load_tower(vision.settings, vision.folder, earlier=True).to(device)
+
+    try:
+        tower = borrowed_tower(vision.settings, vision.folder, device, once, vision.digest)
+    except ModelError:  # Also where the weights' own preprocessing is not known.
+        tower = earlier()
+    if tower.digest != vision.digest:
+        tower = earlier()
+    if tower.digest != vision.digest:
+        name = f"{vision.settings.model} {vision.settings.pretrained}".strip()
+        raise ModelError(
+            f"the image tower {name} is not the one that the model was trained with",
+            "fetch the weights anew, or install the version of open_clip that it was trained with",
+        )
+    return tower
+
+
+def borrowed_tower(
+    settings: VisionSettings, light_clip: Path | None, device: torch.device, once: Once[Any], identity: str
+) -> Tower:
+    """An image tower that this process may have already.
+
+    Args:
+        settings: Which, and how.
+        light_clip: Folder of the CLIP trained here, where the settings name it.
+        device: Where it goes.
+        once: ``Resources.once``.
+        identity: What tells it from others.
+    """
+    tower: Tower = once("tower", f"{identity}/{device}", lambda: load_tower(settings, light_clip).to(device))
+    return tower

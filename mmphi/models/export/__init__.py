@@ -1,0 +1,1 @@
+"""Models in the classes of other libraries."""

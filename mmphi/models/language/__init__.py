@@ -1,0 +1,1 @@
+"""Causal language models: loading, Phi by size, adapters, and the tasks they are trained on."""

@@ -1,0 +1,229 @@
+"""Low-rank adapters beside the frozen layers of a language model: put on, saved as PEFT saves them, merged."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmphi.errors import ModelError
+from mmphi.models.language.language_model import Language
+
+ADAPTER = "adapter"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an adapter looks like (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+        rank: Inner width.
+        alpha: What is learned is scaled by ``alpha / rank``, or with ``rslora`` by ``alpha / sqrt(rank)``.
+        rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
+        dropout: Share of inputs that an adapter does not see in training.
+        dora: Learn the size of each weight apart from its direction (Liu et al. 2024, arXiv 2402.09353).
+        targets: Names of the layers; all linear ones where there are none.
+        seed: Of the first weights.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+    dora: bool = False
+    targets: tuple[str, ...] = ()
+    seed: int = 0
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """The linear layers inside a language model, quantised or not, by their full name; its head is none of them."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, Linear4bit, Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module is not head}
+
+
+def targets_of(model: Any, wanted: tuple[str, ...] = ()) -> list[str]:
+    """Names of the layers that get an adapter, as PEFT takes them.
+
+    Args:
+        model: The language model.
+        wanted: Last parts of names, such as ``q_proj``; all linear layers where there are none.
+
+    Raises:
+        ModelError: If a name is no layer's, or the model has no linear layer.
+    """
+    there = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    unknown = [name for name in wanted if name not in there]
+    if unknown or not there:
+        raise ModelError(
+            f"{type(model).__name__} has no linear layer {unknown[0]!r}" if unknown else "there is no linear layer",
+            f"it has {', '.join(there)}" if there else "an adapter needs linear layers",
+        )
+    return list(wanted) or there
+
+
+def adapted(language: Language, shape: Shape) -> Language:
+    """The same language model with a new adapter on it, which changes nothing until it is trained.
+
+    The layers of ``language.model`` are wrapped in place: give it one that nobody else has.
+
+    Raises:
+        ModelError: If no layer matches, or the rank is above the narrowest layer's width.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = targets_of(language.model, shape.targets)
+    layers = {n: m for n, m in linear_layers(language.model).items() if n.rpartition(".")[2] in names}
+    narrow = min(layers, key=lambda name: _narrow(layers[name]))
+    if shape.rank > _narrow(layers[narrow]):
+        raise ModelError(
+            f"rank {shape.rank} is above the width of {narrow}, which is {_narrow(layers[narrow])}",
+            f"the highest rank that means anything here is {_narrow(layers[narrow])}",
+        )
+    torch.manual_seed(shape.seed)
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,  # type: ignore[arg-type]  # A whole number in its type, a factor in its code.
+        lora_dropout=shape.dropout,
+        use_rslora=shape.rslora,
+        use_dora=shape.dora,
+        target_modules=names,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=language.name,
+    )
+    return replace(language, adapter=get_peft_model(language.model, config))
+
+
+def _narrow(layer: Any) -> int:
+    return min(int(layer.in_features), int(layer.out_features))
+
+
+def save_adapter(language: Language, folder: Path) -> None:
+    """Write an adapter so that PEFT's own ``from_pretrained`` loads it."""
+    language.adapter.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # A template that says nothing; the model has a card of its own.
+
+
+def with_saved(language: Language, folder: Path) -> Language:
+    """The same language model with an adapter from a folder; its layers are wrapped in place.
+
+    Raises:
+        ModelError: If the adapter cannot be read, is not finite, or does not fit the model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        finite = all(bool(torch.isfinite(t).all()) for t in load_file(folder / WEIGHTS).values())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} holds no adapter: {error}", "give a folder that PEFT or `mmphi qlora` wrote"
+        ) from error
+    if not finite:
+        raise ModelError(f"the adapter in {folder} is not finite", "train it anew with a lower learning rate")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # PEFT only warns of weights that find no layer.
+            adapter = PeftModel.from_pretrained(language.model, str(folder))
+    except (RuntimeError, ValueError, UserWarning) as error:
+        what = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the adapter in {folder} does not fit {language.name}: {what[:200]}",
+            "load it on the model it was made for",
+        ) from error
+    adapter.eval().requires_grad_(False)
+    return replace(language, adapter=adapter)
+
+
+def adapter_digest(folder: Path) -> str:
+    """Of the adapter's configuration and weights."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", WEIGHTS):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def adapter_parameters(language: Language) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters, by name in ``language.model``."""
+    return {name: p for name, p in language.model.named_parameters() if "lora_" in name}
+
+
+@torch.no_grad()
+def merged(language: Language, dtype: torch.dtype) -> Language:
+    """The model that base and adapter amount to, without either: plain layers, dequantised where they were quantised.
+
+    An adapter learned beside the rounded base, so it is merged into that base as it was rounded (transformers #31293).
+
+    Args:
+        language: With or without an adapter, quantised or not; its layers are changed in place.
+        dtype: Of the merged weights; sums are made in fp32.
+
+    Raises:
+        ModelError: If a quantised layer cannot be dequantised.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from peft.tuners.lora import LoraLayer
+
+    model = language.model
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            base = child.get_base_layer() if isinstance(child, LoraLayer) else child
+            if not isinstance(base, (nn.Linear, Linear4bit, Linear8bitLt)):
+                continue
+            if base is child and not isinstance(base, (Linear4bit, Linear8bitLt)):
+                continue
+            plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, dtype=torch.float32)
+            plain.to(base.weight.device)
+            plain.weight.copy_(_weight(base))
+            if base.bias is not None:
+                plain.bias.copy_(base.bias)
+            if isinstance(child, LoraLayer):
+                _add(plain, child)
+            setattr(module, name, plain)
+    for stale in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, stale):
+            delattr(model, stale)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    model.to(dtype).requires_grad_(False).eval()
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return replace(language, adapter=None, settings=language.settings.model_copy(update={"precision": precision}))
+
+
+def _weight(layer: Any) -> torch.Tensor:
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    if isinstance(layer, nn.Linear) and layer.weight.is_floating_point():
+        return layer.weight.float()
+    try:
+        return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).float()
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            f"a quantised layer cannot be dequantised: {error}", "merge on a device that bitsandbytes supports"
+        ) from error
+
+
+def _add(plain: nn.Linear, layer: Any) -> None:
+    """Add what an adapter learned to the weights of a plain layer.
+
+    Raises:
+        ModelError: If it is neither LoRA nor DoRA.
+    """
+    for name in layer.active_adapters:
+        plain.weight += layer.get_delta_weight(name).float()
+        if name in layer.lora_magnitude_vector:  # DoRA: each row of the sum has a length of its own (equation 5).
+            lengths = layer.lora_magnitude_vector[name].weight.float()
+            plain.weight *= (lengths / plain.weight.norm(dim=1))[:, None]
+        elif name in layer.lora_variant:
+            kind = type(layer.lora_variant[name]).__name__
+            raise ModelError(f"an adapter of the kind {kind} cannot be merged", "merge LoRA or DoRA")

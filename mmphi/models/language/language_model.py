@@ -1,0 +1,310 @@
+"""Causal language models: by hub name, from a folder, or from a configuration with random weights; always frozen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mmphi.config.shared import LanguageSettings
+from mmphi.data.content_hash import Digests
+from mmphi.data.hf_connectivity import hub_in_reach
+from mmphi.errors import ModelError
+from mmphi.models.language.packing_check import packing_error, shortest_window
+from mmphi.models.loading_bar import no_loading_bar
+from mmphi.models.patches.dequantized_linear import dequantised_once
+from mmphi.models.patches.module_patches import fewer_passes
+from mmphi.text.packing import Layout
+from mmphi.text.prompt import Prompt
+from mmphi.text.tokenizer import phi2_tokenizer
+
+PRETRAIN = "pretrain"
+PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the logits' spread; the other in bf16 and quantised.
+EMBEDDED_AT_ONCE = 8192  # Tokens; the copies in fp32 of a large table would take twice its memory.
+LONG = 96  # Tokens from which sequences in a line are less work for a processor than in rows under a mask.
+STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Language:
+    """A frozen language model and how to speak to it.
+
+    Attributes:
+        model: A Hugging Face causal LM, in eval mode, without gradients.
+        tokenizer: Its tokenizer.
+        prompt: Writes conversations.
+        width: Width of its embeddings.
+        name: Where it came from: a hub name, a folder or a configuration.
+        digest: Of its weights: a folder's content, or a hub name with its revision.
+        settings: What it was loaded by.
+        adapter: PEFT's model around ``model``, where an adapter is on its layers.
+    """
+
+    model: Any
+    tokenizer: Any
+    prompt: Prompt
+    width: int
+    name: str
+    digest: str
+    settings: LanguageSettings
+    adapter: Any = None
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: the prompt's, and those that the model itself stops at."""
+        own = getattr(self.model.generation_config, "eos_token_id", None)
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        return list(dict.fromkeys([self.prompt.end[-1], *own, self.tokenizer.eos_token_id]))
+
+    @torch.no_grad()
+    def embeddings(self, ids: Sequence[int] | None = None) -> torch.Tensor:
+        """Embeddings of tokens as the first layer gets them, (len(ids), width), float32; of all tokens by default.
+
+        They are the embedding module's output: Gemma's module scales its table by the square root of the width.
+        """
+        module = self.model.get_input_embeddings()
+        place = module.weight.device
+        wanted = torch.arange(module.num_embeddings) if ids is None else torch.tensor(list(ids), dtype=torch.long)
+        rows = [module(part.to(place)).float() for part in torch.split(wanted, EMBEDDED_AT_ONCE)]
+        return torch.cat(rows) if rows else torch.zeros(0, self.width, device=place)
+
+    @cached_property
+    def packing_error(self) -> float:
+        """How far packed sequences are from the same alone, tried once."""
+        return packing_error(self.model)
+
+    @cached_property
+    def line_error(self) -> float:
+        """The same where sequences lie in one row, each attending inside its borders."""
+        if self.model.config._attn_implementation != "sdpa":  # It may do what that of borders does not.
+            return math.inf
+        return packing_error(self.model, Layout("line"))
+
+    def layout(self, max_length: int, in_line: bool | None = None) -> Layout:
+        """How sequences lie together best, of those ways that this model reads rightly.
+
+        Args:
+            max_length: Tokens of the longest.
+            in_line: Whether a line is wanted; left out, on a GPU, and on a processor for long sequences: it attends to
+                one after the other, and is slower so with short ones than with a mask over rows.
+        """
+        if not self.packs(max_length):
+            return Layout("alone", self.width)
+        long = 0 if in_line or self.model.device.type == "cuda" else LONG
+        wanted = max_length >= long if in_line is None else in_line
+        return (
+            Layout("line", self.width, long)
+            if wanted and self.line_error < self.tolerance
+            else Layout("rows", self.width)
+        )
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of logits, over their standard deviation, that rounding makes."""
+        return PACKED_TOLERANCE if self.settings.precision == "fp32" else PACKED_TOLERANCE_ROUNDED
+
+    def packs(self, max_length: int) -> bool:
+        """Whether sequences of up to so many tokens may share rows."""
+        window = shortest_window(self.model.config)
+        return self.packing_error < self.tolerance and not 0 < window < max_length
+
+    @property
+    def local(self) -> Path | None:
+        """Its folder, where it is one on this machine."""
+        return Path(self.name) if Path(self.name).is_dir() else None
+
+
+def _quantization(precision: str, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if precision == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # On a CPU without AVX-512 NF4 is about four times faster with fp32 arithmetic than with bf16.
+    compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def keep_exact(model: Any) -> Any:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU with AVX-512, and return the model.
+
+    It does so at the first forward pass without gradients (0.50): in another precision, for widths that 64 divides
+    alone, and for a kernel that gives no gradient to whatever is trained before the layer, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def save_language(model: Any, prompt: Prompt, folder: Path) -> None:
+    """Write a model trained here in Hugging Face's format, with its tokenizer and how it was spoken to."""
+    model.save_pretrained(folder)
+    prompt.tokenizer.save_pretrained(folder)
+    (folder / STYLE_FILE).write_text(json.dumps({"style": prompt.style}) + "\n")
+
+
+def language_name(settings: LanguageSettings, pretrained: Path | None) -> str:
+    """Where the model that the settings name is: a hub name, a folder or a configuration.
+
+    Raises:
+        ModelError: If it is the one trained here, and none was.
+    """
+    if settings.model != PRETRAIN:
+        return settings.model
+    if pretrained is None:
+        raise ModelError("language.model = pretrain, but nothing was pretrained", "run `mmphi pretrain`")
+    return str(pretrained / "language")
+
+
+def language_digest(name: str, revision: str) -> str:
+    """What tells a model from every other: a folder's or file's content, or a hub name with its revision."""
+    path = Path(name)
+    return f"sha256:{Digests().of(path)}" if path.exists() else f"{name}@{revision or 'newest'}"
+
+
+def load_language(settings: LanguageSettings, pretrained: Path | None, device: torch.device) -> Language:
+    """Load a model and freeze it.
+
+    Args:
+        settings: The ``language`` section.
+        pretrained: Folder of the ``pretrain`` stage, where ``language.model`` names it.
+        device: Where the model goes.
+
+    Raises:
+        ModelError: If it cannot be had, or its weights are not finite.
+    """
+    name = language_name(settings, pretrained)
+    config_only = name.endswith(".json")
+    tokenizer = tokenizer_of(settings, name)
+    dtype = DTYPES.get(settings.precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    model = _random(name, settings.precision, dtype, device) if config_only else _load(name, settings, dtype, device)
+    dequantised_once(fewer_passes(model)).requires_grad_(False).eval()
+    _check_finite(model, name)
+    embedding = model.get_input_embeddings()
+    if len(tokenizer) > embedding.num_embeddings:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, {name} only {embedding.num_embeddings} embeddings",
+            "give language.tokenizer the one that the model was trained with",
+        )
+    prompt = Prompt(tokenizer, _style(settings, Path(name)))
+    digest = language_digest(name, settings.revision)
+    return Language(model, tokenizer, prompt, embedding.embedding_dim, name, digest, settings)
+
+
+def _style(settings: LanguageSettings, folder: Path) -> Any:
+    """A model trained here keeps the style it was trained with, unless another is asked for by name."""
+    if settings.prompt == "auto" and (folder / STYLE_FILE).is_file():
+        return json.loads((folder / STYLE_FILE).read_text())["style"]
+    return settings.prompt
+
+
+def tokenizer_of(settings: LanguageSettings, name: str) -> Any:
+    """The tokenizer that the settings name, else the model's own.
+
+    Args:
+        settings: The ``language`` section.
+        name: Where the model is.
+
+    Raises:
+        ModelError: If it cannot be had.
+    """
+    own = str(Path(name).parent) if name.endswith(".json") else name
+    return _tokenizer(settings.tokenizer or own, settings.revision)
+
+
+def _tokenizer(name: str, revision: str) -> Any:
+    if name == "phi-2":
+        return phi2_tokenizer()
+    if not Path(name).exists():
+        hub_in_reach()  # Where it is not, transformers would try for most of a minute.
+    try:
+        return AutoTokenizer.from_pretrained(name, **_pinned(name, revision))
+    except (OSError, ValueError) as error:
+        raise _missing("tokenizer", name, error) from error
+
+
+def _pinned(name: str, revision: str) -> dict[str, str]:
+    return {"revision": revision} if revision and not Path(name).exists() else {}
+
+
+def _load(name: str, settings: LanguageSettings, dtype: torch.dtype, device: torch.device) -> Any:
+    quantized = settings.precision in ("4bit", "8bit")
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+    options |= _pinned(name, settings.revision)
+    if quantized:
+        options["quantization_config"] = _quantization(settings.precision, device)
+    try:
+        with no_loading_bar(name):
+            return keep_exact(AutoModelForCausalLM.from_pretrained(name, **options))
+    except (OSError, ValueError) as error:
+        raise _missing("model", name, error) from error
+
+
+def _missing(what: str, name: str, error: Exception) -> ModelError:
+    if Path(name).exists():
+        return ModelError(f"the {what} in {name} cannot be loaded: {_first_line(error)}", "check the folder's files")
+    return ModelError(
+        f"language.{what} = {name}: no such folder, and the hub did not give it: {_first_line(error)}",
+        "check the name; with no hub in reach give the path of a folder with its configuration and weights",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _random(path: str, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of a configuration's shape with random weights: for measuring speed and memory."""
+    try:
+        config = AutoConfig.for_model(**json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{path} is no configuration of a model: {_first_line(error)}", "give a config.json"
+        ) from error
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if precision in ("4bit", "8bit"):
+        model = keep_exact(_quantize(model, precision, device))
+    return model
+
+
+def _quantize(model: Any, precision: str, device: torch.device) -> Any:
+    """Replace every linear layer but the head by a quantised one with the same weights."""
+    from bitsandbytes.nn import modules as bnb
+
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, linear in list(module.named_children()):
+            if not isinstance(linear, torch.nn.Linear) or linear is head:
+                continue
+            shape = linear.in_features, linear.out_features, linear.bias is not None
+            if precision == "8bit":
+                small: Any = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
+                small.weight = bnb.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+            else:
+                compute = torch.float32 if device.type == "cpu" else torch.bfloat16
+                small = bnb.Linear4bit(*shape, compute_dtype=compute, quant_type="nf4")
+                small.weight = bnb.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            small.bias = linear.bias
+            setattr(module, name, small.to(device))
+    return model
+
+
+def _check_finite(model: Any, name: str) -> None:
+    for key, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{name}: the weights {key} are not finite", "fetch or train the model anew")

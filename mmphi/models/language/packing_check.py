@@ -1,0 +1,78 @@
+"""Whether a language model reads packed sequences as it reads each alone."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmphi.models.packed_vlm import PackedModel
+from mmphi.text.packing import ROWS, Layout, Pack
+
+PROBE = (7, 11)  # Lengths of the sequences that packing is tried with.
+
+
+def probe_rows(weight: Tensor) -> Pack:
+    """Sequences in one row, of ids that the embeddings' weight (V, W) has, every token predicted."""
+    ids = torch.arange(sum(PROBE), device=weight.device) * 37 % max(2, weight.shape[0] - 1)
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE)])[None].to(weight.device)
+    positions = torch.cat([torch.arange(n) for n in PROBE])[None].to(weight.device)
+    return Pack(
+        input_ids=ids[None],
+        position_ids=positions,
+        segments=segments,
+        features={},
+        places={},
+        keep=torch.arange(len(ids), device=weight.device),
+        targets=ids,
+        step_tokens=torch.tensor(1.0),
+        borders=torch.tensor([0, *accumulate(PROBE)], dtype=torch.int32, device=weight.device),
+        longest=max(PROBE),
+    )
+
+
+@torch.no_grad()
+def packing_error(language_model: Any, layout: Layout = ROWS) -> float:
+    """How far logits of packed sequences are from those of the same sequences alone.
+
+    Isolating neighbours by a mask or by borders is exact for plain attention. Recurrent and hybrid models carry state
+    across them, and some do not take them at all; of these it is 1 or more.
+
+    Args:
+        language_model: A Hugging Face causal LM.
+        layout: How sequences are packed.
+
+    Returns:
+        The largest difference over the standard deviation of the logits.
+    """
+    rows = probe_rows(language_model.get_input_embeddings().weight)
+    ids = rows["targets"]
+    alone = [
+        language_model(input_ids=part[None], use_cache=False).logits[0]
+        for part in torch.tensor_split(ids, list(accumulate(PROBE))[:-1])
+    ]
+    expected = torch.cat(alone).float()
+    try:
+        packed = PackedModel(language_model, layout=layout).logits(rows).float()
+    except (RuntimeError, ValueError, TypeError, IndexError):  # It wants a mask of another form.
+        return float("inf")
+    return float((packed - expected).abs().max() / expected.std().clamp_min(1e-9))
+
+
+def shortest_window(config: Any) -> int:
+    """Tokens that the narrowest layer of a model sees back; 0 where all see everything.
+
+    Who sees whom in packed rows overrides these windows, so that longer sequences would be read with wider ones.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = getattr(config, "layer_types", None)
+    windows = [getattr(config, "window_size", None)]  # GPT-Neo's local layers.
+    if (kinds is None or any("sliding" in kind for kind in kinds)) and getattr(
+        config, "use_sliding_window", True
+    ) is not False:
+        windows.append(getattr(config, "sliding_window", None))
+    if kinds is not None and any("chunked" in kind for kind in kinds):  # Llama 4's.
+        windows.append(getattr(config, "attention_chunk_size", None))
+    return min((window for window in windows if isinstance(window, int) and window > 0), default=0)

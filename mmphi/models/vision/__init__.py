@@ -1,0 +1,1 @@
+"""Vision encoders: loading, feature extraction, and the light CLIP."""

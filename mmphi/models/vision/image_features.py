@@ -1,0 +1,45 @@
+"""Features of images as they are stored: in half precision, by the digests of the images' contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmphi.errors import ModelError
+from mmphi.models.device import fetched_later
+from mmphi.models.vision.vision_encoder import Tower
+
+Embedded = tuple[dict[str, Tensor], dict[str, str]]  # Features by digest; reasons by digest of what is no image.
+
+
+def features_of(pixels: Mapping[str, Tensor], tower: Tower) -> dict[str, Tensor]:
+    """Features (tokens, width) in fp16 of pixels (3, H, W), by digest.
+
+    Raises:
+        ModelError: If they do not fit in fp16.
+    """
+    return features_later(list(pixels), torch.stack(list(pixels.values())), tower)() if pixels else {}
+
+
+def features_later(names: Sequence[str], pixels_BCHW: Tensor, tower: Tower) -> Callable[[], dict[str, Tensor]]:
+    """Begin to compute features; an accelerator goes on with them until they are asked for.
+
+    Args:
+        names: Digest of each image.
+        pixels_BCHW: Preprocessed.
+        tower: Computes them.
+
+    Returns:
+        What gives the features (tokens, width) in fp16, by digest; it raises a ModelError if they do not fit in fp16.
+    """
+    computed = tower(pixels_BCHW).half()
+    fit, features = fetched_later(computed.isfinite().all()), fetched_later(computed)
+
+    def found() -> dict[str, Tensor]:
+        if not fit():
+            raise ModelError("the tower's features do not fit in fp16", "use another vision.layer or model")
+        return dict(zip(names, features(), strict=True))
+
+    return found

@@ -1,0 +1,308 @@
+"""Image towers: any open_clip model, cut off at a layer, as a function from pixels to patch tokens."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg
+from PIL import Image
+from torch import Tensor, nn
+
+from mmphi.config.shared import VisionSettings
+from mmphi.data.clip_weights import CONFIG, prepared_for, preprocess_of, quick_gelu_of, weights_file
+from mmphi.data.hf_connectivity import hub_in_reach
+from mmphi.errors import ModelError
+from mmphi.models.patches.bn_folding import fold_batch_norms
+from mmphi.models.vision.feature_extraction import tokens_of
+from mmphi.models.vision.preprocess import Preprocess
+
+LIGHT_CLIP, RANDOM = "light_clip", "random"
+
+
+@dataclass(frozen=True)
+class Vision:
+    """Which image tower a model has, and what it is asked where an image comes without a word.
+
+    Attributes:
+        settings: Name, tag, layer, pooling.
+        digest: Of the tower: equal digests give equal features.
+        folder: The light CLIP's own, where it was trained here.
+        question: By which captions were asked for in training; empty where they came of themselves.
+    """
+
+    settings: VisionSettings
+    digest: str
+    folder: Path | None = None
+    question: str = ""
+
+
+class Tower(nn.Module):
+    """The image half of a CLIP, frozen, up to one layer.
+
+    Args:
+        visual: An open_clip image tower, which becomes this one's own: its batch norms are folded into convolutions.
+        settings: Layer, CLS policy, pooling, precision.
+
+    Attributes:
+        tokens: Features per image.
+        width: Width of a feature.
+        preprocess: From a PIL image to pixels (3, H, W) in bytes.
+        digest: Of weights, layer, CLS policy, pooling, preprocessing and precision; equal digests give equal features.
+
+    Raises:
+        ModelError: If the tower has no such layer, no CLS token to keep, or a grid that the pooling does not divide.
+    """
+
+    def __init__(self, visual: Any, settings: VisionSettings) -> None:
+        super().__init__()
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        # Channels last: as convolutions are computed fastest, on a processor in two thirds of the time.
+        self.visual = visual.to(dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.settings = settings
+        config = PreprocessCfg(**visual.preprocess_cfg)
+        self.preprocess: Callable[[Image.Image], Tensor] = Preprocess(config)
+        self.mean: Tensor
+        self.std: Tensor
+        for name in ("mean", "std"):  # On the tower's device, so that no batch waits for them.
+            channels = torch.tensor(getattr(config, name), dtype=torch.float32)
+            self.register_buffer(name, channels.view(-1, 1, 1), persistent=False)
+        self.digest = _digest(visual, settings, config)
+        height, width = config.size if isinstance(config.size, tuple | list) else (config.size, config.size)
+        image = torch.rand(1, 3, int(height), int(width), generator=torch.Generator().manual_seed(0))
+        self.tokens, self.width = self(image).shape[1:]
+        if dtype == torch.float32 and fold_batch_norms(self, image):
+            self.visual.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept.
+
+        Args:
+            pixels_BCHW: In bytes, as ``preprocess`` cuts them, or scaled already.
+        """
+        parameter = next(self.visual.parameters())
+        pixels = pixels_BCHW.to(parameter.device, non_blocking=True)
+        return tokens_of(self.visual, self.scaled(pixels).to(parameter.dtype), self.settings).float()
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """Pixels (..., 3, H, W) as the tower's weights take them, in fp32: to the bit what open_clip's transform gives.
+
+        Args:
+            pixels: In bytes; what is not has been scaled and stays as it is.
+        """
+        if pixels.dtype != torch.uint8:
+            return pixels
+        return pixels.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = None) -> tuple[int, int]:
+    """Features per image and their width, without weights, and so before anything is fetched or trained.
+
+    Args:
+        settings: The ``vision`` section.
+        light_clip: open_clip's configuration of the light CLIP, where the settings name it.
+
+    Raises:
+        ModelError: If there is no such model, or it cannot give such features.
+    """
+    name = settings.model
+    if light_clip is not None:
+        name = "mmphi-light-clip"
+        open_clip.factory._MODEL_CONFIGS[name] = light_clip
+    elif Path(name).is_dir():
+        return tower_shape(settings, _model_config(Path(name)))
+    else:
+        name = _known(name)
+        if not settings.pretrained:
+            raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", _tags(name))
+    try:
+        with open_clip_warnings(), torch.device("meta"):
+            visual = open_clip.create_model(name, pretrained=None, pretrained_text=False, device="meta").visual.eval()
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"the tower of {name} cannot be built: {error}", "check the sizes of its towers") from error
+    size = PreprocessCfg(**visual.preprocess_cfg).size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    with torch.inference_mode():
+        found = tokens_of(visual, torch.zeros(1, 3, int(height), int(width), device="meta"), settings)
+    return int(found.shape[1]), int(found.shape[2])
+
+
+def _digest(visual: Any, settings: VisionSettings, config: PreprocessCfg) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(visual.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    chosen = {name: getattr(settings, name) for name in ("layer", "cls", "pool", "precision")}
+    if settings.quick_gelu != "auto":  # Left out before it was a setting: digests of stored features stay.
+        chosen["quick_gelu"] = settings.quick_gelu
+    digest.update(json.dumps([chosen, str(config)], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def load_clip(settings: VisionSettings, light_clip: Path | None = None) -> Any:
+    """A whole open_clip model: by name and pretrained tag or weights file, by JSON config, or the one trained here.
+
+    Raises:
+        ModelError: If there is no such model, or its weights cannot be had.
+    """
+    name = settings.model
+    if name == LIGHT_CLIP:
+        if light_clip is None:
+            raise ModelError("vision.model = light_clip, but no light CLIP was trained", "run `mmphi light_clip`")
+        return load_saved_clip(light_clip)
+    if Path(name).is_dir():
+        return load_saved_clip(Path(name), settings)
+    return _create(_known(name), settings)
+
+
+def _known(name: str) -> str:
+    """The name of a model that open_clip knows; a JSON configuration is made known to it.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise ModelError(f"vision.model = {name}: there is no such file", "give the path of an open_clip config")
+        config = json.loads(Path(name).read_text())
+        if "model_cfg" in config:
+            open_clip.factory._MODEL_CONFIGS[Path(name).stem] = config["model_cfg"]
+        else:
+            open_clip.add_model_config(name)
+        name = Path(name).stem
+    known = open_clip.list_models()
+    if ":" not in name and name.replace("/", "-") not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        raise ModelError(f"vision.model = {name} is not an open_clip model", f"did you mean {', '.join(near)}?")
+    return name
+
+
+def _tags(name: str) -> str:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    return f"tags: {', '.join(tags) or 'none'}; with no hub in reach give the path of its weights file; or {RANDOM}"
+
+
+def _create(name: str, settings: VisionSettings) -> Any:
+    """A model as its weights need it: a tag may ask for another activation than the architecture's own."""
+    hint, pretrained = _tags(name), settings.pretrained
+    if not pretrained:
+        raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", hint)
+    file = weights_file(pretrained)
+    quick = quick_gelu_of(settings)
+    if file is None and pretrained != RANDOM:
+        if quick is None and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"):
+            quick = True
+        hub_in_reach()  # Where it is not, open_clip would try for most of a minute.
+    try:
+        with warnings.catch_warnings(), open_clip_warnings() as said:
+            warnings.filterwarnings("error", message="QuickGELU mismatch")
+            model = open_clip.create_model(
+                name,
+                pretrained=None if pretrained == RANDOM else str(file or pretrained),
+                pretrained_text=False,
+                force_preprocess_cfg=preprocess_of(settings) or None,
+                **_activation(quick),
+            )
+    except Exception as error:  # open_clip raises whatever its hub client does.
+        raise ModelError(f"vision.pretrained = {pretrained} of {name} cannot be loaded: {error}", hint) from error
+    if said and pretrained != RANDOM:
+        raise ModelError(f"vision.pretrained = {pretrained} of {name} was not loaded whole: {said[0]}", hint)
+    return model
+
+
+def _activation(quick_gelu: bool | None) -> dict[str, bool]:
+    """open_clip's arguments for an activation; none where the architecture's own is right."""
+    return {"quick_gelu": False} if quick_gelu is False else {"force_quick_gelu": bool(quick_gelu)}
+
+
+@contextmanager
+def open_clip_warnings() -> Iterator[list[str]]:
+    """Collect what open_clip would warn of on the root logger, in place of printing it."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, [Collector(logging.WARNING)]
+    try:
+        yield messages
+    finally:
+        root.handlers = before
+
+
+def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any:
+    """A CLIP from a folder as open_clip writes it, and the stage ``light_clip``; the folder may have been moved since.
+
+    Args:
+        folder: With ``open_clip_config.json`` and weights.
+        settings: The ``vision`` section, where it may ask for another preprocessing or activation.
+
+    Raises:
+        ModelError: If the folder holds no such model.
+    """
+    try:
+        config = _config_of(folder) | {"model_cfg": _model_config(folder)}
+        name = f"mmphi-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}"
+        open_clip.factory._MODEL_CONFIGS[name] = config["model_cfg"]
+        with open_clip_warnings():
+            return open_clip.create_model(
+                name,
+                pretrained=str(weights_file(str(folder))),
+                pretrained_text=False,
+                force_preprocess_cfg=(config.get("preprocess_cfg") or {})
+                | (preprocess_of(settings) if settings else {}),
+                **_activation(quick_gelu_of(settings) if settings else None),
+            )
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise ModelError(f"no CLIP can be read from {folder}: {error}", "train it anew with --force") from error
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in a folder, with the text tower of the same folder."""
+    config: dict[str, Any] = _config_of(folder)["model_cfg"]
+    text = config.get("text_cfg") or {}
+    if "hf_model_name" in text and (folder / "text_tower").is_dir():
+        text["hf_model_name"] = str(folder / "text_tower")
+    return config
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """open_clip's configuration in a folder.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        return config if config["model_cfg"] else {}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ModelError(f"no CLIP can be read from {folder}: {error}", f"it needs {CONFIG} and weights") from error
+
+
+def load_tower(settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False) -> Tower:
+    """The image tower of a CLIP, cut off at the layer that the settings name.
+
+    Args:
+        settings: The ``vision`` section.
+        light_clip: Folder of the CLIP trained here.
+        earlier: As earlier versions loaded a file of weights: with open_clip's default preprocessing and activation.
+
+    Raises:
+        ModelError: If it cannot be had, or cannot give such features.
+    """
+    if not earlier:
+        settings = prepared_for(settings)
+    return Tower(load_clip(settings, light_clip).visual, settings)

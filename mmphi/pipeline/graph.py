@@ -1,0 +1,153 @@
+"""What there is and what is missing: keys of stages, their finished results, and what these cover."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmphi.config.declared_view import SettingsView, covered
+from mmphi.config.fields import field_of, leaves
+from mmphi.config.presets import files
+from mmphi.config.section import Section
+from mmphi.data.content_hash import Digests
+from mmphi.pipeline.cache_key import key_of, key_parts
+from mmphi.pipeline.resolve import resolved
+from mmphi.pipeline.stage import Result, Stage
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from mmphi.tracking.run_writer import Store
+
+METRICS, KEY = "metrics.json", "key.json"
+
+
+class Plan:
+    """Stages over one store, as they are; builds nothing.
+
+    Args:
+        stages: By name.
+        store: Where results are; opened when first needed.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], store: Store | None = None) -> None:
+        self.stages = stages
+        self._store = store
+        self._digests = Digests()
+        self._known: dict[Path, str] = {}
+
+    @property
+    def store(self) -> Store:
+        """The tracking store."""
+        if self._store is None:
+            from mmphi.tracking.run_writer import Store
+
+            self._store = Store()
+        return self._store
+
+    def view(self, name: str, settings: Section) -> SettingsView:
+        """The settings that a stage may read."""
+        return SettingsView(settings, self.stages[name].declared)
+
+    def upstream(self, name: str, settings: Section) -> tuple[str, ...]:
+        """The stages whose results a stage is given."""
+        stage, view = self.stages[name], self.view(name, settings)
+        return tuple(dict.fromkeys([*stage.upstream(view), *stage.request_upstream(view)]))
+
+    def order(self, name: str, settings: Section) -> list[str]:
+        """A stage and all it is built on, upstream first."""
+        names: dict[str, None] = {}
+        for upstream in self.upstream(name, settings):
+            names.update(dict.fromkeys(self.order(upstream, settings)))
+        return [*names, name]
+
+    def resolved(self, name: str, settings: Section) -> Section:
+        """Settings with what follows the machine and the hub filled in, for a stage and all it is built on."""
+        return resolved(settings, {d for each in self.order(name, settings) for d in self.stages[each].declared})
+
+    def input_digests(self, stage: Stage, settings: Section) -> dict[str, str]:
+        """Digest of every outside file, folder and model that a stage reads, by the setting that names it.
+
+        Raises:
+            SettingsError: If one is missing.
+        """
+        digests = {}
+        for name, path in files(settings, stage.declared).items():
+            if path not in self._known:
+                self._known[path] = self._digests.of(path)
+            digests[name] = self._known[path]
+        digests |= self._recordings(settings, list(digests))
+        for name, folder in self.models(stage, settings).items():
+            from mmphi.models.checkpoint import bundle_digest
+
+            digests[name] = bundle_digest(folder)
+        return {name: digest for name, digest in sorted(digests.items()) if covered(name, stage.reads)}
+
+    def _recordings(self, settings: Section, known: Iterable[str]) -> dict[str, str]:
+        """Digests of recordings in the folder of the CSV that names them, where no other folder is set."""
+        values, found = dict(leaves(settings)), {}
+        for name in known:
+            section = name.removesuffix(".path")
+            if section != name and values.get(f"{section}.recordings") == "":
+                from mmphi.data.speech_dataset import recordings_digest
+
+                found[f"{section}.recordings"] = recordings_digest(
+                    Path(values[name]), values[f"{section}.audio_column"], self._digests
+                )
+        return found
+
+    def models(self, stage: Stage, settings: Section) -> dict[str, Path]:
+        """Folders of the models that a stage's settings name, by dotted setting name."""
+        folders = {}
+        for name, value in leaves(settings):
+            field = field_of(type(settings), name)
+            if field and field.file == "model" and value and covered(name, stage.declared):
+                folders[name] = self.store.model_folder(value)
+        return folders
+
+    def parts(self, name: str, settings: Section) -> dict[str, Any]:
+        """What the key of a stage is made of."""
+        stage = self.stages[name]
+        upstream = {each: self.key(each, settings) for each in stage.upstream(self.view(name, settings))}
+        return key_parts(stage, settings, self.input_digests(stage, settings), upstream)
+
+    def key(self, name: str, settings: Section) -> str:
+        """What the result of a stage is found by."""
+        return key_of(self.parts(name, self.resolved(name, settings)))
+
+    def results(self, name: str, settings: Section) -> Iterator[Result]:
+        """Finished results of a stage's key, newest first, whether or not they cover what is asked for."""
+        key = self.key(name, settings)
+        for run in self.store.results(key):
+            yield self._result(name, key, run)
+
+    def _result(self, name: str, key: str, run: Run) -> Result:
+        path = self.store.fetch(run)
+        return Result(name, key, str(run.info.run_id), path, json.loads((path / METRICS).read_text()))
+
+    def result(self, name: str, settings: Section) -> Result | None:
+        """The newest finished result of a stage that covers what is asked for, if there is one."""
+        return next((found for found in self.results(name, settings) if self._covers(found, settings)), None)
+
+    def _covers(self, result: Result, settings: Section) -> bool:
+        stage, view = self.stages[result.stage], self.view(result.stage, settings)
+        if stage.covers is None:
+            return True
+        upstream = {}
+        for each in stage.request_upstream(view):
+            there = self.result(each, settings)
+            if there is None:
+                return False
+            upstream[each] = there
+        return stage.covers(view, upstream, result.path)
+
+    def missing(self, name: str, settings: Section) -> list[str]:
+        """What would have to be built for a stage, upstream first."""
+        if self.result(name, settings):
+            return []
+        names: dict[str, None] = {}
+        for upstream in self.upstream(name, settings):
+            names.update(dict.fromkeys(self.missing(upstream, settings)))
+        return [*names, name]

@@ -1,0 +1,117 @@
+"""``mmphi chat``: a conversation in the terminal, the answers as they are said."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator, Sequence
+
+from mmphi.errors import MmphiError
+from mmphi.serving.ask import sampling_of, sampling_options
+from mmphi.serving.chat_session import COMMANDS, Leave, Talk
+from mmphi.serving.model_args import model_options
+
+PROMPT = "> "
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="mmphi chat", description="Talk to a trained model in the terminal; /help lists what can be typed there."
+    )
+    model_options(made)
+    made.add_argument("--system", default="", help="what the model shall be")
+    made.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="show an image with the first question"
+    )
+    made.add_argument("--load", default="", metavar="FILE", help="go on with a conversation that /save wrote")
+    sampling_options(made)
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi chat``."""
+    options = parser().parse_args(list(arguments))
+    sampling = sampling_of(options)
+
+    import mmphi
+    from mmphi.serving.model_args import chosen_model
+
+    choice = chosen_model(options)
+    print(f"model: {choice.label}", file=sys.stderr)
+    model = mmphi.load(choice.name, whisper=options.whisper)
+    model.context = options.context
+    talk = Talk(model, sampling)
+    for command in (
+        ([f"/system {options.system}"] if options.system else [])
+        + ([f"/load {options.load}"] if options.load else [])
+        + [f"/image {path}" for path in options.image]
+    ):
+        list(talk.hear(command))
+    if isinstance(sys.stdin, io.TextIOWrapper):  # Bytes that are not in its encoding end no conversation.
+        sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        if model.questions:
+            print(f"It was trained on questions such as: {'  '.join(model.questions)}")
+        print("/image PATH shows an image, /help lists the commands, /quit or Ctrl-D leaves.")
+        run(talk, _typed())
+    else:
+        run(talk, iter(sys.stdin.readline, ""))
+    return 0
+
+
+def run(talk: Talk, lines: Iterator[str]) -> None:
+    """Answer lines until there are no more.
+
+    Ctrl-C ends an answer. An error is printed, and the conversation continues as it was before the line.
+    """
+    for line in lines:
+        said = ""
+        try:
+            for piece in talk.hear(line.rstrip("\n")):
+                said += piece
+                print(piece, end="", flush=True)
+        except Leave:
+            return
+        except KeyboardInterrupt:
+            print(" ...", end="", flush=True)
+        except MmphiError as error:
+            _complain(str(error), said)
+            continue
+        except Exception as error:  # Of the model, such as memory that ran out: the conversation is not lost.
+            _complain(f"{type(error).__name__}: {error}", said)
+            continue
+        if said:
+            print()
+
+
+def _complain(error: str, answer: str) -> None:
+    """Print an error, below the part of an answer that came before it."""
+    if answer:
+        print(flush=True)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _typed() -> Iterator[str]:
+    """Lines that are typed, with history, and with commands and paths completed."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import NestedCompleter, PathCompleter
+    from prompt_toolkit.history import FileHistory
+
+    from mmphi.data.content_hash import cache_folder
+
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    paths = {command: PathCompleter(expanduser=True) for command in ("/image", "/audio", "/save", "/load")}
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(cache_folder() / "chat_history")),
+        completer=NestedCompleter.from_nested_dict({command: paths.get(command) for command in COMMANDS}),
+        complete_while_typing=False,
+    )
+    while True:
+        try:
+            yield session.prompt(PROMPT)
+        except KeyboardInterrupt:
+            continue  # At the prompt it clears the line, as in a shell.
+        except EOFError:
+            return

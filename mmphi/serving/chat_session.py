@@ -1,0 +1,234 @@
+"""One person's conversation with a model: what was said, what comes with the next question, and the commands."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmphi.data.images import MAX_FILE_BYTES, open_image
+from mmphi.errors import DataError, MmphiError, SettingsError
+
+if TYPE_CHECKING:
+    from mmphi.generation.sampling import Sampling
+    from mmphi.models.multimodal import Multimodal
+
+HELP = {
+    "/image PATH": "show an image with the next question",
+    "/audio PATH": "play a recording with the next question; alone it is the question (an empty line sends it)",
+    "/system TEXT": "say what the model shall be; begins anew",
+    "/set NAME VALUE": "max_tokens, temperature, top_p, seed or stop of the answers that follow",
+    "/undo": "take the last question and its answer back",
+    "/reset": "forget what was said",
+    "/save FILE": "write the conversation as JSON",
+    "/load FILE": "go on with one that was saved",
+    "/help": "this list",
+    "/quit": "leave; so does Ctrl-D",
+}
+COMMANDS = [each.partition(" ")[0] for each in HELP]
+
+
+class Leave(Exception):  # noqa: N818  # Nothing is wrong.
+    """The person wants to leave."""
+
+
+@dataclass
+class Talk:
+    """A conversation.
+
+    Attributes:
+        model: Who answers.
+        sampling: How answers are chosen.
+        messages: What was said, as OpenAI's API has it.
+        waiting: Images and recordings that come with the next question.
+    """
+
+    model: Multimodal
+    sampling: Sampling
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+
+    def hear(self, line: str) -> Iterator[str]:
+        """What is said to a line: the answer to a question in pieces, or what a command has to say.
+
+        A question that cannot be answered is not part of the conversation; an answer that is broken off is, as far as
+        it came.
+
+        Raises:
+            Leave: At ``/quit``.
+            MmphiError: Says what is wrong; the conversation is as it was.
+        """
+        from mmphi.generation.messages import is_encodable
+
+        if not is_encodable(line):
+            raise DataError("the line holds half of a surrogate pair, which is no character", "paste it again")
+        if line.startswith("/"):
+            name, _, rest = line.strip().partition(" ")
+            if name not in COMMANDS:
+                raise SettingsError(f"there is no command {name}", f"there are {', '.join(COMMANDS)}")
+            act: Callable[[str], str] = getattr(self, f"_{name[1:]}")
+            yield act(rest.strip())
+            return
+        if line.strip() or self.waiting:
+            yield from self._ask(line.strip())
+
+    def _ask(self, question: str) -> Iterator[str]:
+        parts = [*self.waiting, *([{"type": "text", "text": question}] if question else [])]
+        asked = [*self.messages, {"role": "user", "content": parts}]
+        how = {name: getattr(self.sampling, name) for name in self.sampling.__dataclass_fields__}
+        said: list[str] = []
+        pieces: Iterator[str] = iter(())
+        try:
+            pieces = self.model.stream(asked, **how)
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+        except MmphiError:
+            self.waiting = []  # One of them may be what is wrong.
+            raise
+        except (GeneratorExit, KeyboardInterrupt):
+            pieces.close()  # type: ignore[attr-defined]  # A generator, whose slot is free then.
+            self._keep(asked, said)
+            raise
+        self._keep(asked, said)
+
+    def _keep(self, asked: list[dict[str, Any]], said: list[str]) -> None:
+        self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+        self.waiting = []
+
+    def _image(self, path: str) -> str:
+        return self._with("image", path)
+
+    def _audio(self, path: str) -> str:
+        return self._with("audio", path)
+
+    def _with(self, kind: str, path: str) -> str:
+        if not path:
+            raise DataError(f"/{kind} needs a path", f"/{kind} PATH")
+        found = _path(path.strip("'\""))
+        try:
+            if not found.is_file():
+                raise DataError(f"there is no file {path!r}", f"/{kind} PATH")
+            large = found.stat().st_size > MAX_FILE_BYTES
+            # As it is now: it may be overwritten while the conversation goes on. A film is read when it is heard.
+            given = str(found.absolute()) if large else found.read_bytes()
+            if kind == "image":
+                open_image(found)  # What is no image is refused here, and not with the question that it comes with.
+        except OSError as error:
+            raise DataError(f"{found} cannot be read: {error.strerror}", "check that you may read it") from error
+        self.waiting.append({"type": kind, kind: given})
+        return f"{found.name} comes with the next question{self._second_image() if kind == 'image' else ''}"
+
+    def _second_image(self) -> str:
+        """A warning where the conversation has had an image before: most models are trained on one."""
+        parts = [
+            part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
+        ]
+        earlier = any(part["type"].startswith("image") for part in parts)
+        return "; the conversation has another image already, and /reset begins a new one" if earlier else ""
+
+    def _system(self, text: str) -> str:
+        self._reset("")
+        self.messages = [{"role": "system", "content": text}] if text else []
+        return "what the model shall be is set; the conversation begins anew"
+
+    def _set(self, words: str) -> str:
+        name, _, value = words.partition(" ")
+        kinds: dict[str, Callable[[str], Any]] = {
+            "max_tokens": int,
+            "temperature": float,
+            "top_p": float,
+            "seed": lambda text: int(text) if text else None,
+            "stop": lambda text: (text,) if text else (),
+        }
+        if name not in kinds:
+            raise SettingsError(f"there is no setting {name!r}", f"there are {', '.join(kinds)}")
+        try:
+            changed = kinds[name](value.strip())
+        except ValueError as error:
+            raise SettingsError(f"{name} = {value!r} is no number", f"/set {name} NUMBER") from error
+        self.sampling = replace(self.sampling, **{name: changed})
+        return f"{name} = {changed}"
+
+    def _undo(self, _: str) -> str:
+        roles = [message["role"] for message in self.messages]
+        answered = len(roles)
+        while answered and roles[answered - 1] == "assistant":
+            answered -= 1
+        asked = answered
+        while asked and roles[asked - 1] == "user":
+            asked -= 1
+        if asked == answered:
+            return "there is nothing to take back"
+        self.messages = self.messages[:asked]
+        return "the last question is taken back"
+
+    def _reset(self, _: str) -> str:
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+        self.waiting = []
+        return "forgotten"
+
+    def _save(self, path: str) -> str:
+        if not path:
+            raise DataError("/save needs a file", "/save chat.json")
+        try:
+            messages = [_as_json(message) for message in self.messages]
+            text = json.dumps(messages, indent=1, ensure_ascii=False) + "\n"
+            _path(path).write_text(text, encoding="utf-8")
+        except (OSError, ValueError) as error:  # A path that holds a NUL is a ValueError.
+            raise DataError(f"{path} cannot be written: {error}", "choose another place") from error
+        return f"{len(self.messages)} messages are in {path}"
+
+    def _load(self, path: str) -> str:
+        from mmphi.generation.messages import conversation
+
+        try:
+            messages = json.loads(_path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{path} is no conversation: {error}", "give a file that /save wrote") from error
+        if not isinstance(messages, list):
+            raise DataError(f"{path} is no conversation", "give a file that /save wrote")
+        if messages:
+            conversation([*messages, {"role": "user", "content": "?"}])  # Whether it can be gone on with.
+        system = [message for message in self.messages if message["role"] == "system"]
+        has_own = any(message["role"] in ("system", "developer") for message in messages)
+        self.messages, self.waiting = (messages if has_own else [*system, *messages]), []
+        return f"{len(messages)} messages"
+
+    def _help(self, _: str) -> str:
+        return "\n".join(f"  {command:<16} {what}" for command, what in HELP.items())
+
+    def _quit(self, _: str) -> str:
+        raise Leave
+
+
+def _path(text: str) -> Path:
+    """The file that a person named, ``~`` expanded.
+
+    Raises:
+        DataError: If there is no such home directory.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text} cannot be found: {error}", "write the whole path") from error
+
+
+def _as_json(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as OpenAI's API has it, with its images and recordings in it."""
+    if not isinstance(message.get("content"), list):
+        return message
+    parts = []
+    for part in message["content"]:
+        content = part.get(part["type"])
+        if isinstance(content, bytes):
+            data = base64.b64encode(content).decode()
+            if part["type"] == "image":
+                part = {"type": "image_url", "image_url": {"url": f"data:;base64,{data}"}}
+            else:
+                part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        parts.append(part)
+    return {**message, "content": parts}

@@ -1,0 +1,120 @@
+"""``mmphi demo``: a page in the browser, on which a trained model is typed to, spoken to and shown photos."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmphi.errors import SettingsError
+from mmphi.serving.ask import sampling_of, sampling_options
+from mmphi.serving.model_args import model_options
+from mmphi.serving.serve import HOST, KEY, key_for
+
+PORT = 7860
+USER = "mmphi"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="mmphi demo",
+        description="A page in the browser: type, speak or show a photo to a trained model, or to two side by side.",
+        epilog=f"Beyond this machine only with a password, which is read from the variable {KEY}; the user is {USER}.",
+    )
+    model_options(made)
+    made.add_argument("--beside", default="", metavar="MODEL", help="another that answers beside it")
+    made.add_argument("--examples", default="", metavar="FOLDER", help="images, recordings, questions (.txt) at hand")
+    made.add_argument("--host", default=HOST, help=f"where to listen [{HOST}]")
+    made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
+    made.add_argument("--open", action="store_true", help="open it in the browser")
+    made.add_argument("--slots", type=int, default=4, help="answers of a model at once [4]")
+    made.add_argument("--waiting", type=int, default=32, help="questions that may wait beside them [32]")
+    made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
+    made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest photo or recording [67108864]")
+    sampling_options(made)
+    return made
+
+
+@contextmanager
+def started(options: argparse.Namespace) -> Iterator[str]:
+    """The page, served by a thread of its own; yields its address.
+
+    Args:
+        options: Of :func:`parser`.
+
+    Raises:
+        MmphiError: If a model or the examples cannot be had.
+    """
+    import mmphi
+    from mmphi.generation.engine import Engine
+    from mmphi.serving.model_args import choices, chosen_model
+    from mmphi.serving.page.examples import of_folder, of_model
+    from mmphi.serving.page.layout import CSS, Look, page_of, theme
+    from mmphi.serving.page.model_pool import Desk
+    from mmphi.serving.scheduler import Worker
+
+    def load(model: str) -> Worker:
+        loaded = mmphi.load(model, whisper=options.whisper)
+        return Worker(Engine(loaded, options.slots, options.context), options.waiting, options.time_limit)
+
+    choice = chosen_model(options)
+    model = choice.name
+    print(f"model: {choice.label}")
+    given = [(choice.label, model), (options.beside, options.beside)]
+
+    def models() -> list[tuple[str, str]]:
+        found = choices()
+        known = {name for _, name in found}
+        return [(label, name) for label, name in given if name and name not in known] + found
+
+    desk = Desk(load)
+    for name in filter(None, (model, options.beside)):
+        desk.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.
+    examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_model(model)
+
+    def questions(name: str) -> tuple[str, ...]:
+        """Of a model that is loaded: its page must not wait for another one."""
+        worker = desk.loaded(name)
+        return worker.engine.model.questions if worker else ()
+
+    look = Look(models, model, options.beside, examples, sampling_of(options), questions)
+    page = page_of(desk, look)
+    key = key_for(options.host)
+    try:
+        _, address, _ = page.queue(max_size=options.waiting).launch(
+            server_name=options.host,
+            server_port=options.port,
+            inbrowser=options.open,
+            share=False,
+            auth=(USER, key) if key else None,
+            max_file_size=options.max_bytes,
+            theme=theme(),
+            css=CSS,
+            footer_links=[],
+            ssr_mode=False,
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            # Gradio's own errors, such as an image that it cannot decode, are shown with their text.
+            show_error=True,
+        )
+    except OSError as error:
+        raise SettingsError(f"nothing can listen on {options.host}:{options.port}", "give another --port") from error
+    try:
+        yield str(address).rstrip("/")
+    finally:
+        page.close(verbose=False)
+        desk.close()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi demo``."""
+    options = parser().parse_args(list(arguments))
+    key_for(options.host)  # Before a model is loaded for nothing.
+    with started(options) as address:
+        print(f"{address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+    return 0

@@ -1,0 +1,59 @@
+"""Requests that are answered by an error, as OpenAI's clients know them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
+
+from mmphi.errors import GenerationError, MmphiError, PartMissingError
+from mmphi.generation.messages import MessageError
+from mmphi.serving.scheduler import Full, Stopping, TooSlow
+
+RETRY_AFTER_S = 1
+
+
+class Refused(HTTPException):  # As HTTP has it; FastAPI passes no other kind on while it reads.
+    """A request that is answered by an error.
+
+    Args:
+        status: Of HTTP.
+        message: What is wrong.
+        kind: As OpenAI's clients know it.
+        param: Which parameter is wrong, where it is one.
+    """
+
+    def __init__(
+        self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None
+    ) -> None:
+        super().__init__(status, message)
+        self.status, self.message, self.kind, self.param = status, message, kind, param
+
+
+def refusal(error: Exception) -> Refused:
+    """What an error is on HTTP."""
+    if isinstance(error, Full):
+        return Refused(429, str(error), "rate_limit_error")
+    if isinstance(error, Stopping):
+        return Refused(503, str(error), "server_error")
+    if isinstance(error, TooSlow):
+        return Refused(504, str(error), "timeout_error")
+    if isinstance(error, MessageError):
+        return Refused(400, str(error), param="messages")
+    if isinstance(error, MmphiError) and not isinstance(error, GenerationError | PartMissingError):
+        return Refused(400, str(error))
+    return Refused(500, f"{type(error).__name__}: {error}", "server_error")
+
+
+def told(error: Refused) -> JSONResponse:
+    """The answer that says what is wrong."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else {}
+    if error.status in (401, 408, 413):  # The rest of the request is not read.
+        headers["Connection"] = "close"
+    return JSONResponse(body(error), error.status, headers)
+
+
+def body(error: Refused) -> dict[str, Any]:
+    """What is wrong, as JSON."""
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}}

@@ -1,0 +1,107 @@
+"""Images by their URL, where a server was told that it may fetch them."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mmphi.data.images import MAX_FILE_BYTES
+from mmphi.errors import SettingsError
+from mmphi.generation.messages import MessageError
+
+SECONDS = 10.0
+HERE = ("localhost",)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """What is allowed is that address, and not where it may lead."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _check_place(host: str) -> None:
+    """That a name does not lead into this machine or its network.
+
+    An allowed prefix that itself says so, by address or as ``localhost``, is taken at its word.
+
+    Raises:
+        MessageError: If it does, or leads nowhere.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host in HERE:
+            return
+        try:
+            found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
+        except OSError as error:
+            raise MessageError(f"{host} is not known: {error}", "send the image itself, as a data: URI") from error
+        if not all(ipaddress.ip_address(each).is_global for each in found):
+            raise MessageError(f"{host} is in a network of this machine's own", "send the image itself") from None
+
+
+def _normal(url: str) -> tuple[str, str]:
+    """Scheme, host and port of a URL, and its path as a server understands it.
+
+    Raises:
+        ValueError: If it is none, or holds what servers understand differently.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None or "\\" in url or any(letter <= " " or letter > "~" for letter in url):
+        raise ValueError(url)
+    path = parts.path
+    while (plain := unquote(path)) != path:  # A server may take %252e for a dot, too.
+        path = plain
+    steps = path.split("/")
+    if ".." in steps or "." in steps:
+        raise ValueError(url)
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return f"{parts.scheme}://{parts.hostname}:{port}", path
+
+
+def fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
+    """What gets the images whose URL begins in one of some ways, and refuses all others.
+
+    Args:
+        prefixes: Each with scheme, host and the begin of a path: ``https://example.org/images/``.
+
+    Raises:
+        SettingsError: If one of them does not say as much.
+    """
+    for prefix in prefixes:
+        parts = urlsplit(prefix)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path:
+            raise SettingsError(f"{prefix!r} is no begin of a URL", "give scheme, host and path: https://example.org/")
+    opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+
+    allowed = [_normal(prefix) for prefix in prefixes]
+
+    def fetch(url: str) -> bytes:
+        try:
+            asked, host = _normal(url), urlsplit(url).hostname or ""
+        except ValueError:
+            asked, host = ("", ""), ""
+        if not any(asked[0] == place and asked[1].startswith(path) for place, path in allowed):
+            raise MessageError(f"{url[:100]} is not fetched", "send the image itself, as a data: URI")
+        _check_place(host)
+        try:
+            data, end = b"", time.monotonic() + SECONDS
+            with opener.open(urllib.request.Request(url), timeout=SECONDS) as answer:
+                while len(data) <= MAX_FILE_BYTES and (more := answer.read1(1 << 20)):
+                    data += more
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"it took more than {SECONDS:g} s")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise MessageError(f"{url[:100]} could not be fetched: {error}", "send the image itself") from error
+        if len(data) > MAX_FILE_BYTES:
+            raise MessageError(f"{url[:100]} has more than {MAX_FILE_BYTES:,} bytes", "send a smaller image")
+        return data
+
+    return fetch

@@ -1,0 +1,60 @@
+"""What a server counts, as Prometheus reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from mmphi.serving.scheduler import Full, Ticket, TooSlow
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """Counts of one server.
+
+    Args:
+        open_tickets: How many questions wait or are answered.
+    """
+
+    media_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, open_tickets: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter("mmphi_requests", "Questions, by how they ended", ["ended"], registry=self._registry)
+        self._tokens = Counter("mmphi_tokens", "Tokens, by what they are", ["kind"], registry=self._registry)
+        self._first = Histogram(
+            "mmphi_first_token_seconds", "Until the first token", buckets=SECONDS, registry=self._registry
+        )
+        self._whole = Histogram(
+            "mmphi_answer_seconds", "Until the last token", buckets=SECONDS, registry=self._registry
+        )
+        Gauge("mmphi_open", "Questions that wait or are answered", registry=self._registry).set_function(open_tickets)
+
+    def ended(self, ticket: Ticket, seconds: float) -> None:
+        """Count a question that was taken.
+
+        Args:
+            ticket: At its end.
+            seconds: Since it came.
+        """
+        how: str = "error" if ticket.error is not None else ticket.reason or "cancelled"
+        if isinstance(ticket.error, TooSlow):
+            how = "too slow"
+        self._requests.labels("cancelled" if ticket.gone and how != "stop" else how).inc()
+        self._tokens.labels("prompt").inc(ticket.prompt_tokens)
+        self._tokens.labels("remembered").inc(ticket.reused)
+        self._tokens.labels("said").inc(ticket.tokens)
+        if ticket.first_s:
+            self._first.observe(ticket.first_s)
+        if ticket.error is None:
+            self._whole.observe(seconds)
+
+    def refused(self, error: Exception) -> None:
+        """Count a question that was not taken."""
+        self._requests.labels("full" if isinstance(error, Full) else "refused").inc()
+
+    def text(self) -> bytes:
+        """All counts."""
+        return generate_latest(self._registry)

@@ -1,0 +1,108 @@
+"""The choice of the model that answers: a folder, a run, a registered model, or the newest model of the store."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmphi.errors import SettingsError, StoreError
+from mmphi.tracking.status_reader import ModelRun, glance
+
+TEXT_ONLY, SMOKE = "pretrain", "smoke"
+MOST_LOOKED_AT = 50  # Models of each stage among which the newest is chosen.
+
+
+def model_options(made: argparse.ArgumentParser) -> None:
+    """Add the options that choose the model and its Whisper."""
+    made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
+    made.add_argument("--preset", default="", help="without --model: the newest model of this preset [of any preset]")
+    made.add_argument(
+        "--whisper", default="", help="size or file of the Whisper for recordings [the model's, else tiny.en]"
+    )
+    made.add_argument("--context", type=int, default=0, help="longest conversation, in tokens [4096, or the model's]")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model to load.
+
+    Attributes:
+        name: Folder, run ID or registered name, as :func:`mmphi.load` takes it.
+        short: What answers call it: the folder's name, or ``name``.
+        label: For users: stage, preset and date of a run.
+    """
+
+    name: str
+    short: str
+    label: str
+
+
+def _finished(preset: str, most: int) -> list[ModelRun]:
+    """Finished runs that ended in a model, newest first, without those that only a study asked for.
+
+    Language models from scratch come after all others, because most are a part of the model that is built over them;
+    models of smoke runs come last.
+    """
+    from mmphi.stages import STAGES
+
+    store = glance()
+    found = [
+        (SMOKE not in run.name.split(), stage.name != TEXT_ONLY, run.ended_ms, run)
+        for stage in STAGES.values()
+        if stage.talks
+        for run in store.models(stage.name, preset, most)
+    ]
+    return [run for *_, run in sorted(found, key=lambda each: each[:3], reverse=True)]
+
+
+def newest(preset: str = "") -> Choice:
+    """The newest model of the store; trials of studies and what was built for them alone are left out.
+
+    Args:
+        preset: Only models of this preset; empty takes all.
+
+    Raises:
+        StoreError: If there is none.
+    """
+    runs = _finished(preset, MOST_LOOKED_AT)
+    if not runs and preset and (others := _finished("", MOST_LOOKED_AT)):
+        names = ", ".join(dict.fromkeys(run.name for run in others[:5]))
+        raise StoreError(f"there is no trained model of the preset {preset} in this store", f"it has: {names}")
+    if not runs:
+        raise StoreError("there is no trained model in this store", "run `mmphi projector`, or give --model FOLDER")
+    return Choice(runs[0].run_id, runs[0].run_id, _label(runs[0]))
+
+
+def choices(most: int = 50) -> list[tuple[str, str]]:
+    """Finished runs of the store that ended in a model, newest first: the label and the ID of each.
+
+    Trials of studies and what was built for them alone are left out.
+
+    Args:
+        most: No more of them than this of each stage.
+    """
+    return [(_label(run), run.run_id) for run in _finished("", most)]
+
+
+def _label(run: ModelRun) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.ended_ms / 1000))
+    return f"{run.name}, {when} (run {run.run_id[:8]})"
+
+
+def chosen_model(options: argparse.Namespace) -> Choice:
+    """The model that the options of :func:`model_options` name, or the newest of the store.
+
+    Raises:
+        SettingsError: If both a model and a preset are named.
+        StoreError: If none is named and the store has none.
+    """
+    if not options.model:
+        return newest(options.preset)
+    if options.preset:
+        raise SettingsError("--model names the model, and --preset chooses among others", "leave one of them out")
+    folder = Path(options.model).expanduser()
+    if folder.is_dir():
+        return Choice(options.model, folder.resolve().name, options.model)
+    return Choice(options.model, options.model, options.model)

@@ -1,0 +1,125 @@
+"""A request of OpenAI's chat completions: what is understood, what changes nothing, and what is refused."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mmphi.generation.messages import MAX_LETTERS
+from mmphi.generation.sampling import MAX_TEMPERATURE, SEEDS, Sampling
+from mmphi.serving.http_errors import Refused
+
+MAX_TOKENS = 256
+MAX_STOPS, MAX_STOP_LETTERS = 4, 256  # As many as OpenAI takes; each is looked for at every token.
+# Marks that divide JSON into values. Texts may hold some; of more, nothing but values is made, and nobody answered
+# meanwhile.
+MAX_MARKS, MARKS = MAX_LETTERS + 100_000, (b",", b"[", b"{")
+
+# Parameters that are not supported, with the values that ask for nothing of them. Any other value is refused.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Parameters that change no answer.
+HARMLESS = (
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+
+
+class StreamOptions(BaseModel):
+    """What else a stream tells."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(BaseModel):
+    """What ``/v1/chat/completions`` is asked; names are OpenAI's. A parameter that is null is one that is left out."""
+
+    model_config = ConfigDict(extra="allow")
+
+    messages: list[Any]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=MAX_TEMPERATURE)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=SEEDS.start, lt=SEEDS.stop)
+    stop: str | list[str] | None = None
+
+    @field_validator("stop", mode="before")  # Before each of a million texts is looked at.
+    @classmethod
+    def _few_stops(cls, stop: Any) -> Any:
+        texts = stop if isinstance(stop, list) else [stop]
+        if len(texts) > MAX_STOPS or any(isinstance(text, str) and len(text) > MAX_STOP_LETTERS for text in texts):
+            raise ValueError(f"at most {MAX_STOPS} texts of at most {MAX_STOP_LETTERS} letters are taken")
+        if "" in texts:
+            raise ValueError("a text to stop at is empty")
+        return stop
+
+    def sampling(self, temperature: float) -> Sampling:
+        """How the answer is chosen.
+
+        Args:
+            temperature: Where the request says none.
+        """
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            self.max_completion_tokens or self.max_tokens or MAX_TOKENS,
+            temperature if self.temperature is None else self.temperature,
+            1.0 if self.top_p is None else self.top_p,
+            self.seed,
+            tuple(stop),
+        )
+
+
+def request_of(body: bytes) -> ChatRequest:
+    """A request.
+
+    Args:
+        body: JSON.
+
+    Raises:
+        Refused: If it is malformed, or asks for something that is not supported; it names the parameter.
+    """
+    if sum(body.count(mark) for mark in MARKS) > MAX_MARKS:
+        raise Refused(400, "the request has too many values")
+    try:
+        asked = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise Refused(400, f"{where or 'the request'}: {first['msg']}", param=where or None) from error
+    for name, value in (asked.model_extra or {}).items():
+        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
+            continue
+        raise Refused(
+            400, f"{name} = {reprlib.repr(value)} is not supported: the answer would not be as asked", param=name
+        )
+    return asked

@@ -1,0 +1,100 @@
+"""An answer as OpenAI's API writes it, whole and as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from mmphi.serving.http_errors import body, refusal
+from mmphi.serving.scheduler import Ticket, Worker
+
+Event = dict[str, Any]
+
+
+class Reply:
+    """An answer.
+
+    Args:
+        ticket: What is answered.
+        pieces: What is said of it, ``None`` at its end.
+        model: Name of who answers.
+    """
+
+    def __init__(self, ticket: Ticket, pieces: asyncio.Queue[str | None], model: str) -> None:
+        self.ticket, self.pieces = ticket, pieces
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    async def first(self) -> str | None:
+        """The first piece, ``None`` where nothing is said.
+
+        Raises:
+            Refused: If it cannot be answered.
+        """
+        piece = await self.pieces.get()
+        if piece is None and self.ticket.error is not None:
+            raise refusal(self.ticket.error)
+        return piece
+
+    async def whole(self) -> Event:
+        """The answer when it is all said.
+
+        Raises:
+            Refused: If it cannot be answered.
+        """
+        said = []
+        while (piece := await self.pieces.get()) is not None:
+            said.append(piece)
+        if self.ticket.error is not None:
+            raise refusal(self.ticket.error)
+        message = {"role": "assistant", "content": "".join(said)}
+        choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
+        return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
+
+    async def events(self, worker: Worker, piece: str | None, usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events.
+
+        Args:
+            worker: Told when nobody listens any longer.
+            piece: The first one.
+            usage: Whether the tokens are counted at the end.
+        """
+        try:
+            yield self._event({"role": "assistant", "content": ""})
+            while piece is not None:
+                yield self._event({"content": piece})
+                piece = await self.pieces.get()
+            if self.ticket.error is not None:
+                yield f"data: {json.dumps(body(refusal(self.ticket.error)))}\n\n"
+                return
+            yield self._event({}, self._reason())
+            if usage:
+                yield _line({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
+            yield "data: [DONE]\n\n"
+        finally:  # Also when the one who asked has left.
+            worker.leave(self.ticket)
+
+    def _event(self, delta: Event, reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return _line({**self.head, "object": "chat.completion.chunk", "choices": [choice]})
+
+    def _reason(self) -> str:
+        return self.ticket.reason or "stop"
+
+    def _usage(self) -> Event:
+        prompt, said = self.ticket.prompt_tokens, self.ticket.tokens
+        details = {"cached_tokens": self.ticket.reused}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": said,
+            "total_tokens": prompt + said,
+            "prompt_tokens_details": details,
+        }
+
+
+def _line(event: Event) -> str:
+    # In ASCII: clients divide a stream into lines at characters such as U+2028, too.
+    return f"data: {json.dumps(event)}\n\n"

@@ -1,0 +1,223 @@
+"""Who answers on the page: models, loaded when they are first asked, and everybody's questions to them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from mmphi.errors import MmphiError
+from mmphi.generation.messages import conversation
+from mmphi.generation.sampling import Sampling
+from mmphi.serving.scheduler import Ticket, Worker
+
+MOST = 2  # Models in memory that nobody is talking to at the moment.
+
+
+@dataclass
+class Turn:
+    """A question and what was answered.
+
+    Attributes:
+        text: What was typed.
+        image: Path of the image that came with it; empty where there is none.
+        audio: Path of the recording that came with it; likewise.
+        heard: What was understood of the recording.
+        answer: As far as it was said.
+        problem: Why there is none.
+        done: Whether nothing more comes.
+    """
+
+    text: str
+    image: str = ""
+    audio: str = ""
+    heard: str = ""
+    answer: str = ""
+    problem: str = ""
+    done: bool = False
+
+    def messages(self) -> list[dict[str, Any]]:
+        """As OpenAI's API has it; the answer last, where there is one."""
+        parts: list[dict[str, Any]] = []
+        if self.image:
+            parts.append({"type": "image", "image": self.image})
+        if self.audio:
+            parts.append({"type": "audio", "audio": self.audio})
+        if self.text.strip():
+            parts.append({"type": "text", "text": self.text.strip()})
+        question = {"role": "user", "content": parts}
+        return [question, {"role": "assistant", "content": self.answer}] if self.done else [question]
+
+    def anew(self) -> Turn:
+        """The same question, not answered yet."""
+        return Turn(self.text, self.image, self.audio)
+
+
+@dataclass
+class Talk:
+    """What was said to one model.
+
+    Attributes:
+        model: Its name, as :meth:`Desk.worker` takes it.
+        turns: Questions and answers.
+        left: Whether it was cleared away: what is still said to it is not shown.
+    """
+
+    model: str
+    turns: list[Turn] = field(default_factory=list)
+    left: bool = False
+
+    @property
+    def answering(self) -> bool:
+        """Whether its last question is still being answered."""
+        return bool(self.turns) and not (self.turns[-1].done or self.turns[-1].problem)
+
+    def messages(self, system: str) -> list[dict[str, Any]]:
+        """All that was said, the last question open; what could not be answered is left out."""
+        said = [message for turn in self.turns if not turn.problem for message in turn.messages()]
+        return [{"role": "system", "content": system}, *said] if system else said
+
+
+def _tell(news: queue.SimpleQueue[tuple[int, str | None]], number: int, piece: str | None) -> None:
+    news.put((number, piece))
+
+
+class Desk:
+    """Models and those who ask them.
+
+    Args:
+        load: Makes the worker of a model; it is started here.
+        most: Models kept in memory.
+    """
+
+    def __init__(self, load: Callable[[str], Worker], most: int = MOST) -> None:
+        self._load, self._most = load, most
+        self._workers: dict[str, Worker] = {}  # The one used last is last.
+        self._loading: dict[str, Future[Worker]] = {}
+        self._asked: dict[str, list[tuple[Worker, Ticket]]] = {}
+        self._lock = threading.Lock()  # Of what is listed above; nothing that takes long is done under it.
+        self._closed = False
+        self._load_lock = threading.Lock()  # One model is loaded at a time.
+
+    def worker(self, model: str) -> Worker:
+        """Who answers for a model; loads it, and lets go of one that nobody talks to.
+
+        Raises:
+            MmphiError: If it cannot be loaded.
+        """
+        with self._lock:
+            if (worker := self._workers.pop(model, None)) is not None:
+                self._workers[model] = worker
+                return worker
+            others, loading = self._loading.get(model), Future[Worker]()
+            if others is None:
+                self._loading[model] = loading
+        if others is not None:
+            return others.result()
+        try:
+            with self._load_lock:
+                self._make_room()
+                worker = self._load(model)
+                worker.start()
+        except BaseException as error:
+            with self._lock:
+                del self._loading[model]
+            loading.set_exception(error)
+            raise
+        with self._lock:
+            self._workers[model] = worker
+            del self._loading[model]
+            closed = self._closed
+        loading.set_result(worker)
+        if closed:
+            worker.stop()
+        return worker
+
+    def loaded(self, model: str) -> Worker | None:
+        """The worker of a model that is in memory; None for any other."""
+        with self._lock:
+            return self._workers.get(model)
+
+    def _make_room(self) -> None:
+        """Let go of models that nobody talks to; nothing refers to them afterwards, so that their memory is free."""
+        with self._lock:
+            idle = [name for name, other in self._workers.items() if not other.open]
+            gone = [self._workers.pop(name) for name in idle[: max(0, len(self._workers) - self._most + 1)]]
+        while gone:
+            gone.pop().stop()
+
+    def ask(self, who: str, talks: Sequence[Talk], system: str, sampling: Sampling) -> Iterator[None]:
+        """Answer the last question of each talk, all at the same time; yields whenever there is something new.
+
+        Args:
+            who: Whose question it is: :meth:`stop` ends it.
+            talks: Their last turns are filled in.
+            system: What the models shall be.
+            sampling: How the answers are chosen.
+        """
+        turns = [talk.turns[-1] for talk in talks]
+        news: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
+        mine: dict[int, tuple[Worker, Ticket]] = {}
+        try:
+            for number, talk in enumerate(talks):
+                try:
+                    mine[number] = self._submit(who, talk, system, sampling, partial(_tell, news, number))
+                except MmphiError as error:
+                    turns[number].problem = str(error)
+            yield
+            waited_for = set(mine)
+            while waited_for:
+                number, piece = news.get()
+                turn, ticket = turns[number], mine[number][1]
+                turn.heard = " ".join(ticket.heard[-ticket.recordings :]) if ticket.recordings else ""
+                turn.answer += piece or ""
+                if piece is None:
+                    waited_for.remove(number)
+                    turn.done, turn.problem = True, str(ticket.error or "")
+                yield
+        finally:
+            for turn in turns:  # Also where nobody asks for the rest.
+                turn.done = turn.done or not turn.problem
+            self._leave(who, list(mine.values()))
+
+    def _submit(
+        self, who: str, talk: Talk, system: str, sampling: Sampling, tell: Callable[[str | None], None]
+    ) -> tuple[Worker, Ticket]:
+        ticket = Ticket(conversation(talk.messages(system)), sampling, tell)
+        while True:
+            worker = self.worker(talk.model)
+            with self._lock:
+                if self._workers.get(talk.model) is worker:  # Else another thread has let go of it meanwhile.
+                    worker.submit(ticket)
+                    self._asked.setdefault(who, []).append((worker, ticket))
+                    return worker, ticket
+
+    def stop(self, who: str) -> None:
+        """End the answers that somebody waits for; what was said of them stays."""
+        with self._lock:
+            asked = list(self._asked.get(who, []))
+        for worker, ticket in asked:
+            worker.leave(ticket)
+
+    def _leave(self, who: str, asked: list[tuple[Worker, Ticket]]) -> None:
+        for worker, ticket in asked:
+            worker.leave(ticket)
+        with self._lock:
+            left = [each for each in self._asked.get(who, []) if each not in asked]
+            if left:
+                self._asked[who] = left
+            else:
+                self._asked.pop(who, None)
+
+    def close(self) -> None:
+        """Break off what is being answered, and end."""
+        with self._lock:
+            self._closed = True
+            workers = list(self._workers.values())
+            self._workers.clear()
+        for worker in workers:
+            worker.stop()

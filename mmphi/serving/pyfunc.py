@@ -1,0 +1,100 @@
+"""A trained model as MLflow loads it: ``mlflow.pyfunc.load_model``, ``mlflow models serve``."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+from mmphi.data.decoder import Decoder
+from mmphi.errors import MmphiError
+from mmphi.generation.conversations import answered, read_all
+from mmphi.generation.messages import MessageError
+from mmphi.generation.sampling import Sampling
+from mmphi.serving.scheduler import AUDIO_S, decoded
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmphi.models.multimodal import Multimodal
+
+SLOTS = 8
+
+
+def _load_pyfunc(path: str) -> Answerer:
+    """The model of a folder; MLflow calls it by this name."""
+    import mmphi
+
+    return Answerer(mmphi.load(path))
+
+
+class Answerer:
+    """Answers rows.
+
+    Args:
+        model: Who answers.
+    """
+
+    def __init__(self, model: Multimodal) -> None:
+        self._engine = model.engine(SLOTS)
+        self._lock = threading.Lock()  # The server asks from several threads.
+        self._decoder = Decoder()
+
+    def predict(self, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """Answer each row.
+
+        Args:
+            model_input: Of ``question``, ``image`` and ``audio`` (what a file holds, in base64, alone or as a ``data:``
+                URI) and ``system`` some; or ``messages``, as OpenAI's API has them, in JSON.
+            params: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``, another each time where it is negative.
+
+        Returns:
+            The ``answer`` of each row, and what was ``heard`` of its recording.
+
+        Raises:
+            MlflowException: If a row cannot be answered.
+        """
+        import pandas as pd
+
+        how = {name: value for name, value in (params or {}).items() if value is not None}
+        if int(how.get("seed", -1)) < 0:
+            how.pop("seed", None)
+        try:
+            rows: list[Any] = model_input.to_dict("records")
+            asked = read_all([_messages(row) for row in rows], files=False)
+            with self._lock:
+                asked = [decoded(each, self._decoder, AUDIO_S) for each in asked]
+                answers = answered(self._engine, asked, Sampling(**how))
+                heard = [self._engine.model.inputs(each.audio[-1]) for each in asked]
+        except MmphiError as error:
+            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
+        said = [" ".join(each.said or "" for each in own) for own in heard]
+        return pd.DataFrame({"answer": [answer.text for answer in answers], "heard": said})
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    given = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
+    if "messages" in given:
+        try:
+            return list(json.loads(given["messages"]))
+        except (ValueError, TypeError) as error:
+            raise MessageError(f"messages are no JSON: {error}") from error
+    kinds = [kind for kind in ("image", "audio") if kind in given]
+    parts: list[dict[str, Any]] = [{"type": kind, kind: _content(given[kind], kind)} for kind in kinds]
+    if "question" in given:
+        parts.append({"type": "text", "text": given["question"]})
+    system = [{"role": "system", "content": given["system"]}] if "system" in given else []
+    return [*system, {"role": "user", "content": parts}]
+
+
+def _content(text: str, kind: str) -> bytes:
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MessageError(f"{kind} is no base64: {error}") from error

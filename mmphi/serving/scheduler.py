@@ -1,0 +1,361 @@
+"""An engine and those who ask it: requests are prepared in threads of their own, and answered together in one."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from mmphi.data.decoder import Decoder, wav_seconds
+from mmphi.errors import AudioError, MmphiError
+from mmphi.generation.engine import Answering, Engine, Reason
+from mmphi.generation.messages import Conversation
+from mmphi.generation.prompt_builder import check_shown, open_prompt
+from mmphi.generation.sampling import Sampling
+
+IDLE_S = 0.5  # How long an idle thread waits before it looks whether it shall stop.
+STALLED_S = 60.0  # Without a step for longer, the engine counts as stalled: a step takes seconds at most.
+AUDIO_S = 600.0  # Longest recordings of one request, all together, in seconds.
+STOP_S = 5.0  # How long a stop waits for the threads; they are daemons, and do not hold up the end of the process.
+
+
+NOTHING = Conversation("", (("", None),), ((),), ((),))
+
+
+class Full(MmphiError):  # noqa: N818  # As HTTP has it: Too Many Requests.
+    """So many are waiting that nobody else is taken."""
+
+
+class TooSlow(MmphiError):  # noqa: N818  # Likewise.
+    """An answer took longer than it may."""
+
+
+class Stopping(MmphiError):  # noqa: N818  # Likewise.
+    """The server ends."""
+
+
+class Left(MmphiError):  # noqa: N818  # Likewise.
+    """Nobody waits for the answer any longer."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One question on its way.
+
+    Attributes:
+        asked: The conversation; nothing is left of it at the end.
+        sampling: How the answer is chosen.
+        tell: Called in the engine's thread with each piece of the answer, and with ``None`` at its end.
+        born: When it came, on the clock of :func:`time.monotonic`.
+        heard: What was understood of its recordings.
+        prompt_tokens: Tokens of the prompt, features included.
+        reused: How many of them were remembered.
+        tokens: Tokens of the answer.
+        reason: Why the answer ended.
+        error: What went wrong.
+        first_s: Seconds until its first token.
+        gone: Whether nobody waits for it any longer.
+        ended: Whether nothing more is told.
+        recordings: How many the newest question has.
+    """
+
+    asked: Conversation
+    sampling: Sampling
+    tell: Callable[[str | None], None]
+    born: float = field(default_factory=time.monotonic)
+    heard: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
+    reused: int = 0
+    tokens: int = 0
+    reason: Reason = ""
+    error: Exception | None = None
+    first_s: float = 0.0
+    gone: bool = False
+    ended: bool = False
+    recordings: int = field(init=False)
+    _answering: Answering | None = None
+
+    def __post_init__(self) -> None:
+        self.recordings = len(self.asked.audio[-1])
+
+
+class Worker:
+    """Answers tickets, as many at once as the engine has slots.
+
+    A ticket is prepared before it is answered: its images are decoded and embedded, its recordings decoded and
+    transcribed, its prompt is written. Tickets of text alone, of images and of recordings are prepared in a thread of
+    each kind, so that no text waits for a recording.
+
+    Args:
+        engine: Used by nobody else from now on.
+        waiting: Tickets that may wait beside those that are answered.
+        limit_s: Longest time from a ticket's coming to its last token; 0 for none.
+        ended: Called with every ticket at its end.
+        audio_s: Longest recordings of one ticket, all together, in seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        waiting: int = 64,
+        limit_s: float = 0.0,
+        ended: Callable[[Ticket], None] = lambda _: None,
+        audio_s: float = AUDIO_S,
+    ) -> None:
+        self.engine, self.limit_s, self.ended, self.audio_s = engine, limit_s, ended, audio_s
+        self.most = engine.slots + waiting
+        self._lanes: dict[str, queue.SimpleQueue[Ticket | None]] = {
+            kind: queue.SimpleQueue() for kind in ("text", "images", "recordings")
+        }
+        self._ready: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self._open: set[Ticket] = set()
+        self._reading = 0
+        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._stepped = time.monotonic()
+        self._decoder = Decoder()
+        self._threads = [
+            threading.Thread(target=self._prepare, args=(lane,), daemon=True, name=f"preparation of {kind}")
+            for kind, lane in self._lanes.items()
+        ]
+        self._threads.append(threading.Thread(target=self._answer, daemon=True, name="generation"))
+
+    def start(self) -> None:
+        """Begin to answer."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Break off what is being answered, and end."""
+        self._stopping.set()
+        for lane in self._lanes.values():
+            lane.put(None)
+        end = time.monotonic() + STOP_S
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self._decoder.close()
+
+    @property
+    def problem(self) -> str:
+        """Why no answers can be expected: a thread has ended, or the engine makes no steps; empty otherwise."""
+        ended = [thread.name for thread in self._threads if not thread.is_alive()]
+        if ended:
+            return f"{', '.join(ended)} ended"
+        age = time.monotonic() - self._stepped
+        return f"the last step was {age:.0f} s ago" if age > STALLED_S else ""
+
+    @property
+    def full(self) -> bool:
+        """Whether no more tickets are taken at present."""
+        return self.open >= self.most
+
+    @property
+    def open(self) -> int:
+        """Tickets that wait or are answered, and requests that are read."""
+        return len(self._open) + self._reading
+
+    def check_room(self) -> None:
+        """That a ticket would be taken at present.
+
+        Raises:
+            Full: If too many wait.
+        """
+        if self.full:
+            raise Full(f"{self.open} questions wait for an answer, and no more are taken", "try again soon")
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count a request that is read, whose images may be fetched meanwhile, as one that waits.
+
+        Raises:
+            Full: If too many wait.
+        """
+        with self._lock:
+            self.check_room()
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+
+    def submit(self, ticket: Ticket) -> None:
+        """Take a ticket.
+
+        Raises:
+            Full: If too many wait.
+        """
+        with self._lock:
+            self.check_room()
+            self._open.add(ticket)
+        asked = ticket.asked
+        kind = "recordings" if any(asked.audio) else "images" if any(asked.images) else "text"
+        self._lanes[kind].put(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Nobody waits for this answer any longer: it costs nothing from now on."""
+        ticket.gone = True
+
+    def _check(self, ticket: Ticket) -> None:
+        """That a ticket's answer is still wanted, and may still come.
+
+        Raises:
+            Left: If nobody waits for it.
+            TooSlow: If its time is over.
+            Stopping: If no answers are given any longer.
+        """
+        if self._stopping.is_set():
+            raise Stopping("the server ends", "ask again when it is back")
+        if ticket.gone or ticket.ended:
+            raise Left("nobody waits for the answer")
+        if self.limit_s and time.monotonic() - ticket.born > self.limit_s:
+            raise TooSlow(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
+
+    def _prepare(self, lane: queue.SimpleQueue[Ticket | None]) -> None:
+        """Prepare the tickets of one kind, one after the other."""
+        while self._prepare_next(lane):
+            pass
+
+    def _prepare_next(self, lane: queue.SimpleQueue[Ticket | None]) -> bool:
+        # A function of its own, so that nothing holds the last ticket while the next one is waited for.
+        ticket = lane.get()
+        if ticket is None:
+            return False
+        try:
+            self._write_prompt(ticket)
+        except Left:
+            self._end(ticket)
+        except Exception as error:  # Whatever is wrong with this one, the others are answered.
+            self._end(ticket, error)
+        else:
+            self._ready.put(ticket)
+        return True
+
+    def _write_prompt(self, ticket: Ticket) -> None:
+        model, check = self.engine.model, partial(self._check, ticket)
+        check()
+        given = ticket.asked  # It is let go of when the ticket ends, which may be meanwhile.
+        check_shown(model, given, check)
+        asked = decoded(given, self._decoder, self.audio_s, check)
+        own = [audio for turn in asked.audio for audio in turn]
+        ticket.heard = [each.said or "" for each in model.inputs(own, check)]
+        prompt, _ = open_prompt(model, asked, self.engine.room(ticket.sampling), checked=True, check=check)
+        ticket.prompt_tokens = len(prompt)
+        ticket._answering = self.engine.answering(prompt, ticket.sampling)
+
+    def _answer(self) -> None:
+        """Step the engine as long as there is something to say; no error of a request ends this thread."""
+        active: list[Ticket] = []
+        while not self._stopping.is_set():
+            self._stepped = time.monotonic()
+            try:
+                self._take(active)
+                self._cancel(active)
+                self.engine.step()
+            except Exception as error:  # None of a single answer: the engine gives those to the answer itself.
+                for ticket in active:
+                    self._break_off(ticket, error)
+            active = [ticket for ticket in active if self._told(ticket)]
+        for ticket in list(self._open):
+            self._end(ticket, Stopping("the server ends", "ask again when it is back"))
+
+    def _cancel(self, active: list[Ticket]) -> None:
+        """Cancel requests whose client has disconnected, or that exceed the time limit, wherever they are."""
+        for ticket in list(self._open):
+            try:
+                self._check(ticket)
+            except (Left, TooSlow, Stopping) as error:
+                why = None if isinstance(error, Left) else error
+                if ticket in active:
+                    self._break_off(ticket, why)
+                else:
+                    self._end(ticket, why)
+
+    def _break_off(self, ticket: Ticket, error: Exception | None) -> None:
+        assert ticket._answering is not None
+        ticket.error = ticket.error or error
+        self.engine.cancel(ticket._answering)
+
+    def _take(self, active: list[Ticket]) -> None:
+        """Take what is ready; wait for it where nothing else is to be done."""
+        while True:
+            try:
+                ticket = self._ready.get_nowait() if active else self._ready.get(timeout=IDLE_S)
+            except queue.Empty:
+                return
+            if not ticket.ended:
+                assert ticket._answering is not None
+                self.engine.enqueue(ticket._answering)
+                active.append(ticket)
+
+    def _told(self, ticket: Ticket) -> bool:
+        """Tell what is new of an answer; whether there is more to come."""
+        try:
+            return self._tell(ticket)
+        except Exception as error:  # Of this answer alone, as one that its text cannot be made of.
+            self._break_off(ticket, error)
+            self._end(ticket)
+            return False
+
+    def _tell(self, ticket: Ticket) -> bool:
+        answering = ticket._answering
+        assert answering is not None
+        ticket.tokens, ticket.reused = answering.tokens, answering.reused
+        if answering.tokens and not ticket.first_s:
+            ticket.first_s = time.monotonic() - ticket.born
+        if (piece := answering.take()) and not ticket.gone:
+            try:
+                ticket.tell(piece)
+            except RuntimeError:  # The event loop of the one who asked is closed.
+                ticket.gone = True
+        if not answering.reason:
+            return True
+        ticket.reason = answering.reason
+        self._end(ticket, answering.error)
+        return False
+
+    def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
+        """End a ticket, unless another thread has done so already."""
+        with self._lock:
+            if ticket.ended:
+                return
+            ticket.ended = True
+            ticket.error = ticket.error or error
+            self._open.discard(ticket)
+        try:
+            self.ended(ticket)
+        finally:
+            ticket.asked = NOTHING  # It may wait in a lane for long yet, and would hold all its images there.
+            with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
+                ticket.tell(None)
+
+
+def decoded(
+    asked: Conversation, decoder: Decoder, longest_s: float, check: Callable[[], None] = lambda: None
+) -> Conversation:
+    """A conversation whose recordings are decoded, in another process.
+
+    Args:
+        asked: The conversation.
+        decoder: Of recordings.
+        longest_s: Longest recordings, all together, in seconds.
+        check: Called now and then; what it raises ends this.
+
+    Raises:
+        AudioError: If one cannot be decoded, or all together are too long.
+    """
+    left, turns = longest_s, []
+    for turn in asked.audio:
+        own = []
+        for audio in turn:
+            check()
+            if left <= 0:
+                raise AudioError("too long", f"the recordings are longer than {longest_s:g} s", "cut them")
+            content = decoder.decode(audio.source, left, check)
+            left -= wav_seconds(content)
+            own.append(replace(audio, source=content))
+        turns.append(tuple(own))
+    return replace(asked, audio=tuple(turns))

@@ -1,0 +1,177 @@
+"""``mmphi serve``: a trained model behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mmphi.errors import SettingsError
+from mmphi.serving.model_args import model_options
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from mmphi.models.multimodal import Multimodal
+    from mmphi.serving.api import Rules
+
+HOST, PORT = "127.0.0.1", 8000
+LOCAL = (HOST, "localhost", "::1")
+KEY = "MMPHI_API_KEY"
+GRACE_S, END_S = 2, 9.0  # After SIGTERM: seconds that open answers may take, and until the process is ended by force.
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="mmphi serve",
+        description="Serve a trained model by OpenAI's HTTP interface: /v1/chat/completions (text, images, audio),"
+        " /v1/models, /health, /ready, /metrics.",
+        epilog=f"A key that every request must bring is read from the variable {KEY}.",
+    )
+    model_options(made)
+    made.add_argument("--name", default="", help="what the model is called to those who ask [its run or folder]")
+    made.add_argument("--host", default=HOST, help=f"where to listen; beyond this machine only with a key [{HOST}]")
+    made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
+    made.add_argument("--slots", type=int, default=8, help="answers at once [8]")
+    made.add_argument("--waiting", type=int, default=64, help="questions that may wait beside them, else 429 [64]")
+    made.add_argument("--audio-seconds", type=float, default=600.0, help="longest recordings of a request [600]")
+    made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
+    made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest request [67108864]")
+    made.add_argument("--temperature", type=float, default=0.0, help="where a request says none [0: the likeliest]")
+    made.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="pages that may ask from a browser; * for any [none]",
+    )
+    made.add_argument(
+        "--allow-url", action="append", default=[], metavar="PREFIX", help="fetch images whose URL begins so [none]"
+    )
+    return made
+
+
+def key_for(host: str) -> str:
+    """The key or password that everybody must bring; empty where there is none.
+
+    Raises:
+        SettingsError: If others may ask there, and there is none.
+    """
+    key = os.environ.get(KEY, "")
+    if host not in LOCAL and not key:
+        raise SettingsError(f"--host {host} lets others ask, and there is no key", f"set {KEY}")
+    return key
+
+
+def application_of(
+    model: Multimodal,
+    rules: Rules,
+    *,
+    slots: int = 8,
+    waiting: int = 64,
+    context: int = 0,
+    limit_s: float = 120.0,
+    audio_s: float = 600.0,
+) -> FastAPI:
+    """The server of a model, as uvicorn runs it.
+
+    Args:
+        model: Who answers.
+        rules: What is allowed.
+        slots: Answers at once.
+        waiting: Questions that may wait beside them.
+        context: Longest conversation, in tokens; as of :class:`~mmphi.generation.engine.Engine` where 0.
+        limit_s: Seconds that an answer may take.
+        audio_s: Longest recordings of a request, all together, in seconds.
+    """
+    from mmphi.generation.engine import Engine
+    from mmphi.serving.api import application
+    from mmphi.serving.metrics import Metrics
+    from mmphi.serving.scheduler import Ticket, Worker
+
+    def ended(ticket: Ticket) -> None:
+        metrics.ended(ticket, time.monotonic() - ticket.born)
+
+    worker = Worker(Engine(model, slots, context), waiting, limit_s, ended, audio_s)
+    metrics = Metrics(lambda: worker.open)
+    return application(worker, rules, metrics)
+
+
+def server_of(app: FastAPI, host: str, port: int, open_requests: int) -> uvicorn.Server:
+    """The web server of an application.
+
+    Args:
+        app: What :func:`application_of` made.
+        host: Where it listens.
+        port: Likewise.
+        open_requests: Most that it takes at once; twice as many connections are, others are answered by 503.
+    """
+    import uvicorn
+
+    from mmphi.serving.guard import TimedProtocol
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        http=TimedProtocol,
+        limit_concurrency=2 * open_requests + 64,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    return uvicorn.Server(config)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``mmphi serve``."""
+    options = parser().parse_args(list(arguments))
+    key = key_for(options.host)
+
+    import mmphi
+    from mmphi.serving.api import Rules
+    from mmphi.serving.model_args import chosen_model
+
+    choice = chosen_model(options)
+    model = mmphi.load(choice.name, whisper=options.whisper)
+    fetch: Callable[[str], bytes] | None = None
+    if options.allow_url:
+        from mmphi.serving.image_fetch import fetcher
+
+        fetch = fetcher(options.allow_url)
+    hosts = (*LOCAL, options.host)
+    rules = Rules(
+        options.name or choice.short, key, options.max_bytes, options.temperature, fetch, hosts, tuple(options.cors)
+    )
+    app = application_of(
+        model,
+        rules,
+        slots=options.slots,
+        waiting=options.waiting,
+        context=options.context,
+        limit_s=options.time_limit,
+        audio_s=options.audio_seconds,
+    )
+    print(f"model: {choice.label}", flush=True)
+    print(f"{rules.name} at http://{options.host}:{options.port}/v1", flush=True)
+    server = server_of(app, options.host, options.port, options.slots + options.waiting)
+    # uvicorn has no hook for signals, so the method of this server is replaced.
+    server.handle_exit = ending_soon(server.handle_exit)  # type: ignore[method-assign]  # See above.
+    server.run()
+    return 0
+
+
+def ending_soon(handle: Callable[..., None]) -> Callable[..., None]:
+    """A signal handler that also ends the process after :data:`END_S` seconds, whatever its threads are doing."""
+
+    def handler(*arguments: object) -> None:
+        timer = threading.Timer(END_S, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+        handle(*arguments)
+
+    return handler

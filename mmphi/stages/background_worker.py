@@ -1,0 +1,58 @@
+"""The process that :mod:`mmphi.pipeline.background_build` starts to build stages at the same time as another one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+
+from mmphi.allocator import keep_freed_memory
+from mmphi.errors import MmphiError, Stopped
+from mmphi.pipeline.background_build import order_of
+from mmphi.pipeline.build import Pipeline
+from mmphi.pipeline.stage import Stage
+from mmphi.stages import STAGES, Settings
+
+USER_ERROR, TERMINATED = 2, 143
+
+
+def _stop(_: int, __: object) -> None:
+    raise Stopped("stopped; the same command goes on from there")
+
+
+def _until_alone() -> None:
+    """End this process where the one that started it is gone: nobody waits for what it builds."""
+    # Not by a buffered reader, whose lock would hold up the end of the interpreter.
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(stages: Mapping[str, Stage] = STAGES) -> int:
+    """Build what standard input asks for.
+
+    Args:
+        stages: By name.
+
+    Returns:
+        0; 2 after an error that a person can mend; 143 where it was stopped.
+    """
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        names, settings = order_of(sys.stdin)
+        threading.Thread(target=_until_alone, daemon=True).start()
+        for name in names:
+            Pipeline(stages).build(name, Settings.model_validate(settings), after=False)
+    except MmphiError as error:
+        print(f"error: {error.what}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt as error:
+        print(error or "interrupted", file=sys.stderr)
+        return TERMINATED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What stage ``projector`` may begin with: features learn to name what images show, before the language model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmphi.pipeline.stage import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmphi.config.shared import ConversationSettings
+    from mmphi.data.features import ImageFeatures
+    from mmphi.data.schema import Example, ImageRef
+    from mmphi.models.multimodal import Multimodal
+    from mmphi.training.caption_alignment import Captioned, Naming
+
+MEASURED = 200  # Validation images at most.
+
+
+def name_words(
+    ctx: Context,
+    model: Multimodal,
+    chosen: ConversationSettings,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    views: int,
+) -> None:
+    """Train a model's projector to name the words of captions, then make its embeddings as large as those of words.
+
+    Args:
+        ctx: Of the stage.
+        model: Whose projector is trained; its language model gives its embeddings alone.
+        chosen: What else the training goes by.
+        examples: Of all splits.
+        steps: Optimiser steps.
+        batch_size: Images per step.
+        learning_rate: At its peak.
+        views: Of each image, in turn.
+    """
+    from mmphi.tracking.tracker import Under
+    from mmphi.training.caption_alignment import (
+        Naming,
+        NamingSteps,
+        as_large_as,
+        captioned,
+        naming_loss,
+        shown,
+        usage_of,
+    )
+    from mmphi.training.trainer import train
+
+    features, projector = model.features, model.projector
+    assert features is not None
+    assert projector is not None
+    tracker = Under(ctx.tracker, "align")
+    known, images = captioned(model.language, _answers(examples, "train", steps * batch_size))
+    if not images:
+        tracker.say("there is nothing to name: no training image has an answer")
+        return
+    embeddings = model.language.embeddings(known)
+    usage = usage_of(images, len(known)).to(embeddings.device)
+    task = Naming(projector, embeddings, usage)
+    shape = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "accumulation": 1}
+    own = chosen.model_copy(update={**shape, "optimizer": "adamw", "result": "last"})
+    _, held = captioned(model.language, _answers(examples, "validation", MEASURED), known)
+    usual = -float((task.usual.cpu()[[w for h in held for w in h.words]] * _counts(held)).sum()) if held else 0.0
+
+    def measure(step: int) -> Mapping[str, float]:
+        loss = naming_loss(task, held, features)
+        rows = _named(model, task, held[: chosen.sample_images], known, features)
+        tracker.table("words", [{"step": step, **row} for row in rows], image="image")
+        return {"val/loss": loss, "val/gain": usual / max(1.0, float(_counts(held).sum())) - loss}
+
+    train(
+        task,
+        NamingSteps(images, features, steps=steps, batch_size=batch_size, seed=chosen.seed, views=views),
+        own,
+        folder=ctx.folder / "align",
+        tracker=tracker,
+        title="align",
+        validate=measure if held else None,
+    )
+    some = shown(images[:batch_size], features)["features"]
+    as_large_as(projector, some, float((embeddings.norm(dim=-1) * usage).sum() / usage.sum()))
+
+
+def _answers(examples: Sequence[Example], split: str, most: int) -> list[tuple[ImageRef, list[str]]]:
+    """Images of a split, with all that is answered about them."""
+    found: dict[str, tuple[ImageRef, list[str]]] = {}
+    for example in examples:
+        if example.split == split and example.image is not None:
+            if example.image.id not in found and len(found) == most:
+                continue
+            _, said = found.setdefault(example.image.id, (example.image, []))
+            said += [turn.answer for turn in example.turns]
+    return list(found.values())
+
+
+def _counts(images: Sequence[Captioned]) -> Tensor:
+    import torch
+
+    return torch.tensor([count for one in images for count in one.counts], dtype=torch.float32)
+
+
+def _named(
+    model: Multimodal, task: Naming, images: Sequence[Captioned], known: Sequence[int], features: ImageFeatures
+) -> list[dict[str, Any]]:
+    """What each place of some images is most likely called."""
+    import torch
+
+    if not images:
+        return []
+    seen = features.get([one.image for one in images]).to(task.words.device)
+    with torch.no_grad():
+        above = task.places(seen) - task.usual
+    rows = []
+    for one, likeliest in zip(images, above.argmax(dim=-1).tolist(), strict=True):
+        words = [model.language.tokenizer.decode([known[place]]).strip() for place in likeliest]
+        rows.append({"image": one.image.path, "words": " ".join(words)})
+    return rows

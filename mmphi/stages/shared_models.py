@@ -1,0 +1,174 @@
+"""What several stages do alike: reading the data, and borrowing frozen models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.section import Section
+from mmphi.config.shared import (
+    ConversationSettings,
+    DataSettings,
+    LanguageSettings,
+    TrainingSettings,
+    VisionSettings,
+    sources_of,
+    uses_scenes,
+)
+from mmphi.errors import DataError, SettingsError
+
+if TYPE_CHECKING:
+    from mmphi.data.features import ImageFeatures
+    from mmphi.data.schema import Example, ReadReport
+    from mmphi.models.language.language_model import Language
+    from mmphi.models.vision.vision_encoder import Tower
+    from mmphi.pipeline.stage import Context, Result
+    from mmphi.tracking.tracker import Tracker
+
+# What decides which rows there are, what they say and which split they are in; neither weights nor limits of badness.
+CONTENT = (
+    *(f"data.sources.N.{name}" for name in ("kind", "name", "path", "images", "split", "revision")),
+    *(f"data.sources.N.{name}" for name in ("image_column", "text_column")),
+    "data.validation_images",
+    "data.test_images",
+    "data.split_seed",
+    "data.max_images",
+    "data.max_answer_words",
+    "data.max_bad_share",
+    "data.near_duplicates",
+    "data.reading",
+)
+
+
+CHECKED_BYTES = 2_000_000  # Files of rows that are read before anything is built; larger ones take too long.
+
+
+def check_training(name: str, chosen: TrainingSettings) -> None:
+    """Refuse a batch that cannot be spread over forward passes and processes.
+
+    Raises:
+        SettingsError: Naming the nearest that can.
+    """
+    passes = chosen.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    if chosen.batch_size < passes:
+        raise SettingsError(
+            f"{name}.batch_size = {chosen.batch_size}, but each step makes {passes} forward passes over all processes",
+            f"the nearest batch size is {passes}; or lower {name}.accumulation",
+        )
+    if isinstance(chosen, ConversationSettings) and chosen.contrast and chosen.result == "best":
+        raise SettingsError(
+            f"{name}.result = best takes the lowest validation loss, and {name}.contrast gives some of it up for what"
+            " the right image saves: the steps with contrast would not be taken",
+            f"{name}.result last, or {name}.contrast 0",
+        )
+
+
+def evaluating(stage: str) -> Callable[[Section], Section]:
+    """What ``evaluate`` is asked for with at the end of a stage: to measure that stage's model."""
+
+    def asking(settings: Section) -> Section:
+        evaluate: Section = getattr(settings, "evaluate")  # noqa: B009  # Stages do not know the class of all settings.
+        return settings.model_copy(update={"evaluate": evaluate.model_copy(update={"stage": stage})})
+
+    return asking
+
+
+def scenes_if_read(settings: SettingsView) -> tuple[str, ...]:
+    """The stage ``scenes``, where a source asks for it."""
+    return ("scenes",) if uses_scenes(settings(DataSettings)) else ()
+
+
+def read(settings: SettingsView, upstream: Mapping[str, Result]) -> tuple[list[Example], ReadReport]:
+    """All examples of the data, and the account of how they were read."""
+    from mmphi.data.dataset_builder import read_examples
+
+    scenes = upstream.get("scenes")
+    return read_examples(settings(DataSettings), scenes.path if scenes else None)
+
+
+def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None:
+    """Record the account of what was read.
+
+    Raises:
+        DataError: If more rows are bad than the settings allow, or none is left.
+    """
+    tracker.table("data_read", list(report.rows()))
+    refuse_bad(report, data)
+
+
+def check_data(settings: SettingsView) -> None:
+    """Read small data before anything is built, so that what is wrong with them is reported at once.
+
+    Raises:
+        DataError: As reading them in a stage does: too few images, too many unusable rows, a file that cannot be read.
+    """
+    from mmphi.data.dataset_builder import read_examples
+
+    data = settings(DataSettings)
+    sources = sources_of(data)
+    files = [Path(source.path) for source in sources if source.kind in ("llava", "captions", "karpathy")]
+    readable = len(files) == len(sources) and all(file.is_file() for file in files)
+    if readable and sum(file.stat().st_size for file in files) <= CHECKED_BYTES:
+        refuse_bad(read_examples(data, None)[1], data)
+
+
+def refuse_bad(report: ReadReport, data: DataSettings) -> None:
+    """Refuse data of which no row is left, or too few.
+
+    Raises:
+        DataError: If more rows are bad than the settings allow, or none is left.
+    """
+    if not report.kept.total() and not report.dropped:
+        raise DataError("the data has no rows", "check the files that data.sources name")
+    if report.bad_share > data.max_bad_share or not report.kept.total():
+        raise DataError(
+            f"{report.bad_share:.1%} of the rows cannot be used; at most {data.max_bad_share:.1%} may be\n"
+            + report.table(),
+            "mend the data, or raise data.max_bad_share",
+        )
+
+
+def language_of(ctx: Context) -> Language:
+    """The frozen language model, as this process has it."""
+    from mmphi.models.checkpoint import borrowed_language
+    from mmphi.models.device import this_device
+
+    pretrained = ctx.upstream.get("pretrain")
+    folder = pretrained.path if pretrained else None
+    return borrowed_language(ctx.settings(LanguageSettings), folder, this_device(), ctx.resources.once)
+
+
+def tower_of(ctx: Context) -> Tower:
+    """The frozen image tower, as this process has it."""
+    from mmphi.models.checkpoint import borrowed_tower
+    from mmphi.models.device import this_device
+
+    light_clip, chosen = ctx.upstream.get("light_clip"), ctx.settings(VisionSettings)
+    folder = light_clip.path if light_clip else None
+    identity = f"{chosen.model_dump_json()}/{light_clip.key if light_clip else ''}"
+    return borrowed_tower(chosen, folder, this_device(), ctx.resources.once, identity)
+
+
+def stored_features(ctx: Context) -> ImageFeatures:
+    """The stored features of the stage ``embed``, as this process has them."""
+    from mmphi.data.features import FeatureStore
+
+    embed = ctx.upstream["embed"]
+    return ctx.resources.once("features", embed.run_id, lambda: FeatureStore(embed.path))
+
+
+def drop_unseen(examples: list[Example], features: ImageFeatures, report: ReadReport) -> list[Example]:
+    """The examples whose images have features; the others are counted."""
+    from mmphi.data.dataset_builder import images_of
+
+    features.prepare(images_of(examples))
+    seen = []
+    for example in examples:
+        if all(image in features for image in example.images):
+            seen.append(example)
+        else:
+            report.drop_kept(example.source, example.id, "unreadable image")
+    return seen

@@ -1,0 +1,189 @@
+"""What the stages that hear share: conversations about recordings, and models that hear them in one way or another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmphi.config.audio import AudioSettings
+from mmphi.config.speech import SpeechSettings
+from mmphi.errors import AudioError, ModelError, StoreError
+from mmphi.pipeline.stage import Context
+from mmphi.stages.listen import recordings_of
+from mmphi.stages.shared_models import language_of
+
+if TYPE_CHECKING:
+    from mmphi.data.schema import AudioRef, Example, ReadReport
+    from mmphi.models.audio.audio_features import Hearing
+    from mmphi.models.audio.audio_projector import Link, SpeechProjection
+    from mmphi.models.audio.transcriber import Audio
+    from mmphi.models.language.language_model import Language
+    from mmphi.models.multimodal import Multimodal
+    from mmphi.text.tokenized_example import Sample
+
+
+def conversations(ctx: Context, report: ReadReport) -> list[Example]:
+    """What is asked of every recording, and what is said in it.
+
+    Raises:
+        DataError: If there is nothing to train on.
+    """
+    from mmphi.data.speech_dataset import spoken_examples
+
+    chosen = ctx.settings(SpeechSettings)
+    shape: dict[str, Any] = {"validation": chosen.validation, "test": chosen.test, "seed": chosen.split_seed}
+    return spoken_examples(recordings_of(chosen, report), report, question=chosen.question, **shape)
+
+
+def hearing_model(ctx: Context) -> Multimodal:
+    """A frozen model with a new speech projection."""
+    import torch
+
+    from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
+    from mmphi.models.checkpoint import load_bundle
+    from mmphi.models.multimodal import Multimodal
+
+    chosen = ctx.settings(SpeechSettings)
+    if chosen.model:
+        base = load_bundle(ctx.models["speech.model"], once=ctx.resources.once)
+    else:
+        own = "pretrain" in ctx.upstream
+        base = Multimodal(language_of(ctx), None, None, chosen.max_length, own_language=own)
+    hearing, audio = heard_by(ctx, base.language, chosen.link)
+    torch.manual_seed(chosen.seed)
+    stack = chosen.stack if chosen.link == "encoder" else 1
+    config = SpeechConfig(chosen.link, hearing.width, base.language.width, chosen.width, stack, chosen.soft_temperature)
+    speech = SpeechProjection(config, scale=float(base.language.embeddings().square().mean().sqrt()))
+    return with_hearing(base, hearing, speech, audio)
+
+
+def with_hearing(base: Multimodal, hearing: Hearing, speech: SpeechProjection | None, audio: Audio) -> Multimodal:
+    """The same model, hearing in another way."""
+    from mmphi.models.multimodal import Multimodal
+
+    return Multimodal(
+        base.language,
+        base.projector,
+        base.features,
+        base.max_length,
+        base.vision,
+        own_language=base.own_language,
+        hearing=hearing,
+        speech=speech,
+        audio=audio,
+    )
+
+
+def heard_afresh(ctx: Context, language: Language, link: Link) -> Hearing:
+    """What a link reads, by ears that have heard nothing yet."""
+    from mmphi.models.audio.audio_features import EncoderLink, SoftLink, TranscriptLink, live_frames
+    from mmphi.models.audio.transcriber import Ears, listener_of, openai_of
+    from mmphi.models.device import this_device
+
+    chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
+    ears = Ears(listener_of(settings, this_device(), ctx.resources.once), settings)
+    if link == "encoder":
+        return EncoderLink(live_frames(ears), openai_of(ears, link).width, chosen.stack)
+    return TranscriptLink(language, ears) if link == "transcript" else SoftLink(language, ears, chosen.soft_temperature)
+
+
+def heard_by(ctx: Context, language: Language, link: Link) -> tuple[Hearing, Audio]:
+    """What a link reads, stored frames where there are any, and the Whisper that it must be."""
+    from mmphi.data.content_hash import FileDigests
+    from mmphi.data.ragged_features import RaggedStore
+    from mmphi.models.audio.audio_features import EncoderLink, SoftLink, TranscriptLink, live_frames, stored_frames
+    from mmphi.models.audio.transcriber import Audio, ears_of, openai_of
+    from mmphi.models.device import this_device
+
+    chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
+    ears = ears_of(settings, this_device(), ctx.resources.once)
+    if link == "transcript":
+        return TranscriptLink(language, ears), Audio(settings)
+    if link == "soft":
+        temperature = chosen.soft_temperature
+        whose = f"{settings.model_dump_json()}/{language.digest}/{temperature}"  # It keeps what it has computed.
+        return ctx.resources.once("soft", whose, lambda: SoftLink(language, ears, temperature, inf)), Audio(settings)
+    whisper = openai_of(ears, "encoder")
+    frames: Callable[[AudioRef], Any] = live_frames(ears, inf)
+    if "listen" in ctx.upstream:
+        listened = ctx.upstream["listen"]
+        store = ctx.resources.once("frames", listened.run_id, lambda: RaggedStore(listened.path))
+        frames = stored_frames(store, FileDigests())
+    return EncoderLink(frames, whisper.width, chosen.stack), Audio(settings, whisper.digest)
+
+
+def linked(ctx: Context, model: Multimodal, link: Link | Literal[""]) -> Multimodal:
+    """A trained model as it hears by a link: its own with what was trained, another with words as they are.
+
+    Args:
+        ctx: Of the stage.
+        model: What was trained.
+        link: Which; empty takes its own.
+
+    Raises:
+        ModelError: If it is the encoder's, and the model was not trained for that.
+    """
+    own = model.speech.config.link if model.speech is not None else "transcript"
+    if link in ("", own):
+        if own == "encoder" and "listen" not in ctx.upstream:
+            return model
+        hearing, audio = heard_by(ctx, model.language, own)
+        return with_hearing(model, hearing, model.speech, model.audio or audio)
+    if link == "encoder":
+        raise ModelError(
+            f"the model was trained for the link {own}, and knows nothing of frames", "train it: --speech.link encoder"
+        )
+    hearing, audio = heard_by(ctx, model.language, "soft" if link == "soft" else "transcript")
+    return with_hearing(model, hearing, None, audio)
+
+
+def hearable(model: Multimodal, examples: Sequence[Example], report: ReadReport) -> list[Example]:
+    """The conversations whose recordings can be heard; the others are counted."""
+    return [e for e in examples if _can_hear(model, e, report)]
+
+
+def _can_hear(model: Multimodal, example: Example, report: ReadReport) -> bool:
+    try:
+        model.inputs(example.audio)
+    except AudioError as error:
+        report.drop_kept(example.source, example.id, error.reason)
+    except StoreError:
+        report.drop_kept(example.source, example.id, "unreadable recording")
+    else:
+        return True
+    return False
+
+
+def own_answers(model: Multimodal, examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The same recordings as questions, and what the model answers where they are typed."""
+    prompts = [(None, reading(e).turns[0].question) for e in examples]
+    answers = model.generate(prompts, tokens)
+    return [
+        replace(e, turns=(replace(e.turns[0], answer=answer.text),))
+        for e, answer in zip(examples, answers, strict=True)
+        if answer.text
+    ]
+
+
+def reading(example: Example) -> Example:
+    """A conversation about a recording with what is said typed in its place."""
+    (turn,) = example.turns
+    said = example.attributes.get("said", turn.answer)
+    return replace(example, audio=(), turns=(replace(turn, question=turn.question.replace("<audio>", said)),))
+
+
+def pairs(
+    model: Multimodal, examples: Sequence[Example], report: ReadReport | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    """Conversations as they are heard, and as they are read; those too long for either are counted and left out."""
+    heard, read = [], []
+    for example in examples:
+        ours, theirs = model.encode(example), model.encode(reading(example))
+        if ours is not None and theirs is not None:
+            heard.append(ours)
+            read.append(theirs)
+        elif report is not None:
+            report.drop_kept(example.source, example.id, f"over {model.max_length} tokens")
+    return heard, read

@@ -1,0 +1,219 @@
+"""The clean store: what is kept of all that was written, without copies, up to a size.
+
+What was judged is on disk before the spool is told to let go of it: a ledger, replaced as a whole, says which shards
+there are, how far every source was read, and what was dropped. A killed store goes on from its ledger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmphi.errors import StoreError
+from mmphi.textgen.dedup import Copies
+from mmphi.textgen.quality import Quality
+from mmphi.textgen.shards import SUFFIX, Document, packed, unpacked
+
+LEDGER = "store.json"
+SHARD_BYTES = 4_000_000  # Of text, before it is compressed.
+COMMIT_S = 60.0
+EXAMPLES = 3
+SHOWN = 200  # Characters of an example.
+
+
+@dataclass
+class Ledger:
+    """What a store holds, and how it came to it.
+
+    Attributes:
+        shards: Name, compressed bytes, documents and digest of each.
+        position: How far each source was read.
+        documents: Kept.
+        characters: In them.
+        tokens: The generator's, in those that have any.
+        nats: Sum of their log-probabilities, negative, by kind: ``prompted`` or ``free``.
+        scored: Tokens of those that have one, by kind.
+        generators: Documents by generator and its digest.
+        dropped: Documents by reason.
+        unread: What of each source was no document, by reason; part of ``dropped``.
+        examples: Some of each reason: name, begin of the text, and of what it is a copy.
+        content: Digest of all documents that are kept, in their order.
+        full: Whether nothing more fits.
+    """
+
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    position: dict[str, int] = field(default_factory=dict)
+    documents: int = 0
+    characters: int = 0
+    tokens: int = 0
+    nats: dict[str, float] = field(default_factory=dict)
+    scored: dict[str, int] = field(default_factory=dict)
+    generators: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    content: str = ""
+    full: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards, compressed."""
+        return sum(int(shard["bytes"]) for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """Of all that is kept, in its order; it does not hang on when shards were closed."""
+        return self.content
+
+
+class Store:
+    """Keeps documents that are clean and new.
+
+    Args:
+        folder: Where; goes on with what is there.
+        limit: Bytes, compressed.
+        quality: Says what is not worth keeping.
+        language: ISO 639-3 code of the words.
+        say: Told of what goes wrong.
+
+    Raises:
+        StoreError: If what is there is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        quality: Quality,
+        language: str = "eng",
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.folder, self.limit, self.quality, self.say = folder, limit, quality, say
+        folder.mkdir(parents=True, exist_ok=True)
+        self.ledger = Ledger()
+        if (folder / LEDGER).exists():
+            self.ledger = Ledger(**json.loads((folder / LEDGER).read_text()))
+        self.copies = Copies(language)
+        for document in stored(folder):
+            self.copies.keep(document.text, document.id)
+        self._open: list[Document] = []
+        self._open_bytes, self._committed = 0, time.monotonic()
+
+    def offer(self, documents: Sequence[Document], source: str, position: int) -> None:
+        """Judge documents, and keep what is good; ``source`` was read up to ``position`` then."""
+        for document in documents:
+            if self.ledger.full:
+                break
+            if (why := self._judge(document)) is None:
+                self.copies.keep(document.text, document.id)
+                self._open.append(document)
+                self._open_bytes += len(document.text)
+            else:
+                self._drop(document, *why)
+        self.ledger.position[source] = position
+        if self._open_bytes >= SHARD_BYTES or time.monotonic() - self._committed > COMMIT_S:
+            self.commit()
+
+    def unread(self, source: str, skipped: Mapping[str, int]) -> None:
+        """Note what of a source, read from its begin, was no document: of a source that is read again, what is new."""
+        before = self.ledger.unread.get(source, {})
+        for reason, count in skipped.items():
+            if new := count - before.get(reason, 0):
+                self.ledger.dropped[reason] = self.ledger.dropped.get(reason, 0) + new
+        self.ledger.unread[source] = dict(skipped)
+
+    def commit(self) -> None:
+        """Write what was judged: after this, sources may let go of it."""
+        if self._open and not self.ledger.full:
+            content = packed(self._open)
+            if self.ledger.bytes + len(content) > self.limit:
+                self._open, content = self._fitting()
+                self.ledger.full = True
+            if self._open:
+                self._write(content)
+        self._open, self._open_bytes, self._committed = [], 0, time.monotonic()
+        part = self.folder / f".{LEDGER}"
+        part.write_text(json.dumps(asdict(self.ledger), indent=1))
+        part.replace(self.folder / LEDGER)
+
+    @property
+    def committed(self) -> dict[str, int]:
+        """How far each source was read, by what is on disk."""
+        if not (self.folder / LEDGER).exists():
+            return {}
+        return dict(json.loads((self.folder / LEDGER).read_text())["position"])
+
+    def _judge(self, document: Document) -> tuple[str, str] | None:
+        if why := self.quality(document.text):
+            return why, ""
+        how, of = self.copies.of(document.text)
+        return (how, of) if how else None
+
+    def _drop(self, document: Document, why: str, of: str) -> None:
+        self.ledger.dropped[why] = self.ledger.dropped.get(why, 0) + 1
+        shown = self.ledger.examples.setdefault(why, [])
+        if len(shown) < EXAMPLES:
+            begin = document.text[:SHOWN].encode(errors="replace").decode()
+            shown.append({"id": document.id, "begin": begin} | ({"copy of": of} if of else {}))
+
+    def _fitting(self) -> tuple[list[Document], bytes]:
+        """As many of the open documents as fit."""
+        low, high = 0, len(self._open)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.ledger.bytes + len(packed(self._open[:middle])) <= self.limit:
+                low = middle
+            else:
+                high = middle - 1
+        return self._open[:low], packed(self._open[:low])
+
+    def _write(self, content: bytes) -> None:
+        ledger, name = self.ledger, f"{len(self.ledger.shards):06d}{SUFFIX}"
+        part = self.folder / f".{name}"
+        part.write_bytes(content)
+        part.replace(self.folder / name)
+        sha = hashlib.sha256(content).hexdigest()
+        ledger.shards.append({"name": name, "bytes": len(content), "documents": len(self._open), "sha256": sha})
+        for document in self._open:
+            one = json.dumps(asdict(document), sort_keys=True)
+            ledger.content = hashlib.sha256(f"{ledger.content}{one}".encode()).hexdigest()
+            ledger.documents += 1
+            ledger.characters += len(document.text)
+            ledger.tokens += document.tokens
+            who = f"{document.generator} ({document.digest})" if document.digest else document.generator
+            ledger.generators[who] = ledger.generators.get(who, 0) + 1
+            if document.logprob is not None and document.tokens:
+                kind = "prompted" if document.prompt else "free"
+                ledger.nats[kind] = ledger.nats.get(kind, 0.0) + document.logprob
+                ledger.scored[kind] = ledger.scored.get(kind, 0) + document.tokens
+
+
+def stored(folder: Path) -> list[Document]:
+    """All documents of a store, in order.
+
+    Raises:
+        StoreError: If a shard is missing or changed.
+    """
+    path = folder / LEDGER
+    if not path.exists():
+        return []
+    found: list[Document] = []
+    for shard in json.loads(path.read_text())["shards"]:
+        try:
+            content = (folder / shard["name"]).read_bytes()
+        except OSError as error:
+            raise StoreError(f"{folder / shard['name']} is missing", "make the store again") from error
+        if hashlib.sha256(content).hexdigest() != shard["sha256"]:
+            raise StoreError(f"{folder / shard['name']} is not what was written", "make the store again")
+        found += unpacked(content, shard["name"])
+    return found
+
+
+def floors(ledger: Ledger) -> Mapping[str, float]:
+    """Loss of the generator on its own text, in nats per token, by kind: no student can be expected below it."""
+    return {kind: -ledger.nats[kind] / tokens for kind, tokens in ledger.scored.items() if tokens}

@@ -1,0 +1,213 @@
+"""The generators that a command runs: started, watched, started anew when they die, and ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmphi.config.textgen import TextgenSettings
+from mmphi.errors import ModelError, SettingsError
+from mmphi.textgen.backends import chosen_backend
+from mmphi.textgen.generator import Status
+from mmphi.textgen.launchers import Places, Processes, Running
+from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shards import HOST
+
+HOPELESS = 3  # Starts in a row that wrote nothing: it is not the machine then.
+END_S = 20.0
+NOTES = "starts.json"
+
+
+@dataclass
+class Member:
+    """One place in the fleet, whoever fills it now.
+
+    Attributes:
+        number: Of the place.
+        starts: How often it was filled.
+        fruitless: Starts in a row that wrote nothing.
+        stream: What the present one writes, or the last one wrote.
+        running: Who fills it.
+        before: What earlier ones of this place wrote.
+    """
+
+    number: int
+    starts: int = 0
+    fruitless: int = 0
+    stream: str = ""
+    running: Running | None = None
+    before: Status = field(default_factory=Status)
+
+    @property
+    def written(self) -> Status:
+        """What all of this place wrote together."""
+        return self.before if self.running is None else self.before + self.running.told()
+
+    def ended(self) -> None:
+        """Nobody fills it any longer."""
+        self.before, self.running = self.written, None
+
+
+class Fleet:
+    """Generators, each in its place.
+
+    Every start has a stream of its own, so that a text is never drawn twice: one that dies costs the shard it had
+    open, and whoever takes its place goes on elsewhere.
+
+    Args:
+        settings: Of the writing.
+        spool: URL of the spool.
+        folder: Where they tell their state.
+        backend: What draws the tokens.
+        say: Told of those that die.
+    """
+
+    def __init__(
+        self,
+        settings: TextgenSettings,
+        spool: str,
+        folder: Path,
+        backend: str = "transformers",
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.settings, self.folder, self.say = settings, folder, say
+        self.host = settings.host or "here"
+        if not HOST.fullmatch(self.host):
+            raise SettingsError(
+                f"textgen.host = {self.host!r} has other characters than letters, digits, dots and underscores",
+                "readers find shards by such names: take one without hyphens and spaces",
+            )
+        if settings.spool and not settings.host:  # Others may write there, too, and this machine may be another soon.
+            own = self._own_id()
+            self.host = f"{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}.{own}"
+        self._found = (settings, spool, folder, backend)
+        self._spool = Spool(spool, say=say)
+        self.places: Places | None = None
+        self.members: list[Member] = []
+        self.begun = time.monotonic()
+
+    def start(self) -> None:
+        """Fill every place."""
+        self.places = places_of(*self._found, say=self.say)
+        self.members = [Member(number) for number in range(self.places.count)]
+        for member in self.members:
+            self._fill(member)
+
+    def watch(self) -> None:
+        """Fill the places of those that have died.
+
+        Raises:
+            ModelError: If one dies again and again and writes nothing.
+        """
+        for member in self.members:
+            if member.running is None or (why := member.running.why_ended()) is None:
+                continue
+            member.fruitless = 0 if member.running.told().shards else member.fruitless + 1
+            self.say(f"generator {member.number} has died: {why}")
+            if member.fruitless >= HOPELESS:
+                raise ModelError(f"generator {member.number} died {HOPELESS} times before it wrote anything: {why}")
+            member.ended()
+            self._fill(member)
+
+    def stop(self) -> None:
+        """End all of them; what each has open is written, where there is room."""
+        if self.places is None:
+            return
+        self.places.stop()
+        until = time.monotonic() + END_S
+        for member in self.members:
+            if member.running is None:
+                continue
+            if not member.running.wait(max(0.1, until - time.monotonic())):
+                member.running.kill()
+            member.ended()
+
+    def __enter__(self) -> Fleet:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """How far each is: documents, tokens, tokens a second, share of its time that it wrote, starts."""
+        found = []
+        age = max(time.monotonic() - self.begun, 1e-9)
+        for member in self.members:
+            all_ = member.written
+            found.append(
+                {
+                    "generator": member.number,
+                    "documents": all_.documents,
+                    "tokens": all_.tokens,
+                    "documents/s": all_.documents / age,
+                    "tokens/s": all_.drawn / max(all_.busy_s, 1e-9) if all_.drawn else 0.0,
+                    "busy": all_.busy_s / age,
+                    "waited s": all_.waited_s,
+                    "starts": member.starts,
+                    "dropped": sum(all_.dropped.values()),
+                }
+            )
+        return found
+
+    def _notes(self) -> dict[str, Any]:
+        """What is noted in the folder."""
+        path = self.folder / NOTES
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+    def _own_id(self) -> str:
+        """What tells this machine from others of its name, over all calls with this folder."""
+        notes = self._notes()
+        if "id" not in notes:
+            notes["id"] = secrets.token_hex(4)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = (self.folder / NOTES).with_suffix(".part")
+            part.write_text(json.dumps(notes))
+            part.replace(self.folder / NOTES)
+        return str(notes["id"])
+
+    def _fill(self, member: Member) -> None:
+        """Start whoever fills a place now, under a stream that nobody had."""
+        assert self.places is not None
+        member.starts += 1
+        # Earlier versions noted the starts beside the state of the generators.
+        member.stream = self._spool.begin_stream(
+            f"{self.host}-{member.number}", after=int(self._notes().get(str(member.number), 0))
+        )
+        member.running = self.places.start(member.stream, member.number)
+
+
+def places_of(
+    settings: TextgenSettings, spool: str, folder: Path, backend: str, say: Callable[[str], None] = print
+) -> Places:
+    """Where the settings want generators to run.
+
+    Raises:
+        SettingsError: If there is no cluster where one is named.
+    """
+    if not settings.ray:
+        return Processes(settings, spool, folder, backend)
+    from mmphi.textgen.ray_launcher import OnRay
+
+    return OnRay(settings, spool, say)
+
+
+def backend_of(settings: TextgenSettings, say: Callable[[str], None] = print) -> str:
+    """What draws the tokens, chosen for this machine and told; in a cluster each machine chooses by itself.
+
+    Raises:
+        SettingsError: If vLLM is asked for and not installed.
+    """
+    if settings.ray:
+        say("each machine of the cluster draws by what it has")
+        return settings.backend
+    backend, why = chosen_backend(settings.backend)
+    say(f"tokens are drawn by {backend}: {why}")
+    return backend

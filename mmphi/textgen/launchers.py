@@ -1,0 +1,147 @@
+"""Where generators run: as processes of this machine, or anywhere in a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Protocol
+
+from mmphi.config.textgen import TextgenSettings
+from mmphi.textgen.generator import STOP, Order, Status
+
+
+class Running(Protocol):
+    """A generator that was started."""
+
+    def why_ended(self) -> str | None:
+        """Why it ended, in a line; ``None`` while it runs."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ended within so many seconds."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def told(self) -> Status:
+        """What it told last."""
+
+
+class Places(Protocol):
+    """Where generators run.
+
+    Attributes:
+        count: How many at a time.
+    """
+
+    count: int
+
+    def start(self, stream: str, number: int) -> Running:
+        """Start one that writes a stream, in the place of a number."""
+
+    def stop(self) -> None:
+        """Tell all of them to end."""
+
+
+class Processes:
+    """Processes of this machine, each on a GPU of its own where there are any.
+
+    Args:
+        settings: Of the writing.
+        spool: URL of the spool.
+        folder: Where they tell their state.
+        backend: What draws the tokens.
+    """
+
+    def __init__(self, settings: TextgenSettings, spool: str, folder: Path, backend: str) -> None:
+        self.settings, self.spool, self.folder, self.backend = settings, spool, folder, backend
+        self.count = count_of(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP).unlink(missing_ok=True)
+
+    def start(self, stream: str, number: int) -> Running:
+        """See :class:`Places`."""
+        import torch
+
+        threads = max(1, (os.cpu_count() or 1) // max(1, self.count))
+        status, log = self.folder / f"{stream}.json", self.folder / f"{stream}.log"
+        order = Order(self.settings.model_dump(), stream, self.backend, threads)
+        written = self.folder / f"{stream}.order"
+        written.write_text(json.dumps([asdict(order), self.spool, str(status), os.getpid()]))
+        own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if gpus := torch.cuda.device_count():
+            own["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        words: IO[bytes] = log.open("wb")
+        with words:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mmphi.textgen.generator", str(written)],
+                stdout=words,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | own,
+                start_new_session=True,  # Ctrl-C is for whoever watches; they are told to end, and close their shards.
+            )
+        return Process(process, status, log)
+
+    def stop(self) -> None:
+        """See :class:`Places`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / STOP).touch()
+
+
+class Process:
+    """A generator in a process of this machine.
+
+    Args:
+        process: Itself.
+        status: Where it tells its state.
+        log: Where it writes what goes wrong.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], status: Path, log: Path) -> None:
+        self.process, self.status, self.log = process, status, log
+
+    def why_ended(self) -> str | None:
+        """See :class:`Running`."""
+        code = self.process.poll()
+        return None if code is None else f"exit status {code}: {_tail(self.log)}"
+
+    def wait(self, seconds: float) -> bool:
+        """See :class:`Running`."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """See :class:`Running`."""
+        self.process.kill()
+        self.process.wait()
+
+    def told(self) -> Status:
+        """See :class:`Running`."""
+        try:
+            return Status(**json.loads(self.status.read_text()))
+        except (OSError, ValueError):
+            return Status()
+
+
+def count_of(settings: TextgenSettings) -> int:
+    """Generators of this machine: as many as asked for, else one per GPU, else one for two cores."""
+    import torch
+
+    if settings.generators >= 0:
+        return settings.generators
+    return torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // 2)
+
+
+def _tail(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return f"{lines[-1][:300]} (all of it is in {log})" if lines else "it said nothing"

@@ -1,0 +1,77 @@
+"""What is going on, as a table that is drawn anew in a terminal, and as a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+LINE_S = 30.0
+
+
+class LiveTable:
+    """Shows how far each generator is, and what became of what they wrote.
+
+    Args:
+        rows: Of the generators, as :meth:`mmphi.textgen.generator_pool.Fleet.rows` gives them.
+        below: What stands below them.
+        console: Where to draw.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[], Sequence[Mapping[str, Any]]],
+        below: Callable[[], str],
+        console: Console | None = None,
+    ) -> None:
+        self.rows, self.below = rows, below
+        self.console = console or Console(stderr=True)
+        self._live: Live | None = None
+        self._told = time.monotonic()
+
+    def __enter__(self) -> LiveTable:
+        if self.console.is_terminal:
+            self._live = Live(self._drawn(), console=self.console, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self.console.print(self._drawn())
+
+    def show(self) -> None:
+        """Draw it as it is now."""
+        if self._live is not None:
+            self._live.update(self._drawn())
+        elif time.monotonic() - self._told > LINE_S:
+            self._told = time.monotonic()
+            rows = self.rows()
+            tokens, rate = sum(r["tokens"] for r in rows), sum(r["tokens/s"] for r in rows)
+            self.console.print(f"{tokens:,} tokens written, {rate:.0f}/s; {self.below()}", highlight=False)
+
+    def _drawn(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for number, name in enumerate(HEAD):
+            table.add_column(name, justify="right" if number else "left")
+        for row in self.rows():
+            table.add_row(
+                str(row["generator"]),
+                f"{row['documents']:,}",
+                f"{row['documents/s']:.2f}",
+                f"{row['tokens']:,}",
+                f"{row['tokens/s']:.1f}",
+                f"{row['busy']:.0%}",
+                f"{row['waited s']:.0f}",
+                str(row["starts"]),
+                str(row["dropped"]),
+            )
+        return Group(table, Text(self.below()))
+
+
+HEAD = ("generator", "documents", "per s", "tokens", "per s", "busy", "waited, s", "starts", "no text")

@@ -1,0 +1,125 @@
+"""Texts written in slots that are taken once, one token of every text in each pass: for a processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmphi.textgen.backends import Draw, Wanted, Written
+
+
+class BySlots:
+    """One token of every text in each pass, in slots that are taken once: for a processor.
+
+    transformers' own continuous batching puts all texts in one row and masks each from the others, which costs as many
+    times the attention as there are texts.
+    """
+
+    def __init__(self, model: Any, draw: Draw, batch: int, longest: int) -> None:
+        self.model, self.draw, self.batch, self.longest = model, draw, batch, longest
+
+    def __call__(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
+        """See :class:`Sampler`."""
+        from mmphi.models.patches.cpu_linear import weights_first
+        from mmphi.models.patches.gqa_decode_attention import attending_in_groups
+
+        with weights_first(self.model), attending_in_groups(self.model):
+            yield from self._written(wanted)
+
+    def _written(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
+        from mmphi.generation.kv_cache import Slots
+
+        slots = Slots(self.batch, self.longest)
+        open_: dict[int, _Open] = {}
+        more = True
+        while True:
+            done: list[_Open] = []
+            with torch.inference_mode():  # Not where others go on with what is given to them.
+                while more and len(open_) < self.batch:
+                    one = next(wanted, None)
+                    if one is None:
+                        more = False
+                    else:
+                        free = next(slot for slot in range(self.batch) if slot not in open_)
+                        open_[free] = _Open(one)
+                        self._read(slots, free, one.ids[:-1])
+                if not open_:
+                    return
+                for slot, token, logprob in self._step(slots, open_):
+                    if open_[slot].heard(token, logprob):
+                        done.append(open_.pop(slot))
+            for each in done:
+                yield Written(each.wanted.id, tuple(each.ids), each.logprob)
+
+    def _step(self, slots: Any, open_: dict[int, _Open]) -> Iterator[tuple[int, int, float]]:
+        """A token of every text, and its log-probability, by slot."""
+        rows = sorted(open_)
+        last = torch.tensor([[open_[slot].next] for slot in rows], device=self.model.device)
+        logits = self._pass(slots, rows, [open_[slot].read for slot in rows], last)
+        tokens, logprobs = drawn(self._narrowed(logits))
+        return zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
+
+    def _read(self, slots: Any, slot: int, ids: tuple[int, ...]) -> None:
+        """Read what a text follows, but for its last token, at once."""
+        if ids:
+            self._pass(slots, [slot], [0], torch.tensor([ids], device=self.model.device))
+
+    def _pass(self, slots: Any, rows: list[int], read: list[int], ids: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) after the last of tokens (R, n), which the slots ``rows`` read, each after ``read`` others."""
+        given = slots.reading(rows, read, ids.shape[1], self.model.device)
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **given).logits
+        return logits[:, -1].float()
+
+    def _narrowed(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (R, V) of what may be drawn."""
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        none: Any = None  # Of what was said none of them wants to know.
+        if self.draw.temperature != 1.0:
+            logits = TemperatureLogitsWarper(self.draw.temperature)(none, logits)
+        if self.draw.top_k:
+            logits = TopKLogitsWarper(self.draw.top_k)(none, logits)
+        if self.draw.top_p < 1.0:
+            logits = TopPLogitsWarper(self.draw.top_p)(none, logits)
+        return logits
+
+
+def drawn(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token of each row (R,) drawn from the distribution that logits (R, V) describe, and its log-probability (R,).
+
+    By where a uniform number falls among the cumulated probabilities: one random number a row, where
+    ``torch.multinomial`` takes one for each entry of the vocabulary, which on a processor costs more than the softmax.
+    Cumulated in double precision: in single, rare tokens among 50,000 would be rounded away.
+    """
+    odds = torch.log_softmax(logits, dim=-1)
+    sums = odds.double().exp_().cumsum_(dim=-1)
+    places = torch.rand(len(odds), 1, dtype=torch.float64, device=odds.device) * sums[:, -1:]
+    tokens = torch.searchsorted(sums, places, right=True).clamp_(max=odds.shape[-1] - 1)
+    return tokens[:, 0], odds.gather(1, tokens)[:, 0]
+
+
+@dataclass
+class _Open:
+    """A text that is being written, after ``read`` tokens of what it follows and of its own."""
+
+    wanted: Wanted
+    logprob: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.ids: list[int] = []
+        self.read = len(self.wanted.ids) - 1  # The last one is read with the tokens of the others.
+
+    @property
+    def next(self) -> int:
+        """The token that comes to be read."""
+        return self.ids[-1] if self.ids else self.wanted.ids[-1]
+
+    def heard(self, token: int, logprob: float) -> bool:
+        """Take the token that was drawn after the one that was read; whether it is the last one."""
+        self.read += 1
+        self.ids.append(token)
+        self.logprob += logprob
+        return token in self.wanted.ends or len(self.ids) >= self.wanted.longest

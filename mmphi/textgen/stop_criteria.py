@@ -1,0 +1,62 @@
+"""When enough text is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from mmphi.errors import SettingsError
+from mmphi.textgen.corpus_store import Ledger
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+HINT = "write store, documents 1k, tokens 2M or time 20m; or several, separated by commas"
+
+
+@dataclass(frozen=True)
+class Enough:
+    """Conditions, of which the first to hold ends the writing; a full store always does.
+
+    Attributes:
+        documents: Kept.
+        tokens: In those that are kept.
+        seconds: Of writing.
+    """
+
+    documents: float = math.inf
+    tokens: float = math.inf
+    seconds: float = math.inf
+
+    def reached(self, ledger: Ledger, seconds: float) -> bool:
+        """Whether it is enough."""
+        few = ledger.documents < self.documents and ledger.tokens < self.tokens and seconds < self.seconds
+        return ledger.full or not few
+
+
+def parse_enough(text: str) -> Enough:
+    """Conditions as typed.
+
+    >>> parse_enough("documents 1k, time 20m")
+    Enough(documents=1000.0, tokens=inf, seconds=1200.0)
+
+    Raises:
+        SettingsError: If one cannot be read.
+    """
+    found: dict[str, float] = {}
+    parts = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise SettingsError("textgen.stop is empty", HINT)
+    for part in parts:
+        number = r"(\d+(?:\.\d+)?)"
+        if part == "store":
+            continue
+        if match := re.fullmatch(rf"(documents|tokens)\s*{number}\s*([kmb]?)", part):
+            found[match[1]] = float(match[2]) * UNITS[match[3]]
+        elif match := re.fullmatch(rf"(?:time\s*)?{number}\s*(s|m|min|h)", part):
+            found["seconds"] = float(match[1]) * SECONDS[match[2]]
+        else:
+            raise SettingsError(f"textgen.stop: {part!r} is no condition", HINT)
+    if any(value <= 0 for value in found.values()):
+        raise SettingsError(f"textgen.stop = {text!r} has a number that is not above zero", HINT)
+    return Enough(**found)

@@ -1,0 +1,206 @@
+"""What ``mmphi status`` needs to know of a store, at once: a SQLite store is read without importing mlflow.
+
+mlflow and what it brings take seconds to import, and a look at what is there should not. MLflow's tables ``runs``,
+``tags`` and ``latest_metrics`` have been as they are since its first version with SQLite; where they are not, and for
+every other kind of store, its client is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlparse
+
+from mmphi.pipeline.manifest import manifest_holds
+from mmphi.tracking.tags import FOR_STUDY, REQUESTED, STUDY
+from mmphi.tracking.uri import absolute_uri, database
+
+NEWEST = """
+SELECT runs.run_uuid, runs.end_time, runs.artifact_uri FROM runs
+JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = ? AND tags.value = ?
+WHERE runs.lifecycle_stage = 'active' {condition} ORDER BY runs.start_time DESC
+"""
+
+
+MODELS = """
+SELECT runs.run_uuid, runs.end_time, runs.name FROM runs
+JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = 'mmphi.stage' AND tags.value = ?
+WHERE runs.lifecycle_stage = 'active' AND runs.status = 'FINISHED' AND {result}
+AND (NOT ({trial} OR {for_study}) OR {requested}) {preset} ORDER BY runs.start_time DESC LIMIT ?
+"""
+HAS = "EXISTS (SELECT 1 FROM tags AS t WHERE t.run_uuid = runs.run_uuid AND t.key = '{}')"
+OF_PRESET = (
+    "AND EXISTS (SELECT 1 FROM tags AS t WHERE t.run_uuid = runs.run_uuid AND t.key = 'mmphi.preset' AND t.value = ?)"
+)
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A finished run that ended in a model.
+
+    Attributes:
+        run_id: Its ID.
+        ended_ms: When it ended, in milliseconds since 1970.
+        name: Of the run.
+    """
+
+    run_id: str
+    ended_ms: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, as far as a status shows it.
+
+    Attributes:
+        run_id: Its id.
+        ended_ms: When it ended, in milliseconds since 1970.
+        folder: Its files, where they are on this machine.
+        seconds: How long it took.
+    """
+
+    run_id: str
+    ended_ms: int
+    folder: Path | None
+    seconds: float | None
+
+
+class Glance(Protocol):
+    """A look at a store."""
+
+    uri: str
+
+    def result(self, key: str) -> Finished | None:
+        """The newest run that is a result of a key."""
+
+    def begun(self, key: str) -> bool:
+        """Whether any run was begun for a key."""
+
+    def seconds(self, stage: str, preset: str) -> float | None:
+        """How long the newest finished run of a stage took under a preset's name."""
+
+    def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
+        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+
+    def folder(self, run_id: str) -> Path | None:
+        """The complete files of a finished run on this machine; None where only the store itself can tell."""
+
+
+class SqliteGlance:
+    """A look at a SQLite store, by its tables.
+
+    Args:
+        uri: Of the store.
+        file: Its database.
+    """
+
+    def __init__(self, uri: str, file: Path) -> None:
+        self.uri, self._file = uri, file
+
+    def _rows(self, query: str, *values: str) -> Iterator[tuple[str, int, str]]:
+        if not self._file.exists():
+            return
+        with contextlib.closing(sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, timeout=10)) as connection:
+            yield from connection.execute(query, values)
+
+    def result(self, key: str) -> Finished | None:
+        """The newest run that is a result of a key."""
+        finished = NEWEST.format(condition="AND runs.status = 'FINISHED'")
+        for run_id, ended_ms, artifacts in self._rows(finished, "mmphi.key", key):
+            folder = Path(unquote(urlparse(artifacts).path))
+            if manifest_holds(folder):
+                return Finished(run_id, ended_ms, folder, self._seconds(run_id))
+        return None
+
+    def begun(self, key: str) -> bool:
+        """Whether any run was begun for a key."""
+        return next(self._rows(NEWEST.format(condition=""), "mmphi.key", key), None) is not None
+
+    def seconds(self, stage: str, preset: str) -> float | None:
+        """How long the newest finished run of a stage took under a preset's name."""
+        named = (
+            "AND runs.status = 'FINISHED' AND EXISTS (SELECT 1 FROM tags AS preset"
+            " WHERE preset.run_uuid = runs.run_uuid AND preset.key = 'mmphi.preset' AND preset.value = ?)"
+        )
+        newest = next(self._rows(NEWEST.format(condition=named), "mmphi.stage", stage, preset), None)
+        return self._seconds(newest[0]) if newest else None
+
+    def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
+        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+        names = {"result": "mmphi.key", "trial": STUDY, "for_study": FOR_STUDY, "requested": REQUESTED}
+        query = MODELS.format(**{k: HAS.format(v) for k, v in names.items()}, preset=OF_PRESET if preset else "")
+        rows = self._rows(query, stage, *([preset] if preset else []), str(most))
+        return [ModelRun(run_id, ended or 0, name) for run_id, ended, name in rows]
+
+    def folder(self, run_id: str) -> Path | None:
+        """The complete files of a finished run on this machine; None where only the store itself can tell."""
+        query = "SELECT run_uuid, 0, artifact_uri FROM runs WHERE run_uuid = ? AND status = 'FINISHED'"
+        found = next(self._rows(query, run_id), None)
+        address = urlparse(found[2]) if found else None
+        if address is None or address.scheme not in ("", "file"):
+            return None
+        folder = Path(unquote(address.path))
+        return folder if manifest_holds(folder) else None
+
+    def _seconds(self, run_id: str) -> float | None:
+        query = "SELECT value, 0, '' FROM latest_metrics WHERE run_uuid = ? AND key = 'seconds'"
+        row = next(self._rows(query, run_id), None)
+        return float(row[0]) if row else None
+
+
+class ClientGlance:
+    """A look at any store, by MLflow's client."""
+
+    def __init__(self) -> None:
+        from mmphi.tracking.run_store import RunStore
+
+        self._store = RunStore()
+        self.uri = self._store.uri
+
+    def result(self, key: str) -> Finished | None:
+        """The newest run that is a result of a key."""
+        run = next(self._store.results(key), None)
+        if run is None:
+            return None
+        seconds = run.data.metrics.get("seconds")
+        return Finished(str(run.info.run_id), run.info.end_time, self._store.local_folder(run), seconds)
+
+    def begun(self, key: str) -> bool:
+        """Whether any run was begun for a key."""
+        return next(self._store.search(key=key), None) is not None
+
+    def seconds(self, stage: str, preset: str) -> float | None:
+        """How long the newest finished run of a stage took under a preset's name."""
+        run = next(self._store.search("FINISHED", stage=stage, preset=preset), None)
+        return run.data.metrics.get("seconds") if run else None
+
+    def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
+        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+        runs = itertools.islice(self._store.own_results(stage, preset), most)
+        return [ModelRun(str(run.info.run_id), run.info.end_time or 0, str(run.info.run_name)) for run in runs]
+
+    def folder(self, run_id: str) -> Path | None:
+        """None: a store is asked by :meth:`mmphi.tracking.run_store.RunStore.model_folder`."""
+        del run_id
+        return None
+
+
+def glance() -> Glance:
+    """A look at the store that this process works with."""
+    uri = absolute_uri()
+    file = database(uri)
+    if file is None:
+        return ClientGlance()
+    looked = SqliteGlance(uri, file)
+    try:
+        looked.seconds("scenes", "tiny")
+        looked.begun("none")
+    except sqlite3.Error:
+        return ClientGlance()
+    return looked

@@ -1,0 +1,134 @@
+"""Learning from the language model itself: what it says when it hears shall be what it says when it reads.
+
+After Ultravox (fixie-ai/ultravox, ``ultravox_model.py``): the Kullback-Leibler divergence of the frozen model's own
+predictions, at a temperature, at every token of the answer, and once more at the token that ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mmphi.config.shared import TrainingSettings
+from mmphi.models.packed_vlm import PackedModel
+from mmphi.text.packing import ROWS, Layout, Pack, SpanFeatures, pack, partition, rows_of
+from mmphi.text.tokenized_example import Sample
+from mmphi.training.packed_dataset import PackedSteps, packed_steps
+
+
+class Pair(TypedDict):
+    """The same conversations heard and read; their supervised tokens are the same, in the same order."""
+
+    heard: Pack
+    read: Pack
+    ends: Tensor  # bool (K,), which supervised tokens end an answer
+    segments: Tensor  # those of both, for the count of tokens that passed
+    step_tokens: Tensor
+
+
+class Distilled(nn.Module):
+    """The summed divergence of what is said after hearing from what is said after reading, at T squared.
+
+    Args:
+        packed: The model that hears; its language model is frozen, and reads as well.
+        temperature: T, that both logits are divided by.
+        end_weight: How much more the token that ends an answer counts.
+    """
+
+    def __init__(self, packed: PackedModel, temperature: float, end_weight: float) -> None:
+        super().__init__()
+        self.packed, self.temperature, self.end_weight = packed, temperature, end_weight
+
+    def forward(self, heard: Any, read: Any, ends: Tensor, **_: Tensor) -> Tensor:
+        """Nats times T squared, summed over supervised tokens, shape ()."""
+        with torch.no_grad():
+            wanted = F.log_softmax(self.packed.logits(read).float() / self.temperature, dim=-1)
+        found = F.log_softmax(self.packed.logits(heard).float() / self.temperature, dim=-1)
+        each = F.kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)
+        return (each * (1 + self.end_weight * ends)).sum() * self.temperature**2
+
+
+class PairedSteps(Dataset[Pair]):
+    """The pairs of packs of every optimiser step, by index, in the order of :class:`PackedSteps`.
+
+    Args:
+        steps: Of the conversations as they are heard.
+        read: The same as they are read, one for each.
+        end: Token that ends an answer.
+    """
+
+    def __init__(self, steps: PackedSteps, read: Sequence[Sample], end: int) -> None:
+        if len(read) != len(steps.samples):
+            raise ValueError(f"{len(steps.samples)} conversations are heard, {len(read)} read")
+        self.steps, self.read, self.end = steps, read, end
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def supervised(self) -> int:
+        """Tokens learned from in the whole training."""
+        return self.steps.supervised()
+
+    def __getitem__(self, index: int) -> Pair:
+        steps = self.steps
+        chosen = steps.chosen(index // steps.packs_per_step)
+        lengths = [len(steps.samples[i]) for i in chosen]
+        share = partition(lengths, steps.packs_per_step)[index % steps.packs_per_step]
+        total = sum(int(steps.samples[i].supervised.sum()) for i in chosen)
+        own = [chosen[i] for i in share]
+        return paired(
+            [steps.samples[i] for i in own],
+            [self.read[i] for i in own],
+            steps.features,
+            self.end,
+            total,
+            layout=steps.layout,
+        )
+
+
+def paired(
+    heard: Sequence[Sample],
+    read: Sequence[Sample],
+    features: Mapping[str, SpanFeatures],
+    end: int,
+    step_tokens: int | None = None,
+    *,
+    layout: Layout = ROWS,
+) -> Pair:
+    """The same conversations, heard and read, in rows that hold the same ones in the same order.
+
+    Args:
+        heard: Sequences with recordings.
+        read: The same with what is said typed in their place.
+        features: Where the features of each kind of span come from.
+        end: Token that ends an answer.
+        step_tokens: Supervised tokens of the whole step; those of these samples where left out.
+        layout: How they lie.
+    """
+    rows = rows_of(heard, layout=layout)
+    ours = pack(heard, features, step_tokens, layout=layout, rows=rows)
+    theirs = pack(read, features, step_tokens, layout=layout, rows=rows)
+    if not torch.equal(ours["targets"], theirs["targets"]):
+        raise ValueError("what is heard and what is read have different answers")
+    segments = torch.cat([ours["segments"].flatten(), theirs["segments"].flatten()])
+    return Pair(
+        heard=ours, read=theirs, ends=ours["targets"] == end, segments=segments, step_tokens=ours["step_tokens"]
+    )
+
+
+def paired_steps(
+    heard: Sequence[Sample],
+    read: Sequence[Sample],
+    features: Mapping[str, SpanFeatures],
+    settings: TrainingSettings,
+    end: int,
+    *,
+    layout: Layout = ROWS,
+) -> PairedSteps:
+    """The pairs of a training as its settings have it, over all processes that train together."""
+    return PairedSteps(packed_steps(heard, features, settings, layout=layout), read, end)

@@ -1,0 +1,152 @@
+"""The order in which pretraining meets its tokens.
+
+A row is ``context`` predictions of one source's stream: its stretches laid end to end in a seeded order, drawn anew
+each time all were seen. Rows end where they end, so that there is no padding and every token is predicted once an
+epoch; attention stays inside what of a document is in the row. Whose turn it is to fill a row follows the weights, so
+that at any moment every source has had its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmphi.data.token_shards import Tokens
+from mmphi.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+
+
+class Stream:
+    """The predictions of one source, over and over; position p is in epoch ``p // tokens``.
+
+    Args:
+        tokens: Of the corpus.
+        source: Its number.
+        seed: Of the order.
+    """
+
+    def __init__(self, tokens: Tokens, source: int, seed: int) -> None:
+        self.data, self.source, self.seed = tokens, source, seed
+        self.stretches = tokens.of(source)
+        self.tokens = int(tokens.lengths(self.stretches).sum())
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> tuple[Indices, Indices]:
+        """Stretches in the order of an epoch, and the predictions after each."""
+        order = self.stretches[np.random.default_rng([self.seed, self.source, epoch]).permutation(len(self.stretches))]
+        return order, np.cumsum(self.data.lengths(order))
+
+    def parts(self, position: int, count: int) -> list[npt.NDArray[np.int64]]:
+        """Ids of the parts of documents that lie in ``count`` predictions from a position: one more than predicted."""
+        found = []
+        while count:
+            epoch, offset = divmod(position, self.tokens)
+            order, ends = self._order(epoch)
+            place = int(np.searchsorted(ends, offset, side="right"))
+            first = offset - (int(ends[place - 1]) if place else 0)
+            taken = min(count, int(ends[place]) - offset)
+            found.append(self.data.ids(int(order[place]), first, taken).astype(np.int64))
+            position, count = position + taken, count - taken
+        return found
+
+
+class Turns:
+    """Whose turn it is to fill a row: always the source that is furthest behind its share.
+
+    Args:
+        weights: Share of each source, relative to the others.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.shares = np.asarray(weights, np.float64) / sum(weights)
+        self._source: list[int] = []
+        self._before: list[int] = []  # Rows of the same source before it.
+        self._had = np.zeros(len(self.shares), np.int64)
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        """Source of a row, and how many rows of that source are before it."""
+        while len(self._source) <= row:
+            behind = self.shares * (len(self._source) + 1) - self._had
+            source = int(np.argmax(behind))
+            self._source.append(source)
+            self._before.append(int(self._had[source]))
+            self._had[source] += 1
+        return self._source[row], self._before[row]
+
+
+def row_of(parts: Sequence[npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[np.int64]]:
+    """Parts of documents end to end in one row."""
+    lengths = [len(part) - 1 for part in parts]
+    return {
+        "input_ids": np.concatenate([part[:-1] for part in parts]),
+        "targets": np.concatenate([part[1:] for part in parts]),
+        "position_ids": np.concatenate([np.arange(n) for n in lengths]),
+        "segments": np.repeat(np.arange(len(parts)), lengths),
+        "lengths": np.asarray(lengths),
+    }
+
+
+def batch_of(rows: Sequence[Mapping[str, npt.NDArray[np.int64]]], step_tokens: int) -> dict[str, Tensor]:
+    """Rows of one length as a batch.
+
+    Returns:
+        ``input_ids``, ``targets``, ``position_ids`` and ``segments``, each int64 (R, T); ``borders`` int32, where each
+        document begins in the flattened rows and where the last ends; ``step_tokens``.
+    """
+    names = ("input_ids", "targets", "position_ids", "segments")
+    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}
+    lengths = np.concatenate([row["lengths"] for row in rows])
+    batch["borders"] = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    batch["step_tokens"] = torch.tensor(float(step_tokens))
+    return batch
+
+
+class TextSteps(Dataset[dict[str, Tensor]]):
+    """The batches of every optimiser step, by index: a pure function of corpus, seed and step.
+
+    Batch ``i`` belongs to step ``i // passes``. A step has the same rows however many passes it is spread over.
+
+    Args:
+        tokens: Of the corpus.
+        weights: Share of each source; 0 for all takes each by its size.
+        context: Predictions of a row.
+        rows: Rows of a step.
+        passes: Forward passes of a step, over all processes.
+        steps: At most so many.
+        seed: Of the order.
+
+    Raises:
+        DataError: If a source has nothing to train on.
+    """
+
+    def __init__(
+        self, tokens: Tokens, weights: Sequence[float], *, context: int, rows: int, passes: int, steps: int, seed: int
+    ) -> None:
+        if rows % passes:
+            raise ValueError(f"{rows} rows cannot be spread evenly over {passes} forward passes")
+        self.streams = [Stream(tokens, source, seed) for source in range(len(weights))]
+        if not all(stream.tokens for stream in self.streams):
+            raise DataError("a source of the corpus has nothing to train on", "give more text, or leave it out")
+        self.tokens = sum(stream.tokens for stream in self.streams)
+        self.turns = Turns(weights if any(weights) else [stream.tokens for stream in self.streams])
+        self.context, self.rows, self.passes, self.steps = context, rows, passes, steps
+
+    def __len__(self) -> int:
+        return self.steps * self.passes
+
+    def row(self, number: int) -> dict[str, npt.NDArray[np.int64]]:
+        """A row of the training, counted from its beginning."""
+        source, before = self.turns[number]
+        return row_of(self.streams[source].parts(before * self.context, self.context))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        each = self.rows // self.passes
+        first = index * each
+        return batch_of([self.row(number) for number in range(first, first + each)], self.rows * self.context)

@@ -1,0 +1,130 @@
+"""The batches of a training on text that is still being written."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmphi.errors import DataError
+from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.shards import Document, ShardName
+from mmphi.training.lm_dataset import batch_of, row_of
+from mmphi.training.replay_buffer import Ids, Window
+
+LOOK_S = 1.0
+KEPT = 4  # States that are remembered: the loop asks for batches before it is done with the ones before them.
+PATIENCE_S = 1800.0
+
+
+class StreamSteps(Dataset[dict[str, Tensor]]):
+    """The batches of every optimiser step, in their order, from documents as they come.
+
+    Args:
+        reader: Of the spool.
+        encode: Ids of a document, from the token that begins it to the one that ends it.
+        window: What is at hand.
+        context: Predictions of a row.
+        rows: Rows of a step.
+        passes: Forward passes of a step.
+        steps: At most so many.
+        alive: Called while it waits, so that whoever writes is kept alive; raises where there is no hope.
+        arrived: Called with what came.
+
+    Attributes:
+        waited_s: Seconds in which nothing was there to train on.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        encode: Callable[[Document], Ids],
+        window: Window,
+        *,
+        context: int,
+        rows: int,
+        passes: int,
+        steps: int,
+        alive: Callable[[], None] = lambda: None,
+        arrived: Callable[[Sequence[Document]], None] = lambda _: None,
+    ) -> None:
+        if rows % passes:
+            raise ValueError(f"{rows} rows cannot be spread evenly over {passes} forward passes")
+        self.reader, self.encode, self.window = reader, encode, window
+        self.context, self.rows, self.passes, self.steps = context, rows, passes, steps
+        self.alive, self.arrived = alive, arrived
+        self.waited_s = 0.0
+        self._states: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self._next, self._look = 0, 0.0
+
+    def __len__(self) -> int:
+        return self.steps * self.passes
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index != self._next:
+            raise IndexError(f"batch {index} was asked for, but {self._next} comes next: a stream goes one way")
+        if index % self.passes == 0:
+            self._remember(index // self.passes)
+        rows = [row_of(self.window.take(self.context, self._more)) for _ in range(self.rows // self.passes)]
+        self._next += 1
+        if self._next % self.passes == 0:
+            self._remember(self._next // self.passes)
+        return batch_of(rows, self.rows * self.context)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after a step needs to go on: window and position, as they were before the next one."""
+        return self._states[step]
+
+    def load(self, step: int, state: dict[str, Any]) -> None:
+        """Go on after a step."""
+        self.reader.go_on(state["position"])
+
+        def documents(name: str) -> Sequence[Ids]:
+            shard = ShardName.parse(name)
+            assert shard is not None
+            return [self.encode(document) for document in self.reader.spool.read(shard)]
+
+        self.window.load(state["window"], documents)
+        self.waited_s = float(state["waited_s"])
+        self._next = step * self.passes
+        self._states.clear()
+        self._remember(step)
+
+    def kept_from(self, step: int) -> set[str]:
+        """Shards that a checkpoint after a step needs."""
+        return {group["name"] for group in self._states[step]["window"]["groups"]}
+
+    def _remember(self, step: int) -> None:
+        state = {"position": dict(self.reader.position), "window": self.window.state(), "waited_s": self.waited_s}
+        self._states[step] = state
+        while len(self._states) > KEPT:
+            self._states.popitem(last=False)
+
+    def _more(self) -> bool:
+        """Take one shard in, where there is one; where nothing else is to be seen, wait for it."""
+        begun, idle = time.monotonic(), self.window.exhausted
+        while True:
+            now = time.monotonic()
+            if now >= self._look or self.window.exhausted:
+                waiting = self.reader.waiting()
+                if waiting:
+                    name = waiting[0].name
+                    documents = self.reader.take(name)
+                    self.arrived(documents)
+                    self.window.add(str(name), [self.encode(document) for document in documents])
+                    self.waited_s += (now - begun) * idle
+                    return True
+                self._look = now + LOOK_S
+                self.alive()
+            if not self.window.exhausted:
+                return False
+            if now - begun > PATIENCE_S:
+                raise DataError(
+                    f"nothing has come to {self.reader.spool.url} for {PATIENCE_S / 60:.0f} minutes",
+                    "start generators: mmphi textgen, or pretrain with generators of its own",
+                )
+            time.sleep(LOOK_S / 4)

@@ -1,0 +1,85 @@
+"""What transformers' Trainer is told, and what updates the weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from mmphi.config.shared import TrainingSettings
+from mmphi.training.optimizers import MuonAdamW
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
+
+
+def world_rank() -> int:
+    """This process's number among those that train together."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes that train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def arguments_of(settings: TrainingSettings, folder: Path, epsilon: float) -> TrainingArguments:
+    """The Trainer's own arguments; what it has a habit of doing beside is turned off."""
+    cuda = torch.cuda.is_available()
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        lr_scheduler_kwargs=(
+            {"num_decay_steps": round(settings.decay * settings.steps), "decay_type": "1-sqrt"}
+            if settings.schedule == "wsd"
+            else {}
+        ),
+        warmup_steps=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.beta2,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=bf16,
+        adam_epsilon=epsilon,
+        seed=settings.seed,
+        use_cpu=not cuda,
+        ddp_backend=None if cuda or world_size() == 1 else "gloo",
+        ddp_find_unused_parameters=False,
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        accelerator_config={"non_blocking": cuda},  # Of pinned memory: the next batch is copied beside the arithmetic.
+        dataloader_num_workers=settings.workers,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device; the Trainer would take all there are.
+    return arguments
+
+
+def optimizer_of(task: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer | None:
+    """Muon with AdamW where it is asked for; ``None`` leaves the Trainer its own AdamW."""
+    if settings.optimizer == "adamw":
+        return None
+    return MuonAdamW(
+        task,
+        learning_rate=settings.learning_rate,
+        muon_learning_rate=settings.muon_learning_rate,
+        beta2=settings.beta2,
+        weight_decay=settings.weight_decay,
+    )
