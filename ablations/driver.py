@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from ablations.protocol import Answer, Job
+from ablations.protocol import TrialRequest, TrialResponse
 from ablations.study import Study
-from ablations.study_run import Change, Record
-from ablations.trial_storage import Ledger, cell_of
-from ablations.trials import Cell, Outcome, verdict_cells
+from ablations.study_run import StudyChange, StudyRun
+from ablations.trial_storage import TrialStorage, cell_of
+from ablations.trials import TrialResult, TrialSpec, verdict_cells
 from ablations.tuning import tuning_cells, tuning_of
-from ablations.worker_pool import Crew, Worker
+from ablations.worker_pool import WorkerPool, WorkerProcess
 from mmphi.errors import MmphiError, SettingsError
 from reports.study_query import STUDY_RUN
 
@@ -31,7 +31,7 @@ class TrialError(MmphiError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class RevisedStudy:
     """A study with what was changed while it ran.
 
     Attributes:
@@ -48,7 +48,7 @@ class Plan:
         return [level for level in self.study.levels if level not in self.stopped]
 
 
-def changed(study: Study, changes: list[Change]) -> Plan:
+def changed(study: Study, changes: list[StudyChange]) -> RevisedStudy:
     """A study after changes."""
     stopped: set[str] = set()
     for change in changes:
@@ -59,7 +59,7 @@ def changed(study: Study, changes: list[Change]) -> Plan:
             study = replace(study, levels={**study.levels, change.name: change.value})
         elif change.what == "seeds":
             study = replace(study, seeds=int(change.value))
-    return Plan(study, frozenset(stopped))
+    return RevisedStudy(study, frozenset(stopped))
 
 
 class Driver:
@@ -76,19 +76,19 @@ class Driver:
     def __init__(
         self,
         study: Study,
-        record: Record,
-        ledgers: Mapping[str, Ledger],
+        record: StudyRun,
+        ledgers: Mapping[str, TrialStorage],
         *,
         retries: int = 5,
         say: Callable[[str], None] = tqdm.write,
     ) -> None:
         self.declared, self.record, self.retries, self.say = study, record, retries, say
         self.ledgers = ledgers
-        self.plan = Plan(study)
-        self._trials: dict[int, tuple[Ledger, optuna.trial.Trial, Cell]] = {}
+        self.plan = RevisedStudy(study)
+        self._trials: dict[int, tuple[TrialStorage, optuna.trial.Trial, TrialSpec]] = {}
         self._given = 0
 
-    def wanted(self) -> list[Cell]:
+    def wanted(self) -> list[TrialSpec]:
         """Cells that somebody must still run, the first first.
 
         Nothing is judged while anything is being tuned: else the level that is tuned first would be rounds ahead.
@@ -107,7 +107,7 @@ class Driver:
         Args:
             workers: How many.
             logs: Folder of what they print.
-            **crew: Further arguments of :class:`Crew`.
+            **crew: Further arguments of :class:`WorkerPool`.
 
         Raises:
             TrialError: If a trial met what a person must mend; the others' results stay.
@@ -115,7 +115,7 @@ class Driver:
         with ExitStack() as held:
             for ledger in self.ledgers.values():
                 held.enter_context(ledger.owned())
-            team, bar = held.enter_context(Crew(workers, logs, **crew)), held.enter_context(self._bar())
+            team, bar = held.enter_context(WorkerPool(workers, logs, **crew)), held.enter_context(self._bar())
             while True:
                 self.plan = changed(self.declared, self.record.changes())
                 wanted = self.wanted()
@@ -135,7 +135,7 @@ class Driver:
     def _bar(self) -> Any:
         return tqdm(desc=self.record.name, unit="trial", dynamic_ncols=True)
 
-    def _show(self, bar: Any, wanted: list[Cell]) -> None:
+    def _show(self, bar: Any, wanted: list[TrialSpec]) -> None:
         verdicts = self.ledgers["verdict"].outcomes()
         done = len(verdicts) + len(self.ledgers["tuning"].outcomes())
         judged = sum(outcome.cell.level in self.plan.levels for outcome in verdicts)
@@ -146,7 +146,7 @@ class Driver:
             bar.update(done - bar.n)
             bar.refresh()
 
-    def _give(self, team: Crew, worker: Worker, cell: Cell) -> None:
+    def _give(self, team: WorkerPool, worker: WorkerProcess, cell: TrialSpec) -> None:
         ledger = self.ledgers[cell.phase]
         trial = ledger.take(cell, list(self.plan.study.levels).index(cell.level))
         if trial is None:
@@ -156,14 +156,14 @@ class Driver:
         self._trials[self._given] = ledger, trial, got
         team.give(worker, self.job(self._given, got))
 
-    def job(self, number: int, cell: Cell) -> Job:
+    def job(self, number: int, cell: TrialSpec) -> TrialRequest:
         """What a worker is told of a cell."""
         study = self.plan.study
         tuning = cell.phase == "tuning"
         tokens = study.tuning_tokens if tuning and study.tuning_tokens else study.tokens
         seed = cell.number if tuning else study.seed(cell.level, cell.number)
         settings = study.settings(cell.level, seed, cell.nuisance, tokens, study.draw(cell.number))
-        return Job(
+        return TrialRequest(
             number=number,
             stage=study.stage,
             settings=settings.model_dump(),
@@ -185,7 +185,7 @@ class Driver:
             costs=not tuning,
         )
 
-    def _heard(self, worker: Worker, answer: Answer | None) -> None:
+    def _heard(self, worker: WorkerProcess, answer: TrialResponse | None) -> None:
         if answer is None:
             self._died(worker)
             return
@@ -207,7 +207,7 @@ class Driver:
             if answer.kind == "broken":
                 raise TrialError(f"{cell.name} cannot be run: {answer.reason}", "mend that; what is finished stays")
 
-    def _died(self, worker: Worker) -> None:
+    def _died(self, worker: WorkerProcess) -> None:
         """Ask again for the cell that a worker died over, unless that happened too often."""
         if worker.job is None:
             return
@@ -219,7 +219,7 @@ class Driver:
         else:  # It never came to work: no fault of the cell's.
             ledger.fail(trial, f"its worker did not start: {how}", final=False)
 
-    def _again(self, ledger: Ledger, trial: optuna.trial.Trial, cell: Cell, what: str, how: str) -> None:
+    def _again(self, ledger: TrialStorage, trial: optuna.trial.Trial, cell: TrialSpec, what: str, how: str) -> None:
         deaths = ledger.deaths(cell) + 1
         final = deaths > self.retries
         reason = f"{what} {deaths} times, last by {how}" if deaths > 1 else f"{what} by {how}"
@@ -227,7 +227,7 @@ class Driver:
         self.say(f"{cell.name}: {reason}{'' if final else '; asking again'}")
 
 
-def _without(cells: Iterable[Cell], outcomes: Sequence[Outcome]) -> list[Cell]:
+def _without(cells: Iterable[TrialSpec], outcomes: Sequence[TrialResult]) -> list[TrialSpec]:
     """Cells that have not ended."""
     ended = {outcome.cell.name for outcome in outcomes}
     return [cell for cell in cells if cell.name not in ended]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 AGAIN_S = 60.0  # Runs may be deleted while a study runs.
 
 
-class Results:
+class FinishedTrials:
     """The runs of a study.
 
     Args:

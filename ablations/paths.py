@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablations.finished_trials import Results
+from ablations.finished_trials import FinishedTrials
 from mmphi.tracking.uri import SQLITE, database
 
 if TYPE_CHECKING:
     from ablations.search import Search
     from ablations.study import Study
-    from ablations.trial_storage import Ledger
+    from ablations.trial_storage import TrialStorage
     from mmphi.tracking.run_store import RunStore
 
 
@@ -30,14 +30,14 @@ def logs_folder(store: RunStore, name: str) -> Path:
     return store.locks.parent / ".logs" / name.replace("/", "_")
 
 
-def ledgers(store: RunStore, name: str, study: Study, storage: str) -> dict[str, Ledger]:
+def ledgers(store: RunStore, name: str, study: Study, storage: str) -> dict[str, TrialStorage]:
     """The trials of a study, by phase: those that are judged, and those that find nuisance values."""
-    from ablations.trial_storage import Ledger
+    from ablations.trial_storage import TrialStorage
 
-    url, results, record = storage_url(store, storage), Results(store, name), _record(store, name)
+    url, results, record = storage_url(store, storage), FinishedTrials(store, name), _record(store, name)
     return {
-        "verdict": Ledger(url, name, [study.direction], record=record, results=results),
-        "tuning": Ledger(url, f"{name}/tuning", ["minimize"], record=record, results=results),
+        "verdict": TrialStorage(url, name, [study.direction], record=record, results=results),
+        "tuning": TrialStorage(url, f"{name}/tuning", ["minimize"], record=record, results=results),
     }
 
 
@@ -47,11 +47,11 @@ def _record(store: RunStore, name: str) -> str:
     return str(found.info.run_id) if found is not None else ""
 
 
-def search_ledger(store: RunStore, name: str, search: Search, storage: str) -> Ledger:
+def search_ledger(store: RunStore, name: str, search: Search, storage: str) -> TrialStorage:
     """The trials of a search."""
-    from ablations.trial_storage import Ledger
+    from ablations.trial_storage import TrialStorage
 
     url = storage_url(store, storage)
     directions, record = list(search.objectives.values()), _record(store, name)
     # A search has tried what it has tried: a run that was deleted since is not trained again.
-    return Ledger(url, name, directions, search.made_sampler(), search.made_pruner(), record=record)
+    return TrialStorage(url, name, directions, search.made_sampler(), search.made_pruner(), record=record)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialRequest:
     """One training to run.
 
     Attributes:
@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TrialResponse:
     """How a job went.
 
     Attributes:
@@ -60,16 +60,16 @@ class Answer:
     seconds: float = 0.0
 
 
-def encode(message: Job | Answer) -> bytes:
+def encode(message: TrialRequest | TrialResponse) -> bytes:
     """A message as bytes."""
     return json.dumps(asdict(message)).encode()
 
 
-def decode_job(content: bytes) -> Job:
+def decode_job(content: bytes) -> TrialRequest:
     """What the driver sent."""
-    return Job(**json.loads(content))
+    return TrialRequest(**json.loads(content))
 
 
-def decode_answer(content: bytes) -> Answer:
+def decode_answer(content: bytes) -> TrialResponse:
     """What the worker sent."""
-    return Answer(**json.loads(content))
+    return TrialResponse(**json.loads(content))

@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-from ablations.driver import Driver, Plan, changed
+from ablations.driver import Driver, RevisedStudy, changed
 from ablations.paths import ledgers, logs_folder, search_ledger, storage_url
 from ablations.search import Search
 from ablations.search_driver import SearchDriver
 from ablations.study import Study, check_name
-from ablations.study_run import Record
+from ablations.study_run import StudyRun
 from ablations.tuning import points_of
 from ablations.worker_pool import visible_gpus
 from mmphi.errors import Stopped
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.paired_tests import ALPHA, smallest_p
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: RevisedStudy) -> str:
     """How many trials a study has, and what each is trained on."""
     study, levels, seeds = plan.study, len(plan.levels), plan.study.seeds
     parts = [f"{levels} levels x {seeds} seeds = {levels * seeds} judged trials"]
@@ -33,7 +33,7 @@ def summary(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def too_few_seeds(plan: Plan) -> str:
+def too_few_seeds(plan: RevisedStudy) -> str:
     """A warning where no difference can be shown, whatever the results are; empty where one can."""
     study, comparisons = plan.study, len(plan.levels) - 1
     units = min(study.replicates or study.seeds, study.seeds)
@@ -79,7 +79,7 @@ def run(
         retries: How often a worker may die over a cell.
         run_id: A run that was begun for it.
         command: What was typed.
-        **crew: Further arguments of :class:`ablations.worker_pool.Crew`.
+        **crew: Further arguments of :class:`ablations.worker_pool.WorkerPool`.
 
     Raises:
         SettingsError: If it cannot be a comparison, or was begun as something else.
@@ -88,10 +88,10 @@ def run(
     """
     check_name(name)
     study.check()
-    store = Store()
+    store = TrackingStore()
     if run_id:
         store.record_beside(run_id, f"study {name}")
-    record = Record.open(store, name, study.declaration(), run_id, command)
+    record = StudyRun.open(store, name, study.declaration(), run_id, command)
     driver: Driver | SearchDriver
     if isinstance(study, Search):
         driver = SearchDriver(study, record, search_ledger(store, name, study, storage), retries=retries)

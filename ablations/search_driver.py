@@ -12,11 +12,11 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from ablations.driver import POLL_S, TrialError
-from ablations.protocol import Answer, Job
+from ablations.protocol import TrialRequest, TrialResponse
 from ablations.search import Search
-from ablations.study_run import Record
-from ablations.trial_storage import Ledger
-from ablations.worker_pool import Crew, Worker
+from ablations.study_run import StudyRun
+from ablations.trial_storage import TrialStorage
+from ablations.worker_pool import WorkerPool, WorkerProcess
 from reports.study_query import STUDY_RUN
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass
-class Active:
+class ActiveTrial:
     """A trial that is being run.
 
     Attributes:
@@ -60,14 +60,14 @@ class SearchDriver:
     def __init__(
         self,
         search: Search,
-        record: Record,
-        ledger: Ledger,
+        record: StudyRun,
+        ledger: TrialStorage,
         *,
         retries: int = 5,
         say: Callable[[str], None] = tqdm.write,
     ) -> None:
         self.search, self.record, self.ledger, self.retries, self.say = search, record, ledger, retries, say
-        self.active: dict[int, Active] = {}
+        self.active: dict[int, ActiveTrial] = {}
 
     def done(self) -> int:
         """Trials that have ended, whatever came of them."""
@@ -80,12 +80,12 @@ class SearchDriver:
         Args:
             workers: How many.
             logs: Folder of what they print.
-            **crew: Further arguments of :class:`Crew`.
+            **crew: Further arguments of :class:`WorkerPool`.
 
         Raises:
             TrialError: If a trial met what a person must mend; the others' results stay.
         """
-        with self.ledger.owned(), Crew(workers, logs, **crew) as team:
+        with self.ledger.owned(), WorkerPool(workers, logs, **crew) as team:
             self._ask_again()
             with tqdm(desc=self.record.name, unit="trial", total=self.search.trials, dynamic_ncols=True) as bar:
                 while (done := self.done()) < self.search.trials or team.busy():
@@ -109,7 +109,7 @@ class SearchDriver:
                 attributes = {"origin": origin, "again_of": trial.number}
                 self.ledger.study.enqueue_trial(trial.params, user_attrs=attributes)
 
-    def _give(self, team: Crew, worker: Worker) -> None:
+    def _give(self, team: WorkerPool, worker: WorkerProcess) -> None:
         waiting = next((a for a in self.active.values() if not a.running), None)
         if waiting is None:
             running = len(self.ledger.trials(TrialState.RUNNING))  # By any driver.
@@ -121,7 +121,7 @@ class SearchDriver:
                 self.ledger.fail(trial, "another driver asked for the same again", final=False)
                 return
             self.ledger.mine[trial.number] = trial
-            waiting = Active(trial, int(trial.user_attrs.get("origin", trial.number)))
+            waiting = ActiveTrial(trial, int(trial.user_attrs.get("origin", trial.number)))
             self.active[trial.number] = waiting
         waiting.running = True
         team.give(worker, self.job(waiting))
@@ -132,13 +132,13 @@ class SearchDriver:
         before = (t for t in self.ledger.trials() if t.number < trial.number)
         return again is not None and any(t.user_attrs.get("again_of") == again for t in before)
 
-    def job(self, active: Active) -> Job:
+    def job(self, active: ActiveTrial) -> TrialRequest:
         """What a worker is told of the next seed of a trial."""
         place = len(active.found)
         seed = self.search.seeds[place]
         name = f"trial {active.origin}"
         judged_on_test = any(metric.startswith("test/") for metric in self.search.objectives)
-        return Job(
+        return TrialRequest(
             number=active.trial.number,
             stage=self.search.stage,
             settings=self.search.settings(active.trial.params, seed).model_dump(),
@@ -159,7 +159,7 @@ class SearchDriver:
             reports=self.search.reports if self.search.pruner == "hyperband" else "",
         )
 
-    def _heard(self, team: Crew, worker: Worker, answer: Answer | None) -> None:
+    def _heard(self, team: WorkerPool, worker: WorkerProcess, answer: TrialResponse | None) -> None:
         if answer is None:
             self._died(worker)
             return
@@ -183,7 +183,7 @@ class SearchDriver:
             if answer.kind == "broken":
                 raise TrialError(f"trial {active.origin} cannot be run: {answer.reason}", "mend that")
 
-    def _measured(self, active: Active, answer: Answer) -> None:
+    def _measured(self, active: ActiveTrial, answer: TrialResponse) -> None:
         lacking = [name for name in self.search.objectives if name not in answer.metrics]
         if lacking:
             raise TrialError(f"run {answer.run_id} has no metric {lacking[0]!r}", f"it has {sorted(answer.metrics)}")
@@ -202,13 +202,13 @@ class SearchDriver:
             self._end(active, f"{values} over {len(active.found)} of {len(self.search.seeds)} seeds")
             self.ledger.tell(active.trial, means, ", ".join(active.runs))
 
-    def _end(self, active: Active, how: str) -> None:
+    def _end(self, active: ActiveTrial, how: str) -> None:
         self.active.pop(active.trial.number)
         self.ledger.mine.pop(active.trial.number, None)
         settings = ", ".join(f"{name} {value}" for name, value in active.trial.params.items())
         self.say(f"trial {active.origin} ({settings}): {how}")
 
-    def _died(self, worker: Worker) -> None:
+    def _died(self, worker: WorkerProcess) -> None:
         if worker.job is None:
             return
         active = self.active[worker.job.number]
@@ -217,7 +217,7 @@ class SearchDriver:
         else:
             active.running = False
 
-    def _again(self, active: Active, how: str) -> None:
+    def _again(self, active: ActiveTrial, how: str) -> None:
         active.died, active.running = active.died + 1, False
         if active.died > self.retries:
             self._end(active, f"no result: {how}")

@@ -294,9 +294,9 @@ def check_name(name: str) -> None:
 
 def plan_order(stage: str, settings: Settings) -> list[str]:
     """A stage, what it is built on, and what is asked for at its end."""
-    from mmphi.pipeline.graph import Plan
+    from mmphi.pipeline.graph import StageGraph
 
-    plan = Plan(STAGES)
+    plan = StageGraph(STAGES)
     return list(dict.fromkeys([*plan.order(stage, settings), *STAGES[stage].then]))
 
 

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
-    from ablations.study_run import Record
+    from ablations.study_run import StudyRun
     from mmphi.tracking.run_store import RunStore
     from reports.study_query import StudyData
 
@@ -32,12 +32,12 @@ def studies(arguments: Sequence[str]) -> int:
     parser.add_argument("--add", metavar="LEVEL", help="NAME=VALUE: a new level, or NAME: one that was stopped")
     parser.add_argument("--seeds", type=int, help="so many seeds from now on")
     options = parser.parse_args(list(arguments))
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
     if not options.study:
-        print(listing(Store()))
+        print(listing(TrackingStore()))
         return 0
-    store = Store()
+    store = TrackingStore()
     if options.stop or options.add or options.seeds is not None:
         change(store, options.study, options.stop, options.add, options.seeds)
     from ablations.watch import table, watch
@@ -69,16 +69,16 @@ def listing(store: RunStore) -> str:
     return "\n".join([*lines, "", "mmphi ablate STUDY runs one; mmphi studies STUDY --watch follows it"])
 
 
-def record_of(store: Any, name: str) -> Record:
+def record_of(store: Any, name: str) -> StudyRun:
     """The record of a study that was begun.
 
     Raises:
         SettingsError: If there is none of that name; names those there are.
     """
-    from ablations.study_run import Record
+    from ablations.study_run import StudyRun
     from reports.study_query import load_study
 
-    found = Record.find(store, name)
+    found = StudyRun.find(store, name)
     if found is None:
         load_study(store, name)  # Says what there is instead.
         raise AssertionError
@@ -132,9 +132,9 @@ def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int 
 
 def record_change(level: str, value: Any) -> Any:
     """A change that adds a level, not yet noted."""
-    from ablations.study_run import Change
+    from ablations.study_run import StudyChange
 
-    return Change("add", level, value, "")
+    return StudyChange("add", level, value, "")
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -144,12 +144,12 @@ def compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, default=5000, help="of the pages on 127.0.0.1 [5000]")
     parser.add_argument("--no-browser", action="store_true", help="only print the addresses")
     options = parser.parse_args(list(arguments))
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
     from mmphi.tracking.ui import HOST, listening, serve, shared_view
     from reports.ablation import CURVES
     from reports.study_query import load_study
 
-    store = Store()
+    store = TrackingStore()
     data = load_study(store, options.study, CURVES)
     if not any(trial.finished for trial in data.trials):
         raise SettingsError(f"no trial of {options.study} is finished yet", f"mmphi studies {options.study} --watch")

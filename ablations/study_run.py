@@ -19,7 +19,7 @@ from mmphi.stages import Settings
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
 STUDY, RECORD, CHANGE = "mmphi.study", "mmphi.study_record", "mmphi.change."
 DECLARATION = "study.json"
@@ -28,7 +28,7 @@ TUNING = ("tuning_seeds", "tuning_extensions", "tuning_tokens", "tuning_metric")
 
 
 @dataclass(frozen=True)
-class Change:
+class StudyChange:
     """Something that a person changed while the study ran.
 
     Attributes:
@@ -44,7 +44,7 @@ class Change:
     at: str
 
 
-class Record:
+class StudyRun:
     """The run of a study.
 
     Args:
@@ -53,17 +53,19 @@ class Record:
         run: It.
     """
 
-    def __init__(self, store: Store, name: str, run: Run) -> None:
+    def __init__(self, store: TrackingStore, name: str, run: Run) -> None:
         self.store, self.name, self.run_id = store, name, str(run.info.run_id)
 
     @classmethod
-    def find(cls, store: Store, name: str) -> Record | None:
+    def find(cls, store: TrackingStore, name: str) -> StudyRun | None:
         """The record of a study that was begun, the newest of its name."""
         found = next(store.search(study_record=name), None)
         return cls(store, name, found) if found else None
 
     @classmethod
-    def open(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str = "", command: str = "") -> Record:
+    def open(
+        cls, store: TrackingStore, name: str, declaration: Mapping[str, Any], run: str = "", command: str = ""
+    ) -> StudyRun:
         """The record of a study, begun now where there is none.
 
         Args:
@@ -97,7 +99,9 @@ class Record:
         return known
 
     @classmethod
-    def _begun(cls, store: Store, name: str, declaration: Mapping[str, Any], run: str, command: str) -> Record | None:
+    def _begun(
+        cls, store: TrackingStore, name: str, declaration: Mapping[str, Any], run: str, command: str
+    ) -> StudyRun | None:
         """A new record; nothing where a driver on another machine began the study a moment earlier."""
         described = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
         tracker = store.begin(f"study {name}", {RECORD: name, **described}, run)
@@ -130,14 +134,14 @@ class Record:
             )
         return found
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[StudyChange]:
         """What was changed while it ran, in order."""
         tags = self.store.run(self.run_id).data.tags
-        return [Change(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(CHANGE)]
+        return [StudyChange(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(CHANGE)]
 
-    def change(self, what: str, name: str = "", value: Any = None) -> Change:
+    def change(self, what: str, name: str = "", value: Any = None) -> StudyChange:
         """Note a change; the driver acts on it before its next trial."""
-        made = Change(what, name, value, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()))
+        made = StudyChange(what, name, value, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()))
         number = len(self.changes())
         self.store.client.set_tag(self.run_id, f"{CHANGE}{number:04d}", json.dumps(made.__dict__))
         if self.store.run(self.run_id).info.status == "FINISHED":  # There is more to do now.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow.entities import Param
 from PIL import Image
 
-from ablations.protocol import Answer, Job
+from ablations.protocol import TrialRequest, TrialResponse
 from mmphi.errors import MmphiError, SettingsError, Stopped, TrainingError
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import Settings
@@ -22,7 +22,7 @@ from reports.study_query import JUDGED, not_finite
 if TYPE_CHECKING:
     from mmphi.pipeline.stage import Result
     from mmphi.tracking.run_tracker import Watch
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
 FIRST_TOKENS = 5  # The median of so many; the first of all is left out.
@@ -32,7 +32,9 @@ class Pruned(Exception):  # noqa: N818  # A request of the driver, not an error.
     """The driver does not want the rest of a training."""
 
 
-def run_trial(job: Job, pipeline: Pipeline, told: Callable[[str, float, int], bool] | None = None) -> Answer:
+def run_trial(
+    job: TrialRequest, pipeline: Pipeline, told: Callable[[str, float, int], bool] | None = None
+) -> TrialResponse:
     """Run a job to its end, whatever that is.
 
     Args:
@@ -45,23 +47,25 @@ def run_trial(job: Job, pipeline: Pipeline, told: Callable[[str, float, int], bo
     try:
         run_id, metrics = _trained(job, pipeline, watch)
     except Pruned as pruned:
-        return Answer(job.number, "pruned", reason=str(pruned), seconds=time.perf_counter() - begun)
+        return TrialResponse(job.number, "pruned", reason=str(pruned), seconds=time.perf_counter() - begun)
     except Stopped as stopped:
-        return Answer(job.number, "stopped", reason=str(stopped))
+        return TrialResponse(job.number, "stopped", reason=str(stopped))
     except TrainingError as error:
-        return Answer(job.number, "failed", reason=error.what, seconds=time.perf_counter() - begun)
+        return TrialResponse(job.number, "failed", reason=error.what, seconds=time.perf_counter() - begun)
     except MmphiError as error:
-        return Answer(job.number, "broken", reason=str(error))
+        return TrialResponse(job.number, "broken", reason=str(error))
     except Exception as error:
         words = (str(error).splitlines() or [""])[0]
         if isinstance(error, MemoryError) or any(words_of in str(error).lower() for words_of in MEMORY):
-            return Answer(job.number, "failed", reason=f"out of memory: {words}", seconds=time.perf_counter() - begun)
+            return TrialResponse(
+                job.number, "failed", reason=f"out of memory: {words}", seconds=time.perf_counter() - begun
+            )
         traceback.print_exc()
-        return Answer(job.number, "crashed", reason=f"{type(error).__name__}: {words}")
-    return Answer(job.number, "done", metrics, run_id, seconds=time.perf_counter() - begun)
+        return TrialResponse(job.number, "crashed", reason=f"{type(error).__name__}: {words}")
+    return TrialResponse(job.number, "done", metrics, run_id, seconds=time.perf_counter() - begun)
 
 
-def _reporting(job: Job, told: Callable[[str, float, int], bool]) -> Watch:
+def _reporting(job: TrialRequest, told: Callable[[str, float, int], bool]) -> Watch:
     def watch(values: Mapping[str, float], step: int) -> None:
         if job.reports in values and not told(job.reports, values[job.reports], step):
             raise Pruned(f"{job.reports} = {values[job.reports]:.4g} at step {step}")
@@ -69,7 +73,7 @@ def _reporting(job: Job, told: Callable[[str, float, int], bool]) -> Watch:
     return watch
 
 
-def _trained(job: Job, pipeline: Pipeline, watch: Watch | None) -> tuple[str, dict[str, float]]:
+def _trained(job: TrialRequest, pipeline: Pipeline, watch: Watch | None) -> tuple[str, dict[str, float]]:
     settings = Settings(**job.settings)
     result = pipeline.build(job.stage, settings, title=job.title, tags=job.tags, watch=watch, after=job.after)
     store = pipeline.store
@@ -95,7 +99,7 @@ def _trained(job: Job, pipeline: Pipeline, watch: Watch | None) -> tuple[str, di
     return run_id, metrics
 
 
-def _record(store: Store, run_id: str, values: Mapping[str, float]) -> None:
+def _record(store: TrackingStore, run_id: str, values: Mapping[str, float]) -> None:
     for name, value in values.items():
         store.client.log_metric(run_id, name, value)
 

@@ -21,8 +21,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from ablations.finished_trials import Results
-from ablations.trials import Cell, Outcome
+from ablations.finished_trials import FinishedTrials
+from ablations.trials import TrialResult, TrialSpec
 from mmphi.errors import StoreError
 from mmphi.tracking.lease import lease_s
 from mmphi.tracking.uri import SQLITE, database
@@ -64,7 +64,7 @@ def _without_password(url: str) -> str:
     return f"{head.partition('//')[0]}//...@{tail}" if at else url
 
 
-class Ledger:
+class TrialStorage:
     """One study's trials in Optuna.
 
     Args:
@@ -91,7 +91,7 @@ class Ledger:
         pruner: optuna.pruners.BasePruner | None = None,
         *,
         record: str = "",
-        results: Results | None = None,
+        results: FinishedTrials | None = None,
     ) -> None:
         self.url, self.shared, self._results = url, not url.startswith(SQLITE), results
         self.storage = connect(url)
@@ -150,9 +150,9 @@ class Ledger:
         """The trials in these states, in order of number."""
         return list(self.study.get_trials(deepcopy=False, states=states or None))
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[TrialResult]:
         """How cells ended, each once; without results whose run was deleted."""
-        found: dict[str, Outcome] = {}
+        found: dict[str, TrialResult] = {}
         ended = self.trials(TrialState.COMPLETE, TrialState.FAIL)
         runs = [t.user_attrs.get("run_id", "") for t in ended if t.state == TrialState.COMPLETE]
         deleted = self._results.gone(runs) if self._results is not None else set()
@@ -162,19 +162,19 @@ class Ledger:
             if trial.state == TrialState.COMPLETE or trial.user_attrs.get("final"):
                 cell = cell_of(trial)
                 value = trial.value if trial.state == TrialState.COMPLETE else None
-                found.setdefault(cell.name, Outcome(cell, value, trial.user_attrs.get("reason", "")))
+                found.setdefault(cell.name, TrialResult(cell, value, trial.user_attrs.get("reason", "")))
         return list(found.values())
 
     def running(self) -> set[str]:
         """Names of the cells that anybody is running."""
         return {cell_of(trial).name for trial in self.trials(TrialState.RUNNING)}
 
-    def deaths(self, cell: Cell) -> int:
+    def deaths(self, cell: TrialSpec) -> int:
         """How often a worker died over a cell."""
         failed = self.trials(TrialState.FAIL)
         return sum(t.user_attrs.get("died", False) and cell_of(t).name == cell.name for t in failed)
 
-    def take(self, cell: Cell, level: int) -> optuna.trial.Trial | None:
+    def take(self, cell: TrialSpec, level: int) -> optuna.trial.Trial | None:
         """Ask for a cell; nothing where another driver was faster.
 
         What comes may be another cell, one that a driver put there before it died: it is as good.
@@ -251,7 +251,7 @@ class Ledger:
             fail_stale_trials(self.study)
 
 
-def cell_of(trial: FrozenTrial | optuna.trial.Trial) -> Cell:
+def cell_of(trial: FrozenTrial | optuna.trial.Trial) -> TrialSpec:
     """The cell that a trial is."""
     stored: Mapping[str, Any] = trial.user_attrs.get("cell", {"phase": "search", "level": "", "number": trial.number})
-    return Cell(**stored)
+    return TrialSpec(**stored)

@@ -10,7 +10,7 @@ Phase = Literal["tuning", "verdict", "search"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class TrialSpec:
     """One trial that a study asks for.
 
     Attributes:
@@ -34,7 +34,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """How a cell ended.
 
     Attributes:
@@ -43,12 +43,12 @@ class Outcome:
         reason: Why there is none.
     """
 
-    cell: Cell
+    cell: TrialSpec
     value: float | None
     reason: str = ""
 
 
-def verdict_cells(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[Cell]:
+def verdict_cells(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[TrialSpec]:
     """The trials that are judged, in rounds: one seed of all levels before the next.
 
     Args:
@@ -57,4 +57,4 @@ def verdict_cells(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterat
     """
     for number in range(seeds):
         for level, nuisance in levels.items():
-            yield Cell("verdict", level, number, nuisance)
+            yield TrialSpec("verdict", level, number, nuisance)

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from ablations.study import Study
-from ablations.trials import Cell, Outcome
+from ablations.trials import TrialResult, TrialSpec
 from mmphi.errors import MmphiError
 
 DIGITS = 2  # Significant ones of a value that is added.
@@ -31,11 +31,11 @@ class Tuning:
 
     level: str
     grid: Mapping[str, Sequence[Any]]
-    missing: Sequence[Cell] = ()
+    missing: Sequence[TrialSpec] = ()
     chosen: Mapping[str, Any] | None = None
 
 
-def tuning_of(study: Study, level: str, outcomes: Iterable[Outcome]) -> Tuning:
+def tuning_of(study: Study, level: str, outcomes: Iterable[TrialResult]) -> Tuning:
     """What is tried at a level, given how earlier trials ended.
 
     Values that failed at any seed are not chosen.
@@ -47,7 +47,7 @@ def tuning_of(study: Study, level: str, outcomes: Iterable[Outcome]) -> Tuning:
         missing, means = [], list[tuple[float, int]]()
         points = points_of(grid)
         for index, point in enumerate(points if study.nuisance else ()):
-            cells = [Cell("tuning", level, number, point) for number in study.tuning_seeds]
+            cells = [TrialSpec("tuning", level, number, point) for number in study.tuning_seeds]
             results = [ended.get(cell.name) for cell in cells]
             missing += [cell for cell, result in zip(cells, results, strict=True) if result is None]
             measured = [r.value for r in results if r is not None and r.value is not None]
@@ -69,7 +69,7 @@ def points_of(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def tuning_cells(tunings: Iterable[Tuning]) -> Iterator[Cell]:
+def tuning_cells(tunings: Iterable[Tuning]) -> Iterator[TrialSpec]:
     """The trials that are missing: all levels at a seed before the next seed."""
     yield from sorted((cell for tuning in tunings for cell in tuning.missing), key=lambda cell: cell.number)
 

@@ -9,7 +9,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
-from ablations.protocol import Answer, decode_answer, decode_job, encode
+from ablations.protocol import TrialResponse, decode_answer, decode_job, encode
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import Stopped
 
@@ -31,7 +31,7 @@ def main(descriptor: int) -> None:
     from mmphi.stages import STAGES
 
     connection, pipeline = Connection(descriptor), Pipeline(STAGES)
-    connection.send_bytes(encode(Answer(-1, "report")))  # Ready.
+    connection.send_bytes(encode(TrialResponse(-1, "report")))  # Ready.
     while True:
         try:
             job = decode_job(connection.recv_bytes())
@@ -40,7 +40,7 @@ def main(descriptor: int) -> None:
 
         def told(name: str, value: float, step: int, number: int = job.number) -> bool:
             try:
-                connection.send_bytes(encode(Answer(number, "report", {name: value, "step": step})))
+                connection.send_bytes(encode(TrialResponse(number, "report", {name: value, "step": step})))
                 return decode_answer(connection.recv_bytes()).kind == "report"
             except (EOFError, OSError) as error:
                 raise Stopped("its driver ended") from error

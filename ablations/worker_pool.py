@@ -13,17 +13,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 
-from ablations.protocol import Answer, Job, decode_answer, encode
+from ablations.protocol import TrialRequest, TrialResponse, decode_answer, encode
 from mmphi.errors import StoreError
 
 COMMAND = (sys.executable, "-m", "ablations.worker")
 PATIENCE = 3  # Times that every worker may fail to start.
 PATIENCE_S = 60.0  # A worker that was asked to stop finishes its step and saves.
-GO_ON, ENOUGH = Answer(-1, "report"), Answer(-1, "pruned")
+GO_ON, ENOUGH = TrialResponse(-1, "report"), TrialResponse(-1, "pruned")
 
 
 @dataclass
-class Worker:
+class WorkerProcess:
     """One process.
 
     Attributes:
@@ -35,11 +35,11 @@ class Worker:
 
     process: subprocess.Popen[bytes]
     connection: Connection
-    job: Job | None = None
+    job: TrialRequest | None = None
     ready: bool = False
 
 
-class Crew:
+class WorkerPool:
     """Workers, each with a device or a share of the cores of its own.
 
     Args:
@@ -54,14 +54,14 @@ class Crew:
     def __init__(self, count: int, logs: Path, command: Sequence[str] = COMMAND) -> None:
         self.count, self.logs, self.command = count, logs, command
         self.barren = 0  # Workers that died one after the other before they were ready.
-        self.workers: list[Worker] = []
+        self.workers: list[WorkerProcess] = []
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.workers = [self._start(place) for place in range(self.count)]
         return self
 
-    def _start(self, place: int) -> Worker:
+    def _start(self, place: int) -> WorkerProcess:
         ours, theirs = multiprocessing.Pipe()
         with (self.logs / f"worker{place}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -74,25 +74,25 @@ class Crew:
                 start_new_session=True,  # A Ctrl-C reaches the driver alone, which then asks its workers to stop.
             )
         theirs.close()
-        return Worker(process, ours)
+        return WorkerProcess(process, ours)
 
-    def idle(self) -> list[Worker]:
+    def idle(self) -> list[WorkerProcess]:
         """Those that wait for work."""
         return [w for w in self.workers if w.job is None]
 
-    def busy(self) -> list[Worker]:
+    def busy(self) -> list[WorkerProcess]:
         """Those that work."""
         return [w for w in self.workers if w.job is not None]
 
-    def give(self, worker: Worker, job: Job) -> None:
+    def give(self, worker: WorkerProcess, job: TrialRequest) -> None:
         """Give a worker work; one that has died meanwhile is noticed when listened to."""
         worker.job = job
         with contextlib.suppress(OSError):
             worker.connection.send_bytes(encode(job))
 
-    def listen(self, seconds: float) -> list[tuple[Worker, Answer | None]]:
+    def listen(self, seconds: float) -> list[tuple[WorkerProcess, TrialResponse | None]]:
         """What workers say within a time; ``None`` of one that died, which is replaced by the next one at its place."""
-        heard: list[tuple[Worker, Answer | None]] = []
+        heard: list[tuple[WorkerProcess, TrialResponse | None]] = []
         speaking = wait([w.connection for w in self.workers], seconds)
         for place, worker in enumerate(self.workers):
             if worker.connection not in speaking:
@@ -111,7 +111,7 @@ class Crew:
                 heard.append((worker, answer))
         return heard
 
-    def _buried(self, worker: Worker, place: int) -> None:
+    def _buried(self, worker: WorkerProcess, place: int) -> None:
         """Give up where no worker can even start.
 
         Raises:
@@ -121,7 +121,7 @@ class Crew:
         if self.barren > PATIENCE * self.count:
             raise StoreError("no worker can start", f"its last words are in {self.logs / f'worker{place}.log'}")
 
-    def reply(self, worker: Worker, go_on: bool) -> None:
+    def reply(self, worker: WorkerProcess, go_on: bool) -> None:
         """Tell a worker that reported whether to go on."""
         with contextlib.suppress(OSError):
             worker.connection.send_bytes(encode(GO_ON if go_on else ENOUGH))

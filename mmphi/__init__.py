@@ -59,9 +59,9 @@ def _folder_of(model: str) -> Path:
     found = glance().folder(model.removeprefix("runs:/").partition("/")[0])
     if found is not None:
         return found
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
-    return Store().model_folder(model)
+    return TrackingStore().model_folder(model)
 
 
 def build(stage: str, preset: str = "tiny", **settings: Any) -> Result:

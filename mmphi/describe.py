@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from mmphi.config.declared_view import covered
 from mmphi.config.fields import all_fields, canonical, leaves
 from mmphi.errors import SettingsError
-from mmphi.pipeline.graph import Plan
+from mmphi.pipeline.graph import StageGraph
 from mmphi.pipeline.manifest import total_bytes
 from mmphi.pipeline.stage import Cost, Result
 from mmphi.stages import STAGES, Settings
 from mmphi.stages.estimates import to_fetch, to_hash
-from mmphi.tracking.status_reader import Glance, glance
+from mmphi.tracking.status_reader import StatusReader, glance
 
 if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore as Store
@@ -77,7 +77,7 @@ def stage_help(name: str, settings: Settings, *, everything: bool = False) -> st
         settings: Whose values are shown.
         everything: Every setting that the stage or what it is built on may read, in place of those changed most.
     """
-    stage, plan = STAGES[name], Plan(STAGES)
+    stage, plan = STAGES[name], StageGraph(STAGES)
     order = plan.order(name, settings)
     # The stages at its end, such as its evaluation, are built with these settings, too.
     declared = [*stage.declared, *(d for each in (*reversed(order), *stage.then) for d in STAGES[each].declared)]
@@ -156,7 +156,7 @@ def _shown(value: Any) -> str:
 
 def status(settings: Settings) -> str:
     """The stages as a graph: finished with run and time, or missing with what building would cost."""
-    plan, looked = Plan(STAGES), glance()
+    plan, looked = StageGraph(STAGES), glance()
     drawn: set[str] = set()
     rows: list[tuple[str, str]] = []
     missing: dict[str, str] = {}  # What the settings name and is not there, by setting.
@@ -192,7 +192,7 @@ def status(settings: Settings) -> str:
 
 
 @dataclass(frozen=True)
-class State:
+class StageState:
     """What a status says of a stage.
 
     Attributes:
@@ -208,28 +208,30 @@ class State:
     seconds: float | None
 
 
-def _state(plan: Plan, looked: Glance, name: str, settings: Settings, missing: dict[str, str]) -> State:
+def _state(
+    plan: StageGraph, looked: StatusReader, name: str, settings: Settings, missing: dict[str, str]
+) -> StageState:
     cost = STAGES[name].cost(plan.view(name, settings))
     try:
         key = plan.key(name, settings)
     except SettingsError as error:
         setting, _, what = error.what.partition(" = ")
         missing.setdefault(setting, what or error.what)
-        return State(f"missing {_would_take(cost)}, needs {setting}", False, cost.disk_bytes, cost.seconds)
+        return StageState(f"missing {_would_take(cost)}, needs {setting}", False, cost.disk_bytes, cost.seconds)
     result = looked.result(key)
     if result:
         disk = f", {size(total_bytes(result.folder))}" if result.folder else ""
         took = f", took {duration(result.seconds)}" if result.seconds is not None else ""
         text = f"finished  run {result.run_id}, {ago(result.ended_ms)}{disk}{took}"
-        return State(text, True, 0, 0.0)
+        return StageState(text, True, 0, 0.0)
     past, begun = looked.seconds(name, settings.name), looked.begun(key)
     seconds = past if past is not None else cost.seconds
     took = f", about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
     text = f"{'begun' if begun else 'missing':<8}{_would_take(cost)}{took}"
-    return State(text, begun, cost.disk_bytes, seconds)
+    return StageState(text, begun, cost.disk_bytes, seconds)
 
 
-def relevant(plan: Plan, settings: Settings, states: Mapping[str, State]) -> list[str]:
+def relevant(plan: StageGraph, settings: Settings, states: Mapping[str, StageState]) -> list[str]:
     """The stages that a preset is about: those that train and measure a model of its data, and those with runs.
 
     Args:
@@ -253,7 +255,7 @@ def _unset(text: str) -> str:
     return f" ({', '.join(names)} is not set)" if names else ""
 
 
-def total(states: Sequence[State]) -> str:
+def total(states: Sequence[StageState]) -> str:
     """What building everything that is missing would take."""
     unknown = sum(state.seconds is None for state in states)
     known = sum(state.seconds or 0 for state in states)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from reports import ablation_text, figures
 from reports.paired_tests import shares
-from reports.render import Document
+from reports.render import ReportDocument
 from reports.study_query import StudyData
-from reports.study_results import Findings
+from reports.study_results import StudyResults
 from reports.tables import is_noise, median_of, tables
 from reports.verdict import headline, sentence
 
@@ -18,7 +18,7 @@ SHOWN_COSTS = ("projector/parameters", "qlora/parameters", "val/text_loss", "cos
 FEWEST_POINTS = 3  # Of a curve that is worth a figure.
 
 
-def ablation(data: StudyData) -> Document:
+def ablation(data: StudyData) -> ReportDocument:
     """The report of a study.
 
     Args:
@@ -27,9 +27,9 @@ def ablation(data: StudyData) -> Document:
     Raises:
         StoreError: If no trial has what is judged; says what the trials do have.
     """
-    found = Findings.of(data)
+    found = StudyResults.of(data)
     metric, baseline, comparisons = found.metric, found.baseline, found.comparisons
-    document = Document(
+    document = ReportDocument(
         "ablation.md.j2",
         f"Ablation {data.name}",
         {
@@ -68,13 +68,13 @@ def titles(data: StudyData) -> dict[str, str]:
     return {**data.declaration["costs"], **data.declaration.get("also", {})}
 
 
-def noisy_costs(found: Findings) -> list[str]:
+def noisy_costs(found: StudyResults) -> list[str]:
     """Titles of the costs that would be drawn but do not differ beyond their noise."""
     named = titles(found.data)
     return [named[name] for name in SHOWN_COSTS if name in named and is_noise(found.results.values(), name)]
 
 
-def drawn(found: Findings) -> dict[str, bytes]:
+def drawn(found: StudyResults) -> dict[str, bytes]:
     """The figures, by name."""
     data, metric, baseline, results = found.data, found.metric, found.baseline, found.results
     made = {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from reports.study_query import StudyData
-from reports.study_results import Findings
+from reports.study_results import StudyResults
 from reports.tables import failed_at, mean_of, order_of, tried_at, used_at
-from reports.verdict import Metric, listed
+from reports.verdict import JudgedMetric, listed
 
 SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.
 EDGE = "the best value lies at the edge of what was tried: a better one may lie beyond"
@@ -108,7 +108,7 @@ def partial(data: StudyData) -> str:
     return f"Partial report: {asked - len(missing)} of {asked} trials have ended."
 
 
-def exploratory(found: Findings) -> str:
+def exploratory(found: StudyResults) -> str:
     """What the seeds beyond the declared ones are worth; empty where there are none."""
     if not found.exploratory:
         return ""
@@ -118,7 +118,7 @@ def exploratory(found: Findings) -> str:
     )
 
 
-def warnings(data: StudyData, metric: Metric) -> Iterator[str]:
+def warnings(data: StudyData, metric: JudgedMetric) -> Iterator[str]:
     """What a reader must know before believing any of it."""
     if data.seeds < data.looks[0]:
         yield (
@@ -144,7 +144,7 @@ def warnings(data: StudyData, metric: Metric) -> Iterator[str]:
         yield f"The trials were run by {len(commits)} commits of the code: {listed(sorted(c[:12] for c in commits))}."
 
 
-def budget(data: StudyData, metric: Metric) -> str:
+def budget(data: StudyData, metric: JudgedMetric) -> str:
     """Whether all trials learned from the same number of tokens."""
     name = f"{data.declaration['stage']}/supervised_tokens"
     counts = {level: mean_of(of, name) for level, of in data.results("verdict", metric.name).items() if of}

@@ -13,7 +13,7 @@ import yaml
 from mmphi.errors import DataError
 from mmphi.tracking.run_store import RunStore
 from reports.references import FOLDER
-from reports.render import Document, Table
+from reports.render import ReportDocument, ReportTable
 
 PREFIX = "lmms/"
 COMMAND = "mmphi evaluate --harness lmms-eval --tasks {tasks} --model {model}{limit}"
@@ -79,7 +79,7 @@ def published(folder: Path = FOLDER) -> Mapping[str, Any]:
     return content
 
 
-def benchmarks(runs: Sequence[Benchmarked], known: Mapping[str, Any]) -> Document:
+def benchmarks(runs: Sequence[Benchmarked], known: Mapping[str, Any]) -> ReportDocument:
     """The report.
 
     Args:
@@ -98,7 +98,7 @@ def benchmarks(runs: Sequence[Benchmarked], known: Mapping[str, Any]) -> Documen
     newest = runs[0]
     limit = f" --limit {newest.limit}" if newest.limit else ""
     tasks = ",".join(newest.questions) or "pope"
-    return Document(
+    return ReportDocument(
         "benchmarks.md.j2",
         "Published benchmarks",
         {
@@ -107,8 +107,8 @@ def benchmarks(runs: Sequence[Benchmarked], known: Mapping[str, Any]) -> Documen
             "command": COMMAND.format(tasks=tasks, model=newest.model, limit=limit) + "\nmmphi report benchmarks",
         },
         {
-            "beside": Table(["model", "of what", *names], rows),
-            "figures": Table(["model", "figure", "value"], figures),
+            "beside": ReportTable(["model", "of what", *names], rows),
+            "figures": ReportTable(["model", "figure", "value"], figures),
         },
     )
 

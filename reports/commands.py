@@ -13,14 +13,14 @@ from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore
-    from reports.render import Document
+    from reports.render import ReportDocument
 
 KINDS = ("ablation", "pretraining", "benchmarks")
 AS_PRESET = "preset"  # What MLproject's parameters say where nothing is said.
 
 
 @dataclass(frozen=True)
-class Made:
+class WrittenReport:
     """A report that was made.
 
     Attributes:
@@ -29,7 +29,7 @@ class Made:
         about: Runs that it is about, by id, each with its address.
     """
 
-    document: Document
+    document: ReportDocument
     name: str
     about: Mapping[str, str]
 
@@ -76,7 +76,7 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _ablation(store: RunStore, study: str) -> Made:
+def _ablation(store: RunStore, study: str) -> WrittenReport:
     from reports.ablation import CURVES, ablation
     from reports.search import search
     from reports.study_query import begun, load_study
@@ -86,21 +86,21 @@ def _ablation(store: RunStore, study: str) -> Made:
         raise SettingsError("which study is the report about?", f"--study NAME; the store has: {there}")
     data = load_study(store, study, CURVES)
     document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
-    return Made(document, study, {data.run_id: data.link(data.run_id)})
+    return WrittenReport(document, study, {data.run_id: data.link(data.run_id)})
 
 
-def _pretraining(store: RunStore, chosen: str) -> Made:
+def _pretraining(store: RunStore, chosen: str) -> WrittenReport:
     from reports.pretraining import pretraining
     from reports.pretraining_query import load_pretrainings
     from reports.references import reference_of
 
     runs = load_pretrainings(store, [name.strip() for name in chosen.split(",") if name.strip()])
     # It is kept with the run that its verdict is about.
-    return Made(pretraining(runs, reference_of()), "pretraining", {runs[0].run_id: runs[0].link})
+    return WrittenReport(pretraining(runs, reference_of()), "pretraining", {runs[0].run_id: runs[0].link})
 
 
-def _benchmarks(store: RunStore) -> Made:
+def _benchmarks(store: RunStore) -> WrittenReport:
     from reports.benchmarks import benchmarks, load_benchmarked, published
 
     runs = load_benchmarked(store)
-    return Made(benchmarks(runs, published()), "benchmarks", {runs[0].run_id: runs[0].link})
+    return WrittenReport(benchmarks(runs, published()), "benchmarks", {runs[0].run_id: runs[0].link})

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from reports.pretraining_query import Pretraining
 from reports.references import Reference, phi2_budget, prices
-from reports.render import Table
-from reports.scaling import Answer, Outlook
+from reports.render import ReportTable
+from reports.scaling import Extrapolation, Outlook
 
 ASSUMED_MFU = 0.4  # On the accelerators of the price list: llm-foundry's tables have 0.44 for 3B on H100.
 YEAR_S = 365.25 * 24 * 3600
 
 
 @dataclass(frozen=True)
-class Distance:
+class ReferenceDistance:
     """How far a pretraining is from a reference.
 
     Attributes:
@@ -51,7 +51,7 @@ class Distance:
         """Losses on the reference's text that are asked about, by name."""
         return {"reference + 1": self.reference.loss + 1, "the reference": self.reference.loss}
 
-    def answers(self) -> dict[str, Answer]:
+    def answers(self) -> dict[str, Extrapolation]:
         """What each target would take: the law is that of the training loss, moved by the gap."""
         return {name: self.outlook.answer(target - self.gap) for name, target in self.targets().items()}
 
@@ -83,7 +83,7 @@ class Distance:
         extra = max(0.0, answer.tokens - self.run.tokens)
         return f"{extra:,.0f} tokens more ({answer.low:,.0f} to {answer.high:,.0f} in all, 95 %)."
 
-    def table(self) -> Table:
+    def table(self) -> ReportTable:
         """What each target would take, in tokens, time and money."""
         rows = []
         for name, answer in self.answers().items():
@@ -94,9 +94,11 @@ class Distance:
                 rows.append([f"{name} ({target:.3f})", f"cannot be said: {answer.refusal}", "-", "-", "-"])
             else:
                 rows.append([f"{name} ({target:.3f})", *self._costs(answer)])
-        return Table(["loss to reach", "tokens in all (95 %)", "hours on this machine", "GPU-hours", "dollars"], rows)
+        return ReportTable(
+            ["loss to reach", "tokens in all (95 %)", "hours on this machine", "GPU-hours", "dollars"], rows
+        )
 
-    def _costs(self, answer: Answer) -> list[str]:
+    def _costs(self, answer: Extrapolation) -> list[str]:
         per_token = self.run.metrics.get("pretrain/flops_per_token", math.nan)
         amounts = (answer.tokens, answer.low, answer.high)
         hours = [tokens / self.run.tokens_per_s / 3600 for tokens in amounts]

@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter
 
 from reports.comparison import Comparison
-from reports.paired_tests import Interval, Shares
+from reports.paired_tests import Interval, VarianceShares
 from reports.pretraining_query import Pretraining
 from reports.references import Reference
 from reports.scaling import Outlook
-from reports.verdict import Metric
+from reports.verdict import JudgedMetric
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "osD^vPX*"
@@ -44,11 +44,11 @@ def _figure(height: float = HEIGHT, columns: int = 1) -> tuple[Figure, list[Axes
     return figure, axes
 
 
-def _label(metric: Metric) -> str:
+def _label(metric: JudgedMetric) -> str:
     return f"{metric.name}, {metric.unit} ({'less' if metric.less else 'more'} is better)"
 
 
-def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -> Figure:
+def effects(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMetric) -> Figure:
     """Differences to the baseline with their intervals, and the margin within which a difference does not matter."""
     figure, (axes,) = _figure(1.6 + 0.5 * len(comparisons))
     if metric.margin:
@@ -79,7 +79,7 @@ def effects(comparisons: Sequence[Comparison], baseline: str, metric: Metric) ->
 
 
 def seeds(
-    values: Mapping[str, Mapping[int, float]], intervals: Mapping[str, Interval | None], metric: Metric
+    values: Mapping[str, Mapping[int, float]], intervals: Mapping[str, Interval | None], metric: JudgedMetric
 ) -> Figure:
     """Every seed's point, joined over the levels, and each level's mean with its interval."""
     figure, (axes,) = _figure()
@@ -158,7 +158,7 @@ def front(points: Mapping[str, tuple[float, float]], less: bool) -> list[str]:
     return sorted(kept, key=lambda name: points[name])
 
 
-def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: Metric) -> Figure:
+def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: JudgedMetric) -> Figure:
     """The metric against each cost, and the Pareto front.
 
     Args:
@@ -195,7 +195,7 @@ def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: Me
     return figure
 
 
-def importance(parts: Shares) -> Figure:
+def importance(parts: VarianceShares) -> Figure:
     """How the variance divides between factor, seed and the rest."""
     figure, (axes,) = _figure(1.9)
     begun = 0.0

@@ -194,7 +194,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Shares:
+class VarianceShares:
     """How the variance of a full grid divides: functional ANOVA, which is exact there.
 
     Attributes:
@@ -208,7 +208,7 @@ class Shares:
     rest: float
 
 
-def shares(levels: Mapping[str, Mapping[int, float]]) -> Shares | None:
+def shares(levels: Mapping[str, Mapping[int, float]]) -> VarianceShares | None:
     """Shares of the variance, over the seeds that all levels have.
 
     Nothing where there is no variance, or fewer than two levels or seeds: one seed explains nothing, whatever it gives.
@@ -221,4 +221,6 @@ def shares(levels: Mapping[str, Mapping[int, float]]) -> Shares | None:
         return None
     by_level, by_seed = grid.mean(axis=1).var(), grid.mean(axis=0).var()
     whole = grid.var()
-    return Shares(float(by_level / whole), float(by_seed / whole), float(max(0.0, 1 - (by_level + by_seed) / whole)))
+    return VarianceShares(
+        float(by_level / whole), float(by_seed / whole), float(max(0.0, 1 - (by_level + by_seed) / whole))
+    )

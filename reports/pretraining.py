@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from reports import figures
-from reports.extrapolation_text import Distance
+from reports.extrapolation_text import ReferenceDistance
 from reports.pretraining_query import Pretraining
 from reports.references import Reference, original_run
-from reports.render import Document, Table, plain
+from reports.render import ReportDocument, ReportTable, plain
 from reports.scaling import Outlook
 from reports.verdict import listed
 
@@ -27,16 +27,16 @@ PLACES |= {
 }
 
 
-def pretraining(runs: Sequence[Pretraining], reference: Reference) -> Document:
+def pretraining(runs: Sequence[Pretraining], reference: Reference) -> ReportDocument:
     """The report.
 
     Args:
         runs: At least one; the first is what the verdict is about.
         reference: What they are compared with.
     """
-    distances = [Distance(run, reference, Outlook.of(run.curve())) for run in runs]
+    distances = [ReferenceDistance(run, reference, Outlook.of(run.curve())) for run in runs]
     chosen = ",".join(run.run_id[:12] for run in runs)
-    document = Document(
+    document = ReportDocument(
         "pretraining.md.j2",
         "Pretraining, and the distance to Phi-2",
         {
@@ -58,7 +58,7 @@ def pretraining(runs: Sequence[Pretraining], reference: Reference) -> Document:
     document.tables |= {
         "runs": _runs(runs),
         "milestones": _milestones(runs),
-        "more": Table(
+        "more": ReportTable(
             ["run", *distances[0].table().columns],
             [[d.run.title, *row] for d in distances for row in d.table().rows],
         ),
@@ -150,7 +150,7 @@ def _generated(run: Pretraining) -> str:
     )
 
 
-def _runs(runs: Sequence[Pretraining]) -> Table:
+def _runs(runs: Sequence[Pretraining]) -> ReportTable:
     columns = ["run", "parameters", "tokens", "seconds", "tokens/s", "MFU", "first loss", "held-out", "bits/byte"]
     rows = []
     for run in runs:
@@ -170,10 +170,10 @@ def _runs(runs: Sequence[Pretraining]) -> Table:
                 f"{of['public/bits_per_byte']:.3f}" if "public/bits_per_byte" in of else "-",
             ]
         )
-    return Table([*columns, "public text", "bits/byte of it"], rows)
+    return ReportTable([*columns, "public text", "bits/byte of it"], rows)
 
 
-def _milestones(runs: Sequence[Pretraining]) -> Table:
+def _milestones(runs: Sequence[Pretraining]) -> ReportTable:
     rows = []
     for run in runs:
         cells = []
@@ -183,10 +183,10 @@ def _milestones(runs: Sequence[Pretraining]) -> Table:
                 f"{found[0]:,.0f} tokens, {found[1]:,.1f} s, {found[2]:.0f} updates" if found else "not reached"
             )
         rows.append([f"[{run.title}]({run.link})", *cells])
-    return Table(["run", *TARGETS.values()], rows)
+    return ReportTable(["run", *TARGETS.values()], rows)
 
 
-def _settings(runs: Sequence[Pretraining]) -> Table:
+def _settings(runs: Sequence[Pretraining]) -> ReportTable:
     rows = [[name, *(run.params.get(name, "-") for run in runs)] for name in SHOWN]
     for title, metric in (
         ("learning rate, peak", "pretrain/learning_rate"),
@@ -194,19 +194,19 @@ def _settings(runs: Sequence[Pretraining]) -> Table:
         ("updates that the schedule is laid over", "pretrain/schedule_steps"),
     ):
         rows.append([title, *(f"{run.metrics.get(metric, math.nan):.4g}" for run in runs)])
-    return Table(["setting", *(run.title for run in runs)], rows)
+    return ReportTable(["setting", *(run.title for run in runs)], rows)
 
 
-def _environment(runs: Sequence[Pretraining]) -> Table:
+def _environment(runs: Sequence[Pretraining]) -> ReportTable:
     rows = []
     for title, tag in PLACES.items():
         if any(tag in run.tags for run in runs):
             rows.append([title, *(run.tags.get(tag, "-") for run in runs)])
     inputs = sorted({tag for run in runs for tag in run.tags if tag.startswith(("mmphi.data.", "mmphi.upstream."))})
     rows += [[tag.removeprefix("mmphi."), *(run.tags.get(tag, "-") for run in runs)] for tag in inputs]
-    return Table(["what", *(run.title for run in runs)], rows)
+    return ReportTable(["what", *(run.title for run in runs)], rows)
 
 
-def _curves(runs: Sequence[Pretraining]) -> Table:
+def _curves(runs: Sequence[Pretraining]) -> ReportTable:
     rows = [[run.run_id, step, step * run.batch_tokens, f"{loss:.4f}"] for run in runs for step, loss in run.losses]
-    return Table(["run", "update", "tokens", "loss_nats_per_token"], rows)
+    return ReportTable(["run", "update", "tokens", "loss_nats_per_token"], rows)

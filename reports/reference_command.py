@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     from mmphi.config import LanguageSettings
     from mmphi.data.content_hash import file_digest
-    from mmphi.evaluation.perplexity import Protocol, text_loss
+    from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
     from mmphi.models.device import this_device
     from mmphi.models.language.language_model import load_language
 
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     language = load_language(settings, None, this_device())
     most = int(getattr(language.model.config, "max_position_embeddings", 0) or options.window)
     window = min(options.window, most)
-    protocol = Protocol(window, options.stride or window, options.tail, options.max_windows)
+    protocol = PerplexityProtocol(window, options.stride or window, options.tail, options.max_windows)
     with tqdm(desc=options.lm, unit="tok", unit_scale=True) as bar:
         found = text_loss(language.model, language.tokenizer, text, protocol, bar.update)
     named = options.name or (WIKITEXT2 if options.text.name == "wikitext2-raw-test.txt" else options.text.name)

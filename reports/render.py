@@ -27,7 +27,7 @@ def plain(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Rows under columns.
 
     Attributes:
@@ -55,7 +55,7 @@ class Table:
 
 
 @dataclass
-class Document:
+class ReportDocument:
     """A report.
 
     Attributes:
@@ -69,7 +69,7 @@ class Document:
     template: str
     title: str
     values: Mapping[str, Any]
-    tables: dict[str, Table] = field(default_factory=dict)
+    tables: dict[str, ReportTable] = field(default_factory=dict)
     figures: dict[str, bytes] = field(default_factory=dict)
 
     def markdown(self) -> str:

@@ -95,7 +95,7 @@ def state_before(rates: Floats) -> tuple[Floats, Floats]:
 
 
 @dataclass(frozen=True)
-class Law:
+class LawCoefficients:
     """Coefficients of one of the laws above.
 
     Attributes:
@@ -135,21 +135,21 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Fit:
+class LawFit:
     """A law and how well it explains a curve: the sum of its weighted squares."""
 
-    law: Law
+    law: LawCoefficients
     squares: float
 
 
-def fits(total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> list[Fit]:
+def fits(total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> list[LawFit]:
     """The law of each kind of least weighted squares, the better one first; one alone where nothing cooled down."""
     kinds: tuple[Kind, ...] = ("fixed", "proportional") if np.ptp(cooled) > COOLED else ("fixed",)
     found = [_fit(kind, total, cooled, losses, weights) for kind in kinds]
     return sorted(found, key=lambda fit: fit.squares)
 
 
-def _fit(kind: Kind, total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> Fit:
+def _fit(kind: Kind, total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> LawFit:
     coarse = _best(kind, EXPONENTS, total, cooled, losses, weights)
     ratio = float(EXPONENTS[1] / EXPONENTS[0])
     near = coarse.law.exponent * np.geomspace(1 / ratio, ratio, FINER)
@@ -159,9 +159,9 @@ def _fit(kind: Kind, total: Floats, cooled: Floats, losses: Floats, weights: Flo
     return min((coarse, finer, found), key=lambda fit: fit.squares)
 
 
-def _best(kind: Kind, exponents: Floats, total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> Fit:
+def _best(kind: Kind, exponents: Floats, total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> LawFit:
     """The best law of some exponents: with one given, the other coefficients are a problem of least squares."""
-    best = Fit(Law(kind, 0.0, 0.0, 1.0, 0.0, 0.0), math.inf)
+    best = LawFit(LawCoefficients(kind, 0.0, 0.0, 1.0, 0.0, 0.0), math.inf)
     seen, target = np.ptp(cooled) > COOLED, losses * weights
     for exponent in exponents:
         power = np.maximum(total, 1e-9) ** -exponent
@@ -176,12 +176,12 @@ def _best(kind: Kind, exponents: Floats, total: Floats, cooled: Floats, losses: 
         if rest**2 < best.squares:
             values = (at_peak, other, cold, other) if kind == "fixed" else (other, at_peak, other, cold)
             floor, scale, cold_floor, cold_scale = map(float, values)
-            best = Fit(Law(kind, floor, scale, float(exponent), cold_floor, cold_scale), float(rest**2))
+            best = LawFit(LawCoefficients(kind, floor, scale, float(exponent), cold_floor, cold_scale), float(rest**2))
     return best
 
 
 @dataclass(frozen=True)
-class Answer:
+class Extrapolation:
     """How many tokens reach a loss, or why nothing honest can be said.
 
     Attributes:
@@ -263,12 +263,12 @@ class Outlook:
     """
 
     curve: Curve
-    fits: Sequence[Fit]
+    fits: Sequence[LawFit]
     backtest: float
     refusal: str
 
     @property
-    def law(self) -> Law | None:
+    def law(self) -> LawCoefficients | None:
         """The law that explains the curve best."""
         return self.fits[0].law if self.fits else None
 
@@ -299,7 +299,7 @@ class Outlook:
         return cls(curve, found, missed, refusal)
 
     @cached_property
-    def simulated(self) -> list[tuple[Law, Law]]:
+    def simulated(self) -> list[tuple[LawCoefficients, LawCoefficients]]:
         """Laws that explain the curve, each with the law that is fitted to a curve simulated from it.
 
         The noise is that of moving blocks of the residuals (Künsch 1989).
@@ -315,7 +315,7 @@ class Outlook:
             pairs.append((law, fits(total, cooled, losses, weights)[0].law))
         return pairs
 
-    def _truths(self) -> Iterator[tuple[Law, Floats, np.random.Generator]]:
+    def _truths(self) -> Iterator[tuple[LawCoefficients, Floats, np.random.Generator]]:
         total, cooled, losses, weights = self.curve.points()
         free = max(1, len(losses) - 4)
         noise = self.fits[0].squares / free
@@ -327,19 +327,19 @@ class Outlook:
             yield law, residuals - residuals.mean(), rng
 
     @property
-    def resampled(self) -> list[Law]:
+    def resampled(self) -> list[LawCoefficients]:
         """The laws that are fitted to simulated curves."""
         return [found for _, found in self.simulated]
 
-    def answer(self, target: float) -> Answer:
+    def answer(self, target: float) -> Extrapolation:
         """How many tokens reach a loss, with its interval, or why there is no answer."""
         if self.law is None or self.refusal:
-            return Answer(target, self.refusal)
+            return Extrapolation(target, self.refusal)
         seen = max(self.curve.steps) * self.curve.tokens_per_step
         far = f"{REACH:g} times the {seen:,.0f} tokens seen"
         middle = self._tokens(self.law, target)
         if middle > REACH * seen:
-            return Answer(target, f"the law does not reach {target:.2f} nats within {far}")
+            return Extrapolation(target, f"the law does not reach {target:.2f} nats within {far}")
         errors, failed = [], 0
         for true, found in self.simulated:
             truth, estimate = self._tokens(true, target), self._tokens(found, target)
@@ -349,19 +349,19 @@ class Outlook:
                 errors.append(math.log(estimate / truth))
         if failed > FAILED_SHARE * len(self.simulated):
             share = failed / len(self.simulated)
-            return Answer(
+            return Extrapolation(
                 target, f"of simulated curves of this kind {share:.0%} do not find {target:.2f} nats within {far}"
             )
         tail = (1 - CONFIDENCE) / 2
         low, high = (middle / math.exp(WIDER * _quantile(errors, share)) for share in (1 - tail, tail))
         low, high = min(low, middle), max(high, middle)
         if high > REACH * seen:
-            return Answer(
+            return Extrapolation(
                 target, f"it lies at least {low:,.0f} tokens away, too far from the {seen:,.0f} that were seen"
             )
-        return Answer(target, "", middle, low, high)
+        return Extrapolation(target, "", middle, low, high)
 
-    def _tokens(self, law: Law, target: float) -> float:
+    def _tokens(self, law: LawCoefficients, target: float) -> float:
         """Tokens of the shortest schedule that ends at a loss; infinite where none does."""
         return law.updates(target, self.curve.schedule) * self.curve.tokens_per_step
 

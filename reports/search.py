@@ -13,7 +13,7 @@ from mmphi.errors import StoreError
 from reports import figures
 from reports.ablation_text import command
 from reports.paired_tests import interval
-from reports.render import Document, Table
+from reports.render import ReportDocument, ReportTable
 from reports.study_query import StudyData, Trial
 from reports.tables import environment, linked
 from reports.verdict import listed, number, range_of
@@ -28,7 +28,7 @@ NO_VERDICT = (
 
 
 @dataclass(frozen=True)
-class Tried:
+class SearchTrial:
     """One trial of a search: settings, and what they gave at each seed.
 
     Attributes:
@@ -51,7 +51,7 @@ class Tried:
         return float(np.mean(found)) if found else float("nan")
 
 
-def tried(data: StudyData) -> list[Tried]:
+def tried(data: StudyData) -> list[SearchTrial]:
     """The trials of a search, in order of number."""
     objectives, space = list(data.declaration["objectives"]), list(data.declaration["space"])
     seeds = len(data.declaration["seeds"])
@@ -68,11 +68,11 @@ def tried(data: StudyData) -> list[Tried]:
         if not early and 0 < len(by_seed) < seeds and not failed:
             early = f"ended after {len(by_seed)} of {seeds} seeds"
         params = {setting: runs[name][0].params.get(setting, "?") for setting in space}
-        found.append(Tried(name, params, values, runs[name], early or failed))
+        found.append(SearchTrial(name, params, values, runs[name], early or failed))
     return found
 
 
-def search(data: StudyData) -> Document:
+def search(data: StudyData) -> ReportDocument:
     """The report of a search.
 
     Args:
@@ -91,7 +91,7 @@ def search(data: StudyData) -> Document:
     ranked = sorted(whole, key=lambda t: sign * t.mean(first))
     on_front = pareto(whole, objectives)
     shown = [t for t in ranked if t in on_front] if len(objectives) > 1 else ranked
-    document = Document(
+    document = ReportDocument(
         "search.md.j2",
         f"Search {data.name}",
         {
@@ -123,7 +123,7 @@ def search(data: StudyData) -> Document:
     return document
 
 
-def pareto(trials: Sequence[Tried], objectives: Mapping[str, str]) -> list[Tried]:
+def pareto(trials: Sequence[SearchTrial], objectives: Mapping[str, str]) -> list[SearchTrial]:
     """The trials that no other beats in all objectives."""
     signs = np.array([1.0 if direction == "minimize" else -1.0 for direction in objectives.values()])
     points = np.array([[t.mean(o) for o in objectives] for t in trials]) * signs
@@ -135,7 +135,7 @@ def pareto(trials: Sequence[Tried], objectives: Mapping[str, str]) -> list[Tried
     return kept
 
 
-def _best(shown: Sequence[Tried], objectives: Mapping[str, str], data: StudyData) -> str:
+def _best(shown: Sequence[SearchTrial], objectives: Mapping[str, str], data: StudyData) -> str:
     if len(objectives) > 1:
         names = listed([f"`{o}`" for o in objectives])
         return f"{len(shown)} trials that no other beats in both {names} (the Pareto front):"
@@ -150,7 +150,7 @@ def _best(shown: Sequence[Tried], objectives: Mapping[str, str], data: StudyData
     )
 
 
-def _table(data: StudyData, trials: Sequence[Tried], objectives: Mapping[str, str]) -> Table:
+def _table(data: StudyData, trials: Sequence[SearchTrial], objectives: Mapping[str, str]) -> ReportTable:
     rows = []
     for t in trials:
         links = " ".join(linked(data, run) for run in t.runs)
@@ -158,10 +158,10 @@ def _table(data: StudyData, trials: Sequence[Tried], objectives: Mapping[str, st
         seeds = max(len(v) for v in t.values.values())
         rows.append([t.name, *t.params.values(), *values, seeds, t.pruned or "-", links])
     means = [f"mean {o}" for o in objectives]
-    return Table(["trial", *data.declaration["space"], *means, "seeds", "ended early", "runs"], rows)
+    return ReportTable(["trial", *data.declaration["space"], *means, "seeds", "ended early", "runs"], rows)
 
 
-def importance(trials: Sequence[Tried], data: StudyData, objective: str) -> tuple[str, Table | None]:
+def importance(trials: Sequence[SearchTrial], data: StudyData, objective: str) -> tuple[str, ReportTable | None]:
     """How much each setting and the seed explain of what the trials reached.
 
     Settings by fANOVA (Hutter, Hoos, Leyton-Brown 2014) as Optuna has it, on the trials' means; the seed by the share
@@ -195,7 +195,7 @@ def importance(trials: Sequence[Tried], data: StudyData, objective: str) -> tupl
         "Shares of what the trials' means differ by (fANOVA, by Optuna), and of what all runs differ by within trials:"
         f" {within:.0%} lies between the seeds of the same settings."
     )
-    return told, Table(["setting", "share"], [[name, f"{share:.0%}"] for name, share in found.items()])
+    return told, ReportTable(["setting", "share"], [[name, f"{share:.0%}"] for name, share in found.items()])
 
 
 def _number(text: str) -> Any:

@@ -12,11 +12,11 @@ from reports.comparison import Comparison, Judging, compare, lost_runs
 from reports.interim_looks import reached
 from reports.paired_tests import Interval, interval
 from reports.study_query import StudyData, Trial
-from reports.verdict import Metric
+from reports.verdict import JudgedMetric
 
 
 @dataclass(frozen=True)
-class Findings:
+class StudyResults:
     """What a study found.
 
     Attributes:
@@ -35,7 +35,7 @@ class Findings:
     """
 
     data: StudyData
-    metric: Metric
+    metric: JudgedMetric
     baseline: str
     judging: Judging
     results: Mapping[str, Mapping[int, Trial]]
@@ -48,14 +48,16 @@ class Findings:
     exploratory: Sequence[Comparison] = ()
 
     @classmethod
-    def of(cls, data: StudyData) -> Findings:
+    def of(cls, data: StudyData) -> StudyResults:
         """Work them out.
 
         Raises:
             StoreError: If no trial has what is judged; says what the trials do have.
         """
         declared = data.declaration
-        metric = Metric(declared["metric"], declared["unit"], declared["direction"] == "minimize", declared["margin"])
+        metric = JudgedMetric(
+            declared["metric"], declared["unit"], declared["direction"] == "minimize", declared["margin"]
+        )
         values, baseline = data.values(metric.name), str(declared["baseline"])
         _some(data, metric, values)
         levels = {level: values[level] for level in data.levels}
@@ -83,7 +85,7 @@ class Findings:
         )
 
 
-def judging_of(data: StudyData, metric: Metric) -> Judging:
+def judging_of(data: StudyData, metric: JudgedMetric) -> Judging:
     """How a study is judged, and over which of the seeds that it has by now."""
     baseline = str(data.declaration["baseline"])
     ended = {level: data.ended(level) for level in data.levels}
@@ -102,7 +104,7 @@ def _within(number: int, end: int | None) -> bool:
     return end is None or number < end
 
 
-def _some(data: StudyData, metric: Metric, values: Mapping[str, Mapping[int, float]]) -> None:
+def _some(data: StudyData, metric: JudgedMetric, values: Mapping[str, Mapping[int, float]]) -> None:
     if any(values.values()):
         return
     finished = [t for t in data.trials if t.phase == "verdict" and t.finished]

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from reports.paired_tests import interval
-from reports.render import Table
+from reports.render import ReportTable
 from reports.study_query import StudyData, Trial
-from reports.study_results import Findings
+from reports.study_results import StudyResults
 from reports.verdict import ends_of, number, p_value
 
 # Of every level: the interval of its mean, then what is to be said of it beside the baseline.
 LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval of it", "p (Holm)", "verdict", "tokens")
 
 
-def tables(found: Findings) -> dict[str, Table]:
+def tables(found: StudyResults) -> dict[str, ReportTable]:
     """All tables of the report, by name."""
     data, metric, declared = found.data, found.metric, found.data.declaration
     beside = {c.level: c for c in found.comparisons}
@@ -40,27 +40,27 @@ def tables(found: Findings) -> dict[str, Table]:
         rows.append([level, len(trials), mean, around, *against, f"{tokens:,.0f}" if tokens else "-"])
         costs.append([level, *(_cost(median_of(trials, name)) for name in declared["costs"])])
     made = {
-        "levels": Table([declared["factor"], "n", f"mean {metric.name}", *LEVEL_COLUMNS], rows),
+        "levels": ReportTable([declared["factor"], "n", f"mean {metric.name}", *LEVEL_COLUMNS], rows),
         "robustness": robustness(found),
-        "costs": Table([declared["factor"], *declared["costs"].values()], costs),
+        "costs": ReportTable([declared["factor"], *declared["costs"].values()], costs),
         "trials": by_seed(found),
         "environment": environment(data),
     }
     made |= _tuning(data) | _also(found) | _exploratory(found)
     if failed := data.failed():
-        made["failed"] = Table(
+        made["failed"] = ReportTable(
             ["phase", "level", "seed", "status", "reason", "run"],
             [[t.phase, t.level, t.seed, t.status, t.reason or "-", linked(data, t)] for t in failed],
         )
     if data.changes:
-        made["changes"] = Table(
+        made["changes"] = ReportTable(
             ["when (UTC)", "what", "level", "value"],
             [[c["at"], c["what"], c["name"], "-" if c["value"] is None else c["value"]] for c in data.changes],
         )
     return made
 
 
-def robustness(found: Findings) -> Table:
+def robustness(found: StudyResults) -> ReportTable:
     """What the verdicts rest on: other estimates of the differences, and runs that are not among them."""
     rows = [
         [
@@ -75,10 +75,10 @@ def robustness(found: Findings) -> Table:
         for c in found.comparisons
     ]
     columns = ("pairs", "mean difference", "Hodges-Lehmann", "mean without any one pair")
-    return Table([found.data.declaration["factor"], *columns, "lost, and of the baseline", "p of that"], rows)
+    return ReportTable([found.data.declaration["factor"], *columns, "lost, and of the baseline", "p of that"], rows)
 
 
-def _also(found: Findings) -> dict[str, Table]:
+def _also(found: StudyResults) -> dict[str, ReportTable]:
     """Metrics of quality that are not judged: means and intervals, and differences to the baseline."""
     also, rows = found.data.declaration.get("also", {}), []
     for level in found.data.levels:
@@ -88,14 +88,14 @@ def _also(found: Findings) -> dict[str, Table]:
             values = [value for value in of.values() if value is not None]
             row.append(f"{number(float(np.mean(values)), 4)} ({ends_of(interval(values))})" if values else "-")
         rows.append(row)
-    return {"also": Table([found.data.declaration["factor"], *also.values()], rows)} if also else {}
+    return {"also": ReportTable([found.data.declaration["factor"], *also.values()], rows)} if also else {}
 
 
-def _exploratory(found: Findings) -> dict[str, Table]:
+def _exploratory(found: StudyResults) -> dict[str, ReportTable]:
     """All seeds, where there are more than the study declared."""
     rows = [[c.level, c.n, number(c.difference), ends_of(c.interval)] for c in found.exploratory]
     columns = [found.data.declaration["factor"], "pairs", "minus the baseline", "95 % interval"]
-    return {"exploratory": Table(columns, rows)} if rows else {}
+    return {"exploratory": ReportTable(columns, rows)} if rows else {}
 
 
 def linked(data: StudyData, trial: Trial) -> str:
@@ -103,7 +103,7 @@ def linked(data: StudyData, trial: Trial) -> str:
     return f"[{trial.run_id[:8]}]({data.link(trial.run_id)})"
 
 
-def by_seed(found: Findings) -> Table:
+def by_seed(found: StudyResults) -> ReportTable:
     """The metric of every trial, a seed a row, each a link to its run."""
     data, metric, results = found.data, found.metric, found.results
     numbers = sorted({n for of in results.values() for n in of})
@@ -116,7 +116,7 @@ def by_seed(found: Findings) -> Table:
         return f"[{number(trial.metrics[metric.name], 4)}]({data.link(trial.run_id)}){left_out}"
 
     rows = [[n, *(cell(level, n) for level in data.levels)] for n in numbers]
-    return Table(["seed", *data.levels], rows)
+    return ReportTable(["seed", *data.levels], rows)
 
 
 def _cost(value: float | None) -> str:
@@ -125,7 +125,7 @@ def _cost(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else number(value, 3)
 
 
-def _tuning(data: StudyData) -> dict[str, Table]:
+def _tuning(data: StudyData) -> dict[str, ReportTable]:
     if not data.declaration["nuisance"]:
         return {}
     rows = []
@@ -139,7 +139,7 @@ def _tuning(data: StudyData) -> dict[str, Table]:
         rows.append([level, " and ".join(used) or "-", "; ".join(shown) or "-"])
     names = ", ".join(data.declaration["nuisance"])
     return {
-        "tuning": Table(
+        "tuning": ReportTable(
             [data.declaration["factor"], f"{names} used", f"mean {data.declaration['tuning_metric']} at each (range)"],
             rows,
         )
@@ -178,7 +178,7 @@ def order_of(values: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(map(str, values))
 
 
-def environment(data: StudyData) -> Table:
+def environment(data: StudyData) -> ReportTable:
     """Commit, machines and data of the trials."""
     trials = [t for t in data.trials if t.finished]
     hours = sum(t.metrics.get("seconds", 0.0) for t in trials) / 3600
@@ -209,7 +209,7 @@ def environment(data: StudyData) -> Table:
     for name, runs in sorted(upstream.items()):
         only = f"[{next(iter(runs))[:8]}]({data.link(next(iter(runs)))})" if len(runs) == 1 else f"{len(runs)} runs"
         rows.append([f"built on {name}", only])
-    return Table(["what", "value"], rows)
+    return ReportTable(["what", "value"], rows)
 
 
 def is_noise(levels: Iterable[Mapping[int, Trial]], name: str) -> bool:

@@ -14,7 +14,7 @@ from reports.power import POWER, seeds_needed
 
 
 @dataclass(frozen=True)
-class Metric:
+class JudgedMetric:
     """What is judged.
 
     Attributes:
@@ -83,7 +83,7 @@ def left_out(comparison: Comparison, baseline: str) -> str:
     )
 
 
-def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
+def sentence(comparison: Comparison, baseline: str, metric: JudgedMetric) -> str:
     """The verdict on one level.
 
     Args:
@@ -98,7 +98,7 @@ def sentence(comparison: Comparison, baseline: str, metric: Metric) -> str:
     return _verdict(comparison, baseline, metric) + left_out(comparison, baseline)
 
 
-def _verdict(comparison: Comparison, baseline: str, metric: Metric) -> str:
+def _verdict(comparison: Comparison, baseline: str, metric: JudgedMetric) -> str:
     level, n = quoted(comparison.level), comparison.n
     size = f"{number(abs(comparison.difference))} {metric.unit}"
     seeds = f"{n} {comparison.unit}s" if n > 1 else f"1 {comparison.unit}"
@@ -127,7 +127,7 @@ def _verdict(comparison: Comparison, baseline: str, metric: Metric) -> str:
     return f"**No difference can be shown between {level} and {baseline}** with {seeds} ({seen},{why})."
 
 
-def _why_not(comparison: Comparison, metric: Metric) -> str:
+def _why_not(comparison: Comparison, metric: JudgedMetric) -> str:
     """What kept a comparison from a verdict, and how many seeds would not be kept."""
     least = min(1.0, smallest_p(comparison.n) * comparison.comparisons)
     parts = [f" {p_value(comparison.p)}{after_holm(comparison)}"]
@@ -142,7 +142,7 @@ def _why_not(comparison: Comparison, metric: Metric) -> str:
     return ";".join(parts)
 
 
-def headline(comparisons: Sequence[Comparison], baseline: str, metric: Metric) -> str:
+def headline(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMetric) -> str:
     """The whole study in a sentence or two.
 
     Args:

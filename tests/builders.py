@@ -22,7 +22,7 @@ from mmphi.config.declared_view import SettingsView
 from mmphi.data.content_hash import content_digest
 from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.data.tokenized_dataset import encode_example
-from mmphi.models.language.language_model import Language
+from mmphi.models.language.language_model import LanguageModel
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages import Settings
 from mmphi.text.prompt import Prompt
@@ -57,7 +57,7 @@ def tiny_language(seed: int = 0, **changes: Any) -> Any:
     model.name_or_path = "tiny"
     tokenizer = byte_tokenizer()
     settings = LanguageSettings(model="tiny", prompt="plain")
-    return Language(model, tokenizer, Prompt(tokenizer, "plain"), 32, "tiny", "0", settings)
+    return LanguageModel(model, tokenizer, Prompt(tokenizer, "plain"), 32, "tiny", "0", settings)
 
 
 class RandomFeatures:

@@ -102,10 +102,10 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def _database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tracking store's database without runs: making its tables takes seconds, copying it does not."""
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    Store(f"sqlite:///{path}")
+    TrackingStore(f"sqlite:///{path}")
     return path
 
 

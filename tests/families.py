@@ -15,7 +15,7 @@ from builders import tiny_language
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmphi.generation.engine import Engine
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.models.multimodal import Multimodal
 
 SHAPE: dict[str, Any] = {
@@ -84,7 +84,7 @@ def line(family: str) -> str:
     model = Multimodal(language, None, None, max_length=200)
     engine = Engine(model, slots=2)
     questions = ["hi", "what is the colour of the third of them?", "a longer question " * 5]
-    answers = [engine.submit(model.open_prompt(None, q), Sampling(max_tokens=20)) for q in questions]
+    answers = [engine.submit(model.open_prompt(None, q), SamplingParams(max_tokens=20)) for q in questions]
     while engine.busy:
         engine.step()
     alone = [model.generate([(None, q)], 20)[0].text for q in questions]

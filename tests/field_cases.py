@@ -93,7 +93,7 @@ def clients(folder: Path) -> Iterator[Outcome]:
     from answerers import Same, answerer, served
 
     from mmphi.data.audio import read_audio
-    from mmphi.models.audio.audio_features import TranscriptLink
+    from mmphi.models.audio.audio_features import TranscriptFeatures
     from mmphi.models.audio.transcription import Transcript
     from mmphi.models.multimodal import Multimodal
 
@@ -106,7 +106,7 @@ def clients(folder: Path) -> Iterator[Outcome]:
             return super().transcripts(recordings, check)
 
     plain = answerer()
-    hearing = TranscriptLink(plain.language, Decoding())
+    hearing = TranscriptFeatures(plain.language, Decoding())
     model = Multimodal(plain.language, plain.projector, plain.features, hearing=hearing)
     with served(model, slots=2) as address:
         script = [sys.executable, str(folder / CLIENTS), address]

@@ -16,13 +16,13 @@ from mmphi.config import LanguageSettings
 from mmphi.config.audio import AudioSettings
 from mmphi.data.audio import RATE, Recording, Samples
 from mmphi.data.schema import AudioRef, Example, ImageRef, Turn
-from mmphi.models.audio.audio_features import EncoderLink, TranscriptLink
+from mmphi.models.audio.audio_features import EncoderFeatures, TranscriptFeatures
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
-from mmphi.models.audio.transcriber import Ears
+from mmphi.models.audio.transcriber import CachedTranscriber
 from mmphi.models.audio.transcription import Segment, Transcript
-from mmphi.models.audio.vad import Part
+from mmphi.models.audio.vad import SpeechInterval
 from mmphi.models.audio.whisper_backends import OpenAIWhisper
-from mmphi.models.language.language_model import Language
+from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import packs
@@ -33,7 +33,7 @@ SAID = {"q": "What is shown?", "r": "two of them", "s": "", "d": "a dog"}
 CPU = torch.device("cpu")
 
 
-class Knows(Ears):
+class Knows(CachedTranscriber):
     """Ears that know what is said, and give silence for the sound of it."""
 
     def __init__(self, listener: Any = None, **settings: Any) -> None:
@@ -45,8 +45,8 @@ class Knows(Ears):
     def recording(self, audio: AudioRef) -> Recording:
         return Recording(np.zeros(RATE, np.float32))
 
-    def parts(self, recording: Recording) -> list[Part]:
-        return [Part(0, 1)]
+    def parts(self, recording: Recording) -> list[SpeechInterval]:
+        return [SpeechInterval(0, 1)]
 
 
 def heard(name: str) -> AudioRef:
@@ -62,15 +62,15 @@ def typed(question: str, answer: str, image: bool = False) -> Example:
     return spoken(question, answer, image=image)
 
 
-def listening(language: Language | None = None) -> Multimodal:
+def listening(language: LanguageModel | None = None) -> Multimodal:
     torch.manual_seed(2)
     language = language or tiny_language()
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
-    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptLink(language, Knows()))
+    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptFeatures(language, Knows()))
 
 
 @cache
-def phi_language() -> Language:
+def phi_language() -> LanguageModel:
     """A tiny Phi with Phi-2's own tokenizer."""
     torch.manual_seed(0)
     config = PhiConfig(
@@ -78,7 +78,7 @@ def phi_language() -> Language:
     )
     model = PhiForCausalLM(config).requires_grad_(False).eval()
     tokenizer = phi2_tokenizer()
-    return Language(model, tokenizer, Prompt(tokenizer, "phi"), 32, "tiny", "0", LanguageSettings(model="tiny"))
+    return LanguageModel(model, tokenizer, Prompt(tokenizer, "phi"), 32, "tiny", "0", LanguageSettings(model="tiny"))
 
 
 def logits(model: Multimodal, example: Example) -> torch.Tensor:
@@ -119,4 +119,4 @@ def seeing_frames(stack: int = 4) -> Multimodal:
     language = tiny_language()
     torch.manual_seed(3)
     speech = SpeechProjection(SpeechConfig("encoder", 6 * stack, 32, width=24, stack=stack), scale=0.2)
-    return Multimodal(language, None, None, hearing=EncoderLink(frames, 6, stack), speech=speech)
+    return Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, stack), speech=speech)

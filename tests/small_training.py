@@ -10,10 +10,10 @@ import torch
 from builders import RandomFeatures, Recorder, encode, example, tiny_language
 
 from mmphi.config import TrainingSettings
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.training.packed_dataset import packed_steps
-from mmphi.training.trainer import Trained, train
+from mmphi.training.trainer import TrainingResult, train
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
 
@@ -26,7 +26,7 @@ def new_projector(dropout: float = 0.0) -> Projector:
 
 def trained(
     projector: Projector, folder: Path, changes: dict[str, Any], answers: Sequence[str] = ANSWERS, **options: Any
-) -> Trained:
+) -> TrainingResult:
     """Train a projector for a few steps.
 
     Args:
@@ -37,7 +37,7 @@ def trained(
         **options: Of :func:`~mmphi.training.trainer.train`.
     """
     language = tiny_language()
-    model = PackedModel(language.model, image=projector)
+    model = PackedVLM(language.model, image=projector)
     samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(answers)]
     settings = TrainingSettings(**{"steps": 6, "batch_size": 4, "save_every": 2, "log_every": 1, **changes})
     with model.recomputing(settings.gradient_checkpointing):

@@ -19,9 +19,9 @@ import texts
 import yaml
 from builders import byte_tokenizer, tiny_language
 
-from mmphi.textgen.shard_queue import Spool
-from mmphi.textgen.shard_reader import Reader
-from mmphi.tracking.run_writer import Store
+from mmphi.textgen.shard_queue import ShardQueue
+from mmphi.textgen.shard_reader import ShardReader
+from mmphi.tracking.run_writer import TrackingStore
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = sorted((ROOT / "experiments" / "cloud").glob("*.yaml"))
@@ -92,9 +92,9 @@ def ended(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def store(folder: Path) -> Store:
+def store(folder: Path) -> TrackingStore:
     """As the bucket has it, seen from a machine of its own."""
-    return Store(f"sqlite:///{folder / 'bucket' / 'mlflow.db'}")
+    return TrackingStore(f"sqlite:///{folder / 'bucket' / 'mlflow.db'}")
 
 
 def runs_in_copy(folder: Path) -> int:
@@ -167,7 +167,7 @@ def test_generators_fill_a_spool_that_another_machine_reads(tmp_path):
     byte_tokenizer().save_pretrained(model)
     small_ones = "--generators 1 --batch 4 --max_tokens 16 --shard_documents 4 --precision fp32"
     process = begin("textgen", tmp_path, BUCKET=str(tmp_path / "bucket"), MODEL=str(model), ARGUMENTS=small_ones)
-    spool = Spool(str(tmp_path / "bucket" / "spool"), say=lambda _: None)
+    spool = ShardQueue(str(tmp_path / "bucket" / "spool"), say=lambda _: None)
     until = time.monotonic() + 120
     while not spool.held():
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -175,6 +175,6 @@ def test_generators_fill_a_spool_that_another_machine_reads(tmp_path):
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
-    found = [document for _, documents in Reader(spool, say=lambda _: None).everything() for document in documents]
+    found = [document for _, documents in ShardReader(spool, say=lambda _: None).everything() for document in documents]
     assert len({document.id for document in found}) == len(found) >= 4
     assert {document.generator for document in found} == {str(model)}

@@ -21,7 +21,7 @@ from mmphi.data.tokenized_dataset import image_inputs
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.packing import pack
 from mmphi.text.tokenized_example import encode
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = """
@@ -109,7 +109,7 @@ def test_a_local_task_says_what_the_model_says(asked: Asked, tmp_path: Path) -> 
     command += ["--model", asked.run_id, "--include", str(tasks), "--tasks"]
     done = subprocess.run([*command, "scenes_said"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    (kept,) = Store().search("FINISHED", stage="harness")
+    (kept,) = TrackingStore().search("FINISHED", stage="harness")
     assert kept.data.metrics["lmms/scenes_said/exact_match"] == pytest.approx(0.5)
     assert json.loads(kept.data.tags["mmphi.questions"]) == {"scenes_said": 6}
     done = subprocess.run([*command, "scenes_sad"], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -18,7 +18,7 @@ import yaml
 from mmphi.cli import parse
 from mmphi.config.overrides import full_name
 from mmphi.stages import STAGES, Settings
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.study_query import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +99,7 @@ def test_from_another_folder_with_a_relative_store(tmp_path: Path, empty_store: 
     arguments = ("--experiment-name", "another", "-P", "image_size=32")
     said = mlflow_run(folder, *arguments, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
     assert "scenes: building" in said
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     (run,) = store.search(stage="scenes")
     assert store.is_result(run)
     assert run.data.params["train_images"] == "8"
@@ -124,7 +124,7 @@ def test_in_an_environment_that_uv_makes_of_conda_yaml(tmp_path: Path, empty_sto
         pytest.skip("uv is not in this environment")
     said = mlflow_run(tmp_path, env_manager="uv", MLFLOW_ENV_ROOT=str(tmp_path / "environments"))
     assert "scenes: building" in said
-    (run,) = Store(empty_store).search(stage="scenes")
+    (run,) = TrackingStore(empty_store).search(stage="scenes")
     assert run.info.status == "FINISHED"
     (python,) = (tmp_path / "environments").rglob("bin/python3")
     packages = [sys.executable, "-m", "uv", "pip", "list", "--python", str(python), "--format", "freeze"]
@@ -144,7 +144,7 @@ def test_a_study_and_its_report(tmp_path: Path, empty_store: str) -> None:
     said = mlflow_run(tmp_path, *parameters, entry="ablate")
     assert "control: 2 levels x 2 seeds = 4 judged trials, 300 supervised tokens each; 1 worker(s)" in said
     assert "no difference can be shown" in said
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     data = load_study(store, "control")
     record = store.run(data.run_id)
     assert record.info.run_name == "study control"

@@ -51,9 +51,9 @@ def timed(command: Sequence[str], log: Path) -> float:
 
 def curves(metric: str = "train/loss") -> list[list[float]]:
     """Losses of the newest finished run of every trial, seed by seed, rate by rate."""
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
-    store, found = Store(), []
+    store, found = TrackingStore(), []
     for seed in range(SEEDS):
         for rate in RATES:
             runs = (

@@ -98,7 +98,7 @@ def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, 
     from mmphi.models.projector import Projector, ProjectorConfig
     from mmphi.pipeline.build import Pipeline
     from mmphi.stages import STAGES
-    from mmphi.training.packed_dataset import PackedSteps
+    from mmphi.training.packed_dataset import PackedStepDataset
 
     made: list[Path] = []
     tokens = (shape.image_size // shape.patch_size) ** 2
@@ -114,7 +114,7 @@ def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, 
             conversations = language.prompt, lambda _: tokens, chosen.max_length
             sequences = encoded([e for e in examples if e.split == "train"], *conversations)
             places = mixture(sequences.sources, settings.data)
-            order = PackedSteps(
+            order = PackedStepDataset(
                 [sequences[place] for place in places],
                 {},
                 steps=chosen.steps,

@@ -14,7 +14,7 @@ from mmphi.benchmarks._pretrain_sides import Clock
 if TYPE_CHECKING:
     import torch
 
-    from mmphi.models.language.language_model import Language
+    from mmphi.models.language.language_model import LanguageModel
     from mmphi.models.projector import Projector
 
 Row = Mapping[str, Any]
@@ -135,7 +135,7 @@ def usual_way(
 
 
 def our_way(
-    language: Language,
+    language: LanguageModel,
     projector: Projector,
     folder: Path,
     shape: Shape,
@@ -167,7 +167,7 @@ def our_way(
     from mmphi.data.schema import ImageRef
     from mmphi.models.language.compiling import compiling
     from mmphi.models.multimodal import Multimodal
-    from mmphi.text.tokenized_example import Sample, Span
+    from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
     from mmphi.tracking.tracker import SilentTracker
     from mmphi.training.optimizers import grouped_adamw
     from mmphi.training.packed_dataset import packed_steps
@@ -176,10 +176,10 @@ def our_way(
 
     model = Multimodal(language, projector, stored(folder), shape.max_length)
     samples = [
-        Sample(
+        TokenizedExample(
             np.array(row["ids"], np.int32),
             np.array(row["supervised"], bool),
-            (Span("image", ImageRef(row["image"][0], Path(row["image"][1])), *row["image_at"]),),
+            (FeatureSpan("image", ImageRef(row["image"][0], Path(row["image"][1])), *row["image_at"]),),
         )
         for batch in batches
         for row in batch

@@ -62,8 +62,8 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     from mmphi.models.language.phi import phi_config
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
-    from mmphi.models.vision.vision_encoder import Vision
-    from mmphi.text.tokenized_example import Input, join
+    from mmphi.models.vision.vision_encoder import VisionReference
+    from mmphi.text.tokenized_example import SpanContent, join
     from mmphi.text.tokenizer import phi2_tokenizer
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
             image = images[int(rng.integers(len(images)))]
             turns = [(" ".join(rng.choice(words, 8)), " ".join(rng.choice(words, max(1, length // 2)))) for _ in "ab"]
             parts = spoken.prompt.parts(turns, images=1)
-            sample = join(parts, [Input("image", image, tower.tokens)], str(step))
+            sample = join(parts, [SpanContent("image", image, tower.tokens)], str(step))
             batch.append(
                 {
                     "ids": sample.input_ids.tolist(),
@@ -109,7 +109,9 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
         rows.append(batch)
     (folder / "rows.json").write_text(json.dumps(rows))
     settings = vision_settings(folder)
-    model = Multimodal(spoken, Projector.load(folder), LiveFeatures(tower), 2048, Vision(settings, tower.digest))
+    model = Multimodal(
+        spoken, Projector.load(folder), LiveFeatures(tower), 2048, VisionReference(settings, tower.digest)
+    )
     save_llava(*as_llava(model), folder / "llava")
 
 

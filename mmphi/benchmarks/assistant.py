@@ -108,11 +108,11 @@ def _random(folder: Path, shape: str) -> None:
     from mmphi.data.features import LiveFeatures
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector
-    from mmphi.models.vision.vision_encoder import Vision
+    from mmphi.models.vision.vision_encoder import VisionReference
 
     prepare(folder, SHAPES[shape], 1)
     tower = loaded_tower(folder)
-    vision = Vision(vision_settings(folder), tower.digest)
+    vision = VisionReference(vision_settings(folder), tower.digest)
     language = loaded_language(folder, SHAPES[shape].precision)
     model = Multimodal(language, Projector.load(folder), LiveFeatures(tower), SHAPES[shape].max_length, vision)
     model.save_pretrained(folder / "mmphi")

@@ -26,7 +26,7 @@ from mmphi.data.feature_writer import FeatureWriter
 from mmphi.data.features import FeatureStore
 from mmphi.data.schema import ImageRef
 from mmphi.models.device import this_device
-from mmphi.models.vision.vision_encoder import Tower, load_tower
+from mmphi.models.vision.vision_encoder import VisionEncoder, load_tower
 from mmphi.stages.embed import EmbedSettings, embed
 
 CONFIG = {
@@ -62,7 +62,7 @@ class Opened:
         return self.preprocess(Image.open(self.images[index].path).convert("RGB"))
 
 
-def usual(tower: Tower, images: Sequence[ImageRef], batch_size: int, workers: int) -> torch.Tensor:
+def usual(tower: VisionEncoder, images: Sequence[ImageRef], batch_size: int, workers: int) -> torch.Tensor:
     """open_clip's own preprocessing, in a loader's workers, in batches; features are kept in memory."""
     preprocess = image_transform_v2(PreprocessCfg(**tower.visual.preprocess_cfg), is_train=False)
     opened: Any = Opened(images, preprocess)
@@ -70,7 +70,7 @@ def usual(tower: Tower, images: Sequence[ImageRef], batch_size: int, workers: in
     return torch.cat([tower(pixels).half().cpu() for pixels in loader])
 
 
-def alone(tower: Tower, images: int, batch_size: int) -> float:
+def alone(tower: VisionEncoder, images: int, batch_size: int) -> float:
     """Images per second of the tower itself, on pixels that are there."""
     size = tower.preprocess(Image.new("RGB", (8, 8))).shape
     pixels = torch.randn(batch_size, *size).to(next(tower.parameters()).device)
@@ -82,7 +82,7 @@ def alone(tower: Tower, images: int, batch_size: int) -> float:
     return seen / (time.perf_counter() - begun)
 
 
-def staged(tower: Tower, images: Sequence[ImageRef], folder: Path, workers: int, batch_size: int = 32) -> None:
+def staged(tower: VisionEncoder, images: Sequence[ImageRef], folder: Path, workers: int, batch_size: int = 32) -> None:
     """What the stage does, digests included."""
     chosen = EmbedSettings(workers=workers, batch_size=batch_size)
     writer = FeatureWriter(folder, tower.tokens, tower.width, chosen.shard_images, tower.digest)

@@ -50,7 +50,7 @@ def peft_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch:
 
 def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
     """As the stage ``qlora`` runs it."""
-    from mmphi.models.language.adapter import Shape as AdapterShape
+    from mmphi.models.language.adapter import AdapterConfig as AdapterShape
     from mmphi.models.language.adapter import adapted
     from mmphi.models.projector import Projector
 

@@ -146,14 +146,14 @@ def run_side(options: argparse.Namespace) -> Figures:
     from mmphi.config.textgen import TextgenSettings
     from mmphi.models.device import this_device
     from mmphi.models.language.language_model import load_language
-    from mmphi.textgen.backends import Draw, sampler
-    from mmphi.textgen.generator import Wants
+    from mmphi.textgen.backends import SamplingConfig, sampler
+    from mmphi.textgen.generator import PromptStream
     from mmphi.training.throughput import peak_memory_bytes
 
     number, processes = map(int, options.share.split("/"))
     settings = TextgenSettings(model=options.model, max_tokens=options.max_tokens)
     language = load_language(LanguageSettings(model=options.model), None, this_device())
-    endless = iter(Wants(settings, f"benchmark-{number}", language))
+    endless = iter(PromptStream(settings, f"benchmark-{number}", language))
     asked = [next(endless) for _ in range(max(options.batch, options.documents // processes))]
     longest = options.max_tokens + max(len(each.ids) for each in asked)
     torch.manual_seed(number)
@@ -162,7 +162,7 @@ def run_side(options: argparse.Namespace) -> Figures:
         tokens = _generate(language, asked, options.batch)
     else:
         model = language.model if options.side != "vllm" else options.model
-        write = sampler(options.side, model, Draw(seed=number), options.batch, longest)
+        write = sampler(options.side, model, SamplingConfig(seed=number), options.batch, longest)
         if options.side == "vllm":
             begun = time.perf_counter()  # Its model is loaded now.
         tokens = sum(len(each.ids) for each in write(iter(asked)))

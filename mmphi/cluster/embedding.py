@@ -19,13 +19,15 @@ from mmphi.errors import ImageError
 from mmphi.models.vision.image_features import Embedded, features_of
 
 if TYPE_CHECKING:
-    from mmphi.models.vision.vision_encoder import Tower
+    from mmphi.models.vision.vision_encoder import VisionEncoder
 
 AHEAD = 2  # Batches of each place: one is computed while the next is sent.
 _TOWERS: dict[str, Any] = {}  # Of a worker process: it embeds many batches.
 
 
-def embedded(images: Sequence[tuple[str, Path]], tower: Tower, batch: int, machines: Machines) -> Iterator[Embedded]:
+def embedded(
+    images: Sequence[tuple[str, Path]], tower: VisionEncoder, batch: int, machines: Machines
+) -> Iterator[Embedded]:
     """Features (tokens, width) fp16 by digest, and reasons by digest of what is no image, batch by batch as they come.
 
     Args:

@@ -49,7 +49,7 @@ def pictures(paths: Iterable[Path], *, near: bool = False) -> dict[Path, str]:
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageFingerprint:
     """What near duplicates are found by.
 
     Attributes:
@@ -65,7 +65,7 @@ class Look:
         """Whether so little differs from place to place that the hash tells nothing."""
         return not FLAT <= self.bits.bit_count() <= SIDE * SIDE - FLAT
 
-    def near(self, other: Look) -> bool:
+    def near(self, other: ImageFingerprint) -> bool:
         """Whether another image shows nearly the same."""
         if (self.bits ^ other.bits).bit_count() > NEAR:
             return False
@@ -73,7 +73,7 @@ class Look:
         return apart <= COLOURS * len(self.colours)
 
 
-def joined(looks: Mapping[str, Look]) -> dict[str, str]:
+def joined(looks: Mapping[str, ImageFingerprint]) -> dict[str, str]:
     """For each name the first one that shows nearly the same, and is no duplicate of another itself; else itself.
 
     Groups are not chained: every one is near the first of its group. Of images whose hashes share a band only the
@@ -100,10 +100,10 @@ def joined(looks: Mapping[str, Look]) -> dict[str, str]:
     return first
 
 
-def look_of(image: Image.Image) -> Look:
+def look_of(image: Image.Image) -> ImageFingerprint:
     """What near duplicates of an image in RGB are found by."""
     small = image.resize((4, 4), Image.Resampling.BOX)
-    return Look(difference_hash(image), small.tobytes())
+    return ImageFingerprint(difference_hash(image), small.tobytes())
 
 
 def difference_hash(image: Image.Image) -> int:
@@ -118,7 +118,7 @@ def difference_hash(image: Image.Image) -> int:
     return bits
 
 
-def _looks(paths: Sequence[Path]) -> dict[Path, Look]:
+def _looks(paths: Sequence[Path]) -> dict[Path, ImageFingerprint]:
     """What those files that can be read look like."""
     from tqdm.auto import tqdm
 
@@ -133,7 +133,7 @@ def _looks(paths: Sequence[Path]) -> dict[Path, Look]:
         return {path: look for path, look in zip(paths, found, strict=True) if look is not None}
 
 
-def _look(path: Path) -> Look | None:
+def _look(path: Path) -> ImageFingerprint | None:
     try:
         return look_of(open_image(path))
     except ImageError:

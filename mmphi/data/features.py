@@ -14,7 +14,7 @@ from torch import Tensor
 from mmphi.data.augmentation import seen_as, view_name
 from mmphi.data.content_hash import FileDigests
 from mmphi.data.images import open_image
-from mmphi.data.lru_cache import Recent
+from mmphi.data.lru_cache import LockedLRUCache
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError, StoreError
 
@@ -144,7 +144,7 @@ class LiveFeatures:
         self.tokens, self.width, self.digest = tower.tokens, tower.width, tower.digest
         self._digests = FileDigests()
         self._unreadable: dict[Path, str] = {}
-        self._looked: Recent[Tensor] = Recent(LOOKED)  # By the digest of the image's content.
+        self._looked: LockedLRUCache[Tensor] = LockedLRUCache(LOOKED)  # By the digest of the image's content.
 
     def __contains__(self, image: ImageRef, /) -> bool:
         return image.path not in self._unreadable

@@ -89,8 +89,8 @@ def read_dataset(
     """
     rows = _with_files(load_rows(name, split, revision), name, image_column, text_column)
     folder = cache or cache_folder() / "images"
-    images = Images(ImageFolder(Path(name), source), folder, _fetched_to(name))
-    written = Written(folder, _identity(rows, f"{name}/{split}/{image_column}"), len(rows))
+    images = DatasetImages(ImageFolder(Path(name), source), folder, _fetched_to(name))
+    written = ImageFileIndex(folder, _identity(rows, f"{name}/{split}/{image_column}"), len(rows))
     # Where all images were written by an earlier reading, none of their bytes is read again.
     for number, row in enumerate(rows.select_columns([text_column]) if written.digests else rows):
         where = f"{name}, row {number + 1}"
@@ -128,7 +128,7 @@ def _identity(rows: Any, name: str) -> str:
     return "/".join([name, fingerprint, *looks])
 
 
-class Written:
+class ImageFileIndex:
     """Which image of a dataset is which file of the cache, remembered from one reading to the next.
 
     Args:
@@ -201,7 +201,7 @@ def _with_files(rows: Any, name: str, image_column: str, text_column: str) -> An
     return rows
 
 
-class Images:
+class DatasetImages:
     """The images of a dataset as files.
 
     Args:

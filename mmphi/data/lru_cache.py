@@ -12,7 +12,7 @@ from cachetools import LRUCache
 V = TypeVar("V")
 
 
-class Recent(Generic[V]):
+class LockedLRUCache(Generic[V]):
     """Values by key, of which the least recently used ones go first.
 
     Args:

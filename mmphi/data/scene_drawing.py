@@ -61,7 +61,7 @@ def drawn(scene: Scene, side: int, rng: random.Random) -> Callable[[], Image.Ima
     return image
 
 
-class Writing:
+class ImageWriter:
     """Draws and writes images in threads of its own; what went wrong is raised in this one."""
 
     def __init__(self, threads: int = 0) -> None:

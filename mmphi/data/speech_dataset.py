@@ -19,7 +19,7 @@ SPLITS = ("", "train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Spoken:
+class Utterance:
     """A recording and what is said in it.
 
     Attributes:
@@ -49,7 +49,7 @@ def read_recordings(
     split_column: str = "split",
     answer_column: str = "answer",
     context_column: str = "context",
-) -> Iterator[Spoken]:
+) -> Iterator[Utterance]:
     """Read a CSV with a header, one recording a row.
 
     Args:
@@ -94,7 +94,7 @@ def read_recordings(
                     continue
                 report.keep(SOURCE)
                 answer, context = (row.get(column) or "" for column in (answer_column, context_column))
-                yield Spoken(name, found, row.get(text_column), split, answer.strip(), context)
+                yield Utterance(name, found, row.get(text_column), split, answer.strip(), context)
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}", "save it as CSV in UTF-8") from error
     except OSError as error:
@@ -116,7 +116,7 @@ def recordings_digest(path: Path, audio_column: str, digests: Digests) -> str:
 
 
 def spoken_examples(
-    spoken: Sequence[Spoken], report: ReadReport, *, question: str, validation: int, test: int, seed: int
+    spoken: Sequence[Utterance], report: ReadReport, *, question: str, validation: int, test: int, seed: int
 ) -> list[Example]:
     """Conversations about recordings: what is asked of each, and its answer, or what is said in it.
 

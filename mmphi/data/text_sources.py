@@ -35,7 +35,7 @@ BOMS: tuple[tuple[bytes, str], ...] = (
 BOMS += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A stretch of a document.
 
     Attributes:
@@ -111,7 +111,7 @@ def read_texts(
     encoding: str = "",
     split: str = "train",
     revision: str = "",
-) -> Iterator[Piece]:
+) -> Iterator[TextPiece]:
     """The documents of a source, cut into pieces that a tokenizer can be given one by one.
 
     Args:
@@ -171,7 +171,7 @@ def _encoding(stream: IO[bytes], asked: str, file: Path, report: TextReport) -> 
     return found or "utf-8"
 
 
-def _rows(stream: IO[bytes], file: Path, column: str, encoding: str, report: TextReport) -> Iterator[Piece]:
+def _rows(stream: IO[bytes], file: Path, column: str, encoding: str, report: TextReport) -> Iterator[TextPiece]:
     rows = _list(stream, file, encoding, report) if plain_name(file).endswith(".json") else None
     for where, row in _lines(stream, file, encoding, report) if rows is None else rows:
         if rows is not None and isinstance(row, str):  # A list of texts.
@@ -222,7 +222,7 @@ def _list(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> l
     return [(f"{file}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _document(text: Any, where: str, report: TextReport) -> Iterator[Piece]:
+def _document(text: Any, where: str, report: TextReport) -> Iterator[TextPiece]:
     """A document that is there as a whole."""
     if not isinstance(text, str) or not text.strip():
         nothing = text is None or isinstance(text, str)
@@ -233,7 +233,7 @@ def _document(text: Any, where: str, report: TextReport) -> Iterator[Piece]:
     text = text.encode("utf-8", "replace").decode()  # Lone surrogates, which JSON can hold and no tokenizer takes.
     cuts = list(_cuts(text, report))
     for i, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(text)], strict=True)):
-        yield Piece(text[a:b], i == 0, i == len(cuts))
+        yield TextPiece(text[a:b], i == 0, i == len(cuts))
 
 
 def _cuts(text: str, report: TextReport) -> Iterator[int]:
@@ -255,7 +255,7 @@ def _cut(text: str, start: int, report: TextReport) -> int:
     return start + place
 
 
-def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: TextReport) -> Iterator[Piece]:
+def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: TextReport) -> Iterator[TextPiece]:
     """The documents of a text file, read a block at a time; what cannot be decoded ends the file, and is counted."""
     with io.TextIOWrapper(stream, encoding=encoding, newline="") as reader:
         waiting, first, ended = "", True, False
@@ -274,13 +274,13 @@ def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: 
                     first = True
             while len(waiting) > PIECE + len(separator):
                 cut = _cut(waiting, 0, report)
-                yield Piece(waiting[:cut], first, False)
+                yield TextPiece(waiting[:cut], first, False)
                 report.characters += cut
                 first, waiting = False, waiting[cut:]
     yield from _close(waiting, first, report)
 
 
-def _close(text: str, first: bool, report: TextReport) -> Iterator[Piece]:
+def _close(text: str, first: bool, report: TextReport) -> Iterator[TextPiece]:
     """The last piece of a document; one of blanks alone is none."""
     if first and not text.strip():
         return
@@ -289,7 +289,7 @@ def _close(text: str, first: bool, report: TextReport) -> Iterator[Piece]:
         return
     report.documents += 1
     report.characters += len(text)
-    yield Piece(text, first, True)
+    yield TextPiece(text, first, True)
 
 
 def check_sources(paths: Sequence[str]) -> None:

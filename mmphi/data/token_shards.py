@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmphi.data.content_hash import file_digest
-from mmphi.data.text_sources import Piece
+from mmphi.data.text_sources import TextPiece
 
 STRETCH = 16384  # Predictions that stay together in the shuffled order; far more than a row has.
 APART = 512  # Predictions of what is kept apart as one.
@@ -30,7 +30,7 @@ INDEX, SHARDS = "tokens.json", "shards.jsonl"
 Ids = npt.NDArray[np.uint16 | np.uint32]
 
 
-class Stretch(NamedTuple):
+class TokenChunk(NamedTuple):
     """Columns of a shard's list of stretches."""
 
     start: int  # Place of its first id, which is given.
@@ -88,7 +88,7 @@ def whole_shards(folder: Path, say: Callable[[str], None]) -> list[Shard]:
     return sorted({s.name: s for s in whole}.values(), key=lambda s: s.pieces)
 
 
-class Encoder:
+class BatchTokenizer:
     """Turns pieces of documents into ids, many at once.
 
     Args:
@@ -100,7 +100,7 @@ class Encoder:
         self.backend, self.end = tokenizer.backend_tokenizer, end
         self.dtype: Any = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
 
-    def __call__(self, pieces: Sequence[Piece]) -> Iterator[Ids]:
+    def __call__(self, pieces: Sequence[TextPiece]) -> Iterator[Ids]:
         """The ids of each piece; a first piece begins with the end of text, a last one ends with it."""
         encoded = self.backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
         for piece, one in zip(pieces, encoded, strict=True):
@@ -122,7 +122,7 @@ class ShardWriter:
         self.folder, self.dtype, self.kept_apart = folder, dtype, kept_apart
         self.bytes = [0] * sources
         self.ids: list[Ids] = []
-        self.stretches: list[Stretch] = []
+        self.stretches: list[TokenChunk] = []
         self.size = self.tokens = 0
 
     def add(self, ids: Ids, source: int, piece: int, context: int, size: int) -> None:
@@ -136,7 +136,7 @@ class ShardWriter:
             begin, end = places[0] * APART, min((places[-1] + 1) * APART, len(ids) - 1)
             for first in range(begin, end, STRETCH):
                 part = ids[first : min(first + STRETCH, end) + 1]
-                self.stretches.append(Stretch(self.size, len(part) - 1, source, int(apart)))
+                self.stretches.append(TokenChunk(self.size, len(part) - 1, source, int(apart)))
                 self.ids.append(part)
                 self.size += len(part)
                 self.tokens += len(part) - 1
@@ -144,7 +144,7 @@ class ShardWriter:
     def write(self, name: str, pieces: tuple[int, int], sources: Sequence[str]) -> Shard:
         """Write the shard, first under another name, and note it in the list of shards."""
         ids = np.concatenate(self.ids) if self.ids else np.zeros(0, self.dtype)
-        stretches = np.asarray(self.stretches, np.int64).reshape(-1, len(Stretch._fields))
+        stretches = np.asarray(self.stretches, np.int64).reshape(-1, len(TokenChunk._fields))
         for kind, array in (("ids", ids), ("stretches", stretches)):
             part = self.folder / f".{name}.{kind}.npy"
             with part.open("wb") as file:
@@ -161,7 +161,7 @@ class ShardWriter:
         return shard
 
 
-class TokenWriting:
+class ShardTokenizer:
     """Turns texts into shards; what an earlier call finished stays, if it is whole.
 
     Args:
@@ -177,7 +177,7 @@ class TokenWriting:
     def __init__(
         self,
         folder: Path,
-        sources: Mapping[str, Callable[[], Iterable[Piece]]],
+        sources: Mapping[str, Callable[[], Iterable[TextPiece]]],
         tokenizer: Any,
         *,
         kept_apart: KeptApart,
@@ -186,14 +186,14 @@ class TokenWriting:
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.folder, self.sources, self.progress, self.shard_tokens = folder, sources, progress, shard_tokens
-        self.encoder, self.kept_apart = Encoder(tokenizer, tokenizer.eos_token_id), kept_apart
+        self.encoder, self.kept_apart = BatchTokenizer(tokenizer, tokenizer.eos_token_id), kept_apart
         self.done = {shard.pieces[0]: shard for shard in whole_shards(folder, say)}
         self.shards: list[Shard] = []
         self.context = -1  # The last id before what comes next, where that goes on with a document.
         self._begin(0)
 
     def _begin(self, piece: int) -> None:
-        self.begun, self.waiting = piece, list[tuple[int, int, Piece]]()
+        self.begun, self.waiting = piece, list[tuple[int, int, TextPiece]]()
         self.writer = ShardWriter(self.folder, self.encoder.dtype, self.kept_apart, len(self.sources))
 
     def __call__(self) -> list[Shard]:
@@ -239,7 +239,7 @@ class TokenWriting:
         self._begin(until)
 
 
-class Tokens:
+class TokenShards:
     """The stretches of a corpus, memory-mapped.
 
     Args:

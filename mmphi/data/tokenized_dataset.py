@@ -19,31 +19,31 @@ from mmphi.data.content_hash import cache_folder
 from mmphi.data.schema import AudioRef, Example, ImageRef, ReadReport
 from mmphi.errors import DataError, ModelError
 from mmphi.text.prompt import Prompt
-from mmphi.text.tokenized_example import Input, Sample, Span, encode
+from mmphi.text.tokenized_example import FeatureSpan, SpanContent, TokenizedExample, encode
 
 ARRAYS = ("ids", "supervised", "starts", "examples", "spans", "span_starts")
 FORMAT = 1
 
 
-class Samples(Sequence[Sample], ABC):
+class TokenizedExamples(Sequence[TokenizedExample], ABC):
     """Sequences that are made as they are asked for."""
 
     @abstractmethod
-    def at(self, index: int) -> Sample:
+    def at(self, index: int) -> TokenizedExample:
         """The sequence with an index from 0 on."""
 
     @overload
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> TokenizedExample: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
 
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
         places = range(len(self))[index]
         return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
 
 
-class Encoded(Samples):
+class TokenizedDataset(TokenizedExamples):
     """The sequences of examples, read from memory-mapped files as they are asked for.
 
     Args:
@@ -71,38 +71,38 @@ class Encoded(Samples):
         """Source of every sequence."""
         return [example.source for example in self.kept]
 
-    def at(self, index: int) -> Sample:
+    def at(self, index: int) -> TokenizedExample:
         """The sequence with an index from 0 on."""
         example = self._of[self._examples[index]]
         begin, end = self._starts[index], self._starts[index + 1]
         rows = self._spans[self._span_starts[index] : self._span_starts[index + 1]].tolist()
-        spans = tuple(Span("image", example.images[image], start, length) for image, start, length in rows)
+        spans = tuple(FeatureSpan("image", example.images[image], start, length) for image, start, length in rows)
         ids, supervised = np.array(self._ids[begin:end]), np.array(self._supervised[begin:end])
-        return Sample(ids, supervised, spans, f"{example.source}/{example.id}")
+        return TokenizedExample(ids, supervised, spans, f"{example.source}/{example.id}")
 
 
-class Subset(Samples):
+class Subset(TokenizedExamples):
     """Some sequences of others, by index, in any order and any number of times."""
 
-    def __init__(self, of: Sequence[Sample], indices: Sequence[int]) -> None:
+    def __init__(self, of: Sequence[TokenizedExample], indices: Sequence[int]) -> None:
         self._of, self._indices = of, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def at(self, index: int) -> Sample:
+    def at(self, index: int) -> TokenizedExample:
         """The sequence with an index from 0 on."""
         return self._of[self._indices[index]]
 
 
-def image_inputs(images: Iterable[ImageRef], length: Callable[[ImageRef], int]) -> list[Input]:
+def image_inputs(images: Iterable[ImageRef], length: Callable[[ImageRef], int]) -> list[SpanContent]:
     """Images as a sequence takes them.
 
     Args:
         images: In order.
         length: How many features an image has.
     """
-    return [Input("image", image, length(image)) for image in images]
+    return [SpanContent("image", image, length(image)) for image in images]
 
 
 def encode_example(
@@ -110,8 +110,8 @@ def encode_example(
     prompt: Prompt,
     length: Callable[[ImageRef], int],
     max_length: int,
-    audio_inputs: Callable[[Sequence[AudioRef]], list[Input]] | None = None,
-) -> Sample | None:
+    audio_inputs: Callable[[Sequence[AudioRef]], list[SpanContent]] | None = None,
+) -> TokenizedExample | None:
     """One conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens.
 
     Raises:
@@ -140,7 +140,7 @@ def encoded(
     length: Callable[[ImageRef], int],
     max_length: int,
     cache: Path | None = None,
-) -> Encoded:
+) -> TokenizedDataset:
     """The sequences of examples, encoded now or by an earlier call in whatever process.
 
     Args:
@@ -167,7 +167,7 @@ def encoded(
         raise DataError(
             f"{folder} cannot be written: {error.strerror}", "make room, or set XDG_CACHE_HOME to another folder"
         ) from error
-    return Encoded(folder, examples)
+    return TokenizedDataset(folder, examples)
 
 
 def _digest(examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int) -> str:
@@ -237,7 +237,7 @@ def appended(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDArray
     raw.unlink()
 
 
-def count_left_out(encoded: Encoded, examples: Sequence[Example], max_length: int, report: ReadReport) -> None:
+def count_left_out(encoded: TokenizedDataset, examples: Sequence[Example], max_length: int, report: ReadReport) -> None:
     """Count the examples that no sequence was made of as dropped."""
     for index in encoded.left_out:
         example = examples[index]

@@ -28,7 +28,7 @@ FURTHER = "answer", "context"  # Columns that go on from the sentences to the re
 
 
 @dataclass(frozen=True)
-class Reading:
+class SpokenSentence:
     """A sentence and how it is read.
 
     Attributes:
@@ -52,7 +52,7 @@ class Reading:
 
 def readings(
     texts: Sequence[str], seed: int, accents: Sequence[str] = ACCENTS, voices: Sequence[str] = VOICES
-) -> list[Reading]:
+) -> list[SpokenSentence]:
     """Each text in a voice of its own; equal seeds give equal voices.
 
     Args:
@@ -63,7 +63,7 @@ def readings(
     """
     draw = random.Random(seed)
     return [
-        Reading(
+        SpokenSentence(
             " ".join(text.split()),
             draw.choice(accents) + draw.choice(voices),
             draw.randint(*WORDS_A_MINUTE),
@@ -73,7 +73,7 @@ def readings(
     ]
 
 
-def read_aloud(reading: Reading, folder: Path) -> Path:
+def read_aloud(reading: SpokenSentence, folder: Path) -> Path:
     """Write a recording, if it is not there yet.
 
     Raises:

@@ -22,7 +22,7 @@ SHOWN_KEYS = 8
 
 
 @dataclass(slots=True)
-class Conversation:
+class ParsedConversation:
     """What a row says.
 
     Attributes:
@@ -47,7 +47,7 @@ class _Message:
         return self.text.count(MARK)
 
 
-def conversation_of(row: Any, note: Callable[[str], None]) -> Conversation:
+def conversation_of(row: Any, note: Callable[[str], None]) -> ParsedConversation:
     """Read a row.
 
     Args:
@@ -100,13 +100,13 @@ def _share_out(messages: list[_Message], named: list[str]) -> list[str]:
     return []
 
 
-def _turns(messages: Sequence[_Message], leading: list[str], note: Callable[[str], None]) -> Conversation:
+def _turns(messages: Sequence[_Message], leading: list[str], note: Callable[[str], None]) -> ParsedConversation:
     """Questions with their answers; what has no partner is left out, with its images.
 
     Raises:
         DataError: If there is no answered question, or a system message after the first one.
     """
-    found = Conversation(images=list(leading))
+    found = ParsedConversation(images=list(leading))
     system: list[str] = []
     question: _Message | None = None
     begun = False

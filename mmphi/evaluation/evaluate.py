@@ -20,7 +20,7 @@ from mmphi.evaluation.grounding import Scores, grounding
 from mmphi.evaluation.long_answers import kind, losses_by_kind, measure, to_answer
 from mmphi.evaluation.mbr import consensus
 from mmphi.evaluation.yes_no import ask, score
-from mmphi.generation.batch_generate import Answer
+from mmphi.generation.batch_generate import GeneratedAnswer
 from mmphi.models.multimodal import Question
 from mmphi.tracking.tracker import Tracker
 
@@ -29,7 +29,7 @@ HELD_OUT = "held_out_phrasing"
 
 
 @dataclass(frozen=True)
-class Measures:
+class EvaluationConfig:
     """How much is measured.
 
     Attributes:
@@ -58,10 +58,12 @@ class Measures:
     seed: int = 0
 
 
-class Speaks(Scores, Protocol):
+class ScoresAndAnswers(Scores, Protocol):
     """A model that can be scored and asked."""
 
-    def generate(self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32
+    ) -> list[GeneratedAnswer]:
         """Answers to questions about images."""
 
     def sample(
@@ -72,12 +74,16 @@ class Speaks(Scores, Protocol):
         max_new_tokens: int = 48,
         batch_size: int = 32,
         seed: int = 0,
-    ) -> list[list[Answer]]:
+    ) -> list[list[GeneratedAnswer]]:
         """Several answers to each question."""
 
 
 def evaluate_model(
-    model: Speaks, examples: Sequence[Example], chosen: Measures, tracker: Tracker, prefix: str = "test"
+    model: ScoresAndAnswers,
+    examples: Sequence[Example],
+    chosen: EvaluationConfig,
+    tracker: Tracker,
+    prefix: str = "test",
 ) -> dict[str, float]:
     """Measure a model on examples of one split, and record tables and pictures of what it says.
 
@@ -132,7 +138,7 @@ def evaluate_model(
 
 
 def _captions(
-    model: Speaks, examples: Sequence[Example], chosen: Measures, tracker: Tracker, prefix: str
+    model: ScoresAndAnswers, examples: Sequence[Example], chosen: EvaluationConfig, tracker: Tracker, prefix: str
 ) -> dict[str, float]:
     """Caption every image once for each way it is asked; all captions asked for in that way are references."""
     groups: dict[tuple[str, str], list[Example]] = {}
@@ -177,7 +183,7 @@ def _captions(
     return metrics
 
 
-def _say(model: Speaks, prompts: Sequence[Question], chosen: Measures) -> list[Answer]:
+def _say(model: ScoresAndAnswers, prompts: Sequence[Question], chosen: EvaluationConfig) -> list[GeneratedAnswer]:
     """Greedy captions, or those that several samples agree on."""
     length, batch_size = chosen.max_new_tokens, chosen.batch_size
     if chosen.candidates == 1:

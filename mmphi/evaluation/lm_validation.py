@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from mmphi.config.pretrain import PretrainSettings
-from mmphi.data.token_shards import Tokens
-from mmphi.evaluation.perplexity import Protocol
+from mmphi.data.token_shards import TokenShards
+from mmphi.evaluation.perplexity import PerplexityProtocol
 from mmphi.models.language.causal_lm_task import CausalTask
 from mmphi.text.packing import to_device
 from mmphi.text.prompt import Prompt
@@ -26,7 +26,7 @@ PUBLIC_WINDOW, AT_ONCE = 2048, 4096  # Tokens.
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 40, 0.8
 
 
-def kept_apart(tokens: Tokens, sources: int, context: int, most: int) -> list[Ids]:
+def kept_apart(tokens: TokenShards, sources: int, context: int, most: int) -> list[Ids]:
     """Windows of what was kept apart of a corpus, in a fixed order.
 
     Args:
@@ -53,7 +53,7 @@ def windows_of(documents: Iterable[Ids], context: int, most: int) -> list[Ids]:
     return found
 
 
-class Validation:
+class LMValidation:
     """Losses on what was kept apart and on a public text, and samples.
 
     Args:
@@ -82,7 +82,7 @@ class Validation:
         text = Path(self.chosen.public_text).read_text(encoding="utf-8")
         ids = np.asarray(self.prompt.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         window = min(PUBLIC_WINDOW, self.chosen.context)
-        protocol = Protocol(window, window, most_windows=self.chosen.public_windows)
+        protocol = PerplexityProtocol(window, window, most_windows=self.chosen.public_windows)
         return [ids[begin:end] for begin, end, _ in protocol.windows(len(ids))]
 
     def __call__(self, step: int) -> dict[str, float]:

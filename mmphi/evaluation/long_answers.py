@@ -11,7 +11,7 @@ from mmphi.data.llava_row_types import LONG_KINDS
 from mmphi.data.schema import Example
 from mmphi.evaluation.grounding import Scores
 from mmphi.evaluation.ptb_tokenize import joined
-from mmphi.generation.batch_generate import Answer
+from mmphi.generation.batch_generate import GeneratedAnswer
 
 
 def kind(example: Example) -> str:
@@ -43,7 +43,9 @@ def rouge_l(prediction: str, reference: str) -> float:
     return float(Rouge().calc_score([joined(prediction)], [joined(reference)]))
 
 
-def measure(asked: Sequence[Example], answers: Sequence[Answer]) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
+def measure(
+    asked: Sequence[Example], answers: Sequence[GeneratedAnswer]
+) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
     """What answers to first questions are worth, by kind, and a table of them.
 
     Args:

@@ -17,7 +17,7 @@ CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Protocol:
+class PerplexityProtocol:
     """How a text is read.
 
     The whole text is tokenised at once, with nothing added, and cut into windows; each window is read alone. Its first
@@ -92,7 +92,7 @@ def text_loss(
     model: Any,
     tokenizer: Any,
     text: str,
-    protocol: Protocol,
+    protocol: PerplexityProtocol,
     progress: Callable[[int], object] = lambda _: None,
 ) -> TextLoss:
     """Score a text.

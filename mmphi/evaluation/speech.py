@@ -11,7 +11,7 @@ from typing import Any
 from mmphi.data.schema import AudioRef, Example
 from mmphi.evaluation.grounding import Grounding
 from mmphi.evaluation.wer import total, word_errors
-from mmphi.models.audio.audio_features import Hearing
+from mmphi.models.audio.audio_features import AudioFeatureSource
 from mmphi.models.multimodal import Multimodal, Question
 from mmphi.tracking.tracker import Tracker
 
@@ -63,7 +63,7 @@ def evaluate_hearing(
     chosen: SpokenMeasures,
     tracker: Tracker,
     prefix: str,
-    fresh: Hearing,
+    fresh: AudioFeatureSource,
 ) -> dict[str, float]:
     """Measure a model that hears on recordings whose words are known.
 

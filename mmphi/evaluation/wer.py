@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Words:
+class WordErrors:
     """What became of the words of a reference.
 
     Attributes:
@@ -34,8 +34,8 @@ class Words:
         """Word error rate; of a reference without words 0 where nothing was heard, else the words that were."""
         return (self.substitutions + self.deletions + self.insertions) / max(1, self.said)
 
-    def __add__(self, other: Words) -> Words:
-        return Words(
+    def __add__(self, other: WordErrors) -> WordErrors:
+        return WordErrors(
             self.hits + other.hits,
             self.substitutions + other.substitutions,
             self.deletions + other.deletions,
@@ -60,7 +60,7 @@ def normalized(text: str, language: str = "en") -> str:
     return str(_normalizer(language in ("", "en"))(text)).strip()
 
 
-def word_errors(reference: str, heard: str, language: str = "en") -> Words:
+def word_errors(reference: str, heard: str, language: str = "en") -> WordErrors:
     """What became of the words of one reference.
 
     Args:
@@ -72,11 +72,11 @@ def word_errors(reference: str, heard: str, language: str = "en") -> Words:
 
     said, found = normalized(reference, language), normalized(heard, language)
     if not said:  # jiwer takes no empty reference.
-        return Words(insertions=len(found.split()))
+        return WordErrors(insertions=len(found.split()))
     counted = jiwer.process_words(said, found)
-    return Words(counted.hits, counted.substitutions, counted.deletions, counted.insertions)
+    return WordErrors(counted.hits, counted.substitutions, counted.deletions, counted.insertions)
 
 
-def total(each: Sequence[Words]) -> Words:
+def total(each: Sequence[WordErrors]) -> WordErrors:
     """Of all recordings together: a long one counts more than a short one."""
-    return sum(each, Words())
+    return sum(each, WordErrors())

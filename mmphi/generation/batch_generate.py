@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from mmphi.text.packing import check_spans, spread, to_device
-from mmphi.text.tokenized_example import Sample, Span
+from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
 
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
@@ -23,7 +23,7 @@ _GENERATING = threading.Lock()  # The settings of a model are shared by all thre
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """What the model said.
 
     Attributes:
@@ -53,7 +53,9 @@ def only_as_asked(language_model: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def answers_to(model: Multimodal, prompts: Sequence[Sample], batch_size: int, **how: Any) -> list[list[Answer]]:
+def answers_to(
+    model: Multimodal, prompts: Sequence[TokenizedExample], batch_size: int, **how: Any
+) -> list[list[GeneratedAnswer]]:
     """Answers to prompts, one or more of each.
 
     Args:
@@ -67,18 +69,18 @@ def answers_to(model: Multimodal, prompts: Sequence[Sample], batch_size: int, **
     """
     # Alike lengths together: less padding, and the answers go back to their places.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, list[Answer]] = {}
+    answers: dict[int, list[GeneratedAnswer]] = {}
     for first in tqdm(range(0, len(order), batch_size), "answers", leave=False, delay=BAR_AFTER_S):
         chosen = order[first : first + batch_size]
         answers.update(zip(chosen, _batch(model, [prompts[i] for i in chosen], how), strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
-def _batch(model: Multimodal, prompts: Sequence[Sample], how: dict[str, Any]) -> list[list[Answer]]:
+def _batch(model: Multimodal, prompts: Sequence[TokenizedExample], how: dict[str, Any]) -> list[list[GeneratedAnswer]]:
     tokenizer, longest, device = model.language.tokenizer, max(map(len, prompts)), model.device
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    spans: list[Span] = []
+    spans: list[FeatureSpan] = []
     for row, prompt in enumerate(prompts):
         begin = longest - len(prompt)
         ids[row, begin:] = torch.from_numpy(prompt.input_ids)
@@ -96,6 +98,6 @@ def _batch(model: Multimodal, prompts: Sequence[Sample], how: dict[str, Any]) ->
     for row in tokens.tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), None)
         text = tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
-        answers.append(Answer(text, stop is not None))
+        answers.append(GeneratedAnswer(text, stop is not None))
     each = len(answers) // len(prompts)
     return [answers[i : i + each] for i in range(0, len(answers), each)]

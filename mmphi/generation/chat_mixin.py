@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
 
 
-class Conversing:
+class ChatMixin:
     """What :class:`~mmphi.models.multimodal.Multimodal` says to messages.
 
     Attributes:
@@ -29,7 +29,7 @@ class Conversing:
 
         Args:
             messages: Each with a ``role`` and a ``content``, as :func:`~mmphi.generation.messages.conversation` says.
-            **how: Of :class:`~mmphi.generation.sampling.Sampling`: greedy where ``temperature`` is left out.
+            **how: Of :class:`~mmphi.generation.sampling.SamplingParams`: greedy where ``temperature`` is left out.
 
         Raises:
             MessageError: If a message cannot be read.
@@ -40,9 +40,9 @@ class Conversing:
     def chat_batch(self, conversations: Sequence[Sequence[Mapping[str, Any]]], **how: Any) -> list[str]:
         """What :meth:`chat` says to each of several conversations, read and answered together."""
         from mmphi.generation.conversations import answered, read_all
-        from mmphi.generation.sampling import Sampling
+        from mmphi.generation.sampling import SamplingParams
 
-        answers = answered(self.engine(8), read_all(conversations), Sampling(**how))
+        answers = answered(self.engine(8), read_all(conversations), SamplingParams(**how))
         return [answer.text for answer in answers]
 
     def stream(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:

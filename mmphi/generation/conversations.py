@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmphi.generation.engine import Answering, Engine
+from mmphi.generation.engine import Engine, GenerationRequest
 from mmphi.generation.messages import Conversation, MessageError, conversation
 from mmphi.generation.prompt_builder import open_prompt
-from mmphi.generation.sampling import Sampling
-from mmphi.text.tokenized_example import Sample
+from mmphi.generation.sampling import SamplingParams
+from mmphi.text.tokenized_example import TokenizedExample
 
 
 def opened(engine: Engine, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
     """The answer to the last of some messages, in pieces as it is said; what is wrong with them is said at once."""
-    sampling, asked = Sampling(**how), conversation(messages)
+    sampling, asked = SamplingParams(**how), conversation(messages)
     return engine.stream(_prompt(engine, asked, sampling), sampling)
 
 
-def _prompt(engine: Engine, asked: Conversation, sampling: Sampling) -> Sample:
+def _prompt(engine: Engine, asked: Conversation, sampling: SamplingParams) -> TokenizedExample:
     """A conversation, with room for an answer."""
     return open_prompt(engine.model, asked, engine.room(sampling))[0]
 
@@ -42,7 +42,9 @@ def read_all(conversations: Sequence[Sequence[Mapping[str, Any]]], *, files: boo
     return read
 
 
-def answered(engine: Engine, conversations: Sequence[Conversation], sampling: Sampling) -> list[Answering]:
+def answered(
+    engine: Engine, conversations: Sequence[Conversation], sampling: SamplingParams
+) -> list[GenerationRequest]:
     """Answer the last question of each conversation, as many at once as the engine has slots.
 
     Args:

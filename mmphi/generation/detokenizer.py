@@ -9,7 +9,7 @@ from mmphi.generation.sampling import ending, held_back
 UNFINISHED = "�"  # What a tokenizer writes for half a letter.
 
 
-class Words:
+class IncrementalDetokenizer:
     """The text of an answer while its tokens come.
 
     A letter may be several tokens, and a text to stop at several pieces: neither is given out by halves. Space around

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from mmphi.data.content_hash import content_digest
 from mmphi.errors import ModelError
-from mmphi.generation.detokenizer import Words
-from mmphi.generation.prefill import Reader
-from mmphi.generation.sampling import Chooser, Sampling
+from mmphi.generation.detokenizer import IncrementalDetokenizer
+from mmphi.generation.prefill import Prefill
+from mmphi.generation.sampling import SamplingParams, TokenSampler
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.packing import check_spans, spread, to_device
-from mmphi.text.tokenized_example import Sample, Spelled
+from mmphi.text.tokenized_example import TokenizedExample, TranscriptSpan
 
 Reason = Literal["", "stop", "length", "cancelled"]
 CHUNK = 512  # Tokens of a prompt that are read before the others say their next word.
 CONTEXT = 4096  # Longest conversation where nothing else is said, in tokens.
 
 
-class Answering:
+class GenerationRequest:
     """One answer on its way.
 
     Attributes:
@@ -36,13 +36,15 @@ class Answering:
         features: Of the images and recordings of the prompt, by kind, (P, width) each; dropped when they are read.
     """
 
-    def __init__(self, prompt: Sample, sampling: Sampling, tokenizer: Any, features: dict[str, Tensor]) -> None:
+    def __init__(
+        self, prompt: TokenizedExample, sampling: SamplingParams, tokenizer: Any, features: dict[str, Tensor]
+    ) -> None:
         self.prompt, self.sampling, self.features = prompt, sampling, features
         self.reason: Reason = ""
         self.reused = self.tokens = self.read = 0
         self.error: Exception | None = None
         self.memory = memory_of(prompt)
-        self.chooser, self.words = Chooser(sampling), Words(tokenizer, sampling.stop)
+        self.chooser, self.words = TokenSampler(sampling), IncrementalDetokenizer(tokenizer, sampling.stop)
         self.last = -1
 
     def take(self) -> str:
@@ -55,15 +57,15 @@ class Answering:
         return self.words.text
 
 
-def memory_of(prompt: Sample) -> list[Hashable]:
+def memory_of(prompt: TokenizedExample) -> list[Hashable]:
     """What each place of a prompt is, so that equal beginnings are found: tokens, and places of images and sounds.
 
     Images and recordings are told apart by their content, because a file may be overwritten.
     """
     memory: list[Hashable] = prompt.input_ids.tolist()
     for span in prompt.spans:
-        reference = span.reference.of if isinstance(span.reference, Spelled) else span.reference
-        spelled = span.reference.ids if isinstance(span.reference, Spelled) else ()
+        reference = span.reference.of if isinstance(span.reference, TranscriptSpan) else span.reference
+        spelled = span.reference.ids if isinstance(span.reference, TranscriptSpan) else ()
         whole = span.kind, content_digest(reference.source), getattr(reference, "view", 0), spelled
         for place in range(span.length):
             memory[span.start + place] = (whole, place)
@@ -88,24 +90,24 @@ class Engine:
         limit = int(getattr(language.model.config, "max_position_embeddings", 0) or CONTEXT)
         self.length = min(length or CONTEXT, limit)
         self.model, self.slots = model, slots
-        self.reader = Reader(language.model, slots, self.length, language.tolerance)
+        self.reader = Prefill(language.model, slots, self.length, language.tolerance)
         self._held: list[list[Hashable]] = [[] for _ in range(slots)]
         self._used = [0] * slots  # When each slot was last given out, so that the longest unused is overwritten first.
         self._clock = 0
-        self._waiting: deque[Answering] = deque()
-        self._reading: dict[int, Answering] = {}
-        self._saying: dict[int, Answering] = {}
+        self._waiting: deque[GenerationRequest] = deque()
+        self._reading: dict[int, GenerationRequest] = {}
+        self._saying: dict[int, GenerationRequest] = {}
 
     @property
     def busy(self) -> int:
         """Answers that are waited for or given."""
         return len(self._waiting) + len(self._reading) + len(self._saying)
 
-    def room(self, sampling: Sampling) -> int:
+    def room(self, sampling: SamplingParams) -> int:
         """Tokens that a prompt may have, so that its answer fits; half of all there are at least."""
         return self.length - min(sampling.max_tokens, self.length // 2)
 
-    def submit(self, prompt: Sample, sampling: Sampling) -> Answering:
+    def submit(self, prompt: TokenizedExample, sampling: SamplingParams) -> GenerationRequest:
         """Let a prompt be answered by the steps that follow.
 
         Raises:
@@ -115,7 +117,7 @@ class Engine:
         self.enqueue(answering)
         return answering
 
-    def answering(self, prompt: Sample, sampling: Sampling) -> Answering:
+    def answering(self, prompt: TokenizedExample, sampling: SamplingParams) -> GenerationRequest:
         """An answer that :meth:`enqueue` begins; of all methods the only one that any thread may call.
 
         The features of its images and recordings are computed here, so that the steps of others do not wait for them.
@@ -131,13 +133,13 @@ class Engine:
         check_spans(prompt, self.model.sources)
         with torch.inference_mode():
             features, _ = spread(prompt.spans, self.model.sources)
-        return Answering(prompt, sampling, self.model.language.tokenizer, features)
+        return GenerationRequest(prompt, sampling, self.model.language.tokenizer, features)
 
-    def enqueue(self, answering: Answering) -> None:
+    def enqueue(self, answering: GenerationRequest) -> None:
         """Let an answer be given by the steps that follow."""
         self._waiting.append(answering)
 
-    def cancel(self, answering: Answering) -> None:
+    def cancel(self, answering: GenerationRequest) -> None:
         """Break an answer off: its slot is free at once."""
         if answering in self._waiting:
             self._waiting.remove(answering)
@@ -146,7 +148,7 @@ class Engine:
                 del group[slot]
         answering.reason = answering.reason or "cancelled"
 
-    def stream(self, prompt: Sample, sampling: Sampling) -> Iterator[str]:
+    def stream(self, prompt: TokenizedExample, sampling: SamplingParams) -> Iterator[str]:
         """An answer in pieces, as it is said."""
         answering = self.submit(prompt, sampling)
         try:
@@ -180,7 +182,7 @@ class Engine:
     def _free(self) -> list[int]:
         return [s for s in range(self.slots) if s not in self._reading and s not in self._saying]
 
-    def _seat(self, answering: Answering, free: list[int]) -> None:
+    def _seat(self, answering: GenerationRequest, free: list[int]) -> None:
         common = {slot: _common(self._held[slot], answering.memory) for slot in free}
         for slot in free:  # Of another conversation that only begins alike: better kept for whoever goes on with it.
             if 2 * common[slot] < len(self._held[slot]):
@@ -194,7 +196,7 @@ class Engine:
         self._held[slot] = answering.memory[: answering.read]
         self._reading[slot] = answering
 
-    def _read(self, slot: int, answering: Answering) -> bool:
+    def _read(self, slot: int, answering: GenerationRequest) -> bool:
         """Read the next chunk of a prompt; at its end say the first token. Whether it came to its end."""
         start = answering.read
         end = _whole(min(start + CHUNK, len(answering.prompt)), answering.prompt)
@@ -209,7 +211,7 @@ class Engine:
         self._heard(slot, logits[0])
         return True
 
-    def _embeddings(self, answering: Answering, start: int, end: int) -> Tensor:
+    def _embeddings(self, answering: GenerationRequest, start: int, end: int) -> Tensor:
         """Of the places from one to another, (1, end - start, W); images and recordings are whole in them."""
         prompt, device = answering.prompt, self.model.device
         ids = torch.from_numpy(prompt.input_ids[start:end]).long()[None].to(device)
@@ -297,11 +299,11 @@ def _common(held: list[Hashable], wanted: list[Hashable]) -> int:
     return count
 
 
-def _before(count: int, prompt: Sample) -> int:
+def _before(count: int, prompt: TokenizedExample) -> int:
     """At most so many places, and no part of an image or a recording."""
     return min([count, *(s.start for s in prompt.spans if s.start < count < s.start + s.length)])
 
 
-def _whole(count: int, prompt: Sample) -> int:
+def _whole(count: int, prompt: TokenizedExample) -> int:
     """At least so many places, and no part of an image or a recording."""
     return max([count, *(s.start + s.length for s in prompt.spans if s.start < count < s.start + s.length)])

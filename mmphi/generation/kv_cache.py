@@ -12,7 +12,7 @@ from transformers import Cache
 SMALLEST = 256  # Tokens of a slot at first.
 
 
-class Slots(Cache):
+class SlotKVCache(Cache):
     """Keys and values of several conversations.
 
     Each conversation has a slot, a row of every layer's memory, and grows in it on its own. All rows have the same

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mmphi.generation.kv_cache import Slots
+from mmphi.generation.kv_cache import SlotKVCache
 
 Way = Literal["together", "one by one", "anew"]
 # Of each model: its windows are narrowed while it is probed, and others may share it.
@@ -22,10 +22,10 @@ PROBE, WINDOW = (7, 11), 5  # Tokens of the conversations that a way is tried wi
 WINDOWS = ("sliding_window", "attention_chunk_size")  # Settings that say how far back a layer sees.
 
 
-class Reader:
+class Prefill:
     """Reads conversations on, in the fastest way in which this model reads them as it reads each alone.
 
-    - ``together``: in one forward pass, with the keys and values of :class:`~mmphi.generation.kv_cache.Slots`.
+    - ``together``: in one forward pass, with the keys and values of :class:`~mmphi.generation.kv_cache.SlotKVCache`.
     - ``one by one``: with the same memory, a forward pass for each; for layers that take the last key for the newest.
     - ``anew``: each from its begin at every token, without memory. It is slow, and for recurrent and hybrid models, and
       for conversations longer than those that rotary embeddings of :data:`LENGTH_DEPENDENT` kinds begin to change at.
@@ -38,7 +38,7 @@ class Reader:
     """
 
     def __init__(self, model: Any, slots: int, length: int, tolerance: float) -> None:
-        self.model, self.slots = model, Slots(slots, length)
+        self.model, self.slots = model, SlotKVCache(slots, length)
         self.way: Way = "anew"
         self._lock = _LOCKS.setdefault(model, threading.RLock())
         ways: tuple[Way, ...] = ("together", "one by one")
@@ -67,7 +67,7 @@ class Reader:
 Read = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
 
 
-def _ways(model: Any, slots: Slots) -> dict[Way, Read]:
+def _ways(model: Any, slots: SlotKVCache) -> dict[Way, Read]:
     held: dict[int, Tensor] = {}  # Embeddings of each conversation, where it is read anew.
 
     def together(rows: Sequence[int], starts: Sequence[int], embeddings: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def reading_error(model: Any, way: Way, length: int) -> float:
     with _narrow(text, length):
         try:
             alone = [model(input_ids=ids[None, : each + 1], use_cache=False).logits[0] for each in lengths]
-            slots = Slots(len(lengths), longer + max(PROBE) + 1)
+            slots = SlotKVCache(len(lengths), longer + max(PROBE) + 1)
             read = _ways(model, slots)[way]
             for row, each in enumerate(lengths):
                 first = each // 2

@@ -13,7 +13,7 @@ from mmphi.errors import AudioError, ModelError
 from mmphi.generation.messages import Conversation
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.prompt import SHOWN
-from mmphi.text.tokenized_example import Sample, join
+from mmphi.text.tokenized_example import TokenizedExample, join
 
 LETTERS_PER_TOKEN = 8  # A conversation of more letters for each token that there is room for hardly fits.
 
@@ -48,7 +48,7 @@ def open_prompt(
     *,
     checked: bool = False,
     check: Callable[[], None] = lambda: None,
-) -> tuple[Sample, int]:
+) -> tuple[TokenizedExample, int]:
     """A conversation as a sequence that its next answer goes on from.
 
     Where it is too long the oldest questions go, with their answers and with the images and recordings they came with;
@@ -115,7 +115,7 @@ def _check_speech(model: Multimodal, conversation: Conversation) -> None:
             )
 
 
-def _written(model: Multimodal, conversation: Conversation) -> Sample:
+def _written(model: Multimodal, conversation: Conversation) -> TokenizedExample:
     images = [*chain.from_iterable(conversation.images)]
     heard = model.inputs([*chain.from_iterable(conversation.audio)])
     turns = zip(conversation.turns, conversation.images, conversation.audio, strict=True)

@@ -15,7 +15,7 @@ SEEDS = range(-(2**63), 2**64)  # What torch.Generator takes.
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How an answer is chosen.
 
     Attributes:
@@ -49,14 +49,14 @@ class Sampling:
 
 
 @dataclass
-class Chooser:
+class TokenSampler:
     """Chooses the tokens of one answer.
 
     Attributes:
         sampling: How.
     """
 
-    sampling: Sampling
+    sampling: SamplingParams
     _random: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:

@@ -23,15 +23,15 @@ from mmphi.config.shared import LanguageSettings, VisionSettings
 from mmphi.data.clip_weights import AUTO
 from mmphi.data.features import ImageFeatures, LiveFeatures
 from mmphi.errors import ModelError
-from mmphi.models.audio.audio_features import Hearing, hearing_of
+from mmphi.models.audio.audio_features import AudioFeatureSource, hearing_of
 from mmphi.models.audio.audio_projector import SHAPE, WEIGHTS, SpeechProjection
 from mmphi.models.audio.transcriber import Audio
 from mmphi.models.device import this_device
 from mmphi.models.language.adapter import ADAPTER, adapter_digest, save_adapter, with_saved
-from mmphi.models.language.language_model import PRETRAIN, STYLE_FILE, Language, language_digest, load_language
+from mmphi.models.language.language_model import PRETRAIN, STYLE_FILE, LanguageModel, language_digest, load_language
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector
-from mmphi.models.vision.vision_encoder import LIGHT_CLIP, Tower, Vision, load_tower
+from mmphi.models.vision.vision_encoder import LIGHT_CLIP, VisionEncoder, VisionReference, load_tower
 
 T = TypeVar("T")
 Once = Callable[[str, str, Callable[[], T]], T]
@@ -138,7 +138,7 @@ def load_bundle(
     precision: str = "",
     features: ImageFeatures | None = None,
     whisper: str = "",
-    hearing: Hearing | None = None,
+    hearing: AudioFeatureSource | None = None,
     once: Once[Any] = at_once,
 ) -> Multimodal:
     """Load a model with all that it is joined from.
@@ -176,7 +176,7 @@ def load_bundle(
 
 def _language(
     content: dict[str, Any], folder: Path, device: torch.device, moved: str, precision: str, once: Once[Any]
-) -> Language:
+) -> LanguageModel:
     chosen = dict(content["language"])
     digest = chosen.pop("digest")
     own = chosen["model"] == LANGUAGE
@@ -196,11 +196,11 @@ def _language(
     if found != content["adapter"]:
         raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it anew")
 
-    def load() -> Language:
+    def load() -> LanguageModel:
         # On layers that nobody else has: those of a shared model would be wrapped for all.
         return with_saved(borrowed_language(settings, None, device, at_once, digest, str(folder)), folder / ADAPTER)
 
-    language: Language = once("language", "/".join([digest, found, settings.precision, str(device)]), load)
+    language: LanguageModel = once("language", "/".join([digest, found, settings.precision, str(device)]), load)
     return language
 
 
@@ -211,7 +211,7 @@ def borrowed_language(
     once: Once[Any],
     expected: str = "",
     whose: str = "",
-) -> Language:
+) -> LanguageModel:
     """A language model that this process may have already.
 
     Args:
@@ -240,24 +240,24 @@ def borrowed_language(
         )
     style = (path / STYLE_FILE).read_text() if (path / STYLE_FILE).is_file() else ""
     identity = "/".join([digest, settings.precision, settings.tokenizer, settings.prompt, style, str(device)])
-    language: Language = once("language", identity, lambda: load_language(settings, pretrained, device))
+    language: LanguageModel = once("language", identity, lambda: load_language(settings, pretrained, device))
     return language
 
 
-def _vision(saved: dict[str, Any], folder: Path) -> Vision:
+def _vision(saved: dict[str, Any], folder: Path) -> VisionReference:
     own = {"digest", "question"}
     settings = VisionSettings(**{name: value for name, value in saved.items() if name not in own})
     light_clip = folder / VISION if settings.model == LIGHT_CLIP else None
-    return Vision(settings, saved["digest"], light_clip, saved.get("question", ""))
+    return VisionReference(settings, saved["digest"], light_clip, saved.get("question", ""))
 
 
-def _tower(vision: Vision, device: torch.device, once: Once[Any]) -> Tower:
+def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> VisionEncoder:
     """The image tower that a model was trained with.
 
     Earlier versions prepared images for every file of weights as OpenAI does; their models keep that.
     """
 
-    def earlier() -> Tower:
+    def earlier() -> VisionEncoder:
         return load_tower(vision.settings, vision.folder, earlier=True).to(device)
 
     try:
@@ -277,7 +277,7 @@ def _tower(vision: Vision, device: torch.device, once: Once[Any]) -> Tower:
 
 def borrowed_tower(
     settings: VisionSettings, light_clip: Path | None, device: torch.device, once: Once[Any], identity: str
-) -> Tower:
+) -> VisionEncoder:
     """An image tower that this process may have already.
 
     Args:
@@ -287,5 +287,5 @@ def borrowed_tower(
         once: ``Resources.once``.
         identity: What tells it from others.
     """
-    tower: Tower = once("tower", f"{identity}/{device}", lambda: load_tower(settings, light_clip).to(device))
+    tower: VisionEncoder = once("tower", f"{identity}/{device}", lambda: load_tower(settings, light_clip).to(device))
     return tower

@@ -16,25 +16,25 @@ from mmphi.data.features import ImageFeatures
 from mmphi.data.schema import AudioRef, Example, ImageRef
 from mmphi.data.tokenized_dataset import encode_example, image_inputs
 from mmphi.errors import ModelError
-from mmphi.generation.batch_generate import BAR_AFTER_S, Answer, answers_to
-from mmphi.generation.chat_mixin import Conversing
+from mmphi.generation.batch_generate import BAR_AFTER_S, GeneratedAnswer, answers_to
+from mmphi.generation.chat_mixin import ChatMixin
 from mmphi.models.audio.audio_projector import SpeechProjection, words_as_they_are
-from mmphi.models.language.language_model import Language
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.language.language_model import LanguageModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector
 from mmphi.text.packing import SpanFeatures, packs, to_device
-from mmphi.text.tokenized_example import Input, Sample, join
+from mmphi.text.tokenized_example import SpanContent, TokenizedExample, join
 
 if TYPE_CHECKING:
-    from mmphi.models.audio.audio_features import Hearing
+    from mmphi.models.audio.audio_features import AudioFeatureSource
     from mmphi.models.audio.transcriber import Audio
-    from mmphi.models.vision.vision_encoder import Vision
+    from mmphi.models.vision.vision_encoder import VisionReference
 
 Shown = ImageRef | Sequence[ImageRef] | None
 Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]] | tuple[Shown, str, Sequence[AudioRef], str]
 
 
-class Multimodal(Conversing):
+class Multimodal(ChatMixin):
     """Images, recordings and text in, text out.
 
     The language model is borrowed: several of these may share one, and it is left as it was.
@@ -57,13 +57,13 @@ class Multimodal(Conversing):
 
     def __init__(
         self,
-        language: Language,
+        language: LanguageModel,
         projector: Projector | None,
         features: ImageFeatures | None,
         max_length: int = 512,
-        vision: Vision | None = None,
+        vision: VisionReference | None = None,
         own_language: bool = False,
-        hearing: Hearing | Callable[[], Hearing] | None = None,
+        hearing: AudioFeatureSource | Callable[[], AudioFeatureSource] | None = None,
         speech: SpeechProjection | None = None,
         audio: Audio | None = None,
         questions: Sequence[str] = (),
@@ -86,7 +86,7 @@ class Multimodal(Conversing):
                 )
             projectors["audio"] = speech.to(device=next(language.model.parameters()).device)
         layout = language.layout(max_length)
-        self.packed = PackedModel(language.model, layout=layout, **projectors).eval()
+        self.packed = PackedVLM(language.model, layout=layout, **projectors).eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Multimodal:
@@ -121,7 +121,7 @@ class Multimodal(Conversing):
         return own
 
     @property
-    def hearing(self) -> Hearing:
+    def hearing(self) -> AudioFeatureSource:
         """Where the features of recordings come from.
 
         Raises:
@@ -142,7 +142,7 @@ class Multimodal(Conversing):
             )
         return self._hearing
 
-    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[SpanContent]:
         """Recordings as a sequence takes them.
 
         Args:
@@ -162,7 +162,7 @@ class Multimodal(Conversing):
         """Whether the example's images, if it has any, have features."""
         return not example.images or (self.features is not None and all(i in self.features for i in example.images))
 
-    def encode(self, example: Example) -> Sample | None:
+    def encode(self, example: Example) -> TokenizedExample | None:
         """A conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
         return encode_example(example, self.language.prompt, self.length, self.max_length, self.inputs)
 
@@ -218,7 +218,9 @@ class Multimodal(Conversing):
         ]
         return self.generate([(references, question, spoken)], max_new_tokens)[0].text
 
-    def generate(self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32
+    ) -> list[GeneratedAnswer]:
         """Answer questions, greedily.
 
         Args:
@@ -242,7 +244,7 @@ class Multimodal(Conversing):
         max_new_tokens: int = 48,
         batch_size: int = 32,
         seed: int = 0,
-    ) -> list[list[Answer]]:
+    ) -> list[list[GeneratedAnswer]]:
         """Draw several answers to each question.
 
         Args:
@@ -278,7 +280,9 @@ class Multimodal(Conversing):
             return question
         return self.vision.question
 
-    def open_prompt(self, images: Shown, question: str, audio: Sequence[AudioRef] = (), context: str = "") -> Sample:
+    def open_prompt(
+        self, images: Shown, question: str, audio: Sequence[AudioRef] = (), context: str = ""
+    ) -> TokenizedExample:
         """A question as a sequence that the answer goes on from."""
         shown = [images] if isinstance(images, ImageRef) else list(images or ())
         heard = self.inputs(audio)

@@ -16,7 +16,7 @@ from mmphi.models.contrastive_margin import contrasted
 from mmphi.models.language.linear_cross_entropy import linear_cross_entropy
 from mmphi.models.patches.sparse_last_layer import WORTH, only_at, parts_alone
 from mmphi.models.patches.varlen_attention import attending_inside_documents
-from mmphi.text.packing import ROWS, Layout, Pack
+from mmphi.text.packing import ROWS, Layout, PackedBatch
 
 
 def block_causal_mask(segments_RT: Tensor, branches_RT: Tensor | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def block_causal_mask(segments_RT: Tensor, branches_RT: Tensor | None = None) ->
     return same.tril()
 
 
-class PackedModel(nn.Module):
+class PackedVLM(nn.Module):
     """A causal language model that reads projected features where its rows have places for them.
 
     Logits are computed only where a token is predicted: the hidden states are gathered just before the output head, by
@@ -130,12 +130,12 @@ class PackedModel(nn.Module):
             flat = flat.index_copy(0, where, projected)
         return flat.view_as(embeddings)
 
-    def logits(self, pack: Pack) -> Tensor:
+    def logits(self, pack: PackedBatch) -> Tensor:
         """Logits (K, V) at the positions that predict a supervised token."""
         with self._last_layer(pack), _gathering(self.language_model.get_output_embeddings(), pack["keep"]):
             return self._run(pack)
 
-    def _run(self, pack: Pack) -> Tensor:
+    def _run(self, pack: PackedBatch) -> Tensor:
         with self._walled(pack), _called(self.compiled if self.training else ()):
             output = self.language_model(
                 inputs_embeds=self.embed(pack["input_ids"], pack["features"], pack["places"]),
@@ -145,14 +145,14 @@ class PackedModel(nn.Module):
         logits: Tensor = output.logits[0]
         return logits
 
-    def _hidden(self, pack: Pack) -> Tensor:
+    def _hidden(self, pack: PackedBatch) -> Tensor:
         """What the head is given (K, W) at the positions that predict a supervised token; the head itself rests."""
         head = self.language_model.get_output_embeddings()
         with self._last_layer(pack), _gathering(head, pack["keep"], resting=True) as seen:
             self._run(pack)
         return seen[0]
 
-    def _last_layer(self, pack: Pack) -> AbstractContextManager[None]:
+    def _last_layer(self, pack: PackedBatch) -> AbstractContextManager[None]:
         """The last layer rests where nothing is predicted, if that saves something.
 
         Not where it is compiled, for a certain number of positions, nor where the backward pass computes it again.
@@ -165,14 +165,14 @@ class PackedModel(nn.Module):
         # Answers that share what stands before them begin at the same place.
         return only_at(self._last_parts, torch.unique(keep) if "branches" in pack else keep)
 
-    def _in_line(self, pack: Pack) -> bool:
+    def _in_line(self, pack: PackedBatch) -> bool:
         """Whether a pack is a line; the model takes rows as well."""
         return self.layout.kind == "line" and "borders" in pack
 
-    def _walled(self, pack: Pack) -> AbstractContextManager[None]:
+    def _walled(self, pack: PackedBatch) -> AbstractContextManager[None]:
         return attending_inside_documents(self.language_model) if self._in_line(pack) else nullcontext()
 
-    def _walls(self, pack: Pack) -> dict[str, Any]:
+    def _walls(self, pack: PackedBatch) -> dict[str, Any]:
         """What keeps sequences apart: of one in a row, the model's own padding mask; borders; else who sees whom."""
         if self.layout.kind == "alone":
             return {"attention_mask": (pack["segments"] >= 0).long()}
@@ -183,7 +183,7 @@ class PackedModel(nn.Module):
             return {"attention_mask": none, "position_ids": pack["position_ids"], **apart}
         return {"attention_mask": self._mask(pack), "position_ids": pack["position_ids"]}
 
-    def _mask(self, pack: Pack) -> Tensor:
+    def _mask(self, pack: PackedBatch) -> Tensor:
         mask = block_causal_mask(pack["segments"], pack.get("branches"))
         if self.language_model.config._attn_implementation != "eager":
             return mask
@@ -196,11 +196,11 @@ class PackedModel(nn.Module):
         return all(p.dtype != torch.float32 for p in self.language_model.parameters())
 
     def forward(self, **pack: Any) -> Tensor:
-        """Summed loss of the supervised tokens of a :class:`~mmphi.text.packing.Pack`, in nats, shape ().
+        """Summed loss of the supervised tokens of a :class:`~mmphi.text.packing.PackedBatch`, in nats, shape ().
 
         Where there are foils among its sequences, as :func:`~mmphi.models.contrastive_margin.contrasted` has it.
         """
-        rows: Pack = pack  # type: ignore[assignment]  # keyword arguments, so that DDP and the Trainer can pass them
+        rows: PackedBatch = pack  # type: ignore[assignment]  # keyword arguments, so that DDP and the Trainer can pass them
         # Autocast would have its norms and rotations compute in fp32, and copy all that goes in and out of them.
         plain = torch.autocast(rows["input_ids"].device.type, enabled=False) if self.rounded else nullcontext()
         with plain:

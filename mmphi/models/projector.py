@@ -75,7 +75,7 @@ class ProjectorConfig:
         )
 
 
-class Whitening(nn.Module):
+class Standardizer(nn.Module):
     """Takes each channel's mean off features (..., D) and divides by its spread; until it is fitted it changes nothing.
 
     Channels of some towers differ a hundredfold in size, and few large ones would speak for all.
@@ -128,7 +128,7 @@ class Projector(nn.Module):
                 modules.append(nn.Dropout(config.dropout))
             modules.append(nn.Linear(widths[i], widths[i + 1]))
         self.layers = nn.Sequential(*modules)
-        self.whitening = Whitening(config.input_width) if config.whiten else None
+        self.whitening = Standardizer(config.input_width) if config.whiten else None
 
     def fit(self, features: Iterable[Tensor]) -> None:
         """Take means and spreads from features (..., D) as they will be met; nothing where they are not whitened."""

@@ -18,14 +18,14 @@ from types import TracebackType
 from typing import IO, Self
 
 from mmphi.config.section import Section
-from mmphi.pipeline.graph import Plan
+from mmphi.pipeline.graph import StageGraph
 
 SWITCH = "MMPHI_BESIDE"  # 0: one after the other.
 PATIENCE_S = 120.0  # What a helper that is stopped may take to save what it has.
 KEPT_BYTES = 2000
 
 
-def independent(plan: Plan, goal: str, name: str, settings: Section) -> list[str]:
+def independent(plan: StageGraph, goal: str, name: str, settings: Section) -> list[str]:
     """What a goal lacks that neither needs a stage nor is needed by it, and is worth another process.
 
     Args:
@@ -47,7 +47,7 @@ def independent(plan: Plan, goal: str, name: str, settings: Section) -> list[str
     return [each for each in free if not any(each in needed[other] for other in free if other != each)]
 
 
-class Beside:
+class BackgroundBuilder:
     """What another process builds while this one builds towards a goal; none where the machine would not gain by it.
 
     Args:
@@ -57,7 +57,7 @@ class Beside:
         module: Module that the helper runs, which reads its order as :meth:`before` writes it; empty for no helper.
     """
 
-    def __init__(self, plan: Plan, goal: str, settings: Section, module: str) -> None:
+    def __init__(self, plan: StageGraph, goal: str, settings: Section, module: str) -> None:
         self._plan, self._goal, self._settings = plan, goal, settings
         self._module = "" if os.environ.get(SWITCH) == "0" else module
         self._helper: subprocess.Popen[bytes] | None = None

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 from mmphi.allocator import give_back
 from mmphi.config.section import Section
 from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
-from mmphi.pipeline.background_build import Beside
+from mmphi.pipeline.background_build import BackgroundBuilder
 from mmphi.pipeline.cache_key import difference, key_of
-from mmphi.pipeline.graph import KEY, METRICS, Plan
-from mmphi.pipeline.process_cache import PROCESS, Resources
+from mmphi.pipeline.graph import KEY, METRICS, StageGraph
+from mmphi.pipeline.process_cache import PROCESS, ProcessCache
 from mmphi.pipeline.stage import Context, Result, Stage
 from mmphi.pipeline.threads import threads_of
-from mmphi.pipeline.torchrun import Ranks, alone, as_json, follow
+from mmphi.pipeline.torchrun import RankCoordinator, alone, as_json, follow
 from mmphi.pipeline.warning_filters import quieten
 from mmphi.tracking.tags import FOR_STUDY, STUDY
 
 if TYPE_CHECKING:
     from mmphi.tracking.run_tracker import RunTracker, Watch
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,24 @@ class Request:
     tags: Mapping[str, str] = field(default_factory=dict)
     watch: Watch | None = None
     after: bool = True
-    ranks: Ranks = field(default_factory=Ranks.one)
+    ranks: RankCoordinator = field(default_factory=RankCoordinator.one)
 
 
-class Pipeline(Plan):
+class Pipeline(StageGraph):
     """Stages over one store.
 
     Args:
         stages: By name.
         store: Where results are; opened when first needed.
         resources: What this process has loaded.
-        helper: Module of a process that may build stages beside this one, which :class:`Beside` starts.
+        helper: Module of a process that may build stages beside this one, which :class:`BackgroundBuilder` starts.
     """
 
     def __init__(
         self,
         stages: Mapping[str, Stage],
-        store: Store | None = None,
-        resources: Resources | None = None,
+        store: TrackingStore | None = None,
+        resources: ProcessCache | None = None,
         helper: str = "",
     ) -> None:
         super().__init__(stages, store)
@@ -112,7 +112,7 @@ class Pipeline(Plan):
             Stopped: If a signal asked to stop; the same call goes on from there.
         """
         quieten()
-        ranks = Ranks()
+        ranks = RankCoordinator()
         if not ranks.first:
             return follow(ranks, self.stages[name], settings, self.resources)
         try:
@@ -143,7 +143,7 @@ class Pipeline(Plan):
             for each in self.order(name, settings):
                 self.stages[each].check(self.view(each, settings))
             helper = self.helper if request.ranks.count == 1 else ""
-            with alone(), Beside(self, name, settings, helper) as beside:
+            with alone(), BackgroundBuilder(self, name, settings, helper) as beside:
                 study = {FOR_STUDY: request.tags[STUDY]} if STUDY in request.tags else {}
                 done = self._ready(self.upstream(name, settings), settings, beside, study)
             result = self._run(name, settings, done, request)
@@ -167,7 +167,7 @@ class Pipeline(Plan):
         return replace(result, metrics=metrics, after=tuple(results))
 
     def _ready(
-        self, names: Sequence[str], settings: Section, beside: Beside, tags: Mapping[str, str]
+        self, names: Sequence[str], settings: Section, beside: BackgroundBuilder, tags: Mapping[str, str]
     ) -> dict[str, Result]:
         """Results of upstream stages, built where they are missing, with these further tags."""
         done: dict[str, Result] = {}
@@ -282,7 +282,7 @@ def settings_name(settings: Section) -> str:
 
 
 @contextmanager
-def _recorded(store: Store, tracker: RunTracker) -> Iterator[None]:
+def _recorded(store: TrackingStore, tracker: RunTracker) -> Iterator[None]:
     """Record how a run ended that did not finish."""
     try:
         yield

@@ -19,12 +19,12 @@ from mmphi.pipeline.stage import Result, Stage
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
 METRICS, KEY = "metrics.json", "key.json"
 
 
-class Plan:
+class StageGraph:
     """Stages over one store, as they are; builds nothing.
 
     Args:
@@ -32,19 +32,19 @@ class Plan:
         store: Where results are; opened when first needed.
     """
 
-    def __init__(self, stages: Mapping[str, Stage], store: Store | None = None) -> None:
+    def __init__(self, stages: Mapping[str, Stage], store: TrackingStore | None = None) -> None:
         self.stages = stages
         self._store = store
         self._digests = Digests()
         self._known: dict[Path, str] = {}
 
     @property
-    def store(self) -> Store:
+    def store(self) -> TrackingStore:
         """The tracking store."""
         if self._store is None:
-            from mmphi.tracking.run_writer import Store
+            from mmphi.tracking.run_writer import TrackingStore
 
-            self._store = Store()
+            self._store = TrackingStore()
         return self._store
 
     def view(self, name: str, settings: Section) -> SettingsView:

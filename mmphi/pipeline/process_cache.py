@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 T = TypeVar("T")
 
 
-class Resources:
+class ProcessCache:
     """What a process has loaded, by kind and digest.
 
     A thing lives as long as anybody uses it; the one of each kind that was asked for last lives on, for the next trial.
@@ -40,4 +40,4 @@ class Resources:
             return thing
 
 
-PROCESS = Resources()
+PROCESS = ProcessCache()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmphi.config.declared_view import SettingsView
 from mmphi.config.section import Section
-from mmphi.pipeline.process_cache import Resources
+from mmphi.pipeline.process_cache import ProcessCache
 from mmphi.tracking.tracker import Tracker
 
 
@@ -55,7 +55,7 @@ class Context:
     folder: Path
     upstream: Mapping[str, Result]
     tracker: Tracker
-    resources: Resources = field(default_factory=Resources)
+    resources: ProcessCache = field(default_factory=ProcessCache)
     earlier: Sequence[Result] = ()
     models: Mapping[str, Path] = field(default_factory=dict)
     first: bool = True

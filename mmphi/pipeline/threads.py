@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmphi.tracking.run_tracker import RunTracker
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
 THREADS = "mmphi.threads"
 
 
 @contextmanager
-def threads_of(store: Store, tracker: RunTracker, source: str) -> Iterator[None]:
+def threads_of(store: TrackingStore, tracker: RunTracker, source: str) -> Iterator[None]:
     """Work with as many threads as the run that is resumed, and record the number.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 from mmphi.config.declared_view import SettingsView
 from mmphi.config.section import Section
 from mmphi.errors import StoreError
-from mmphi.pipeline.process_cache import Resources
+from mmphi.pipeline.process_cache import ProcessCache
 from mmphi.pipeline.stage import Context, Result, Stage
 from mmphi.tracking.tracker import SilentTracker
 
@@ -25,7 +25,7 @@ PATIENCE = timedelta(days=7)  # What the first process builds meanwhile may take
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
 
 
-class Ranks:
+class RankCoordinator:
     """This process among those that torchrun started; one alone without torchrun."""
 
     _meetings = 0
@@ -35,12 +35,12 @@ class Ranks:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._store: Any = None
         if self.count > 1:  # The first process builds more, on its own, which the others know nothing of.
-            Ranks._meetings += 1
+            RankCoordinator._meetings += 1
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"mmphi/{restart}/{Ranks._meetings}"
+        self._prefix = f"mmphi/{restart}/{RankCoordinator._meetings}"
 
     @classmethod
-    def one(cls) -> Ranks:
+    def one(cls) -> RankCoordinator:
         """This process alone, whatever torchrun started."""
         ranks = cls.__new__(cls)
         ranks.rank, ranks.count, ranks._store, ranks._prefix = 0, 1, None, ""
@@ -117,7 +117,7 @@ def _from_json(message: dict[str, Any]) -> Result:
     return Result(**{**message, "path": Path(message["path"])})
 
 
-def follow(ranks: Ranks, stage: Stage, settings: Section, resources: Resources) -> Result:
+def follow(ranks: RankCoordinator, stage: Stage, settings: Section, resources: ProcessCache) -> Result:
     """What the processes after the first do: the same stage on the same files, recording and writing nothing.
 
     Raises:

@@ -16,7 +16,7 @@ MESSAGES = (
 )
 
 
-class Without(logging.Filter):
+class WarningFilter(logging.Filter):
     """Lets every message pass but those with certain words."""
 
     def __init__(self, words: str) -> None:
@@ -32,8 +32,8 @@ def quieten() -> None:
     """Silence them for this process; calling it again changes nothing."""
     for name, words in MESSAGES:
         logger = logging.getLogger(name)
-        if not any(isinstance(each, Without) and each.words == words for each in logger.filters):
-            logger.addFilter(Without(words))
+        if not any(isinstance(each, WarningFilter) and each.words == words for each in logger.filters):
+            logger.addFilter(WarningFilter(words))
     # MLflow's own use of SQLAlchemy, which nobody here can change.
     warnings.filterwarnings("ignore", message=".*``noload`` loader strategy is deprecated")
     # PEFT's own use of transformers, likewise.

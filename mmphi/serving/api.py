@@ -21,18 +21,18 @@ from starlette.requests import ClientDisconnect
 from mmphi.errors import MmphiError
 from mmphi.generation.messages import Conversation, conversation
 from mmphi.serving.guard import Guard
-from mmphi.serving.http_errors import Refused, refusal, told
+from mmphi.serving.http_errors import APIError, refusal, told
 from mmphi.serving.metrics import Metrics
 from mmphi.serving.openai_request import ChatRequest, request_of
 from mmphi.serving.openai_response import Reply
-from mmphi.serving.scheduler import Left, Ticket, TooSlow, Worker
+from mmphi.serving.scheduler import ClientDisconnectedError, QueuedRequest, RequestTimeoutError, Scheduler
 
 LOOK_S = 0.2  # How often it is looked whether the one who asked is still there.
 READERS = 16  # Threads in which requests are parsed, and as many in which images are fetched.
 
 
 @dataclass(frozen=True)
-class Rules:
+class ServerConfig:
     """What a server allows.
 
     Attributes:
@@ -54,7 +54,7 @@ class Rules:
     origins: tuple[str, ...] = ()
 
 
-def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
+def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> FastAPI:
     """The server.
 
     Args:
@@ -79,7 +79,7 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
 
     @app.exception_handler(HTTPException)  # Also those of the framework: no such path, no such method.
     async def refuse(_: Request, error: HTTPException) -> JSONResponse:
-        return told(error if isinstance(error, Refused) else Refused(error.status_code, str(error.detail)))
+        return told(error if isinstance(error, APIError) else APIError(error.status_code, str(error.detail)))
 
     def state(problem: str) -> JSONResponse:
         content = {"status": problem or "ok", "model": rules.name, "open": worker.open}
@@ -137,9 +137,9 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
                 leaving.cancel()
             if left.is_set() or await request.is_disconnected():
                 return Response(status_code=499)
-            ticket = Ticket(said, asked.sampling(rules.temperature), tell, born)
+            ticket = QueuedRequest(said, asked.sampling(rules.temperature), tell, born)
             worker.submit(ticket)
-        except (ClientDisconnect, Left):
+        except (ClientDisconnect, ClientDisconnectedError):
             return Response(status_code=499)  # As nginx logs it; nobody gets it.
         except MmphiError as error:
             metrics.refused(error)
@@ -161,7 +161,7 @@ def application(worker: Worker, rules: Rules, metrics: Metrics) -> FastAPI:
     return app
 
 
-def _read(body: bytes, rules: Rules) -> ChatRequest:
+def _read(body: bytes, rules: ServerConfig) -> ChatRequest:
     """What a request asks.
 
     Raises:
@@ -173,7 +173,7 @@ def _read(body: bytes, rules: Rules) -> ChatRequest:
     return asked
 
 
-def _conversation(asked: ChatRequest, rules: Rules, check: Callable[[], None]) -> Conversation:
+def _conversation(asked: ChatRequest, rules: ServerConfig, check: Callable[[], None]) -> Conversation:
     """Its conversation, with images fetched where that is allowed.
 
     Args:
@@ -201,9 +201,11 @@ def _check(left: threading.Event, born: float, limit_s: float) -> None:
         TooSlow: If its time is over.
     """
     if left.is_set():
-        raise Left("nobody waits for the answer")
+        raise ClientDisconnectedError("nobody waits for the answer")
     if limit_s and time.monotonic() - born > limit_s:
-        raise TooSlow(f"the answer took more than {limit_s:g} s", "send the images themselves, as data: URIs")
+        raise RequestTimeoutError(
+            f"the answer took more than {limit_s:g} s", "send the images themselves, as data: URIs"
+        )
 
 
 def names_url(messages: list[Any]) -> bool:
@@ -227,11 +229,11 @@ async def _leaving(request: Request, left: threading.Event) -> None:
     left.set()
 
 
-def _no_model(name: str, rules: Rules) -> Refused:
-    return Refused(404, f"there is no model {name[:100]!r} here; there is {rules.name!r}", "not_found_error", "model")
+def _no_model(name: str, rules: ServerConfig) -> APIError:
+    return APIError(404, f"there is no model {name[:100]!r} here; there is {rules.name!r}", "not_found_error", "model")
 
 
-async def _watch(request: Request, worker: Worker, ticket: Ticket) -> None:
+async def _watch(request: Request, worker: Scheduler, ticket: QueuedRequest) -> None:
     """Let go of a question when the one who asked has left."""
     while not await request.is_disconnected():
         await asyncio.sleep(LOOK_S)

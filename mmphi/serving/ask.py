@@ -44,9 +44,9 @@ def sampling_options(made: argparse.ArgumentParser) -> None:
 
 def sampling_of(options: argparse.Namespace) -> Any:
     """How an answer is chosen."""
-    from mmphi.generation.sampling import Sampling
+    from mmphi.generation.sampling import SamplingParams
 
-    return Sampling(
+    return SamplingParams(
         options.max_tokens, options.temperature, options.top_p, options.seed, tuple(dict.fromkeys(options.stop))
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from mmphi.errors import MmphiError
 from mmphi.serving.ask import sampling_of, sampling_options
-from mmphi.serving.chat_session import COMMANDS, Leave, Talk
+from mmphi.serving.chat_session import COMMANDS, ChatSession, EndSession
 from mmphi.serving.model_args import model_options
 
 PROMPT = "> "
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"model: {choice.label}", file=sys.stderr)
     model = mmphi.load(choice.name, whisper=options.whisper)
     model.context = options.context
-    talk = Talk(model, sampling)
+    talk = ChatSession(model, sampling)
     for command in (
         ([f"/system {options.system}"] if options.system else [])
         + ([f"/load {options.load}"] if options.load else [])
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run(talk: Talk, lines: Iterator[str]) -> None:
+def run(talk: ChatSession, lines: Iterator[str]) -> None:
     """Answer lines until there are no more.
 
     Ctrl-C ends an answer. An error is printed, and the conversation continues as it was before the line.
@@ -72,7 +72,7 @@ def run(talk: Talk, lines: Iterator[str]) -> None:
             for piece in talk.hear(line.rstrip("\n")):
                 said += piece
                 print(piece, end="", flush=True)
-        except Leave:
+        except EndSession:
             return
         except KeyboardInterrupt:
             print(" ...", end="", flush=True)

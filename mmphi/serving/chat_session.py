@@ -13,7 +13,7 @@ from mmphi.data.images import MAX_FILE_BYTES, open_image
 from mmphi.errors import DataError, MmphiError, SettingsError
 
 if TYPE_CHECKING:
-    from mmphi.generation.sampling import Sampling
+    from mmphi.generation.sampling import SamplingParams
     from mmphi.models.multimodal import Multimodal
 
 HELP = {
@@ -31,12 +31,12 @@ HELP = {
 COMMANDS = [each.partition(" ")[0] for each in HELP]
 
 
-class Leave(Exception):  # noqa: N818  # Nothing is wrong.
+class EndSession(Exception):  # noqa: N818  # Nothing is wrong.
     """The person wants to leave."""
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """A conversation.
 
     Attributes:
@@ -47,7 +47,7 @@ class Talk:
     """
 
     model: Multimodal
-    sampling: Sampling
+    sampling: SamplingParams
     messages: list[dict[str, Any]] = field(default_factory=list)
     waiting: list[dict[str, Any]] = field(default_factory=list)
 
@@ -202,7 +202,7 @@ class Talk:
         return "\n".join(f"  {command:<16} {what}" for command, what in HELP.items())
 
     def _quit(self, _: str) -> str:
-        raise Leave
+        raise EndSession
 
 
 def _path(text: str) -> Path:

@@ -52,13 +52,13 @@ def started(options: argparse.Namespace) -> Iterator[str]:
     from mmphi.generation.engine import Engine
     from mmphi.serving.model_args import choices, chosen_model
     from mmphi.serving.page.examples import of_folder, of_model
-    from mmphi.serving.page.layout import CSS, Look, page_of, theme
-    from mmphi.serving.page.model_pool import Desk
-    from mmphi.serving.scheduler import Worker
+    from mmphi.serving.page.layout import CSS, PageConfig, page_of, theme
+    from mmphi.serving.page.model_pool import ModelPool
+    from mmphi.serving.scheduler import Scheduler
 
-    def load(model: str) -> Worker:
+    def load(model: str) -> Scheduler:
         loaded = mmphi.load(model, whisper=options.whisper)
-        return Worker(Engine(loaded, options.slots, options.context), options.waiting, options.time_limit)
+        return Scheduler(Engine(loaded, options.slots, options.context), options.waiting, options.time_limit)
 
     choice = chosen_model(options)
     model = choice.name
@@ -70,7 +70,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
         known = {name for _, name in found}
         return [(label, name) for label, name in given if name and name not in known] + found
 
-    desk = Desk(load)
+    desk = ModelPool(load)
     for name in filter(None, (model, options.beside)):
         desk.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.
     examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_model(model)
@@ -80,7 +80,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
         worker = desk.loaded(name)
         return worker.engine.model.questions if worker else ()
 
-    look = Look(models, model, options.beside, examples, sampling_of(options), questions)
+    look = PageConfig(models, model, options.beside, examples, sampling_of(options), questions)
     page = page_of(desk, look)
     key = key_for(options.host)
     try:

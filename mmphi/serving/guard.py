@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from mmphi.serving.http_errors import Refused, told
+from mmphi.serving.http_errors import APIError, told
 
 PROTECTED = "/v1/"  # Paths that need the key.
 BODY_S = 60.0  # Longest time for the body of a request.
@@ -39,15 +39,15 @@ class Guard:
             return
         headers = dict(scope["headers"])
         if scope["path"].startswith(PROTECTED) and not self._allowed(headers.get(b"authorization", b"")):
-            await told(Refused(401, "the key is missing or wrong", "authentication_error"))(scope, receive, send)
+            await told(APIError(401, "the key is missing or wrong", "authentication_error"))(scope, receive, send)
             return
         if self.hosts and not self.key:
             host = headers.get(b"host", b"").decode("latin-1")
             if _host_name(host) not in self.hosts:
-                wrong = Refused(403, f"the host {host[:100]!r} is not served without a key", "permission_error")
+                wrong = APIError(403, f"the host {host[:100]!r} is not served without a key", "permission_error")
                 await told(wrong)(scope, receive, send)
                 return
-        refused = Refused(413, f"the request has more than {self.largest:,} bytes")
+        refused = APIError(413, f"the request has more than {self.largest:,} bytes")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.largest:
             await told(refused)(scope, receive, send)
@@ -62,7 +62,7 @@ class Guard:
                 async with asyncio.timeout_at(end):
                     message = await receive()
             except TimeoutError:
-                raise Refused(408, f"the request did not come within {self.body_s:g} s", "timeout_error") from None
+                raise APIError(408, f"the request did not come within {self.body_s:g} s", "timeout_error") from None
             came += len(message.get("body", b""))
             if came > self.largest:
                 raise refused

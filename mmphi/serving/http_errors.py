@@ -9,12 +9,12 @@ from fastapi.responses import JSONResponse
 
 from mmphi.errors import GenerationError, MmphiError, PartMissingError
 from mmphi.generation.messages import MessageError
-from mmphi.serving.scheduler import Full, Stopping, TooSlow
+from mmphi.serving.scheduler import QueueFullError, RequestTimeoutError, ServerStoppingError
 
 RETRY_AFTER_S = 1
 
 
-class Refused(HTTPException):  # As HTTP has it; FastAPI passes no other kind on while it reads.
+class APIError(HTTPException):  # As HTTP has it; FastAPI passes no other kind on while it reads.
     """A request that is answered by an error.
 
     Args:
@@ -31,22 +31,22 @@ class Refused(HTTPException):  # As HTTP has it; FastAPI passes no other kind on
         self.status, self.message, self.kind, self.param = status, message, kind, param
 
 
-def refusal(error: Exception) -> Refused:
+def refusal(error: Exception) -> APIError:
     """What an error is on HTTP."""
-    if isinstance(error, Full):
-        return Refused(429, str(error), "rate_limit_error")
-    if isinstance(error, Stopping):
-        return Refused(503, str(error), "server_error")
-    if isinstance(error, TooSlow):
-        return Refused(504, str(error), "timeout_error")
+    if isinstance(error, QueueFullError):
+        return APIError(429, str(error), "rate_limit_error")
+    if isinstance(error, ServerStoppingError):
+        return APIError(503, str(error), "server_error")
+    if isinstance(error, RequestTimeoutError):
+        return APIError(504, str(error), "timeout_error")
     if isinstance(error, MessageError):
-        return Refused(400, str(error), param="messages")
+        return APIError(400, str(error), param="messages")
     if isinstance(error, MmphiError) and not isinstance(error, GenerationError | PartMissingError):
-        return Refused(400, str(error))
-    return Refused(500, f"{type(error).__name__}: {error}", "server_error")
+        return APIError(400, str(error))
+    return APIError(500, f"{type(error).__name__}: {error}", "server_error")
 
 
-def told(error: Refused) -> JSONResponse:
+def told(error: APIError) -> JSONResponse:
     """The answer that says what is wrong."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else {}
     if error.status in (401, 408, 413):  # The rest of the request is not read.
@@ -54,6 +54,6 @@ def told(error: Refused) -> JSONResponse:
     return JSONResponse(body(error), error.status, headers)
 
 
-def body(error: Refused) -> dict[str, Any]:
+def body(error: APIError) -> dict[str, Any]:
     """What is wrong, as JSON."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mmphi.serving.scheduler import Full, Ticket, TooSlow
+from mmphi.serving.scheduler import QueuedRequest, QueueFullError, RequestTimeoutError
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -32,7 +32,7 @@ class Metrics:
         )
         Gauge("mmphi_open", "Questions that wait or are answered", registry=self._registry).set_function(open_tickets)
 
-    def ended(self, ticket: Ticket, seconds: float) -> None:
+    def ended(self, ticket: QueuedRequest, seconds: float) -> None:
         """Count a question that was taken.
 
         Args:
@@ -40,7 +40,7 @@ class Metrics:
             seconds: Since it came.
         """
         how: str = "error" if ticket.error is not None else ticket.reason or "cancelled"
-        if isinstance(ticket.error, TooSlow):
+        if isinstance(ticket.error, RequestTimeoutError):
             how = "too slow"
         self._requests.labels("cancelled" if ticket.gone and how != "stop" else how).inc()
         self._tokens.labels("prompt").inc(ticket.prompt_tokens)
@@ -53,7 +53,7 @@ class Metrics:
 
     def refused(self, error: Exception) -> None:
         """Count a question that was not taken."""
-        self._requests.labels("full" if isinstance(error, Full) else "refused").inc()
+        self._requests.labels("full" if isinstance(error, QueueFullError) else "refused").inc()
 
     def text(self) -> bytes:
         """All counts."""

@@ -25,7 +25,7 @@ def model_options(made: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelChoice:
     """A model to load.
 
     Attributes:
@@ -57,7 +57,7 @@ def _finished(preset: str, most: int) -> list[ModelRun]:
     return [run for *_, run in sorted(found, key=lambda each: each[:3], reverse=True)]
 
 
-def newest(preset: str = "") -> Choice:
+def newest(preset: str = "") -> ModelChoice:
     """The newest model of the store; trials of studies and what was built for them alone are left out.
 
     Args:
@@ -72,7 +72,7 @@ def newest(preset: str = "") -> Choice:
         raise StoreError(f"there is no trained model of the preset {preset} in this store", f"it has: {names}")
     if not runs:
         raise StoreError("there is no trained model in this store", "run `mmphi projector`, or give --model FOLDER")
-    return Choice(runs[0].run_id, runs[0].run_id, _label(runs[0]))
+    return ModelChoice(runs[0].run_id, runs[0].run_id, _label(runs[0]))
 
 
 def choices(most: int = 50) -> list[tuple[str, str]]:
@@ -91,7 +91,7 @@ def _label(run: ModelRun) -> str:
     return f"{run.name}, {when} (run {run.run_id[:8]})"
 
 
-def chosen_model(options: argparse.Namespace) -> Choice:
+def chosen_model(options: argparse.Namespace) -> ModelChoice:
     """The model that the options of :func:`model_options` name, or the newest of the store.
 
     Raises:
@@ -104,5 +104,5 @@ def chosen_model(options: argparse.Namespace) -> Choice:
         raise SettingsError("--model names the model, and --preset chooses among others", "leave one of them out")
     folder = Path(options.model).expanduser()
     if folder.is_dir():
-        return Choice(options.model, folder.resolve().name, options.model)
-    return Choice(options.model, options.model, options.model)
+        return ModelChoice(options.model, folder.resolve().name, options.model)
+    return ModelChoice(options.model, options.model, options.model)

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mmphi.generation.messages import MAX_LETTERS
-from mmphi.generation.sampling import MAX_TEMPERATURE, SEEDS, Sampling
-from mmphi.serving.http_errors import Refused
+from mmphi.generation.sampling import MAX_TEMPERATURE, SEEDS, SamplingParams
+from mmphi.serving.http_errors import APIError
 
 MAX_TOKENS = 256
 MAX_STOPS, MAX_STOP_LETTERS = 4, 256  # As many as OpenAI takes; each is looked for at every token.
@@ -83,14 +83,14 @@ class ChatRequest(BaseModel):
             raise ValueError("a text to stop at is empty")
         return stop
 
-    def sampling(self, temperature: float) -> Sampling:
+    def sampling(self, temperature: float) -> SamplingParams:
         """How the answer is chosen.
 
         Args:
             temperature: Where the request says none.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Sampling(
+        return SamplingParams(
             self.max_completion_tokens or self.max_tokens or MAX_TOKENS,
             temperature if self.temperature is None else self.temperature,
             1.0 if self.top_p is None else self.top_p,
@@ -109,17 +109,17 @@ def request_of(body: bytes) -> ChatRequest:
         Refused: If it is malformed, or asks for something that is not supported; it names the parameter.
     """
     if sum(body.count(mark) for mark in MARKS) > MAX_MARKS:
-        raise Refused(400, "the request has too many values")
+        raise APIError(400, "the request has too many values")
     try:
         asked = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise Refused(400, f"{where or 'the request'}: {first['msg']}", param=where or None) from error
+        raise APIError(400, f"{where or 'the request'}: {first['msg']}", param=where or None) from error
     for name, value in (asked.model_extra or {}).items():
         if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
-        raise Refused(
+        raise APIError(
             400, f"{name} = {reprlib.repr(value)} is not supported: the answer would not be as asked", param=name
         )
     return asked

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from mmphi.serving.http_errors import body, refusal
-from mmphi.serving.scheduler import Ticket, Worker
+from mmphi.serving.scheduler import QueuedRequest, Scheduler
 
 Event = dict[str, Any]
 
@@ -24,7 +24,7 @@ class Reply:
         model: Name of who answers.
     """
 
-    def __init__(self, ticket: Ticket, pieces: asyncio.Queue[str | None], model: str) -> None:
+    def __init__(self, ticket: QueuedRequest, pieces: asyncio.Queue[str | None], model: str) -> None:
         self.ticket, self.pieces = ticket, pieces
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -54,7 +54,7 @@ class Reply:
         choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
-    async def events(self, worker: Worker, piece: str | None, usage: bool) -> AsyncIterator[str]:
+    async def events(self, worker: Scheduler, piece: str | None, usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events.
 
         Args:

@@ -16,7 +16,7 @@ from mmphi.data.decoder import Decoder
 from mmphi.errors import MmphiError
 from mmphi.generation.conversations import answered, read_all
 from mmphi.generation.messages import MessageError
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.serving.scheduler import AUDIO_S, decoded
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 SLOTS = 8
 
 
-def _load_pyfunc(path: str) -> Answerer:
+def _load_pyfunc(path: str) -> ChatPythonModel:
     """The model of a folder; MLflow calls it by this name."""
     import mmphi
 
-    return Answerer(mmphi.load(path))
+    return ChatPythonModel(mmphi.load(path))
 
 
-class Answerer:
+class ChatPythonModel:
     """Answers rows.
 
     Args:
@@ -70,7 +70,7 @@ class Answerer:
             asked = read_all([_messages(row) for row in rows], files=False)
             with self._lock:
                 asked = [decoded(each, self._decoder, AUDIO_S) for each in asked]
-                answers = answered(self._engine, asked, Sampling(**how))
+                answers = answered(self._engine, asked, SamplingParams(**how))
                 heard = [self._engine.model.inputs(each.audio[-1]) for each in asked]
         except MmphiError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error

@@ -12,10 +12,10 @@ from functools import partial
 
 from mmphi.data.decoder import Decoder, wav_seconds
 from mmphi.errors import AudioError, MmphiError
-from mmphi.generation.engine import Answering, Engine, Reason
+from mmphi.generation.engine import Engine, GenerationRequest, Reason
 from mmphi.generation.messages import Conversation
 from mmphi.generation.prompt_builder import check_shown, open_prompt
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 
 IDLE_S = 0.5  # How long an idle thread waits before it looks whether it shall stop.
 STALLED_S = 60.0  # Without a step for longer, the engine counts as stalled: a step takes seconds at most.
@@ -26,24 +26,24 @@ STOP_S = 5.0  # How long a stop waits for the threads; they are daemons, and do 
 NOTHING = Conversation("", (("", None),), ((),), ((),))
 
 
-class Full(MmphiError):  # noqa: N818  # As HTTP has it: Too Many Requests.
+class QueueFullError(MmphiError):  # As HTTP has it: Too Many Requests.
     """So many are waiting that nobody else is taken."""
 
 
-class TooSlow(MmphiError):  # noqa: N818  # Likewise.
+class RequestTimeoutError(MmphiError):  # Likewise.
     """An answer took longer than it may."""
 
 
-class Stopping(MmphiError):  # noqa: N818  # Likewise.
+class ServerStoppingError(MmphiError):  # Likewise.
     """The server ends."""
 
 
-class Left(MmphiError):  # noqa: N818  # Likewise.
+class ClientDisconnectedError(MmphiError):  # Likewise.
     """Nobody waits for the answer any longer."""
 
 
 @dataclass(eq=False)
-class Ticket:
+class QueuedRequest:
     """One question on its way.
 
     Attributes:
@@ -64,7 +64,7 @@ class Ticket:
     """
 
     asked: Conversation
-    sampling: Sampling
+    sampling: SamplingParams
     tell: Callable[[str | None], None]
     born: float = field(default_factory=time.monotonic)
     heard: list[str] = field(default_factory=list)
@@ -77,13 +77,13 @@ class Ticket:
     gone: bool = False
     ended: bool = False
     recordings: int = field(init=False)
-    _answering: Answering | None = None
+    _answering: GenerationRequest | None = None
 
     def __post_init__(self) -> None:
         self.recordings = len(self.asked.audio[-1])
 
 
-class Worker:
+class Scheduler:
     """Answers tickets, as many at once as the engine has slots.
 
     A ticket is prepared before it is answered: its images are decoded and embedded, its recordings decoded and
@@ -103,16 +103,16 @@ class Worker:
         engine: Engine,
         waiting: int = 64,
         limit_s: float = 0.0,
-        ended: Callable[[Ticket], None] = lambda _: None,
+        ended: Callable[[QueuedRequest], None] = lambda _: None,
         audio_s: float = AUDIO_S,
     ) -> None:
         self.engine, self.limit_s, self.ended, self.audio_s = engine, limit_s, ended, audio_s
         self.most = engine.slots + waiting
-        self._lanes: dict[str, queue.SimpleQueue[Ticket | None]] = {
+        self._lanes: dict[str, queue.SimpleQueue[QueuedRequest | None]] = {
             kind: queue.SimpleQueue() for kind in ("text", "images", "recordings")
         }
-        self._ready: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
-        self._open: set[Ticket] = set()
+        self._ready: queue.SimpleQueue[QueuedRequest] = queue.SimpleQueue()
+        self._open: set[QueuedRequest] = set()
         self._reading = 0
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._stepped = time.monotonic()
@@ -164,7 +164,7 @@ class Worker:
             Full: If too many wait.
         """
         if self.full:
-            raise Full(f"{self.open} questions wait for an answer, and no more are taken", "try again soon")
+            raise QueueFullError(f"{self.open} questions wait for an answer, and no more are taken", "try again soon")
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -182,7 +182,7 @@ class Worker:
             with self._lock:
                 self._reading -= 1
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: QueuedRequest) -> None:
         """Take a ticket.
 
         Raises:
@@ -195,11 +195,11 @@ class Worker:
         kind = "recordings" if any(asked.audio) else "images" if any(asked.images) else "text"
         self._lanes[kind].put(ticket)
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, ticket: QueuedRequest) -> None:
         """Nobody waits for this answer any longer: it costs nothing from now on."""
         ticket.gone = True
 
-    def _check(self, ticket: Ticket) -> None:
+    def _check(self, ticket: QueuedRequest) -> None:
         """That a ticket's answer is still wanted, and may still come.
 
         Raises:
@@ -208,25 +208,25 @@ class Worker:
             Stopping: If no answers are given any longer.
         """
         if self._stopping.is_set():
-            raise Stopping("the server ends", "ask again when it is back")
+            raise ServerStoppingError("the server ends", "ask again when it is back")
         if ticket.gone or ticket.ended:
-            raise Left("nobody waits for the answer")
+            raise ClientDisconnectedError("nobody waits for the answer")
         if self.limit_s and time.monotonic() - ticket.born > self.limit_s:
-            raise TooSlow(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
+            raise RequestTimeoutError(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
 
-    def _prepare(self, lane: queue.SimpleQueue[Ticket | None]) -> None:
+    def _prepare(self, lane: queue.SimpleQueue[QueuedRequest | None]) -> None:
         """Prepare the tickets of one kind, one after the other."""
         while self._prepare_next(lane):
             pass
 
-    def _prepare_next(self, lane: queue.SimpleQueue[Ticket | None]) -> bool:
+    def _prepare_next(self, lane: queue.SimpleQueue[QueuedRequest | None]) -> bool:
         # A function of its own, so that nothing holds the last ticket while the next one is waited for.
         ticket = lane.get()
         if ticket is None:
             return False
         try:
             self._write_prompt(ticket)
-        except Left:
+        except ClientDisconnectedError:
             self._end(ticket)
         except Exception as error:  # Whatever is wrong with this one, the others are answered.
             self._end(ticket, error)
@@ -234,7 +234,7 @@ class Worker:
             self._ready.put(ticket)
         return True
 
-    def _write_prompt(self, ticket: Ticket) -> None:
+    def _write_prompt(self, ticket: QueuedRequest) -> None:
         model, check = self.engine.model, partial(self._check, ticket)
         check()
         given = ticket.asked  # It is let go of when the ticket ends, which may be meanwhile.
@@ -248,7 +248,7 @@ class Worker:
 
     def _answer(self) -> None:
         """Step the engine as long as there is something to say; no error of a request ends this thread."""
-        active: list[Ticket] = []
+        active: list[QueuedRequest] = []
         while not self._stopping.is_set():
             self._stepped = time.monotonic()
             try:
@@ -260,26 +260,26 @@ class Worker:
                     self._break_off(ticket, error)
             active = [ticket for ticket in active if self._told(ticket)]
         for ticket in list(self._open):
-            self._end(ticket, Stopping("the server ends", "ask again when it is back"))
+            self._end(ticket, ServerStoppingError("the server ends", "ask again when it is back"))
 
-    def _cancel(self, active: list[Ticket]) -> None:
+    def _cancel(self, active: list[QueuedRequest]) -> None:
         """Cancel requests whose client has disconnected, or that exceed the time limit, wherever they are."""
         for ticket in list(self._open):
             try:
                 self._check(ticket)
-            except (Left, TooSlow, Stopping) as error:
-                why = None if isinstance(error, Left) else error
+            except (ClientDisconnectedError, RequestTimeoutError, ServerStoppingError) as error:
+                why = None if isinstance(error, ClientDisconnectedError) else error
                 if ticket in active:
                     self._break_off(ticket, why)
                 else:
                     self._end(ticket, why)
 
-    def _break_off(self, ticket: Ticket, error: Exception | None) -> None:
+    def _break_off(self, ticket: QueuedRequest, error: Exception | None) -> None:
         assert ticket._answering is not None
         ticket.error = ticket.error or error
         self.engine.cancel(ticket._answering)
 
-    def _take(self, active: list[Ticket]) -> None:
+    def _take(self, active: list[QueuedRequest]) -> None:
         """Take what is ready; wait for it where nothing else is to be done."""
         while True:
             try:
@@ -291,7 +291,7 @@ class Worker:
                 self.engine.enqueue(ticket._answering)
                 active.append(ticket)
 
-    def _told(self, ticket: Ticket) -> bool:
+    def _told(self, ticket: QueuedRequest) -> bool:
         """Tell what is new of an answer; whether there is more to come."""
         try:
             return self._tell(ticket)
@@ -300,7 +300,7 @@ class Worker:
             self._end(ticket)
             return False
 
-    def _tell(self, ticket: Ticket) -> bool:
+    def _tell(self, ticket: QueuedRequest) -> bool:
         answering = ticket._answering
         assert answering is not None
         ticket.tokens, ticket.reused = answering.tokens, answering.reused
@@ -317,7 +317,7 @@ class Worker:
         self._end(ticket, answering.error)
         return False
 
-    def _end(self, ticket: Ticket, error: Exception | None = None) -> None:
+    def _end(self, ticket: QueuedRequest, error: Exception | None = None) -> None:
         """End a ticket, unless another thread has done so already."""
         with self._lock:
             if ticket.ended:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from mmphi.models.multimodal import Multimodal
-    from mmphi.serving.api import Rules
+    from mmphi.serving.api import ServerConfig
 
 HOST, PORT = "127.0.0.1", 8000
 LOCAL = (HOST, "localhost", "::1")
@@ -70,7 +70,7 @@ def key_for(host: str) -> str:
 
 def application_of(
     model: Multimodal,
-    rules: Rules,
+    rules: ServerConfig,
     *,
     slots: int = 8,
     waiting: int = 64,
@@ -92,12 +92,12 @@ def application_of(
     from mmphi.generation.engine import Engine
     from mmphi.serving.api import application
     from mmphi.serving.metrics import Metrics
-    from mmphi.serving.scheduler import Ticket, Worker
+    from mmphi.serving.scheduler import QueuedRequest, Scheduler
 
-    def ended(ticket: Ticket) -> None:
+    def ended(ticket: QueuedRequest) -> None:
         metrics.ended(ticket, time.monotonic() - ticket.born)
 
-    worker = Worker(Engine(model, slots, context), waiting, limit_s, ended, audio_s)
+    worker = Scheduler(Engine(model, slots, context), waiting, limit_s, ended, audio_s)
     metrics = Metrics(lambda: worker.open)
     return application(worker, rules, metrics)
 
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
     key = key_for(options.host)
 
     import mmphi
-    from mmphi.serving.api import Rules
+    from mmphi.serving.api import ServerConfig
     from mmphi.serving.model_args import chosen_model
 
     choice = chosen_model(options)
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
 
         fetch = fetcher(options.allow_url)
     hosts = (*LOCAL, options.host)
-    rules = Rules(
+    rules = ServerConfig(
         options.name or choice.short, key, options.max_bytes, options.temperature, fetch, hosts, tuple(options.cors)
     )
     app = application_of(

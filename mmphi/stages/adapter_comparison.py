@@ -39,13 +39,13 @@ def measured_after(ctx: Context, model: Multimodal, validation: Validation | Non
 
 def plain_text_loss(ctx: Context, model: Multimodal) -> dict[str, float]:
     """What shows whether text is forgotten: the loss on the text that settings name, else on scenes as words."""
-    from mmphi.evaluation.perplexity import Protocol, text_loss
+    from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
     from mmphi.stages.pretrain_scenes import scene_texts
 
     path, language = ctx.settings(QloraSettings).plain_text, model.language
     if path:
         found = text_loss(
-            language.model, language.tokenizer, Path(path).read_text("utf-8"), Protocol(512, 512, True, 32)
+            language.model, language.tokenizer, Path(path).read_text("utf-8"), PerplexityProtocol(512, 512, True, 32)
         )
         return {"val/text_loss": found.loss}
     if "scenes" in ctx.upstream and ctx.settings(LanguageSettings).model == "pretrain":

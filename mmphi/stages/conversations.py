@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmphi.data.schema import Example, ReadReport
     from mmphi.models.multimodal import Multimodal
     from mmphi.tracking.tracker import Tracker
-    from mmphi.training.packed_dataset import PackedSteps
+    from mmphi.training.packed_dataset import PackedStepDataset
 
 VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
 
@@ -30,7 +30,7 @@ def steps_of(
     report: ReadReport,
     mixed: Callable[[Sequence[Example]], Sequence[int]],
     views: int = 1,
-) -> tuple[PackedSteps, C]:
+) -> tuple[PackedStepDataset, C]:
     """What a training learns from, in its order.
 
     Args:

@@ -21,7 +21,7 @@ from mmphi.stages.shared_models import read, scenes_if_read, tower_of
 if TYPE_CHECKING:
     from mmphi.data.feature_writer import FeatureWriter
     from mmphi.models.vision.image_features import Embedded
-    from mmphi.models.vision.vision_encoder import Tower
+    from mmphi.models.vision.vision_encoder import VisionEncoder
 
 
 class EmbedSettings(Section):
@@ -70,7 +70,7 @@ def cost(settings: SettingsView) -> Cost:
     return Cost(feature_bytes(settings) * settings(ProjectorSettings).views)
 
 
-class Decoded:
+class DecodedImages:
     """A dataset of images as worker processes see them: digest and pixels, or the reason there are none."""
 
     def __init__(self, images: Sequence[tuple[str, Path]], preprocess: Callable[[Any], Any]) -> None:
@@ -140,7 +140,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def embed(
     images: Sequence[tuple[str, Path]],
-    tower: Tower,
+    tower: VisionEncoder,
     writer: FeatureWriter,
     chosen: EmbedSettings,
     say: Callable[[str], None],
@@ -176,13 +176,13 @@ def embed(
     return time.perf_counter() - begun
 
 
-def _here(images: Sequence[tuple[str, Path]], tower: Tower, chosen: EmbedSettings) -> Iterator[Embedded]:
+def _here(images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: EmbedSettings) -> Iterator[Embedded]:
     import torch
     from torch.utils.data import DataLoader
 
     from mmphi.models.vision.image_features import features_later
 
-    dataset: Any = Decoded(images, tower.preprocess)
+    dataset: Any = DecodedImages(images, tower.preprocess)
     loader = DataLoader(
         dataset,
         chosen.batch_size,
@@ -201,7 +201,7 @@ def _here(images: Sequence[tuple[str, Path]], tower: Tower, chosen: EmbedSetting
 
 
 def _by_cluster(
-    images: Sequence[tuple[str, Path]], tower: Tower, chosen: EmbedSettings, say: Callable[[str], None]
+    images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: EmbedSettings, say: Callable[[str], None]
 ) -> Iterator[Embedded]:
     from mmphi.cluster.connect import connected
     from mmphi.cluster.embedding import embedded

@@ -71,7 +71,7 @@ def stored(settings: SettingsView) -> tuple[str, ...]:
 def run(ctx: Context) -> Mapping[str, float]:
     """Load, measure, record."""
     from mmphi.errors import DataError
-    from mmphi.evaluation.evaluate import Measures, evaluate_model
+    from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
     from mmphi.models.checkpoint import at_once, load_bundle
     from mmphi.training.checkpoints import load_weights
 
@@ -93,7 +93,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         raise DataError("the model has no image tower, and the data has images", "evaluate a projector's model")
     seen = drop_unseen(split, model.features, report)
     ctx.tracker.table("data_read", list(report.rows()))
-    measures = Measures(**{name: getattr(chosen, name) for name in Measures.__dataclass_fields__})
+    measures = EvaluationConfig(**{name: getattr(chosen, name) for name in EvaluationConfig.__dataclass_fields__})
     return evaluate_model(model, seen, measures, ctx.tracker, prefix=chosen.split)
 
 
@@ -114,9 +114,9 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     model = linked(ctx, model, "")
     if chosen.checkpoint != "final":
         from mmphi.training.checkpoints import load_weights
-        from mmphi.training.distillation import Distilled
+        from mmphi.training.distillation import DistillationTask
 
-        load_weights(Distilled(model.packed, 1.0, 0.0), checkpoint_of(folder, chosen.checkpoint))
+        load_weights(DistillationTask(model.packed, 1.0, 0.0), checkpoint_of(folder, chosen.checkpoint))
     split = [e for e in conversations(ctx, report) if e.split == chosen.split]
     measures = SpokenMeasures(chosen.max_images, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     figures: dict[str, float] = {}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmphi.data.schema import Example, ReadReport
-    from mmphi.training.image_dataset import Pixels
+    from mmphi.training.image_dataset import ImageDataset
 
 SHOWN = 8
 EPSILON = 1e-6  # CLIP's (Radford et al. 2021, table 20)
@@ -102,7 +102,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
     from mmphi.models.device import this_device
     from mmphi.models.vision.light_clip import ClipShape, build, save
-    from mmphi.training.contrastive import ClampScale, Clip, PairSteps
+    from mmphi.training.contrastive import ClampLogitScaleCallback, ContrastiveTask, ImageTextDataset
     from mmphi.training.trainer import train
     from mmphi.training.training_args import world_rank, world_size
 
@@ -112,7 +112,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     shape = ClipShape(**{name: getattr(chosen, name) for name in ClipShape.__dataclass_fields__})
     model, tokenizer = build(shape, ctx.folder if ctx.first else Path(tempfile.mkdtemp()))
     preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-    clip = Clip(
+    clip = ContrastiveTask(
         model.to(this_device()),
         lock_image=chosen.lock_image,
         lock_text=chosen.lock_text,
@@ -134,7 +134,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     images, texts, _, owners = sets["train"]
     train(
         clip,
-        PairSteps(
+        ImageTextDataset(
             images,
             texts,
             owners,
@@ -150,7 +150,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         title="light_clip",
         state={name: b for name, b in clip.named_buffers() if name in clip.state_dict()},
         epsilon=EPSILON,
-        callbacks=[ClampScale(model)],
+        callbacks=[ClampLogitScaleCallback(model)],
     )
     model.eval()
     if ctx.first:
@@ -160,7 +160,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def pairs(
     examples: Sequence[Example], report: ReadReport, preprocess: Callable[[Any], Tensor]
-) -> tuple[Pixels, list[str], list[int]]:
+) -> tuple[ImageDataset, list[str], list[int]]:
     """Every readable image that has a caption, the captions, and whose they are; questions are left out.
 
     Scenes have three captions: the full one, one of shapes and one of colors alone. Among the pairs of a batch, colors
@@ -170,13 +170,13 @@ def pairs(
         DataError: If there is none.
     """
     from mmphi.errors import DataError
-    from mmphi.training.image_dataset import Pixels
+    from mmphi.training.image_dataset import ImageDataset
 
     captions: dict[Path, list[Example]] = {}
     for example in examples:
         if example.image is not None and example.attributes.get("kind", "caption") in ("caption", "parts"):
             captions.setdefault(example.image.path, []).append(example)
-    pixels, wrong = Pixels.readable(list(captions), preprocess)
+    pixels, wrong = ImageDataset.readable(list(captions), preprocess)
     for path, error in wrong.items():
         for example in captions[path]:
             report.drop_kept(example.source, example.id, error.reason)

@@ -19,7 +19,7 @@ from mmphi.pipeline.stage import Context, Result, Stage
 
 if TYPE_CHECKING:
     from mmphi.data.schema import ReadReport
-    from mmphi.data.speech_dataset import Spoken
+    from mmphi.data.speech_dataset import Utterance
 
 COLUMNS = "audio", "text", "split", "answer", "context"
 AT_ONCE = 8  # Windows that the encoder is given together.
@@ -31,7 +31,7 @@ class ListenSettings(Section):
     shard_recordings: int = setting(128, "recordings per file", unit="recordings", matters=False, ge=1)
 
 
-def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Spoken]:
+def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Utterance]:
     """The recordings that the section ``speech`` names.
 
     Raises:

@@ -12,9 +12,9 @@ from mmphi.data.schema import Example, Turn
 from mmphi.pipeline.stage import Context
 
 if TYPE_CHECKING:
-    from mmphi.models.packed_vlm import PackedModel
+    from mmphi.models.packed_vlm import PackedVLM
     from mmphi.text.prompt import Prompt
-    from mmphi.text.tokenized_example import Sample
+    from mmphi.text.tokenized_example import TokenizedExample
 
 VALIDATION = 200  # Texts kept apart.
 
@@ -30,7 +30,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
 
     from mmphi.models.device import this_device
     from mmphi.models.language.phi import PHI2_VOCABULARY, count_parameters
-    from mmphi.models.packed_vlm import PackedModel
+    from mmphi.models.packed_vlm import PackedVLM
     from mmphi.models.patches.module_patches import fewer_passes
     from mmphi.stages.pretrain_texts import shape_of
     from mmphi.text.packing import Layout
@@ -60,7 +60,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     model = fewer_passes(PhiForCausalLM(shape).to(this_device()))
     parameters, tokens = count_parameters(shape), sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})
-    packed = PackedModel(model, layout=Layout(width=chosen.width))
+    packed = PackedVLM(model, layout=Layout(width=chosen.width))
     validate = validator(packed, held)
     batch_tokens = chosen.batch_size * tokens // max(1, len(samples))
     with packed.recomputing(chosen.gradient_checkpointing):
@@ -98,7 +98,7 @@ def scene_texts(scenes: Path, *, held: bool) -> Iterator[Example]:
 
 def scene_samples(
     rows: Sequence[dict[str, Any]], prompt: Prompt, chosen: PretrainSettings, *, answers_only: bool = False
-) -> Iterator[Sample]:
+) -> Iterator[TokenizedExample]:
     """Scenes as words, in the prompt that a projector will later put their pictures into.
 
     ``answers_only`` leaves what reading the grid determines, which is learned several times faster; otherwise the grid
@@ -115,7 +115,7 @@ def scene_samples(
             yield sample
 
 
-def validator(packed: PackedModel, held: Mapping[str, Sequence[Sample]]) -> Callable[[int], dict[str, float]]:
+def validator(packed: PackedVLM, held: Mapping[str, Sequence[TokenizedExample]]) -> Callable[[int], dict[str, float]]:
     """Loss per supervised token of each set of samples kept apart."""
     import torch
 
@@ -124,7 +124,7 @@ def validator(packed: PackedModel, held: Mapping[str, Sequence[Sample]]) -> Call
     device = next(packed.parameters()).device
 
     @torch.inference_mode()
-    def loss(samples: Sequence[Sample]) -> float:
+    def loss(samples: Sequence[TokenizedExample]) -> float:
         nats, tokens = 0.0, 0
         for pack in packs(samples, {}, 4096, layout=packed.layout):
             nats += float(packed(**to_device(pack, device)))

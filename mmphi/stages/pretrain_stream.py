@@ -17,13 +17,13 @@ from mmphi.config.pretrain import PretrainSettings
 from mmphi.config.textgen import StoreSettings, TextgenSettings
 from mmphi.pipeline.stage import Context
 from mmphi.stages.textgen import DATA, STORE, store_of, told
-from mmphi.textgen.generator_pool import Fleet
-from mmphi.textgen.shard_queue import Spool
-from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.generator_pool import GeneratorPool
+from mmphi.textgen.shard_queue import ShardQueue
+from mmphi.textgen.shard_reader import ShardReader
 from mmphi.textgen.shards import Document
 from mmphi.training.checkpoints import complete_checkpoints
-from mmphi.training.replay_buffer import Ids, Window
-from mmphi.training.streaming_dataset import StreamSteps
+from mmphi.training.replay_buffer import Ids, ReplayBuffer
+from mmphi.training.streaming_dataset import StreamingDataset
 
 STREAM = "stream.json"  # In a checkpoint.
 HELD = "validation.json"
@@ -32,7 +32,7 @@ LOOK_S = 0.5
 ENOUGH, FEW = 0.9, 1.5  # Share of its time that a training shall be busy; times that text is seen.
 
 
-class Stream:
+class GeneratedStream:
     """Where a training on a stream has its text from; generators live as long as it is open.
 
     Args:
@@ -46,22 +46,22 @@ class Stream:
         self.chosen, self.textgen = ctx.settings(PretrainSettings), ctx.settings(TextgenSettings)
         self.backend, self.end = tokenizer.backend_tokenizer, int(tokenizer.eos_token_id)
         url = self.textgen.spool or str(ctx.folder / SPOOL)
-        self.reader = Reader(Spool(url, say=self.say), say=self.say)
-        self.fleet = Fleet(self.textgen, url, ctx.folder / FLEET, backend, self.say)
+        self.reader = ShardReader(ShardQueue(url, say=self.say), say=self.say)
+        self.fleet = GeneratorPool(self.textgen, url, ctx.folder / FLEET, backend, self.say)
         self.store = None
         if self.chosen.keep:
             self.store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA, self.say)
         self.ctx = ctx
         self.nats, self.scored = 0.0, 0
         self.begun = time.monotonic()
-        self._steps: StreamSteps | None = None
+        self._steps: StreamingDataset | None = None
 
     @property
-    def beside(self) -> Stream:
+    def beside(self) -> GeneratedStream:
         """What belongs to a checkpoint: where the stream is."""
         return self
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> GeneratedStream:
         self.fleet.start()
         return self
 
@@ -113,11 +113,11 @@ class Stream:
                 time.sleep(LOOK_S)
         return found
 
-    def steps(self, rows: int, passes: int, steps: int) -> StreamSteps:
+    def steps(self, rows: int, passes: int, steps: int) -> StreamingDataset:
         """The batches of the training."""
         chosen = self.chosen
-        window = Window(chosen.window_tokens, chosen.passes, chosen.seed)
-        self._steps = StreamSteps(
+        window = ReplayBuffer(chosen.window_tokens, chosen.passes, chosen.seed)
+        self._steps = StreamingDataset(
             self.reader,
             self.encode,
             window,

@@ -14,9 +14,9 @@ from mmphi.pipeline.stage import Context
 if TYPE_CHECKING:
     from mmphi.models.language.causal_lm_task import CausalTask
     from mmphi.text.prompt import Prompt
-    from mmphi.training.checkpoints import Beside
-    from mmphi.training.pretrain_callback import Progress
-    from mmphi.training.stop_criteria import Stop
+    from mmphi.training.checkpoints import ExtraCheckpointState
+    from mmphi.training.pretrain_callback import PretrainCallback
+    from mmphi.training.stop_criteria import StopCriteria
     from mmphi.training.throughput import StepLoss, Throughput
 
 MILESTONES = {"7": 7.0, "5": 5.0}
@@ -63,7 +63,7 @@ def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from mmphi.models.language.phi import PHI2_VOCABULARY
     from mmphi.models.patches.module_patches import fewer_passes
     from mmphi.models.patches.varlen_attention import attending_inside_documents
-    from mmphi.stages.pretrain_stream import Stream
+    from mmphi.stages.pretrain_stream import GeneratedStream
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer
     from mmphi.textgen.generator_pool import backend_of
@@ -75,17 +75,17 @@ def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     torch.manual_seed(chosen.seed)
     model = fewer_passes(PhiForCausalLM(config).to(this_device()))
     backend = backend_of(ctx.settings(TextgenSettings), ctx.tracker.say)
-    with Stream(ctx, tokenizer, backend) as stream, attending_inside_documents(model):
+    with GeneratedStream(ctx, tokenizer, backend) as stream, attending_inside_documents(model):
         model, figures = train_model(ctx, model, prompt, stream)
         figures |= stream.told(figures["pretrain/seconds"])
     return model, prompt, figures
 
 
-class Texts(Protocol):
+class TextSource(Protocol):
     """Where a training has its text from."""
 
     @property
-    def beside(self) -> Beside | None:
+    def beside(self) -> ExtraCheckpointState | None:
         """What of it belongs to a checkpoint."""
 
     def held(self) -> list[Any]:
@@ -101,47 +101,47 @@ class _Shards:
     beside = None
 
     def __init__(self, ctx: Context, index: Mapping[str, Any]) -> None:
-        from mmphi.data.token_shards import Tokens
+        from mmphi.data.token_shards import TokenShards
 
         self.ctx, self.chosen = ctx, ctx.settings(PretrainSettings)
-        self.tokens = Tokens(ctx.upstream["tokens"].path, index["shards"])
+        self.tokens = TokenShards(ctx.upstream["tokens"].path, index["shards"])
         self.weights = [source.weight for source in ctx.settings(CorpusSettings).sources] or [0.0]
 
     def held(self) -> list[Any]:
-        """See :class:`Texts`."""
+        """See :class:`TextSource`."""
         from mmphi.evaluation.lm_validation import kept_apart
 
         return kept_apart(self.tokens, len(self.weights), self.chosen.context, self.chosen.validation_tokens)
 
     def steps(self, rows: int, passes: int, steps: int) -> Any:
-        """See :class:`Texts`."""
-        from mmphi.training.lm_dataset import TextSteps
+        """See :class:`TextSource`."""
+        from mmphi.training.lm_dataset import LMDataset
 
         chosen = self.chosen
         how = {"context": chosen.context, "rows": rows, "passes": passes, "steps": steps, "seed": chosen.seed}
-        made = TextSteps(self.tokens, self.weights, **how)
+        made = LMDataset(self.tokens, self.weights, **how)
         self.ctx.tracker.metrics({"pretrain/corpus_tokens": made.tokens})
         return made
 
 
-def train_model(ctx: Context, model: Any, prompt: Prompt, texts: Texts) -> tuple[Any, dict[str, float]]:
+def train_model(ctx: Context, model: Any, prompt: Prompt, texts: TextSource) -> tuple[Any, dict[str, float]]:
     """Train a model on texts until a target is reached.
 
     Returns:
         The model, and its figures.
     """
-    from mmphi.evaluation.lm_validation import Validation, windows_of
+    from mmphi.evaluation.lm_validation import LMValidation, windows_of
     from mmphi.models.language.phi import count_parameters
-    from mmphi.models.packed_vlm import PackedModel
+    from mmphi.models.packed_vlm import PackedVLM
     from mmphi.training.lr_scaling import rated
-    from mmphi.training.stop_criteria import Stop, parse_stop
+    from mmphi.training.stop_criteria import StopCriteria, parse_stop
     from mmphi.training.throughput import StepLoss, Throughput
     from mmphi.training.trainer import train
     from mmphi.training.training_args import world_size
 
     chosen, config, say = ctx.settings(PretrainSettings), model.config, ctx.tracker.say
     budget = chosen.supervised_tokens
-    parameters, stop = count_parameters(config), Stop(tokens=budget) if budget else parse_stop(chosen.stop)
+    parameters, stop = count_parameters(config), StopCriteria(tokens=budget) if budget else parse_stop(chosen.stop)
     say(f"Phi, {chosen.size}: {parameters}")
     settings = chosen.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
     settings = rated(settings, parameters.inner, config.hidden_size, chosen.batch_tokens)
@@ -149,7 +149,7 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: Texts) -> tuple
     passes = chosen.accumulation * world_size()
     steps = texts.steps(chosen.batch_tokens // chosen.context, passes, settings.steps)
     task = task_of(model, settings, say)
-    recomputing = PackedModel(model).recomputing(chosen.gradient_checkpointing)
+    recomputing = PackedVLM(model).recomputing(chosen.gradient_checkpointing)
     if chosen.shard and world_size() > 1:
         from mmphi.training.fsdp import shard
 
@@ -157,7 +157,7 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: Texts) -> tuple
     throughput, step_loss = Throughput(), StepLoss()
     progress = progress_of(ctx, settings, config, stop, throughput, step_loss)
     ctx.tracker.metrics({"pretrain/parameters": parameters.total})
-    validate = Validation(task, held, prompt, chosen, ctx.tracker if ctx.first else None)
+    validate = LMValidation(task, held, prompt, chosen, ctx.tracker if ctx.first else None)
     with recomputing:
         trained = train(
             task,
@@ -181,14 +181,19 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: Texts) -> tuple
 
 
 def progress_of(
-    ctx: Context, settings: PretrainSettings, config: Any, stop: Stop, throughput: Throughput, step_loss: StepLoss
-) -> Progress:
+    ctx: Context,
+    settings: PretrainSettings,
+    config: Any,
+    stop: StopCriteria,
+    throughput: Throughput,
+    step_loss: StepLoss,
+) -> PretrainCallback:
     """What tells and ends the training; notes what it is measured by."""
     import torch
 
     from mmphi.models.language.phi import count_parameters, training_flops
     from mmphi.training.peak_flops import peak
-    from mmphi.training.pretrain_callback import Progress
+    from mmphi.training.pretrain_callback import PretrainCallback
 
     fastest = peak(settings.peak_tflops, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     ctx.tracker.tags({"mmphi.peak": fastest.name})
@@ -203,7 +208,7 @@ def progress_of(
             "pretrain/peak_flops": fastest.flops,
         }
     )
-    return Progress(
+    return PretrainCallback(
         ctx.tracker,
         stop,
         {**MILESTONES, "reference-plus-1": settings.reference + 1},

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mmphi.data.schema import Example
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector
-    from mmphi.models.vision.vision_encoder import Vision
+    from mmphi.models.vision.vision_encoder import VisionReference
 
 FEATURE_BYTES = 2  # They are stored in half precision.
 ROOM = 8  # Tokens of text beside an image, at the least.
@@ -128,7 +128,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     from mmphi.models.language.compiling import compiling, worth_compiling
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
-    from mmphi.models.vision.vision_encoder import Vision
+    from mmphi.models.vision.vision_encoder import VisionReference
     from mmphi.training.best_checkpoint import forget
     from mmphi.training.trainer import train
 
@@ -146,7 +146,9 @@ def run(ctx: Context) -> Mapping[str, float]:
     projector.fit(some_features(features, examples))
     light_clip = ctx.upstream.get("light_clip")
     question = asked_for_captions([e for e in examples if e.split == "train"])
-    vision = Vision(ctx.settings(VisionSettings), features.digest, light_clip.path if light_clip else None, question)
+    vision = VisionReference(
+        ctx.settings(VisionSettings), features.digest, light_clip.path if light_clip else None, question
+    )
     model = Multimodal(
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
     )
@@ -216,7 +218,7 @@ def image_features(ctx: Context) -> ImageFeatures:
 
 
 def _write_card(
-    ctx: Context, model: Multimodal, vision: Vision, projector: Projector, figures: Mapping[str, float]
+    ctx: Context, model: Multimodal, vision: VisionReference, projector: Projector, figures: Mapping[str, float]
 ) -> None:
     from mmphi.models.model_card import language_part, language_title, shape_text, write_card
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mmphi.data.features import ImageFeatures
     from mmphi.data.schema import Example, ImageRef
     from mmphi.models.multimodal import Multimodal
-    from mmphi.training.caption_alignment import Captioned, Naming
+    from mmphi.training.caption_alignment import BagOfWordsAlignmentLoss, CaptionWords
 
 MEASURED = 200  # Validation images at most.
 
@@ -42,10 +42,10 @@ def name_words(
         learning_rate: At its peak.
         views: Of each image, in turn.
     """
-    from mmphi.tracking.tracker import Under
+    from mmphi.tracking.tracker import PrefixedTracker
     from mmphi.training.caption_alignment import (
-        Naming,
-        NamingSteps,
+        BagOfWordsAlignmentLoss,
+        CaptionAlignmentDataset,
         as_large_as,
         captioned,
         naming_loss,
@@ -57,14 +57,14 @@ def name_words(
     features, projector = model.features, model.projector
     assert features is not None
     assert projector is not None
-    tracker = Under(ctx.tracker, "align")
+    tracker = PrefixedTracker(ctx.tracker, "align")
     known, images = captioned(model.language, _answers(examples, "train", steps * batch_size))
     if not images:
         tracker.say("there is nothing to name: no training image has an answer")
         return
     embeddings = model.language.embeddings(known)
     usage = usage_of(images, len(known)).to(embeddings.device)
-    task = Naming(projector, embeddings, usage)
+    task = BagOfWordsAlignmentLoss(projector, embeddings, usage)
     shape = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "accumulation": 1}
     own = chosen.model_copy(update={**shape, "optimizer": "adamw", "result": "last"})
     _, held = captioned(model.language, _answers(examples, "validation", MEASURED), known)
@@ -78,7 +78,7 @@ def name_words(
 
     train(
         task,
-        NamingSteps(images, features, steps=steps, batch_size=batch_size, seed=chosen.seed, views=views),
+        CaptionAlignmentDataset(images, features, steps=steps, batch_size=batch_size, seed=chosen.seed, views=views),
         own,
         folder=ctx.folder / "align",
         tracker=tracker,
@@ -101,14 +101,18 @@ def _answers(examples: Sequence[Example], split: str, most: int) -> list[tuple[I
     return list(found.values())
 
 
-def _counts(images: Sequence[Captioned]) -> Tensor:
+def _counts(images: Sequence[CaptionWords]) -> Tensor:
     import torch
 
     return torch.tensor([count for one in images for count in one.counts], dtype=torch.float32)
 
 
 def _named(
-    model: Multimodal, task: Naming, images: Sequence[Captioned], known: Sequence[int], features: ImageFeatures
+    model: Multimodal,
+    task: BagOfWordsAlignmentLoss,
+    images: Sequence[CaptionWords],
+    known: Sequence[int],
+    features: ImageFeatures,
 ) -> list[dict[str, Any]]:
     """What each place of some images is most likely called."""
     import torch

@@ -18,7 +18,7 @@ from mmphi.stages.shared_models import check_training, drop_unseen, evaluating, 
 if TYPE_CHECKING:
     from mmphi.data.schema import Example
     from mmphi.models.multimodal import Multimodal
-    from mmphi.training.packed_dataset import PackedSteps
+    from mmphi.training.packed_dataset import PackedStepDataset
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
         ModelError: If there is no projector, or it was trained on other features.
     """
     from mmphi.models.checkpoint import load_bundle
-    from mmphi.models.language.adapter import Shape, adapted, targets_of
+    from mmphi.models.language.adapter import AdapterConfig, adapted, targets_of
     from mmphi.models.multimodal import Multimodal
 
     folder = ctx.models["qlora.model"] if chosen.model else ctx.upstream["projector"].path
@@ -116,7 +116,7 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
         )
     shape = {name: getattr(chosen, name) for name in ("rank", "alpha", "rslora", "dropout", "dora", "seed")}
     names = targets_of(base.language.model, tuple(chosen.targets))
-    language = adapted(base.language, Shape(targets=tuple(names), **shape))
+    language = adapted(base.language, AdapterConfig(targets=tuple(names), **shape))
     ctx.tracker.say(f"qlora: adapters of rank {chosen.rank} on {', '.join(names)}")
     base.projector.requires_grad_(chosen.projector_learning_rate > 0)
     if base.speech is not None:  # It goes on to the new model as it is.
@@ -154,11 +154,11 @@ def text_rows(ctx: Context) -> list[Example]:
 
 
 def _trained(
-    ctx: Context, model: Multimodal, chosen: QloraSettings, examples: Sequence[Example], steps: PackedSteps
+    ctx: Context, model: Multimodal, chosen: QloraSettings, examples: Sequence[Example], steps: PackedStepDataset
 ) -> dict[str, float]:
     from mmphi.models.language.adapter import adapter_parameters
     from mmphi.training.best_checkpoint import forget
-    from mmphi.training.callbacks import StepTable
+    from mmphi.training.callbacks import StepTableCallback
     from mmphi.training.optimizers import grouped_adamw
     from mmphi.training.trainer import train
 
@@ -171,7 +171,7 @@ def _trained(
         ([p for p in model.projector.parameters() if p.requires_grad], chosen.projector_learning_rate),
     ]
     optimizer = grouped_adamw(groups, weight_decay=chosen.weight_decay, beta2=chosen.beta2, paged=chosen.paged)
-    table = StepTable()
+    table = StepTableCallback()
     with model.packed.recomputing(chosen.gradient_checkpointing):
         trained = train(
             model.packed,

@@ -49,7 +49,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     from tqdm.auto import tqdm
 
     from mmphi.data.phrasing import training_phrasing
-    from mmphi.data.scene_drawing import Writing, drawn
+    from mmphi.data.scene_drawing import ImageWriter, drawn
     from mmphi.data.scene_text import corpus_texts
     from mmphi.data.scenes import combinations, held_out, scenes
 
@@ -65,7 +65,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         return training_phrasing(question, phrasing_rng) if chosen.phrasings == "varied" else question
 
     figure_scenes: list[tuple[Path, Scene]] = []
-    with tqdm(total=sum(sizes.values()), desc="scenes", unit="image") as bar, Writing() as writing:
+    with tqdm(total=sum(sizes.values()), desc="scenes", unit="image") as bar, ImageWriter() as writing:
         for split, count in sizes.items():
             rng = random.Random(f"{split} {seed}")
             among = sorted(unseen) if split == "test" else seen

@@ -23,8 +23,8 @@ from mmphi.errors import DataError, SettingsError
 if TYPE_CHECKING:
     from mmphi.data.features import ImageFeatures
     from mmphi.data.schema import Example, ReadReport
-    from mmphi.models.language.language_model import Language
-    from mmphi.models.vision.vision_encoder import Tower
+    from mmphi.models.language.language_model import LanguageModel
+    from mmphi.models.vision.vision_encoder import VisionEncoder
     from mmphi.pipeline.stage import Context, Result
     from mmphi.tracking.tracker import Tracker
 
@@ -131,7 +131,7 @@ def refuse_bad(report: ReadReport, data: DataSettings) -> None:
         )
 
 
-def language_of(ctx: Context) -> Language:
+def language_of(ctx: Context) -> LanguageModel:
     """The frozen language model, as this process has it."""
     from mmphi.models.checkpoint import borrowed_language
     from mmphi.models.device import this_device
@@ -141,7 +141,7 @@ def language_of(ctx: Context) -> Language:
     return borrowed_language(ctx.settings(LanguageSettings), folder, this_device(), ctx.resources.once)
 
 
-def tower_of(ctx: Context) -> Tower:
+def tower_of(ctx: Context) -> VisionEncoder:
     """The frozen image tower, as this process has it."""
     from mmphi.models.checkpoint import borrowed_tower
     from mmphi.models.device import this_device

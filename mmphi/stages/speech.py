@@ -63,7 +63,7 @@ def cost(_: SettingsView) -> Cost:
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     from mmphi.data.schema import ReadReport
-    from mmphi.training.distillation import Distilled, paired_steps
+    from mmphi.training.distillation import DistillationTask, paired_steps
     from mmphi.training.trainer import train
 
     chosen, report = ctx.settings(SpeechSettings), ReadReport()
@@ -89,7 +89,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         "speech/recordings": len(heard),
     }
     ctx.tracker.metrics(figures)
-    task = Distilled(model.packed, chosen.temperature, chosen.end_weight)
+    task = DistillationTask(model.packed, chosen.temperature, chosen.end_weight)
     with model.packed.recomputing(chosen.gradient_checkpointing):
         trained = train(
             task,
@@ -108,18 +108,18 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Sequence[Example]) -> None:
     """Let frames learn to name the words that are said, before the language model takes part."""
-    from mmphi.tracking.tracker import Under
-    from mmphi.training.ctc_alignment import Named, NamedSteps, token_error_rate, vocabulary
+    from mmphi.tracking.tracker import PrefixedTracker
+    from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, token_error_rate, vocabulary
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(SpeechSettings)
     known, words = vocabulary(model.language, [e.attributes["said"] for e in [*training, *held]])
     assert model.speech is not None
-    task = Named(model.speech, model.language.embeddings(known))
+    task = CTCAlignmentLoss(model.speech, model.language.embeddings(known))
     recordings = [e.audio[0] for e in [*training, *held]]
     count, own = len(training), {"steps": chosen.align_steps, "batch_size": chosen.align_batch_size}
     shape = {**own, "learning_rate": chosen.align_learning_rate, "accumulation": 1, "optimizer": "adamw"}
-    steps = NamedSteps(recordings[:count], words[:count], model.hearing, **own, seed=chosen.seed)
+    steps = CTCAlignmentDataset(recordings[:count], words[:count], model.hearing, **own, seed=chosen.seed)
 
     def measure(_: int) -> Mapping[str, float]:
         return {"val/token_error_rate": token_error_rate(task, recordings[count:], words[count:], model.hearing)}
@@ -129,7 +129,7 @@ def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Se
         steps,
         chosen.model_copy(update=shape),
         folder=ctx.folder / "align",
-        tracker=Under(ctx.tracker, "align"),
+        tracker=PrefixedTracker(ctx.tracker, "align"),
         title="align",
         validate=measure if held else None,
     )

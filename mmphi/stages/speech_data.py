@@ -16,12 +16,12 @@ from mmphi.stages.shared_models import language_of
 
 if TYPE_CHECKING:
     from mmphi.data.schema import AudioRef, Example, ReadReport
-    from mmphi.models.audio.audio_features import Hearing
+    from mmphi.models.audio.audio_features import AudioFeatureSource
     from mmphi.models.audio.audio_projector import Link, SpeechProjection
     from mmphi.models.audio.transcriber import Audio
-    from mmphi.models.language.language_model import Language
+    from mmphi.models.language.language_model import LanguageModel
     from mmphi.models.multimodal import Multimodal
-    from mmphi.text.tokenized_example import Sample
+    from mmphi.text.tokenized_example import TokenizedExample
 
 
 def conversations(ctx: Context, report: ReadReport) -> list[Example]:
@@ -59,7 +59,9 @@ def hearing_model(ctx: Context) -> Multimodal:
     return with_hearing(base, hearing, speech, audio)
 
 
-def with_hearing(base: Multimodal, hearing: Hearing, speech: SpeechProjection | None, audio: Audio) -> Multimodal:
+def with_hearing(
+    base: Multimodal, hearing: AudioFeatureSource, speech: SpeechProjection | None, audio: Audio
+) -> Multimodal:
     """The same model, hearing in another way."""
     from mmphi.models.multimodal import Multimodal
 
@@ -76,42 +78,59 @@ def with_hearing(base: Multimodal, hearing: Hearing, speech: SpeechProjection | 
     )
 
 
-def heard_afresh(ctx: Context, language: Language, link: Link) -> Hearing:
+def heard_afresh(ctx: Context, language: LanguageModel, link: Link) -> AudioFeatureSource:
     """What a link reads, by ears that have heard nothing yet."""
-    from mmphi.models.audio.audio_features import EncoderLink, SoftLink, TranscriptLink, live_frames
-    from mmphi.models.audio.transcriber import Ears, listener_of, openai_of
+    from mmphi.models.audio.audio_features import (
+        EncoderFeatures,
+        SoftTranscriptFeatures,
+        TranscriptFeatures,
+        live_frames,
+    )
+    from mmphi.models.audio.transcriber import CachedTranscriber, listener_of, openai_of
     from mmphi.models.device import this_device
 
     chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
-    ears = Ears(listener_of(settings, this_device(), ctx.resources.once), settings)
+    ears = CachedTranscriber(listener_of(settings, this_device(), ctx.resources.once), settings)
     if link == "encoder":
-        return EncoderLink(live_frames(ears), openai_of(ears, link).width, chosen.stack)
-    return TranscriptLink(language, ears) if link == "transcript" else SoftLink(language, ears, chosen.soft_temperature)
+        return EncoderFeatures(live_frames(ears), openai_of(ears, link).width, chosen.stack)
+    return (
+        TranscriptFeatures(language, ears)
+        if link == "transcript"
+        else SoftTranscriptFeatures(language, ears, chosen.soft_temperature)
+    )
 
 
-def heard_by(ctx: Context, language: Language, link: Link) -> tuple[Hearing, Audio]:
+def heard_by(ctx: Context, language: LanguageModel, link: Link) -> tuple[AudioFeatureSource, Audio]:
     """What a link reads, stored frames where there are any, and the Whisper that it must be."""
     from mmphi.data.content_hash import FileDigests
     from mmphi.data.ragged_features import RaggedStore
-    from mmphi.models.audio.audio_features import EncoderLink, SoftLink, TranscriptLink, live_frames, stored_frames
+    from mmphi.models.audio.audio_features import (
+        EncoderFeatures,
+        SoftTranscriptFeatures,
+        TranscriptFeatures,
+        live_frames,
+        stored_frames,
+    )
     from mmphi.models.audio.transcriber import Audio, ears_of, openai_of
     from mmphi.models.device import this_device
 
     chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
     ears = ears_of(settings, this_device(), ctx.resources.once)
     if link == "transcript":
-        return TranscriptLink(language, ears), Audio(settings)
+        return TranscriptFeatures(language, ears), Audio(settings)
     if link == "soft":
         temperature = chosen.soft_temperature
         whose = f"{settings.model_dump_json()}/{language.digest}/{temperature}"  # It keeps what it has computed.
-        return ctx.resources.once("soft", whose, lambda: SoftLink(language, ears, temperature, inf)), Audio(settings)
+        return ctx.resources.once(
+            "soft", whose, lambda: SoftTranscriptFeatures(language, ears, temperature, inf)
+        ), Audio(settings)
     whisper = openai_of(ears, "encoder")
     frames: Callable[[AudioRef], Any] = live_frames(ears, inf)
     if "listen" in ctx.upstream:
         listened = ctx.upstream["listen"]
         store = ctx.resources.once("frames", listened.run_id, lambda: RaggedStore(listened.path))
         frames = stored_frames(store, FileDigests())
-    return EncoderLink(frames, whisper.width, chosen.stack), Audio(settings, whisper.digest)
+    return EncoderFeatures(frames, whisper.width, chosen.stack), Audio(settings, whisper.digest)
 
 
 def linked(ctx: Context, model: Multimodal, link: Link | Literal[""]) -> Multimodal:
@@ -176,7 +195,7 @@ def reading(example: Example) -> Example:
 
 def pairs(
     model: Multimodal, examples: Sequence[Example], report: ReadReport | None = None
-) -> tuple[list[Sample], list[Sample]]:
+) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
     """Conversations as they are heard, and as they are read; those too long for either are counted and left out."""
     heard, read = [], []
     for example in examples:

@@ -16,9 +16,9 @@ from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 
 if TYPE_CHECKING:
-    from mmphi.textgen.corpus_store import Ledger, Store
-    from mmphi.textgen.generator_pool import Fleet
-    from mmphi.textgen.shard_reader import Reader
+    from mmphi.textgen.corpus_store import CorpusManifest, CorpusStore
+    from mmphi.textgen.generator_pool import GeneratorPool
+    from mmphi.textgen.shard_reader import ShardReader
 
 LOOK_S = 1.0
 METRICS_S = 10.0
@@ -64,16 +64,16 @@ def run(ctx: Context) -> Mapping[str, float]:
     return told(ctx, ledger, time.monotonic() - begun)
 
 
-def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> Store:
+def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> CorpusStore:
     """The store that the settings describe; goes on with what is there."""
-    from mmphi.textgen.corpus_store import Store
+    from mmphi.textgen.corpus_store import CorpusStore
     from mmphi.textgen.quality import Quality
 
     quality = Quality(chosen.shortest, chosen.longest, chosen.language)
-    return Store(folder, int(chosen.megabytes * 1e6), quality, chosen.language, say)
+    return CorpusStore(folder, int(chosen.megabytes * 1e6), quality, chosen.language, say)
 
 
-def _from_texts(ctx: Context, store: Store) -> None:
+def _from_texts(ctx: Context, store: CorpusStore) -> None:
     """From files and datasets: documents are judged in their order."""
     from tqdm.auto import tqdm
 
@@ -97,21 +97,21 @@ def _from_texts(ctx: Context, store: Store) -> None:
         store.commit()
 
 
-def _from_generators(ctx: Context, store: Store) -> None:
+def _from_generators(ctx: Context, store: CorpusStore) -> None:
     """From the spool, while generators fill it."""
-    from mmphi.textgen.generator_pool import Fleet, backend_of
+    from mmphi.textgen.generator_pool import GeneratorPool, backend_of
     from mmphi.textgen.live_table import LiveTable
-    from mmphi.textgen.shard_queue import Spool
-    from mmphi.textgen.shard_reader import Reader
+    from mmphi.textgen.shard_queue import ShardQueue
+    from mmphi.textgen.shard_reader import ShardReader
     from mmphi.textgen.stop_criteria import parse_enough
 
     chosen = ctx.settings(TextgenSettings)
     backend = backend_of(chosen, ctx.tracker.say)
     ctx.tracker.tags({"mmphi.backend": backend})
     url = chosen.spool or str(ctx.folder / SPOOL)
-    reader = Reader(Spool(url, say=ctx.tracker.say), store.committed, ctx.tracker.say)
+    reader = ShardReader(ShardQueue(url, say=ctx.tracker.say), store.committed, ctx.tracker.say)
     enough = parse_enough(chosen.stop)
-    with Fleet(chosen, url, ctx.folder / FLEET, backend, ctx.tracker.say) as fleet:
+    with GeneratorPool(chosen, url, ctx.folder / FLEET, backend, ctx.tracker.say) as fleet:
         begun = noted = time.monotonic()
         with LiveTable(fleet.rows, lambda: _below(reader, store.ledger, int(chosen.spool_mb * 1e6))) as table:
             while not enough.reached(store.ledger, time.monotonic() - begun):
@@ -142,7 +142,7 @@ def _from_generators(ctx: Context, store: Store) -> None:
     ctx.tracker.metrics({"textgen/broken_shards": reader.broken})
 
 
-def _metrics(fleet: Fleet, ledger: Ledger) -> dict[str, float]:
+def _metrics(fleet: GeneratorPool, ledger: CorpusManifest) -> dict[str, float]:
     rows = fleet.rows()
     return {
         "textgen/documents": sum(row["documents"] for row in rows),
@@ -153,7 +153,7 @@ def _metrics(fleet: Fleet, ledger: Ledger) -> dict[str, float]:
     }
 
 
-def _below(reader: Reader, ledger: Ledger, limit: int) -> str:
+def _below(reader: ShardReader, ledger: CorpusManifest, limit: int) -> str:
     """Spool, store and what was dropped, in a line."""
     dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(ledger.dropped.items(), key=lambda i: -i[1]))
     waits = reader.spool.size()
@@ -163,7 +163,7 @@ def _below(reader: Reader, ledger: Ledger, limit: int) -> str:
     )
 
 
-def told(ctx: Context, ledger: Ledger, seconds: float) -> dict[str, float]:
+def told(ctx: Context, ledger: CorpusManifest, seconds: float) -> dict[str, float]:
     """Write what a store is, and give its figures."""
     from mmphi.textgen.corpus_store import floors
     from mmphi.textgen.datasheet import datasheet

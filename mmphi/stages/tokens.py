@@ -17,7 +17,7 @@ from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 
 if TYPE_CHECKING:
-    from mmphi.data.text_sources import Piece, TextReport
+    from mmphi.data.text_sources import TextPiece, TextReport
 
 READ = ("path", "name", "kind", "column", "separator", "encoding", "split", "revision")
 TOKENIZER = "tokenizer"
@@ -65,14 +65,14 @@ def run(ctx: Context) -> Mapping[str, float]:
     from tqdm.auto import tqdm
 
     from mmphi.data.text_sources import TextReport
-    from mmphi.data.token_shards import INDEX, TokenWriting
+    from mmphi.data.token_shards import INDEX, ShardTokenizer
 
     chosen = ctx.settings(CorpusSettings)
     tokenizer, sources = tokenizer_of(ctx, chosen), sources_of(ctx)
     reports = {_title(source): TextReport() for source in sources}
     readers = {_title(s): reader(s, reports[_title(s)]) for s in sources}
     with tqdm(desc="tokens", unit="tok", unit_scale=True) as bar:
-        writing = TokenWriting(
+        writing = ShardTokenizer(
             ctx.folder,
             readers,
             tokenizer,
@@ -126,11 +126,11 @@ def kept_apart(seed: int, share: float, source: int, piece: int, place: int) -> 
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def reader(source: TextSourceSettings, report: TextReport) -> Callable[[], Iterable[Piece]]:
+def reader(source: TextSourceSettings, report: TextReport) -> Callable[[], Iterable[TextPiece]]:
     """What reads a source, anew at every call; the report is of the last."""
     from mmphi.data.text_sources import TextReport, read_texts
 
-    def read() -> Iterable[Piece]:
+    def read() -> Iterable[TextPiece]:
         report.__dict__.update(TextReport().__dict__)
         options = {name: getattr(source, name) for name in READ if name not in ("path", "name")}
         return read_texts(source.path, report, **options)
@@ -164,7 +164,7 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.iterdir()))).hexdigest()
 
 
-def _sample(readers: list[Callable[[], Iterable[Piece]]]) -> Iterable[str]:
+def _sample(readers: list[Callable[[], Iterable[TextPiece]]]) -> Iterable[str]:
     """The beginning of every source."""
     for read in readers:
         left = BPE_CHARACTERS // len(readers)

@@ -16,8 +16,8 @@ from mmphi.pipeline.stage import Context, Stage
 
 if TYPE_CHECKING:
     from mmphi.data.schema import ReadReport
-    from mmphi.data.speech_dataset import Spoken
-    from mmphi.evaluation.wer import Words
+    from mmphi.data.speech_dataset import Utterance
+    from mmphi.evaluation.wer import WordErrors
 
 LINES = "transcripts.jsonl"
 AT_ONCE = 8  # Recordings read before their windows are heard together.
@@ -90,7 +90,7 @@ def kept(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def heard(batch: Sequence[Spoken], listener: Any, chosen: AudioSettings, report: ReadReport) -> list[dict[str, Any]]:
+def heard(batch: Sequence[Utterance], listener: Any, chosen: AudioSettings, report: ReadReport) -> list[dict[str, Any]]:
     """Transcripts of a few recordings, as rows; one that cannot be read is counted and left out."""
     from mmphi.data.audio import read_audio
     from mmphi.data.speech_dataset import SOURCE
@@ -129,13 +129,13 @@ def heard(batch: Sequence[Spoken], listener: Any, chosen: AudioSettings, report:
     ]
 
 
-def measured(ctx: Context, spoken: Sequence[Spoken], done: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def measured(ctx: Context, spoken: Sequence[Utterance], done: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Tables, a page with the recordings, and the figures of them all."""
     from mmphi.evaluation.audio_html import listening_page
     from mmphi.evaluation.wer import total, word_errors
 
     rows: list[dict[str, Any]] = []
-    errors: list[Words] = []
+    errors: list[WordErrors] = []
     for each in spoken:
         line = done[each.name]
         row = {"audio": each.name, "seconds": line["seconds"], "heard": line["text"], "language": line["language"]}

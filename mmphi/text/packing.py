@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmphi.errors import ModelError
 from mmphi.text.shared_prefix import bundled
-from mmphi.text.tokenized_example import Sample, Span
+from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
 
 T = TypeVar("T")
 # Attention costs the square of a row. At so many times its model's width a layer's matrices and its attention over a
@@ -39,7 +39,7 @@ class Layout:
     width: int = 1024
     long: int = 0
 
-    def of(self, samples: Sequence[Sample], share: bool = False) -> Layout:
+    def of(self, samples: Sequence[TokenizedExample], share: bool = False) -> Layout:
         """The same, with what these sequences decide: a line, or rows, as are those that share their beginning."""
         if self.kind != "line" or not self.long:
             return self
@@ -64,7 +64,7 @@ class SpanFeatures(Protocol):
         """The features of all references, one after the other, float16 on the CPU, (P, width)."""
 
 
-class Pack(TypedDict):
+class PackedBatch(TypedDict):
     """R rows of T tokens, K of them predicted; P features of width D of each kind, at P places.
 
     ``targets`` are shifted here, once: ``targets_K[i]`` is the token after position ``keep_K[i]``.
@@ -113,7 +113,7 @@ def partition(lengths: Sequence[int], rows: int) -> list[list[int]]:
 
 
 def pack(
-    samples: Sequence[Sample],
+    samples: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
     step_tokens: int | None = None,
     *,
@@ -122,7 +122,7 @@ def pack(
     share: bool = False,
     foils: Sequence[tuple[int, int]] = (),
     contrast: float = 0.0,
-) -> Pack:
+) -> PackedBatch:
     """Lay sequences end to end.
 
     Args:
@@ -147,7 +147,7 @@ def pack(
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     segments, branches = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
     supervised, before = np.zeros(shape, np.bool_), np.arange(-1, shape[0] * shape[1] - 1).reshape(shape)
-    numbers, spans = np.zeros(shape, np.int64), list[Span]()
+    numbers, spans = np.zeros(shape, np.int64), list[FeatureSpan]()
     for r, row in enumerate(rows):
         start = 0
         for segment, index in enumerate(row):
@@ -167,7 +167,7 @@ def pack(
                 start = place[1].stop
     (targets,) = np.nonzero(supervised.ravel())
     flat, places = spread(spans, features)
-    packed = Pack(
+    packed = PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
         segments=torch.from_numpy(segments),
@@ -189,7 +189,7 @@ def pack(
     return packed
 
 
-def rows_of(samples: Sequence[Sample], *, layout: Layout = ROWS) -> list[list[int]]:
+def rows_of(samples: Sequence[TokenizedExample], *, layout: Layout = ROWS) -> list[list[int]]:
     """Which sequences each row of a pack holds, by index: of rows so many that the work, padding included, is least."""
     return _rows([len(sample) for sample in samples], layout.of(samples))
 
@@ -233,7 +233,7 @@ def least_work(lengths: Sequence[int], width: int = ROWS.width) -> list[list[int
     return best
 
 
-def check_spans(sample: Sample, features: Mapping[str, SpanFeatures]) -> None:
+def check_spans(sample: TokenizedExample, features: Mapping[str, SpanFeatures]) -> None:
     """Refuse a sequence whose spans have no features of their length.
 
     Raises:
@@ -245,7 +245,9 @@ def check_spans(sample: Sample, features: Mapping[str, SpanFeatures]) -> None:
             raise ModelError(f"{sample.name} has {span.length} places for an {span.kind} of {have} features")
 
 
-def spread(spans: Sequence[Span], features: Mapping[str, SpanFeatures]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def spread(
+    spans: Sequence[FeatureSpan], features: Mapping[str, SpanFeatures]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Features and places of spans, by kind; ``start`` counts in the flattened rows."""
     flat, places = {}, {}
     for kind, source in features.items():
@@ -257,13 +259,13 @@ def spread(spans: Sequence[Span], features: Mapping[str, SpanFeatures]) -> tuple
 
 
 def packs(
-    samples: Sequence[Sample], features: Mapping[str, SpanFeatures], max_tokens: int, *, layout: Layout = ROWS
-) -> Iterator[Pack]:
+    samples: Sequence[TokenizedExample], features: Mapping[str, SpanFeatures], max_tokens: int, *, layout: Layout = ROWS
+) -> Iterator[PackedBatch]:
     """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is a pack of its own).
 
     Neighbours that begin alike share their beginning.
     """
-    waiting: list[Sample] = []
+    waiting: list[TokenizedExample] = []
     for sample in samples:
         if waiting and sum(map(len, waiting)) + len(sample) > max_tokens:
             yield pack(waiting, features, layout=layout, share=True)

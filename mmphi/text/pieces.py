@@ -31,7 +31,7 @@ _BACKENDS: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDict
 
 
 @dataclass(frozen=True)
-class Part:
+class PromptPart:
     """A stretch of a prompt.
 
     Attributes:
@@ -48,13 +48,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptPiece:
     """A stretch of a prompt before it is encoded: a text and the token ids after it, or a place of features.
 
     Attributes:
         text: Special tokens spelled in it are text, unless ``template``.
         ids: Token ids that follow the text.
-        supervised: As of :class:`Part`.
+        supervised: As of :class:`PromptPart`.
         span: Kind of the features that stand here; such a piece has neither text nor ids.
         template: Whether the text is of a chat template: special tokens spelled in it are special tokens.
         words: Ranges (from, to) of the text that are words of a transcript.
@@ -68,7 +68,7 @@ class Piece:
     words: tuple[tuple[int, int], ...] = ()
 
 
-class Encoder:
+class PromptEncoder:
     """Encodes the pieces of prompts.
 
     Args:
@@ -98,7 +98,7 @@ class Encoder:
                 _without_marker(rules)
                 self._later = _backend(rules)
 
-    def parts(self, pieces: Sequence[Piece], *, begun: bool = False) -> list[Part]:
+    def parts(self, pieces: Sequence[PromptPiece], *, begun: bool = False) -> list[PromptPart]:
         """The parts of a prompt, without those that hold nothing.
 
         Args:
@@ -115,18 +115,18 @@ class Encoder:
     def after(self, text: str, template: str) -> tuple[int, ...]:
         """Token ids of a template's text that stands after another text."""
         if not self.joins:
-            return tuple(number for part in self.parts([Piece(template, template=True)]) for number in part.ids)
-        pieces = [Piece(text), Piece(template, template=True)]
+            return tuple(number for part in self.parts([PromptPiece(template, template=True)]) for number in part.ids)
+        pieces = [PromptPiece(text), PromptPiece(template, template=True)]
         first = sum(len(part.ids) for part in self.parts(pieces[:1]))
         return tuple(number for part in self.parts(pieces) for number in part.ids)[first:]
 
-    def _alone(self, piece: Piece) -> list[Part]:
+    def _alone(self, piece: PromptPiece) -> list[PromptPart]:
         if piece.span:
-            return [Part(span=piece.span)]
+            return [PromptPart(span=piece.span)]
         if piece.words:
             return self._with_words(piece)
         ids = self._encoded(piece.text, piece.template)
-        return [Part((*ids, *piece.ids), piece.supervised)]
+        return [PromptPart((*ids, *piece.ids), piece.supervised)]
 
     def _encoded(self, text: str, template: bool) -> tuple[int, ...]:
         if not text:
@@ -145,7 +145,7 @@ class Encoder:
         with _ENCODING:
             return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"])
 
-    def _with_words(self, piece: Piece) -> list[Part]:
+    def _with_words(self, piece: PromptPiece) -> list[PromptPart]:
         """The text is encoded as a whole, so that its tokens do not depend on which of its words are a transcript's."""
         if self._texts is None:
             raise ModelError("this tokenizer does not say which characters a token is of", "use one that is fast")
@@ -156,18 +156,18 @@ class Encoder:
             inside = [i for i, (a, b) in enumerate(offsets) if i >= done and a < end and start < b]
             after = next((i for i, (a, _) in enumerate(offsets) if i >= done and a >= start), len(ids))
             first, last = (inside[0], inside[-1] + 1) if inside else (after, after)
-            parts += [Part(ids[done:first]), Part(ids[first:last], span="audio", spelled=True)]
+            parts += [PromptPart(ids[done:first]), PromptPart(ids[first:last], span="audio", spelled=True)]
             done = last
-        return [*parts, Part((*ids[done:], *piece.ids))]
+        return [*parts, PromptPart((*ids[done:], *piece.ids))]
 
-    def _joined(self, pieces: Sequence[Piece], begun: bool) -> Iterator[Part]:
+    def _joined(self, pieces: Sequence[PromptPiece], begun: bool) -> Iterator[PromptPart]:
         """Texts between special tokens and features are encoded together."""
-        run: list[Piece] = []
+        run: list[PromptPiece] = []
         strips = False  # Whether the last special token takes the white space after it.
         for piece in pieces:
             if piece.span:
                 yield from self._run(run, begun)
-                yield Part(span=piece.span)
+                yield PromptPart(span=piece.span)
                 run, begun, strips = [], True, False
                 continue
             for text, token in self._split(piece) if piece.template else [(piece.text, None)]:
@@ -176,11 +176,11 @@ class Encoder:
                 run.append(replace(piece, text=left, ids=() if piece.template else piece.ids))
                 if token is not None:
                     yield from self._run(self._ended(run, token), begun)
-                    yield Part((token,), piece.supervised)
+                    yield PromptPart((token,), piece.supervised)
                     run, begun, strips = [], True, self._takes_space(token)
             if piece.ids:
                 if piece.template:
-                    run.append(Piece(ids=piece.ids, supervised=piece.supervised))
+                    run.append(PromptPiece(ids=piece.ids, supervised=piece.supervised))
                 yield from self._run(self._ended(run, piece.ids[0]), begun)
                 strips = self._takes_space(piece.ids[-1])
                 # The text after the token that begins a sequence is its first, and a later one after any other.
@@ -191,7 +191,7 @@ class Encoder:
         token = self.tokenizer.added_tokens_decoder.get(number)
         return token is not None and bool(token.rstrip)
 
-    def _ended(self, run: list[Piece], number: int) -> list[Piece]:
+    def _ended(self, run: list[PromptPiece], number: int) -> list[PromptPiece]:
         """Pieces before a special token, without the white space that it takes."""
         token = self.tokenizer.added_tokens_decoder.get(number)
         if token is None or not token.lstrip:
@@ -203,7 +203,7 @@ class Encoder:
                 break
         return kept
 
-    def _split(self, piece: Piece) -> Iterator[tuple[str, int | None]]:
+    def _split(self, piece: PromptPiece) -> Iterator[tuple[str, int | None]]:
         """Texts, each with the special token that follows it; the last one without."""
         done = 0
         for found in self._splitting.finditer(piece.text):
@@ -211,7 +211,7 @@ class Encoder:
             done = found.end()
         yield piece.text[done:], None
 
-    def _run(self, run: Sequence[Piece], begun: bool) -> Iterator[Part]:
+    def _run(self, run: Sequence[PromptPiece], begun: bool) -> Iterator[PromptPart]:
         """Parts of pieces that are encoded together; a token belongs to the piece that its last character is of.
 
         A token that overlaps a word of a transcript belongs to that word.
@@ -223,12 +223,12 @@ class Encoder:
         for piece in run:
             for first, last in piece.words:
                 typed, done = _until(tokens, done, start + first, inside=False)
-                yield Part(typed, piece.supervised)
+                yield PromptPart(typed, piece.supervised)
                 said, done = _until(tokens, done, start + last, inside=True)
-                yield Part(said, span="audio", spelled=True)
+                yield PromptPart(said, span="audio", spelled=True)
             start += len(piece.text)
             rest, done = _until(tokens, done, start, inside=False)
-            yield Part((*rest, *piece.ids), piece.supervised)
+            yield PromptPart((*rest, *piece.ids), piece.supervised)
 
     def _names(self, text: str) -> list[str]:
         with _ENCODING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mmphi.errors import ModelError
 from mmphi.text.chat_template import ANSWER, IMAGE, QUESTION, SYSTEM, ChatTemplate
-from mmphi.text.pieces import Encoder, Part, Piece
+from mmphi.text.pieces import PromptEncoder, PromptPart, PromptPiece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ class Prompt:
         if style == "chat" and not tokenizer.chat_template:
             raise ModelError("language.prompt = chat, but the tokenizer brings no chat template", "use plain or phi")
         self.style: Style = style
-        self.encoder = Encoder(tokenizer)
+        self.encoder = PromptEncoder(tokenizer)
         self.template = ChatTemplate(tokenizer) if style == "chat" else None
         self.end, self._end_text = self._end_of_turn()
 
@@ -93,7 +93,7 @@ class Prompt:
         """The special tokens that a template's text spells, in order."""
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
-        ids = [number for part in self.encoder.parts([Piece(text, template=True)]) for number in part.ids]
+        ids = [number for part in self.encoder.parts([PromptPiece(text, template=True)]) for number in part.ids]
         return tuple(str(self.tokenizer.convert_ids_to_tokens(number)) for number in ids if number in special)
 
     @property
@@ -114,7 +114,7 @@ class Prompt:
         context: str = "",
         audio: Sequence[str | None] = (),
         system: str = "",
-    ) -> list[Part]:
+    ) -> list[PromptPart]:
         """The prompt of a conversation.
 
         Args:
@@ -143,7 +143,7 @@ class Prompt:
         context: str = "",
         audio: Sequence[str | None] = (),
         system: str = "",
-    ) -> list[Part]:
+    ) -> list[PromptPart]:
         """The prompt of a conversation that says where everything stands.
 
         Args:
@@ -164,30 +164,30 @@ class Prompt:
         context: str,
         audio: Iterator[str | None],
         system: str,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[PromptPiece]:
         bos = self.tokenizer.bos_token_id
-        yield Piece(ids=() if bos is None else (bos,))
-        yield Piece(system)
-        yield from [Piece(span="image")] * leading
-        yield Piece(context)
+        yield PromptPiece(ids=() if bos is None else (bos,))
+        yield PromptPiece(system)
+        yield from [PromptPiece(span="image")] * leading
+        yield PromptPiece(context)
         for number, (question, answer) in enumerate(turns):
             first = not number and not context and not system
             yield from self._asked("" if first and not leading else "\n", question, audio)
             at_once = first and not question  # A caption follows its image, with nothing between them.
             if self.style == "plain" and not at_once:
-                yield Piece("\n")
+                yield PromptPiece("\n")
             if answer is not None:
                 gap = "" if at_once or self.style == "plain" else " " if question else "\n"
-                yield Piece(gap + answer, (self.tokenizer.eos_token_id,), supervised=True)
+                yield PromptPiece(gap + answer, (self.tokenizer.eos_token_id,), supervised=True)
 
-    def _answer(self, answer: str) -> Piece:
+    def _answer(self, answer: str) -> PromptPiece:
         """An answer with what the chat template writes after it."""
         if not self.encoder.joins:
-            return Piece(answer, self.end, supervised=True)
+            return PromptPiece(answer, self.end, supervised=True)
         token = str(self.tokenizer.convert_ids_to_tokens(self.end[-1]))
-        return Piece(answer + self._end_text.removesuffix(token), self.end[-1:], supervised=True)
+        return PromptPiece(answer + self._end_text.removesuffix(token), self.end[-1:], supervised=True)
 
-    def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[Piece]:
+    def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[PromptPiece]:
         """A question on its line; nothing where there is none."""
         if not question:
             return []
@@ -201,7 +201,7 @@ class Prompt:
         context: str,
         audio: Iterator[str | None],
         system: str,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[PromptPiece]:
         """Render the template around markers, then put each text in its marker's place.
 
         Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
@@ -219,9 +219,9 @@ class Prompt:
                 messages.append({"role": "assistant", "content": ANSWER.format(i)})
         open_end = turns[-1][1] is None
         text = template.render(messages, asking=open_end)
-        places: list[tuple[str, list[Piece]]] = [(SYSTEM, [Piece(system)])] if system else []
+        places: list[tuple[str, list[PromptPiece]]] = [(SYSTEM, [PromptPiece(system)])] if system else []
         if leading or context:
-            places.append((IMAGE, [Piece(span="image")] * leading or [Piece(context)]))
+            places.append((IMAGE, [PromptPiece(span="image")] * leading or [PromptPiece(context)]))
         for i, (question, answer) in enumerate(turns):
             if question:
                 places.append((QUESTION.format(i), question_pieces(question, audio)))
@@ -235,30 +235,30 @@ class Prompt:
                 before, gap = template.before_answer(before)
                 inner = [replace(inner[-1], text=gap + inner[-1].text)]
                 text = text.removeprefix(self._end_text)
-            yield Piece(before, template=True)
+            yield PromptPiece(before, template=True)
             yield from inner
         if open_end:
-            yield Piece(template.at_the_end(text), template=True)
+            yield PromptPiece(template.at_the_end(text), template=True)
 
 
-def question_pieces(text: str, audio: Iterator[str | None]) -> list[Piece]:
+def question_pieces(text: str, audio: Iterator[str | None]) -> list[PromptPiece]:
     """A question as pieces, its images and recordings between its texts where it says where they stand.
 
     Args:
         text: With :data:`SHOWN` and :data:`AUDIO`.
         audio: As of :meth:`Prompt.parts`.
     """
-    pieces: list[Piece] = []
+    pieces: list[PromptPiece] = []
     for number, stretch in enumerate(text.split(SHOWN)):
-        pieces += [Piece(span="image")] * bool(number)
+        pieces += [PromptPiece(span="image")] * bool(number)
         typed, words = "", list[tuple[int, int]]()
         for count, between in enumerate(stretch.split(AUDIO)):
             said = next(audio) if count else ""
             if said is None:
-                pieces += [Piece(typed, words=tuple(words)), Piece(span="audio")]
+                pieces += [PromptPiece(typed, words=tuple(words)), PromptPiece(span="audio")]
                 typed, words = "", []
             elif count:
                 words.append((len(typed), len(typed) + len(said)))
             typed += (said or "") + between
-        pieces.append(Piece(typed, words=tuple(words)))
+        pieces.append(PromptPiece(typed, words=tuple(words)))
     return pieces

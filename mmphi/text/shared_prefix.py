@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mmphi.text.tokenized_example import Sample
+from mmphi.text.tokenized_example import TokenizedExample
 
 
-class Bundle(NamedTuple):
+class SharedPrefixGroup(NamedTuple):
     """Sequences that begin alike, and may share that beginning: what comes after sees it, and nothing of the others.
 
     Attributes:
@@ -19,14 +19,14 @@ class Bundle(NamedTuple):
     members: tuple[int, ...]
     alike: int
 
-    def length(self, samples: Sequence[Sample]) -> int:
+    def length(self, samples: Sequence[TokenizedExample]) -> int:
         """Tokens in all."""
         return self.alike + sum(len(samples[i]) - self.alike for i in self.members)
 
 
-def bundled(samples: Sequence[Sample], share: bool = True) -> list[Bundle]:
+def bundled(samples: Sequence[TokenizedExample], share: bool = True) -> list[SharedPrefixGroup]:
     """Neighbours that see and hear the same, with the same words before and around it; without ``share`` each alone."""
-    bundles: list[Bundle] = []
+    bundles: list[SharedPrefixGroup] = []
     for index, sample in enumerate(samples):
         given = int(sample.supervised.argmax()) if share else 0
         seen = max((span.start + span.length for span in sample.spans), default=given + 1)
@@ -37,7 +37,7 @@ def bundled(samples: Sequence[Sample], share: bool = True) -> list[Bundle]:
             same = first.input_ids[:alike] == sample.input_ids[:alike]
             alike = alike if same.all() else int(same.argmin())
             if seen <= alike and first.spans == sample.spans:
-                bundles[-1] = Bundle((*members, index), alike)
+                bundles[-1] = SharedPrefixGroup((*members, index), alike)
                 continue
-        bundles.append(Bundle((index,), given if seen <= given else 0))
+        bundles.append(SharedPrefixGroup((index,), given if seen <= given else 0))
     return bundles

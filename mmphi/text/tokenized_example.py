@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mmphi.text.pieces import Part
+from mmphi.text.pieces import PromptPart
 from mmphi.text.prompt import AUDIO_MARK, MARK, Prompt, places
 
 
-class Span(NamedTuple):
+class FeatureSpan(NamedTuple):
     """A stretch of a sequence where features stand in place of tokens.
 
     Attributes:
         kind: ``image`` or ``audio``.
-        reference: What the features are of, as their source knows it; :class:`Spelled` where words are heard.
+        reference: What the features are of, as their source knows it; :class:`TranscriptSpan` where words are heard.
         start: Position of the first.
         length: How many they are.
     """
@@ -29,7 +29,7 @@ class Span(NamedTuple):
     length: int
 
 
-class Input(NamedTuple):
+class SpanContent(NamedTuple):
     """What a span shall stand for.
 
     Attributes:
@@ -45,7 +45,7 @@ class Input(NamedTuple):
     said: str | None = None
 
 
-class Spelled(NamedTuple):
+class TranscriptSpan(NamedTuple):
     """A recording and the tokens that its words are, where they stand in the prompt.
 
     Attributes:
@@ -58,7 +58,7 @@ class Spelled(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TokenizedExample:
     """One sequence, ready to be packed.
 
     Attributes:
@@ -70,20 +70,20 @@ class Sample:
 
     input_ids: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.bool_]
-    spans: tuple[Span, ...] = ()
+    spans: tuple[FeatureSpan, ...] = ()
     name: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-def join(parts: Iterable[Part], inputs: Sequence[Input] = (), name: str = "") -> Sample:
+def join(parts: Iterable[PromptPart], inputs: Sequence[SpanContent] = (), name: str = "") -> TokenizedExample:
     """Lay the parts of a prompt end to end, each input in the next span of its kind.
 
     The first token is never supervised: nothing stands before it to predict it from.
     """
-    spans: list[Span] = []
-    filled: list[tuple[Part, int, int]] = []  # A part, where it begins, and its length.
+    spans: list[FeatureSpan] = []
+    filled: list[tuple[PromptPart, int, int]] = []  # A part, where it begins, and its length.
     waiting, total = list(inputs), 0
     for part in parts:
         length = len(part.ids)
@@ -92,8 +92,8 @@ def join(parts: Iterable[Part], inputs: Sequence[Input] = (), name: str = "") ->
             waiting.remove(chosen)
             reference, length = chosen.reference, chosen.length
             if part.spelled:
-                reference, length = Spelled(reference, part.ids), len(part.ids)
-            spans.append(Span(chosen.kind, reference, total, length))
+                reference, length = TranscriptSpan(reference, part.ids), len(part.ids)
+            spans.append(FeatureSpan(chosen.kind, reference, total, length))
         filled.append((part, total, length))
         total += length
     ids, supervised = np.zeros(total, np.int32), np.zeros(total, np.bool_)
@@ -103,17 +103,17 @@ def join(parts: Iterable[Part], inputs: Sequence[Input] = (), name: str = "") ->
         if part.supervised:
             supervised[start : start + length] = True
     supervised[:1] = False
-    return Sample(ids, supervised, tuple(spans), name)
+    return TokenizedExample(ids, supervised, tuple(spans), name)
 
 
 def encode(
     turns: Sequence[tuple[str, str | None]],
-    inputs: Sequence[Input],
+    inputs: Sequence[SpanContent],
     prompt: Prompt,
     max_length: int,
     name: str = "",
     context: str = "",
-) -> Sample | None:
+) -> TokenizedExample | None:
     """A conversation as a sequence of at most ``max_length`` tokens.
 
     Where it is too long, the oldest turns go first, with the images and recordings that they place, and the answer

@@ -17,7 +17,7 @@ PAGE = 32  # Tokens of a page of transformers' cache.
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SamplingRequest:
     """A text to be written.
 
     Attributes:
@@ -34,7 +34,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Written:
+class Generation:
     """A text that was written.
 
     Attributes:
@@ -49,7 +49,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingConfig:
     """How tokens are drawn.
 
     Attributes:
@@ -73,11 +73,11 @@ class Draw:
 class Sampler(Protocol):
     """Writes texts, many at once."""
 
-    def __call__(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
+    def __call__(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
         """Texts in the order in which they are done; asks for the next one when it has a place for it."""
 
 
-def sampler(backend: str, model: Any, draw: Draw, batch: int, longest: int) -> Sampler:
+def sampler(backend: str, model: Any, draw: SamplingConfig, batch: int, longest: int) -> Sampler:
     """What draws the tokens.
 
     Args:
@@ -90,10 +90,10 @@ def sampler(backend: str, model: Any, draw: Draw, batch: int, longest: int) -> S
     Raises:
         ModelError: If the model cannot be run by it.
     """
-    from mmphi.textgen.slot_sampler import BySlots
+    from mmphi.textgen.slot_sampler import SlotSampler
 
-    kinds: dict[str, type[_Vllm] | type[_Transformers] | type[BySlots]]
-    kinds = {"vllm": _Vllm, "transformers": _Transformers, "slots": BySlots}
+    kinds: dict[str, type[_Vllm] | type[_Transformers] | type[SlotSampler]]
+    kinds = {"vllm": _Vllm, "transformers": _Transformers, "slots": SlotSampler}
     return kinds[backend](model, draw, batch, longest)
 
 
@@ -116,7 +116,7 @@ def chosen_backend(asked: str) -> tuple[str, str]:
 class _Transformers:
     """Continuous batching of transformers: whoever is done leaves the batch, whoever comes joins it."""
 
-    def __init__(self, model: Any, draw: Draw, batch: int, longest: int) -> None:
+    def __init__(self, model: Any, draw: SamplingConfig, batch: int, longest: int) -> None:
         self.model, self.draw, self.batch, self.longest = model, draw, batch, longest
 
     @contextlib.contextmanager
@@ -152,7 +152,7 @@ class _Transformers:
                 f"{type(self.model).__name__} cannot be batched continuously: {error}", "choose another model"
             ) from error
 
-    def __call__(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
+    def __call__(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
         """See :class:`Sampler`."""
         open_, more = 0, True
         with self._running() as manager:
@@ -174,19 +174,19 @@ class _Transformers:
                 open_ -= 1
                 if done.error:
                     raise ModelError(f"a text was not written: {done.error}")
-                yield Written(done.request_id, tuple(done.generated_tokens), float(sum(done.logprobs)))
+                yield Generation(done.request_id, tuple(done.generated_tokens), float(sum(done.logprobs)))
 
 
 class _Vllm:
     """vLLM's engine, a block of texts at a time."""
 
-    def __init__(self, model: Any, draw: Draw, batch: int, longest: int) -> None:
+    def __init__(self, model: Any, draw: SamplingConfig, batch: int, longest: int) -> None:
         from vllm import LLM
 
         self.draw, self.batch = draw, batch
         self.engine: Any = LLM(model=str(model), max_model_len=longest, max_num_seqs=batch, seed=draw.seed)
 
-    def __call__(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
+    def __call__(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
         """See :class:`Sampler`."""
         from vllm import SamplingParams, TokensPrompt
 
@@ -214,4 +214,4 @@ class _Vllm:
                 if output.finished:
                     open_ -= 1
                     best = output.outputs[0]
-                    yield Written(output.request_id, tuple(best.token_ids), float(best.cumulative_logprob))
+                    yield Generation(output.request_id, tuple(best.token_ids), float(best.cumulative_logprob))

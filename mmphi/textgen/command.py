@@ -29,10 +29,10 @@ def write(settings: TextgenSettings) -> int:
     Raises:
         SettingsError: If there is no spool, or nobody to write.
     """
-    from mmphi.textgen.corpus_store import Ledger
-    from mmphi.textgen.generator_pool import Fleet, backend_of
+    from mmphi.textgen.corpus_store import CorpusManifest
+    from mmphi.textgen.generator_pool import GeneratorPool, backend_of
     from mmphi.textgen.live_table import LiveTable
-    from mmphi.textgen.shard_queue import Spool
+    from mmphi.textgen.shard_queue import ShardQueue
     from mmphi.textgen.stop_criteria import parse_enough
 
     if not settings.spool:
@@ -47,10 +47,10 @@ def write(settings: TextgenSettings) -> int:
         told.set()
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    spool = Spool(settings.spool)
+    spool = ShardQueue(settings.spool)
     try:
         with tempfile.TemporaryDirectory(prefix="mmphi-generators-") as folder:
-            fleet = Fleet(settings, settings.spool, Path(folder), backend)
+            fleet = GeneratorPool(settings, settings.spool, Path(folder), backend)
             limit = settings.spool_mb
             with fleet, LiveTable(fleet.rows, lambda: f"spool {spool.size() / 1e6:.2f} of {limit:.0f} MB") as table:
                 begun = time.monotonic()
@@ -58,7 +58,9 @@ def write(settings: TextgenSettings) -> int:
                     fleet.watch()
                     table.show()
                     rows = fleet.rows()
-                    written = Ledger(documents=sum(r["documents"] for r in rows), tokens=sum(r["tokens"] for r in rows))
+                    written = CorpusManifest(
+                        documents=sum(r["documents"] for r in rows), tokens=sum(r["tokens"] for r in rows)
+                    )
                     if enough.reached(written, time.monotonic() - begun):
                         break
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmphi.errors import StoreError
-from mmphi.textgen.dedup import Copies
+from mmphi.textgen.dedup import Deduplicator
 from mmphi.textgen.quality import Quality
 from mmphi.textgen.shards import SUFFIX, Document, packed, unpacked
 
@@ -27,7 +27,7 @@ SHOWN = 200  # Characters of an example.
 
 
 @dataclass
-class Ledger:
+class CorpusManifest:
     """What a store holds, and how it came to it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Ledger:
         return self.content
 
 
-class Store:
+class CorpusStore:
     """Keeps documents that are clean and new.
 
     Args:
@@ -95,10 +95,10 @@ class Store:
     ) -> None:
         self.folder, self.limit, self.quality, self.say = folder, limit, quality, say
         folder.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger()
+        self.ledger = CorpusManifest()
         if (folder / LEDGER).exists():
-            self.ledger = Ledger(**json.loads((folder / LEDGER).read_text()))
-        self.copies = Copies(language)
+            self.ledger = CorpusManifest(**json.loads((folder / LEDGER).read_text()))
+        self.copies = Deduplicator(language)
         for document in stored(folder):
             self.copies.keep(document.text, document.id)
         self._open: list[Document] = []
@@ -214,6 +214,6 @@ def stored(folder: Path) -> list[Document]:
     return found
 
 
-def floors(ledger: Ledger) -> Mapping[str, float]:
+def floors(ledger: CorpusManifest) -> Mapping[str, float]:
     """Loss of the generator on its own text, in nats per token, by kind: no student can be expected below it."""
     return {kind: -ledger.nats[kind] / tokens for kind, tokens in ledger.scored.items() if tokens}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmphi.textgen.corpus_store import Ledger, floors
+from mmphi.textgen.corpus_store import CorpusManifest, floors
 
 HEAD = """# Datasheet
 
@@ -13,7 +13,7 @@ HEAD = """# Datasheet
 """
 
 
-def datasheet(ledger: Ledger, settings: Mapping[str, Any], *, run_id: str, when: str) -> str:
+def datasheet(ledger: CorpusManifest, settings: Mapping[str, Any], *, run_id: str, when: str) -> str:
     """The datasheet of a store, in markdown.
 
     Args:

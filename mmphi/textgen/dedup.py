@@ -12,7 +12,7 @@ import hashlib
 from typing import Any
 
 
-class Copies:
+class Deduplicator:
     """Remembers texts, and recognises copies of them.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from mmphi.allocator import keep_freed_memory
 from mmphi.config.textgen import TextgenSettings
-from mmphi.textgen.backends import Draw, Wanted, Written
+from mmphi.textgen.backends import Generation, SamplingConfig, SamplingRequest
 from mmphi.textgen.prompts import Prompts
 from mmphi.textgen.shards import Document, ShardName, packed
 
@@ -28,7 +28,7 @@ HALF = "�"
 
 
 @dataclass(frozen=True)
-class Order:
+class GeneratorConfig:
     """What a generator is told.
 
     Attributes:
@@ -45,7 +45,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Status:
+class GeneratorStatus:
     """How far a generator is.
 
     Attributes:
@@ -68,10 +68,10 @@ class Status:
     busy_s: float = 0.0
     waited_s: float = 0.0
 
-    def __add__(self, other: Status) -> Status:
+    def __add__(self, other: GeneratorStatus) -> GeneratorStatus:
         dropped = Counter(self.dropped)
         dropped.update(other.dropped)
-        return Status(
+        return GeneratorStatus(
             self.documents + other.documents,
             self.tokens + other.tokens,
             self.drawn + other.drawn,
@@ -83,7 +83,7 @@ class Status:
         )
 
 
-class Desk(Protocol):
+class ShardSink(Protocol):
     """Whom a generator gives what it wrote, and who tells it to end."""
 
     @property
@@ -93,14 +93,14 @@ class Desk(Protocol):
     def put(self, name: ShardName, content: bytes) -> bool:
         """Write a shard as soon as there is room; whether that came before the end."""
 
-    def tell(self, status: Status) -> None:
+    def tell(self, status: GeneratorStatus) -> None:
         """Say how far it is."""
 
     def stopping(self) -> bool:
         """Whether it shall end."""
 
 
-class Folder:
+class FolderSink:
     """The desk of a process beside the one that started it: a spool, and a folder where the two tell each other.
 
     Args:
@@ -111,32 +111,32 @@ class Folder:
     """
 
     def __init__(self, spool: str, limit: int, status: Path, parent: int) -> None:
-        from mmphi.textgen.shard_queue import Spool
+        from mmphi.textgen.shard_queue import ShardQueue
 
         self.status, self.parent = status, parent
-        self.spool = Spool(spool, limit, stopping=self.stopping)
+        self.spool = ShardQueue(spool, limit, stopping=self.stopping)
 
     def put(self, name: ShardName, content: bytes) -> bool:
-        """See :class:`Desk`."""
+        """See :class:`ShardSink`."""
         return self.spool.put(name, content)
 
     @property
     def waited_s(self) -> float:
-        """See :class:`Desk`."""
+        """See :class:`ShardSink`."""
         return self.spool.waited_s
 
-    def tell(self, status: Status) -> None:
-        """See :class:`Desk`; it is never seen by halves."""
+    def tell(self, status: GeneratorStatus) -> None:
+        """See :class:`ShardSink`; it is never seen by halves."""
         part = self.status.with_suffix(".part")
         part.write_text(json.dumps(asdict(status)))
         part.replace(self.status)
 
     def stopping(self) -> bool:
-        """See :class:`Desk`."""
+        """See :class:`ShardSink`."""
         return (self.status.parent / STOP).exists() or os.getppid() != self.parent
 
 
-class Wants:
+class PromptStream:
     """What is asked for, text after text: prompted and free ones by their shares, no prompt twice in a row of all.
 
     Args:
@@ -154,7 +154,7 @@ class Wants:
         self.begin: int = tokenizer.eos_token_id if place is None else place
         self.ends = tuple(dict.fromkeys([*language.ends, self.begin]))
 
-    def __iter__(self) -> Iterator[Wanted]:
+    def __iter__(self) -> Iterator[SamplingRequest]:
         draw = random.Random(f"{self.settings.seed}/{self.stream}/kinds")
         number = prompted = 0
         while True:
@@ -165,11 +165,11 @@ class Wants:
                 prompted += 1
                 ids = tuple(i for part in self.language.prompt.parts([(prompt, None)]) for i in part.ids)
             self.asked[name] = prompt
-            yield Wanted(name, ids, self.ends, self.settings.max_tokens)
+            yield SamplingRequest(name, ids, self.ends, self.settings.max_tokens)
             number += 1
 
 
-def document_of(written: Written, wants: Wants, seed: int, as_it_is: bool) -> Document | str:
+def document_of(written: Generation, wants: PromptStream, seed: int, as_it_is: bool) -> Document | str:
     """A text as a document; or why it is none."""
     prompt = wants.asked.pop(written.id)
     ended = written.ids[-1] in wants.ends
@@ -185,7 +185,7 @@ def document_of(written: Written, wants: Wants, seed: int, as_it_is: bool) -> Do
     return Document(written.id, text, prompt, seed, name, digest, logprob, len(written.ids), ended)
 
 
-def write_shards(order: Order, desk: Desk) -> None:
+def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
     """Write until told to end.
 
     Args:
@@ -209,13 +209,13 @@ def write_shards(order: Order, desk: Desk) -> None:
     language = load_language(chosen, None, this_device())
     seed = random.Random(f"{settings.seed}/{order.stream}").getrandbits(31)
     torch.manual_seed(seed)
-    draw = Draw(settings.temperature, settings.top_p, settings.top_k, seed)
-    wants = Wants(settings, order.stream, language)
+    draw = SamplingConfig(settings.temperature, settings.top_p, settings.top_k, seed)
+    wants = PromptStream(settings, order.stream, language)
     longest = settings.max_tokens + max(len(wanted.ids) for wanted, _ in zip(wants, range(256), strict=False)) + 64
-    wants = Wants(settings, order.stream, language)
+    wants = PromptStream(settings, order.stream, language)
     model = settings.model if order.backend == "vllm" else language.model
     write = sampler(order.backend, model, draw, settings.batch, longest)
-    status = Status(ready_s=time.monotonic() - begun)
+    status = GeneratorStatus(ready_s=time.monotonic() - begun)
     desk.tell(status)
     shard: list[Document] = []
     dropped: Counter[str] = Counter()
@@ -257,7 +257,7 @@ def main(written: Path) -> None:
     keep_freed_memory()
     order, spool, status, parent = json.loads(written.read_text())
     limit = int(TextgenSettings(**order["settings"]).spool_mb * 1e6)
-    write_shards(Order(**order), Folder(spool, limit, Path(status), parent))
+    write_shards(GeneratorConfig(**order), FolderSink(spool, limit, Path(status), parent))
 
 
 if __name__ == "__main__":

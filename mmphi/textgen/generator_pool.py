@@ -15,9 +15,9 @@ from typing import Any
 from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import ModelError, SettingsError
 from mmphi.textgen.backends import chosen_backend
-from mmphi.textgen.generator import Status
-from mmphi.textgen.launchers import Places, Processes, Running
-from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.generator import GeneratorStatus
+from mmphi.textgen.launchers import Launcher, ProcessLauncher, RunningGenerator
+from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shards import HOST
 
 HOPELESS = 3  # Starts in a row that wrote nothing: it is not the machine then.
@@ -26,7 +26,7 @@ NOTES = "starts.json"
 
 
 @dataclass
-class Member:
+class PoolMember:
     """One place in the fleet, whoever fills it now.
 
     Attributes:
@@ -42,11 +42,11 @@ class Member:
     starts: int = 0
     fruitless: int = 0
     stream: str = ""
-    running: Running | None = None
-    before: Status = field(default_factory=Status)
+    running: RunningGenerator | None = None
+    before: GeneratorStatus = field(default_factory=GeneratorStatus)
 
     @property
-    def written(self) -> Status:
+    def written(self) -> GeneratorStatus:
         """What all of this place wrote together."""
         return self.before if self.running is None else self.before + self.running.told()
 
@@ -55,7 +55,7 @@ class Member:
         self.before, self.running = self.written, None
 
 
-class Fleet:
+class GeneratorPool:
     """Generators, each in its place.
 
     Every start has a stream of its own, so that a text is never drawn twice: one that dies costs the shard it had
@@ -88,15 +88,15 @@ class Fleet:
             own = self._own_id()
             self.host = f"{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}.{own}"
         self._found = (settings, spool, folder, backend)
-        self._spool = Spool(spool, say=say)
-        self.places: Places | None = None
-        self.members: list[Member] = []
+        self._spool = ShardQueue(spool, say=say)
+        self.places: Launcher | None = None
+        self.members: list[PoolMember] = []
         self.begun = time.monotonic()
 
     def start(self) -> None:
         """Fill every place."""
         self.places = places_of(*self._found, say=self.say)
-        self.members = [Member(number) for number in range(self.places.count)]
+        self.members = [PoolMember(number) for number in range(self.places.count)]
         for member in self.members:
             self._fill(member)
 
@@ -129,7 +129,7 @@ class Fleet:
                 member.running.kill()
             member.ended()
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> GeneratorPool:
         self.start()
         return self
 
@@ -173,7 +173,7 @@ class Fleet:
             part.replace(self.folder / NOTES)
         return str(notes["id"])
 
-    def _fill(self, member: Member) -> None:
+    def _fill(self, member: PoolMember) -> None:
         """Start whoever fills a place now, under a stream that nobody had."""
         assert self.places is not None
         member.starts += 1
@@ -186,17 +186,17 @@ class Fleet:
 
 def places_of(
     settings: TextgenSettings, spool: str, folder: Path, backend: str, say: Callable[[str], None] = print
-) -> Places:
+) -> Launcher:
     """Where the settings want generators to run.
 
     Raises:
         SettingsError: If there is no cluster where one is named.
     """
     if not settings.ray:
-        return Processes(settings, spool, folder, backend)
-    from mmphi.textgen.ray_launcher import OnRay
+        return ProcessLauncher(settings, spool, folder, backend)
+    from mmphi.textgen.ray_launcher import RayLauncher
 
-    return OnRay(settings, spool, say)
+    return RayLauncher(settings, spool, say)
 
 
 def backend_of(settings: TextgenSettings, say: Callable[[str], None] = print) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from mmphi.config.textgen import TextgenSettings
-from mmphi.textgen.generator import STOP, Order, Status
+from mmphi.textgen.generator import STOP, GeneratorConfig, GeneratorStatus
 
 
-class Running(Protocol):
+class RunningGenerator(Protocol):
     """A generator that was started."""
 
     def why_ended(self) -> str | None:
@@ -26,11 +26,11 @@ class Running(Protocol):
     def kill(self) -> None:
         """End it at once."""
 
-    def told(self) -> Status:
+    def told(self) -> GeneratorStatus:
         """What it told last."""
 
 
-class Places(Protocol):
+class Launcher(Protocol):
     """Where generators run.
 
     Attributes:
@@ -39,14 +39,14 @@ class Places(Protocol):
 
     count: int
 
-    def start(self, stream: str, number: int) -> Running:
+    def start(self, stream: str, number: int) -> RunningGenerator:
         """Start one that writes a stream, in the place of a number."""
 
     def stop(self) -> None:
         """Tell all of them to end."""
 
 
-class Processes:
+class ProcessLauncher:
     """Processes of this machine, each on a GPU of its own where there are any.
 
     Args:
@@ -62,13 +62,13 @@ class Processes:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOP).unlink(missing_ok=True)
 
-    def start(self, stream: str, number: int) -> Running:
-        """See :class:`Places`."""
+    def start(self, stream: str, number: int) -> RunningGenerator:
+        """See :class:`Launcher`."""
         import torch
 
         threads = max(1, (os.cpu_count() or 1) // max(1, self.count))
         status, log = self.folder / f"{stream}.json", self.folder / f"{stream}.log"
-        order = Order(self.settings.model_dump(), stream, self.backend, threads)
+        order = GeneratorConfig(self.settings.model_dump(), stream, self.backend, threads)
         written = self.folder / f"{stream}.order"
         written.write_text(json.dumps([asdict(order), self.spool, str(status), os.getpid()]))
         own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -84,15 +84,15 @@ class Processes:
                 env=os.environ | own,
                 start_new_session=True,  # Ctrl-C is for whoever watches; they are told to end, and close their shards.
             )
-        return Process(process, status, log)
+        return ProcessGenerator(process, status, log)
 
     def stop(self) -> None:
-        """See :class:`Places`."""
+        """See :class:`Launcher`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / STOP).touch()
 
 
-class Process:
+class ProcessGenerator:
     """A generator in a process of this machine.
 
     Args:
@@ -105,12 +105,12 @@ class Process:
         self.process, self.status, self.log = process, status, log
 
     def why_ended(self) -> str | None:
-        """See :class:`Running`."""
+        """See :class:`RunningGenerator`."""
         code = self.process.poll()
         return None if code is None else f"exit status {code}: {_tail(self.log)}"
 
     def wait(self, seconds: float) -> bool:
-        """See :class:`Running`."""
+        """See :class:`RunningGenerator`."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -118,16 +118,16 @@ class Process:
         return True
 
     def kill(self) -> None:
-        """See :class:`Running`."""
+        """See :class:`RunningGenerator`."""
         self.process.kill()
         self.process.wait()
 
-    def told(self) -> Status:
-        """See :class:`Running`."""
+    def told(self) -> GeneratorStatus:
+        """See :class:`RunningGenerator`."""
         try:
-            return Status(**json.loads(self.status.read_text()))
+            return GeneratorStatus(**json.loads(self.status.read_text()))
         except (OSError, ValueError):
-            return Status()
+            return GeneratorStatus()
 
 
 def count_of(settings: TextgenSettings) -> int:

@@ -18,7 +18,7 @@ class LiveTable:
     """Shows how far each generator is, and what became of what they wrote.
 
     Args:
-        rows: Of the generators, as :meth:`mmphi.textgen.generator_pool.Fleet.rows` gives them.
+        rows: Of the generators, as :meth:`mmphi.textgen.generator_pool.GeneratorPool.rows` gives them.
         below: What stands below them.
         console: Where to draw.
     """

@@ -13,15 +13,15 @@ from typing import Any
 
 from mmphi.cluster.connect import connected, ray_itself, reason
 from mmphi.config.textgen import TextgenSettings
-from mmphi.textgen.generator import Order, Status, write_shards
-from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.generator import GeneratorConfig, GeneratorStatus, write_shards
+from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shards import ShardName
 
 CORES = 2  # Of a generator, where there are no GPUs.
 ASK_S = 1.0
 
 
-class Post:
+class ShardCollector:
     """Takes what generators of a cluster write, on the machine of the spool.
 
     Args:
@@ -30,21 +30,21 @@ class Post:
     """
 
     def __init__(self, url: str, limit: int) -> None:
-        self._told: dict[str, Status] = {}
+        self._told: dict[str, GeneratorStatus] = {}
         self._ending = threading.Event()
         self._one = threading.Lock()
-        self.spool = Spool(url, limit, stopping=self._ending.is_set)
+        self.spool = ShardQueue(url, limit, stopping=self._ending.is_set)
 
     def put(self, name: ShardName, content: bytes) -> bool:
         """Write a shard as soon as there is room; one at a time, as the room is counted before it is taken."""
         with self._one:
             return self.spool.put(name, content)
 
-    def tell(self, stream: str, status: Status) -> None:
+    def tell(self, stream: str, status: GeneratorStatus) -> None:
         """Take a generator's state."""
         self._told[stream] = status
 
-    def told(self) -> dict[str, Status]:
+    def told(self) -> dict[str, GeneratorStatus]:
         """What each generator told last, by its stream."""
         return self._told
 
@@ -57,8 +57,8 @@ class Post:
         return self._ending.is_set()
 
 
-class Away:
-    """A generator's way to :class:`Post`, as :class:`mmphi.textgen.generator.Desk` describes it.
+class RemoteSink:
+    """A generator's way to :class:`ShardCollector`, as :class:`mmphi.textgen.generator.ShardSink` describes it.
 
     Args:
         post: The actor.
@@ -78,7 +78,7 @@ class Away:
         self.waited_s += time.monotonic() - begun
         return written
 
-    def tell(self, status: Status) -> None:
+    def tell(self, status: GeneratorStatus) -> None:
         """Say how far it is."""
         ray = ray_itself()
 
@@ -98,10 +98,10 @@ def work(order: dict[str, Any], post: Any) -> None:
     from mmphi.textgen.backends import chosen_backend
 
     backend, _ = chosen_backend(order["settings"]["backend"])  # What that machine has, and not this one.
-    write_shards(Order(**order | {"backend": backend}), Away(post, order["stream"]))
+    write_shards(GeneratorConfig(**order | {"backend": backend}), RemoteSink(post, order["stream"]))
 
 
-class OnRay:
+class RayLauncher:
     """Places in a cluster: one per GPU where there are any, else one for two cores.
 
     Args:
@@ -122,24 +122,26 @@ class OnRay:
         self.count = settings.generators if settings.generators >= 0 else machines.places(CORES)
         say(f"Ray has {machines}: {self.count} generators")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(Post).options(num_cpus=0, max_concurrency=2 * self.count + 4, scheduling_strategy=here)
+        actor = ray.remote(ShardCollector).options(
+            num_cpus=0, max_concurrency=2 * self.count + 4, scheduling_strategy=here
+        )
         self.post = actor.remote(spool, int(settings.spool_mb * 1e6))
         self._work = ray.remote(max_retries=0, **machines.share(CORES))(work)
 
-    def start(self, stream: str, number: int) -> Task:
-        """See :class:`mmphi.textgen.launchers.Places`."""
-        order = Order(self.settings.model_dump(), stream, "auto", 0)
-        return Task(self._work.remote(asdict(order), self.post), self.post, stream)
+    def start(self, stream: str, number: int) -> RayGenerator:
+        """See :class:`mmphi.textgen.launchers.Launcher`."""
+        order = GeneratorConfig(self.settings.model_dump(), stream, "auto", 0)
+        return RayGenerator(self._work.remote(asdict(order), self.post), self.post, stream)
 
     def stop(self) -> None:
-        """See :class:`mmphi.textgen.launchers.Places`."""
+        """See :class:`mmphi.textgen.launchers.Launcher`."""
         ray = ray_itself()
 
         ray.get(self.post.stop.remote())
 
 
-class Task:
-    """A generator that Ray runs, as :class:`mmphi.textgen.launchers.Running` describes it.
+class RayGenerator:
+    """A generator that Ray runs, as :class:`mmphi.textgen.launchers.RunningGenerator` describes it.
 
     Args:
         task: What it gives when it ends.
@@ -174,9 +176,9 @@ class Task:
 
         ray.cancel(self.task, force=True)
 
-    def told(self) -> Status:
+    def told(self) -> GeneratorStatus:
         """What it told last."""
         ray = ray_itself()
 
-        found: Status = ray.get(self.post.told.remote()).get(self.stream, Status())
+        found: GeneratorStatus = ray.get(self.post.told.remote()).get(self.stream, GeneratorStatus())
         return found

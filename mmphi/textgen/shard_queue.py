@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Held:
+class QueuedShard:
     """A shard in the spool.
 
     Attributes:
@@ -35,7 +35,7 @@ class Held:
     bytes: int
 
 
-class Spool:
+class ShardQueue:
     """Shards that were written and not yet let go.
 
     What waits to be read is limited; what was taken is its reader's until that lets go of it, and in the way of
@@ -90,11 +90,11 @@ class Spool:
             return False
         return self._asked(lambda: self._write(f"{self.root}/{SHARDS}/{name}", content)) is not None
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[QueuedShard]:
         """All shards that wait, stream by stream in the order of their numbers."""
         return sorted(self._asked(lambda: self._list(SHARDS)) or [], key=lambda held: held.name)
 
-    def taken(self) -> list[Held]:
+    def taken(self) -> list[QueuedShard]:
         """All shards that were taken and not let go of, in the same order."""
         return sorted(self._asked(lambda: self._list(TAKEN)) or [], key=lambda held: held.name)
 
@@ -178,14 +178,14 @@ class Spool:
             return []
         return [str(each).rsplit("/", 1)[-1] for each in found]
 
-    def _list(self, place: str) -> list[Held]:
+    def _list(self, place: str) -> list[QueuedShard]:
         self.files.invalidate_cache()
         try:
             found = self.files.ls(f"{self.root}/{place}", detail=True, **self._within)
         except FileNotFoundError:
             return []  # A bucket has no folders before there is something in them.
         named = ((ShardName.parse(each["name"].rsplit("/", 1)[-1]), each["size"]) for each in found)
-        return [Held(name, int(size or 0)) for name, size in named if name is not None]
+        return [QueuedShard(name, int(size or 0)) for name, size in named if name is not None]
 
     def _write(self, path: str, content: bytes) -> bool:
         if not self._local:

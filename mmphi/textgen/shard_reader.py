@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping
 
 from mmphi.errors import DataError
-from mmphi.textgen.shard_queue import Held, Spool
+from mmphi.textgen.shard_queue import QueuedShard, ShardQueue
 from mmphi.textgen.shards import Document, ShardName
 
 
-class Reader:
+class ShardReader:
     """Takes shards out of a spool; what was taken stays there until it is let go of.
 
     Args:
@@ -23,7 +23,7 @@ class Reader:
     """
 
     def __init__(
-        self, spool: Spool, position: Mapping[str, int] | None = None, say: Callable[[str], None] = print
+        self, spool: ShardQueue, position: Mapping[str, int] | None = None, say: Callable[[str], None] = print
     ) -> None:
         self.spool, self.say = spool, say
         self.position: dict[str, int] = {}
@@ -41,7 +41,7 @@ class Reader:
             if held.name.number < self.position.get(held.name.stream, 0):
                 self.spool.count_as_taken(held.name)
 
-    def waiting(self) -> list[Held]:
+    def waiting(self) -> list[QueuedShard]:
         """Shards that were not taken yet: the first of every stream, then the second of every stream, and so on."""
         left = [h for h in self.spool.held() if h.name.number >= self.position.get(h.name.stream, 0)]
         return sorted(left, key=lambda h: (h.name.number - self.position.get(h.name.stream, 0), h.name.stream))

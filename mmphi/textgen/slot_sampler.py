@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from mmphi.textgen.backends import Draw, Wanted, Written
+from mmphi.textgen.backends import Generation, SamplingConfig, SamplingRequest
 
 
-class BySlots:
+class SlotSampler:
     """One token of every text in each pass, in slots that are taken once: for a processor.
 
     transformers' own continuous batching puts all texts in one row and masks each from the others, which costs as many
     times the attention as there are texts.
     """
 
-    def __init__(self, model: Any, draw: Draw, batch: int, longest: int) -> None:
+    def __init__(self, model: Any, draw: SamplingConfig, batch: int, longest: int) -> None:
         self.model, self.draw, self.batch, self.longest = model, draw, batch, longest
 
-    def __call__(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
+    def __call__(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
         """See :class:`Sampler`."""
         from mmphi.models.patches.cpu_linear import weights_first
         from mmphi.models.patches.gqa_decode_attention import attending_in_groups
@@ -29,10 +29,10 @@ class BySlots:
         with weights_first(self.model), attending_in_groups(self.model):
             yield from self._written(wanted)
 
-    def _written(self, wanted: Iterator[Wanted]) -> Iterator[Written]:
-        from mmphi.generation.kv_cache import Slots
+    def _written(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
+        from mmphi.generation.kv_cache import SlotKVCache
 
-        slots = Slots(self.batch, self.longest)
+        slots = SlotKVCache(self.batch, self.longest)
         open_: dict[int, _Open] = {}
         more = True
         while True:
@@ -52,7 +52,7 @@ class BySlots:
                     if open_[slot].heard(token, logprob):
                         done.append(open_.pop(slot))
             for each in done:
-                yield Written(each.wanted.id, tuple(each.ids), each.logprob)
+                yield Generation(each.wanted.id, tuple(each.ids), each.logprob)
 
     def _step(self, slots: Any, open_: dict[int, _Open]) -> Iterator[tuple[int, int, float]]:
         """A token of every text, and its log-probability, by slot."""
@@ -105,7 +105,7 @@ def drawn(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class _Open:
     """A text that is being written, after ``read`` tokens of what it follows and of its own."""
 
-    wanted: Wanted
+    wanted: SamplingRequest
     logprob: float = 0.0
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from mmphi.errors import SettingsError
-from mmphi.textgen.corpus_store import Ledger
+from mmphi.textgen.corpus_store import CorpusManifest
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -15,7 +15,7 @@ HINT = "write store, documents 1k, tokens 2M or time 20m; or several, separated 
 
 
 @dataclass(frozen=True)
-class Enough:
+class CorpusStopCriteria:
     """Conditions, of which the first to hold ends the writing; a full store always does.
 
     Attributes:
@@ -28,13 +28,13 @@ class Enough:
     tokens: float = math.inf
     seconds: float = math.inf
 
-    def reached(self, ledger: Ledger, seconds: float) -> bool:
+    def reached(self, ledger: CorpusManifest, seconds: float) -> bool:
         """Whether it is enough."""
         few = ledger.documents < self.documents and ledger.tokens < self.tokens and seconds < self.seconds
         return ledger.full or not few
 
 
-def parse_enough(text: str) -> Enough:
+def parse_enough(text: str) -> CorpusStopCriteria:
     """Conditions as typed.
 
     >>> parse_enough("documents 1k, time 20m")
@@ -59,4 +59,4 @@ def parse_enough(text: str) -> Enough:
             raise SettingsError(f"textgen.stop: {part!r} is no condition", HINT)
     if any(value <= 0 for value in found.values()):
         raise SettingsError(f"textgen.stop = {text!r} has a number that is not above zero", HINT)
-    return Enough(**found)
+    return CorpusStopCriteria(**found)

@@ -9,10 +9,10 @@ from mlflow.exceptions import MlflowException
 
 from mmphi.errors import StoreError
 from mmphi.tracking.logged_model import MLMODEL, log_model, logged_model
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
-def register(store: Store, run_id: str, name: str, alias: str = "") -> str:
+def register(store: TrackingStore, run_id: str, name: str, alias: str = "") -> str:
     """Register a run's model; returns what it is loaded by.
 
     Args:
@@ -53,5 +53,5 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", help="made where there is none of it; else its next version")
     parser.add_argument("--alias", default="", help="points to this version from now on: models:/NAME@ALIAS")
     options = parser.parse_args(list(arguments))
-    print(register(Store(), options.run, options.name, options.alias))
+    print(register(TrackingStore(), options.run, options.name, options.alias))
     return 0

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 REUSES = "mmphi.reuses"
 
 
-class Store(RunStore):
+class TrackingStore(RunStore):
     """Runs, found by what they are the result of, and made.
 
     Args:

@@ -55,7 +55,7 @@ class ModelRun:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """A finished run, as far as a status shows it.
 
     Attributes:
@@ -71,12 +71,12 @@ class Finished:
     seconds: float | None
 
 
-class Glance(Protocol):
+class StatusReader(Protocol):
     """A look at a store."""
 
     uri: str
 
-    def result(self, key: str) -> Finished | None:
+    def result(self, key: str) -> FinishedRun | None:
         """The newest run that is a result of a key."""
 
     def begun(self, key: str) -> bool:
@@ -92,7 +92,7 @@ class Glance(Protocol):
         """The complete files of a finished run on this machine; None where only the store itself can tell."""
 
 
-class SqliteGlance:
+class SqliteStatusReader:
     """A look at a SQLite store, by its tables.
 
     Args:
@@ -109,13 +109,13 @@ class SqliteGlance:
         with contextlib.closing(sqlite3.connect(f"file:{self._file}?mode=ro", uri=True, timeout=10)) as connection:
             yield from connection.execute(query, values)
 
-    def result(self, key: str) -> Finished | None:
+    def result(self, key: str) -> FinishedRun | None:
         """The newest run that is a result of a key."""
         finished = NEWEST.format(condition="AND runs.status = 'FINISHED'")
         for run_id, ended_ms, artifacts in self._rows(finished, "mmphi.key", key):
             folder = Path(unquote(urlparse(artifacts).path))
             if manifest_holds(folder):
-                return Finished(run_id, ended_ms, folder, self._seconds(run_id))
+                return FinishedRun(run_id, ended_ms, folder, self._seconds(run_id))
         return None
 
     def begun(self, key: str) -> bool:
@@ -154,7 +154,7 @@ class SqliteGlance:
         return float(row[0]) if row else None
 
 
-class ClientGlance:
+class ClientStatusReader:
     """A look at any store, by MLflow's client."""
 
     def __init__(self) -> None:
@@ -163,13 +163,13 @@ class ClientGlance:
         self._store = RunStore()
         self.uri = self._store.uri
 
-    def result(self, key: str) -> Finished | None:
+    def result(self, key: str) -> FinishedRun | None:
         """The newest run that is a result of a key."""
         run = next(self._store.results(key), None)
         if run is None:
             return None
         seconds = run.data.metrics.get("seconds")
-        return Finished(str(run.info.run_id), run.info.end_time, self._store.local_folder(run), seconds)
+        return FinishedRun(str(run.info.run_id), run.info.end_time, self._store.local_folder(run), seconds)
 
     def begun(self, key: str) -> bool:
         """Whether any run was begun for a key."""
@@ -191,16 +191,16 @@ class ClientGlance:
         return None
 
 
-def glance() -> Glance:
+def glance() -> StatusReader:
     """A look at the store that this process works with."""
     uri = absolute_uri()
     file = database(uri)
     if file is None:
-        return ClientGlance()
-    looked = SqliteGlance(uri, file)
+        return ClientStatusReader()
+    looked = SqliteStatusReader(uri, file)
     try:
         looked.seconds("scenes", "tiny")
         looked.begun("none")
     except sqlite3.Error:
-        return ClientGlance()
+        return ClientStatusReader()
     return looked

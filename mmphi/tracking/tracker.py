@@ -36,7 +36,7 @@ class Tracker(Protocol):
         """Print a line for the person at the terminal without tearing a progress bar."""
 
 
-class Under:
+class PrefixedTracker:
     """Records in a run under names of its own: a training before the one that the run is about.
 
     Args:

@@ -16,7 +16,7 @@ from mmphi.training.checkpoints import checkpoint_tensors, load_trained, save_te
 FOLDER, NOTE, BY = "best", "best.json", "val/loss"
 
 
-class Best:
+class BestCheckpoint:
     """Keeps what was trained where the validation loss is lowest so far.
 
     Written whole or not at all, so that a killed training goes on with the best that it had.

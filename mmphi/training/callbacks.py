@@ -16,7 +16,7 @@ from mmphi.tracking.tracker import Tracker
 from mmphi.training.throughput import Throughput, peak_memory_bytes, reset_peak_memory
 
 
-class Monitor(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Shows a progress bar and records metrics; on the main process only.
 
     Args:
@@ -85,7 +85,7 @@ class Monitor(TrainerCallback):
             self.bar = None
 
 
-class StopWhenAsked(TrainerCallback):
+class GracefulStopCallback(TrainerCallback):
     """On SIGTERM or Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at once.
 
     Used as a context manager around training, so that the handlers before it come back.
@@ -98,7 +98,7 @@ class StopWhenAsked(TrainerCallback):
         self.asked = self.stopped = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopWhenAsked:
+    def __enter__(self) -> GracefulStopCallback:
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[number] = signal.signal(number, self._ask)
@@ -126,7 +126,7 @@ class StopWhenAsked(TrainerCallback):
             control.should_save = control.should_training_stop = self.stopped = True
 
 
-class EvaluateEvery(TrainerCallback):
+class EvaluationCallback(TrainerCallback):
     """Asks for a validation every so many steps, and after the last."""
 
     def __init__(self, steps: int) -> None:
@@ -138,7 +138,7 @@ class EvaluateEvery(TrainerCallback):
             control.should_evaluate = True
 
 
-class StepTable(TrainerCallback):
+class StepTableCallback(TrainerCallback):
     """Keeps the training loss of every logged step, from the beginning on, as transformers' own table shows it.
 
     Attributes:

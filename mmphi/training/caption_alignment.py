@@ -25,7 +25,7 @@ from mmphi.data.features import ImageFeatures
 from mmphi.data.schema import ImageRef
 from mmphi.models.projector import Projector
 from mmphi.training.ctc_alignment import vocabulary
-from mmphi.training.packed_dataset import Order
+from mmphi.training.packed_dataset import ShuffledOrder
 from mmphi.training.training_args import world_size
 
 WORDS = 4096  # Of the language model's tokens, those that captions use most.
@@ -33,7 +33,7 @@ AT_ONCE = 1 << 25  # Scores in memory at once: 128 MB.
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionWords:
     """An image, and how many of its captions use each word.
 
     Attributes:
@@ -47,7 +47,7 @@ class Captioned:
     counts: tuple[int, ...]
 
 
-class Shown(TypedDict):
+class CaptionAlignmentBatch(TypedDict):
     """Images and their words: features (N, P, D), words and counts (S,) of one image after the other."""
 
     features: Tensor
@@ -57,7 +57,7 @@ class Shown(TypedDict):
     step_tokens: Tensor
 
 
-class Naming(nn.Module):
+class BagOfWordsAlignmentLoss(nn.Module):
     """The summed loss of images against the words of their captions.
 
     Args:
@@ -100,7 +100,7 @@ class Naming(nn.Module):
         return -(self.images(features)[image, words] * counts).sum()
 
 
-class NamingSteps(Dataset[Shown]):
+class CaptionAlignmentDataset(Dataset[CaptionAlignmentBatch]):
     """The images of every optimiser step, by index: a pure function of them, seed and step.
 
     Args:
@@ -114,7 +114,7 @@ class NamingSteps(Dataset[Shown]):
 
     def __init__(
         self,
-        images: Sequence[Captioned],
+        images: Sequence[CaptionWords],
         features: ImageFeatures,
         *,
         steps: int,
@@ -124,12 +124,12 @@ class NamingSteps(Dataset[Shown]):
     ) -> None:
         self.images, self.features, self.steps, self.views = images, features, steps, views
         self.batch_size = batch_size
-        self.chosen = Order(len(images), batch_size, seed).chosen
+        self.chosen = ShuffledOrder(len(images), batch_size, seed).chosen
 
     def __len__(self) -> int:
         return self.steps * world_size()
 
-    def __getitem__(self, index: int) -> Shown:
+    def __getitem__(self, index: int) -> CaptionAlignmentBatch:
         step, share = divmod(index, world_size())
         chosen, first = self.chosen(step), step * self.batch_size
         seen = [
@@ -140,7 +140,9 @@ class NamingSteps(Dataset[Shown]):
         return shown(seen[share :: world_size()], self.features, sum(sum(one.counts) for one in seen))
 
 
-def shown(images: Sequence[Captioned], features: ImageFeatures, step_tokens: int | None = None) -> Shown:
+def shown(
+    images: Sequence[CaptionWords], features: ImageFeatures, step_tokens: int | None = None
+) -> CaptionAlignmentBatch:
     """Images and their words as one batch.
 
     Args:
@@ -149,7 +151,7 @@ def shown(images: Sequence[Captioned], features: ImageFeatures, step_tokens: int
         step_tokens: Words of the whole step, with their counts; those of these images where left out.
     """
     own = sum(sum(one.counts) for one in images)
-    return Shown(
+    return CaptionAlignmentBatch(
         features=features.get([one.image for one in images]),
         words=torch.tensor([word for one in images for word in one.words], dtype=torch.long),
         counts=torch.tensor([count for one in images for count in one.counts], dtype=torch.float32),
@@ -160,7 +162,7 @@ def shown(images: Sequence[Captioned], features: ImageFeatures, step_tokens: int
 
 def captioned(
     language: Any, images: Sequence[tuple[ImageRef, Sequence[str]]], known: Sequence[int] = ()
-) -> tuple[list[int], list[Captioned]]:
+) -> tuple[list[int], list[CaptionWords]]:
     """Images with the words of their captions.
 
     Args:
@@ -187,11 +189,11 @@ def captioned(
     for (image, _), used in zip(images, uses, strict=True):
         words = {place_of[token]: count for token, count in sorted(used.items()) if token in place_of}
         if words:
-            found.append(Captioned(image, tuple(words), tuple(words.values())))
+            found.append(CaptionWords(image, tuple(words), tuple(words.values())))
     return list(known), found
 
 
-def usage_of(images: Sequence[Captioned], size: int) -> Tensor:
+def usage_of(images: Sequence[CaptionWords], size: int) -> Tensor:
     """How often each of ``size`` words is used, (size,), one of none a little."""
     usage = torch.full((size,), 0.1)
     for one in images:
@@ -200,7 +202,9 @@ def usage_of(images: Sequence[Captioned], size: int) -> Tensor:
 
 
 @torch.no_grad()
-def naming_loss(task: Naming, images: Sequence[Captioned], features: ImageFeatures, at_once: int = 64) -> float:
+def naming_loss(
+    task: BagOfWordsAlignmentLoss, images: Sequence[CaptionWords], features: ImageFeatures, at_once: int = 64
+) -> float:
     """Nats per word of images' captions."""
     nats, words = 0.0, 0.0
     for first in range(0, len(images), at_once):

@@ -20,7 +20,7 @@ WEIGHTS = "trained.safetensors"
 STATE = "state."  # Before the names of what is no parameter.
 
 
-class Beside(Protocol):
+class ExtraCheckpointState(Protocol):
     """What else belongs to a checkpoint than tensors: where a stream of text was."""
 
     def save(self, checkpoint: Path, step: int) -> None:

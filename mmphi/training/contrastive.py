@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mmphi.allocator import give_back
 from mmphi.models.patches.bn_folding import fold_batch_norms
-from mmphi.training.image_dataset import Pixels
+from mmphi.training.image_dataset import ImageDataset
 
 CHUNK = 64  # Images or captions in one pass: of more, what convolutions make leaves a processor's cache.
 ENDS = re.compile(
@@ -27,7 +27,7 @@ ENDS = re.compile(
 )
 
 
-class Clip(nn.Module):
+class ContrastiveTask(nn.Module):
     """A CLIP as a task: images and sets of captions in, the contrastive loss out.
 
     The outputs of a locked tower may be given in place of what it takes. Under torchrun every process embeds its own
@@ -114,7 +114,7 @@ class Clip(nn.Module):
         return self.embed_texts(different)[place].view(*texts.shape[:2], -1)
 
     @torch.inference_mode()
-    def image_inputs(self, pixels: Pixels, workers: int) -> Dataset[Tensor] | Tensor:
+    def image_inputs(self, pixels: ImageDataset, workers: int) -> Dataset[Tensor] | Tensor:
         """What images are trained from: pixels as they are asked for, or a locked tower's outputs, computed once."""
         if not self.image_outputs:
             return pixels
@@ -166,7 +166,7 @@ def _pooled(text: Any, tokens: Tensor) -> Tensor:
     return pooled
 
 
-class PairSteps(Dataset[dict[str, Tensor]]):
+class ImageTextDataset(Dataset[dict[str, Tensor]]):
     """The batches of every step: different images, and sets of captions that hold one caption of each.
 
     A pure function of seed and step. Batch ``i`` belongs to step ``i // processes``.
@@ -228,7 +228,7 @@ class PairSteps(Dataset[dict[str, Tensor]]):
         }
 
 
-class ClampScale(TrainerCallback):
+class ClampLogitScaleCallback(TrainerCallback):
     """Keeps the logit scale at 100 at most (Radford et al. 2021, section 2.5)."""
 
     def __init__(self, model: Any) -> None:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmphi.data.schema import AudioRef
-from mmphi.models.audio.audio_features import Hearing
+from mmphi.models.audio.audio_features import AudioFeatureSource
 from mmphi.models.audio.audio_projector import SpeechProjection
 from mmphi.text.packing import to_device
-from mmphi.training.packed_dataset import Order
+from mmphi.training.packed_dataset import ShuffledOrder
 from mmphi.training.training_args import world_size
 
 
-class Spoken(TypedDict):
+class CTCBatch(TypedDict):
     """Recordings and their words: features (P, D) one recording after the other, tokens (S,) likewise."""
 
     features: Tensor
@@ -34,7 +34,7 @@ class Spoken(TypedDict):
     step_tokens: Tensor
 
 
-class Named(nn.Module):
+class CTCAlignmentLoss(nn.Module):
     """The summed CTC loss of recordings against their words.
 
     Args:
@@ -64,7 +64,7 @@ class Named(nn.Module):
         return F.ctc_loss(scores, tokens, lengths, token_lengths, blank=0, reduction="sum", zero_infinity=True)
 
 
-class NamedSteps(Dataset[Spoken]):
+class CTCAlignmentDataset(Dataset[CTCBatch]):
     """The recordings of every optimiser step, by index: a pure function of them, seed and step.
 
     Args:
@@ -80,19 +80,19 @@ class NamedSteps(Dataset[Spoken]):
         self,
         recordings: Sequence[AudioRef],
         words: Sequence[Sequence[int]],
-        hearing: Hearing,
+        hearing: AudioFeatureSource,
         *,
         steps: int,
         batch_size: int,
         seed: int,
     ) -> None:
         self.recordings, self.words, self.hearing, self.steps = recordings, words, hearing, steps
-        self.chosen = Order(len(recordings), batch_size, seed).chosen
+        self.chosen = ShuffledOrder(len(recordings), batch_size, seed).chosen
 
     def __len__(self) -> int:
         return self.steps * world_size()
 
-    def __getitem__(self, index: int) -> Spoken:
+    def __getitem__(self, index: int) -> CTCBatch:
         step, share = divmod(index, world_size())
         chosen = self.chosen(step)
         total = sum(len(self.words[i]) for i in chosen)
@@ -105,8 +105,11 @@ class NamedSteps(Dataset[Spoken]):
 
 
 def spoken(
-    recordings: Sequence[AudioRef], words: Sequence[Sequence[int]], hearing: Hearing, step_tokens: int | None = None
-) -> Spoken:
+    recordings: Sequence[AudioRef],
+    words: Sequence[Sequence[int]],
+    hearing: AudioFeatureSource,
+    step_tokens: int | None = None,
+) -> CTCBatch:
     """Recordings and their words as one batch.
 
     Args:
@@ -116,7 +119,7 @@ def spoken(
         step_tokens: Words of the whole step; those of these recordings where left out.
     """
     lengths = [len(own) for own in words]
-    return Spoken(
+    return CTCBatch(
         features=hearing.rows(recordings),
         lengths=torch.tensor([hearing.length(each) for each in recordings]),
         tokens=torch.tensor([token for own in words for token in own], dtype=torch.long),
@@ -142,7 +145,7 @@ def vocabulary(language: Any, texts: Sequence[str]) -> tuple[list[int], list[lis
 
 
 def token_error_rate(
-    task: Named, recordings: Sequence[AudioRef], words: Sequence[Sequence[int]], hearing: Hearing
+    task: CTCAlignmentLoss, recordings: Sequence[AudioRef], words: Sequence[Sequence[int]], hearing: AudioFeatureSource
 ) -> float:
     """Tokens that are wrong, missing or too many in what frames name, over those that are said.
 

@@ -15,23 +15,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mmphi.config.shared import TrainingSettings
-from mmphi.models.packed_vlm import PackedModel
-from mmphi.text.packing import ROWS, Layout, Pack, SpanFeatures, pack, partition, rows_of
-from mmphi.text.tokenized_example import Sample
-from mmphi.training.packed_dataset import PackedSteps, packed_steps
+from mmphi.models.packed_vlm import PackedVLM
+from mmphi.text.packing import ROWS, Layout, PackedBatch, SpanFeatures, pack, partition, rows_of
+from mmphi.text.tokenized_example import TokenizedExample
+from mmphi.training.packed_dataset import PackedStepDataset, packed_steps
 
 
-class Pair(TypedDict):
+class DistillationPair(TypedDict):
     """The same conversations heard and read; their supervised tokens are the same, in the same order."""
 
-    heard: Pack
-    read: Pack
+    heard: PackedBatch
+    read: PackedBatch
     ends: Tensor  # bool (K,), which supervised tokens end an answer
     segments: Tensor  # those of both, for the count of tokens that passed
     step_tokens: Tensor
 
 
-class Distilled(nn.Module):
+class DistillationTask(nn.Module):
     """The summed divergence of what is said after hearing from what is said after reading, at T squared.
 
     Args:
@@ -40,7 +40,7 @@ class Distilled(nn.Module):
         end_weight: How much more the token that ends an answer counts.
     """
 
-    def __init__(self, packed: PackedModel, temperature: float, end_weight: float) -> None:
+    def __init__(self, packed: PackedVLM, temperature: float, end_weight: float) -> None:
         super().__init__()
         self.packed, self.temperature, self.end_weight = packed, temperature, end_weight
 
@@ -53,8 +53,8 @@ class Distilled(nn.Module):
         return (each * (1 + self.end_weight * ends)).sum() * self.temperature**2
 
 
-class PairedSteps(Dataset[Pair]):
-    """The pairs of packs of every optimiser step, by index, in the order of :class:`PackedSteps`.
+class DistillationDataset(Dataset[DistillationPair]):
+    """The pairs of packs of every optimiser step, by index, in the order of :class:`PackedStepDataset`.
 
     Args:
         steps: Of the conversations as they are heard.
@@ -62,7 +62,7 @@ class PairedSteps(Dataset[Pair]):
         end: Token that ends an answer.
     """
 
-    def __init__(self, steps: PackedSteps, read: Sequence[Sample], end: int) -> None:
+    def __init__(self, steps: PackedStepDataset, read: Sequence[TokenizedExample], end: int) -> None:
         if len(read) != len(steps.samples):
             raise ValueError(f"{len(steps.samples)} conversations are heard, {len(read)} read")
         self.steps, self.read, self.end = steps, read, end
@@ -74,7 +74,7 @@ class PairedSteps(Dataset[Pair]):
         """Tokens learned from in the whole training."""
         return self.steps.supervised()
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> DistillationPair:
         steps = self.steps
         chosen = steps.chosen(index // steps.packs_per_step)
         lengths = [len(steps.samples[i]) for i in chosen]
@@ -92,14 +92,14 @@ class PairedSteps(Dataset[Pair]):
 
 
 def paired(
-    heard: Sequence[Sample],
-    read: Sequence[Sample],
+    heard: Sequence[TokenizedExample],
+    read: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
     end: int,
     step_tokens: int | None = None,
     *,
     layout: Layout = ROWS,
-) -> Pair:
+) -> DistillationPair:
     """The same conversations, heard and read, in rows that hold the same ones in the same order.
 
     Args:
@@ -116,19 +116,19 @@ def paired(
     if not torch.equal(ours["targets"], theirs["targets"]):
         raise ValueError("what is heard and what is read have different answers")
     segments = torch.cat([ours["segments"].flatten(), theirs["segments"].flatten()])
-    return Pair(
+    return DistillationPair(
         heard=ours, read=theirs, ends=ours["targets"] == end, segments=segments, step_tokens=ours["step_tokens"]
     )
 
 
 def paired_steps(
-    heard: Sequence[Sample],
-    read: Sequence[Sample],
+    heard: Sequence[TokenizedExample],
+    read: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
     settings: TrainingSettings,
     end: int,
     *,
     layout: Layout = ROWS,
-) -> PairedSteps:
+) -> DistillationDataset:
     """The pairs of a training as its settings have it, over all processes that train together."""
-    return PairedSteps(packed_steps(heard, features, settings, layout=layout), read, end)
+    return DistillationDataset(packed_steps(heard, features, settings, layout=layout), read, end)

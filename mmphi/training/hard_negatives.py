@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from mmphi.text.shared_prefix import bundled
-from mmphi.text.tokenized_example import Sample
+from mmphi.text.tokenized_example import TokenizedExample
 
 LEAST = 4  # Supervised tokens: a yes, or a word, may be as right of the other image.
 
 
-class Unit(NamedTuple):
+class PackUnit(NamedTuple):
     """Sequences that have to be in one pack.
 
     Attributes:
@@ -20,7 +20,7 @@ class Unit(NamedTuple):
         foils: Which of them are foils, by index, each with that of the same sequence with its own image.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[TokenizedExample, ...]
     foils: tuple[tuple[int, int], ...]
 
     def length(self) -> int:
@@ -28,7 +28,7 @@ class Unit(NamedTuple):
         return sum(bundle.length(self.samples) for bundle in bundled(self.samples))
 
 
-def with_foils(samples: Sequence[Sample]) -> list[Unit]:
+def with_foils(samples: Sequence[TokenizedExample]) -> list[PackUnit]:
     """The sequences of a step in pairs, each of which is put to the other one's image as well.
 
     The first is paired with the first of the second half, so that neighbours about one image are not; where two see as
@@ -39,13 +39,13 @@ def with_foils(samples: Sequence[Sample]) -> list[Unit]:
     for first, second in zip(samples[:half], samples[half : 2 * half], strict=True):
         if comparable(first, second):
             put = first, seeing(second, first), second, seeing(first, second)
-            units.append(Unit(put, ((1, 2), (3, 0))))
+            units.append(PackUnit(put, ((1, 2), (3, 0))))
         else:
-            units += [Unit((first,), ()), Unit((second,), ())]
-    return [*units, *(Unit((sample,), ()) for sample in samples[2 * half :])]
+            units += [PackUnit((first,), ()), PackUnit((second,), ())]
+    return [*units, *(PackUnit((sample,), ()) for sample in samples[2 * half :])]
 
 
-def comparable(first: Sample, second: Sample) -> bool:
+def comparable(first: TokenizedExample, second: TokenizedExample) -> bool:
     """Whether one sequence could be put to what the other one sees."""
     if min(int(sample.supervised.sum()) for sample in (first, second)) < LEAST:
         return False
@@ -56,15 +56,15 @@ def comparable(first: Sample, second: Sample) -> bool:
     return [span.reference.id for span in first.spans] != [span.reference.id for span in second.spans]
 
 
-def seeing(sample: Sample, other: Sample) -> Sample:
+def seeing(sample: TokenizedExample, other: TokenizedExample) -> TokenizedExample:
     """A sequence with the images of another one."""
     spans = (own._replace(reference=theirs.reference) for own, theirs in zip(sample.spans, other.spans, strict=True))
     return replace(sample, spans=tuple(spans))
 
 
-def side_by_side(units: Sequence[Unit]) -> tuple[list[Sample], list[tuple[int, int]]]:
+def side_by_side(units: Sequence[PackUnit]) -> tuple[list[TokenizedExample], list[tuple[int, int]]]:
     """The sequences of several units, and their foils."""
-    samples, foils = list[Sample](), list[tuple[int, int]]()
+    samples, foils = list[TokenizedExample](), list[tuple[int, int]]()
     for unit in units:
         foils += [(len(samples) + foil, len(samples) + own) for foil, own in unit.foils]
         samples += unit.samples

@@ -15,9 +15,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mmphi.config.shared import TrainingSettings
 from mmphi.tracking.tracker import Tracker
-from mmphi.training.best_checkpoint import Best
+from mmphi.training.best_checkpoint import BestCheckpoint
 from mmphi.training.checkpoints import (
-    Beside,
+    ExtraCheckpointState,
     checkpoint_tensors,
     load_trained,
     mark_complete,
@@ -29,7 +29,7 @@ from mmphi.training.nan_guard import FiniteLoss
 from mmphi.training.throughput import StepLoss, Throughput
 
 
-class Borrowed(nn.Module):
+class TaskWrapper(nn.Module):
     """Holds a task, so that what accelerate wraps and patches is this, and the task stays as it was."""
 
     def __init__(self, task: nn.Module) -> None:
@@ -42,7 +42,7 @@ class Borrowed(nn.Module):
         return loss
 
 
-class Loop(Trainer):
+class ExactLossTrainer(Trainer):
     """transformers' Trainer for tasks, one batch of the dataset a forward pass.
 
     Args:
@@ -69,12 +69,12 @@ class Loop(Trainer):
         throughput: Throughput,
         step_loss: StepLoss,
         validate: Callable[[int], Mapping[str, float]] | None,
-        beside: Beside | None = None,
-        best: Best | None = None,
+        beside: ExtraCheckpointState | None = None,
+        best: BestCheckpoint | None = None,
         **kwargs: Any,
     ) -> None:
         # A loss function that is given tells the Trainer that the loss is normalised over the accumulated batch.
-        super().__init__(model=Borrowed(task), compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
+        super().__init__(model=TaskWrapper(task), compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
         self.task, self.state_tensors, self.settings, self.tracker = task, state, settings, tracker
         self.throughput, self.step_loss, self.validate = throughput, step_loss, validate
         self.beside, self.best = beside, best

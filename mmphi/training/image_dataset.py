@@ -17,7 +17,7 @@ from mmphi.errors import ImageError
 KEPT_BYTES = 512 * 1024**2  # Decoded images that each process keeps.
 
 
-class Pixels(Dataset[Tensor]):
+class ImageDataset(Dataset[Tensor]):
     """Images decoded and preprocessed when asked for.
 
     Args:

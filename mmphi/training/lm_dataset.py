@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmphi.data.token_shards import Tokens
+from mmphi.data.token_shards import TokenShards
 from mmphi.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 
 
-class Stream:
+class TokenStream:
     """The predictions of one source, over and over; position p is in epoch ``p // tokens``.
 
     Args:
@@ -32,7 +32,7 @@ class Stream:
         seed: Of the order.
     """
 
-    def __init__(self, tokens: Tokens, source: int, seed: int) -> None:
+    def __init__(self, tokens: TokenShards, source: int, seed: int) -> None:
         self.data, self.source, self.seed = tokens, source, seed
         self.stretches = tokens.of(source)
         self.tokens = int(tokens.lengths(self.stretches).sum())
@@ -57,7 +57,7 @@ class Stream:
         return found
 
 
-class Turns:
+class SourceScheduler:
     """Whose turn it is to fill a row: always the source that is furthest behind its share.
 
     Args:
@@ -108,7 +108,7 @@ def batch_of(rows: Sequence[Mapping[str, npt.NDArray[np.int64]]], step_tokens: i
     return batch
 
 
-class TextSteps(Dataset[dict[str, Tensor]]):
+class LMDataset(Dataset[dict[str, Tensor]]):
     """The batches of every optimiser step, by index: a pure function of corpus, seed and step.
 
     Batch ``i`` belongs to step ``i // passes``. A step has the same rows however many passes it is spread over.
@@ -127,15 +127,23 @@ class TextSteps(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, tokens: Tokens, weights: Sequence[float], *, context: int, rows: int, passes: int, steps: int, seed: int
+        self,
+        tokens: TokenShards,
+        weights: Sequence[float],
+        *,
+        context: int,
+        rows: int,
+        passes: int,
+        steps: int,
+        seed: int,
     ) -> None:
         if rows % passes:
             raise ValueError(f"{rows} rows cannot be spread evenly over {passes} forward passes")
-        self.streams = [Stream(tokens, source, seed) for source in range(len(weights))]
+        self.streams = [TokenStream(tokens, source, seed) for source in range(len(weights))]
         if not all(stream.tokens for stream in self.streams):
             raise DataError("a source of the corpus has nothing to train on", "give more text, or leave it out")
         self.tokens = sum(stream.tokens for stream in self.streams)
-        self.turns = Turns(weights if any(weights) else [stream.tokens for stream in self.streams])
+        self.turns = SourceScheduler(weights if any(weights) else [stream.tokens for stream in self.streams])
         self.context, self.rows, self.passes, self.steps = context, rows, passes, steps
 
     def __len__(self) -> int:

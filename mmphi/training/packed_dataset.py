@@ -17,14 +17,14 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from mmphi.config.shared import TrainingSettings
-from mmphi.text.packing import ROWS, Layout, Pack, SpanFeatures, pack, partition
+from mmphi.text.packing import ROWS, Layout, PackedBatch, SpanFeatures, pack, partition
 from mmphi.text.shared_prefix import bundled
-from mmphi.text.tokenized_example import Sample
-from mmphi.training.hard_negatives import Unit, side_by_side, with_foils
+from mmphi.text.tokenized_example import TokenizedExample
+from mmphi.training.hard_negatives import PackUnit, side_by_side, with_foils
 from mmphi.training.training_args import world_size
 
 
-class Order:
+class ShuffledOrder:
     """Which of some things each optimiser step takes: all of them in turn, shuffled anew each time all were seen.
 
     Args:
@@ -52,7 +52,7 @@ class Order:
         return [int(self._order(place // self.count)[place % self.count]) for place in places]
 
 
-class PackedSteps(Dataset[Pack]):
+class PackedStepDataset(Dataset[PackedBatch]):
     """The packs of every optimiser step of a training, by index: a pure function of samples, seed and step.
 
     Pack ``i`` belongs to step ``i // packs_per_step``. Samples are shuffled anew each time all were seen. Nothing is
@@ -74,7 +74,7 @@ class PackedSteps(Dataset[Pack]):
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[TokenizedExample],
         features: Mapping[str, SpanFeatures],
         *,
         steps: int,
@@ -99,12 +99,12 @@ class PackedSteps(Dataset[Pack]):
         self._turn = np.arange(len(samples))
         for turn, group in enumerate(groups or ()):
             self._turn[group] = turn
-        self.chosen = Order(len(samples), batch_size, seed, groups).chosen
+        self.chosen = ShuffledOrder(len(samples), batch_size, seed, groups).chosen
 
     def __len__(self) -> int:
         return self.steps * self.packs_per_step
 
-    def step(self, step: int) -> list[Sample]:
+    def step(self, step: int) -> list[TokenizedExample]:
         """The samples of one optimiser step."""
         first, count = step * self.batch_size, len(self.samples)
         return [
@@ -131,7 +131,7 @@ class PackedSteps(Dataset[Pack]):
     def _supervised_of(self, step: int) -> int:
         return sum(int(s.supervised.sum()) for s in self.step(step))
 
-    def __getitem__(self, index: int) -> Pack:
+    def __getitem__(self, index: int) -> PackedBatch:
         samples = self.step(index // self.packs_per_step)
         total = sum(int(s.supervised.sum()) for s in samples)
         if self.contrast and index // self.packs_per_step >= self.contrast_from:
@@ -143,17 +143,17 @@ class PackedSteps(Dataset[Pack]):
         own = [samples[i] for b in shares[index % self.packs_per_step] for i in bundles[b].members]
         return pack(own, self.features, total, layout=self.layout, share=self.together > 1)
 
-    def _against_foils(self, samples: Sequence[Sample], total: int, part: int) -> Pack:
+    def _against_foils(self, samples: Sequence[TokenizedExample], total: int, part: int) -> PackedBatch:
         units = with_foils(samples)
         if len(units) < self.packs_per_step:
-            units = [Unit((sample,), ()) for sample in samples]
+            units = [PackUnit((sample,), ()) for sample in samples]
         share = partition([unit.length() for unit in units], self.packs_per_step)[part]
         own, foils = side_by_side([units[i] for i in share])
         how: dict[str, Any] = {"layout": self.layout, "share": True, "foils": foils, "contrast": self.contrast}
         return pack(own, self.features, total, **how)
 
 
-def grouped(samples: Sequence[Sample], together: int) -> list[npt.NDArray[np.int64]]:
+def grouped(samples: Sequence[TokenizedExample], together: int) -> list[npt.NDArray[np.int64]]:
     """Sequences about the same images, by index, in groups of at most ``together``."""
     about: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
@@ -166,7 +166,7 @@ def grouped(samples: Sequence[Sample], together: int) -> list[npt.NDArray[np.int
     ]
 
 
-def seen_by(sample: Sample, view: int) -> Sample:
+def seen_by(sample: TokenizedExample, view: int) -> TokenizedExample:
     """A sequence with a view of its images."""
     if not view:
         return sample
@@ -178,7 +178,7 @@ def seen_by(sample: Sample, view: int) -> Sample:
 
 
 def packed_steps(
-    samples: Sequence[Sample],
+    samples: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
     settings: TrainingSettings,
     *,
@@ -187,12 +187,12 @@ def packed_steps(
     together: int = 1,
     contrast: float = 0.0,
     contrast_from: float = 0.0,
-) -> PackedSteps:
+) -> PackedStepDataset:
     """The packs of a training as its settings have it, over all processes that train together.
 
-    ``contrast_from`` is a share of its steps; for the others see :class:`PackedSteps`.
+    ``contrast_from`` is a share of its steps; for the others see :class:`PackedStepDataset`.
     """
-    return PackedSteps(
+    return PackedStepDataset(
         samples,
         features,
         steps=settings.steps,

@@ -22,7 +22,7 @@ SIDE, TRIES = 1024, 5
 
 
 @dataclass(frozen=True)
-class Peak:
+class PeakFlops:
     """A speed to compare with.
 
     Attributes:
@@ -34,7 +34,7 @@ class Peak:
     name: str
 
 
-def peak(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> Peak:
+def peak(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> PeakFlops:
     """The peak of this process's device: as given, by its data sheet, or measured.
 
     Args:
@@ -42,16 +42,16 @@ def peak(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> Peak:
         dtype: What matrices are multiplied in, where it is measured.
     """
     if tflops:
-        return Peak(tflops * 1e12, f"{tflops:g} TFLOP/s as given")
+        return PeakFlops(tflops * 1e12, f"{tflops:g} TFLOP/s as given")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
         for name, value in PEAKS.items():
             if name in device and dtype == torch.bfloat16:
-                return Peak(value * 1e12, f"{device}, {value:g} TFLOP/s bf16 by its data sheet")
+                return PeakFlops(value * 1e12, f"{device}, {value:g} TFLOP/s bf16 by its data sheet")
     return measured(dtype)
 
 
-def measured(dtype: torch.dtype) -> Peak:
+def measured(dtype: torch.dtype) -> PeakFlops:
     """The best of a few products of square matrices."""
     cuda = torch.cuda.is_available()
     matrix = torch.randn(SIDE, SIDE).to("cuda" if cuda else "cpu", dtype)
@@ -65,6 +65,6 @@ def measured(dtype: torch.dtype) -> Peak:
             torch.cuda.synchronize()
         best = max(best, 2 * SIDE**3 / (time.perf_counter() - begun))
     device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads of this CPU"
-    return Peak(
+    return PeakFlops(
         best, f"{device}, {best / 1e12:.3g} TFLOP/s {str(dtype).removeprefix('torch.')} in a product measured here"
     )

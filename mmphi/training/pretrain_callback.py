@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mmphi.errors import TrainingError
 from mmphi.tracking.tracker import Tracker
-from mmphi.training.peak_flops import Peak
-from mmphi.training.stop_criteria import Stop
+from mmphi.training.peak_flops import PeakFlops
+from mmphi.training.stop_criteria import StopCriteria
 from mmphi.training.throughput import StepLoss, Throughput
 
 EVERY_STEP = 200  # Losses are recorded one by one so far; later as means over the logging interval.
@@ -23,7 +23,7 @@ INITIAL_TOLERANCE = 0.5  # Nats that the first loss may be away from ln(vocabula
 SECONDS, TOKENS, INITIAL, ENDED = range(4)
 
 
-class Progress(TrainerCallback):
+class PretrainCallback(TrainerCallback):
     """Counts, tells and ends a pretraining; its own state is part of every checkpoint.
 
     A step's loss is that of its batch before its update: the first is that of a model that has learned nothing.
@@ -47,13 +47,13 @@ class Progress(TrainerCallback):
     def __init__(
         self,
         tracker: Tracker,
-        stop: Stop,
+        stop: StopCriteria,
         targets: Mapping[str, float],
         *,
         step_tokens: int,
         vocabulary: int,
         flops: Callable[[int, int], float],
-        peak: Peak,
+        peak: PeakFlops,
         throughput: Throughput,
         step_loss: StepLoss,
     ) -> None:

@@ -20,7 +20,7 @@ Ids = npt.NDArray[np.int64]
 
 
 @dataclass
-class Group:
+class DocumentGroup:
     """Documents that came together, and leave together.
 
     Attributes:
@@ -39,7 +39,7 @@ class Group:
         self.tokens = sum(len(ids) - 1 for ids in self.documents)
 
 
-class Window:
+class ReplayBuffer:
     """Documents at hand, and the order in which they are seen.
 
     Args:
@@ -53,7 +53,7 @@ class Window:
 
     def __init__(self, tokens: int, passes: int, seed: int) -> None:
         self.limit, self.passes, self.seed = tokens, passes, seed
-        self.groups: deque[Group] = deque()
+        self.groups: deque[DocumentGroup] = deque()
         self.times: Counter[int] = Counter()
         self._queue: list[tuple[int, int, int, int]] = []  # Times seen, order, number of the group, place in it.
         self._first = self._arrived = 0  # Number of the first group, and of groups in all.
@@ -76,10 +76,10 @@ class Window:
 
     def add(self, name: str, documents: Sequence[Ids]) -> None:
         """Take documents in; what was seen and has no place any longer leaves."""
-        self._enter(Group(name, [ids for ids in documents if len(ids) > 1]))
+        self._enter(DocumentGroup(name, [ids for ids in documents if len(ids) > 1]))
         self._tidy()
 
-    def _enter(self, group: Group) -> None:
+    def _enter(self, group: DocumentGroup) -> None:
         self.groups.append(group)
         for place, seen in enumerate(group.seen):
             self._enqueue(self._arrived, place, seen)
@@ -94,7 +94,7 @@ class Window:
             order = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
         heapq.heappush(self._queue, (seen, order, number, place))
 
-    def _group(self, number: int) -> Group:
+    def _group(self, number: int) -> DocumentGroup:
         return self.groups[number - self._first]
 
     def take(self, count: int, more: Callable[[], bool]) -> list[Ids]:
@@ -143,7 +143,7 @@ class Window:
                 heapq.heapify(self._queue)
             self._first += 1
 
-    def _may_leave(self, group: Group, crowded: bool) -> bool:
+    def _may_leave(self, group: DocumentGroup, crowded: bool) -> bool:
         if self._current is not None and self._current[0] == self._first:
             return False
         least = min(group.seen, default=self.passes)
@@ -182,7 +182,7 @@ class Window:
         self._current = tuple(state["current"]) if state["current"] is not None else None
         for group in state["groups"]:
             kept = [ids for ids in documents(group["name"]) if len(ids) > 1]
-            self._enter(Group(group["name"], kept, list(group["seen"])))
+            self._enter(DocumentGroup(group["name"], kept, list(group["seen"])))
         if self._current is not None:  # It was taken from the queue already.
             self._queue = [entry for entry in self._queue if entry[2:] != self._current[:2]]
             heapq.heapify(self._queue)

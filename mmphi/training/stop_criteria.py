@@ -14,7 +14,7 @@ HINT = "write initial-1, loss 5, tokens 2M, steps 1000 or time 20m; or several, 
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopCriteria:
     """Conditions, of which the first to hold ends the training.
 
     Attributes:
@@ -56,7 +56,7 @@ class Stop:
         return f"{seconds:.0f} s of training" if seconds >= self.seconds else ""
 
 
-def parse_stop(text: str) -> Stop:
+def parse_stop(text: str) -> StopCriteria:
     """Conditions as typed.
 
     >>> parse_stop("initial-1, tokens 2M")
@@ -79,7 +79,7 @@ def parse_stop(text: str) -> Stop:
             raise SettingsError(f"pretrain.stop: {part!r} is no condition", HINT)
     if not found:
         raise SettingsError("pretrain.stop is empty", HINT)
-    return Stop(**found)
+    return StopCriteria(**found)
 
 
 def _number(text: str, part: str) -> float:

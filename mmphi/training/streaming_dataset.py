@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmphi.errors import DataError
-from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.shard_reader import ShardReader
 from mmphi.textgen.shards import Document, ShardName
 from mmphi.training.lm_dataset import batch_of, row_of
-from mmphi.training.replay_buffer import Ids, Window
+from mmphi.training.replay_buffer import Ids, ReplayBuffer
 
 LOOK_S = 1.0
 KEPT = 4  # States that are remembered: the loop asks for batches before it is done with the ones before them.
 PATIENCE_S = 1800.0
 
 
-class StreamSteps(Dataset[dict[str, Tensor]]):
+class StreamingDataset(Dataset[dict[str, Tensor]]):
     """The batches of every optimiser step, in their order, from documents as they come.
 
     Args:
@@ -41,9 +41,9 @@ class StreamSteps(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ShardReader,
         encode: Callable[[Document], Ids],
-        window: Window,
+        window: ReplayBuffer,
         *,
         context: int,
         rows: int,

@@ -19,22 +19,22 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from mmphi.config.shared import TrainingSettings
 from mmphi.errors import Stopped
 from mmphi.tracking.tracker import Tracker
-from mmphi.training.best_checkpoint import Best
-from mmphi.training.callbacks import EvaluateEvery, Monitor, StopWhenAsked
+from mmphi.training.best_checkpoint import BestCheckpoint
+from mmphi.training.callbacks import EvaluationCallback, GracefulStopCallback, MetricsCallback
 from mmphi.training.checkpoints import (
-    Beside,
+    ExtraCheckpointState,
     complete_checkpoints,
     load_trained,
     prune,
     step_of,
 )
-from mmphi.training.hf_trainer import Loop
+from mmphi.training.hf_trainer import ExactLossTrainer
 from mmphi.training.throughput import StepLoss, Throughput
 from mmphi.training.training_args import arguments_of, optimizer_of, world_rank
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """How a training ended.
 
     Attributes:
@@ -71,9 +71,9 @@ def train(
     throughput: Throughput | None = None,
     step_loss: StepLoss | None = None,
     ended: Callable[[], bool] = lambda: False,
-    beside: Beside | None = None,
+    beside: ExtraCheckpointState | None = None,
     keep_best: bool = False,
-) -> Trained:
+) -> TrainingResult:
     """Train whatever in ``task`` requires gradients.
 
     Args:
@@ -107,12 +107,12 @@ def train(
     if done:
         load_trained(task, done[-1], state)
         if ended():
-            return Trained(step_of(done[-1]), step_of(done[-1]), step_of(done[-1]), {})
+            return TrainingResult(step_of(done[-1]), step_of(done[-1]), step_of(done[-1]), {})
         if beside is not None:
             beside.load(done[-1], step_of(done[-1]))
-    best = Best(folder, task, state) if keep_best else None
-    with StopWhenAsked() as stop:
-        loop = Loop(
+    best = BestCheckpoint(folder, task, state) if keep_best else None
+    with GracefulStopCallback() as stop:
+        loop = ExactLossTrainer(
             task,
             state=state or {},
             settings=settings,
@@ -126,7 +126,12 @@ def train(
             train_dataset=steps,
             data_collator=_only,
             optimizers=(optimizer or optimizer_of(task, settings), None),
-            callbacks=[Monitor(tracker, title, throughput), EvaluateEvery(settings.eval_every), stop, *callbacks],
+            callbacks=[
+                MetricsCallback(tracker, title, throughput),
+                EvaluationCallback(settings.eval_every),
+                stop,
+                *callbacks,
+            ],
         )
         for default in (PrinterCallback, ProgressCallback):
             loop.remove_callback(default)
@@ -141,7 +146,7 @@ def train(
         raise Stopped(f"stopped after step {loop.state.global_step}; the same command goes on from there")
     taken, resumed = loop.state.global_step, step_of(done[-1]) if done else 0
     if best is None or best.step < 0 or world_rank() != 0:
-        return Trained(taken, resumed, taken, {})
+        return TrainingResult(taken, resumed, taken, {})
     best.take()
     tracker.say(f"{title}: the weights of step {best.step} are taken, where the validation loss was lowest")
-    return Trained(taken, resumed, best.step, best.figures)
+    return TrainingResult(taken, resumed, best.step, best.figures)

@@ -18,12 +18,12 @@ from optuna.trial import TrialState
 from toy_studies import STEPS, STUDY, drive, driver, loss, results
 
 from ablations.driver import TrialError
-from ablations.finished_trials import Results
-from ablations.study_run import Record
-from ablations.trials import Cell
+from ablations.finished_trials import FinishedTrials
+from ablations.study_run import StudyRun
+from ablations.trials import TrialSpec
 from ablations.tuning import tuning_of
 from mmphi.errors import SettingsError, StoreError
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.study_query import Trial, load_study
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
@@ -53,7 +53,7 @@ def begin(seeds: int, workers: int = 2, **environment: str) -> subprocess.Popen[
 
 
 def runs_now() -> list[Trial]:
-    return list(load_study(Store(), "toy").trials)
+    return list(load_study(TrackingStore(), "toy").trials)
 
 
 def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
@@ -64,7 +64,7 @@ def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
     outcomes = made.ledgers["tuning"].outcomes()
     assert tuning_of(STUDY, "one", outcomes).chosen == {"projector.learning_rate": 1e-2}
     assert tuning_of(STUDY, "three", outcomes).chosen == {"projector.learning_rate": 1e-3}
-    data = load_study(Store(), "toy", ["val/loss"])
+    data = load_study(TrackingStore(), "toy", ["val/loss"])
     runs = Counter((t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials)
     assert set(runs.values()) == {1}
     assert len(runs) == 6 + 9
@@ -81,7 +81,7 @@ def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
     assert order == sorted(order)
     # Once more: nothing is left to do, and nothing is done.
     drive(driver())
-    assert len(load_study(Store(), "toy").trials) == len(data.trials)
+    assert len(load_study(TrackingStore(), "toy").trials) == len(data.trials)
 
 
 def test_results_with_a_reason(empty_store: str) -> None:
@@ -104,7 +104,7 @@ def test_results_with_a_reason(empty_store: str) -> None:
     assert reasons["no number"] == "test/loss = nan at step 8"
     assert reasons["infinite"] == "test/loss = inf at step 8"
     assert made.wanted() == []
-    data = load_study(Store(), "toy")
+    data = load_study(TrackingStore(), "toy")
     assert data.values("test/loss")["no number"] == data.values("test/loss")["infinite"] == {}
     failed = data.failed()
     assert Counter(t.level for t in failed) == dict.fromkeys(["nan", "full", "no number", "infinite"], 2)
@@ -121,7 +121,7 @@ def test_worker_that_dies_is_replaced_and_its_trial_asked_again(
     drive(made)
     assert set(results(made)) == {"verdict/two/0", "verdict/three/0"}
     assert any("died by signal 9; asking again" in line for line in said)
-    data = load_study(Store(), "toy")
+    data = load_study(TrackingStore(), "toy")
     assert Counter(t.status for t in data.trials) == {"FINISHED": 2, "KILLED": 1}
     assert data.failed() == []  # The killed one was gone on with.
 
@@ -162,7 +162,7 @@ def test_cells_that_a_dead_driver_left_waiting_or_running_are_run(empty_store: s
     )  # ... and before it did.
     drive(driver(study))
     assert judged(results(made)) == pytest.approx(expected(1))
-    assert Counter(t.level for t in load_study(Store(), "toy").trials) == {"one": 3, "two": 3, "three": 3}
+    assert Counter(t.level for t in load_study(TrackingStore(), "toy").trials) == {"one": 3, "two": 3, "three": 3}
     assert verdict.running() == tuning.running() == set()
 
 
@@ -205,7 +205,7 @@ def test_changes_while_it_runs(empty_store: str) -> None:
     """A level is stopped, one is added, seeds are added: each trial that was finished stays."""
     study = replace(STUDY, seeds=1)
     drive(driver(study))
-    before = {t.run_id for t in load_study(Store(), "toy").trials}
+    before = {t.run_id for t in load_study(TrackingStore(), "toy").trials}
     from ablations.study_cli import studies
 
     studies(["toy", "--stop", "one"])
@@ -217,7 +217,7 @@ def test_changes_while_it_runs(empty_store: str) -> None:
     assert values == pytest.approx(
         expected(2, {"two": 2, "three": 3, "four": 4}) | {"verdict/one/0": loss(1, 1e-2, 0) + 0.01}
     )
-    data = load_study(Store(), "toy")
+    data = load_study(TrackingStore(), "toy")
     assert before < {t.run_id for t in data.trials}
     assert (data.stopped, data.seeds, data.levels) == (["one"], 2, ["one", "two", "three", "four"])
     assert [c["what"] for c in data.changes] == ["stop", "add", "seeds"]
@@ -246,25 +246,25 @@ def test_study_begun_as_something_else_is_refused(empty_store: str) -> None:
 def test_a_study_goes_on_where_a_setting_was_introduced_since(empty_store: str) -> None:
     declared = STUDY.declaration()
     settings = {name: value for name, value in declared["settings"].items() if name != "vision.quick_gelu"}
-    Record.open(Store(), "toy", declared | {"settings": settings})
-    assert Record.open(Store(), "toy", declared).declaration()["settings"] == settings
+    StudyRun.open(TrackingStore(), "toy", declared | {"settings": settings})
+    assert StudyRun.open(TrackingStore(), "toy", declared).declaration()["settings"] == settings
     changed = declared | {"settings": {**declared["settings"], "vision.quick_gelu": "yes"}}
     with pytest.raises(SettingsError, match=r"settings\.vision\.quick_gelu is yes, was not there"):
-        Record.open(Store(), "toy", changed)
+        StudyRun.open(TrackingStore(), "toy", changed)
 
 
 def test_two_drivers_that_begin_at_once_share_one_record(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two machines, where no lock of a file holds: neither sees the other's record at first."""
-    first = Record.open(Store(), "toy", STUDY.declaration())
-    find, seen = Record.find, []
+    first = StudyRun.open(TrackingStore(), "toy", STUDY.declaration())
+    find, seen = StudyRun.find, []
 
-    def blind(store: Store, name: str) -> Record | None:
+    def blind(store: TrackingStore, name: str) -> StudyRun | None:
         seen.append(name)
         return None if len(seen) == 1 else find(store, name)
 
-    monkeypatch.setattr(Record, "find", blind)
-    assert Record.open(Store(), "toy", STUDY.declaration()).run_id == first.run_id
-    assert [run.info.run_id for run in Store().search(study_record="toy")] == [first.run_id]
+    monkeypatch.setattr(StudyRun, "find", blind)
+    assert StudyRun.open(TrackingStore(), "toy", STUDY.declaration()).run_id == first.run_id
+    assert [run.info.run_id for run in TrackingStore().search(study_record="toy")] == [first.run_id]
 
 
 def test_a_trial_that_another_driver_failed_ends_no_driver(empty_store: str) -> None:
@@ -281,7 +281,7 @@ def test_a_trial_that_another_driver_failed_ends_no_driver(empty_store: str) -> 
 
 
 def test_texts_that_are_tuned_have_no_quotes_in_the_names_of_their_cells() -> None:
-    cell = Cell("tuning", "one", 1000, {"projector.optimizer": "muon", "projector.learning_rate": 1e-3})
+    cell = TrialSpec("tuning", "one", 1000, {"projector.optimizer": "muon", "projector.learning_rate": 1e-3})
     assert cell.name == "tuning/one/1000/projector.learning_rate=0.001, projector.optimizer=muon"
 
 
@@ -300,13 +300,15 @@ def test_what_another_study_found_is_shown_in_both(empty_store: str) -> None:
     study = replace(STUDY, nuisance={}, seeds=1, levels={"two": 2, "three": 3})
     drive(driver(study, "first"))
     drive(driver(replace(study, question="Again?", levels={"two": 2, "deep": 3}), "second"))
-    first, second = (load_study(Store(), name, ["val/loss"]) for name in ("first", "second"))
+    first, second = (load_study(TrackingStore(), name, ["val/loss"]) for name in ("first", "second"))
     one, other = first.results()["three"][0], second.results()["deep"][0]
     assert other.tags["mmphi.reuses"] == one.run_id
     assert other.metrics["test/loss"] == one.metrics["test/loss"]
     assert second.curves[other.run_id] == first.curves[one.run_id]
     assert other.params["projector.layers"] == "3"
-    assert Store().is_result(Store().run(other.run_id)) is False  # It shows a result, and is none itself.
+    assert (
+        TrackingStore().is_result(TrackingStore().run(other.run_id)) is False
+    )  # It shows a result, and is none itself.
 
 
 @pytest.mark.slow
@@ -342,7 +344,7 @@ def test_killed_repeatedly_the_study_ends_as_if_nothing_had_been(empty_store: st
     assert process.wait(240) == 0
     made = driver(replace(STUDY, seeds=seeds))
     assert judged(results(made)) == pytest.approx(expected(seeds))
-    data = load_study(Store(), "toy")
+    data = load_study(TrackingStore(), "toy")
     assert sum(t.status == "KILLED" for t in data.trials) >= 1
     finished = Counter(
         (t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials if t.finished
@@ -363,12 +365,12 @@ def trials_so_far() -> list[Trial]:
 
 def test_record_without_its_declaration(empty_store: str) -> None:
     made = driver()
-    folder = Store().local_folder(Store().run(made.record.run_id))
+    folder = TrackingStore().local_folder(TrackingStore().run(made.record.run_id))
     assert folder is not None
     (folder / "study.json").unlink()
     with pytest.raises(StoreError, match=r"has no study.json"):
-        load_study(Store(), "toy")
-    record = Record.find(Store(), "toy")
+        load_study(TrackingStore(), "toy")
+    record = StudyRun.find(TrackingStore(), "toy")
     assert record is not None
     with pytest.raises(StoreError, match=r"has no study.json"):
         record.declaration()
@@ -377,15 +379,15 @@ def test_record_without_its_declaration(empty_store: str) -> None:
 def test_a_trial_whose_run_was_deleted_is_run_again(empty_store: str) -> None:
     study = replace(STUDY, seeds=2)
     drive(driver(study))
-    before = load_study(Store(), "toy")
+    before = load_study(TrackingStore(), "toy")
     gone = [before.results()["three"][1].run_id, before.results("tuning")["one"][1000].run_id]
     for run_id in gone:
-        Store().client.delete_run(run_id)
-    assert load_study(Store(), "toy").missing() == [("three", 1)]
+        TrackingStore().client.delete_run(run_id)
+    assert load_study(TrackingStore(), "toy").missing() == [("three", 1)]
     made = driver(study)
     assert sorted(cell.level for cell in made.wanted()) == ["one"]  # What is tuned comes first.
     drive(made)
-    data = load_study(Store(), "toy")
+    data = load_study(TrackingStore(), "toy")
     assert data.missing() == made.wanted() == []
     assert judged(results(made)) == pytest.approx(expected(2))
     assert len(data.trials) == len(before.trials)
@@ -394,12 +396,12 @@ def test_a_trial_whose_run_was_deleted_is_run_again(empty_store: str) -> None:
 
 def test_a_study_that_is_begun_again_after_all_of_it_was_deleted(empty_store: str) -> None:
     drive(driver(replace(STUDY, seeds=1)))
-    for run in Store().client.search_runs([Store().experiment()]):
-        Store().client.delete_run(run.info.run_id)
+    for run in TrackingStore().client.search_runs([TrackingStore().experiment()]):
+        TrackingStore().client.delete_run(run.info.run_id)
     made = driver(replace(STUDY, seeds=1, fixed={"projector.steps": STEPS + 1}))
     assert len(made.wanted()) == 6  # Nothing that was tuned with other settings counts.
     drive(made)
-    data = load_study(Store(), "toy")
+    data = load_study(TrackingStore(), "toy")
     assert data.missing() == []
     assert {t.params["projector.steps"] for t in data.trials} == {str(STEPS + 1)}
     # The same driver once more finds its own trials.
@@ -409,13 +411,13 @@ def test_a_study_that_is_begun_again_after_all_of_it_was_deleted(empty_store: st
 def test_trials_of_an_earlier_study_of_the_same_name_are_not_reported(empty_store: str) -> None:
     study = replace(STUDY, seeds=1, nuisance={})
     drive(driver(study))
-    record = Record.find(Store(), "toy")
+    record = StudyRun.find(TrackingStore(), "toy")
     assert record is not None
-    Store().client.delete_run(record.run_id)
+    TrackingStore().client.delete_run(record.run_id)
     made = driver(replace(study, fixed={"projector.steps": STEPS + 1}))
-    assert load_study(Store(), "toy").trials == []
+    assert load_study(TrackingStore(), "toy").trials == []
     drive(made)
-    assert {t.params["projector.steps"] for t in load_study(Store(), "toy").trials} == {str(STEPS + 1)}
+    assert {t.params["projector.steps"] for t in load_study(TrackingStore(), "toy").trials} == {str(STEPS + 1)}
 
 
 def test_trials_in_optuna_of_an_earlier_version_are_gone_on_with(empty_store: str) -> None:
@@ -432,14 +434,14 @@ def test_a_study_of_an_earlier_version_without_tuning_is_gone_on_with(empty_stor
     study = replace(STUDY, nuisance={}, tuning_extensions=3, tuning_seeds=(1000, 1001, 1002))
     later = ("tuning_extensions", "looks", "replicate", "replicates", "also")
     earlier = {name: value for name, value in study.declaration().items() if name not in later}
-    first = Record.open(Store(), "toy", earlier | {"tuning_seeds": [1000]})
-    assert Record.open(Store(), "toy", study.declaration()).run_id == first.run_id
+    first = StudyRun.open(TrackingStore(), "toy", earlier | {"tuning_seeds": [1000]})
+    assert StudyRun.open(TrackingStore(), "toy", study.declaration()).run_id == first.run_id
 
 
 def test_an_evaluation_that_the_store_cannot_show_now_is_not_deleted(
     empty_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = Store()
+    store = TrackingStore()
 
     def away(run_id: str) -> None:
         raise MlflowException("timeout", error_code="TEMPORARILY_UNAVAILABLE")
@@ -448,12 +450,12 @@ def test_an_evaluation_that_the_store_cannot_show_now_is_not_deleted(
     with pytest.raises(MlflowException, match="timeout"):
         store.run_if_there("0" * 32)
     monkeypatch.undo()
-    assert Store().run_if_there("0" * 32) is None
+    assert TrackingStore().run_if_there("0" * 32) is None
 
 
 def test_deleted_runs_are_looked_for_once(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked, store = [], Store()
-    results = Results(store, "toy")
+    looked, store = [], TrackingStore()
+    results = FinishedTrials(store, "toy")
     monkeypatch.setattr(store, "search", lambda **tags: looked.append(tags) or iter(()))
     for _ in range(3):
         assert results.gone(["one"]) == {"one"}

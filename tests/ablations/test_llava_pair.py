@@ -16,11 +16,11 @@ from ablations.benchmarks import ablation, llava_script
 from ablations.benchmarks.llava_pair import IMAGE_TOKEN, PAD, make_models
 from mmphi.config import LanguageSettings, VisionSettings
 from mmphi.models.language.language_model import load_language
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.models.vision.vision_encoder import load_tower
 from mmphi.text.packing import pack
-from mmphi.text.tokenized_example import Sample, Span
+from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     for number, length in enumerate((5, 9, 3)):
         ids = np.array([50256, *[0] * tower.tokens, *rng.integers(0, 50000, length), 50256], np.int32)
         supervised = np.arange(len(ids)) > tower.tokens
-        samples.append(Sample(ids, supervised, (Span("image", number, 1, tower.tokens),)))
+        samples.append(TokenizedExample(ids, supervised, (FeatureSpan("image", number, 1, tower.tokens),)))
         at = {"image": str(paths[number]), "image_at": [1, tower.tokens]}
         rows.append({"ids": ids.tolist(), "supervised": supervised.tolist(), **at})
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     language = load_language(LanguageSettings(model=str(tmp_path / "language")), None, torch.device("cpu"))
     batch = pack(samples, {"image": Stored()})
     with torch.inference_mode():
-        ours = PackedModel(language.model, image=projector)(**batch) / batch["step_tokens"]
+        ours = PackedVLM(language.model, image=projector)(**batch) / batch["step_tokens"]
     work = {
         "language": str(tmp_path / "language"),
         "vision": str(tmp_path / "vision"),

@@ -25,11 +25,11 @@ from toy_studies import COMMAND, STUDY, driver, results
 
 from ablations.paths import logs_folder, search_ledger
 from ablations.search_driver import SearchDriver
-from ablations.study_run import Record
-from ablations.trial_storage import Ledger, connect
-from ablations.trials import Cell
+from ablations.study_run import StudyRun
+from ablations.trial_storage import TrialStorage, connect
+from ablations.trials import TrialSpec
 from mmphi.errors import SettingsError, StoreError
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.study_query import Trial, load_study
 
 pytestmark = [pytest.mark.database, pytest.mark.usefixtures("forked_workers")]
@@ -79,7 +79,7 @@ def begin(seeds: int, storage: str, **environment: str) -> subprocess.Popen[str]
 def begun_trials() -> list[Trial]:
     """None while the study's record is still being written."""
     try:
-        return list(load_study(Store(), "toy").trials)
+        return list(load_study(TrackingStore(), "toy").trials)
     except (SettingsError, StoreError):
         return []
 
@@ -106,15 +106,15 @@ def test_two_drivers_share_a_study_and_one_dies(empty_store: str, server: str) -
     assert sum(name.startswith("verdict/") for name in found) == 6
     made = driver(study, storage=server)
     assert results(made) == pytest.approx(found)
-    data = load_study(Store(), "toy")
+    data = load_study(TrackingStore(), "toy")
     runs = Counter((t.phase, t.level, t.seed, t.params["projector.learning_rate"]) for t in data.trials if t.finished)
     assert set(runs.values()) == {1}
     assert data.missing() == []
 
 
 def test_a_cell_that_two_drivers_ask_for_goes_to_one(server: str) -> None:
-    ledgers = [Ledger(server, "race", ["minimize"]) for _ in range(2)]
-    cell = Cell("verdict", "two", 0)
+    ledgers = [TrialStorage(server, "race", ["minimize"]) for _ in range(2)]
+    cell = TrialSpec("verdict", "two", 0)
     first = ledgers[0].take(cell, 0)
     assert first is not None
     assert ledgers[1].take(cell, 0) is None
@@ -126,8 +126,8 @@ def test_a_cell_that_two_drivers_ask_for_goes_to_one(server: str) -> None:
 
 def test_silent_driver_loses_its_trials(server: str) -> None:
     """The last heartbeat of one driver is set an hour back in the database."""
-    alive, silent = (Ledger(server, "silent", ["minimize"]) for _ in range(2))
-    kept, lost = Cell("verdict", "two", 0), Cell("verdict", "two", 1)
+    alive, silent = (TrialStorage(server, "silent", ["minimize"]) for _ in range(2))
+    kept, lost = TrialSpec("verdict", "two", 0), TrialSpec("verdict", "two", 1)
     assert alive.take(kept, 0) is not None
     assert silent.take(lost, 0) is not None
     (number,) = silent.mine
@@ -152,8 +152,8 @@ def test_server_that_is_not_there() -> None:
 def test_search_of_two_drivers_has_as_many_trials_as_were_asked_for(empty_store: str, server: str) -> None:
     """One finds what the other left when it fell silent; what both put in the queue is run once."""
     search = replace(SEARCH, pruner="", seeds=(0,), trials=3)
-    store = Store()
-    record = Record.open(store, "shared", search.declaration())
+    store = TrackingStore()
+    record = StudyRun.open(store, "shared", search.declaration())
     one, two = (SearchDriver(search, record, search_ledger(store, "shared", search, server)) for _ in range(2))
     left = one.ledger.study.ask(search.distributions())
     running = two.ledger.study.ask(search.distributions())  # A third driver's, which lives.

@@ -11,10 +11,10 @@ from ablations.paths import logs_folder, search_ledger
 from ablations.search import Range, Search
 from ablations.search_driver import SearchDriver
 from ablations.study_cli import studies
-from ablations.study_run import Record
+from ablations.study_run import StudyRun
 from ablations.watch import table
 from mmphi.errors import SettingsError
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.commands import report
 from reports.study_query import load_study
 
@@ -30,8 +30,8 @@ SEARCH = Search(
 
 
 def drive(search: Search, name: str = "look") -> SearchDriver:
-    store = Store()
-    record = Record.open(store, name, search.declaration())
+    store = TrackingStore()
+    record = StudyRun.open(store, name, search.declaration())
     made = SearchDriver(search, record, search_ledger(store, name, search, ""))
     made.run(1, logs_folder(store, name), command=COMMAND)
     record.finish("FINISHED")
@@ -51,7 +51,7 @@ def test_wilcoxon_over_paired_seeds_and_its_report(empty_store: str, tmp_path: P
     pruned = [t for t in trials if "pruned_after" in t.user_attrs]
     assert pruned  # Worse at every one of the first seeds: it was ended, and got less than the others.
     assert min(t.values[0] for t in pruned) > min(t.values[0] for t in trials)
-    data = load_study(Store(), "look")
+    data = load_study(TrackingStore(), "look")
     assert len(data.trials) == sum(t.user_attrs.get("pruned_after", 7) for t in trials)
     assert report(["ablation", "--study", "look", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
@@ -100,8 +100,8 @@ def test_two_objectives_give_a_front(empty_store: str, tmp_path: Path) -> None:
 def test_trials_of_a_dead_driver_are_run_again_with_their_settings(empty_store: str) -> None:
     """The total is what was asked for, and nothing is trained twice."""
     search = replace(SEARCH, pruner="", seeds=(0, 1), trials=3)
-    store = Store()
-    record = Record.open(store, "look", search.declaration())
+    store = TrackingStore()
+    record = StudyRun.open(store, "look", search.declaration())
     ledger = search_ledger(store, "look", search, "")
     left = ledger.study.ask(search.distributions())  # As a driver leaves it that is killed at once.
     made = drive(search)

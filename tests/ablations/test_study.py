@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ablations.commands import ablate, named_levels
-from ablations.driver import Plan
+from ablations.driver import RevisedStudy
 from ablations.run import fewest_seeds, summary, too_few_seeds
 from ablations.search import Range, Search
 from ablations.study import Study, load, names, settings_of
@@ -198,7 +198,9 @@ def test_a_study_file_is_found_from_where_mlflow_run_was_called(
 
 def test_summary_counts_every_trial_and_names_steps_outside_the_budget() -> None:
     tuned = replace(STUDY, nuisance={"projector.learning_rate": (1e-3, 1e-2)}, tuning_seeds=(1000, 1001))
-    text = summary(Plan(replace(tuned, seeds=6, tokens=3000, fixed={**tuned.fixed, "projector.align_steps": "250"})))
+    text = summary(
+        RevisedStudy(replace(tuned, seeds=6, tokens=3000, fixed={**tuned.fixed, "projector.align_steps": "250"}))
+    )
     levels = len(STUDY.levels)
     assert f"{levels} levels x 6 seeds = {6 * levels} judged trials" in text
     assert f"{4 * levels} tuning trials" in text
@@ -208,10 +210,10 @@ def test_summary_counts_every_trial_and_names_steps_outside_the_budget() -> None
 
 def test_too_few_seeds_for_any_verdict_are_warned_about() -> None:
     levels = {"one": 1, "two": 2, "three": 3}
-    few = Plan(replace(STUDY, levels=levels, baseline="one", seeds=2))
+    few = RevisedStudy(replace(STUDY, levels=levels, baseline="one", seeds=2))
     assert "2 seeds and 2 comparisons the smallest possible p value is 1:" in too_few_seeds(few)
     fewest = fewest_seeds(2)
     assert (smallest_p(fewest) * 2 < 0.05, smallest_p(fewest - 1) * 2 < 0.05) == (True, False)
     assert f"{fewest} seeds are the fewest" in too_few_seeds(few)
-    assert not too_few_seeds(Plan(replace(few.study, seeds=fewest)))
-    assert "3 draws" in too_few_seeds(Plan(replace(few.study, seeds=12, replicates=3)))
+    assert not too_few_seeds(RevisedStudy(replace(few.study, seeds=fewest)))
+    assert "3 draws" in too_few_seeds(RevisedStudy(replace(few.study, seeds=12, replicates=3)))

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from ablations.protocol import Job
+from ablations.protocol import TrialRequest
 from ablations.trial import run_trial
 from mmphi.pipeline.stage import Result
 from mmphi.stages import load_settings
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.study_query import trial_of
 
 TAGS = {"mmphi.study": "one", "mmphi.level": "a", "mmphi.round": "0", "mmphi.phase": "verdict"}
 
 
-def finished(store: Store, tags: dict[str, str], **metrics: float) -> str:
+def finished(store: TrackingStore, tags: dict[str, str], **metrics: float) -> str:
     tracker = store.begin("a run", tags)
     tracker.metrics({name.replace("__", "/"): value for name, value in metrics.items()})
     tracker.flush()
@@ -27,18 +27,18 @@ def finished(store: Store, tags: dict[str, str], **metrics: float) -> str:
 
 
 @pytest.fixture
-def job() -> Job:
+def job() -> TrialRequest:
     settings = load_settings("tiny", {}).model_dump()
-    return Job(1, "projector", settings, "a trial", TAGS, {"study.level": "a"}, "test/loss")
+    return TrialRequest(1, "projector", settings, "a trial", TAGS, {"study.level": "a"}, "test/loss")
 
 
-def pipeline(store: Store, result: Result) -> Any:
+def pipeline(store: TrackingStore, result: Result) -> Any:
     return SimpleNamespace(store=store, build=lambda *_, **__: result)
 
 
-def test_it_is_judged_by_the_evaluation_that_it_asked_for(empty_store: str, job: Job) -> None:
+def test_it_is_judged_by_the_evaluation_that_it_asked_for(empty_store: str, job: TrialRequest) -> None:
     """The run shows another evaluation's figures too, which came later."""
-    store = Store()
+    store = TrackingStore()
     evaluation = finished(store, {}, test__loss=1.0)
     run = finished(store, TAGS, val__loss=0.5, test__loss=9.0)
     after = Result("evaluate", "k", evaluation, Path("x"), {"test/loss": 1.0})
@@ -48,8 +48,8 @@ def test_it_is_judged_by_the_evaluation_that_it_asked_for(empty_store: str, job:
     assert store.run(run).data.tags["mmphi.judged_by"] == evaluation
 
 
-def test_no_number_is_a_failure_with_a_reason(empty_store: str, job: Job) -> None:
-    store = Store()
+def test_no_number_is_a_failure_with_a_reason(empty_store: str, job: TrialRequest) -> None:
+    store = TrackingStore()
     evaluation = finished(store, {}, test__loss=float("nan"))
     run = finished(store, TAGS, val__loss=0.5, test__loss=3.0)
     after = Result("evaluate", "k", evaluation, Path("x"), {"test/loss": float("nan")})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ablations.study import Study, load, names
-from ablations.trials import Cell, Outcome
+from ablations.trials import TrialResult, TrialSpec
 from ablations.tuning import Tuning, next_value, tuning_cells, tuning_of
 from mmphi.errors import SettingsError
 
@@ -25,17 +25,17 @@ STUDY = Study(
 )
 
 
-def ended(rate: float, *values: float | None) -> list[Outcome]:
+def ended(rate: float, *values: float | None) -> list[TrialResult]:
     """Outcomes of a value at the level ``one``, at as many seeds as there are."""
-    cells = [Cell("tuning", "one", number, {RATE: rate}) for number in STUDY.tuning_seeds]
-    return [Outcome(cell, value) for cell, value in zip(cells, values, strict=False)]
+    cells = [TrialSpec("tuning", "one", number, {RATE: rate}) for number in STUDY.tuning_seeds]
+    return [TrialResult(cell, value) for cell, value in zip(cells, values, strict=False)]
 
 
 def tuned(study: Study, loss: Callable[[Mapping[str, Any]], float | None]) -> tuple[Tuning, list[Mapping[str, Any]]]:
     """The tuning of level ``one`` to its end, and the points in the order that they were tried."""
-    outcomes: list[Outcome] = []
+    outcomes: list[TrialResult] = []
     while (tuning := tuning_of(study, "one", outcomes)).missing:
-        outcomes += [Outcome(cell, loss(cell.nuisance)) for cell in tuning.missing]
+        outcomes += [TrialResult(cell, loss(cell.nuisance)) for cell in tuning.missing]
     points = [o.cell.nuisance for o in outcomes]
     return tuning, [point for n, point in enumerate(points) if point not in points[:n]]
 

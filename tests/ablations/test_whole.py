@@ -16,7 +16,7 @@ from ablations.study import Study
 from mmphi.cli import main
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.study_query import StudyData, Trial, load_study
 
 FIXED = {name: value for name, value in SMALL.items() if name != "projector.steps"} | {"projector.optimizer": "adamw"}
@@ -38,7 +38,7 @@ STUDY = Study(
 def test_study_of_real_trainings(empty_store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("depth", STUDY, workers=1) == 0
     assert "finished: mmphi report ablation --study depth" in capfd.readouterr().out
-    store = Store()
+    store = TrackingStore()
     data = load_study(store, "depth", ["val/loss"])
     assert data.missing() == []
     assert data.status == "FINISHED"

@@ -16,11 +16,11 @@ from typing import Any
 from ablations.driver import Driver
 from ablations.paths import ledgers, logs_folder
 from ablations.study import Study
-from ablations.study_run import Record
+from ablations.study_run import StudyRun
 from mmphi.errors import TrainingError
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.projector import ProjectorSettings
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 COMMAND = (sys.executable, __file__, "worker")
 STEPS, STEP_S = 8, 0.03
@@ -75,14 +75,14 @@ TOYS = {"projector": Stage("projector", 1, "a toy", ("projector",), toy)}
 
 def driver(study: Study = STUDY, name: str = "toy", storage: str = "", **changes: Any) -> Driver:
     """A driver of the toy study in the environment's store."""
-    store = Store()
-    record = Record.open(store, name, study.declaration())
+    store = TrackingStore()
+    record = StudyRun.open(store, name, study.declaration())
     return Driver(study, record, ledgers(store, name, study, storage), **changes)
 
 
 def drive(made: Driver, workers: int = 1) -> None:
     """Run a driver's study with toy workers."""
-    made.run(workers, logs_folder(Store(), made.record.name), command=COMMAND)
+    made.run(workers, logs_folder(TrackingStore(), made.record.name), command=COMMAND)
 
 
 def results(made: Driver) -> dict[str, float | None]:

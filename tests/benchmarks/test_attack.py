@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mmphi.benchmarks import attack
-from mmphi.generation.detokenizer import Words
+from mmphi.generation.detokenizer import IncrementalDetokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
 from answerers import answerer, served
@@ -32,9 +32,9 @@ def attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             yield address, os.getpid()
 
     def attack_rules() -> Any:
-        from mmphi.serving.api import Rules
+        from mmphi.serving.api import ServerConfig
 
-        return Rules("tiny", largest=attack.LARGEST)
+        return ServerConfig("tiny", largest=attack.LARGEST)
 
     monkeypatch.setattr(attack, "serving", serving)
     monkeypatch.setattr(attack, "SETTLE_S", 0.0)
@@ -60,15 +60,15 @@ def test_nothing_that_is_sent_breaks_the_server(attacked: Any) -> None:
 
 def test_answers_of_others_and_errors_are_found(attacked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the server gives them when two answers are exchanged now and then, and when it fails."""
-    text, calls = Words.text.fget, []  # type: ignore[attr-defined]
+    text, calls = IncrementalDetokenizer.text.fget, []  # type: ignore[attr-defined]
 
-    def now_and_then(words: Words) -> str:
+    def now_and_then(words: IncrementalDetokenizer) -> str:
         calls.append(1)
         if len(calls) > 500 and len(calls) % 100 == 0:
             raise RuntimeError("broken")
         return str(text(words)) + "!" * (len(calls) > 500 and len(calls) % 50 == 25)
 
-    monkeypatch.setattr(Words, "text", property(now_and_then))
+    monkeypatch.setattr(IncrementalDetokenizer, "text", property(now_and_then))
     found = attacked(100)
     assert not found["withstood"]
     assert found["wrong"] > 0

@@ -9,8 +9,8 @@ from scipy.io import wavfile
 from mmphi.benchmarks import transcribe as benchmark
 from mmphi.data.audio import RATE
 from mmphi.models.audio import transcription
-from mmphi.models.audio.transcription import Heard, Segment
-from mmphi.models.audio.vad import Part
+from mmphi.models.audio.transcription import ASRResult, Segment
+from mmphi.models.audio.vad import SpeechInterval
 from mmphi.models.audio.whisper_backends import BACKENDS
 
 pytestmark = pytest.mark.slow
@@ -25,12 +25,12 @@ class Says:
         pass
 
     def hear(self, sounds, languages, prompt=""):
-        return [Heard((Segment(0, 0.5, "one dog"),), "en") for _ in sounds]
+        return [ASRResult((Segment(0, 0.5, "one dog"),), "en") for _ in sounds]
 
 
 def test_a_side_hears_all_and_is_measured_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "openai", Says)
-    monkeypatch.setattr(transcription, "speech", lambda each, **_: [Part(0, each.seconds)])
+    monkeypatch.setattr(transcription, "speech", lambda each, **_: [SpeechInterval(0, each.seconds)])
     for name in ("a", "b", "c"):
         wavfile.write(tmp_path / f"{name}.wav", RATE, np.zeros(RATE, np.float32))
     (tmp_path / "spoken.csv").write_text("audio,transcript\na.wav,one dog\nb.wav,one cat\nc.wav,no\n")

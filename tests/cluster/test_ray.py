@@ -15,9 +15,9 @@ from mmphi.config import VisionSettings
 from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import SettingsError
 from mmphi.models.vision.vision_encoder import load_tower
-from mmphi.textgen.generator_pool import Fleet
-from mmphi.textgen.shard_queue import Spool
-from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.generator_pool import GeneratorPool
+from mmphi.textgen.shard_queue import ShardQueue
+from mmphi.textgen.shard_reader import ShardReader
 
 pytestmark = pytest.mark.cluster
 
@@ -98,12 +98,12 @@ def test_generators_of_two_machines_fill_one_spool_though_one_is_lost(two, tmp_p
         model=str(writer), ray=two.cluster.address, batch=4, max_tokens=24, shard_documents=6, host="here"
     )
     told: list[str] = []
-    spool = Spool(str(tmp_path / "spool"), say=told.append)
+    spool = ShardQueue(str(tmp_path / "spool"), say=told.append)
 
     def written() -> set[str]:
         return {held.name.stream for held in spool.held()}
 
-    with Fleet(settings, str(tmp_path / "spool"), tmp_path / "fleet", say=told.append) as fleet:
+    with GeneratorPool(settings, str(tmp_path / "spool"), tmp_path / "fleet", say=told.append) as fleet:
         assert len(fleet.members) == 2
         until(lambda: written() >= {"here-0-1", "here-1-1"})
         two.lose()
@@ -116,7 +116,7 @@ def test_generators_of_two_machines_fill_one_spool_though_one_is_lost(two, tmp_p
     assert all(row["tokens"] and row["documents"] for row in rows)
     assert "2 machines, 4 cores, 0 GPUs: 2 generators" in told[0]
     assert [line for line in told if "has died" in line]
-    documents = [d for _, found in Reader(spool, say=told.append).everything() for d in found]
+    documents = [d for _, found in ShardReader(spool, say=told.append).everything() for d in found]
     assert len({document.id for document in documents}) == len(documents) >= 18
     assert all(document.logprob < 0 for document in documents)
 

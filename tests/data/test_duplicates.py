@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from sources import captions, settings
 
 from mmphi.data.dataset_builder import read_examples
-from mmphi.data.duplicates import Look, difference_hash, joined, look_of, pictures
+from mmphi.data.duplicates import ImageFingerprint, difference_hash, joined, look_of, pictures
 
 COUNT = 30
 
@@ -84,14 +84,14 @@ def test_an_unreadable_file_is_a_picture_of_its_own(folder: Path) -> None:
 def test_every_near_duplicate_is_found_and_groups_are_not_chained() -> None:
     """Against all pairs, of hashes in clusters of a few changed bits."""
     rng = np.random.default_rng(0)
-    looks: dict[str, Look] = {}
+    looks: dict[str, ImageFingerprint] = {}
     for cluster in range(40):
         middle = int(rng.integers(0, 2**63))
         for member in range(6):
             bits = middle
             for place in rng.choice(64, rng.integers(0, 5), replace=False):
                 bits ^= 1 << int(place)
-            looks[f"{cluster}/{member}"] = Look(bits, bytes(48))
+            looks[f"{cluster}/{member}"] = ImageFingerprint(bits, bytes(48))
     found, firsts = joined(looks), list[str]()
     for name, look in looks.items():
         near = [other for other in firsts if look.near(looks[other])]

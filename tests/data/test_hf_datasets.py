@@ -78,12 +78,12 @@ def test_bytes_are_read_and_written_once(tmp_path, monkeypatch):
     stored({"image": [*images, None], "caption": ["a thing"] * 13}).save_to_disk(tmp_path / "stored")
     first, report = read(tmp_path / "stored")
     assert len(first) == 12
-    write = hf_datasets.Images._written
-    monkeypatch.setattr(hf_datasets.Images, "_written", lambda *_: pytest.fail("bytes are read again"))
+    write = hf_datasets.DatasetImages._written
+    monkeypatch.setattr(hf_datasets.DatasetImages, "_written", lambda *_: pytest.fail("bytes are read again"))
     again, same = read(tmp_path / "stored")
     assert again == first
     assert [each.reason for each in same.dropped] == [each.reason for each in report.dropped] == ["missing image"]
-    monkeypatch.setattr(hf_datasets.Images, "_written", write)
+    monkeypatch.setattr(hf_datasets.DatasetImages, "_written", write)
     first[3].images[0].path.unlink()
     assert read(tmp_path / "stored")[0] == first
     assert first[3].images[0].path.is_file()
@@ -151,7 +151,7 @@ def test_a_row_names_no_file_outside_the_dataset(tmp_path, monkeypatch):
     assert [e.turns[0].answer for e in examples] == ["1"]
     assert [d.reason for d in report.dropped] == ["path leaves the dataset's folder"]
     hub_folder = tmp_path / "hub" / "datasets--owner--name"
-    fetched = hf_datasets.Images(ImageFolder(Path("owner/name"), "mine"), tmp_path / "cache", [hub_folder])
+    fetched = hf_datasets.DatasetImages(ImageFolder(Path("owner/name"), "mine"), tmp_path / "cache", [hub_folder])
     (hub_folder / "snapshots").mkdir(parents=True)
     inside = shutil.copy(own, hub_folder / "snapshots")
     assert fetched.find({"bytes": None, "path": str(inside)}).path == Path(inside)

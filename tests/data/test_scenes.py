@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmphi.data.dataset_builder import read_examples
 from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
-from mmphi.data.scene_drawing import AHEAD, Writing, draw
+from mmphi.data.scene_drawing import AHEAD, ImageWriter, draw
 from mmphi.data.scene_drawing import drawn as drawing
 from mmphi.data.scene_text import (
     CELLS,
@@ -182,7 +182,7 @@ def test_corpus_is_captions_and_questions():
 
 def test_images_are_written_while_the_next_are_drawn(tmp_path: Path) -> None:
     drawn = [Image.effect_noise((16, 16), 30 + number) for number in range(AHEAD + 10)]
-    with Writing() as writing:
+    with ImageWriter() as writing:
         for number, image in enumerate(drawn):
             writing.save(image.copy, tmp_path / f"{number}.png")
     for number, image in enumerate(drawn):
@@ -192,7 +192,7 @@ def test_images_are_written_while_the_next_are_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, AHEAD + 10])
 def test_what_cannot_be_written_is_told(tmp_path: Path, count: int) -> None:
     def write() -> None:
-        with Writing() as writing:
+        with ImageWriter() as writing:
             for _ in range(count):
                 writing.save(lambda: Image.new("L", (4, 4)), tmp_path / "nowhere" / "a.png")
 
@@ -207,7 +207,7 @@ def test_images_are_the_same_whoever_draws_them(threads, tmp_path):
 
     one, many = random.Random(5), random.Random(5)
     expected = [np.asarray(draw(scene, 48, one)) for scene in all_of(one)]
-    with Writing(threads) as writing:
+    with ImageWriter(threads) as writing:
         for number, scene in enumerate(all_of(many)):
             writing.save(drawing(scene, 48, many), tmp_path / f"{number:02d}.png")
     for image, path in zip(expected, sorted(tmp_path.iterdir()), strict=True):

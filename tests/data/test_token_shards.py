@@ -15,8 +15,8 @@ import zstandard
 from builders import byte_tokenizer
 
 from mmphi.data import text_sources, token_shards
-from mmphi.data.text_sources import Piece, TextReport, read_texts
-from mmphi.data.token_shards import Tokens, TokenWriting, whole_shards
+from mmphi.data.text_sources import TextPiece, TextReport, read_texts
+from mmphi.data.token_shards import ShardTokenizer, TokenShards, whole_shards
 from mmphi.errors import DataError
 from mmphi.text.tokenizer import phi2_tokenizer
 
@@ -153,16 +153,16 @@ def test_one_endless_word_is_cut_and_told(tmp_path, monkeypatch):
     assert "cut inside a word" in "; ".join(report.lines())
 
 
-def writing(folder: Path, documents: list[str], say=lambda _: None, shard_tokens: int = 400) -> TokenWriting:
+def writing(folder: Path, documents: list[str], say=lambda _: None, shard_tokens: int = 400) -> ShardTokenizer:
     def pieces():
         for document in documents:
             half = len(document) // 2
-            yield Piece(document[:half], True, False)
-            yield Piece(document[half:], False, True)
+            yield TextPiece(document[:half], True, False)
+            yield TextPiece(document[half:], False, True)
 
     folder.mkdir(exist_ok=True)
     options = {"kept_apart": lambda source, piece, place: piece % 7 == 0, "say": say, "shard_tokens": shard_tokens}
-    return TokenWriting(folder, {"mine": pieces}, byte_tokenizer(), **options)
+    return ShardTokenizer(folder, {"mine": pieces}, byte_tokenizer(), **options)
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_documents_come_back(tmp_path, documents):
     shards = writing(tmp_path, documents)()
     assert len(shards) > 3
-    read = Tokens(tmp_path, [s.name for s in shards])
+    read = TokenShards(tmp_path, [s.name for s in shards])
     predicted = sum(len(byte_tokenizer()(d)["input_ids"]) + 1 for d in documents)
     assert sum(s.tokens for s in shards) == predicted == int(read.stretches[:, 2].sum())
     assert sum(s.bytes["mine"] for s in shards) == sum(len(d.encode()) for d in documents)
@@ -191,7 +191,7 @@ def test_long_pieces_become_stretches(tmp_path, monkeypatch):
     monkeypatch.setattr(token_shards, "STRETCH", 16)
     monkeypatch.setattr(token_shards, "APART", 8)
     shards = writing(tmp_path, ["abcdefghij" * 10])()
-    read = Tokens(tmp_path, [s.name for s in shards])
+    read = TokenShards(tmp_path, [s.name for s in shards])
     pairs = [p for i in range(len(read.stretches)) for p in zip(read.ids(i)[:-1], read.ids(i)[1:], strict=True)]
     ids = [256, *byte_tokenizer()("abcdefghij" * 10)["input_ids"], 256]
     assert [tuple(map(int, p)) for p in pairs] == list(itertools.pairwise(ids))
@@ -254,8 +254,10 @@ def test_ids_that_need_more_than_two_bytes(tmp_path):
         def __len__(self):
             return 80000
 
-    shards = TokenWriting(tmp_path, {"a": lambda: [Piece("x", True, True)]}, Large(), kept_apart=lambda *_: False)()
-    assert Tokens(tmp_path, [s.name for s in shards]).ids(0).tolist() == [3, 70000, 5, 3]
+    shards = ShardTokenizer(
+        tmp_path, {"a": lambda: [TextPiece("x", True, True)]}, Large(), kept_apart=lambda *_: False
+    )()
+    assert TokenShards(tmp_path, [s.name for s in shards]).ids(0).tolist() == [3, 70000, 5, 3]
     assert np.load(tmp_path / f"{shards[0].name}.ids.npy").dtype == np.uint32
 
 

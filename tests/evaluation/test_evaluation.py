@@ -14,11 +14,11 @@ from mmphi.errors import DataError
 from mmphi.evaluation import evaluate
 from mmphi.evaluation.attributes import attribute_accuracy, parse
 from mmphi.evaluation.captioning import bleu4, cider
-from mmphi.evaluation.evaluate import Measures, evaluate_model
+from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
 from mmphi.evaluation.grounding import grounding, shuffled_images
 from mmphi.evaluation.mbr import consensus
 from mmphi.evaluation.ptb_tokenize import words
-from mmphi.generation.batch_generate import Answer
+from mmphi.generation.batch_generate import GeneratedAnswer
 
 REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
 
@@ -140,12 +140,15 @@ class Fake:
         return nats, 4 * len(examples)
 
     def generate(self, prompts, max_new_tokens=48, batch_size=32):
-        return [Answer("yes" if "is there" in q else self.captions[i.id], i.id != "photos/0.jpg") for i, q in prompts]
+        return [
+            GeneratedAnswer("yes" if "is there" in q else self.captions[i.id], i.id != "photos/0.jpg")
+            for i, q in prompts
+        ]
 
     def sample(self, prompts, count, temperature, max_new_tokens=48, batch_size=32, seed=0):
         """The right caption in all samples but the first."""
-        wrong = Answer(f"{temperature} of nothing", ended=False)
-        return [[wrong] + [Answer(self.captions[i.id], ended=True)] * (count - 1) for i, _ in prompts]
+        wrong = GeneratedAnswer(f"{temperature} of nothing", ended=False)
+        return [[wrong] + [GeneratedAnswer(self.captions[i.id], ended=True)] * (count - 1) for i, _ in prompts]
 
 
 def test_grounding_gain_is_the_difference():
@@ -174,7 +177,7 @@ def test_everything_in_one_call(tmp_path, recorder):
             ref = ImageRef(f"photos/{i}.jpg", path)
             examples.append(Example(f"{i}", (ref,), (Turn("", caption),), "photos"))
         captions[f"photos/{i}.jpg"] = f"a dog number {i}"
-    metrics = evaluate_model(Fake(captions), examples, Measures(yes_no=4), recorder, prefix="test")
+    metrics = evaluate_model(Fake(captions), examples, EvaluationConfig(yes_no=4), recorder, prefix="test")
     assert metrics["test/grounding_gain"] == 2.0
     assert metrics["test/ended"] == pytest.approx(2 / 3)
     assert metrics["test/exact_match"] == 1.0
@@ -182,10 +185,10 @@ def test_everything_in_one_call(tmp_path, recorder):
     rows = recorder.tables["test_predictions"]
     assert [r["prediction"] for r in rows] == [f"a dog number {i}" for i in range(3)]
     assert "test_predictions" in recorder.figures
-    fewer = evaluate_model(Fake(captions), examples, Measures(max_images=2), recorder)
+    fewer = evaluate_model(Fake(captions), examples, EvaluationConfig(max_images=2), recorder)
     assert fewer["test/ended"] == 0.5
     with pytest.raises(DataError, match="split is empty"):
-        evaluate_model(Fake({}), [], Measures(), recorder)
+        evaluate_model(Fake({}), [], EvaluationConfig(), recorder)
 
 
 def test_no_more_texts_than_images_are_measured(monkeypatch, recorder):
@@ -201,5 +204,5 @@ def test_no_more_texts_than_images_are_measured(monkeypatch, recorder):
     monkeypatch.setattr(evaluate, "grounding", measured)
     for most, expected in ((2, ["t0", "t1", "i0", "i1"]), (0, [e.id for e in [*texts, *images]])):
         with pytest.raises(StopIteration):
-            evaluate_model(Fake({}), [*texts, *images], Measures(max_images=most), recorder, prefix="train")
+            evaluate_model(Fake({}), [*texts, *images], EvaluationConfig(max_images=most), recorder, prefix="train")
         assert seen.pop() == expected

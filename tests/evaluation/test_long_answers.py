@@ -9,9 +9,9 @@ from rouge_reference import longest_common
 
 from mmphi.data.llava_row_types import asked_for_captions, kind_of
 from mmphi.data.schema import Example, ImageRef, Turn
-from mmphi.evaluation.evaluate import Measures, evaluate_model
+from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
 from mmphi.evaluation.long_answers import rouge_l
-from mmphi.generation.batch_generate import Answer
+from mmphi.generation.batch_generate import GeneratedAnswer
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ class Fake:
         found = []
         for images, question in prompts:
             image = images if isinstance(images, ImageRef) else images[0]
-            found.append(Answer(self.answers.get((image.id, question), "no"), True))
+            found.append(GeneratedAnswer(self.answers.get((image.id, question), "no"), True))
         return found
 
 
@@ -112,7 +112,7 @@ def test_rows_of_one_image_are_scored_by_their_question(tmp_path: Path):
         two = (Turn("what?", "a dog"), Turn("where?", "outside"))
         examples.append(Example(f"{i}/talk", images, two, "llava", "test", {"kind": kind_of(two)}))
     recorder, model = Recorder(), Fake(answers)
-    metrics = evaluate_model(model, examples, Measures(yes_no=0, max_answer_tokens=99), recorder)
+    metrics = evaluate_model(model, examples, EvaluationConfig(yes_no=0, max_answer_tokens=99), recorder)
     assert metrics["test/cider"] == pytest.approx(10.0)
     assert metrics["test/exact_match"] == 1.0
     assert len(recorder.tables["test_predictions"]) == 6
@@ -126,5 +126,5 @@ def test_rows_of_one_image_are_scored_by_their_question(tmp_path: Path):
     }
     assert model.longest == [48, 99]
     assert {row["kind"] for row in recorder.tables["test_answers"]} == {"conversation", "detail", "reasoning"}
-    few = evaluate_model(Fake(answers), examples, Measures(yes_no=0, long_answers=0), Recorder())
+    few = evaluate_model(Fake(answers), examples, EvaluationConfig(yes_no=0, long_answers=0), Recorder())
     assert not [name for name in few if "rouge" in name]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from builders import tiny_language
 
 from mmphi.errors import DataError
-from mmphi.evaluation.perplexity import Protocol, text_loss
+from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 9
 
@@ -24,7 +24,7 @@ def test_windows_are_the_published_protocol():
         window = ids[None, i * 64 : (i + 1) * 64]
         logits = language.model(window).logits[:, :-1]
         nats.append(F.cross_entropy(logits[0], window[0, 1:]).item())
-    found = text_loss(language.model, language.tokenizer, TEXT, Protocol(64, 64))
+    found = text_loss(language.model, language.tokenizer, TEXT, PerplexityProtocol(64, 64))
     assert found.loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)
     assert found.tokens == 63 * (len(ids) // 64)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
@@ -34,7 +34,7 @@ def test_windows_are_the_published_protocol():
 def test_a_stride_scores_every_token_once_with_what_is_before_it(stride):
     language = tiny_language()
     ids = torch.tensor(language.tokenizer(TEXT)["input_ids"])
-    protocol = Protocol(64, stride, tail=True)
+    protocol = PerplexityProtocol(64, stride, tail=True)
     scored = [i for _, end, first in protocol.windows(len(ids)) for i in range(first, end)]
     # Without overlap the first token of a window has nothing before it, and is only given.
     assert scored == [i for i in range(1, len(ids)) if stride < 64 or i % 64]
@@ -51,16 +51,16 @@ def test_a_stride_scores_every_token_once_with_what_is_before_it(stride):
 
 def test_bits_per_byte_are_of_the_bytes_scored():
     language = tiny_language()
-    found = text_loss(language.model, language.tokenizer, TEXT, Protocol(10_000, 10_000))
+    found = text_loss(language.model, language.tokenizer, TEXT, PerplexityProtocol(10_000, 10_000))
     assert found.bytes == len(TEXT.encode()) - 1  # A token a byte; the first is given.
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
 
 
 def test_few_windows_and_none():
     language = tiny_language()
-    assert text_loss(language.model, language.tokenizer, TEXT, Protocol(32, 32, most_windows=2)).tokens == 62
+    assert text_loss(language.model, language.tokenizer, TEXT, PerplexityProtocol(32, 32, most_windows=2)).tokens == 62
     with pytest.raises(DataError, match="too short"):
-        text_loss(language.model, language.tokenizer, "x", Protocol())
+        text_loss(language.model, language.tokenizer, "x", PerplexityProtocol())
 
 
 @pytest.mark.skipif("MMPHI_MODELS" not in os.environ, reason="needs a pretrained model")
@@ -73,6 +73,6 @@ def test_a_pretrained_model_on_a_real_text():
     folder = next(Path(os.environ["MMPHI_MODELS"]).glob("*mol*135*"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     text = (Path(os.environ["MMPHI_REAL"]) / "text" / "wikitext2-raw-test.txt").read_text()
-    found = text_loss(model, tokenizer, text, Protocol(1024, 1024, most_windows=4))
+    found = text_loss(model, tokenizer, text, PerplexityProtocol(1024, 1024, most_windows=4))
     assert 10 < found.perplexity < 40
     assert 0.7 < found.bits_per_byte < 1.2

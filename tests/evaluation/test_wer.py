@@ -2,32 +2,32 @@ from __future__ import annotations
 
 import pytest
 
-from mmphi.evaluation.wer import Words, normalized, total, word_errors
+from mmphi.evaluation.wer import WordErrors, normalized, total, word_errors
 
 
 @pytest.mark.parametrize(
     ("said", "heard", "expected"),
     [
-        ("A dog runs.", "a dog runs", Words(3)),
-        ("Mr. Smith's colour", "mister smith is color", Words(4)),
-        ("two dogs", "2 dogs", Words(2)),
-        ("a b c d", "a x c", Words(2, 1, 1)),
-        ("a b", "a b c d", Words(2, insertions=2)),
-        ("", "you", Words(insertions=1)),
-        ("", "", Words()),
-        ("a dog", "", Words(deletions=2)),
+        ("A dog runs.", "a dog runs", WordErrors(3)),
+        ("Mr. Smith's colour", "mister smith is color", WordErrors(4)),
+        ("two dogs", "2 dogs", WordErrors(2)),
+        ("a b c d", "a x c", WordErrors(2, 1, 1)),
+        ("a b", "a b c d", WordErrors(2, insertions=2)),
+        ("", "you", WordErrors(insertions=1)),
+        ("", "", WordErrors()),
+        ("a dog", "", WordErrors(deletions=2)),
     ],
 )
-def test_words_are_counted_as_whisper_compares_them(said: str, heard: str, expected: Words) -> None:
+def test_words_are_counted_as_whisper_compares_them(said: str, heard: str, expected: WordErrors) -> None:
     assert word_errors(said, heard) == expected
 
 
 def test_the_rate_of_all_is_that_of_all_words() -> None:
-    each = [Words(9, 1), Words(0, 1)]
+    each = [WordErrors(9, 1), WordErrors(0, 1)]
     assert [w.rate for w in each] == [pytest.approx(0.1), 1]
     assert total(each).rate == pytest.approx(2 / 11)
-    assert Words(insertions=3).rate == 3
-    assert Words().rate == 0
+    assert WordErrors(insertions=3).rate == 3
+    assert WordErrors().rate == 0
 
 
 def test_other_languages_are_only_cleaned() -> None:

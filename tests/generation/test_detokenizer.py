@@ -6,14 +6,14 @@ import pytest
 import torch
 from builders import byte_tokenizer
 
-from mmphi.generation.detokenizer import Words
-from mmphi.generation.sampling import Chooser, Sampling
+from mmphi.generation.detokenizer import IncrementalDetokenizer
+from mmphi.generation.sampling import SamplingParams, TokenSampler
 
 
 def said(text: str, *stop: str) -> tuple[list[str], bool]:
     """The pieces that come out as the bytes of a text go in, and whether a text to stop at was met."""
     tokenizer = byte_tokenizer()
-    words, pieces, stopped = Words(tokenizer, stop), [], False
+    words, pieces, stopped = IncrementalDetokenizer(tokenizer, stop), [], False
     for token in tokenizer(text)["input_ids"]:
         stopped = words.add(token)
         pieces.append(words.take())
@@ -47,30 +47,30 @@ def test_a_text_to_stop_at_is_not_given_out_by_halves() -> None:
 
 def test_half_a_letter_at_the_end_is_given_out_as_such() -> None:
     tokenizer = byte_tokenizer()
-    words = Words(tokenizer)
+    words = IncrementalDetokenizer(tokenizer)
     for token in tokenizer("a🙂")["input_ids"][:3]:
         words.add(token)
     words.finish()
     assert words.text.startswith("a")
 
 
-def drawn(sampling: Sampling, logits: torch.Tensor, count: int = 4000) -> Counter[int]:
-    chooser = Chooser(sampling)
+def drawn(sampling: SamplingParams, logits: torch.Tensor, count: int = 4000) -> Counter[int]:
+    chooser = TokenSampler(sampling)
     return Counter(chooser.next(logits) for _ in range(count))
 
 
 def test_tokens_are_drawn_as_likely_as_they_are() -> None:
     odds = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    found = drawn(Sampling(temperature=1.0, seed=0), odds.log())
+    found = drawn(SamplingParams(temperature=1.0, seed=0), odds.log())
     assert all(abs(found[i] / 4000 - float(p)) < 0.03 for i, p in enumerate(odds))
     cooler = (odds**2 / (odds**2).sum()).tolist()
-    found = drawn(Sampling(temperature=0.5, seed=0), odds.log())
+    found = drawn(SamplingParams(temperature=0.5, seed=0), odds.log())
     assert all(abs(found[i] / 4000 - p) < 0.03 for i, p in enumerate(cooler))
 
 
 def test_only_the_likeliest_share_is_drawn_from() -> None:
     odds = torch.tensor([0.05, 0.5, 0.3, 0.15])
-    assert set(drawn(Sampling(temperature=1.0, top_p=0.4, seed=0), odds.log())) == {1}
-    assert set(drawn(Sampling(temperature=1.0, top_p=0.6, seed=0), odds.log())) == {1, 2}
-    assert set(drawn(Sampling(temperature=1.0, top_p=1.0, seed=0), odds.log())) == {0, 1, 2, 3}
-    assert set(drawn(Sampling(), odds.log())) == {1}
+    assert set(drawn(SamplingParams(temperature=1.0, top_p=0.4, seed=0), odds.log())) == {1}
+    assert set(drawn(SamplingParams(temperature=1.0, top_p=0.6, seed=0), odds.log())) == {1, 2}
+    assert set(drawn(SamplingParams(temperature=1.0, top_p=1.0, seed=0), odds.log())) == {0, 1, 2, 3}
+    assert set(drawn(SamplingParams(), odds.log())) == {1}

@@ -15,13 +15,13 @@ from mmphi.errors import GenerationError, ModelError, SettingsError
 from mmphi.generation import engine as engines
 from mmphi.generation import kv_cache
 from mmphi.generation.engine import Engine
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.tokenized_example import Sample
+from mmphi.text.tokenized_example import TokenizedExample
 
 QUESTIONS = [("a", "what is it?"), ("b", ""), (None, "two and two?"), ("a", "what else is there to see in it?")]
-GREEDY = Sampling(max_tokens=12)
+GREEDY = SamplingParams(max_tokens=12)
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> Multimodal:
     return Multimodal(language, Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures())
 
 
-def asked(model: Multimodal, image: str | None, question: str) -> Sample:
+def asked(model: Multimodal, image: str | None, question: str) -> TokenizedExample:
     return model.open_prompt(ImageRef(image, Path(image)) if image else None, question)
 
 
@@ -54,7 +54,7 @@ def test_whoever_comes_later_and_leaves_earlier_changes_no_answer(model: Multimo
     engine = Engine(model, slots=3)
     answering = []
     for number, question in enumerate(QUESTIONS * 3):
-        answering.append((engine.submit(asked(model, *question), Sampling(max_tokens=4 + number % 5)), question))
+        answering.append((engine.submit(asked(model, *question), SamplingParams(max_tokens=4 + number % 5)), question))
         engine.step()
     finished(engine)
     for each, question in answering:
@@ -92,7 +92,7 @@ def test_long_prompts_are_read_in_chunks_and_others_speak_meanwhile(
 ) -> None:
     monkeypatch.setattr(engines, "CHUNK", 16)
     engine = Engine(model, slots=2)
-    short = engine.submit(asked(model, None, "hi"), Sampling(max_tokens=30))
+    short = engine.submit(asked(model, None, "hi"), SamplingParams(max_tokens=30))
     engine.step()
     question = "a", "a long question? " * 8
     long = engine.submit(asked(model, *question), GREEDY)
@@ -107,14 +107,14 @@ def test_long_prompts_are_read_in_chunks_and_others_speak_meanwhile(
 
 def test_what_left_costs_nothing_more(model: Multimodal) -> None:
     engine = Engine(model, slots=1)
-    first = engine.submit(asked(model, "a", "what?"), Sampling(max_tokens=200))
+    first = engine.submit(asked(model, "a", "what?"), SamplingParams(max_tokens=200))
     second = engine.submit(asked(model, None, "who?"), GREEDY)
     engine.step()
     engine.cancel(first)
     assert (first.reason, engine.busy) == ("cancelled", 1)
     finished(engine)
     assert second.text == expected(model, None, "who?")
-    pieces: Iterator[str] = engine.stream(asked(model, None, "and?"), Sampling(max_tokens=200))
+    pieces: Iterator[str] = engine.stream(asked(model, None, "and?"), SamplingParams(max_tokens=200))
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]  # A generator.
     assert engine.busy == 0
@@ -141,7 +141,7 @@ def test_one_that_breaks_breaks_no_other(model: Multimodal, monkeypatch: pytest.
 def test_memory_grows_with_the_conversations(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "SMALLEST", 16)
     engine = Engine(model, slots=2)
-    short = engine.submit(asked(model, None, "hi"), Sampling(max_tokens=4))
+    short = engine.submit(asked(model, None, "hi"), SamplingParams(max_tokens=4))
     finished(engine)
     memory = engine.reader.slots
     assert memory.capacity == 16
@@ -165,9 +165,9 @@ def test_memory_that_does_not_suffice_leaves_the_slots_as_they_were(
     engine, calls = Engine(model, slots=2), []
     first = engine.submit(asked(model, None, "hi"), GREEDY)
     finished(engine)
-    empty = kv_cache.Slots._empty
+    empty = kv_cache.SlotKVCache._empty
 
-    def scarce(memory: kv_cache.Slots, *given: Any) -> torch.Tensor:
+    def scarce(memory: kv_cache.SlotKVCache, *given: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no more")
@@ -175,7 +175,7 @@ def test_memory_that_does_not_suffice_leaves_the_slots_as_they_were(
 
     question = None, "a longer question? " * 4
     with monkeypatch.context() as patch:
-        patch.setattr(kv_cache.Slots, "_empty", scarce)
+        patch.setattr(kv_cache.SlotKVCache, "_empty", scarce)
         failed = engine.submit(asked(model, *question), GREEDY)
         finished(engine)
     assert isinstance(failed.error, torch.OutOfMemoryError)
@@ -200,7 +200,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(model: Multimodal) -> None:
     engine = Engine(model, slots=1, length=40)
     with pytest.raises(ModelError, match="40"):
         engine.submit(asked(model, None, "x" * 60), GREEDY)
-    nearly = engine.submit(asked(model, None, "x" * 30), Sampling(max_tokens=100))
+    nearly = engine.submit(asked(model, None, "x" * 30), SamplingParams(max_tokens=100))
     finished(engine)
     assert nearly.reason in ("stop", "length")
     assert len(nearly.prompt) + nearly.tokens <= 41
@@ -209,9 +209,9 @@ def test_a_prompt_that_leaves_no_room_is_refused(model: Multimodal) -> None:
 def test_equal_seeds_draw_equal_answers_and_others_do_not(model: Multimodal) -> None:
     def drawn(seed: int, beside: int) -> str:
         engine = Engine(model)
-        first = engine.submit(asked(model, "a", "what?"), Sampling(max_tokens=20, temperature=1.0, seed=seed))
+        first = engine.submit(asked(model, "a", "what?"), SamplingParams(max_tokens=20, temperature=1.0, seed=seed))
         for number in range(beside):
-            engine.submit(asked(model, None, "who?"), Sampling(max_tokens=9, temperature=2.0, seed=number))
+            engine.submit(asked(model, None, "who?"), SamplingParams(max_tokens=9, temperature=2.0, seed=number))
         finished(engine)
         return first.text
 
@@ -224,7 +224,7 @@ def test_equal_seeds_draw_equal_answers_and_others_do_not(model: Multimodal) -> 
 )
 def test_impossible_sampling_is_refused(how: dict) -> None:
     with pytest.raises(SettingsError):
-        Sampling(**how)
+        SamplingParams(**how)
 
 
 def test_an_error_of_a_decoding_step_ends_the_answer_it_belongs_to(
@@ -248,7 +248,7 @@ def test_an_error_of_a_decoding_step_ends_the_answer_it_belongs_to(
     for answering, question in (answers[0], *answers[2:]):
         assert answering.error is None
         assert answering.text == expected(model, *question)
-    again = engine.submit(asked(model, *QUESTIONS[1]), Sampling(max_tokens=3))
+    again = engine.submit(asked(model, *QUESTIONS[1]), SamplingParams(max_tokens=3))
     finished(engine)
     assert again.text == expected(model, *QUESTIONS[1], tokens=3)
 
@@ -267,5 +267,5 @@ def test_logits_that_are_nan_end_the_answer(model: Multimodal, monkeypatch: pyte
 
 @pytest.mark.parametrize("temperature", [1e-45, 3e-38, 1e-5, 0.0099])
 def test_temperatures_below_a_hundredth_are_greedy(model: Multimodal, temperature: float) -> None:
-    how = Sampling(max_tokens=12, temperature=temperature, top_p=0.9, seed=1)
+    how = SamplingParams(max_tokens=12, temperature=temperature, top_p=0.9, seed=1)
     assert "".join(Engine(model).stream(asked(model, *QUESTIONS[0]), how)) == expected(model, *QUESTIONS[0])

@@ -23,8 +23,8 @@ from mmphi.generation.messages import MAX_IMAGES, MAX_LETTERS, MessageError, con
 from mmphi.generation.prompt_builder import open_prompt
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.models.vision.vision_encoder import Vision
-from mmphi.text.pieces import Piece
+from mmphi.models.vision.vision_encoder import VisionReference
+from mmphi.text.pieces import PromptPiece
 from mmphi.text.prompt import Prompt
 
 
@@ -59,7 +59,7 @@ def answer(said: str) -> dict[str, str]:
 
 def test_images_alone_are_asked_about_as_in_training(model: Multimodal, photo: Path) -> None:
     own = model.language, model.projector, model.features
-    asks = Multimodal(*own, vision=Vision(VisionSettings(), "random", question="what is it?"))
+    asks = Multimodal(*own, vision=VisionReference(VisionSettings(), "random", question="what is it?"))
     for first in ([image(photo)], [text("hi")]):
         wordless = [user(*first), answer("yes"), user(image(photo))]
         worded = [user(*first, *([text("what is it?")] if first[0] == image(photo) else [])), answer("yes")]
@@ -347,8 +347,8 @@ def test_texts_are_encoded_alike_by_all_threads() -> None:
 
     def encode(number: int) -> bool:
         text = f"{number} <|endoftext|>"
-        (split,) = prompt.encoder.parts([Piece(text)])
-        (whole,) = prompt.encoder.parts([Piece(text, template=True)])
+        (split,) = prompt.encoder.parts([PromptPiece(text)])
+        (whole,) = prompt.encoder.parts([PromptPiece(text, template=True)])
         return len(split.ids) == len(text) and len(whole.ids) == len(f"{number} ") + 1
 
     before = sys.getswitchinterval()

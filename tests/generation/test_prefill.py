@@ -12,9 +12,9 @@ from builders import byte_tokenizer
 
 from mmphi.config import LanguageSettings
 from mmphi.generation.engine import Engine
-from mmphi.generation.prefill import Reader, Way, masks_of
-from mmphi.generation.sampling import Sampling
-from mmphi.models.language.language_model import Language
+from mmphi.generation.prefill import Prefill, Way, masks_of
+from mmphi.generation.sampling import SamplingParams
+from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.prompt import Prompt
 
@@ -45,14 +45,14 @@ KINDS: dict[str, tuple[str, dict[str, Any], Way]] = {
 }
 
 
-def language_of(kind: str) -> Language:
+def language_of(kind: str) -> LanguageModel:
     name, shape, _ = KINDS[kind]
     configuration: Any = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     config = configuration(**shape, vocab_size=260, initializer_range=0.2)
     model = getattr(transformers, f"{name}ForCausalLM")(config).requires_grad_(False).eval()
-    return Language(model, tokenizer, Prompt(tokenizer, "plain"), 32, name, "0", LanguageSettings(model=name))
+    return LanguageModel(model, tokenizer, Prompt(tokenizer, "plain"), 32, name, "0", LanguageSettings(model=name))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,7 +62,7 @@ def test_answers_are_those_of_generate(kind: str) -> None:
     questions = ["hi", "what is the colour of the third of them?", "a question that is longer than any window " * 3]
     engine = Engine(model, slots=2)
     assert engine.reader.way == KINDS[kind][2]
-    answers = [engine.submit(model.open_prompt(None, q), Sampling(max_tokens=30)) for q in questions]
+    answers = [engine.submit(model.open_prompt(None, q), SamplingParams(max_tokens=30)) for q in questions]
     while engine.busy:
         engine.step()
     for question, answer in zip(questions, answers, strict=True):
@@ -88,7 +88,7 @@ def longrope(length: int) -> Any:
     shape = COMMON | {"original_max_position_embeddings": 64, "rope_parameters": rope, "pad_token_id": 0}
     torch.manual_seed(0)
     config = transformers.Phi3Config(**shape, vocab_size=260, initializer_range=0.2)
-    return Reader(transformers.Phi3ForCausalLM(config).eval(), 2, length, 1e-3)
+    return Prefill(transformers.Phi3ForCausalLM(config).eval(), 2, length, 1e-3)
 
 
 def test_where_angles_depend_on_the_longest_of_a_batch_each_is_read_alone() -> None:
@@ -113,13 +113,16 @@ def test_another_engine_of_the_model_changes_nothing_while_it_is_made() -> None:
 
     def make() -> None:
         while not done.is_set():
-            Reader(language.model, 1, 512, 1e-3)
+            Prefill(language.model, 1, 512, 1e-3)
 
     making = threading.Thread(target=make)
     making.start()
     try:
         for _ in range(5):
-            assert "".join(Engine(model).stream(model.open_prompt(None, question), Sampling(max_tokens=20))) == expected
+            assert (
+                "".join(Engine(model).stream(model.open_prompt(None, question), SamplingParams(max_tokens=20)))
+                == expected
+            )
     finally:
         done.set()
         making.join()

@@ -12,7 +12,7 @@ from builders import RandomFeatures, Recorder, encode, example, tiny_language
 from transformers import OPTConfig, OPTForCausalLM, PhiConfig, PhiForCausalLM
 
 from mmphi.config import TrainingSettings
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import pack
 from mmphi.training.packed_dataset import packed_steps
@@ -38,7 +38,7 @@ def traces(model: torch.nn.Module) -> list:
 def test_training_leaves_nothing_behind(tmp_path, recompute):
     language = tiny_language()
     before, forward = traces(language.model), type(language.model).forward
-    model = PackedModel(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    model = PackedVLM(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
     samples = [encode(example(i, "a dog"), language.prompt, 4, 100) for i in range(4)]
     settings = TrainingSettings(steps=2, batch_size=2, precision="bf16", gradient_checkpointing=recompute)
     with model.recomputing(recompute):
@@ -57,7 +57,7 @@ def test_training_leaves_nothing_behind(tmp_path, recompute):
     assert type(language.model).forward is forward
     assert "forward" not in vars(model)
     # No autocast stays: the same arithmetic as before, on other weights of the projector alone.
-    fresh = PackedModel(tiny_language().model, image=copy.deepcopy(model.projectors["image"]))
+    fresh = PackedVLM(tiny_language().model, image=copy.deepcopy(model.projectors["image"]))
     rows = pack(samples, {"image": RandomFeatures()})
     assert torch.equal(model(**rows), fresh(**rows))
 
@@ -87,7 +87,7 @@ def test_frozen_model_never_drops(make, recompute):
     torch.manual_seed(0)
     inner = make().requires_grad_(False).eval()
     language = tiny_language()
-    model = PackedModel(inner, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    model = PackedVLM(inner, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
     samples = [encode(example(i, "a dog"), language.prompt, 4, 100) for i in range(3)]
     rows = pack(samples, {"image": RandomFeatures()})
     expected = model.eval()(**rows)

@@ -21,7 +21,7 @@ from transformers import (
 
 from mmphi.models.language.packing_check import packing_error, shortest_window
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack
 
@@ -110,5 +110,5 @@ def test_rows_of_one_sequence(tmp_path):
     rows = pack(samples, {"image": RandomFeatures()}, layout=Layout("alone"))
     assert rows["input_ids"].shape[0] == 3
     assert (rows["segments"].max(dim=1).values == 0).all()
-    model = PackedModel(tiny_language().model, layout=Layout("alone"))
+    model = PackedVLM(tiny_language().model, layout=Layout("alone"))
     assert isinstance(model._walls(rows)["attention_mask"], torch.Tensor)

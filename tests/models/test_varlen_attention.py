@@ -14,7 +14,7 @@ from transformers import CohereConfig, Gemma2Config
 from mmphi.models.language.language_model import LONG
 from mmphi.models.language.packing_check import packing_error
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.packed_vlm import PackedModel, has_plain_head
+from mmphi.models.packed_vlm import PackedVLM, has_plain_head
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack, packs, rows_of
 
@@ -26,7 +26,7 @@ CAPPED = Gemma2Config(**COMMON, **HEADS, head_dim=8, final_logit_softcapping=5.0
 def projected(language, layout):
     torch.manual_seed(1)
     projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
-    return PackedModel(language.model, layout=Layout(layout), image=projector)
+    return PackedVLM(language.model, layout=Layout(layout), image=projector)
 
 
 @pytest.mark.parametrize("config", [None, *ISOLATE[:2]], ids=["phi", "llama", "gpt2"])

@@ -17,7 +17,7 @@ from mmphi.pipeline.background_build import independent
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.stages import load_settings
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 SETTINGS = load_settings("tiny")
 
@@ -27,7 +27,7 @@ def pipeline(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe
     """One that has a helper, in a process of four threads."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     torch.set_num_threads(4)
-    yield Pipeline(BRANCHES, Store(empty_store), helper="branches")
+    yield Pipeline(BRANCHES, TrackingStore(empty_store), helper="branches")
     torch.set_num_threads(1)
 
 
@@ -49,7 +49,7 @@ def test_what_is_independent_of_a_training(pipeline: Pipeline) -> None:
 def test_only_trainings_are_worth_another_process(empty_store: str) -> None:
     for name in ("left", "right"):
         stages = {**BRANCHES, name: replace(BRANCHES[name], trains=False)}
-        assert independent(Pipeline(stages, Store(empty_store)), "goal", "left", SETTINGS) == []
+        assert independent(Pipeline(stages, TrackingStore(empty_store)), "goal", "left", SETTINGS) == []
 
 
 @pytest.mark.slow

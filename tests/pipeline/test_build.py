@@ -16,17 +16,17 @@ from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context
 from mmphi.stages import Settings, load_settings
 from mmphi.tracking.run_tracker import params_of
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 @pytest.fixture
-def store(empty_store: str) -> Store:
+def store(empty_store: str) -> TrackingStore:
     toys.CALLS.clear()
-    return Store(empty_store)
+    return TrackingStore(empty_store)
 
 
 @pytest.fixture
-def pipeline(store: Store) -> Pipeline:
+def pipeline(store: TrackingStore) -> Pipeline:
     return Pipeline(toys.TOYS, store)
 
 
@@ -49,7 +49,7 @@ def test_builds_what_is_missing_and_reuses_what_is_there(
     assert f"projector.layers is 3, was 2, compared with run {first.run_id}" in said
 
 
-def test_finished_result_does_not_need_what_it_was_built_on(pipeline: Pipeline, store: Store) -> None:
+def test_finished_result_does_not_need_what_it_was_built_on(pipeline: Pipeline, store: TrackingStore) -> None:
     first = pipeline.build("train", settings())
     drawn = next(store.search(stage="draw"))
     store.client.delete_run(drawn.info.run_id)
@@ -81,7 +81,7 @@ def test_no_build_names_all_that_is_missing(pipeline: Pipeline) -> None:
     assert pipeline.build("train", settings(), no_build=True).stage == "train"
 
 
-def test_lineage_is_recorded(pipeline: Pipeline, store: Store, tmp_path: Path) -> None:
+def test_lineage_is_recorded(pipeline: Pipeline, store: TrackingStore, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("text")
     result = pipeline.build("train", settings(), label="layers=2")
     run = store.client.get_run(result.run_id)
@@ -101,7 +101,7 @@ def test_lineage_is_recorded(pipeline: Pipeline, store: Store, tmp_path: Path) -
     assert "mmphi.data.corpus.sources.0.path" in store.client.get_run(read.run_id).data.tags
 
 
-def test_goes_on_in_the_run_that_mlflow_began(pipeline: Pipeline, store: Store) -> None:
+def test_goes_on_in_the_run_that_mlflow_began(pipeline: Pipeline, store: TrackingStore) -> None:
     experiment = store.client.create_experiment("another")
     assert "mlflow.experimentKind" not in store.client.get_experiment(experiment).tags
     given = store.client.create_run(experiment, run_name="merciful-ox-123")
@@ -132,7 +132,7 @@ def test_run_of_another_store_is_told(pipeline: Pipeline) -> None:
         pipeline.build("draw", settings(), run="0" * 32)
 
 
-def test_missing_file_is_told_before_anything_is_built(pipeline: Pipeline, store: Store) -> None:
+def test_missing_file_is_told_before_anything_is_built(pipeline: Pipeline, store: TrackingStore) -> None:
     stages: dict[str, Any] = {
         **toys.TOYS,
         "late": replace(toys.TOYS["read"], name="late", upstream=lambda _: ("draw",)),
@@ -143,7 +143,7 @@ def test_missing_file_is_told_before_anything_is_built(pipeline: Pipeline, store
     assert list(store.search(stage="draw")) == []
 
 
-def test_run_that_mlflow_began_has_its_name_before_its_stage_starts(store: Store) -> None:
+def test_run_that_mlflow_began_has_its_name_before_its_stage_starts(store: TrackingStore) -> None:
     """What it is built on may take minutes."""
     run = store.client.create_run("0", run_name="merciful-ox-123").info.run_id
     names = []
@@ -158,7 +158,7 @@ def test_run_that_mlflow_began_has_its_name_before_its_stage_starts(store: Store
 
 
 def test_a_training_goes_on_with_the_threads_that_it_began_with(
-    pipeline: Pipeline, store: Store, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline, store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it is resumed alone after it was killed while another training had half of the cores."""
     seen = []
@@ -217,7 +217,7 @@ SPELLINGS = {  # As typed after `mlflow run . -P`, and what is meant.
 }
 
 
-def test_thirty_spellings_of_what_mlflow_run_has_recorded(pipeline: Pipeline, store: Store) -> None:
+def test_thirty_spellings_of_what_mlflow_run_has_recorded(pipeline: Pipeline, store: TrackingStore) -> None:
     """MLflow records what was typed before mmphi begins, and no parameter can be changed then."""
     assert len(SPELLINGS) == 30
     begun = store.client.create_run(store.experiment()).info.run_id

@@ -19,17 +19,17 @@ from mmphi.errors import StoreError
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context
 from mmphi.stages import Settings, load_settings
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 @pytest.fixture
-def store(empty_store: str) -> Store:
+def store(empty_store: str) -> TrackingStore:
     toys.CALLS.clear()
-    return Store(empty_store)
+    return TrackingStore(empty_store)
 
 
 @pytest.fixture
-def pipeline(store: Store) -> Pipeline:
+def pipeline(store: TrackingStore) -> Pipeline:
     return Pipeline(toys.TOYS, store)
 
 
@@ -62,7 +62,9 @@ def test_copied_result_still_holds(pipeline: Pipeline) -> None:
     assert pipeline.build("train", settings()).run_id == first.run_id
 
 
-def test_failure_is_recorded_and_not_reused(pipeline: Pipeline, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_is_recorded_and_not_reused(
+    pipeline: Pipeline, store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOY_FAIL", "the loss is nan")
     with pytest.raises(ValueError, match="nan"):
         pipeline.build("train", settings())
@@ -76,7 +78,7 @@ def test_failure_is_recorded_and_not_reused(pipeline: Pipeline, store: Store, mo
     assert store.client.get_run(result.run_id).data.tags["mmphi.continues"] == failed.info.run_id
 
 
-def test_full_disk_is_told(store: Store) -> None:
+def test_full_disk_is_told(store: TrackingStore) -> None:
     def full(_: Context) -> Mapping[str, float]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -88,7 +90,7 @@ def test_full_disk_is_told(store: Store) -> None:
 
 @pytest.mark.slow
 def test_killed_run_is_gone_on_from_and_never_taken_for_a_result(
-    pipeline: Pipeline, store: Store, tmp_path: Path
+    pipeline: Pipeline, store: TrackingStore, tmp_path: Path
 ) -> None:
     process = toys.begin("train", TOY_HOLD=str(tmp_path / "never"))
     toys.until(process, "held")
@@ -120,7 +122,7 @@ def test_force_does_not_go_on_from_a_dead_run(pipeline: Pipeline, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_interrupted_run_is_killed_and_gone_on_from(pipeline: Pipeline, store: Store, tmp_path: Path) -> None:
+def test_interrupted_run_is_killed_and_gone_on_from(pipeline: Pipeline, store: TrackingStore, tmp_path: Path) -> None:
     process = toys.begin("train", TOY_HOLD=str(tmp_path / "never"))
     toys.until(process, "held")
     process.send_signal(signal.SIGINT)
@@ -130,7 +132,7 @@ def test_interrupted_run_is_killed_and_gone_on_from(pipeline: Pipeline, store: S
 
 
 @pytest.mark.slow
-def test_second_process_waits_and_reuses(store: Store, tmp_path: Path) -> None:
+def test_second_process_waits_and_reuses(store: TrackingStore, tmp_path: Path) -> None:
     go = tmp_path / "go"
     first = toys.begin("train", TOY_HOLD=str(go))
     toys.until(first, "held")
@@ -163,7 +165,7 @@ def raised(cause: Exception) -> Exception:
     ],
     ids=["file", "optimiser", "sqlite"],
 )
-def test_full_disk_is_told_whoever_meets_it(store: Store, error: Exception) -> None:
+def test_full_disk_is_told_whoever_meets_it(store: TrackingStore, error: Exception) -> None:
     def full(_: Context) -> Mapping[str, float]:
         raise error
 
@@ -172,7 +174,7 @@ def test_full_disk_is_told_whoever_meets_it(store: Store, error: Exception) -> N
     assert "make room" in caught.value.hint
 
 
-def test_full_disk_of_the_database_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_of_the_database_is_told(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise MlflowException("(sqlite3.OperationalError) database or disk is full")
 
@@ -181,7 +183,7 @@ def test_full_disk_of_the_database_is_told(store: Store, monkeypatch: pytest.Mon
         Pipeline(toys.TOYS, store).build("draw", settings())
 
 
-def test_run_killed_before_it_left_a_file_has_a_successor(pipeline: Pipeline, store: Store) -> None:
+def test_run_killed_before_it_left_a_file_has_a_successor(pipeline: Pipeline, store: TrackingStore) -> None:
     """It is not listed among the failed ones of a study then."""
     key = pipeline.key("train", settings())
     dead = store.begin("train", {"mmphi.stage": "train", "mmphi.key": key})

@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 
-from mmphi.pipeline.process_cache import Resources
+from mmphi.pipeline.process_cache import ProcessCache
 
 
 class Model:
@@ -12,7 +12,7 @@ class Model:
 
 
 def test_one_of_each_digest_however_often_it_is_asked_for() -> None:
-    resources = Resources()
+    resources = ProcessCache()
     one = resources.once("language", "a", Model)
     assert resources.once("language", "a", Model) is one
     assert resources.once("language", "b", Model) is not one
@@ -21,7 +21,7 @@ def test_one_of_each_digest_however_often_it_is_asked_for() -> None:
 
 
 def test_the_newest_lives_on_and_the_others_go() -> None:
-    resources = Resources()
+    resources = ProcessCache()
     first = weakref.ref(resources.once("language", "a", Model))
     assert first() is not None
     second = weakref.ref(resources.once("language", "b", Model))
@@ -31,7 +31,7 @@ def test_the_newest_lives_on_and_the_others_go() -> None:
 
 
 def test_threads_get_the_same() -> None:
-    resources, made = Resources(), []
+    resources, made = ProcessCache(), []
 
     def make() -> Model:
         made.append(Model())

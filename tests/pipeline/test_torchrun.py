@@ -9,7 +9,7 @@ import toys
 from forked import run_ranks
 
 from mmphi.pipeline.torchrun import alone
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 def test_variables_of_torchrun_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +34,7 @@ def test_stage_that_does_not_train_runs_once(empty_store: str) -> None:
     results = torchrun("draw")
     assert len(results) == 2
     assert results[0] == results[1]
-    assert len(list(Store(empty_store).search(stage="draw"))) == 1
+    assert len(list(TrackingStore(empty_store).search(stage="draw"))) == 1
 
 
 @pytest.mark.slow
@@ -44,6 +44,6 @@ def test_two_processes_share_one_run(empty_store: str) -> None:
     assert {result["metrics"]["rank"] for result in results} == {0, 1}
     assert results[0]["run_id"] == results[1]["run_id"]
     assert results[0]["path"] == results[1]["path"]
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     assert [len(list(store.search(stage=name))) for name in ("draw", "train")] == [1, 1]
     assert store.is_result(next(store.search(stage="train")))

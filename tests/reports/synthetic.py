@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from mlflow.entities import Metric, Param, RunTag
 
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 DECLARED: dict[str, Any] = {
     "question": "How many layers?",
@@ -44,7 +44,7 @@ def values(effects: Mapping[str, float], seeds: int = 8, noise: float = 0.004) -
 
 def record(name: str, **changes: Any) -> str:
     """The record of a study; returns its run."""
-    store = Store()
+    store = TrackingStore()
     tracker = store.begin(f"study {name}", {"mmphi.study_record": name})
     tracker.text("study.json", json.dumps(DECLARED | changes))
     store.client.set_terminated(tracker.run_id, "FINISHED")
@@ -53,7 +53,7 @@ def record(name: str, **changes: Any) -> str:
 
 def trial(name: str, level: str, seed: int, metrics: Mapping[str, float], **given: Any) -> str:
     """A run of a study; ``status``, ``phase``, ``params``, ``tags``, ``curve`` and ``started`` may be given."""
-    store = Store()
+    store = TrackingStore()
     tags = {
         "mmphi.study": name,
         "mmphi.level": level,

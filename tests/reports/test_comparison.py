@@ -6,7 +6,7 @@ import pytest
 from reports.comparison import Judging, compare
 from reports.divergence import diverged, p_of_rates
 from reports.interim_looks import corrected, reached
-from reports.verdict import Metric, sentence
+from reports.verdict import JudgedMetric, sentence
 
 VALUES = {"base": {n: 1.0 + n / 100 for n in range(8)}, "other": {n: 0.9 + n / 90 for n in range(8)}}
 
@@ -73,11 +73,11 @@ def test_only_pairs_count_for_rates_of_divergence() -> None:
 def test_a_level_that_lost_all_its_runs_is_said_so() -> None:
     levels = {"base": {n: 1.0 + n / 9 for n in range(8)}, "other": {}}
     (found,) = compare(levels, "base", judging=Judging(failed={"other": set(range(8))}))
-    said = sentence(found, "base", Metric("test/loss", "nats/token", less=True))
+    said = sentence(found, "base", JudgedMetric("test/loss", "nats/token", less=True))
     assert said.startswith("Nothing can be said of other: no pair of runs gave a number. Left out")
     assert "8 runs of other and 0 of base (exact McNemar test, p = 0.008)" in said
 
 
 def test_draws_are_called_draws() -> None:
     (found,) = compare(VALUES, "base", judging=Judging(draw=lambda n: n % 4))
-    assert "with 4 draws (" in sentence(found, "base", Metric("test/loss", "nats/token", less=True, margin=0.001))
+    assert "with 4 draws (" in sentence(found, "base", JudgedMetric("test/loss", "nats/token", less=True, margin=0.001))

@@ -13,10 +13,10 @@ from test_scaling import curve
 
 from mmphi.cli import main
 from mmphi.errors import DataError, SettingsError
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports import references
 from reports.commands import report
-from reports.extrapolation_text import Distance
+from reports.extrapolation_text import ReferenceDistance
 from reports.pretraining import pretraining
 from reports.pretraining_query import load_pretrainings
 from reports.references import original_run, phi2_budget, prices, reference_of
@@ -38,7 +38,7 @@ PARAMS = {
 
 def run(name: str, status: str = "FINISHED", steps: int = 400, public: float = 4.3, **metrics: float) -> str:
     """A pretraining of a planted law."""
-    store, made = Store(), curve("constant", steps=steps)
+    store, made = TrackingStore(), curve("constant", steps=steps)
     tags = {"mmphi.stage": "pretrain", "mmphi.key": name, "mmphi.git_commit": "c0ffee", "mmphi.cpu": "a | cpu"}
     tracker = store.begin(name, {**tags, "mmphi.preset": "text"})
     values = {
@@ -102,14 +102,14 @@ def test_verdict_first_then_what_it_stands_on(empty_store, tmp_path, capsys):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert ".png" not in page
-    logged = {f.path for f in Store().client.list_artifacts(run_id, "report")}
+    logged = {f.path for f in TrackingStore().client.list_artifacts(run_id, "report")}
     assert {"report/report.md", "report/report.html", "report/curves.png"} <= logged
 
 
 @pytest.mark.slow
 def test_the_same_store_gives_the_same_bytes(empty_store, tmp_path):
     run("mine")
-    made = [pretraining(load_pretrainings(Store()), reference_of()).files() for _ in range(2)]
+    made = [pretraining(load_pretrainings(TrackingStore()), reference_of()).files() for _ in range(2)]
     assert made[0] == made[1]
 
 
@@ -119,7 +119,7 @@ def test_generated_text_stands_apart_with_its_floor(empty_store):
     run("files")
     run("stream", **stream, **{"floor/loss": 3.25})
     run("cut", **stream)
-    document = pretraining(load_pretrainings(Store(), ["all"]), reference_of())
+    document = pretraining(load_pretrainings(TrackingStore(), ["all"]), reference_of())
     text = document.files()["report.md"].decode()
     lines = [line for line in text.splitlines() if "that it did not see" in line]
     assert len(lines) == 2
@@ -134,23 +134,26 @@ def test_generated_text_stands_apart_with_its_floor(empty_store):
 @pytest.mark.slow
 def test_the_command_says_who_wrote(empty_store):
     made = run("stream")
-    Store().client.log_param(made, "pretrain.source", "stream")
-    Store().client.log_param(made, "textgen.model", "/somewhere/writer")
-    text = pretraining(load_pretrainings(Store()), reference_of()).files()["report.md"].decode()
+    TrackingStore().client.log_param(made, "pretrain.source", "stream")
+    TrackingStore().client.log_param(made, "textgen.model", "/somewhere/writer")
+    text = pretraining(load_pretrainings(TrackingStore()), reference_of()).files()["report.md"].decode()
     assert "mmphi pretrain --preset text --source stream --textgen.model writer --size '10M'" in text
 
 
 @pytest.mark.slow
 def test_without_generated_text_nothing_is_said_of_it(empty_store):
     run("files")
-    assert "model wrote" not in pretraining(load_pretrainings(Store()), reference_of()).files()["report.md"].decode()
+    assert (
+        "model wrote"
+        not in pretraining(load_pretrainings(TrackingStore()), reference_of()).files()["report.md"].decode()
+    )
 
 
 @pytest.mark.slow
 def test_an_answer_comes_with_time_and_money(empty_store):
     run("mine", public=0.0)
-    (found,) = load_pretrainings(Store())
-    distance = Distance(found, reference_of(), Outlook.of(found.curve()))
+    (found,) = load_pretrainings(TrackingStore())
+    distance = ReferenceDistance(found, reference_of(), Outlook.of(found.curve()))
     object.__setattr__(distance, "targets", lambda: {"near": 3.9, "the reference": 2.273})
     row, beyond = distance.table().rows
     assert beyond[1].startswith("cannot be said")
@@ -168,8 +171,8 @@ def test_an_answer_comes_with_time_and_money(empty_store):
 def test_another_text_is_not_taken_for_the_references(empty_store, monkeypatch):
     monkeypatch.setitem(PARAMS, "pretrain.public_text", "/somewhere/lambada.txt")
     run("mine", public=1.0)
-    found = load_pretrainings(Store())
-    distance = Distance(found[0], reference_of(), Outlook.of(found[0].curve()))
+    found = load_pretrainings(TrackingStore())
+    distance = ReferenceDistance(found[0], reference_of(), Outlook.of(found[0].curve()))
     assert not distance.comparable
     assert "was not scored on WikiText-2" in distance.verdict()
     assert "none." not in distance.more()
@@ -179,8 +182,8 @@ def test_another_text_is_not_taken_for_the_references(empty_store, monkeypatch):
 @pytest.mark.slow
 def test_what_was_reached_is_not_foretold(empty_store):
     run("mine", public=2.1)
-    (found,) = load_pretrainings(Store())
-    distance = Distance(found, reference_of(), Outlook.of(found.curve()))
+    (found,) = load_pretrainings(TrackingStore())
+    distance = ReferenceDistance(found, reference_of(), Outlook.of(found.curve()))
     assert distance.more() == "none."
     assert [row[1] for row in distance.table().rows] == ["reached", "reached"]
 
@@ -189,9 +192,9 @@ def test_what_was_reached_is_not_foretold(empty_store):
 def test_any_set_of_runs(empty_store, tmp_path):
     one, two = run("one"), run("two", public=4.0)
     run("three", status="RUNNING")
-    assert [r.run_id for r in load_pretrainings(Store())] == [two]
-    assert {r.run_id for r in load_pretrainings(Store(), ["all"])} == {one, two}
-    assert [r.run_id for r in load_pretrainings(Store(), [two[:8], one])] == [two, one]
+    assert [r.run_id for r in load_pretrainings(TrackingStore())] == [two]
+    assert {r.run_id for r in load_pretrainings(TrackingStore(), ["all"])} == {one, two}
+    assert [r.run_id for r in load_pretrainings(TrackingStore(), [two[:8], one])] == [two, one]
     assert report(["pretraining", "--runs", f"{one},{two}", "--out", str(tmp_path), "--no-log"]) == 0
     text = (tmp_path / "report.md").read_text()
     assert f"- **The 10M Phi of run {two[:6]} reached 4.000" in text
@@ -200,12 +203,12 @@ def test_any_set_of_runs(empty_store, tmp_path):
 
 def test_what_is_not_there(empty_store, capsys):
     with pytest.raises(SettingsError, match="no pretraining on a corpus"):
-        load_pretrainings(Store())
+        load_pretrainings(TrackingStore())
     run("three", status="RUNNING")
     with pytest.raises(SettingsError, match="no pretraining has finished"):
-        load_pretrainings(Store())
+        load_pretrainings(TrackingStore())
     with pytest.raises(SettingsError, match="0 pretrainings"):
-        load_pretrainings(Store(), ["nowhere"])
+        load_pretrainings(TrackingStore(), ["nowhere"])
     assert main(["report", "ablation"]) == 2
     assert "--study NAME" in capsys.readouterr().err
 
@@ -229,7 +232,7 @@ def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
     from builders import byte_tokenizer, tiny_language
 
     from mmphi.config import LanguageSettings
-    from mmphi.evaluation.perplexity import Protocol, text_loss
+    from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
     from mmphi.models.device import this_device
     from mmphi.models.language.language_model import load_language
 
@@ -245,7 +248,7 @@ def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
     (file,) = out.glob("*.json")
     found = json.loads(file.read_text())
     language = load_language(LanguageSettings(model=str(folder)), None, this_device())
-    wanted = text_loss(language.model, language.tokenizer, text.read_text(), Protocol(32, 16))
+    wanted = text_loss(language.model, language.tokenizer, text.read_text(), PerplexityProtocol(32, 16))
     assert found["loss_nats_per_token"] == pytest.approx(wanted.loss)
     assert str(tmp_path) not in file.read_text()
     (tmp_path / "reference" / "losses.yaml").write_text("[]")
@@ -258,13 +261,13 @@ def test_a_run_that_points_at_an_earlier_one_is_that_one(empty_store):
     """As the second `mlflow run -e pretrain` leaves it: without parameters of its own."""
     first = run("mine")
     tags = {"mmphi.stage": "pretrain", "mmphi.reuses": first, "mmphi.preset": "text"}
-    tracker = Store().begin("pretrain text (reused)", tags)
+    tracker = TrackingStore().begin("pretrain text (reused)", tags)
     tracker.metrics({"pretrain/initial_loss": 10.8, "val/loss": 4.1})
     tracker.flush()
-    Store().client.set_terminated(tracker.run_id, "FINISHED")
+    TrackingStore().client.set_terminated(tracker.run_id, "FINISHED")
     for chosen in ((), ("all",), (tracker.run_id[:8],), (first, tracker.run_id)):
-        assert [found.run_id for found in load_pretrainings(Store(), chosen)] == [first]
-    assert pretraining(load_pretrainings(Store()), reference_of()).files()
+        assert [found.run_id for found in load_pretrainings(TrackingStore(), chosen)] == [first]
+    assert pretraining(load_pretrainings(TrackingStore()), reference_of()).files()
 
 
 @pytest.mark.parametrize(
@@ -282,14 +285,14 @@ def test_a_run_that_points_at_an_earlier_one_is_that_one(empty_store):
 def test_only_the_same_split_is_compared(empty_store, monkeypatch, path, same):
     monkeypatch.setitem(PARAMS, "pretrain.public_text", path)
     run("mine")
-    (found,) = load_pretrainings(Store())
+    (found,) = load_pretrainings(TrackingStore())
     assert found.scored_on("WikiText-2 (raw, test split)") is same
 
 
 def test_what_a_model_wrote_is_shown_as_text(empty_store):
     run_id = run("mine")
     samples = [{"step": 400, "prompt": "<b>", "text": "<script>alert(1)</script> ![x](http://x/y.png) | *a*"}]
-    (found,) = load_pretrainings(Store(), [run_id])
+    (found,) = load_pretrainings(TrackingStore(), [run_id])
     document = pretraining([replace(found, samples=samples)], reference_of())
     page = document.page()
     assert "<script>" not in page

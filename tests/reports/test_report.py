@@ -9,13 +9,13 @@ from PIL import Image
 from synthetic import read, record, study, trial, values
 
 from mmphi.errors import SettingsError, StoreError
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from reports.ablation_text import design
 from reports.commands import report
 from reports.comparison import compare
 from reports.figures import front
 from reports.study_query import StudyData, Trial, begun, load_study
-from reports.verdict import Metric, headline, quoted
+from reports.verdict import JudgedMetric, headline, quoted
 
 EFFECTS = {"2 layers": 0.0, "3 layers": -0.05, "odd | one": -0.001}
 
@@ -40,7 +40,7 @@ def test_verdict_first_then_what_it_stands_on(
     assert "mmphi ablate depth --seeds 8 --tokens 1000" in text
     assert capsys.readouterr().out.startswith("3 layers beat 2 layers by 0.0")
     # Links lead to the runs; what would end a cell of a table is escaped.
-    run = load_study(Store(), "depth").results()["3 layers"][4].run_id
+    run = load_study(TrackingStore(), "depth").results()["3 layers"][4].run_id
     assert f"/runs/{run})" in text
     assert "| odd \\| one |" in text
     # Every table is a csv too, and every figure a picture of 800 px.
@@ -60,8 +60,8 @@ def test_verdict_first_then_what_it_stands_on(
     assert "<td>odd | one</td>" in page
     assert 'src="http' not in page
     # It is logged beside the study's declaration.
-    data = load_study(Store(), "depth")
-    logged = {f.path for f in Store().client.list_artifacts(data.run_id, "report")}
+    data = load_study(TrackingStore(), "depth")
+    logged = {f.path for f in TrackingStore().client.list_artifacts(data.run_id, "report")}
     assert {"report/report.md", "report/report.html", "report/levels.csv"} <= logged
 
 
@@ -76,7 +76,7 @@ def test_same_store_same_bytes(empty_store: str, tmp_path: Path) -> None:
 
 def test_a_later_evaluation_changes_nothing(empty_store: str) -> None:
     """Another study, or a person, measures the same model with other settings, and its run shows that."""
-    store = Store()
+    store = TrackingStore()
     record("judged", seeds=2)
     evaluations = [trial("none", "", seed, {"test/loss": 1.0 + seed}) for seed in range(2)]
     trials = [
@@ -111,7 +111,7 @@ def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path:
     trial("gaps", "3 layers", 1, {}, status="FAILED", tags={"mmphi.error": "TrainingError: the loss at step 3 is nan"})
     trial("gaps", "3 layers", 2, {}, status="KILLED", tags={"mmphi.continued_by": "another"})
     change = '{"what": "stop", "name": "odd | one", "value": null, "at": "2026-11-25 01:00:00"}'
-    Store().client.set_tag(run_id, "mmphi.change.0000", change)
+    TrackingStore().client.set_tag(run_id, "mmphi.change.0000", change)
     text = write("gaps", tmp_path)
     assert "2 trials that were asked for have no result: 3 layers seed 1 and 3 layers seed 2" in text
     assert "3 layers failed at 2 of 3 seeds" in text
@@ -123,7 +123,7 @@ def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path:
     assert "| verdict | 3 layers | 1 | FAILED | TrainingError: the loss at step 3 is nan |" in text
     assert "| 2026-11-25 01:00:00 | stop | odd \\| one | - |" in text
     assert "Nothing can be said of odd | one" in text
-    data = load_study(Store(), "gaps")
+    data = load_study(TrackingStore(), "gaps")
     assert data.values("test/loss")["3 layers"] == {0: 0.9}
 
 
@@ -155,7 +155,7 @@ def test_bad_stores(empty_store: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"did you mean depth\?"):
         write("deptj", tmp_path)
     record("other")
-    assert begun(Store()) == ["depth", "other"]
+    assert begun(TrackingStore()) == ["depth", "other"]
 
 
 def test_one_seed_is_no_verdict(empty_store: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_what_was_drawn_once_for_all_is_named(stage, upstream, said):
 
 
 def test_a_report_of_a_study_that_runs_says_so(empty_store: str, tmp_path: Path) -> None:
-    Store().client.update_run(record("half", seeds=8, looks=[4]), status="RUNNING")
+    TrackingStore().client.update_run(record("half", seeds=8, looks=[4]), status="RUNNING")
     for level, by in (("2 layers", 0.0), ("3 layers", -0.1)):
         for seed in range(3):
             trial("half", level, seed, {"test/loss": 1.0 + seed / 100 + by + seed * by / 50})
@@ -213,7 +213,7 @@ def test_seeds_that_were_lowered_below_the_first_look_are_the_reason_for_no_verd
 ) -> None:
     run_id = record("less", seeds=8, levels={"2 layers": 2, "3 layers": 3})
     change = '{"what": "seeds", "name": "", "value": 3, "at": "2026-11-25 01:00:00"}'
-    Store().client.set_tag(run_id, "mmphi.change.0000", change)
+    TrackingStore().client.set_tag(run_id, "mmphi.change.0000", change)
     for level, by in (("2 layers", 0.0), ("3 layers", -0.1)):
         for seed in range(3):
             trial("less", level, seed, {"test/loss": 1.0 + seed / 100 + by})
@@ -226,7 +226,7 @@ def test_seeds_that_were_lowered_below_the_first_look_are_the_reason_for_no_verd
 def test_seeds_beyond_the_declared_ones_are_exploratory(empty_store: str, tmp_path: Path) -> None:
     run_id = record("more", seeds=3, levels={"2 layers": 2, "3 layers": 3}, also={"test/exact_match": "exact answers"})
     change = '{"what": "seeds", "name": "", "value": 8, "at": "2026-11-25 01:00:00"}'
-    Store().client.set_tag(run_id, "mmphi.change.0000", change)
+    TrackingStore().client.set_tag(run_id, "mmphi.change.0000", change)
     for level, by in (("2 layers", 0.0), ("3 layers", -0.1)):
         for seed in range(8):
             metrics = {"test/loss": 1.0 + seed / 100 + by + seed * by / 50, "test/exact_match": 0.5 - by}
@@ -276,7 +276,7 @@ def test_the_best_level_is_the_one_with_the_best_paired_difference() -> None:
         "better": {n: v - 0.5 - n / 100 for n, v in hard.items()},
         "lacks hard ones": {n: v - 0.2 - n / 100 for n, v in hard.items() if n < 8},
     }
-    said = headline(compare(levels, "base"), "base", Metric("test/loss", "nats/token", less=True))
+    said = headline(compare(levels, "base"), "base", JudgedMetric("test/loss", "nats/token", less=True))
     assert said.startswith("**better beat base by 0.5")
 
 
@@ -296,7 +296,7 @@ def test_a_cell_that_never_ended_stops_no_verdict_of_a_study_that_has(
 ) -> None:
     """A worker that is killed too often leaves its run KILLED, or RUNNING."""
     run_id = record("dead", seeds=8, levels={"2 layers": 2, "3 layers": 3})
-    Store().client.update_run(run_id, status=status)
+    TrackingStore().client.update_run(run_id, status=status)
     for level, of in values({"2 layers": 0.0, "3 layers": -0.1}).items():
         for seed, value in of.items():
             if (level, seed) != ("2 layers", 6):
@@ -309,10 +309,10 @@ def test_a_cell_that_never_ended_stops_no_verdict_of_a_study_that_has(
 
 def test_a_run_that_failed_for_another_reason_is_not_lost_while_the_study_runs(empty_store: str) -> None:
     run_id = record("disk", seeds=2, levels={"2 layers": 2, "3 layers": 3})
-    Store().client.update_run(run_id, status="RUNNING")
+    TrackingStore().client.update_run(run_id, status="RUNNING")
     for name, reason in (("2 layers", "StoreError: the disk is full"), ("3 layers", "TrainingError: the loss is nan")):
         trial("disk", name, 0, {}, status="FAILED", tags={"mmphi.error": reason})
-    assert load_study(Store(), "disk").lost() == {"2 layers": set(), "3 layers": {0}}
+    assert load_study(TrackingStore(), "disk").lost() == {"2 layers": set(), "3 layers": {0}}
 
 
 def test_costs_within_their_noise_and_curves_of_two_points_are_not_drawn(empty_store: str, tmp_path: Path) -> None:

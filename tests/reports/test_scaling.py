@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers.optimization import get_scheduler
 
-from reports.scaling import Answer, Curve, Law, Outlook, Schedule, state_before
+from reports.scaling import Curve, Extrapolation, LawCoefficients, Outlook, Schedule, state_before
 
-LAW = Law("fixed", 3.0, 9.0, 0.35, 2.9, 9.0)
+LAW = LawCoefficients("fixed", 3.0, 9.0, 0.35, 2.9, 9.0)
 INITIAL = 10.8
 
 
-def curve(kind: str = "wsd", steps: int = 400, noise: float = 0.05, seed: int = 0, law: Law = LAW) -> Curve:
+def curve(kind: str = "wsd", steps: int = 400, noise: float = 0.05, seed: int = 0, law: LawCoefficients = LAW) -> Curve:
     """Losses of a planted law, recorded as trainings do: each of the first 100, then means of ten."""
     schedule = Schedule(kind, 0.02, 0.2, steps)
     total, cooled = state_before(schedule.rates())
@@ -28,7 +28,7 @@ def curve(kind: str = "wsd", steps: int = 400, noise: float = 0.05, seed: int = 
     return Curve(recorded, means, 8192, schedule, INITIAL)
 
 
-def drawn(number: int) -> tuple[Law, Curve, float]:
+def drawn(number: int) -> tuple[LawCoefficients, Curve, float]:
     """One of many laws, kinds, lengths and noises: the law, its curve, and a loss that it comes to later."""
     kinds = (("constant", "fixed"), *itertools.product(("cosine", "wsd"), ("fixed", "proportional")))
     kind, gain = kinds[number % len(kinds)]
@@ -37,7 +37,7 @@ def drawn(number: int) -> tuple[Law, Curve, float]:
     floor, exponent, scale = rng.uniform(1.5, 3.2), rng.uniform(0.2, 0.6), rng.uniform(5, 9)
     lower, share = rng.uniform(0.05, 0.3), rng.uniform(0.75, 0.95)
     cold = (floor - lower, scale) if gain == "fixed" else (floor, scale * share)
-    law = Law(gain, floor, scale, exponent, *(cold if kind != "constant" else (floor, scale)))
+    law = LawCoefficients(gain, floor, scale, exponent, *(cold if kind != "constant" else (floor, scale)))
     made = curve(kind, steps, rng.uniform(0.03, 0.1), number, law)
     total, cooled = state_before(made.schedule.rates())
     end = float(law(total[-1:], cooled[-1:])[0])
@@ -82,7 +82,7 @@ def test_a_record_is_of_all_updates_since_the_one_before() -> None:
 @pytest.mark.parametrize("kind", ["wsd", "cosine", "constant"])
 @pytest.mark.parametrize("gain", ["fixed", "proportional"])
 def test_a_law_without_noise_is_found(kind: str, gain: str) -> None:
-    law = LAW if gain == "fixed" else Law("proportional", 3.0, 9.0, 0.35, 3.0, 8.0)
+    law = LAW if gain == "fixed" else LawCoefficients("proportional", 3.0, 9.0, 0.35, 3.0, 8.0)
     outlook = Outlook.of(curve(kind, 3000, 1e-6, law=law))
     assert outlook.refusal == ""
     assert outlook.backtest < 0.02
@@ -97,7 +97,7 @@ def test_a_law_without_noise_is_found(kind: str, gain: str) -> None:
 
 def test_what_cooling_down_gains_is_bounded() -> None:
     """Sixty times the tokens: no loss below what was seen of the gain, and none below 0."""
-    for law in (LAW, Law("proportional", 0.0, 9.0, 0.3, 0.0, 8.5)):
+    for law in (LAW, LawCoefficients("proportional", 0.0, 9.0, 0.3, 0.0, 8.5)):
         for found in Outlook.of(curve(law=law, noise=0.02)).resampled:
             assert 0 <= found.cooled_floor <= found.floor
             assert 0 <= found.cooled_scale <= found.scale
@@ -138,8 +138,8 @@ def test_what_cannot_be_known_is_refused():
     refused(Outlook.of(curve(steps=40)), 3.9, "fewer than 60 updates")
     flat = Curve(list(range(1, 200)), [10.5] * 199, 8192, Schedule("constant", 0.0, 0.0, 199), 10.6)
     refused(Outlook.of(flat), 3.9, "hardly any of it")
-    far = Outlook.of(curve("constant", law=Law("fixed", 0.0, 10.5, 0.08, 0.0, 10.5), noise=0.01))
-    assert far.answer(4.0) != Answer(4.0)
+    far = Outlook.of(curve("constant", law=LawCoefficients("fixed", 0.0, 10.5, 0.08, 0.0, 10.5), noise=0.01))
+    assert far.answer(4.0) != Extrapolation(4.0)
     assert far.answer(4.0).refusal
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from reports.comparison import compare
 from reports.paired_tests import Interval
-from reports.verdict import Metric, headline, listed, number, p_value, range_of, sentence
+from reports.verdict import JudgedMetric, headline, listed, number, p_value, range_of, sentence
 
-LOSS = Metric("test/loss", "nats/token", less=True, margin=0.02)
+LOSS = JudgedMetric("test/loss", "nats/token", less=True, margin=0.02)
 
 
 def study(**effects: float) -> dict[str, dict[int, float]]:
@@ -27,7 +27,7 @@ def test_difference_in_words() -> None:
     assert "95 % interval 0.05" in said  # Of the size of the improvement: positive, as the number before it.
     assert said.endswith("p = 0.016 after Holm over 2 comparisons, 8 seeds).")
     assert sentence(one, "2 layers", LOSS).startswith("**one did worse than 2 layers by 0.0")
-    more = Metric("test/exact_match", "of captions", less=False)
+    more = JudgedMetric("test/exact_match", "of captions", less=False)
     assert sentence(one, "2 layers", more).startswith("**one beat 2 layers by")
 
 

@@ -29,16 +29,16 @@ from mmphi.benchmarks._assistant_sides import free_port
 from mmphi.cli import main
 from mmphi.data.schema import AudioRef
 from mmphi.generation.engine import Engine
-from mmphi.generation.sampling import Sampling
-from mmphi.models.audio.audio_features import TranscriptLink
+from mmphi.generation.sampling import SamplingParams
+from mmphi.models.audio.audio_features import TranscriptFeatures
 from mmphi.models.audio.transcription import Segment, Transcript
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.serving import demo, pyfunc, serve
-from mmphi.serving.api import Rules
-from mmphi.serving.page.layout import CSS, Look, page_of, theme
-from mmphi.serving.page.model_pool import Desk
-from mmphi.serving.scheduler import Worker
+from mmphi.serving.api import ServerConfig
+from mmphi.serving.page.layout import CSS, PageConfig, page_of, theme
+from mmphi.serving.page.model_pool import ModelPool
+from mmphi.serving.scheduler import Scheduler
 
 HEARD = "what is shown"
 
@@ -55,7 +55,7 @@ def answerer(seed: int = 2) -> Multimodal:
     language = tiny_language(seed - 2)
     torch.manual_seed(seed)
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
-    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptLink(language, Same()))
+    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptFeatures(language, Same()))
 
 
 def picture(colour: str = "red") -> bytes:
@@ -75,9 +75,9 @@ def recording() -> bytes:
     return buffer.getvalue()
 
 
-def desk_of(models: dict[str, Multimodal], slots: int = 2, limit_s: float = 0.0) -> Desk:
+def desk_of(models: dict[str, Multimodal], slots: int = 2, limit_s: float = 0.0) -> ModelPool:
     """A desk at which these models answer."""
-    return Desk(lambda name: Worker(Engine(models[name], slots), 4, limit_s))
+    return ModelPool(lambda name: Scheduler(Engine(models[name], slots), 4, limit_s))
 
 
 class StepGate:
@@ -112,10 +112,10 @@ def wait_until(happened: Callable[[], bool], limit_s: float = 120) -> None:
 
 
 @contextmanager
-def served(model: Multimodal, rules: Rules | None = None, **how: Any) -> Iterator[str]:
+def served(model: Multimodal, rules: ServerConfig | None = None, **how: Any) -> Iterator[str]:
     """A server in a thread; yields its address."""
     port = free_port()
-    app = serve.application_of(model, rules or Rules("tiny"), **how)
+    app = serve.application_of(model, rules or ServerConfig("tiny"), **how)
     server = serve.server_of(app, "127.0.0.1", port, 72)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -133,7 +133,9 @@ def page(models: dict[str, Multimodal], beside: str = "", most: int = 8, **look:
     """The page of some models, served; yields its address."""
     desk = desk_of(models)
     names = [(f"model {name}", name) for name in models]
-    made = page_of(desk, Look(lambda: names, next(iter(models)), beside, sampling=Sampling(max_tokens=most), **look))
+    made = page_of(
+        desk, PageConfig(lambda: names, next(iter(models)), beside, sampling=SamplingParams(max_tokens=most), **look)
+    )
     _, address, _ = made.queue().launch(
         server_name="127.0.0.1",
         prevent_thread_lock=True,
@@ -274,5 +276,5 @@ def all_ways(
         found["page"] = shown["value"][1]["content"][0]["text"]
 
     row = pd.DataFrame([{"question": text, "image": data[image], "audio": data[audio]}])
-    found["mlflow"] = pyfunc.Answerer(loaded).predict(row, {"max_tokens": WORDS})["answer"][0]
+    found["mlflow"] = pyfunc.ChatPythonModel(loaded).predict(row, {"max_tokens": WORDS})["answer"][0]
     return found

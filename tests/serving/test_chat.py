@@ -11,18 +11,18 @@ from builders import RandomFeatures, tiny_language
 from PIL import Image
 
 from mmphi.errors import MmphiError
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.serving import chat
-from mmphi.serving.chat_session import HELP, Leave, Talk
+from mmphi.serving.chat_session import HELP, ChatSession, EndSession
 
 
 @pytest.fixture
-def talk() -> Talk:
+def talk() -> ChatSession:
     torch.manual_seed(2)
     model = Multimodal(tiny_language(), Projector(ProjectorConfig(RandomFeatures.width, 32)), RandomFeatures())
-    return Talk(model, Sampling(max_tokens=8))
+    return ChatSession(model, SamplingParams(max_tokens=8))
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-def said(talk: Talk, line: str) -> str:
+def said(talk: ChatSession, line: str) -> str:
     return "".join(talk.hear(line))
 
 
-def test_a_question_is_about_the_image_before_it_and_the_next_goes_on(talk: Talk, photo: Path) -> None:
+def test_a_question_is_about_the_image_before_it_and_the_next_goes_on(talk: ChatSession, photo: Path) -> None:
     assert "a photo.png" in said(talk, f"/image {photo}")
     first = said(talk, "what is it?")
     assert first == talk.model.ask("what is it?", photo, max_new_tokens=8)
@@ -47,14 +47,14 @@ def test_a_question_is_about_the_image_before_it_and_the_next_goes_on(talk: Talk
     assert said(talk, "and then?") == second
 
 
-def test_an_empty_line_is_a_question_where_something_waits(talk: Talk, photo: Path) -> None:
+def test_an_empty_line_is_a_question_where_something_waits(talk: ChatSession, photo: Path) -> None:
     assert said(talk, "   ") == ""
     assert talk.messages == []
     said(talk, f"/image '{photo}'")
     assert said(talk, "") == talk.model.ask("", photo, max_new_tokens=8)
 
 
-def test_a_second_image_in_a_conversation_is_warned_about(talk: Talk, photo: Path) -> None:
+def test_a_second_image_in_a_conversation_is_warned_about(talk: ChatSession, photo: Path) -> None:
     assert said(talk, f"/image {photo}").endswith("comes with the next question")
     said(talk, "what is it?")
     assert "/reset begins a new one" in said(talk, f"/image {photo}")
@@ -63,7 +63,7 @@ def test_a_second_image_in_a_conversation_is_warned_about(talk: Talk, photo: Pat
 
 
 def test_an_image_may_be_given_at_the_start(
-    talk: Talk, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talk: ChatSession, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mmphi.load", lambda *_, **__: talk.model)
     monkeypatch.setattr("sys.stdin", io.StringIO("what is it?\n"))
@@ -71,7 +71,7 @@ def test_an_image_may_be_given_at_the_start(
     assert capsys.readouterr().out.strip() == talk.model.ask("what is it?", photo, max_new_tokens=8)
 
 
-def test_what_is_wrong_leaves_the_conversation_as_it_was(talk: Talk, tmp_path: Path) -> None:
+def test_what_is_wrong_leaves_the_conversation_as_it_was(talk: ChatSession, tmp_path: Path) -> None:
     said(talk, "hello")
     before = list(talk.messages)
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -94,7 +94,7 @@ def test_what_is_wrong_leaves_the_conversation_as_it_was(talk: Talk, tmp_path: P
     assert said(talk, "and?") == talk.model.chat(talk.messages[:-1], max_tokens=8)
 
 
-def test_answers_can_be_set_and_the_beginning_given(talk: Talk) -> None:
+def test_answers_can_be_set_and_the_beginning_given(talk: ChatSession) -> None:
     said(talk, "/set max_tokens 2")
     assert talk.sampling.max_tokens == 2
     said(talk, "/system Be short.")
@@ -109,15 +109,15 @@ def test_answers_can_be_set_and_the_beginning_given(talk: Talk) -> None:
     assert said(talk, "hello") == first
 
 
-def test_a_conversation_is_saved_and_gone_on_with(talk: Talk, photo: Path, tmp_path: Path) -> None:
+def test_a_conversation_is_saved_and_gone_on_with(talk: ChatSession, photo: Path, tmp_path: Path) -> None:
     said(talk, f"/image {photo}")
     said(talk, "what is it?")
     said(talk, f"/save {tmp_path / 'chat.json'}")
-    again = Talk(talk.model, talk.sampling)
+    again = ChatSession(talk.model, talk.sampling)
     said(again, f"/load {tmp_path / 'chat.json'}")
     assert said(again, "and then?") == said(talk, "and then?")
     photo.unlink()
-    other = Talk(talk.model, talk.sampling)
+    other = ChatSession(talk.model, talk.sampling)
     said(other, f"/load {tmp_path / 'chat.json'}")  # The image is in it.
     assert said(other, "and then?") == talk.messages[-1]["content"]
     lines = ["/load nowhere.json", f"/save {tmp_path}/no/where.json", "/save", "/set seed 99999999999999999999"]
@@ -136,7 +136,7 @@ def test_a_conversation_is_saved_and_gone_on_with(talk: Talk, photo: Path, tmp_p
     assert again.messages == before
 
 
-def test_what_is_taken_back_and_loaded_keeps_the_system_text(talk: Talk, tmp_path: Path) -> None:
+def test_what_is_taken_back_and_loaded_keeps_the_system_text(talk: ChatSession, tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
 
     def load(*messages: tuple[str, str | None]) -> None:
@@ -156,7 +156,7 @@ def test_what_is_taken_back_and_loaded_keeps_the_system_text(talk: Talk, tmp_pat
 
 
 def test_bytes_that_are_no_text_end_no_conversation(
-    talk: Talk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    talk: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mmphi.load", lambda *_, **__: talk.model)
     typed = io.TextIOWrapper(io.BytesIO(b"hello \xff\nand then?\n"), encoding="utf-8")
@@ -165,8 +165,8 @@ def test_bytes_that_are_no_text_end_no_conversation(
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
-def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(talk: Talk) -> None:
-    talk.sampling = Sampling(max_tokens=100, stop=())
+def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(talk: ChatSession) -> None:
+    talk.sampling = SamplingParams(max_tokens=100, stop=())
     pieces = talk.hear("hello")
     first = next(pieces)
     pieces.close()  # type: ignore[attr-defined]  # A generator.
@@ -174,14 +174,14 @@ def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(talk: Talk) -> N
     assert said(talk, "go on") == talk.model.chat(talk.messages[:-1], max_tokens=100)
 
 
-def test_help_tells_of_every_command_and_quit_leaves(talk: Talk) -> None:
+def test_help_tells_of_every_command_and_quit_leaves(talk: ChatSession) -> None:
     assert all(command in said(talk, "/help") for command in HELP)
-    with pytest.raises(Leave):
+    with pytest.raises(EndSession):
         said(talk, "/quit")
 
 
 def test_lines_are_answered_until_there_are_no_more(
-    talk: Talk, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    talk: ChatSession, photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = talk.model.ask("what is it?", photo, max_new_tokens=8)
 
@@ -202,7 +202,7 @@ def test_lines_are_answered_until_there_are_no_more(
 
 
 def test_an_unexpected_error_does_not_end_the_conversation(
-    talk: Talk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    talk: ChatSession, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said(talk, "hello")
     before = list(talk.messages)
@@ -222,7 +222,7 @@ def test_an_unexpected_error_does_not_end_the_conversation(
     assert said(talk, "and?") == talk.model.chat(talk.messages[:-1], max_tokens=8)
 
 
-def test_the_smallest_temperature_is_greedy(talk: Talk) -> None:
+def test_the_smallest_temperature_is_greedy(talk: ChatSession) -> None:
     greedy = said(talk, "hello")
     said(talk, "/reset")
     said(talk, "/set temperature 3e-38")
@@ -230,7 +230,7 @@ def test_the_smallest_temperature_is_greedy(talk: Talk) -> None:
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(
-    talk: Talk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    talk: ChatSession, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 

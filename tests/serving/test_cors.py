@@ -12,7 +12,7 @@ import pytest
 from answerers import answerer, served
 from browser import launched
 
-from mmphi.serving.api import Rules
+from mmphi.serving.api import ServerConfig
 from mmphi.serving.serve import LOCAL
 
 pytestmark = pytest.mark.browser
@@ -64,7 +64,10 @@ def origin(tmp_path: Path) -> Iterator[str]:
 
 def shown(origin: str, origins: tuple[str, ...]) -> str:
     """What the page of an origin shows, of a server that allows some origins."""
-    with served(answerer(), Rules("tiny", hosts=LOCAL, origins=origins), slots=1) as address, launched() as browser:
+    with (
+        served(answerer(), ServerConfig("tiny", hosts=LOCAL, origins=origins), slots=1) as address,
+        launched() as browser,
+    ):
         page = browser.new_page()
         page.goto(origin)
         page.evaluate("address => ask(address)", address)

@@ -12,7 +12,7 @@ import pytest
 from answerers import answerer, served
 
 from mmphi.serving import guard
-from mmphi.serving.api import Rules
+from mmphi.serving.api import ServerConfig
 from mmphi.serving.openai_request import MAX_STOPS, ChatRequest
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -25,7 +25,7 @@ def address() -> Iterator[str]:
     patch.setattr(guard.Guard.__init__, "__defaults__", (0.5, ()))
     patch.setattr(guard.TimedProtocol, "headers_s", 0.5)
     patch.setattr(guard.TimedProtocol, "write_s", 0.5)
-    with served(answerer(), Rules("tiny", key="secret", largest=LARGEST), slots=1) as found:
+    with served(answerer(), ServerConfig("tiny", key="secret", largest=LARGEST), slots=1) as found:
         yield found
     patch.undo()
 
@@ -64,7 +64,7 @@ def test_without_the_key_nothing_of_the_body_is_waited_for(address: str) -> None
 
 @pytest.mark.parametrize("host", ["[", "a]", "[x]", "evil.example", ""])
 def test_a_host_that_is_malformed_or_another_is_refused(host: str) -> None:
-    with served(answerer(), Rules("tiny", hosts=("127.0.0.1",)), slots=1) as address:
+    with served(answerer(), ServerConfig("tiny", hosts=("127.0.0.1",)), slots=1) as address:
         said = sent(address, f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         assert said.startswith(b"HTTP/1.1 403")
         assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["type"] == "permission_error"

@@ -10,7 +10,7 @@ import httpx2 as httpx
 import pytest
 from answerers import answerer, picture, served, wait_until
 
-from mmphi.serving.api import Rules, names_url
+from mmphi.serving.api import ServerConfig, names_url
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
@@ -46,7 +46,7 @@ def slow() -> Iterator[Slow]:
 
 def test_no_more_images_are_fetched_than_are_taken(slow: Slow) -> None:
     slow.may.set()
-    with served(answerer(), Rules("tiny", fetch=slow), slots=1) as address:
+    with served(answerer(), ServerConfig("tiny", fetch=slow), slots=1) as address:
         answer = httpx.post(f"{address}/v1/chat/completions", json=shown(5000), timeout=60)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
         assert slow.begun == 16
@@ -54,7 +54,7 @@ def test_no_more_images_are_fetched_than_are_taken(slow: Slow) -> None:
 
 
 def test_who_leaves_while_images_are_fetched_costs_nothing_more_and_texts_do_not_wait(slow: Slow) -> None:
-    with served(answerer(), Rules("tiny", fetch=slow), slots=2, waiting=30) as address:
+    with served(answerer(), ServerConfig("tiny", fetch=slow), slots=2, waiting=30) as address:
         with pytest.raises(httpx.TimeoutException):
             httpx.post(f"{address}/v1/chat/completions", json=shown(10), timeout=2)
         assert slow.begun == 1
@@ -66,7 +66,7 @@ def test_who_leaves_while_images_are_fetched_costs_nothing_more_and_texts_do_not
 
 
 def test_requests_that_are_read_count_as_waiting(slow: Slow) -> None:
-    with served(answerer(), Rules("tiny", fetch=slow), slots=1, waiting=0) as address:
+    with served(answerer(), ServerConfig("tiny", fetch=slow), slots=1, waiting=0) as address:
         client = threading.Thread(
             target=httpx.post, args=[f"{address}/v1/chat/completions"], kwargs={"json": shown(1), "timeout": 120}
         )

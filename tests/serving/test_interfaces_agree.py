@@ -28,12 +28,12 @@ from mmphi.cli import main
 from mmphi.data.audio import RATE
 from mmphi.errors import MmphiError
 from mmphi.generation.engine import Engine
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.models.audio.whisper_backends import OpenAIWhisper
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
-from mmphi.serving.page.model_pool import Desk, Talk, Turn
-from mmphi.serving.scheduler import Worker
+from mmphi.serving.page.model_pool import ModelPool, PageConversation, PageTurn
+from mmphi.serving.scheduler import Scheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 from small import built, settings
@@ -105,9 +105,9 @@ def test_what_cannot_be_seen_or_heard_is_told_by_every_way(
         ok = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
         assert httpx.post(f"{address}/v1/chat/completions", json=ok, timeout=60).status_code == 200
 
-    desk = Desk(lambda _: Worker(Engine(model, 1)))
-    talk = Talk("", [Turn("what?", **{kind: str(path)})])
-    list(desk.ask("me", [talk], "", Sampling(max_tokens=2)))
+    desk = ModelPool(lambda _: Scheduler(Engine(model, 1)))
+    talk = PageConversation("", [PageTurn("what?", **{kind: str(path)})])
+    list(desk.ask("me", [talk], "", SamplingParams(max_tokens=2)))
     desk.close()
     assert re.search(why, talk.turns[0].problem)
 

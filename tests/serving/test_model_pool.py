@@ -11,13 +11,13 @@ from answerers import HEARD, StepGate, answerer, desk_of, folder_of, picture, re
 
 from mmphi.errors import DataError, StoreError
 from mmphi.generation.engine import Engine
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.models.multimodal import Multimodal
 from mmphi.serving.page.examples import of_folder, of_scenes
-from mmphi.serving.page.model_pool import Desk, Talk, Turn
-from mmphi.serving.scheduler import Worker
+from mmphi.serving.page.model_pool import ModelPool, PageConversation, PageTurn
+from mmphi.serving.scheduler import Scheduler
 
-SHORT = Sampling(max_tokens=8)
+SHORT = SamplingParams(max_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,15 @@ def spoken(tmp_path: Path) -> str:
     return str(tmp_path / "question.wav")
 
 
-def asked(desk: Desk, *talks: Talk, system: str = "", how: Sampling = SHORT, who: str = "me") -> int:
+def asked(
+    desk: ModelPool, *talks: PageConversation, system: str = "", how: SamplingParams = SHORT, who: str = "me"
+) -> int:
     return sum(1 for _ in desk.ask(who, talks, system, how))
 
 
 def test_it_answers_as_python_does_and_goes_on(models: dict[str, Multimodal], photo: str, spoken: str) -> None:
     desk = desk_of(models)
-    talk = Talk("one", [Turn("and what is it?", photo, spoken)])
+    talk = PageConversation("one", [PageTurn("and what is it?", photo, spoken)])
     assert asked(desk, talk) > 2  # As it is said.
     turn = talk.turns[0]
     messages = [
@@ -58,7 +60,7 @@ def test_it_answers_as_python_does_and_goes_on(models: dict[str, Multimodal], ph
     ]
     assert turn.answer == models["one"].chat(messages, max_tokens=8)
     assert (turn.heard, turn.problem, turn.done) == (HEARD, "", True)
-    talk.turns.append(Turn("why?"))
+    talk.turns.append(PageTurn("why?"))
     asked(desk, talk)
     messages += [{"role": "assistant", "content": turn.answer}, {"role": "user", "content": "why?"}]
     assert talk.turns[1].answer == models["one"].chat(messages, max_tokens=8)
@@ -68,7 +70,7 @@ def test_it_answers_as_python_does_and_goes_on(models: dict[str, Multimodal], ph
 
 def test_two_models_answer_the_same_question_each_its_own_way(models: dict[str, Multimodal], photo: str) -> None:
     desk = desk_of(models)
-    talks = [Talk(name, [Turn("what is it?", photo)]) for name in models]
+    talks = [PageConversation(name, [PageTurn("what is it?", photo)]) for name in models]
     asked(desk, *talks)
     assert [talk.turns[0].answer for talk in talks] == [
         model.ask("what is it?", photo, max_new_tokens=8) for model in models.values()
@@ -78,7 +80,7 @@ def test_two_models_answer_the_same_question_each_its_own_way(models: dict[str, 
 
 
 def test_the_system_text_comes_first(models: dict[str, Multimodal]) -> None:
-    desk, talk = desk_of(models), Talk("one", [Turn("hello")])
+    desk, talk = desk_of(models), PageConversation("one", [PageTurn("hello")])
     asked(desk, talk, system="be brief")
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     assert talk.turns[0].answer == models["one"].chat(messages, max_tokens=8)
@@ -89,13 +91,13 @@ def test_what_cannot_be_answered_is_told_and_not_part_of_what_follows(
     models: dict[str, Multimodal], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.png").write_bytes(picture()[:60])
-    desk, talk = desk_of(models), Talk("one", [Turn("what?", str(tmp_path / "broken.png"))])
+    desk, talk = desk_of(models), PageConversation("one", [PageTurn("what?", str(tmp_path / "broken.png"))])
     asked(desk, talk)
     assert "broken.png" in talk.turns[0].problem
-    talk.turns.append(Turn("hello"))
+    talk.turns.append(PageTurn("hello"))
     asked(desk, talk)
     assert talk.turns[1].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
-    empty = Talk("one", [Turn("  ")])
+    empty = PageConversation("one", [PageTurn("  ")])
     asked(desk, empty)
     assert "empty" in empty.turns[0].problem
     desk.close()
@@ -109,8 +111,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> StepGate:
 def test_stopping_keeps_the_partial_answer_and_leaves_other_visitors_alone(
     models: dict[str, Multimodal], gate: StepGate
 ) -> None:
-    desk, long = desk_of(models), Sampling(max_tokens=300)
-    mine, other = Talk("one", [Turn("tell me all")]), Talk("one", [Turn("hello")])
+    desk, long = desk_of(models), SamplingParams(max_tokens=300)
+    mine, other = PageConversation("one", [PageTurn("tell me all")]), PageConversation("one", [PageTurn("hello")])
     theirs = desk.ask("you", [other], "", SHORT)
     next(theirs)
     gate.permit(8)  # Two prompts, and a few tokens of each answer.
@@ -130,22 +132,22 @@ def test_stopping_keeps_the_partial_answer_and_leaves_other_visitors_alone(
 
 
 def test_what_is_asked_meanwhile_gets_nothing_of_the_answer(models: dict[str, Multimodal]) -> None:
-    desk, talk = desk_of(models), Talk("one", [Turn("hello")])
+    desk, talk = desk_of(models), PageConversation("one", [PageTurn("hello")])
     assert talk.answering
     answering = desk.ask("me", [talk], "", SHORT)
     next(answering)
-    talk.turns.append(Turn("and?"))
+    talk.turns.append(PageTurn("and?"))
     list(answering)
     assert talk.turns[0].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
-    assert talk.turns[1] == Turn("and?")
+    assert talk.turns[1] == PageTurn("and?")
     del talk.turns[1]
     assert not talk.answering
     desk.close()
 
 
 def test_a_closed_answer_frees_its_slot(models: dict[str, Multimodal], gate: StepGate) -> None:
-    desk, talk = desk_of(models), Talk("one", [Turn("tell me all")])
-    answering = desk.ask("me", [talk], "", Sampling(max_tokens=300))
+    desk, talk = desk_of(models), PageConversation("one", [PageTurn("tell me all")])
+    answering = desk.ask("me", [talk], "", SamplingParams(max_tokens=300))
     gate.permit(4)
     next(answering)
     next(answering)
@@ -158,13 +160,13 @@ def test_a_closed_answer_frees_its_slot(models: dict[str, Multimodal], gate: Ste
 def test_models_that_nobody_talks_to_are_let_go(models: dict[str, Multimodal]) -> None:
     loaded: list[str] = []
 
-    def load(name: str) -> Worker:
+    def load(name: str) -> Scheduler:
         if name == "none":
             raise StoreError("there is no run none")
         loaded.append(name)
-        return Worker(Engine(models["one"], 1))
+        return Scheduler(Engine(models["one"], 1))
 
-    desk = Desk(load, most=2)
+    desk = ModelPool(load, most=2)
     first = desk.worker("a")
     desk.worker("b")
     assert desk.worker("a") is first
@@ -172,7 +174,7 @@ def test_models_that_nobody_talks_to_are_let_go(models: dict[str, Multimodal]) -
     assert desk.worker("a") is first
     desk.worker("b")
     assert loaded == ["a", "b", "c", "b"]
-    talk = Talk("none", [Turn("hello")])
+    talk = PageConversation("none", [PageTurn("hello")])
     asked(desk, talk)
     assert "no run none" in talk.turns[0].problem
     desk.close()
@@ -181,19 +183,19 @@ def test_models_that_nobody_talks_to_are_let_go(models: dict[str, Multimodal]) -
 def test_others_are_answered_while_a_model_loads(models: dict[str, Multimodal]) -> None:
     loading, loaded, calls = threading.Event(), threading.Event(), []
 
-    def load(name: str) -> Worker:
+    def load(name: str) -> Scheduler:
         calls.append(name)
         if name == "two":
             loading.set()
             assert loaded.wait(60)
-        return Worker(Engine(models[name], 1))
+        return Scheduler(Engine(models[name], 1))
 
-    desk = Desk(load)
+    desk = ModelPool(load)
     desk.worker("one")
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(desk.worker, "two") for _ in range(2)]
         assert loading.wait(60)
-        talk = Talk("one", [Turn("hello")])
+        talk = PageConversation("one", [PageTurn("hello")])
         asked(desk, talk)
         assert talk.turns[0].done
         assert not talk.turns[0].problem
@@ -204,17 +206,17 @@ def test_others_are_answered_while_a_model_loads(models: dict[str, Multimodal]) 
 
 
 def test_a_model_that_is_let_go_of_is_gone_before_the_next_one_loads(models: dict[str, Multimodal]) -> None:
-    made: list[weakref.ref[Worker]] = []
+    made: list[weakref.ref[Scheduler]] = []
     alive: list[int] = []
 
-    def load(_: str) -> Worker:
+    def load(_: str) -> Scheduler:
         gc.collect()
         alive.append(sum(each() is not None for each in made))
-        worker = Worker(Engine(models["one"], 1))
+        worker = Scheduler(Engine(models["one"], 1))
         made.append(weakref.ref(worker))
         return worker
 
-    desk = Desk(load, most=1)
+    desk = ModelPool(load, most=1)
     for name in "abc":
         desk.worker(name)
     assert alive == [0, 0, 0]
@@ -224,17 +226,17 @@ def test_a_model_that_is_let_go_of_is_gone_before_the_next_one_loads(models: dic
 def test_a_model_let_go_of_between_choice_and_question_is_loaded_again(
     models: dict[str, Multimodal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk = Desk(lambda name: Worker(Engine(models["one"], 1)), most=1)
+    desk = ModelPool(lambda name: Scheduler(Engine(models["one"], 1)), most=1)
     real, others = desk.worker, ["b"]
 
-    def chosen(name: str) -> Worker:
+    def chosen(name: str) -> Scheduler:
         worker = real(name)
         if others:
             real(others.pop())  # Another visitor's, for which this one is let go.
         return worker
 
     monkeypatch.setattr(desk, "worker", chosen)
-    talk = Talk("a", [Turn("hello")])
+    talk = PageConversation("a", [PageTurn("hello")])
     asked(desk, talk)
     assert talk.turns[0].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
     desk.close()

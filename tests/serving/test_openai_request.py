@@ -11,8 +11,8 @@ import pytest
 from answerers import answerer, served
 
 from mmphi.serving import openai_request
-from mmphi.serving.api import Rules
-from mmphi.serving.http_errors import Refused
+from mmphi.serving.api import ServerConfig
+from mmphi.serving.http_errors import APIError
 from mmphi.serving.openai_request import request_of
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -66,7 +66,7 @@ def test_what_changes_no_answer_is_taken(more: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(APIError) as caught:
         request_of(given(**{name: value}))
     assert caught.value.status == 400
     assert caught.value.param == name
@@ -77,18 +77,18 @@ def test_more_values_than_texts_have_are_not_made(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(openai_request, "MAX_MARKS", 1000)
     request_of(given(stop="," * 200))
     for body in (b'{"messages": [' + b"{}," * 600, b'{"messages": [' + b"[" * 1001, given(stop=["a"] * 1100)):
-        with pytest.raises(Refused, match="too many values"):
+        with pytest.raises(APIError, match="too many values"):
             request_of(body)
 
 
 def test_a_lone_surrogate_is_malformed() -> None:
-    with pytest.raises(Refused, match="the request"):
+    with pytest.raises(APIError, match="the request"):
         request_of(b'{"messages": [{"role": "user", "content": "look \\ud83d here"}]}')
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    rules = Rules("tiny", hosts=("127.0.0.1", "localhost", "::1"), origins=("https://page.example",))
+    rules = ServerConfig("tiny", hosts=("127.0.0.1", "localhost", "::1"), origins=("https://page.example",))
     with served(answerer(), rules, slots=1) as found:
         yield found
 
@@ -122,16 +122,16 @@ def test_a_page_of_another_origin_may_ask_where_that_is_allowed(address: str) ->
 def test_without_a_key_only_this_machines_names_are_served(address: str) -> None:
     for host, status in (("evil.example", 403), ("localhost:1", 200), ("[::1]:80", 200), ("127.0.0.1", 200)):
         assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
-    rules = Rules("tiny", key="secret", hosts=("127.0.0.1",))
+    rules = ServerConfig("tiny", key="secret", hosts=("127.0.0.1",))
     with served(answerer(), rules, slots=1) as other:
         headers = {"Host": "name.example", "Authorization": "Bearer secret"}
         assert httpx.get(f"{other}/v1/models", headers=headers).status_code == 200
 
 
 def test_a_stream_is_in_ascii(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmphi.generation.detokenizer import Words
+    from mmphi.generation.detokenizer import IncrementalDetokenizer
 
-    monkeypatch.setattr(Words, "text", property(lambda self: "a\u2028b" * len(self._ids)))
+    monkeypatch.setattr(IncrementalDetokenizer, "text", property(lambda self: "a\u2028b" * len(self._ids)))
     body = json.loads(given(max_tokens=2)) | {"stream": True}
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
         content = answer.read()

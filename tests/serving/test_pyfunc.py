@@ -27,7 +27,7 @@ from mmphi.pipeline.manifest import manifest_holds
 from mmphi.pipeline.stage import Result
 from mmphi.tracking.logged_model import logged_model
 from mmphi.tracking.register import register
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 from small import built, settings
@@ -51,7 +51,7 @@ def test_the_run_is_a_model_of_mlflows_and_answers_as_python_does(projector: Res
     model = mmphi.load(projector.path)
     expected = [model.chat(asked("what is it?", picture()), **SHORT), model.chat(asked("hello"), **SHORT)]
     rows = pd.DataFrame([{"question": "what is it?", "image": IMAGE}, {"question": "hello"}])
-    for name in (str(projector.path), f"models:/{logged_model(Store().run(projector.run_id))}"):
+    for name in (str(projector.path), f"models:/{logged_model(TrackingStore().run(projector.run_id))}"):
         loaded = mlflow.pyfunc.load_model(name)
         found = loaded.predict(rows, params=SHORT)
         assert list(found["answer"]) == expected
@@ -110,8 +110,8 @@ def test_mlflows_server_takes_images_as_base64(projector: Result) -> None:
 
 
 def test_logged_once_in_no_room_of_its_own_and_with_no_pickle(projector: Result) -> None:
-    run = Store().run(projector.run_id)
-    model = Store().client.get_logged_model(logged_model(run))
+    run = TrackingStore().run(projector.run_id)
+    model = TrackingStore().client.get_logged_model(logged_model(run))
     assert model.source_run_id == run.info.run_id
     assert model.tags["mmphi.stage"] == "projector"
     folder = Path(model.artifact_location.removeprefix("file://"))
@@ -123,22 +123,22 @@ def test_logged_once_in_no_room_of_its_own_and_with_no_pickle(projector: Result)
     described = (folder / "MLmodel").read_text()
     assert "loader_module: mmphi.serving.pyfunc" in described
     assert "signature" in described
-    logged = Store().client.search_logged_models([run.info.experiment_id])
+    logged = TrackingStore().client.search_logged_models([run.info.experiment_id])
     assert sorted(each.name for each in logged) == ["pretrain", "projector", "qlora"]
 
 
 def test_it_is_registered_on_request(projector: Result, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["register", projector.run_id, "seer", "--alias", "best"]) == 0
     assert capsys.readouterr().out == "models:/seer/1\n"
-    assert register(Store(), projector.run_id, "seer") == "models:/seer/2"
+    assert register(TrackingStore(), projector.run_id, "seer") == "models:/seer/2"
     expected = mmphi.load(projector.path).chat(asked("hello"), **SHORT)
     for name in ("models:/seer/1", "models:/seer@best", "models:/seer/latest"):
         assert mmphi.load(name).chat(asked("hello"), **SHORT) == expected
     loaded = mlflow.pyfunc.load_model("models:/seer/1")
     assert loaded.predict(pd.DataFrame([{"question": "hello"}]), params=SHORT)["answer"][0] == expected
-    scenes = Store().newest("scenes")
+    scenes = TrackingStore().newest("scenes")
     assert scenes is not None
     with pytest.raises(StoreError, match="did not end in a model"):
-        register(Store(), scenes.info.run_id, "seer")
+        register(TrackingStore(), scenes.info.run_id, "seer")
     with pytest.raises(StoreError, match="no run"):
-        register(Store(), "nothing", "seer")
+        register(TrackingStore(), "nothing", "seer")

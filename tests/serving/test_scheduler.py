@@ -21,13 +21,13 @@ from answerers import StepGate, answerer, free_port, picture, recording, served,
 
 from mmphi.data.schema import ImageRef
 from mmphi.errors import AudioError
-from mmphi.generation.detokenizer import Words
+from mmphi.generation.detokenizer import IncrementalDetokenizer
 from mmphi.generation.engine import Engine
 from mmphi.generation.messages import conversation
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.models.multimodal import Multimodal
 from mmphi.serving import scheduler, serve
-from mmphi.serving.scheduler import Ticket, TooSlow, Worker
+from mmphi.serving.scheduler import QueuedRequest, RequestTimeoutError, Scheduler
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -38,8 +38,8 @@ def model() -> Multimodal:
 
 
 @pytest.fixture
-def working(model: Multimodal) -> Iterator[Worker]:
-    made = Worker(Engine(model, 2), waiting=1)
+def working(model: Multimodal) -> Iterator[Scheduler]:
+    made = Scheduler(Engine(model, 2), waiting=1)
     made.start()
     yield made
     made.stop()
@@ -48,10 +48,10 @@ def working(model: Multimodal) -> Iterator[Worker]:
 class Asked:
     """A request, and what came of it."""
 
-    def __init__(self, worker: Worker, tokens: int = 4, messages: Any = HELLO) -> None:
+    def __init__(self, worker: Scheduler, tokens: int = 4, messages: Any = HELLO) -> None:
         self.pieces: list[str] = []
         self.ended = threading.Event()
-        self.ticket = Ticket(conversation(messages), Sampling(max_tokens=tokens), self.tell)
+        self.ticket = QueuedRequest(conversation(messages), SamplingParams(max_tokens=tokens), self.tell)
         scheduler.submit(self.ticket)
 
     def tell(self, piece: str | None) -> None:
@@ -66,7 +66,7 @@ class Asked:
 
 
 def test_an_error_of_the_engine_ends_the_open_requests_only(
-    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+    model: Multimodal, working: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: Engine) -> None:
         raise RuntimeError("an error that no answer has caused")
@@ -103,13 +103,13 @@ def test_an_answer_that_the_model_breaks_off_has_the_status_500(
 
 
 def test_an_answer_whose_text_cannot_be_made_ends_alone(
-    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+    model: Multimodal, working: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: Words) -> str:
+    def broken(_: IncrementalDetokenizer) -> str:
         raise ValueError("no text")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Words, "take", broken)
+        patch.setattr(IncrementalDetokenizer, "take", broken)
         failed = Asked(working)
         failed.answer()
         assert "no text" in str(failed.ticket.error)
@@ -139,7 +139,7 @@ class Hearing:
 
 
 def test_text_and_images_do_not_wait_for_a_recording(
-    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+    model: Multimodal, working: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hearing = Hearing(model, monkeypatch)
     heard = Asked(working, messages=spoken(recording()))
@@ -154,7 +154,7 @@ def test_text_and_images_do_not_wait_for_a_recording(
 
 
 def test_whoever_leaves_is_let_go_of_while_prepared_and_while_waiting_for_that(
-    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+    model: Multimodal, working: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hearing = Hearing(model, monkeypatch)
     first, second = (Asked(working, messages=spoken(recording())) for _ in range(2))
@@ -172,16 +172,16 @@ def test_whoever_leaves_is_let_go_of_while_prepared_and_while_waiting_for_that(
 
 def test_preparing_counts_towards_the_time_limit(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
     Hearing(model, monkeypatch)
-    made = Worker(Engine(model, 1), limit_s=0.3)
+    made = Scheduler(Engine(model, 1), limit_s=0.3)
     made.start()
     asked = Asked(made, messages=spoken(recording()))
     assert asked.answer() == ""
-    assert isinstance(asked.ticket.error, TooSlow)
+    assert isinstance(asked.ticket.error, RequestTimeoutError)
     made.stop()
 
 
 def test_recordings_that_are_too_long_all_together_are_refused(model: Multimodal) -> None:
-    made = Worker(Engine(model, 1), audio_s=1.5)
+    made = Scheduler(Engine(model, 1), audio_s=1.5)
     made.start()
     assert Asked(made, messages=spoken(recording())).answer()
     for number in (2, 3):
@@ -191,7 +191,7 @@ def test_recordings_that_are_too_long_all_together_are_refused(model: Multimodal
     made.stop()
 
 
-def test_what_was_sent_is_kept_no_longer_than_its_request(model: Multimodal, working: Worker) -> None:
+def test_what_was_sent_is_kept_no_longer_than_its_request(model: Multimodal, working: Scheduler) -> None:
     content = picture("green")
     asked = Asked(working, messages=[{"role": "user", "content": [{"type": "image", "image": content}]}])
     asked.answer()
@@ -203,17 +203,17 @@ def test_what_was_sent_is_kept_no_longer_than_its_request(model: Multimodal, wor
     assert holders == []
 
 
-def test_a_client_whose_event_loop_is_closed_ends_nothing_else(model: Multimodal, working: Worker) -> None:
+def test_a_client_whose_event_loop_is_closed_ends_nothing_else(model: Multimodal, working: Scheduler) -> None:
     def closed(_: str | None) -> None:
         raise RuntimeError("Event loop is closed")
 
-    working.submit(Ticket(conversation(HELLO), Sampling(max_tokens=4), closed))
+    working.submit(QueuedRequest(conversation(HELLO), SamplingParams(max_tokens=4), closed))
     assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
     wait_until(lambda: working.open == 0)
 
 
 def test_health_reports_a_thread_that_has_ended(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Worker, "_answer", lambda _: None)
+    monkeypatch.setattr(Scheduler, "_answer", lambda _: None)
     with served(model, slots=1) as address:
         wait_until(lambda: httpx.get(f"{address}/health").status_code == 503)
         assert httpx.get(f"{address}/health").json()["status"] == "generation ended"
@@ -221,7 +221,7 @@ def test_health_reports_a_thread_that_has_ended(model: Multimodal, monkeypatch: 
 
 
 def test_health_reports_an_engine_that_makes_no_steps(
-    model: Multimodal, working: Worker, monkeypatch: pytest.MonkeyPatch
+    model: Multimodal, working: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, entered = threading.Event(), threading.Event()
 
@@ -256,7 +256,7 @@ def test_a_full_queue_is_not_ready_and_healthy(model: Multimodal, monkeypatch: p
 def test_stopping_does_not_wait_for_a_thread_that_hangs(model: Multimodal, monkeypatch: pytest.MonkeyPatch) -> None:
     held, entered = threading.Event(), threading.Event()
     monkeypatch.setattr(scheduler, "STOP_S", 0.1)
-    made = Worker(Engine(model, 1))
+    made = Scheduler(Engine(model, 1))
 
     def stuck(_: Engine) -> None:
         entered.set()

@@ -24,7 +24,7 @@ from mmphi.errors import SettingsError
 from mmphi.generation.messages import MessageError
 from mmphi.models.multimodal import Multimodal
 from mmphi.serving import serve
-from mmphi.serving.api import Rules
+from mmphi.serving.api import ServerConfig
 from mmphi.serving.image_fetch import fetcher
 
 
@@ -174,7 +174,7 @@ def test_what_is_wrong_is_said_in_openais_way(
 
 def test_a_request_that_is_too_large_or_no_json_is_refused(model: Multimodal, address: str) -> None:
     assert httpx.post(f"{address}/v1/chat/completions", content=b"{", timeout=30).status_code == 400
-    with served(model, Rules("tiny", largest=1000), slots=1) as small:
+    with served(model, ServerConfig("tiny", largest=1000), slots=1) as small:
         assert httpx.post(f"{small}/v1/chat/completions", json={"messages": asked("x" * 2000)}).status_code == 413
 
         def parts() -> Iterator[bytes]:
@@ -185,7 +185,7 @@ def test_a_request_that_is_too_large_or_no_json_is_refused(model: Multimodal, ad
 
 
 def test_a_key_is_asked_for(model: Multimodal) -> None:
-    with served(model, Rules("tiny", key="secret"), slots=1) as address:
+    with served(model, ServerConfig("tiny", key="secret"), slots=1) as address:
         for key in ("wrong", "secre"):
             with pytest.raises(openai.AuthenticationError):
                 openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0).chat.completions.create(

@@ -17,7 +17,7 @@ import torch
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, Settings, load_settings
-from mmphi.training.hf_trainer import Loop
+from mmphi.training.hf_trainer import ExactLossTrainer
 
 SMALL = {
     "scenes.train_images": "40",
@@ -113,15 +113,15 @@ def copy_store(start: Path, folder: Path) -> None:
 @contextmanager
 def interrupted_after(step: int) -> Iterator[None]:
     """Trainings stop by ``KeyboardInterrupt`` as soon as the checkpoint of a step is complete."""
-    save = Loop._save_checkpoint
+    save = ExactLossTrainer._save_checkpoint
 
-    def interrupting(self: Loop, model: torch.nn.Module, trial: object) -> None:
+    def interrupting(self: ExactLossTrainer, model: torch.nn.Module, trial: object) -> None:
         save(self, model, trial)
         if self.state.global_step == step:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_save_checkpoint", interrupting)
+        patch.setattr(ExactLossTrainer, "_save_checkpoint", interrupting)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -131,14 +131,14 @@ def main() -> None:
     torch.set_num_threads(1)
     left = int(os.environ.get("SMALL_DIE_AT", "-1"))
     if left >= 0:
-        save = Loop._save_checkpoint
+        save = ExactLossTrainer._save_checkpoint
 
-        def dying(self: Loop, model: torch.nn.Module, trial: object) -> None:
+        def dying(self: ExactLossTrainer, model: torch.nn.Module, trial: object) -> None:
             save(self, model, trial)
             if self.state.global_step >= left:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Loop._save_checkpoint = dying
+        ExactLossTrainer._save_checkpoint = dying
     changes = dict(word.split("=", 1) for word in sys.argv[2:])
     result = Pipeline(STAGES).build(sys.argv[1], settings(**changes))
     print(json.dumps({"run_id": result.run_id, "path": str(result.path), "metrics": dict(result.metrics)}))

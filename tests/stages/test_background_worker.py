@@ -12,7 +12,7 @@ import torch
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_built_beside_is_built_alone(alone: Pipeline, empty_store: str) -> None:
     """Two threads, one of them the helper's: the same weights and features to the bit, and by two processes."""
     settings = small.settings()
     torch.set_num_threads(2)
-    pipeline = Pipeline(STAGES, Store(empty_store), helper="mmphi.stages.background_worker")
+    pipeline = Pipeline(STAGES, TrackingStore(empty_store), helper="mmphi.stages.background_worker")
     pipeline.build("projector", settings, after=False)
     pids = {}
     for name, files in (("pretrain", "model.safetensors"), ("light_clip", "open_clip*"), ("embed", "features-*")):

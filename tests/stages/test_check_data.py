@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmphi.cli import main
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_too_few_images_for_the_splits(photographs: Path, empty_store: str, caps
     error = capsys.readouterr().err
     assert "validation and test take 100 + 100 images of 'captions', but it has 12 in all" in error
     assert "validation_images: 1\n    test_images: 1" in error
-    assert not list(Store(empty_store).search())
+    assert not list(TrackingStore(empty_store).search())
 
 
 def test_rows_without_a_caption(photographs: Path, empty_store: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,4 +42,4 @@ def test_rows_without_a_caption(photographs: Path, empty_store: str, capsys: pyt
     error = capsys.readouterr().err
     assert "8.3% of the rows cannot be used" in error
     assert "captions.csv, line 13" in error
-    assert not list(Store(empty_store).search())
+    assert not list(TrackingStore(empty_store).search())

@@ -14,7 +14,7 @@ from mmphi.models.vision.vision_encoder import load_tower, tower_shape
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.stages.light_clip import LightClipSettings, config_of
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_impossible_settings_are_told_first(
         Pipeline(STAGES).build(stage, settings)
     for word in words:
         assert word in str(caught.value)
-    assert not list(Store(empty_store).client.search_runs(["0"]))
-    assert [e.name for e in Store(empty_store).client.search_experiments()] == ["Default"]
+    assert not list(TrackingStore(empty_store).client.search_runs(["0"]))
+    assert [e.name for e in TrackingStore(empty_store).client.search_experiments()] == ["Default"]
 
 
 def test_more_processes_than_sequences_are_told(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:

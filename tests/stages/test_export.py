@@ -15,7 +15,7 @@ from mmphi.models.export.llava_check import QUESTIONS, difference, pictures, sai
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.stages.export import plain_model
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_what_has_no_counterpart_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(ModelError, match=said_so):
         Pipeline(STAGES).build("export", small.settings(**{**LLAVA, **changes}))
-    assert list(Store(empty_store).search()) == []
+    assert list(TrackingStore(empty_store).search()) == []
 
 
 @pytest.mark.slow

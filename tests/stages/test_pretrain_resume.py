@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from mmphi.pipeline.stage import Result
 from mmphi.stages import pretrain
-from mmphi.training.hf_trainer import Loop
+from mmphi.training.hf_trainer import ExactLossTrainer
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def straight(read, tmp_path_factory) -> Path:
 
 def test_resumed_over_epochs_is_the_same_to_the_bit(tmp_path, straight, read, monkeypatch):
     """Stopped after 13 of 24 steps, which go more than twice over the text."""
-    save = Loop._save_checkpoint
+    save = ExactLossTrainer._save_checkpoint
 
     def dying(self, model, trial):
         save(self, model, trial)
@@ -41,7 +41,7 @@ def test_resumed_over_epochs_is_the_same_to_the_bit(tmp_path, straight, read, mo
 
     first, second = Recorder(), Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_save_checkpoint", dying)
+        patch.setattr(ExactLossTrainer, "_save_checkpoint", dying)
         with pytest.raises(KeyboardInterrupt):
             texts.pretrained(tmp_path, read, texts.settings("text.txt"), first)
     figures = texts.pretrained(tmp_path, read, texts.settings("text.txt"), second)
@@ -146,9 +146,9 @@ def test_a_corrupt_shard_of_a_result_is_named_and_built_again(tmp_path, empty_st
     )
     monkeypatch.setattr(shards, "BATCH_CHARACTERS", 1)
     monkeypatch.setattr(
-        shards.TokenWriting.__init__,
+        shards.ShardTokenizer.__init__,
         "__kwdefaults__",
-        {**shards.TokenWriting.__init__.__kwdefaults__, "shard_tokens": 10},
+        {**shards.ShardTokenizer.__init__.__kwdefaults__, "shard_tokens": 10},
     )
     chosen = texts.settings(one, two)
     first = Pipeline(STAGES).build("tokens", chosen)

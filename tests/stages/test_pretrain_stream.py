@@ -11,9 +11,9 @@ from builders import Recorder, context
 from mmphi.errors import SettingsError
 from mmphi.stages import load_settings
 from mmphi.stages.pretrain import STAGE
-from mmphi.stages.pretrain_stream import Stream, advice
+from mmphi.stages.pretrain_stream import GeneratedStream, advice
 from mmphi.textgen.corpus_store import stored
-from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shards import Document, ShardName, packed
 from mmphi.training import streaming_dataset
 
@@ -63,7 +63,7 @@ def document(number):
 def spool(tmp_path, monkeypatch):
     """A spool of forty shards, and nobody who writes more."""
     monkeypatch.setattr("mmphi.stages.pretrain_stream.Fleet", Nobody)
-    made = Spool(str(tmp_path / "spool"), say=lambda _: None)
+    made = ShardQueue(str(tmp_path / "spool"), say=lambda _: None)
     for number in range(40):
         made.put(ShardName("here-0-1", number), packed([document(4 * number + i) for i in range(4)]))
     return made
@@ -82,7 +82,7 @@ def losses(tracker):
 
 def copied(spool, tmp_path, name):
     """A spool that holds the same."""
-    other = Spool(str(tmp_path / name), say=lambda _: None)
+    other = ShardQueue(str(tmp_path / name), say=lambda _: None)
     for held in spool.held():
         other.put(held.name, (tmp_path / "spool/shards" / str(held.name)).read_bytes())
     return other
@@ -134,7 +134,7 @@ def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monke
     words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(900)]
     texts = [" ".join(["the", *(draw.choice(words) for _ in range(20)), "and of it."]) for _ in range(160)]
     texts[70] = texts[65]
-    spool = Spool(str(tmp_path / "spool"), say=lambda _: None)
+    spool = ShardQueue(str(tmp_path / "spool"), say=lambda _: None)
     for shard in range(40):
         some = [document(4 * shard + i) for i in range(4)]
         some = [replace(each, text=texts[4 * shard + i]) for i, each in enumerate(some)]
@@ -152,15 +152,15 @@ def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monke
             raise KeyboardInterrupt
         noted(self, checkpoint)
 
-    noted = Stream.saved
+    noted = GeneratedStream.saved
     long = {"pretrain.stop": "steps 110", "store.megabytes": "1"}
     if moment == "two checkpoints kept":
         long["pretrain.keep_checkpoints"] = "2"
     if moment == "before a checkpoint is noted":
-        monkeypatch.setattr(Stream, "saved", killed)
+        monkeypatch.setattr(GeneratedStream, "saved", killed)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, "run", spool, Kill(), **long)
-    monkeypatch.setattr(Stream, "saved", noted)
+    monkeypatch.setattr(GeneratedStream, "saved", noted)
     assert 0 < len(stored(tmp_path / "run/store/data")) < 100
     ctx, figures = trained(tmp_path, "run", spool, **long)
     kept = [each.text for each in stored(tmp_path / "run/store/data")]
@@ -184,7 +184,7 @@ def test_nothing_is_kept_where_that_is_not_wanted(spool, tmp_path):
 @pytest.mark.slow
 def test_it_waits_for_text_and_says_how_long(spool, tmp_path, monkeypatch):
     """The rest of the text comes when it waits for the third time."""
-    few = Spool(str(tmp_path / "few"), say=lambda _: None)
+    few = ShardQueue(str(tmp_path / "few"), say=lambda _: None)
     names = [held.name for held in spool.held()]
 
     def put(some):
@@ -212,7 +212,7 @@ def test_documents_that_were_cut_off_have_no_end(tmp_path, spool):
     from mmphi.text.tokenizer import phi2_tokenizer
 
     tokenizer = phi2_tokenizer()
-    stream = Stream(context(STAGE, tmp_path / "run", settings), tokenizer, "transformers")
+    stream = GeneratedStream(context(STAGE, tmp_path / "run", settings), tokenizer, "transformers")
     whole, cut = stream.encode(document(1)), stream.encode(document(0))
     assert whole[0] == whole[-1] == cut[0] == tokenizer.eos_token_id
     assert cut[-1] != tokenizer.eos_token_id

@@ -69,11 +69,11 @@ def test_result_is_a_phi_of_hugging_face(straight):
 
 def test_losses_of_rows_and_of_validation_are_right(straight, read):
     """The validation loss against transformers' own, window by window."""
-    from mmphi.data.token_shards import INDEX, Tokens
+    from mmphi.data.token_shards import INDEX, TokenShards
 
     model = PhiForCausalLM.from_pretrained(straight / "language").eval()
     index = json.loads((read.path / INDEX).read_text())
-    held = Tokens(read.path, index["shards"])
+    held = TokenShards(read.path, index["shards"])
     nats = count = 0.0
     for stretch in held.of(0, validation=True):
         ids = torch.tensor(held.ids(int(stretch)).astype("int64"))
@@ -172,12 +172,12 @@ def test_walls_that_do_not_hold_are_replaced(tmp_path, read, straight, monkeypat
 
 
 def test_public_text_is_scored_by_the_protocol(tmp_path, read, straight):
-    from mmphi.evaluation.perplexity import Protocol, text_loss
+    from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
 
     public = tmp_path / "public.txt"
     public.write_text("two three four five " * 100)
     figures = texts.pretrained(tmp_path / "run", read, texts.settings("text.txt", public_text=str(public)))
     language = load_language(LanguageSettings(), tmp_path / "run", torch.device("cpu"))
-    wanted = text_loss(language.model, language.tokenizer, public.read_text(), Protocol(32, 32))
+    wanted = text_loss(language.model, language.tokenizer, public.read_text(), PerplexityProtocol(32, 32))
     assert figures["public/loss"] == pytest.approx(wanted.loss, abs=1e-5)
     assert figures["public/bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-3)

@@ -23,14 +23,14 @@ from mmphi.data.phrasing import DESCRIBE
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, SettingsError, TrainingError
 from mmphi.models.checkpoint import load_bundle
-from mmphi.models.language.adapter import Shape, adapted, adapter_parameters, merged
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.language.adapter import AdapterConfig, adapted, adapter_parameters, merged
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.stages import STAGES
 from mmphi.stages.qlora import asked_of
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from mmphi.training.checkpoints import load_weights
 
 
@@ -232,7 +232,7 @@ def test_a_projector_of_another_width_is_refused(pipeline, tmp_path):
 def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pipeline, monkeypatch, capsys):
     """At step 5, after the checkpoint of step 4, from which the next call goes on to what it would have been."""
     settings = small.settings(qlora__seed="9")
-    forward = PackedModel.forward
+    forward = PackedVLM.forward
 
     def broken(self, **pack):
         loss = forward(self, **pack)
@@ -241,7 +241,7 @@ def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pi
 
     broken.calls = 0
     with monkeypatch.context() as patch:
-        patch.setattr(PackedModel, "forward", broken)
+        patch.setattr(PackedVLM, "forward", broken)
         with pytest.raises(TrainingError, match="the loss at step 5 is nan"):
             pipeline.build("qlora", settings)
     resumed = pipeline.build("qlora", settings, after=False)
@@ -258,7 +258,7 @@ def test_an_adapter_is_not_put_on_an_adapter(pipeline, result):
 
 @pytest.mark.slow
 def test_a_projector_of_another_run_is_taken_over(pipeline):
-    other = Store().model_folder(pipeline.result("projector", small.settings()).run_id)
+    other = TrackingStore().model_folder(pipeline.result("projector", small.settings()).run_id)
     found = pipeline.build("qlora", small.settings(qlora__model=str(other), qlora__steps="2"), after=False)
     assert found.metrics["qlora/steps"] == 2
     with pytest.raises(ModelError, match="other image features"):
@@ -300,7 +300,7 @@ def test_every_kind_of_adapter_merges(pipeline, how, base):
         return
     folder = pipeline.result("projector", small.settings()).path
     language = load_bundle(folder, precision=base).language
-    language = adapted(language, Shape(rank=4, alpha=8, **how))
+    language = adapted(language, AdapterConfig(rank=4, alpha=8, **how))
     for parameter in adapter_parameters(language).values():
         torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim == 2 else parameter.data.mul_(1.1)
     ids = torch.arange(5, 25)[None]

@@ -22,12 +22,12 @@ from mmphi.data.schema import ReadReport
 from mmphi.data.speech_dataset import read_recordings, spoken_examples
 from mmphi.errors import DataError, ModelError, SettingsError
 from mmphi.models.audio import transcriber, transcription
-from mmphi.models.audio.transcriber import Ears
+from mmphi.models.audio.transcriber import CachedTranscriber
 from mmphi.models.audio.transcription import Segment, Transcript
-from mmphi.models.audio.vad import Part
+from mmphi.models.audio.vad import SpeechInterval
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, load_settings
-from mmphi.training.hf_trainer import Loop
+from mmphi.training.hf_trainer import ExactLossTrainer
 
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "brown"]
 QUICK = {
@@ -63,14 +63,14 @@ def recordings(folder: Path, count: int = 12, **columns: Sequence[str]) -> Path:
 def all_of_it() -> Iterator[None]:
     """A gate that lets everything through, and a Whisper that hears in each recording its file's name."""
 
-    def transcripts(_: Ears, given: Sequence[Any], check: Any = None) -> list[Transcript]:
+    def transcripts(_: CachedTranscriber, given: Sequence[Any], check: Any = None) -> list[Transcript]:
         names = [Path(audio.source).stem for audio in given]
         return [Transcript((Segment(0, 1, f"a {COLOURS[int(n) % 8]} circle {n}"),), "en") for n in names]
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (transcriber, transcription):
-            patch.setattr(module, "speech", lambda each, **_: [Part(0, each.seconds)])
-        patch.setattr(Ears, "transcripts", transcripts)
+            patch.setattr(module, "speech", lambda each, **_: [SpeechInterval(0, each.seconds)])
+        patch.setattr(CachedTranscriber, "transcripts", transcripts)
         yield
 
 
@@ -128,14 +128,14 @@ def test_frames_are_stored_once_and_cached_is_live(trained: Any) -> None:
 def test_resumed_is_straight_to_the_bit(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, changes = trained
     straight = build(pipeline, "speech", changes)
-    save = Loop._save_checkpoint
+    save = ExactLossTrainer._save_checkpoint
 
-    def dying(self: Loop, model: torch.nn.Module, trial: object) -> None:
+    def dying(self: ExactLossTrainer, model: torch.nn.Module, trial: object) -> None:
         save(self, model, trial)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_save_checkpoint", dying)
+        patch.setattr(ExactLossTrainer, "_save_checkpoint", dying)
         with pytest.raises(KeyboardInterrupt):
             build(pipeline, "speech", changes, speech__split_seed="0", speech__weight_decay="1e-9")
     resumed = build(pipeline, "speech", changes, speech__weight_decay="1e-9")

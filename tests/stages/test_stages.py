@@ -27,7 +27,7 @@ from mmphi.models.checkpoint import load_bundle
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.patches.module_patches import as_given
 from mmphi.pipeline.build import Pipeline
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 UPSTREAM = ("scenes", "pretrain", "light_clip", "embed")
 
@@ -318,7 +318,7 @@ def test_any_model_is_measured_on_any_data(pipeline: Pipeline) -> None:
 @pytest.mark.slow
 def test_store_is_shared_by_builds_under_one_run(pipeline: Pipeline) -> None:
     """Two builds in one process under one run of MLflow's: the second points at its result."""
-    store: Store = pipeline.store
+    store: TrackingStore = pipeline.store
     run = store.client.create_run("0", run_name="both").info.run_id
     first = pipeline.build("scenes", small.settings(scenes__seed="8"), run=run)
     second = pipeline.build("scenes", small.settings(scenes__seed="9"), run="")

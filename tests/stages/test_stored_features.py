@@ -99,8 +99,8 @@ def test_killed_embed_goes_on_and_equals_straight(tmp_path, own, weights, monkey
     with (tmp_path / "cut" / "progress.jsonl").open("a") as file:
         file.write('{"shard": "features-00001')  # torn by the kill
     computed = []
-    decode = embed.Decoded.__getitem__
-    monkeypatch.setattr(embed.Decoded, "__getitem__", lambda self, i: computed.append(i) or decode(self, i))
+    decode = embed.DecodedImages.__getitem__
+    monkeypatch.setattr(embed.DecodedImages, "__getitem__", lambda self, i: computed.append(i) or decode(self, i))
     embed.run(cut)
     assert len(computed) == 4  # eight of twelve were there
     assert torch.equal(FeatureStore(tmp_path / "cut").get(refs), FeatureStore(tmp_path / "straight").get(refs))
@@ -123,8 +123,8 @@ def test_another_source_embeds_its_own_images_alone(tmp_path, own, weights, monk
     embed.run(context(tmp_path, tmp_path / "first", own, weights))
     added = photos(tmp_path, 11)
     computed = []
-    decode = embed.Decoded.__getitem__
-    monkeypatch.setattr(embed.Decoded, "__getitem__", lambda self, i: computed.append(i) or decode(self, i))
+    decode = embed.DecodedImages.__getitem__
+    monkeypatch.setattr(embed.DecodedImages, "__getitem__", lambda self, i: computed.append(i) or decode(self, i))
     earlier = [Result("embed", "key", "run", tmp_path / "first")]
     second = context(tmp_path, tmp_path / "second", own, weights, earlier=earlier)
     assert not embed.covers(second.settings, {}, tmp_path / "first")

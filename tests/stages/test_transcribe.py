@@ -14,8 +14,8 @@ from scipy.io import wavfile
 from mmphi.data.audio import RATE, Samples
 from mmphi.errors import DataError, ModelError, SettingsError
 from mmphi.models.audio import transcription
-from mmphi.models.audio.transcription import Heard, Segment
-from mmphi.models.audio.vad import Part
+from mmphi.models.audio.transcription import ASRResult, Segment
+from mmphi.models.audio.vad import SpeechInterval
 from mmphi.models.audio.whisper_backends import BACKENDS
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES, load_settings
@@ -32,12 +32,12 @@ class Fake:
         if name == "gone":
             raise ModelError("there is no Whisper 'gone'", "give another")
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         numbers = [round(float(np.abs(s).max()) * 10) for s in sounds]
         if Fake.fail_at and Fake.fail_at in numbers:
             raise KeyboardInterrupt
         Fake.heard += numbers
-        return [Heard((Segment(0, 0.5, SAID[n]),), code) for n, code in zip(numbers, languages, strict=True)]
+        return [ASRResult((Segment(0, 0.5, SAID[n]),), code) for n, code in zip(numbers, languages, strict=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     Fake.heard, Fake.fail_at = [], 0
     monkeypatch.setitem(BACKENDS, "openai", Fake)
     monkeypatch.setattr(
-        transcription, "speech", lambda each, **_: [Part(0, each.seconds)] if np.abs(each.samples).max() > 0.05 else []
+        transcription,
+        "speech",
+        lambda each, **_: [SpeechInterval(0, each.seconds)] if np.abs(each.samples).max() > 0.05 else [],
     )
 
 

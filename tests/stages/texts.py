@@ -18,7 +18,7 @@ from mmphi.config.corpus import CorpusSettings
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.pipeline.stage import Result
 from mmphi.stages import Settings, pretrain, tokens
-from mmphi.training.hf_trainer import Loop
+from mmphi.training.hf_trainer import ExactLossTrainer
 
 SHAPE = {"layers": 2, "width": 32, "heads": 2, "context": 32, "batch_tokens": 512, "stop": "steps 24"}
 REST = {"optimizer": "muon", "schedule": "wsd", "warmup": 0.0, "log_every": 4, "eval_every": 6, "save_every": 1}
@@ -83,13 +83,13 @@ def same(one: Path, other: Path) -> bool:
 def main() -> None:
     """Train in the folder given, on the tokens given; a step takes TEXTS_STEP_S seconds or more."""
     least = float(os.environ.get("TEXTS_STEP_S", "0"))
-    save = Loop._save_checkpoint
+    save = ExactLossTrainer._save_checkpoint
 
-    def slowly(self: Loop, model: torch.nn.Module, trial: object) -> None:
+    def slowly(self: ExactLossTrainer, model: torch.nn.Module, trial: object) -> None:
         time.sleep(least)
         save(self, model, trial)
 
-    Loop._save_checkpoint = slowly
+    ExactLossTrainer._save_checkpoint = slowly
     torch.set_num_threads(1)
     folder, read, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     print("begun", flush=True)

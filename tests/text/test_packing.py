@@ -7,10 +7,10 @@ from builders import RandomFeatures, encode, example, tiny_language
 from torch.nn import functional as F
 
 from mmphi.errors import ModelError
-from mmphi.models.packed_vlm import PackedModel, block_causal_mask
+from mmphi.models.packed_vlm import PackedVLM, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import DOUBLE, least_work, pack, packs, partition
-from mmphi.training.packed_dataset import PackedSteps
+from mmphi.training.packed_dataset import PackedStepDataset
 
 SOURCES = {"image": RandomFeatures()}
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 80, "it rains here"]
@@ -23,7 +23,7 @@ def make_samples(language):
 
 def make_model(language):
     torch.manual_seed(1)
-    return PackedModel(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    return PackedVLM(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
 
 
 def gradients(model):
@@ -162,8 +162,8 @@ def test_wrong_number_of_places_names_the_sample():
 def test_steps_hold_the_same_samples_however_they_are_spread():
     language = tiny_language()
     samples = make_samples(language)
-    few = PackedSteps(samples, SOURCES, steps=5, batch_size=4, packs_per_step=1, seed=3)
-    many = PackedSteps(samples, SOURCES, steps=5, batch_size=4, packs_per_step=2, seed=3)
+    few = PackedStepDataset(samples, SOURCES, steps=5, batch_size=4, packs_per_step=1, seed=3)
+    many = PackedStepDataset(samples, SOURCES, steps=5, batch_size=4, packs_per_step=2, seed=3)
     assert len(many) == 10
     for step in range(5):
         whole, parts = few[step], [many[2 * step], many[2 * step + 1]]

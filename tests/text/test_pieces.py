@@ -11,7 +11,7 @@ from test_chat_template import MISTRAL, SILENT, TURNS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mmphi.text.pieces import Encoder, Piece
+from mmphi.text.pieces import PromptEncoder, PromptPiece
 from mmphi.text.prompt import Prompt
 
 WORDS = ["a", "dog", "in", "the", "snow", "what", "is", "it", "where", "and", "no", "INST", "user", "assistant"]
@@ -142,10 +142,10 @@ def test_words_of_a_transcript_are_the_tokens_of_the_words_typed(kind: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_pieces_have_the_tokens_of_their_text(kind: str) -> None:
     tokenizer = sentencepiece(kind)
-    encoder, draw = Encoder(tokenizer), random.Random(0)
+    encoder, draw = PromptEncoder(tokenizer), random.Random(0)
     for _ in range(200):
         texts = ["".join(draw.choices(["a", " dog", "\n", " ", "é", "[INST]", "snow", ""], k=4)) for _ in range(5)]
-        parts = encoder.parts([Piece(text, template=draw.random() < 0.5) for text in texts])
+        parts = encoder.parts([PromptPiece(text, template=draw.random() < 0.5) for text in texts])
         found = [number for part in parts for number in part.ids]
         assert found == tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from builders import RandomFeatures, encode, example, tiny_language
 
-from mmphi.models.packed_vlm import PackedModel, block_causal_mask
+from mmphi.models.packed_vlm import PackedVLM, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import Layout, Pack, pack, packs
+from mmphi.text.packing import Layout, PackedBatch, pack, packs
 from mmphi.text.shared_prefix import bundled
-from mmphi.text.tokenized_example import Sample
-from mmphi.training.packed_dataset import PackedSteps
+from mmphi.text.tokenized_example import TokenizedExample
+from mmphi.training.packed_dataset import PackedStepDataset
 
 SOURCES = {"image": RandomFeatures()}
 LANGUAGE = tiny_language()
@@ -27,20 +27,20 @@ SAID = [
 ]
 
 
-def samples(said: list[tuple[int, str, str]] = SAID) -> list[Sample]:
+def samples(said: list[tuple[int, str, str]] = SAID) -> list[TokenizedExample]:
     return [encode(example(i, answer, question), LANGUAGE.prompt, 4, 200) for i, question, answer in said]
 
 
-def text(answer: str) -> Sample:
+def text(answer: str) -> TokenizedExample:
     return encode(example(0, answer, image=False), LANGUAGE.prompt, 4, 200)
 
 
-def model() -> PackedModel:
+def model() -> PackedVLM:
     torch.manual_seed(1)
-    return PackedModel(LANGUAGE.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    return PackedVLM(LANGUAGE.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
 
 
-def learned(rows: list[Pack]) -> tuple[float, list[torch.Tensor]]:
+def learned(rows: list[PackedBatch]) -> tuple[float, list[torch.Tensor]]:
     """Summed loss and its gradients."""
     task = model()
     loss = torch.stack([task(**each) for each in rows]).sum()
@@ -99,14 +99,14 @@ def test_a_model_is_scored_as_it_is_alone() -> None:
 
 def test_steps_keep_what_is_about_an_image_together() -> None:
     given = samples([(image, "", letter) for image in range(6) for letter in "abcde"])
-    steps = PackedSteps(given, SOURCES, steps=30, batch_size=6, packs_per_step=1, seed=3, views=2, together=3)
+    steps = PackedStepDataset(given, SOURCES, steps=30, batch_size=6, packs_per_step=1, seed=3, views=2, together=3)
     seen = [sample for step in range(10) for sample in steps.step(step)]  # Twice all 30.
     count = Counter((s.spans[0].reference.view, s.spans[0].reference.id, s.input_ids.tobytes()) for s in seen)
     assert len(count) == 60  # Each once as it is and once as another view.
     assert [len(b.members) for b in bundled(steps.step(0))] in ([3, 3], [3, 2, 1], [2, 3, 1], [2, 2, 2], [3, 1, 2])
     orders = [[s.spans[0].reference.id for s in steps.step(step)] for step in (0, 5, 10)]
     assert orders[0] != orders[1] != orders[2]
-    alone = PackedSteps(given, SOURCES, steps=30, batch_size=6, packs_per_step=1, seed=3, views=2)
+    alone = PackedStepDataset(given, SOURCES, steps=30, batch_size=6, packs_per_step=1, seed=3, views=2)
     assert "branches" not in alone[0]
     assert "branches" in steps[0]
 
@@ -115,8 +115,8 @@ def test_steps_keep_what_is_about_an_image_together() -> None:
 def test_processes_share_a_step_of_bundles(batch_size: int) -> None:
     given = samples([(image, "", letter) for image in range(6) for letter in "abcde"])
     shape = {"steps": 3, "batch_size": batch_size, "seed": 3, "together": 5}
-    one = PackedSteps(given, SOURCES, packs_per_step=1, **shape)
-    two = PackedSteps(given, SOURCES, packs_per_step=2, **shape)
+    one = PackedStepDataset(given, SOURCES, packs_per_step=1, **shape)
+    two = PackedStepDataset(given, SOURCES, packs_per_step=2, **shape)
     for step in range(3):
         whole, gradients = learned([one[step]])
         parts, found = learned([two[2 * step], two[2 * step + 1]])

@@ -11,7 +11,7 @@ from builders import RandomFeatures, byte_tokenizer, encode, of_length, tiny_lan
 from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.data.tokenized_dataset import image_inputs
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import pack
 from mmphi.text.prompt import Prompt
@@ -100,8 +100,8 @@ def test_embeddings_are_the_projected_features_in_their_places(model: Multimodal
 
 def test_two_kinds_of_features_have_places_of_their_own() -> None:
     """What audio will need: another kind of span, another width, another length, one mechanism."""
-    from mmphi.text.pieces import Part
-    from mmphi.text.tokenized_example import Input, join
+    from mmphi.text.pieces import PromptPart
+    from mmphi.text.tokenized_example import SpanContent, join
 
     class Sounds:
         width = 5
@@ -115,12 +115,19 @@ def test_two_kinds_of_features_have_places_of_their_own() -> None:
 
     language = tiny_language()
     sources = {"image": RandomFeatures(), "audio": Sounds()}
-    parts = [Part((1,)), Part(span="audio"), Part((2,)), Part(span="image"), Part(span="audio"), Part((3, 4), True)]
-    inputs = [*image_inputs(TWO[:1], of_length()), Input("audio", "abc", 3), Input("audio", "z", 1)]
+    parts = [
+        PromptPart((1,)),
+        PromptPart(span="audio"),
+        PromptPart((2,)),
+        PromptPart(span="image"),
+        PromptPart(span="audio"),
+        PromptPart((3, 4), True),
+    ]
+    inputs = [*image_inputs(TWO[:1], of_length()), SpanContent("audio", "abc", 3), SpanContent("audio", "z", 1)]
     sample = join(parts, inputs)
     assert [(s.kind, s.start, s.length) for s in sample.spans] == [("audio", 1, 3), ("image", 5, 4), ("audio", 9, 1)]
     image, audio = Projector(ProjectorConfig(12, 32)), Projector(ProjectorConfig(5, 32, layers=1))
-    model = PackedModel(language.model, image=image, audio=audio)
+    model = PackedVLM(language.model, image=image, audio=audio)
     rows = pack([sample], sources)
     embedded = model.embed(rows["input_ids"], rows["features"], rows["places"])[0]
     torch.testing.assert_close(embedded[1:4], audio(Sounds().rows(["abc"])))

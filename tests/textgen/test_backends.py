@@ -6,7 +6,7 @@ from builders import byte_tokenizer, tiny_language
 
 from mmphi.errors import SettingsError
 from mmphi.textgen import backends
-from mmphi.textgen.backends import Draw, Wanted, chosen_backend, sampler
+from mmphi.textgen.backends import SamplingConfig, SamplingRequest, chosen_backend, sampler
 from mmphi.textgen.slot_sampler import drawn
 
 END = 256
@@ -23,13 +23,13 @@ def wanted(count, longest=20, ends=(END,)):
     draw = torch.Generator().manual_seed(1)
     for number in range(count):
         before = torch.randint(0, 250, (1 + number % 7,), generator=draw).tolist()
-        yield Wanted(str(number), tuple(before), ends, longest - number % 3)
+        yield SamplingRequest(str(number), tuple(before), ends, longest - number % 3)
 
 
 def written(backend, model, asked, draw=None, batch=4):
     asked = list(asked)
     torch.manual_seed(3)
-    made = list(sampler(backend, model, draw or Draw(), batch, 64)(iter(asked)))
+    made = list(sampler(backend, model, draw or SamplingConfig(), batch, 64)(iter(asked)))
     assert sorted(each.id for each in made) == sorted(each.id for each in asked)
     return {each.id: each for each in made}, asked
 
@@ -53,7 +53,7 @@ def test_the_log_probability_is_that_of_a_pass_over_the_text_alone(model, backen
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_of_one_likeliest_token_it_writes_what_generate_writes(model, backend):
-    made, asked = written(backend, model, wanted(9), Draw(top_k=1))
+    made, asked = written(backend, model, wanted(9), SamplingConfig(top_k=1))
     for one in asked:
         ids = torch.tensor([list(one.ids)])
         alone = model.generate(
@@ -71,7 +71,7 @@ def test_of_one_likeliest_token_it_writes_what_generate_writes(model, backend):
 def test_tokens_come_as_often_as_the_model_has_them(model, backend):
     """Of texts of one token: by chance alone their frequencies are this near."""
     count = 1200
-    asked = [Wanted(str(number), (7, 8, 9), (END,), 1) for number in range(count)]
+    asked = [SamplingRequest(str(number), (7, 8, 9), (END,), 1) for number in range(count)]
     made, _ = written(backend, model, asked, batch=64)
     found = torch.zeros(260)
     for each in made.values():
@@ -89,10 +89,10 @@ def test_tokens_come_as_often_as_the_model_has_them(model, backend):
 def test_only_the_likeliest_are_drawn_where_that_is_asked_for(model, backend):
     with torch.inference_mode():
         best = set(model(torch.tensor([[7, 8, 9]])).logits[0, -1].topk(3).indices.tolist())
-    asked = [Wanted(str(number), (7, 8, 9), (END,), 1) for number in range(60)]
-    made, _ = written(backend, model, asked, Draw(top_k=3), batch=16)
+    asked = [SamplingRequest(str(number), (7, 8, 9), (END,), 1) for number in range(60)]
+    made, _ = written(backend, model, asked, SamplingConfig(top_k=3), batch=16)
     assert {each.ids[0] for each in made.values()} == best
-    cold, _ = written(backend, model, asked, Draw(temperature=0.01), batch=16)
+    cold, _ = written(backend, model, asked, SamplingConfig(temperature=0.01), batch=16)
     assert len({each.ids[0] for each in cold.values()}) <= 2
 
 
@@ -126,7 +126,7 @@ def test_whoever_is_done_leaves_his_place_to_the_next(model):
     passes = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
     lengths = [1, 1, 1, 1, 1, 1, 12, 1, 1, 1, 1, 1]
-    asked = [Wanted(str(number), (5,), (), length) for number, length in enumerate(lengths)]
+    asked = [SamplingRequest(str(number), (5,), (), length) for number, length in enumerate(lengths)]
     written("slots", model, asked, batch=2)
     hook.remove()
     assert len(passes) <= 6 // 2 + 12

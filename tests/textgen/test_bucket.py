@@ -15,8 +15,8 @@ from test_shard_queue import quiet, shard
 
 from mmphi.errors import StoreError
 from mmphi.textgen import shard_queue as spool_module
-from mmphi.textgen.shard_queue import Spool
-from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.shard_queue import ShardQueue
+from mmphi.textgen.shard_reader import ShardReader
 from mmphi.textgen.shards import ShardName
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,9 @@ class Bucket:
 
     def spool(self, **more):
         quick = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1, "retries": {"max_attempts": 1}}}
-        return Spool(self.url, **({"say": quiet} | more), endpoint_url=self.address, skip_instance_cache=True, **quick)
+        return ShardQueue(
+            self.url, **({"say": quiet} | more), endpoint_url=self.address, skip_instance_cache=True, **quick
+        )
 
     def silent(self, seconds: float) -> threading.Timer:
         """Take requests and say nothing to them, for a while."""
@@ -80,7 +82,7 @@ def bucket(monkeypatch):
 
 def test_shards_go_through_a_bucket_whole_in_order_and_once(bucket):
     spool = bucket.spool()
-    reader = Reader(spool, say=quiet)
+    reader = ShardReader(spool, say=quiet)
     assert spool.held() == []
     for stream in ("here-0-1", "here-1-1"):
         for number in range(2):
@@ -91,7 +93,7 @@ def test_shards_go_through_a_bucket_whole_in_order_and_once(bucket):
     assert len(spool.taken()) == 4
     reader.let_go_before({"here-0-1": 1, "here-1-1": 2})
     assert [held.name for held in spool.taken()] == [ShardName("here-0-1", 1)]
-    again = Reader(bucket.spool(), {"here-0-1": 1}, say=quiet)  # As after a kill: what was not noted comes again.
+    again = ShardReader(bucket.spool(), {"here-0-1": 1}, say=quiet)  # As after a kill: what was not noted comes again.
     assert [(name.number, len(found)) for name, found in again.everything()] == [(1, 3)]
 
 
@@ -105,7 +107,7 @@ def test_a_bucket_that_is_silent_for_a_while_is_waited_for(bucket):
     assert [line for line in told if "waits for an answer" in line]
     assert spool.waited_s > 0
     timer = bucket.silent(6)
-    reader = Reader(spool, say=told.append)
+    reader = ShardReader(spool, say=told.append)
     assert [name.number for name, _ in reader.everything()] == [0, 1]
     timer.join()
     assert reader.broken == 0
@@ -116,7 +118,7 @@ def test_a_broken_shard_in_a_bucket_is_set_aside(bucket):
     spool, told = bucket.spool(), []
     spool.put(ShardName("here-0-1", 0), shard(0)[1][:-9])
     spool.put(*shard(1))
-    reader = Reader(spool, say=told.append)
+    reader = ShardReader(spool, say=told.append)
     assert [len(documents) for _, documents in reader.everything()] == [0, 3]
     assert reader.broken == 1
     assert [name.rsplit("/", 1)[-1] for name in spool.files.ls("bucket/spool/bad")] == ["here-0-1-000000.jsonl.zst"]
@@ -131,11 +133,11 @@ def test_one_that_never_answers_is_an_error_in_the_end(bucket):
 
 def test_what_waiting_does_not_mend_is_an_error_at_once(bucket, monkeypatch):
     with pytest.raises(StoreError, match="there is no bucket"):
-        Spool("s3://elsewhere/spool", say=quiet, endpoint_url=bucket.address).put(*shard(0))
+        ShardQueue("s3://elsewhere/spool", say=quiet, endpoint_url=bucket.address).put(*shard(0))
     for name in KEYS:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     begun = time.monotonic()
     with pytest.raises(StoreError, match="credentials"):
-        Spool("s3://bucket/spool", say=quiet, endpoint_url=bucket.address, skip_instance_cache=True).put(*shard(0))
+        ShardQueue("s3://bucket/spool", say=quiet, endpoint_url=bucket.address, skip_instance_cache=True).put(*shard(0))
     assert time.monotonic() - begun < 60

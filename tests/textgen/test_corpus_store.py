@@ -10,11 +10,11 @@ from mmphi.errors import DataError, SettingsError, StoreError
 from mmphi.pipeline.stage import Result
 from mmphi.stages import STAGES, load_settings
 from mmphi.stages.textgen import STAGE
-from mmphi.textgen.corpus_store import Ledger, Store, floors, stored
+from mmphi.textgen.corpus_store import CorpusManifest, CorpusStore, floors, stored
 from mmphi.textgen.prompts import Prompts
 from mmphi.textgen.quality import Quality
 from mmphi.textgen.shards import Document
-from mmphi.textgen.stop_criteria import Enough, parse_enough
+from mmphi.textgen.stop_criteria import CorpusStopCriteria, parse_enough
 
 WORDS = """
 river mountain letter window garden winter teacher kitchen station morning evening doctor village street
@@ -51,7 +51,7 @@ def document(number, text, **changes):
 
 
 def store(folder, limit=10_000_000):
-    return Store(folder, limit, Quality(20, 5000), say=lambda _: None)
+    return CorpusStore(folder, limit, Quality(20, 5000), say=lambda _: None)
 
 
 def nearly(text):
@@ -135,7 +135,7 @@ def test_the_store_ends_at_its_size_and_says_so(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.glob("*.zst")) == kept.ledger.bytes
     texts = [each.text for each in stored(tmp_path)]
     assert texts == [prose(number) for number in range(len(texts))]
-    assert Enough().reached(kept.ledger, 0.0)
+    assert CorpusStopCriteria().reached(kept.ledger, 0.0)
 
 
 def test_a_killed_store_goes_on_from_its_ledger_and_has_the_same(tmp_path):
@@ -178,15 +178,15 @@ def test_the_generators_loss_is_told_by_kind_and_only_where_it_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("store", Enough()),
-        ("documents 1.5k, time 20m", Enough(documents=1500, seconds=1200)),
-        ("tokens 2M", Enough(tokens=2e6)),
-        ("90s", Enough(seconds=90)),
+        ("store", CorpusStopCriteria()),
+        ("documents 1.5k, time 20m", CorpusStopCriteria(documents=1500, seconds=1200)),
+        ("tokens 2M", CorpusStopCriteria(tokens=2e6)),
+        ("90s", CorpusStopCriteria(seconds=90)),
     ],
 )
 def test_when_it_is_enough_can_be_said(text, expected):
     assert parse_enough(text) == expected
-    assert not expected.reached(Ledger(), 0.0)
+    assert not expected.reached(CorpusManifest(), 0.0)
 
 
 @pytest.mark.parametrize("text", ["", "much", "tokens", "tokens 0", "documents -3", "1..5 m"])

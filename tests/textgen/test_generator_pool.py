@@ -12,10 +12,10 @@ from mmphi.config import LanguageSettings
 from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import ModelError, SettingsError
 from mmphi.models.language.language_model import load_language
-from mmphi.textgen.generator import Wants
-from mmphi.textgen.generator_pool import HOPELESS, Fleet
-from mmphi.textgen.shard_queue import Spool
-from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.generator import PromptStream
+from mmphi.textgen.generator_pool import HOPELESS, GeneratorPool
+from mmphi.textgen.shard_queue import ShardQueue
+from mmphi.textgen.shard_reader import ShardReader
 
 NEAR = 1e-3  # Nats per token.
 
@@ -46,8 +46,8 @@ def until(happened, seconds=120):
 def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_shard(writer, tmp_path):
     settings, told = settings_of(writer), []
     url = str(tmp_path / "spool")
-    spool = Spool(url, say=told.append)
-    with Fleet(settings, url, tmp_path / "fleet", say=told.append) as fleet:
+    spool = ShardQueue(url, say=told.append)
+    with GeneratorPool(settings, url, tmp_path / "fleet", say=told.append) as fleet:
         until(lambda: {held.name.stream for held in spool.held()} >= {"here-0-1", "here-1-1"})
         killed = fleet.members[0].running.process
         os.kill(killed.pid, signal.SIGKILL)
@@ -60,14 +60,14 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
     assert "generator 0 has died: exit status -9" in told[0]
     assert [row["starts"] for row in rows] == [2, 1]
     assert all(row["documents"] and row["tokens"] for row in rows)
-    shards = list(Reader(spool, say=told.append).everything())
+    shards = list(ShardReader(spool, say=told.append).everything())
     documents = [document for _, found in shards for document in found]
     assert len({document.id for document in documents}) == len(documents) > 12
     assert {bool(document.prompt) for document in documents} == {True, False}
     assert {document.ended for document in documents} <= {True, False}
     assert all(document.generator == writer and document.digest.startswith("sha256:") for document in documents)
     language = load_language(LanguageSettings(model=writer), None, torch.device("cpu"))
-    wants = Wants(settings, "any", language)
+    wants = PromptStream(settings, "any", language)
     for document in documents[:10]:
         known = language.prompt.parts([(document.prompt, None)])
         before_it = [i for part in known for i in part.ids] if document.prompt else [wants.begin]
@@ -84,7 +84,7 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
 @pytest.mark.slow
 def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
     told = []
-    fleet = Fleet(
+    fleet = GeneratorPool(
         settings_of(str(tmp_path / "nothing"), generators=1), str(tmp_path), tmp_path / "fleet", say=told.append
     )
     with pytest.raises(ModelError, match=f"died {HOPELESS} times"), fleet:
@@ -97,24 +97,26 @@ def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
 def test_a_host_whose_shards_no_reader_would_find_is_refused(writer, tmp_path, host):
     settings = settings_of(writer, generators=1, host=host)
     if not host:
-        assert Fleet(settings, str(tmp_path / "s"), tmp_path / "fleet").host == "here"
+        assert GeneratorPool(settings, str(tmp_path / "s"), tmp_path / "fleet").host == "here"
         return
     with pytest.raises(SettingsError, match="without hyphens"):
-        Fleet(settings, str(tmp_path / "s"), tmp_path / "fleet")
+        GeneratorPool(settings, str(tmp_path / "s"), tmp_path / "fleet")
 
 
 def test_a_stream_is_begun_once_whatever_folder_it_is_begun_from(tmp_path):
     """As of a machine whose temporary folder is gone, and of shards that were written before starts were noted."""
-    spool = Spool(str(tmp_path / "spool"), say=print)
+    spool = ShardQueue(str(tmp_path / "spool"), say=print)
     assert [spool.begin_stream("a-0") for _ in range(2)] == ["a-0-1", "a-0-2"]
     assert spool.begin_stream("a-1") == "a-1-1"
     (tmp_path / "spool" / "taken" / "a-0-7-000002.jsonl.zst").write_bytes(b"")
-    assert Spool(str(tmp_path / "spool"), say=print).begin_stream("a-0") == "a-0-8"
+    assert ShardQueue(str(tmp_path / "spool"), say=print).begin_stream("a-0") == "a-0-8"
     assert spool.begin_stream("a-0", after=20) == "a-0-21"
 
 
 @pytest.mark.slow
 def test_streams_are_never_given_out_twice(writer, tmp_path):
     for expected in (1, 2):
-        with Fleet(settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print) as fleet:
+        with GeneratorPool(
+            settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print
+        ) as fleet:
             assert fleet.members[0].stream == f"here-0-{expected}"

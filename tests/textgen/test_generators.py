@@ -9,8 +9,8 @@ import pytest
 from builders import byte_tokenizer, tiny_language
 
 from mmphi.cli import main
-from mmphi.textgen.shard_queue import Spool
-from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.shard_queue import ShardQueue
+from mmphi.textgen.shard_reader import ShardReader
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def command(writer, url, *more):
 def test_they_write_until_they_are_told_to_end_and_close_what_they_have_open(writer, tmp_path):
     url = str(tmp_path / "spool")
     process = subprocess.Popen([sys.executable, "-m", "mmphi", *command(writer, url)])
-    spool = Spool(url, say=lambda _: None)
+    spool = ShardQueue(url, say=lambda _: None)
     begun = time.monotonic()
     while not spool.held():
         assert time.monotonic() - begun < 120
@@ -42,7 +42,7 @@ def test_they_write_until_they_are_told_to_end_and_close_what_they_have_open(wri
     host, number, start = stream.rsplit("-", 2)
     assert (number, start) == ("0", "1")
     assert "." in host  # Made up, because others may write there, too.
-    shards = [documents for _, documents in Reader(spool, say=lambda _: None).everything()]
+    shards = [documents for _, documents in ShardReader(spool, say=lambda _: None).everything()]
     assert all(len(documents) >= 4 for documents in shards[:-1])
     ids = [document.id for documents in shards for document in documents]
     assert len(set(ids)) == len(ids)
@@ -53,7 +53,7 @@ def test_two_calls_never_have_one_stream(writer, tmp_path):
     url = str(tmp_path / "spool")
     for _ in range(2):
         assert main(command(writer, url, "--stop", "documents 4")) == 0
-    assert len({held.name.stream for held in Spool(url, say=lambda _: None).held()}) == 2
+    assert len({held.name.stream for held in ShardQueue(url, say=lambda _: None).held()}) == 2
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from mmphi.errors import DataError, StoreError
-from mmphi.textgen.shard_queue import Spool
-from mmphi.textgen.shard_reader import Reader
+from mmphi.textgen.shard_queue import ShardQueue
+from mmphi.textgen.shard_reader import ShardReader
 from mmphi.textgen.shards import Document, ShardName, packed, unpacked
 
 
@@ -27,7 +27,7 @@ def quiet(_):
 
 @pytest.fixture
 def spool(tmp_path):
-    return Spool(str(tmp_path / "spool"), say=quiet, patience_s=2)
+    return ShardQueue(str(tmp_path / "spool"), say=quiet, patience_s=2)
 
 
 def test_a_shard_gives_back_what_was_packed():
@@ -74,7 +74,7 @@ def test_half_a_shard_is_never_seen(spool, tmp_path):
 def test_a_full_spool_holds_its_writers_back_until_something_is_let_go(tmp_path):
     size = len(shard(0)[1])
     told = []
-    spool = Spool(str(tmp_path), limit=int(2.5 * size), say=told.append)
+    spool = ShardQueue(str(tmp_path), limit=int(2.5 * size), say=told.append)
     assert spool.put(*shard(0))
     assert spool.put(*shard(1))
     done = []
@@ -92,7 +92,7 @@ def test_a_full_spool_holds_its_writers_back_until_something_is_let_go(tmp_path)
 
 
 def test_waiting_ends_when_it_shall(tmp_path):
-    spool = Spool(str(tmp_path), limit=1, say=quiet, stopping=lambda: True)
+    spool = ShardQueue(str(tmp_path), limit=1, say=quiet, stopping=lambda: True)
     assert spool.put(*shard(0))  # Larger than the spool, and alone in it.
     assert not spool.put(*shard(1))
 
@@ -127,25 +127,25 @@ def test_a_disk_that_stays_full_is_an_error(spool, monkeypatch):
 
 def test_a_place_that_fsspec_does_not_know_is_named():
     with pytest.raises(StoreError, match="nowhere://x is no spool"):
-        Spool("nowhere://x")
+        ShardQueue("nowhere://x")
 
 
 def test_a_reader_takes_every_shard_once_and_goes_on_where_it_was(spool):
     for stream in ("here-0-1", "here-1-1"):
         for number in range(2):
             spool.put(*shard(number, stream))
-    reader = Reader(spool, say=quiet)
+    reader = ShardReader(spool, say=quiet)
     seen = [(name.stream, name.number) for name, _ in reader.everything()]
     assert seen == [("here-0-1", 0), ("here-1-1", 0), ("here-0-1", 1), ("here-1-1", 1)]
     assert list(reader.everything()) == []
     spool.put(*shard(2))
-    again = Reader(spool, reader.position, say=quiet)
+    again = ShardReader(spool, reader.position, say=quiet)
     assert [name.number for name, _ in again.everything()] == [2]
     assert spool.held() == []
     again.let_go_before(reader.position, but=[str(ShardName("here-1-1", 1))])
     assert [(held.name.stream, held.name.number) for held in spool.taken()] == [("here-0-1", 2), ("here-1-1", 1)]
     # Killed before it noted what it took last: that waits again.
-    third = Reader(spool, reader.position, say=quiet)
+    third = ShardReader(spool, reader.position, say=quiet)
     assert [held.name.number for held in third.waiting()] == [2]
 
 
@@ -153,9 +153,9 @@ def test_a_position_means_the_same_wherever_a_reader_was_before(spool):
     """Gone back to an earlier position and on to a later one: what lies between counts as taken again."""
     for number in range(4):
         spool.put(*shard(number))
-    reader = Reader(spool, say=quiet)
+    reader = ShardReader(spool, say=quiet)
     list(reader.everything())
-    again = Reader(spool, say=quiet)  # Without a position it changes nothing.
+    again = ShardReader(spool, say=quiet)  # Without a position it changes nothing.
     assert spool.held() == []
     again.go_on({"here-0-1": 1})
     assert [held.name.number for held in spool.held()] == [1, 2, 3]
@@ -166,8 +166,8 @@ def test_a_position_means_the_same_wherever_a_reader_was_before(spool):
 
 
 def test_what_was_taken_makes_room_for_others(tmp_path):
-    spool = Spool(str(tmp_path), limit=int(1.5 * len(shard(0)[1])), say=quiet, stopping=lambda: True)
-    reader = Reader(spool, say=quiet)
+    spool = ShardQueue(str(tmp_path), limit=int(1.5 * len(shard(0)[1])), say=quiet, stopping=lambda: True)
+    reader = ShardReader(spool, say=quiet)
     for number in range(4):
         assert spool.put(*shard(number))
         assert not spool.put(*shard(number + 1))
@@ -181,7 +181,7 @@ def test_a_broken_shard_is_set_aside_named_and_counted(spool, tmp_path):
     spool.put(ShardName("here-0-1", 1), shard(1)[1][:-9])
     spool.put(*shard(2))
     told = []
-    reader = Reader(spool, say=told.append)
+    reader = ShardReader(spool, say=told.append)
     assert [len(documents) for _, documents in reader.everything()] == [3, 0, 3]
     assert reader.broken == 1
     assert "here-0-1-000001" in told[0]
@@ -194,7 +194,7 @@ def test_a_shard_that_is_gone_is_counted(spool):
     for number in (0, 2):
         spool.put(*shard(number))
     told = []
-    reader = Reader(spool, say=told.append)
+    reader = ShardReader(spool, say=told.append)
     assert [name.number for name, _ in reader.everything()] == [0, 2]
     assert reader.broken == 1
     assert "missing" in told[0]

@@ -12,8 +12,8 @@ from builders import context
 from mmphi.config.textgen import TextgenSettings
 from mmphi.stages import Settings, textgen
 from mmphi.textgen import generator_pool
-from mmphi.textgen.corpus_store import Ledger
-from mmphi.textgen.shard_queue import Spool
+from mmphi.textgen.corpus_store import CorpusManifest
+from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shards import Document, ShardName, packed
 
 OF_A_SHARD = 3
@@ -23,7 +23,7 @@ class Kept:
     """A store that keeps everything."""
 
     def __init__(self) -> None:
-        self.ledger, self.committed = Ledger(), dict[str, int]()
+        self.ledger, self.committed = CorpusManifest(), dict[str, int]()
 
     def offer(self, documents: list[Document], stream: str, number: int) -> None:
         self.ledger.documents += len(documents)
@@ -49,14 +49,14 @@ def nobody_writes(monkeypatch: pytest.MonkeyPatch) -> None:
         def rows(self) -> list[Any]:
             return []
 
-    monkeypatch.setattr(generator_pool, "Fleet", Fleet)
+    monkeypatch.setattr(generator_pool, "GeneratorPool", Fleet)
     monkeypatch.setattr(generator_pool, "backend_of", lambda *_: "slots")
 
 
 @pytest.mark.parametrize(("stop", "kept"), [("documents 7", 9), ("documents 100", 60), ("time 0.01s", 60)])
 @pytest.mark.usefixtures("nobody_writes")
 def test_it_ends_with_the_shard_that_is_enough(tmp_path: Path, stop: str, kept: int) -> None:
-    spool = Spool(str(tmp_path / "spool"), say=print)
+    spool = ShardQueue(str(tmp_path / "spool"), say=print)
     for number in range(20):
         documents = [
             Document(f"here-0-1/{number}/{i}", "some words", "", 7, "writer", "sha256:1", None, 5, True)

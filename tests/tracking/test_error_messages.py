@@ -16,7 +16,7 @@ from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Stage
 from mmphi.stages import load_settings
 from mmphi.tracking.error_messages import store_error
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from mmphi.tracking.uri import database
 
 
@@ -40,7 +40,7 @@ def test_a_file_that_is_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "mlflow.db").write_bytes(b"no database at all, but a text" * 100)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with pytest.raises(StoreError, match=f"{uri} is no SQLite database") as error:
-        Store(uri)
+        TrackingStore(uri)
     assert "restore a copy" in error.value.hint
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert main(["status"]) == 2
@@ -53,29 +53,29 @@ def test_a_locked_database_is_waited_for_and_then_told(empty_store: str, monkeyp
     file = database(empty_store)
     assert file is not None
     monkeypatch.setenv("MMPHI_BUSY_S", "0.3")
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     run_id = store.begin("a run", {}).run_id
     with sqlite3.connect(file, isolation_level=None, check_same_thread=False) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(Exception, match="locked") as error:
-            Store(empty_store).client.set_tag(run_id, "x", "1")
+            TrackingStore(empty_store).client.set_tag(run_id, "x", "1")
         assert "is locked by another process" in explained(error.value).what
         monkeypatch.setenv("MMPHI_BUSY_S", "60")
         threading.Timer(0.5, lambda: other.execute("COMMIT")).start()
-        Store(empty_store).client.set_tag(run_id, "x", "2")
+        TrackingStore(empty_store).client.set_tag(run_id, "x", "2")
     assert store.run(run_id).data.tags["x"] == "2"
 
 
 def test_a_run_that_is_deleted_while_it_trains(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def deletes(ctx):
-        Store(empty_store).client.delete_run(ctx.tracker.run_id)
+        TrackingStore(empty_store).client.delete_run(ctx.tracker.run_id)
         ctx.tracker.metrics({"train/loss": 1.0}, 1)
         ctx.tracker.flush()
         return {}
 
     stages = {**toys.TOYS, "draw": Stage("draw", 1, "deletes its run", ("scenes",), deletes)}
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises.
-        Pipeline(stages, Store(empty_store)).build("draw", load_settings("tiny"))
+        Pipeline(stages, TrackingStore(empty_store)).build("draw", load_settings("tiny"))
     found = explained(error.value)
     assert "was deleted while it was needed" in found.what
     assert "mlflow runs restore --run-id" in found.hint
@@ -84,7 +84,7 @@ def test_a_run_that_is_deleted_while_it_trains(empty_store: str, monkeypatch: py
 def test_an_experiment_that_is_not_there(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises.
-        Pipeline(toys.TOYS, Store(empty_store)).build("draw", load_settings("tiny"))
+        Pipeline(toys.TOYS, TrackingStore(empty_store)).build("draw", load_settings("tiny"))
     found = explained(error.value)
     assert "the experiment is not in" in found.what
     assert "MLFLOW_EXPERIMENT_ID" in found.hint
@@ -94,7 +94,7 @@ def test_an_experiment_that_is_not_there(empty_store: str, monkeypatch: pytest.M
 def test_a_store_that_cannot_be_written(empty_store: str) -> None:
     file = database(empty_store)
     assert file is not None
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     file.chmod(0o444)
     with pytest.raises(Exception) as error:  # noqa: PT011 - whatever MLflow raises.
         store.begin("a run", {})

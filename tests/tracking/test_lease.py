@@ -9,14 +9,14 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from mmphi.tracking.lease import HEARTBEAT, HELD, Lease, lease_s
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 class Hosts:
     """Two hosts that want the same key; a host's sleep moves the one clock, and runs what the other does meanwhile."""
 
     def __init__(self, uri: str) -> None:
-        self.client: MlflowClient = Store(uri).client
+        self.client: MlflowClient = TrackingStore(uri).client
         self.now = 1000.0
         self.slept: list[float] = []
         self.meanwhile = lambda: None
@@ -108,7 +108,7 @@ def test_of_two_that_claim_at_once_the_one_that_sees_the_other_steps_back(hosts:
 
 def test_a_lease_beats_while_it_is_held(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMPHI_LEASE_S", "0.2")
-    client = Store(empty_store).client
+    client = TrackingStore(empty_store).client
     run_id = client.create_run("0").info.run_id
     with Lease(client, run_id, "one"):
         beats: set[str] = set()

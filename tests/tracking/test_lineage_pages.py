@@ -15,17 +15,17 @@ from mmphi.pipeline.stage import Result
 from mmphi.stages import load_settings
 from mmphi.tracking.datasets import datasets_of, log_datasets
 from mmphi.tracking.logged_model import log_results
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from mmphi.tracking.system_metrics import SWITCH, system_metrics
 from mmphi.tracking.view_state import HEADLINES, TAG, share, view_state
 
 
 @pytest.fixture
-def store(empty_store: str) -> Store:
-    return Store()
+def store(empty_store: str) -> TrackingStore:
+    return TrackingStore()
 
 
-def begun(store: Store, **metrics: list[float]) -> str:
+def begun(store: TrackingStore, **metrics: list[float]) -> str:
     run = store.client.create_run(store.experiment())
     for name, values in metrics.items():
         for step, value in enumerate(values):
@@ -33,7 +33,7 @@ def begun(store: Store, **metrics: list[float]) -> str:
     return str(run.info.run_id)
 
 
-def test_the_view_shows_losses_and_results_first_and_curves_as_lines(store: Store) -> None:
+def test_the_view_shows_losses_and_results_first_and_curves_as_lines(store: TrackingStore) -> None:
     experiment = store.experiment()
     begun(store, align__loss=[3.0, 2.0], val__loss=[2.0, 1.0], test__exact_match=[0.5], mine__score=[1.0])
     address = share(store.client, experiment, ["mine/score"], "mine")
@@ -48,7 +48,7 @@ def test_the_view_shows_losses_and_results_first_and_curves_as_lines(store: Stor
     assert not any("align" in column for column in state["selectedColumns"])
 
 
-def test_files_and_data_of_other_stages_are_datasets_of_the_run(store: Store, tmp_path: Path) -> None:
+def test_files_and_data_of_other_stages_are_datasets_of_the_run(store: TrackingStore, tmp_path: Path) -> None:
     parts = {"data.sources.0.path": f"sha256:{'ab' * 32}", "vision.pretrained": f"sha256:{'cd' * 32}", "x": 1}
     settings = {"data.sources.0.path": "/somewhere/captions.csv", "vision.pretrained": "/weights.pt"}
     needed = {
@@ -66,7 +66,7 @@ def test_files_and_data_of_other_stages_are_datasets_of_the_run(store: Store, tm
     log_datasets(store.client, run, [], "training")
 
 
-def test_results_are_linked_to_the_model_and_add_no_point_to_a_curve(store: Store) -> None:
+def test_results_are_linked_to_the_model_and_add_no_point_to_a_curve(store: TrackingStore) -> None:
     run = begun(store, val__loss=[2.0, 1.0], train__loss=[3.0, 2.5])
     model = store.client.create_logged_model(store.experiment(), name="m", source_run_id=run)
     log_results(store.client, store.run(run), model.model_id)
@@ -76,7 +76,7 @@ def test_results_are_linked_to_the_model_and_add_no_point_to_a_curve(store: Stor
 
 
 def test_system_metrics_are_recorded_unless_they_are_switched_off(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     run, off = begun(store), begun(store)
@@ -98,14 +98,14 @@ def test_system_metrics_are_recorded_unless_they_are_switched_off(
 
 def test_a_runs_page_is_that_of_trainings(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = Pipeline(toys.TOYS).build("draw", load_settings("tiny"))
-    address = Store().address(result.run_id)
+    address = TrackingStore().address(result.run_id)
     assert address.startswith("http://127.0.0.1:5000/#/experiments/")
     assert address.endswith(f"/runs/{result.run_id}?workflowType=machine_learning")
     monkeypatch.setenv("MMPHI_UI", "http://127.0.0.1:5050/")
-    assert Store().address(result.run_id).startswith("http://127.0.0.1:5050/#/experiments/")
+    assert TrackingStore().address(result.run_id).startswith("http://127.0.0.1:5050/#/experiments/")
 
 
-def test_final_numbers_stand_at_the_end_of_their_curves(store: Store) -> None:
+def test_final_numbers_stand_at_the_end_of_their_curves(store: TrackingStore) -> None:
     with store.building("key", "title", {"mmphi.stage": "x", "mmphi.key": "key"}, "", lambda _: None) as (tracker, _):
         for step, loss in ((10, 2.0), (20, 1.0)):
             tracker.metrics({"val/loss": loss, "val/best": loss}, step)

@@ -11,12 +11,12 @@ import toys
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import load_settings
 from mmphi.tracking.relocated_store import relocate
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
-def built(folder: Path) -> Store:
+def built(folder: Path) -> TrackingStore:
     """A store with a finished training."""
-    store = Store(f"sqlite:///{folder / 'mlflow.db'}")
+    store = TrackingStore(f"sqlite:///{folder / 'mlflow.db'}")
     Pipeline(toys.TOYS, store).build("train", load_settings("tiny", {"projector.steps": "4"}))
     return store
 

@@ -20,7 +20,7 @@ from mmphi.errors import StoreError
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import load_settings
 from mmphi.tracking.lease import HEARTBEAT
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from mmphi.tracking.uri import absolute_uri
 
 
@@ -46,7 +46,7 @@ def test_store_is_the_projects_unless_said_otherwise(elsewhere: Path, monkeypatc
 
 def test_new_store_keeps_its_artifacts_beside_it(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("beside") / "new"
-    store = Store(f"sqlite:///{folder / 'mlflow.db'}")
+    store = TrackingStore(f"sqlite:///{folder / 'mlflow.db'}")
     tracker = store.begin("a run", {"mmphi.key": "k"})
     assert tracker.folder.is_relative_to(folder / "mlruns")
     assert store.client.get_experiment("0").artifact_location.startswith((folder / "mlruns").as_uri())
@@ -54,7 +54,7 @@ def test_new_store_keeps_its_artifacts_beside_it(elsewhere: Path, tmp_path_facto
 
 
 def test_deleted_experiment_is_told(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "gone")
     store.client.delete_experiment(store.experiment())
     with pytest.raises(StoreError, match="gone is deleted") as error:
@@ -67,12 +67,12 @@ def test_server_that_does_not_answer_is_told_at_once() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(StoreError, match="does not answer"):
-        Store(f"http://127.0.0.1:{port}")
+        TrackingStore(f"http://127.0.0.1:{port}")
 
 
 def test_file_store_is_refused_in_words(elsewhere: Path) -> None:
     with pytest.raises(StoreError, match="cannot be used"):
-        Store((elsewhere / "mlruns").as_uri())
+        TrackingStore((elsewhere / "mlruns").as_uri())
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_remote_store(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = (again.path / "step-3").stat().st_ino
     assert (Pipeline(toys.TOYS).build("train", settings).path / "step-3").stat().st_ino == before
 
-    store = Store()
+    store = TrackingStore()
     photo = tmp_path / "photo.png"
     Image.new("RGB", (8, 8)).save(photo)
     tracker = store.begin("a run", {"mmphi.key": "k"})
@@ -134,7 +134,7 @@ def test_remote_store(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_queries_page_past_a_thousand_runs(empty_store: str) -> None:
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     add_runs(empty_store, store.experiment(), 1300)
     assert len(list(store.search(stage="projector"))) == 1300
     newest = store.newest("projector")
@@ -171,7 +171,7 @@ LEASE_S = 6
 
 def heartbeat(host: str) -> float:
     """When a host's run was last known to be alive, in seconds."""
-    (run,) = [run for run in Store().search(stage="train") if run.data.tags["mmphi.host"] == host]
+    (run,) = [run for run in TrackingStore().search(stage="train") if run.data.tags["mmphi.host"] == host]
     return float(run.data.tags[HEARTBEAT])
 
 
@@ -200,7 +200,7 @@ def test_live_run_of_another_host_is_waited_for_and_a_dead_one_taken_over(server
     assert "going on from what run" in output
     ended = json.loads(output.splitlines()[-1])
     assert ended["metrics"]["begun_at"] == 3  # What the first had shared of its work.
-    runs = {run.data.tags["mmphi.host"]: run for run in Store().search(stage="train")}
+    runs = {run.data.tags["mmphi.host"]: run for run in TrackingStore().search(stage="train")}
     assert runs["one"].info.status == "KILLED"
     assert runs["one"].data.tags["mmphi.continued_by"] == runs["two"].info.run_id
     assert runs["two"].info.status == "FINISHED"
@@ -217,7 +217,7 @@ def test_live_run_of_another_host_is_reused_when_it_ends(server: str, tmp_path: 
     results = [json.loads(process.communicate(timeout=60)[0].splitlines()[-1]) for process in (first, second)]
     assert results[0]["run_id"] == results[1]["run_id"]
     assert results[0]["path"] != results[1]["path"]
-    assert len(list(Store().search(stage="train"))) == 1
+    assert len(list(TrackingStore().search(stage="train"))) == 1
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_run_begun_for_a_cached_result_points_at_it(server: str) -> None:
     """As `mlflow run` on a remote store does the second time."""
     settings = load_settings("tiny", {"projector.steps": "4"})
     first = Pipeline(toys.TOYS).build("train", settings)
-    store = Store()
+    store = TrackingStore()
     run = store.client.create_run("0", run_name="mine").info.run_id
     assert Pipeline(toys.TOYS).build("train", settings, run=run).run_id == first.run_id
     assert store.run(run).data.tags["mmphi.reuses"] == first.run_id
@@ -253,7 +253,7 @@ def test_artifacts_are_fetched_by_one_process_at_a_time(server: str, tmp_path: P
 
 @pytest.mark.slow
 def test_shared_checkpoint_replaces_the_one_before(server: str, tmp_path: Path) -> None:
-    store = Store()
+    store = TrackingStore()
     tracker = store.begin("a run", {"mmphi.key": "k"})
     for step in (2, 4):
         checkpoint = tracker.folder / f"checkpoint-{step}"
@@ -264,7 +264,7 @@ def test_shared_checkpoint_replaces_the_one_before(server: str, tmp_path: Path) 
 
 
 def test_a_host_that_waits_is_not_taken_over(empty_store: str) -> None:
-    store = Store(empty_store)
+    store = TrackingStore(empty_store)
     tags = {"mmphi.key": "k", "mmphi.stage": "draw"}
     runs = {name: store.begin(name, tags) for name in ("waits", "silent", "same machine, killed", "builds")}
     now = {"waits": time.time(), "silent": time.time() - 3600, "same machine, killed": time.time()}

@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from mmphi.tracking.run_tracker import RunTracker
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 
 
 @pytest.fixture
-def store(empty_store: str) -> Store:
-    return Store(empty_store)
+def store(empty_store: str) -> TrackingStore:
+    return TrackingStore(empty_store)
 
 
 @pytest.fixture
-def tracker(store: Store) -> RunTracker:
+def tracker(store: TrackingStore) -> RunTracker:
     return store.begin("a run", {"mmphi.key": "k"})
 
 
@@ -34,7 +34,7 @@ def table(tracker: RunTracker, name: str) -> dict[str, Any]:
 
 
 def test_metrics_are_sent_together_and_all_arrive(
-    store: Store, tracker: RunTracker, monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, tracker: RunTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
     log_batch = store.client.log_batch
@@ -54,7 +54,7 @@ def test_metrics_are_sent_together_and_all_arrive(
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(i, i) for i in range(1200)]
 
 
-def test_numbers_that_are_not_finite_are_told_and_kept_out_of_charts(store: Store, tracker: RunTracker) -> None:
+def test_numbers_that_are_not_finite_are_told_and_kept_out_of_charts(store: TrackingStore, tracker: RunTracker) -> None:
     tracker.metrics({"val/loss": math.nan, "val/gain": 1.0}, 3)
     tracker.metrics({"train/loss": math.inf}, 4)
     tracker.flush()
@@ -63,13 +63,13 @@ def test_numbers_that_are_not_finite_are_told_and_kept_out_of_charts(store: Stor
     assert run.data.tags["mmphi.not_finite"] == "val/loss = nan at step 3; train/loss = inf at step 4"
 
 
-def test_params_are_never_empty_and_never_too_long(store: Store, tracker: RunTracker) -> None:
+def test_params_are_never_empty_and_never_too_long(store: TrackingStore, tracker: RunTracker) -> None:
     tracker.params({"a": "", "b": [], "c": "x" * 10_000, **{f"n.{i}": i for i in range(250)}})
     params = store.client.get_run(tracker.run_id).data.params
     assert (params["a"], params["b"], len(params["c"]), len(params)) == ("(none)", "[]", 6000, 253)
 
 
-def test_table_with_pictures(store: Store, tracker: RunTracker, photo: Path) -> None:
+def test_table_with_pictures(store: TrackingStore, tracker: RunTracker, photo: Path) -> None:
     for step in (1, 2):
         rows = [{"step": step, "image": path, "said": "it costs $5 and $6"} for path in (photo, "", photo)]
         tracker.table("predictions", rows, image="image")
@@ -90,7 +90,7 @@ def test_table_with_pictures(store: Store, tracker: RunTracker, photo: Path) -> 
     assert tag == [{"path": "predictions.json", "type": "table"}]
 
 
-def test_mlflow_reads_the_table_back(store: Store, tracker: RunTracker) -> None:
+def test_mlflow_reads_the_table_back(store: TrackingStore, tracker: RunTracker) -> None:
     tracker.table("data_read", [{"source": "a", "rows": 1}, {"source": "b", "more": math.nan}])
     from mlflow.artifacts import load_dict
 
@@ -98,7 +98,7 @@ def test_mlflow_reads_the_table_back(store: Store, tracker: RunTracker) -> None:
     assert found == {"columns": ["source", "rows", "more"], "data": [["a", 1, None], ["b", None, "nan"]]}
 
 
-def test_tables_of_a_dead_run_are_gone_on_with(store: Store, tracker: RunTracker) -> None:
+def test_tables_of_a_dead_run_are_gone_on_with(store: TrackingStore, tracker: RunTracker) -> None:
     for step in (100, 200, 300):
         tracker.table("predictions", [{"step": step, "said": "before"}])
     tracker.table("data_read", [{"source": "a"}])

@@ -13,7 +13,7 @@ import toys
 from mmphi.cli import main
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import load_settings
-from mmphi.tracking.run_writer import Store
+from mmphi.tracking.run_writer import TrackingStore
 from mmphi.tracking.ui import addresses, experiment_id
 
 
@@ -21,7 +21,7 @@ def test_pages_open_on_the_training_runs(empty_store: str) -> None:
     """Of the experiment with the newest run; MLflow's own first page is one for agents."""
     assert experiment_id(empty_store) == "0"
     Pipeline(toys.TOYS).build("draw", load_settings("tiny"))
-    assert experiment_id(empty_store) == Store(empty_store).experiment()
+    assert experiment_id(empty_store) == TrackingStore(empty_store).experiment()
     assert experiment_id("sqlite:////nowhere/none.db") == "0"
     pages = addresses("http://127.0.0.1:5000", "7")
     assert pages["runs"] == "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_learning"

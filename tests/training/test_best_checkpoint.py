@@ -13,8 +13,8 @@ from small_training import ANSWERS, new_projector, trained, weights
 
 from mmphi.errors import Stopped
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.training.best_checkpoint import Best, forget
-from mmphi.training.trainer import Trained
+from mmphi.training.best_checkpoint import BestCheckpoint, forget
+from mmphi.training.trainer import TrainingResult
 
 
 class Said:
@@ -32,7 +32,7 @@ class Said:
         return {"val/loss": self.losses[step], "val/other": float(step)}
 
 
-def run(folder, said, tracker=None, keep_best=True) -> tuple[Projector, Trained]:
+def run(folder, said, tracker=None, keep_best=True) -> tuple[Projector, TrainingResult]:
     said.projector = new_projector()
     changes = {"batch_size": 2, "eval_every": 2, "learning_rate": 1e-2}
     options = {"tracker": tracker or Recorder(), "validate": said, "keep_best": keep_best}
@@ -92,11 +92,11 @@ def test_ended_and_asked_again_it_gives_the_same(tmp_path):
 
 def test_half_a_copy_does_not_count(tmp_path):
     projector = Projector(ProjectorConfig(4, 4))
-    best = Best(tmp_path, projector)
+    best = BestCheckpoint(tmp_path, projector)
     best.offer(1, {"val/loss": 2.0})
     (tmp_path / "best.part").mkdir()
     (tmp_path / "best.part" / "trained.safetensors").write_bytes(b"torn")
-    again = Best(tmp_path, projector)
+    again = BestCheckpoint(tmp_path, projector)
     assert (again.step, again.figures) == (1, {"val/loss": 2.0})
     again.offer(2, {"val/loss": 1.0})
     assert again.step == 2

@@ -14,9 +14,9 @@ from mmphi.data.schema import ImageRef
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.training import caption_alignment as module
 from mmphi.training.caption_alignment import (
-    Captioned,
-    Naming,
-    NamingSteps,
+    BagOfWordsAlignmentLoss,
+    CaptionAlignmentDataset,
+    CaptionWords,
     as_large_as,
     captioned,
     naming_loss,
@@ -26,18 +26,18 @@ from mmphi.training.caption_alignment import (
 
 FEATURES = RandomFeatures()
 IMAGES = [
-    Captioned(ImageRef(str(i), Path(str(i))), words, counts)
+    CaptionWords(ImageRef(str(i), Path(str(i))), words, counts)
     for i, (words, counts) in enumerate([((0, 2), (3, 1)), ((1,), (2,)), ((0, 1, 3), (1, 1, 1)), ((3,), (5,))])
 ]
 
 
-def task(seed: int = 0) -> Naming:
+def task(seed: int = 0) -> BagOfWordsAlignmentLoss:
     torch.manual_seed(seed)
     projector = Projector(ProjectorConfig(FEATURES.width, 8))
-    return Naming(projector, torch.randn(4, 8), torch.tensor([4.0, 3.0, 1.0, 6.0]))
+    return BagOfWordsAlignmentLoss(projector, torch.randn(4, 8), torch.tensor([4.0, 3.0, 1.0, 6.0]))
 
 
-def by_hand(naming: Naming, image: Captioned) -> float:
+def by_hand(naming: BagOfWordsAlignmentLoss, image: CaptionWords) -> float:
     """A place names a word by its share of usage times the exponential of a scaled cosine; an image is their mean."""
     places = naming.projector(FEATURES.get([image.image])[0])
     nats = 0.0
@@ -90,12 +90,14 @@ def test_it_finds_where_things_are_that_captions_only_name() -> None:
     images = []
     for number in range(12):
         things = sorted({number % 4, (number // 4 + 1 + number) % 4})
-        images.append(Captioned(ImageRef(str(number), Path("x")), tuple(things), (1,) * len(things)))
+        images.append(CaptionWords(ImageRef(str(number), Path("x")), tuple(things), (1,) * len(things)))
     torch.manual_seed(0)
-    naming = Naming(Projector(ProjectorConfig(FEATURES.width, 8)), torch.eye(8)[:4], usage_of(images, 4))
+    naming = BagOfWordsAlignmentLoss(
+        Projector(ProjectorConfig(FEATURES.width, 8)), torch.eye(8)[:4], usage_of(images, 4)
+    )
     optimizer = torch.optim.AdamW(naming.parameters(), lr=0.02)
     before = naming_loss(naming, images, Things())
-    steps = NamingSteps(images, Things(), steps=120, batch_size=6, seed=0)
+    steps = CaptionAlignmentDataset(images, Things(), steps=120, batch_size=6, seed=0)
     for step in range(len(steps)):
         optimizer.zero_grad()
         batch = steps[step]
@@ -109,7 +111,7 @@ def test_it_finds_where_things_are_that_captions_only_name() -> None:
 
 
 def test_processes_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, naming = NamingSteps(IMAGES, FEATURES, steps=3, batch_size=3, seed=1), task()
+    whole, naming = CaptionAlignmentDataset(IMAGES, FEATURES, steps=3, batch_size=3, seed=1), task()
     one = [naming(**whole[i]).item() / float(whole[i]["step_tokens"]) for i in range(len(whole))]
     monkeypatch.setattr(module, "world_size", lambda: 2)
     assert len(whole) == 6
@@ -124,7 +126,7 @@ def test_views_take_turns() -> None:
             return super().get(images)
 
     asked: list[list[tuple[int, int]]] = []
-    steps = NamingSteps(IMAGES, Views(), steps=6, batch_size=2, seed=0, views=3)
+    steps = CaptionAlignmentDataset(IMAGES, Views(), steps=6, batch_size=2, seed=0, views=3)
     for index in range(len(steps)):
         steps[index]
     seen = [pair for step in asked for pair in step]

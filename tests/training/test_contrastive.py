@@ -20,8 +20,8 @@ from mmphi.config import TrainingSettings
 from mmphi.errors import Stopped
 from mmphi.training import contrastive
 from mmphi.training.checkpoints import complete_checkpoints
-from mmphi.training.contrastive import ClampScale, Clip, PairSteps
-from mmphi.training.image_dataset import Pixels
+from mmphi.training.contrastive import ClampLogitScaleCallback, ContrastiveTask, ImageTextDataset
+from mmphi.training.image_dataset import ImageDataset
 from mmphi.training.optimizers import MuonAdamW
 from mmphi.training.trainer import train
 
@@ -38,20 +38,20 @@ def model() -> torch.nn.Module:
     return open_clip.CLIP(**VIT)
 
 
-def pairs(steps: int = 4, processes: int = 1) -> PairSteps:
+def pairs(steps: int = 4, processes: int = 1) -> ImageTextDataset:
     rng = torch.Generator().manual_seed(0)
     images = torch.randn(COUNT, 3, 16, 16, generator=rng)
     texts = torch.randint(1, 400, (2 * COUNT, 8), generator=rng)
     texts[:, -1] = 49407
     owners = [i // 2 for i in range(2 * COUNT)]
     shape = {"steps": steps, "batch_size": 6, "captions": 2, "seed": 0, "processes": processes}
-    return PairSteps(images, texts, owners, **shape)
+    return ImageTextDataset(images, texts, owners, **shape)
 
 
-def run(folder: Path, recorder: Recorder | None = None, steps: int = 4) -> Clip:
+def run(folder: Path, recorder: Recorder | None = None, steps: int = 4) -> ContrastiveTask:
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     inner = model()
-    clip = Clip(inner, processes=processes, rank=rank)
+    clip = ContrastiveTask(inner, processes=processes, rank=rank)
     settings = TrainingSettings(steps=steps, log_every=1, save_every=2, learning_rate=1e-3)
     train(
         clip,
@@ -61,14 +61,14 @@ def run(folder: Path, recorder: Recorder | None = None, steps: int = 4) -> Clip:
         tracker=recorder or Recorder(),
         title="clip",
         optimizer=torch.optim.SGD(clip.parameters(), lr=0.1),  # Adam would blow rounding up where gradients vanish.
-        callbacks=[ClampScale(inner)],
+        callbacks=[ClampLogitScaleCallback(inner)],
     )
     return clip
 
 
 def test_loss_is_the_papers(tmp_path):
     """Against the pseudocode of Radford et al. (2021, figure 3), over both sets of captions."""
-    clip, batch = Clip(model()).eval(), pairs()[0]
+    clip, batch = ContrastiveTask(model()).eval(), pairs()[0]
     losses = []
     for texts in batch["texts"]:
         seen = F.normalize(clip.model.encode_image(batch["images"]), dim=-1)
@@ -80,7 +80,7 @@ def test_loss_is_the_papers(tmp_path):
 
 
 def test_a_caption_that_several_images_have_is_read_once(monkeypatch):
-    clip = Clip(model())
+    clip = ContrastiveTask(model())
     batch = pairs()[0]
     texts = batch["texts"].clone()
     texts[0, 3], texts[1, 2:5] = texts[0, 1], texts[0, 1]
@@ -104,12 +104,12 @@ def test_scale_stays_below_a_hundred(tmp_path):
     inner = model()
     with torch.no_grad():
         inner.logit_scale.fill_(9.0)
-    ClampScale(inner).on_optimizer_step(None, None, None)
+    ClampLogitScaleCallback(inner).on_optimizer_step(None, None, None)
     assert inner.logit_scale.item() == pytest.approx(math.log(100))
 
 
 def test_running_means_are_part_of_a_checkpoint(tmp_path):
-    clip = Clip(model())
+    clip = ContrastiveTask(model())
     means = torch.zeros(3)
     clip.register_buffer("means", means)
     settings = TrainingSettings(steps=2, save_every=2, precision="fp32")
@@ -126,12 +126,12 @@ def test_images_are_decoded_when_asked_for_and_once(tmp_path, monkeypatch):
     Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(path)
     preprocess = image_transform_v2(PreprocessCfg(size=16), is_train=False)
     calls = []
-    pixels = Pixels([path], lambda image: calls.append(1) or preprocess(image))
+    pixels = ImageDataset([path], lambda image: calls.append(1) or preprocess(image))
     assert calls == []
     assert torch.equal(pixels[0], pixels[0])
     assert len(calls) == 1
     monkeypatch.setattr("mmphi.training.image_dataset.KEPT_BYTES", 10)
-    bounded = Pixels([path], lambda image: calls.append(1) or preprocess(image))
+    bounded = ImageDataset([path], lambda image: calls.append(1) or preprocess(image))
     assert bounded[0] is not bounded[0]
 
 
@@ -143,7 +143,7 @@ def test_images_that_cannot_be_read_are_told_and_the_others_decoded_by_then(tmp_
     paths[3].unlink()
     preprocess = image_transform_v2(PreprocessCfg(size=16), is_train=False)
     calls = []
-    pixels, wrong = Pixels.readable(paths, lambda image: calls.append(1) or preprocess(image))
+    pixels, wrong = ImageDataset.readable(paths, lambda image: calls.append(1) or preprocess(image))
     assert pixels.paths == [paths[0], paths[2], paths[4]]
     assert set(wrong) == {paths[1], paths[3]}
     assert "missing" in wrong[paths[3]].reason
@@ -156,8 +156,8 @@ def test_decoded_images_are_embedded_without_another_process(tmp_path, monkeypat
     path = tmp_path / "a.png"
     Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(path)
     timm = {"timm_model_name": "tf_efficientnet_lite0", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
-    clip = Clip(open_clip.CLIP(**{**VIT, "vision_cfg": timm}), lock_image=True).eval()
-    pixels = Pixels([path, path], image_transform_v2(PreprocessCfg(size=32), is_train=False))
+    clip = ContrastiveTask(open_clip.CLIP(**{**VIT, "vision_cfg": timm}), lock_image=True).eval()
+    pixels = ImageDataset([path, path], image_transform_v2(PreprocessCfg(size=32), is_train=False))
     workers, loader = [], contrastive.DataLoader
 
     def watched(*given, num_workers):
@@ -166,7 +166,7 @@ def test_decoded_images_are_embedded_without_another_process(tmp_path, monkeypat
 
     monkeypatch.setattr(contrastive, "DataLoader", watched)
     read = clip.image_inputs(pixels, 1)
-    known = clip.image_inputs(Pixels.readable([path, path], pixels.preprocess)[0], 1)
+    known = clip.image_inputs(ImageDataset.readable([path, path], pixels.preprocess)[0], 1)
     assert workers == [1, 0]
     assert torch.equal(read, known)
     with torch.inference_mode():
@@ -192,7 +192,7 @@ def test_two_processes_with_gathered_negatives_equal_one(tmp_path):
 def test_muon_has_what_is_between_the_ends_of_both_towers():
     resnet = {**VIT, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4}}
     for shape, layer in ((VIT, "transformer.resblocks.0.attn.in_proj_weight"), (resnet, "layer2.0.conv2.weight")):
-        clip = Clip(open_clip.CLIP(**shape))
+        clip = ContrastiveTask(open_clip.CLIP(**shape))
         names = MuonAdamW(clip, learning_rate=1e-3, muon_learning_rate=0.02).matrices
         assert f"model.visual.{layer}" in names
         assert "model.transformer.resblocks.0.mlp.c_fc.weight" in names
@@ -212,7 +212,7 @@ def test_a_training_with_muon_goes_on_to_the_bit(tmp_path):
 
     def trained(folder: Path, **asked) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        clip = Clip(open_clip.CLIP(**resnet))
+        clip = ContrastiveTask(open_clip.CLIP(**resnet))
         given = pairs(4)
         given.images = torch.nn.functional.interpolate(given.images, 32)
         state = {name: b for name, b in clip.named_buffers() if name in clip.state_dict()}

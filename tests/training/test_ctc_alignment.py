@@ -12,10 +12,10 @@ import torch
 from builders import tiny_language
 
 from mmphi.data.schema import AudioRef
-from mmphi.models.audio.audio_features import EncoderLink
+from mmphi.models.audio.audio_features import EncoderFeatures
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
-from mmphi.tracking.tracker import Under
-from mmphi.training.ctc_alignment import Named, NamedSteps, spoken, token_error_rate, vocabulary
+from mmphi.tracking.tracker import PrefixedTracker
+from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, spoken, token_error_rate, vocabulary
 
 WORDS = [[1, 2], [2, 2], [3], [1, 3, 1]]
 LENGTHS = [4, 5, 2, 3]
@@ -26,14 +26,14 @@ def frames(audio: AudioRef) -> torch.Tensor:
     return torch.randn(2 * LENGTHS[number] - number % 2, 5, generator=torch.Generator().manual_seed(number)).half()
 
 
-HEARING = EncoderLink(frames, 5, 2)
+HEARING = EncoderFeatures(frames, 5, 2)
 RECORDINGS = [AudioRef(str(i), Path(str(i))) for i in range(4)]
 
 
-def naming(seed: int = 0) -> Named:
+def naming(seed: int = 0) -> CTCAlignmentLoss:
     torch.manual_seed(seed)
     projection = SpeechProjection(SpeechConfig("encoder", 10, 8, width=12, stack=2))
-    return Named(projection, torch.randn(3, 8))
+    return CTCAlignmentLoss(projection, torch.randn(3, 8))
 
 
 def by_all_paths(scores: torch.Tensor, words: Sequence[int]) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_it_learns_and_what_it_names_is_counted() -> None:
     task = naming()
     optimizer = torch.optim.AdamW(task.parameters(), lr=0.02)
     before = token_error_rate(task, RECORDINGS, WORDS, HEARING)
-    steps = NamedSteps(RECORDINGS, WORDS, HEARING, steps=150, batch_size=3, seed=0)
+    steps = CTCAlignmentDataset(RECORDINGS, WORDS, HEARING, steps=150, batch_size=3, seed=0)
     for step in range(len(steps)):
         batch = steps[step]
         optimizer.zero_grad()
@@ -85,7 +85,7 @@ def test_it_learns_and_what_it_names_is_counted() -> None:
 
 
 def test_processes_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = NamedSteps(RECORDINGS, WORDS, HEARING, steps=3, batch_size=3, seed=1)
+    whole = CTCAlignmentDataset(RECORDINGS, WORDS, HEARING, steps=3, batch_size=3, seed=1)
     task = naming()
     one = [task(**whole[i]).item() / float(whole[i]["step_tokens"]) for i in range(len(whole))]
     monkeypatch.setattr("mmphi.training.ctc_alignment.world_size", lambda: 2)
@@ -103,7 +103,7 @@ def test_words_are_places_among_those_that_are_said() -> None:
 
 
 def test_a_training_before_records_under_a_name_of_its_own(recorder: Any, tmp_path: Path) -> None:
-    under = Under(recorder, "align")
+    under = PrefixedTracker(recorder, "align")
     under.metrics({"train/loss": 2.0}, 7)
     under.table("rows", [{"a": 1}])
     under.text("note.txt", "x")

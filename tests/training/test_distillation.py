@@ -10,13 +10,13 @@ from builders import tiny_language
 
 from mmphi.config.shared import TrainingSettings
 from mmphi.data.schema import AudioRef, Example, Turn
-from mmphi.models.audio.audio_features import EncoderLink
+from mmphi.models.audio.audio_features import EncoderFeatures
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
 from mmphi.models.multimodal import Multimodal
 from mmphi.stages.speech_data import pairs
 from mmphi.text.packing import Layout
-from mmphi.text.tokenized_example import Sample
-from mmphi.training.distillation import Distilled, PairedSteps, paired, paired_steps
+from mmphi.text.tokenized_example import TokenizedExample
+from mmphi.training.distillation import DistillationDataset, DistillationTask, paired, paired_steps
 
 WORDS = ["a dog", "two cats in a tree", "snow", "a man who sings to a horse", "rain on the sea", "who knows"]
 
@@ -29,7 +29,7 @@ def frames(audio: AudioRef) -> torch.Tensor:
 def listening() -> Multimodal:
     torch.manual_seed(3)
     speech = SpeechProjection(SpeechConfig("encoder", 24, 32, stack=4), scale=0.3)
-    return Multimodal(tiny_language(), None, None, hearing=EncoderLink(frames, 6, 4), speech=speech)
+    return Multimodal(tiny_language(), None, None, hearing=EncoderFeatures(frames, 6, 4), speech=speech)
 
 
 def conversations() -> list[Example]:
@@ -43,7 +43,9 @@ def ref(number: int) -> AudioRef:
     return AudioRef(str(number), Path(str(number)))
 
 
-def divergence(model: Multimodal, heard: Sample, read: Sample, temperature: float, end_weight: float) -> torch.Tensor:
+def divergence(
+    model: Multimodal, heard: TokenizedExample, read: TokenizedExample, temperature: float, end_weight: float
+) -> torch.Tensor:
     """Of one conversation, written out: whole sequences through the model, sums by hand."""
     embed = model.language.model.get_input_embeddings()
     (span,) = heard.spans
@@ -69,7 +71,7 @@ def test_loss_and_gradient_against_each_sequence_alone(temperature: float, end_w
     model = listening()
     heard, read = pairs(model, conversations())
     assert len(heard) == len(WORDS)
-    task = Distilled(model.packed, temperature, end_weight)
+    task = DistillationTask(model.packed, temperature, end_weight)
     batch = paired(heard, read, model.sources, model.language.prompt.end[-1])
     assert batch["heard"]["input_ids"].shape[0] < len(WORDS)  # Several share a row.
     loss = task(**batch)
@@ -90,7 +92,7 @@ def test_loss_and_gradient_against_each_sequence_alone(temperature: float, end_w
 def test_nothing_is_learned_where_both_say_the_same() -> None:
     model = listening()
     _, read = pairs(model, conversations())
-    task = Distilled(model.packed, 2.0, 1.0)
+    task = DistillationTask(model.packed, 2.0, 1.0)
     batch = paired(read, read, model.sources, model.language.prompt.end[-1])
     assert task(**batch).item() == pytest.approx(0, abs=1e-4)
 
@@ -99,7 +101,7 @@ def test_packs_of_a_step_are_the_step(tmp_path: Path) -> None:
     model = listening()
     heard, read = pairs(model, conversations())
     end = model.language.prompt.end[-1]
-    task = Distilled(model.packed, 2.0, 1.0)
+    task = DistillationTask(model.packed, 2.0, 1.0)
 
     def losses(accumulation: int, alone: bool = False) -> list[float]:
         settings = TrainingSettings(steps=3, batch_size=4, accumulation=accumulation, seed=5)
@@ -120,4 +122,4 @@ def test_pairs_that_differ_are_a_mistake() -> None:
         paired(heard, read[1:] + read[:1], model.sources, 256)
     steps = paired_steps(heard, read, model.sources, TrainingSettings(steps=1, batch_size=2), 256)
     with pytest.raises(ValueError, match="6 conversations are heard, 5 read"):
-        PairedSteps(steps.steps, read[1:], 256)
+        DistillationDataset(steps.steps, read[1:], 256)

@@ -14,13 +14,13 @@ from mmphi.config.shared import ConversationSettings
 from mmphi.errors import SettingsError
 from mmphi.models.contrastive_margin import MARGIN, SOFT
 from mmphi.models.language.linear_cross_entropy import linear_cross_entropy
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.stages.shared_models import check_training
 from mmphi.text.packing import Layout, pack
-from mmphi.text.tokenized_example import Sample
+from mmphi.text.tokenized_example import TokenizedExample
 from mmphi.training.hard_negatives import with_foils
-from mmphi.training.packed_dataset import PackedSteps, packed_steps, seen_by
+from mmphi.training.packed_dataset import PackedStepDataset, packed_steps, seen_by
 
 SOURCES = {"image": RandomFeatures()}
 LANGUAGE = tiny_language()
@@ -35,24 +35,24 @@ SAID = [
 SHAPE = {"steps": 4, "batch_size": 6, "seed": 3}
 
 
-def told(image: int, question: str, answer: str) -> Sample:
+def told(image: int, question: str, answer: str) -> TokenizedExample:
     return encode(example(image, answer, question), LANGUAGE.prompt, 4, 200)
 
 
-def samples() -> list[Sample]:
+def samples() -> list[TokenizedExample]:
     return [told(*one) for one in SAID]
 
 
-def model() -> PackedModel:
+def model() -> PackedVLM:
     torch.manual_seed(1)
-    return PackedModel(LANGUAGE.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    return PackedVLM(LANGUAGE.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
 
 
-def gradients(task: PackedModel) -> list[torch.Tensor]:
+def gradients(task: PackedVLM) -> list[torch.Tensor]:
     return [p.grad for p in task.projectors.parameters()]
 
 
-def seen(sample: Sample) -> str:
+def seen(sample: TokenizedExample) -> str:
     return sample.spans[0].reference.id
 
 
@@ -81,10 +81,10 @@ def test_what_cannot_be_compared_stands_alone() -> None:
         assert not any(unit.foils for unit in units)
 
 
-def expected_loss(task: PackedModel, step: list[Sample], weight: float) -> torch.Tensor:
+def expected_loss(task: PackedVLM, step: list[TokenizedExample], weight: float) -> torch.Tensor:
     """Of a step, by sequences read one at a time, each put to the image of the one half a step away by hand."""
 
-    def nats(sample: Sample) -> torch.Tensor:
+    def nats(sample: TokenizedExample) -> torch.Tensor:
         return task(**pack([sample], SOURCES))
 
     half, loss = len(step) // 2, torch.zeros(())
@@ -102,7 +102,7 @@ def expected_loss(task: PackedModel, step: list[Sample], weight: float) -> torch
 @pytest.mark.parametrize("layout", ["rows", "line", "alone"])
 @pytest.mark.parametrize("plain_head", [True, False])
 def test_loss_and_gradients_are_those_of_sequences_read_alone(layout: str, plain_head: bool) -> None:
-    steps = PackedSteps(
+    steps = PackedStepDataset(
         samples(), SOURCES, packs_per_step=1, layout=Layout(layout), views=2, contrast=0.7, contrast_from=2, **SHAPE
     )
     for step in (2, 3):
@@ -129,8 +129,8 @@ def test_it_begins_when_it_shall() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_processes_share_a_step_of_foils(processes: int) -> None:
-    one = PackedSteps(samples(), SOURCES, packs_per_step=1, contrast=0.7, **SHAPE)
-    more = PackedSteps(samples(), SOURCES, packs_per_step=processes, contrast=0.7, **SHAPE)
+    one = PackedStepDataset(samples(), SOURCES, packs_per_step=1, contrast=0.7, **SHAPE)
+    more = PackedStepDataset(samples(), SOURCES, packs_per_step=processes, contrast=0.7, **SHAPE)
     for step in range(2):
         whole, parts = model(), model()
         whole(**one[step]).backward()
@@ -147,7 +147,7 @@ def test_processes_share_a_step_of_foils(processes: int) -> None:
 def test_the_right_image_is_worth_more_after_it() -> None:
     def saved(contrast: float) -> float:
         task = model()
-        steps = PackedSteps(samples(), SOURCES, packs_per_step=1, contrast=contrast, **{**SHAPE, "steps": 15})
+        steps = PackedStepDataset(samples(), SOURCES, packs_per_step=1, contrast=contrast, **{**SHAPE, "steps": 15})
         optimizer = torch.optim.AdamW(task.projectors.parameters(), lr=3e-3)
         for step in range(15):
             (task(**steps[step]) / steps[step]["step_tokens"]).backward()

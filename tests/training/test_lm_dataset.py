@@ -9,27 +9,27 @@ import pytest
 import torch
 from builders import byte_tokenizer
 
-from mmphi.data.text_sources import Piece
-from mmphi.data.token_shards import Tokens, TokenWriting
+from mmphi.data.text_sources import TextPiece
+from mmphi.data.token_shards import ShardTokenizer, TokenShards
 from mmphi.errors import DataError
-from mmphi.training.lm_dataset import TextSteps, Turns
+from mmphi.training.lm_dataset import LMDataset, SourceScheduler
 
 TEXTS = {"one": ["a cat sat", "b", "the dog ran far away" * 9], "two": ["xyz" * 50, "w", "v" * 41]}
 
 
-def corpus(folder: Path, texts=TEXTS, apart=lambda *_: False) -> Tokens:
+def corpus(folder: Path, texts=TEXTS, apart=lambda *_: False) -> TokenShards:
     folder.mkdir(exist_ok=True)
-    sources = {name: lambda own=own: [Piece(text, True, True) for text in own] for name, own in texts.items()}
-    shards = TokenWriting(folder, sources, byte_tokenizer(), kept_apart=apart, say=lambda _: None)()
-    return Tokens(folder, [s.name for s in shards])
+    sources = {name: lambda own=own: [TextPiece(text, True, True) for text in own] for name, own in texts.items()}
+    shards = ShardTokenizer(folder, sources, byte_tokenizer(), kept_apart=apart, say=lambda _: None)()
+    return TokenShards(folder, [s.name for s in shards])
 
 
-def steps(tokens: Tokens, **changes) -> TextSteps:
+def steps(tokens: TokenShards, **changes) -> LMDataset:
     options = {"context": 16, "rows": 4, "passes": 1, "steps": 50, "seed": 0, **changes}
-    return TextSteps(tokens, options.pop("weights", [0.0, 0.0]), **options)
+    return LMDataset(tokens, options.pop("weights", [0.0, 0.0]), **options)
 
 
-def predicted(made: TextSteps, source: int, count: int) -> list[tuple[int, int]]:
+def predicted(made: LMDataset, source: int, count: int) -> list[tuple[int, int]]:
     """Given and predicted ids of the first tokens of a source's rows."""
     rows = [made.row(i) for i in range(400) if made.turns[i][0] == source]
     pairs = itertools.chain.from_iterable(zip(r["input_ids"], r["targets"], strict=True) for r in rows)
@@ -82,7 +82,7 @@ def test_walls_and_positions(tmp_path):
 
 
 def test_weights_are_kept_at_any_moment(tmp_path):
-    turns = Turns([3, 1, 2])
+    turns = SourceScheduler([3, 1, 2])
     sources = [turns[i][0] for i in range(600)]
     for upto in (6, 60, 600):
         counts = np.bincount(sources[:upto], minlength=3)

@@ -8,19 +8,19 @@ from builders import Recorder, encode, example, tiny_language
 
 from mmphi.config import TrainingSettings
 from mmphi.errors import Stopped
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.training.muon import Muon, orthogonalized
 from mmphi.training.optimizers import MuonAdamW, grouped_adamw
 from mmphi.training.packed_dataset import packed_steps
 from mmphi.training.trainer import train
 
 
-def model() -> PackedModel:
+def model() -> PackedVLM:
     language = tiny_language()
-    return PackedModel(language.model.requires_grad_(True))
+    return PackedVLM(language.model.requires_grad_(True))
 
 
-def optimizer(packed: PackedModel) -> MuonAdamW:
+def optimizer(packed: PackedVLM) -> MuonAdamW:
     return MuonAdamW(packed, learning_rate=1e-2, muon_learning_rate=2e-2, weight_decay=0.1)
 
 
@@ -106,7 +106,7 @@ def test_what_is_orthogonalized_has_singular_values_about_one() -> None:
     assert float(values.max()) < 1.3
 
 
-def run(folder, validate=None) -> PackedModel:
+def run(folder, validate=None) -> PackedVLM:
     packed, language = model(), tiny_language()
     samples = [encode(example(i, f"answer {i}", image=False), language.prompt, 0, 60) for i in range(8)]
     settings = TrainingSettings(steps=6, batch_size=4, save_every=2, log_every=1, eval_every=1)

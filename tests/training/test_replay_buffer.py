@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mmphi.training.replay_buffer import Window
+from mmphi.training.replay_buffer import ReplayBuffer
 
 
 def texts(first, count=4, length=10):
@@ -39,13 +39,13 @@ def groups(count=6, documents=4):
 
 
 def test_fresh_text_comes_first_and_in_its_order():
-    window = Window(tokens=10_000, passes=4, seed=0)
+    window = ReplayBuffer(tokens=10_000, passes=4, seed=0)
     numbers = seen_by(window, source(window, groups()), 240)
     assert numbers[::10] == list(range(24))
 
 
 def test_what_was_seen_comes_again_when_nothing_is_fresh_in_another_order_each_time():
-    window = Window(tokens=10_000, passes=3, seed=0)
+    window = ReplayBuffer(tokens=10_000, passes=3, seed=0)
     more = source(window, groups(2))
     first, second, third = (seen_by(window, more, 80)[::10] for _ in range(3))
     assert first == list(range(8))
@@ -56,13 +56,13 @@ def test_what_was_seen_comes_again_when_nothing_is_fresh_in_another_order_each_t
 
 
 def test_nothing_is_seen_more_often_than_it_may():
-    window = Window(tokens=10_000, passes=2, seed=0)
+    window = ReplayBuffer(tokens=10_000, passes=2, seed=0)
     with pytest.raises(StopIteration):
         seen_by(window, source(window, groups(2)), 161)
 
 
 def test_a_small_window_lets_the_oldest_go_and_only_what_was_seen():
-    window = Window(tokens=90, passes=4, seed=0)
+    window = ReplayBuffer(tokens=90, passes=4, seed=0)
     more = source(window, groups(6))
     seen_by(window, more, 240)
     assert len(window) <= 120
@@ -73,7 +73,7 @@ def test_a_small_window_lets_the_oldest_go_and_only_what_was_seen():
 
 
 def test_documents_are_cut_where_rows_end_and_go_on_in_the_next_one():
-    window = Window(tokens=10_000, passes=1, seed=0)
+    window = ReplayBuffer(tokens=10_000, passes=1, seed=0)
     more = source(window, [("g0", [np.arange(11), np.arange(100, 111)])])
     rows = [window.take(7, more) for _ in range(2)]
     assert [part.tolist() for part in rows[0]] == [list(range(8))]
@@ -81,7 +81,7 @@ def test_documents_are_cut_where_rows_end_and_go_on_in_the_next_one():
 
 
 def test_what_has_nothing_to_predict_is_left_out():
-    window = Window(tokens=10_000, passes=1, seed=0)
+    window = ReplayBuffer(tokens=10_000, passes=1, seed=0)
     more = source(window, [("g0", [np.array([3]), np.arange(5)])])
     assert seen_by(window, more, 4) == [1, 2, 3, 4]
 
@@ -91,7 +91,7 @@ def test_put_back_it_goes_on_as_if_nothing_had_been(after):
     """Whatever was half seen, and whoever has left by then."""
 
     def begun():
-        window = Window(tokens=100, passes=3, seed=5)
+        window = ReplayBuffer(tokens=100, passes=3, seed=5)
         return window, source(window, groups(8))
 
     straight, more = begun()
@@ -100,7 +100,7 @@ def test_put_back_it_goes_on_as_if_nothing_had_been(after):
     for _ in range(after):
         seen_by(window, more, 13)
     state = json.loads(json.dumps(window.state()))
-    again = Window(tokens=100, passes=3, seed=5)
+    again = ReplayBuffer(tokens=100, passes=3, seed=5)
     known = dict(groups(8))
     again.load(state, lambda name: known[name])
     rest = [each for each in groups(8) if each[0] not in {f"g{n}" for n in range(window._arrived)}]

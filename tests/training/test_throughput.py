@@ -10,7 +10,7 @@ from builders import RandomFeatures, Recorder, encode, example, tiny_language
 
 from mmphi.allocator import keep_freed_memory
 from mmphi.config import TrainingSettings
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout
 from mmphi.training.packed_dataset import packed_steps
@@ -37,7 +37,7 @@ def test_padding_is_no_token(tmp_path):
     language, counted = tiny_language(), []
     samples = [encode(example(i, "a" * (3 + 20 * i)), language.prompt, 4, 300) for i in range(4)]
     projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
-    model = PackedModel(language.model, layout=Layout("alone"), image=projector)
+    model = PackedVLM(language.model, layout=Layout("alone"), image=projector)
     settings = TrainingSettings(steps=1, batch_size=4)
     steps = packed_steps(samples, {"image": RandomFeatures()}, settings, layout=Layout("alone"))
     assert steps[0]["input_ids"].numel() > sum(map(len, samples))

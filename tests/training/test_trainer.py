@@ -18,7 +18,7 @@ from workers import spawn
 from mmphi.config import TrainingSettings
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, Stopped, TrainingError
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
 from mmphi.training.packed_dataset import packed_steps
@@ -68,14 +68,14 @@ def test_loss_is_per_supervised_token_of_the_step(tmp_path, recorder):
     """Against plain arithmetic: summed nats of the step's samples over the number of their tokens."""
     run(tmp_path, recorder, steps=1)
     from mmphi.text.packing import pack
-    from mmphi.training.packed_dataset import PackedSteps
+    from mmphi.training.packed_dataset import PackedStepDataset
 
     language = tiny_language()
     torch.manual_seed(1)
-    model = PackedModel(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    model = PackedVLM(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
     sources = {"image": RandomFeatures()}
     samples = [encode(example(i, a), language.prompt, RandomFeatures.tokens, 200) for i, a in enumerate(ANSWERS)]
-    step = PackedSteps(samples, sources, steps=1, batch_size=4, packs_per_step=1, seed=0).step(0)
+    step = PackedStepDataset(samples, sources, steps=1, batch_size=4, packs_per_step=1, seed=0).step(0)
     nats = sum(model(**pack([s], sources)).item() for s in step)
     tokens = sum(int(s.supervised.sum()) for s in step)
     assert recorder.series("train/loss")[1] == pytest.approx(nats / tokens, rel=1e-5)
@@ -119,7 +119,7 @@ def test_not_finite_stops_and_saves_the_batch(tmp_path):
     settings = TrainingSettings(steps=2, batch_size=4)
     with pytest.raises(TrainingError, match=r"step 1 is nan; the batch is saved"):
         train(
-            PackedModel(language.model, image=projector),
+            PackedVLM(language.model, image=projector),
             packed_steps(samples, {"image": RandomFeatures()}, settings),
             settings,
             folder=tmp_path,
@@ -170,7 +170,7 @@ def test_prune_keeps_the_newest(tmp_path):
 
 def test_checkpoint_of_another_shape_is_refused(tmp_path):
     run(tmp_path, steps=2)
-    other = PackedModel(tiny_language().model, image=Projector(ProjectorConfig(RandomFeatures.width, 32, layers=3)))
+    other = PackedVLM(tiny_language().model, image=Projector(ProjectorConfig(RandomFeatures.width, 32, layers=3)))
     with pytest.raises(ModelError, match="another model"):
         load_trained(other, complete_checkpoints(tmp_path)[-1])
 

@@ -7,7 +7,7 @@ from mmphi.config.pretrain import PretrainSettings
 from mmphi.errors import SettingsError
 from mmphi.training.lr_scaling import adamw_rate, batch_factor, rated
 from mmphi.training.peak_flops import measured, peak
-from mmphi.training.stop_criteria import Stop, parse_stop
+from mmphi.training.stop_criteria import StopCriteria, parse_stop
 
 NOW = {"initial": 10.8, "loss": 9.9, "tokens": 5e5, "steps": 10, "seconds": 30.0}
 
@@ -15,13 +15,13 @@ NOW = {"initial": 10.8, "loss": 9.9, "tokens": 5e5, "steps": 10, "seconds": 30.0
 @pytest.mark.parametrize(
     ("text", "stop"),
     [
-        ("initial-1", Stop(below_initial=1)),
-        ("Initial - 0.5", Stop(below_initial=0.5)),
-        ("2.5", Stop(loss=2.5)),
-        ("loss 3", Stop(loss=3)),
-        ("tokens 2M, steps 1k", Stop(tokens=2e6, steps=1000)),
-        ("time 20m", Stop(seconds=1200)),
-        ("1.5h, tokens 1B", Stop(seconds=5400, tokens=1e9)),
+        ("initial-1", StopCriteria(below_initial=1)),
+        ("Initial - 0.5", StopCriteria(below_initial=0.5)),
+        ("2.5", StopCriteria(loss=2.5)),
+        ("loss 3", StopCriteria(loss=3)),
+        ("tokens 2M, steps 1k", StopCriteria(tokens=2e6, steps=1000)),
+        ("time 20m", StopCriteria(seconds=1200)),
+        ("1.5h, tokens 1B", StopCriteria(seconds=5400, tokens=1e9)),
     ],
 )
 def test_conditions_are_read(text, stop):
@@ -38,13 +38,13 @@ def test_what_cannot_be_read(text):
 @pytest.mark.parametrize(
     ("stop", "reason"),
     [
-        (Stop(below_initial=1), ""),
-        (Stop(below_initial=0.9), "the loss is 9.900, and 9.900 was asked for"),
-        (Stop(loss=10), "the loss is 9.900, and 10.000 was asked for"),
-        (Stop(tokens=5e5), "500,000 tokens"),
-        (Stop(steps=11), ""),
-        (Stop(steps=10), "10 steps"),
-        (Stop(seconds=30), "30 s of training"),
+        (StopCriteria(below_initial=1), ""),
+        (StopCriteria(below_initial=0.9), "the loss is 9.900, and 9.900 was asked for"),
+        (StopCriteria(loss=10), "the loss is 9.900, and 10.000 was asked for"),
+        (StopCriteria(tokens=5e5), "500,000 tokens"),
+        (StopCriteria(steps=11), ""),
+        (StopCriteria(steps=10), "10 steps"),
+        (StopCriteria(seconds=30), "30 s of training"),
     ],
 )
 def test_the_first_to_hold_ends(stop, reason):
@@ -52,9 +52,9 @@ def test_the_first_to_hold_ends(stop, reason):
 
 
 def test_schedule_is_laid_over_what_is_known():
-    assert Stop(tokens=1000).most_steps(300, 7) == 4
-    assert Stop(steps=2, tokens=1000).most_steps(300, 7) == 2
-    assert Stop(loss=3, seconds=60).most_steps(300, 7) == 7
+    assert StopCriteria(tokens=1000).most_steps(300, 7) == 4
+    assert StopCriteria(steps=2, tokens=1000).most_steps(300, 7) == 2
+    assert StopCriteria(loss=3, seconds=60).most_steps(300, 7) == 7
 
 
 def test_rates_follow_size_and_batch():

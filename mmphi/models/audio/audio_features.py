@@ -11,21 +11,21 @@ from torch import Tensor
 
 from mmphi.data.audio import Recording
 from mmphi.data.content_hash import FileDigests
-from mmphi.data.lru_cache import Recent
+from mmphi.data.lru_cache import LockedLRUCache
 from mmphi.data.ragged_features import RaggedStore
 from mmphi.data.schema import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.audio.audio_projector import Link, SpeechConfig
-from mmphi.models.audio.transcriber import Audio, Ears, Once, ears_of, identity, openai_of
+from mmphi.models.audio.transcriber import Audio, CachedTranscriber, Once, ears_of, identity, openai_of
 from mmphi.models.audio.transcription import cut
 from mmphi.models.audio.whisper_backends import OpenAIWhisper
-from mmphi.models.language.language_model import Language
-from mmphi.text.tokenized_example import Input, Spelled
+from mmphi.models.language.language_model import LanguageModel
+from mmphi.text.tokenized_example import SpanContent, TranscriptSpan
 
 KEPT_BYTES = 256 * 1024**2  # Of what was computed of recordings, in memory.
 
 
-class Hearing(Protocol):
+class AudioFeatureSource(Protocol):
     """Where the features of recordings come from.
 
     Attributes:
@@ -38,7 +38,7 @@ class Hearing(Protocol):
     def width(self) -> int:
         """Width of a feature."""
 
-    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = ..., /) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = ..., /) -> list[SpanContent]:
         """Recordings as a sequence takes them; all that takes long is done here, and ``check`` is called meanwhile."""
 
     def length(self, reference: Any, /) -> int:
@@ -48,7 +48,7 @@ class Hearing(Protocol):
         """The features of all, one after the other, on the CPU, (P, width)."""
 
 
-class TranscriptLink:
+class TranscriptFeatures:
     """The words that Whisper hears, as the language model's own embeddings: a cascade, and no training needed.
 
     Args:
@@ -58,21 +58,21 @@ class TranscriptLink:
 
     link: Link = "transcript"
 
-    def __init__(self, language: Language, ears: Ears) -> None:
+    def __init__(self, language: LanguageModel, ears: CachedTranscriber) -> None:
         self.language, self.ears = language, ears
         self.width = language.width
 
-    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
         """Recordings as a sequence takes them: by what is said."""
         heard = self.ears.transcripts(recordings, check)
-        return [Input("audio", a, 0, t.text) for a, t in zip(recordings, heard, strict=True)]
+        return [SpanContent("audio", a, 0, t.text) for a, t in zip(recordings, heard, strict=True)]
 
-    def length(self, reference: Spelled, /) -> int:
+    def length(self, reference: TranscriptSpan, /) -> int:
         """Tokens of the words."""
         return len(reference.ids)
 
     @torch.no_grad()
-    def rows(self, references: Sequence[Spelled], /) -> Tensor:
+    def rows(self, references: Sequence[TranscriptSpan], /) -> Tensor:
         """Embeddings of the words, (P, W), in the language model's own precision."""
         return self._embeddings([i for reference in references for i in reference.ids])
 
@@ -82,7 +82,7 @@ class TranscriptLink:
         return found
 
 
-class SoftLink(TranscriptLink):
+class SoftTranscriptFeatures(TranscriptFeatures):
     """All words that may have been said: for each token the mean of all embeddings, as likely as Whisper holds them.
 
     Where Whisper's own likeliest token is not the one that stands in the prompt (a space that the prompt does not
@@ -102,14 +102,16 @@ class SoftLink(TranscriptLink):
     link: Link = "soft"
 
     def __init__(
-        self, language: Language, ears: Ears, temperature: float = 1.0, kept_bytes: float = KEPT_BYTES
+        self, language: LanguageModel, ears: CachedTranscriber, temperature: float = 1.0, kept_bytes: float = KEPT_BYTES
     ) -> None:
         super().__init__(language, ears)
         self.whisper, self.temperature = openai_of(ears, "soft"), temperature
         _check_ids(language, self.whisper)
-        self._found: Recent[tuple[list[int], Tensor, Tensor]] = Recent(kept_bytes, lambda found: _bytes(found[1]))
+        self._found: LockedLRUCache[tuple[list[int], Tensor, Tensor]] = LockedLRUCache(
+            kept_bytes, lambda found: _bytes(found[1])
+        )
 
-    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
         """Recordings as a sequence takes them: by what is said."""
         found = super().inputs(recordings, check)
         for audio in recordings:
@@ -118,7 +120,7 @@ class SoftLink(TranscriptLink):
         return found
 
     @torch.no_grad()
-    def rows(self, references: Sequence[Spelled], /) -> Tensor:
+    def rows(self, references: Sequence[TranscriptSpan], /) -> Tensor:
         """Mean embeddings, (P, W), in the language model's own precision."""
         found = super().rows(references)
         place = 0
@@ -154,7 +156,7 @@ class SoftLink(TranscriptLink):
         return found
 
 
-class EncoderLink:
+class EncoderFeatures:
     """The frames of Whisper's encoder, several laid side by side: how it was said, and no transcript in between.
 
     Args:
@@ -169,12 +171,12 @@ class EncoderLink:
         self.frames, self.stack = frames, stack
         self.width = frame_width * stack
 
-    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[Input]:
+    def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
         """Recordings as a sequence takes them: by their length."""
         found = []
         for audio in recordings:
             check()
-            found.append(Input("audio", audio, self.length(audio)))
+            found.append(SpanContent("audio", audio, self.length(audio)))
         return found
 
     def length(self, reference: AudioRef, /) -> int:
@@ -191,7 +193,9 @@ class EncoderLink:
         return torch.cat(stacked)
 
 
-def frames_in(ears: Ears, whisper: OpenAIWhisper, recordings: Sequence[Recording], batch_size: int = 8) -> list[Tensor]:
+def frames_in(
+    ears: CachedTranscriber, whisper: OpenAIWhisper, recordings: Sequence[Recording], batch_size: int = 8
+) -> list[Tensor]:
     """Frames of recordings, silence left out and the windows of each one after the other: float16 on the CPU, (n, D).
 
     Args:
@@ -223,7 +227,7 @@ def stored_frames(store: RaggedStore, digests: FileDigests) -> Callable[[AudioRe
     return frames
 
 
-def live_frames(ears: Ears, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
+def live_frames(ears: CachedTranscriber, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
     """Frames computed when they are first asked for.
 
     Args:
@@ -234,7 +238,7 @@ def live_frames(ears: Ears, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRe
         ModelError: If this Whisper does not give its frames.
     """
     whisper = openai_of(ears, "encoder")
-    known: Recent[Tensor] = Recent(kept_bytes, _bytes)
+    known: LockedLRUCache[Tensor] = LockedLRUCache(kept_bytes, _bytes)
 
     def frames(audio: AudioRef) -> Tensor:
         key = identity(audio)
@@ -251,12 +255,12 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def hearing_of(
-    language: Language,
+    language: LanguageModel,
     audio: Audio,
     config: SpeechConfig | None,
     device: torch.device,
     once: Once,
-) -> Hearing:
+) -> AudioFeatureSource:
     """What a model hears with.
 
     Args:
@@ -272,18 +276,18 @@ def hearing_of(
     ears = ears_of(audio.settings, device, once)
     config = config or SpeechConfig("transcript", language.width, language.width)
     if config.link == "transcript":
-        return TranscriptLink(language, ears)
+        return TranscriptFeatures(language, ears)
     if config.link == "soft":
-        return SoftLink(language, ears, config.temperature)
+        return SoftTranscriptFeatures(language, ears, config.temperature)
     whisper = openai_of(ears, "encoder")
     if audio.digest and whisper.digest != audio.digest:
         raise ModelError(
             f"{whisper.name} is not the Whisper that the model was trained with", "give that one: mmphi.load(whisper=)"
         )
-    return EncoderLink(live_frames(ears), whisper.width, config.stack)
+    return EncoderFeatures(live_frames(ears), whisper.width, config.stack)
 
 
-def _check_ids(language: Language, whisper: OpenAIWhisper) -> None:
+def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:
     """Refuse a language model whose token ids are not Whisper's.
 
     Raises:

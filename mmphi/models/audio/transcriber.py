@@ -11,12 +11,12 @@ import torch
 from mmphi.config.audio import AudioSettings
 from mmphi.data.audio import Recording, read_audio
 from mmphi.data.content_hash import content_digest
-from mmphi.data.lru_cache import Recent
+from mmphi.data.lru_cache import LockedLRUCache
 from mmphi.data.schema import AudioRef
 from mmphi.errors import ModelError
-from mmphi.models.audio.transcript_cache import TranscriptMemory
-from mmphi.models.audio.transcription import Listener, Transcript, transcribe
-from mmphi.models.audio.vad import PAD_S, Part, speech, windows
+from mmphi.models.audio.transcript_cache import TranscriptCache
+from mmphi.models.audio.transcription import ASRModel, Transcript, transcribe
+from mmphi.models.audio.vad import PAD_S, SpeechInterval, speech, windows
 from mmphi.models.audio.whisper_backends import BACKENDS, OpenAIWhisper
 
 KEPT = 4096  # Transcripts in memory.
@@ -35,7 +35,7 @@ class Audio:
     digest: str = ""
 
 
-class Ears:
+class CachedTranscriber:
     """A Whisper, and what it has heard in this process: every recording is decoded, gated and transcribed once.
 
     Args:
@@ -45,9 +45,9 @@ class Ears:
             are not stored there.
     """
 
-    def __init__(self, listener: Listener, settings: AudioSettings, memory: TranscriptMemory | None = None) -> None:
+    def __init__(self, listener: ASRModel, settings: AudioSettings, memory: TranscriptCache | None = None) -> None:
         self.listener, self.settings, self.memory = listener, settings, memory
-        self._heard: Recent[Transcript] = Recent(KEPT)
+        self._heard: LockedLRUCache[Transcript] = LockedLRUCache(KEPT)
 
     def recording(self, audio: AudioRef) -> Recording:
         """A recording, decoded.
@@ -93,7 +93,7 @@ class Ears:
             self._heard.put(key, said)
         return [known[key] for key in keys]
 
-    def parts(self, recording: Recording) -> list[Part]:
+    def parts(self, recording: Recording) -> list[SpeechInterval]:
         """The stretches that are heard at once, silence left out."""
         longest = self.settings.window
         spoken = speech(recording, threshold=self.settings.threshold, longest=longest)
@@ -108,7 +108,7 @@ def identity(audio: AudioRef) -> str:
 Once = Callable[[str, str, Callable[[], Any]], Any]
 
 
-def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> Listener:
+def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> ASRModel:
     """A Whisper that this process may have already.
 
     Args:
@@ -120,14 +120,14 @@ def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> Li
         ModelError: If it cannot be had.
     """
 
-    def load() -> Listener:
+    def load() -> ASRModel:
         return BACKENDS[settings.backend](settings.whisper, device, settings.beam)
 
-    listener: Listener = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam}/{device}", load)
+    listener: ASRModel = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam}/{device}", load)
     return listener
 
 
-def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Ears:
+def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> CachedTranscriber:
     """A Whisper with what it has heard, in this process and before.
 
     Args:
@@ -140,16 +140,16 @@ def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Ears:
     """
     listener = listener_of(settings, device, once)
 
-    def make() -> Ears:
+    def make() -> CachedTranscriber:
         if isinstance(listener, OpenAIWhisper):
-            return Ears(listener, settings, TranscriptMemory(listener.digest, settings))
-        return Ears(listener, settings)  # The other one does not say which weights it has.
+            return CachedTranscriber(listener, settings, TranscriptCache(listener.digest, settings))
+        return CachedTranscriber(listener, settings)  # The other one does not say which weights it has.
 
-    ears: Ears = once("ears", f"{settings.model_dump_json()}/{device}", make)
+    ears: CachedTranscriber = once("ears", f"{settings.model_dump_json()}/{device}", make)
     return ears
 
 
-def openai_of(ears: Ears, link: str) -> OpenAIWhisper:
+def openai_of(ears: CachedTranscriber, link: str) -> OpenAIWhisper:
     """The openai-whisper that gives a link what it needs.
 
     Raises:

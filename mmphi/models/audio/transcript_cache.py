@@ -18,7 +18,7 @@ DECIDES = "backend", "language", "prompt", "threshold", "window", "beam"
 AT_ONCE = 500
 
 
-class TranscriptMemory:
+class TranscriptCache:
     """Transcripts of one Whisper that hears in one way, by the content of recordings.
 
     Args:

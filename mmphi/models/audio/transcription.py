@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mmphi.data.audio import Recording, Samples
-from mmphi.models.audio.vad import PAD_S, WINDOW_S, Part, speech, windows
+from mmphi.models.audio.vad import PAD_S, WINDOW_S, SpeechInterval, speech, windows
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Heard:
+class ASRResult:
     """What a Whisper makes of one window.
 
     Attributes:
@@ -63,7 +63,7 @@ class Transcript:
         return " ".join(" ".join(chosen).split())
 
 
-class Listener(Protocol):
+class ASRModel(Protocol):
     """A Whisper, as :func:`transcribe` asks it.
 
     Attributes:
@@ -74,7 +74,7 @@ class Listener(Protocol):
     name: str
     english: bool
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         """What is said in windows of at most 30 s, each by itself.
 
         Args:
@@ -85,7 +85,7 @@ class Listener(Protocol):
 
 
 def transcribe(
-    listener: Listener,
+    listener: ASRModel,
     recordings: Sequence[Recording],
     *,
     language: str = "",
@@ -143,6 +143,6 @@ def transcribe(
     ]
 
 
-def cut(recording: Recording, part: Part) -> Samples:
+def cut(recording: Recording, part: SpeechInterval) -> Samples:
     """The samples of a stretch."""
     return recording.samples[round(part.start * recording.rate) : round(part.end * recording.rate)]

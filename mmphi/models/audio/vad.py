@@ -21,7 +21,7 @@ _SILERO = threading.Lock()  # The model has a state, which threads must not shar
 
 
 @dataclass(frozen=True)
-class Part:
+class SpeechInterval:
     """A stretch of a recording, in seconds from its begin.
 
     Attributes:
@@ -48,7 +48,7 @@ def _silero() -> Any:
         return load_silero_vad()
 
 
-def speech(recording: Recording, *, threshold: float = 0.5, longest: float = WINDOW_S) -> list[Part]:
+def speech(recording: Recording, *, threshold: float = 0.5, longest: float = WINDOW_S) -> list[SpeechInterval]:
     """Where somebody speaks, by Silero's voice activity detection.
 
     Args:
@@ -72,12 +72,12 @@ def speech(recording: Recording, *, threshold: float = 0.5, longest: float = WIN
         found = get_speech_timestamps(
             torch.from_numpy(recording.samples), model, threshold=threshold, max_speech_duration_s=longest
         )
-    return [Part(each["start"] / RATE, each["end"] / RATE) for each in found]
+    return [SpeechInterval(each["start"] / RATE, each["end"] / RATE) for each in found]
 
 
 def windows(
-    parts: Sequence[Part], longest: float = WINDOW_S, *, pad: float = 0.0, end: float = float("inf")
-) -> list[Part]:
+    parts: Sequence[SpeechInterval], longest: float = WINDOW_S, *, pad: float = 0.0, end: float = float("inf")
+) -> list[SpeechInterval]:
     """Stretches that are heard at once: neighbours with the pause between them, as long as they fit.
 
     Whisper says better what it hears whole: a sentence with its pauses, not its pieces, and a breath before and after.
@@ -88,10 +88,10 @@ def windows(
         pad: Seconds more on both sides, as far as there is sound, no other window, and room in this one.
         end: Of the recording.
     """
-    joined: list[Part] = []
+    joined: list[SpeechInterval] = []
     for part in parts:
         if joined and part.end - joined[-1].start <= longest:
-            joined[-1] = Part(joined[-1].start, part.end)
+            joined[-1] = SpeechInterval(joined[-1].start, part.end)
         else:
             joined.append(part)
     padded = []
@@ -99,5 +99,5 @@ def windows(
         room = min(pad, max(0.0, longest - part.seconds) / 2)
         before = part.start - (joined[place - 1].end + part.start) / 2 if place else part.start
         after = (joined[place + 1].start - part.end) / 2 if place + 1 < len(joined) else end - part.end
-        padded.append(Part(part.start - min(room, before), part.end + max(0.0, min(room, after))))
+        padded.append(SpeechInterval(part.start - min(room, before), part.end + max(0.0, min(room, after))))
     return padded

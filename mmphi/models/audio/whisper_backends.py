@@ -16,7 +16,7 @@ import torch
 
 from mmphi.data.audio import RATE, Samples
 from mmphi.errors import PartMissingError
-from mmphi.models.audio.transcription import Heard, Listener, Segment
+from mmphi.models.audio.transcription import ASRModel, ASRResult, Segment
 from mmphi.models.audio.vad import WINDOW_S
 
 # Whisper's own rules (transcribe.py): what is repeated or unlikely is decoded anew, at a higher temperature.
@@ -175,8 +175,8 @@ class OpenAIWhisper:
 
     @_one_thread_at_a_time
     @torch.inference_mode()
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
-        """What is said in windows: see :class:`~mmphi.models.audio.transcription.Listener`."""
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
+        """What is said in windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
         if not sounds:
             return []
         audio = self.model.embed_audio(self.mel(sounds))
@@ -191,7 +191,7 @@ class OpenAIWhisper:
             places = [i for i, own in enumerate(known) if own == code]
             results |= dict(zip(places, self._decoded(audio[places], code, prompt), strict=True))
         return [
-            Heard(self._segments(results[i].tokens, known[i], len(sounds[i]) / RATE), known[i])
+            ASRResult(self._segments(results[i].tokens, known[i], len(sounds[i]) / RATE), known[i])
             for i in range(len(sounds))
         ]
 
@@ -270,8 +270,8 @@ class FasterWhisper:
             ) from error
         self.name, self.english, self.beam = name, not self.model.model.is_multilingual, beam
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
-        """What is said in windows: see :class:`~mmphi.models.audio.transcription.Listener`."""
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
+        """What is said in windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
         found = []
         for sound, language in zip(sounds, languages, strict=True):
             segments, about = self.model.transcribe(
@@ -285,8 +285,8 @@ class FasterWhisper:
                 no_speech_threshold=None,  # The gate before has said that somebody speaks.
             )
             spoken = tuple(Segment(s.start, s.end, s.text.strip()) for s in segments if s.text.strip())
-            found.append(Heard(spoken, about.language))
+            found.append(ASRResult(spoken, about.language))
         return found
 
 
-BACKENDS: dict[str, Callable[[str, torch.device, int], Listener]] = {"openai": OpenAIWhisper, "faster": FasterWhisper}
+BACKENDS: dict[str, Callable[[str, torch.device, int], ASRModel]] = {"openai": OpenAIWhisper, "faster": FasterWhisper}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmphi.text.tokenized_example import Input, join
+from mmphi.text.tokenized_example import SpanContent, join
 
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
@@ -21,7 +21,7 @@ SIZES = ((336, 336), (500, 375), (240, 320))
 
 
 @dataclass(frozen=True)
-class Said:
+class CheckedOutput:
     """What a model makes of one question about one image.
 
     Attributes:
@@ -48,7 +48,7 @@ def pictures() -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def said(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[str]) -> list[Said]:
+def said(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[str]) -> list[CheckedOutput]:
     """Logits of every place of an open question.
 
     Image features are taken as they leave the tower, and not rounded to 16 bits as they are where they are stored.
@@ -64,7 +64,7 @@ def said(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[s
         pixels = tower.scaled(tower.preprocess(image).to(model.device)).cpu()
         features = tower(pixels[None].to(model.device))[0]
         parts = model.language.prompt.parts([(question, None)], images=1)
-        sample = join(parts, [Input("image", None, len(features))], question)
+        sample = join(parts, [SpanContent("image", None, len(features))], question)
         ids = torch.from_numpy(sample.input_ids).long()
         (span,) = sample.spans
         places = torch.arange(span.start, span.start + span.length)
@@ -74,7 +74,7 @@ def said(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[s
         logits = model.language.model(inputs_embeds=embeddings, use_cache=False).logits[0]
         shown = torch.zeros(len(ids), dtype=torch.bool)
         shown[places] = True
-        found.append(Said(ids, shown, pixels, logits.float().cpu()))
+        found.append(CheckedOutput(ids, shown, pixels, logits.float().cpu()))
     return found
 
 
@@ -95,7 +95,11 @@ class Difference:
 
 @torch.inference_mode()
 def difference(
-    exported: Any, processor: Any, expected: Sequence[Said], images: Sequence[Image.Image], questions: Sequence[str]
+    exported: Any,
+    processor: Any,
+    expected: Sequence[CheckedOutput],
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
 ) -> Difference:
     """Ask the exported model the same.
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmphi.errors import ModelError
-from mmphi.models.language.language_model import Language
+from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.patches.module_patches import as_published
 from mmphi.models.projector import ProjectorConfig
@@ -77,7 +77,7 @@ def fold_head_bias(norm: nn.LayerNorm, head: nn.Linear) -> nn.Linear:
     return plain
 
 
-def image_token(language: Language) -> int:
+def image_token(language: LanguageModel) -> int:
     """The id of ``<image>``, which the tokenizer is given where it has none."""
     from tokenizers import AddedToken
 
@@ -191,7 +191,7 @@ def _published(name: str) -> str:
     return own + inner + rest if rest != name and not rest.startswith(inner) else name
 
 
-def _head(language: Language, token: int) -> nn.Linear:
+def _head(language: LanguageModel, token: int) -> nn.Linear:
     """The head without bias, with a row for the image token; the embeddings get one, too."""
     model = language.model
     head = model.get_output_embeddings()

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from mmphi.errors import ModelError
-from mmphi.models.language.language_model import Language
+from mmphi.models.language.language_model import LanguageModel
 
 ADAPTER = "adapter"
 WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
-class Shape:
+class AdapterConfig:
     """What an adapter looks like (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
@@ -70,7 +70,7 @@ def targets_of(model: Any, wanted: tuple[str, ...] = ()) -> list[str]:
     return list(wanted) or there
 
 
-def adapted(language: Language, shape: Shape) -> Language:
+def adapted(language: LanguageModel, shape: AdapterConfig) -> LanguageModel:
     """The same language model with a new adapter on it, which changes nothing until it is trained.
 
     The layers of ``language.model`` are wrapped in place: give it one that nobody else has.
@@ -106,13 +106,13 @@ def _narrow(layer: Any) -> int:
     return min(int(layer.in_features), int(layer.out_features))
 
 
-def save_adapter(language: Language, folder: Path) -> None:
+def save_adapter(language: LanguageModel, folder: Path) -> None:
     """Write an adapter so that PEFT's own ``from_pretrained`` loads it."""
     language.adapter.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # A template that says nothing; the model has a card of its own.
 
 
-def with_saved(language: Language, folder: Path) -> Language:
+def with_saved(language: LanguageModel, folder: Path) -> LanguageModel:
     """The same language model with an adapter from a folder; its layers are wrapped in place.
 
     Raises:
@@ -152,13 +152,13 @@ def adapter_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def adapter_parameters(language: Language) -> dict[str, nn.Parameter]:
+def adapter_parameters(language: LanguageModel) -> dict[str, nn.Parameter]:
     """The adapter's own parameters, by name in ``language.model``."""
     return {name: p for name, p in language.model.named_parameters() if "lora_" in name}
 
 
 @torch.no_grad()
-def merged(language: Language, dtype: torch.dtype) -> Language:
+def merged(language: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """The model that base and adapter amount to, without either: plain layers, dequantised where they were quantised.
 
     An adapter learned beside the rounded base, so it is merged into that base as it was rounded (transformers #31293).

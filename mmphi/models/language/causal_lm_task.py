@@ -54,7 +54,7 @@ class CausalTask(nn.Module):
         return hidden.flatten(0, 1)
 
     def forward(self, **batch: Any) -> Tensor:
-        """Summed loss of a batch of :class:`~mmphi.training.lm_dataset.TextSteps`, in nats, shape ()."""
+        """Summed loss of a batch of :class:`~mmphi.training.lm_dataset.LMDataset`, in nats, shape ()."""
         head = self.model.get_output_embeddings()
         return linear_cross_entropy(self.hidden(batch), head.weight, head.bias, batch["targets"].flatten())
 

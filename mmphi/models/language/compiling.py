@@ -10,13 +10,13 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmphi.models.language.packing_check import probe_rows
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 
 LEAST_STEPS = 100  # Compiling takes some seconds, of which a step saves a sixth of its own.
 Asked = Literal["auto", "yes", "no"]
 
 
-def worth_compiling(asked: Asked, packed: PackedModel, steps: int) -> bool:
+def worth_compiling(asked: Asked, packed: PackedVLM, steps: int) -> bool:
     """Whether to compile: where it was measured to be faster, if that is left open.
 
     Args:
@@ -32,7 +32,7 @@ def worth_compiling(asked: Asked, packed: PackedModel, steps: int) -> bool:
 
 
 @contextmanager
-def compiling(packed: PackedModel, wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
+def compiling(packed: PackedVLM, wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
     """Let torch compile a language model's layers for training, until the end; told where it cannot.
 
     A layer is compiled once for all of them and for all lengths. Validation and answers go on as before: their shapes
@@ -58,7 +58,7 @@ def compiling(packed: PackedModel, wanted: bool, say: Callable[[str], None]) -> 
         packed.compiled = []
 
 
-def _try_out(packed: PackedModel) -> None:
+def _try_out(packed: PackedVLM) -> None:
     """One step forward and backward, whose gradients are forgotten; raises whatever goes wrong."""
     training = packed.training
     weight = packed.language_model.get_input_embeddings().weight

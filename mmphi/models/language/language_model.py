@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Language:
+class LanguageModel:
     """A frozen language model and how to speak to it.
 
     Attributes:
@@ -175,7 +175,7 @@ def language_digest(name: str, revision: str) -> str:
     return f"sha256:{Digests().of(path)}" if path.exists() else f"{name}@{revision or 'newest'}"
 
 
-def load_language(settings: LanguageSettings, pretrained: Path | None, device: torch.device) -> Language:
+def load_language(settings: LanguageSettings, pretrained: Path | None, device: torch.device) -> LanguageModel:
     """Load a model and freeze it.
 
     Args:
@@ -201,7 +201,7 @@ def load_language(settings: LanguageSettings, pretrained: Path | None, device: t
         )
     prompt = Prompt(tokenizer, _style(settings, Path(name)))
     digest = language_digest(name, settings.revision)
-    return Language(model, tokenizer, prompt, embedding.embedding_dim, name, digest, settings)
+    return LanguageModel(model, tokenizer, prompt, embedding.embedding_dim, name, digest, settings)
 
 
 def _style(settings: LanguageSettings, folder: Path) -> Any:

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmphi.models.packed_vlm import PackedModel
-from mmphi.text.packing import ROWS, Layout, Pack
+from mmphi.models.packed_vlm import PackedVLM
+from mmphi.text.packing import ROWS, Layout, PackedBatch
 
 PROBE = (7, 11)  # Lengths of the sequences that packing is tried with.
 
 
-def probe_rows(weight: Tensor) -> Pack:
+def probe_rows(weight: Tensor) -> PackedBatch:
     """Sequences in one row, of ids that the embeddings' weight (V, W) has, every token predicted."""
     ids = torch.arange(sum(PROBE), device=weight.device) * 37 % max(2, weight.shape[0] - 1)
     segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE)])[None].to(weight.device)
     positions = torch.cat([torch.arange(n) for n in PROBE])[None].to(weight.device)
-    return Pack(
+    return PackedBatch(
         input_ids=ids[None],
         position_ids=positions,
         segments=segments,
@@ -55,7 +55,7 @@ def packing_error(language_model: Any, layout: Layout = ROWS) -> float:
     ]
     expected = torch.cat(alone).float()
     try:
-        packed = PackedModel(language_model, layout=layout).logits(rows).float()
+        packed = PackedVLM(language_model, layout=layout).logits(rows).float()
     except (RuntimeError, ValueError, TypeError, IndexError):  # It wants a mask of another form.
         return float("inf")
     return float((packed - expected).abs().max() / expected.std().clamp_min(1e-9))

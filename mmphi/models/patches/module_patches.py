@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 
-class OnePass(nn.GELU):
+class FusedGELU(nn.GELU):
     """Phi's activation in one operation."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ def fewer_passes(model: Any) -> Any:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
-                setattr(module, name, OnePass())
+                setattr(module, name, FusedGELU())
         if isinstance(module, nn.LayerNorm) and as_given not in module._forward_hooks.values():
             module.register_forward_hook(as_given)
     return model
@@ -43,7 +43,7 @@ def as_published(model: Any) -> Any:
     """Undo :func:`fewer_passes`: the model computes as whoever loads its weights by transformers has it; return it."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, OnePass):
+            if isinstance(child, FusedGELU):
                 setattr(module, name, NewGELUActivation())
         for key, hook in list(module._forward_hooks.items()):
             if hook is as_given:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from mmphi.errors import ModelError
 from mmphi.models.device import fetched_later
-from mmphi.models.vision.vision_encoder import Tower
+from mmphi.models.vision.vision_encoder import VisionEncoder
 
 Embedded = tuple[dict[str, Tensor], dict[str, str]]  # Features by digest; reasons by digest of what is no image.
 
 
-def features_of(pixels: Mapping[str, Tensor], tower: Tower) -> dict[str, Tensor]:
+def features_of(pixels: Mapping[str, Tensor], tower: VisionEncoder) -> dict[str, Tensor]:
     """Features (tokens, width) in fp16 of pixels (3, H, W), by digest.
 
     Raises:
@@ -23,7 +23,7 @@ def features_of(pixels: Mapping[str, Tensor], tower: Tower) -> dict[str, Tensor]
     return features_later(list(pixels), torch.stack(list(pixels.values())), tower)() if pixels else {}
 
 
-def features_later(names: Sequence[str], pixels_BCHW: Tensor, tower: Tower) -> Callable[[], dict[str, Tensor]]:
+def features_later(names: Sequence[str], pixels_BCHW: Tensor, tower: VisionEncoder) -> Callable[[], dict[str, Tensor]]:
     """Begin to compute features; an accelerator goes on with them until they are asked for.
 
     Args:

@@ -31,7 +31,7 @@ LIGHT_CLIP, RANDOM = "light_clip", "random"
 
 
 @dataclass(frozen=True)
-class Vision:
+class VisionReference:
     """Which image tower a model has, and what it is asked where an image comes without a word.
 
     Attributes:
@@ -47,7 +47,7 @@ class Vision:
     question: str = ""
 
 
-class Tower(nn.Module):
+class VisionEncoder(nn.Module):
     """The image half of a CLIP, frozen, up to one layer.
 
     Args:
@@ -292,7 +292,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
         raise ModelError(f"no CLIP can be read from {folder}: {error}", f"it needs {CONFIG} and weights") from error
 
 
-def load_tower(settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False) -> Tower:
+def load_tower(settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False) -> VisionEncoder:
     """The image tower of a CLIP, cut off at the layer that the settings name.
 
     Args:
@@ -305,4 +305,4 @@ def load_tower(settings: VisionSettings, light_clip: Path | None = None, *, earl
     """
     if not earlier:
         settings = prepared_for(settings)
-    return Tower(load_clip(settings, light_clip).visual, settings)
+    return VisionEncoder(load_clip(settings, light_clip).visual, settings)

@@ -100,9 +100,9 @@ def record(
         figures: By ``task/metric``.
         counts: Questions of each task: ``original`` and ``effective``.
     """
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
-    store = Store()
+    store = TrackingStore()
     tags = {"mmphi.stage": STAGE, "mmphi.model": options.model, "mmphi.limit": str(options.limit)}
     tags["mmphi.questions"] = json.dumps({task: count.get("effective", 0) for task, count in counts.items()})
     tracker = store.begin(f"lmms-eval {options.tasks}", tags)

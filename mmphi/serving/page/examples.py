@@ -12,7 +12,7 @@ from mmphi.errors import DataError
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
 IMAGES, SOUNDS = (".png", ".jpg", ".jpeg", ".webp"), (".wav", ".mp3", ".flac", ".ogg", ".m4a")
 MOST = 8
@@ -83,9 +83,9 @@ def of_model(model: str) -> list[Example]:
     Returns:
         Scenes with questions for a model of drawn scenes, test images for others; none where the store has none.
     """
-    from mmphi.tracking.run_writer import Store
+    from mmphi.tracking.run_writer import TrackingStore
 
-    store = Store()
+    store = TrackingStore()
     run = _run(store, model)
     if run is None:
         return []
@@ -98,7 +98,7 @@ def of_model(model: str) -> list[Example]:
     return of_predictions(store.fetch(evaluated)) if evaluated is not None else []
 
 
-def _upstream_scenes(store: Store, run: Run) -> Run | None:
+def _upstream_scenes(store: TrackingStore, run: Run) -> Run | None:
     """The scenes that a model was trained on, or the model that it was made of."""
     scenes = _run(store, run.data.tags.get("mmphi.upstream.scenes", ""))
     if scenes is not None:
@@ -110,7 +110,7 @@ def _upstream_scenes(store: Store, run: Run) -> Run | None:
     return None
 
 
-def _run(store: Store, name: str) -> Run | None:
+def _run(store: TrackingStore, name: str) -> Run | None:
     """A run of the store; None for a folder, a registered name, or a run that was removed."""
     if RUN_ID.fullmatch(name):
         return store.run_if_there(name)

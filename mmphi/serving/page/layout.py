@@ -12,9 +12,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Before gradio is imported: n
 import gradio as gr
 
 from mmphi.errors import MmphiError
-from mmphi.generation.sampling import Sampling
+from mmphi.generation.sampling import SamplingParams
 from mmphi.serving.page.examples import Example
-from mmphi.serving.page.model_pool import Desk, Talk, Turn
+from mmphi.serving.page.model_pool import ModelPool, PageConversation, PageTurn
 
 ALONE = ""
 NO_SECOND = ("(no second model)", ALONE)
@@ -30,7 +30,7 @@ Shown = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Look:
+class PageConfig:
     """What the page offers.
 
     Attributes:
@@ -46,7 +46,7 @@ class Look:
     model: str
     beside: str = ALONE
     examples: Sequence[Example] = ()
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     questions: Callable[[str], Sequence[str]] = lambda _: ()
 
 
@@ -56,7 +56,7 @@ def _trained_on(questions: Sequence[str]) -> str:
     return f"The selected model was trained on questions such as: {listed}" if listed else ""
 
 
-def shown(talk: Talk) -> Shown:
+def shown(talk: PageConversation) -> Shown:
     """A talk as gradio's chat has it."""
     messages: Shown = []
     for turn in talk.turns:
@@ -72,19 +72,19 @@ def shown(talk: Talk) -> Shown:
     return messages
 
 
-def _check_done(talks: Sequence[Talk]) -> None:
+def _check_done(talks: Sequence[PageConversation]) -> None:
     if any(talk.answering for talk in talks):
         raise gr.Error("The model is still answering: wait, or press Stop.", print_exception=False)
 
 
-def _sampling(max_tokens: float, temperature: float, top_p: float, seed: float | None) -> Sampling:
+def _sampling(max_tokens: float, temperature: float, top_p: float, seed: float | None) -> SamplingParams:
     try:
-        return Sampling(int(max_tokens), temperature, top_p, None if seed is None else int(seed))
+        return SamplingParams(int(max_tokens), temperature, top_p, None if seed is None else int(seed))
     except MmphiError as error:
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def page_of(desk: Desk, look: Look) -> gr.Blocks:
+def page_of(desk: ModelPool, look: PageConfig) -> gr.Blocks:
     """The page.
 
     Args:
@@ -102,20 +102,25 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
         found = listed()
         return [gr.update(choices=found), gr.update(choices=[NO_SECOND, *found])]
 
-    def views(talks: list[Talk]) -> list[Any]:
+    def views(talks: list[PageConversation]) -> list[Any]:
         second = talks[1] if len(talks) > 1 else None
         own = [gr.update(value=shown(talks[0]), label=names.get(talks[0].model, talks[0].model))]
         if second is None:
             return [*own, gr.update(value=[], visible=False), talks]
         return [*own, gr.update(value=shown(second), label=names.get(second.model, second.model), visible=True), talks]
 
-    def chosen(model: str, beside: str, talks: list[Talk], who: gr.Request) -> list[Any]:
+    def chosen(model: str, beside: str, talks: list[PageConversation], who: gr.Request) -> list[Any]:
         for talk in talks:
             talk.left = True
         desk.stop(str(who.session_hash))
-        return [*views([Talk(name) for name in (model, beside) if name]), _trained_on(look.questions(model))]
+        return [
+            *views([PageConversation(name) for name in (model, beside) if name]),
+            _trained_on(look.questions(model)),
+        ]
 
-    def answered(talks: list[Talk], who: gr.Request, system: str, how: Sampling) -> Iterator[list[Any]]:
+    def answered(
+        talks: list[PageConversation], who: gr.Request, system: str, how: SamplingParams
+    ) -> Iterator[list[Any]]:
         for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
             if any(talk.left for talk in talks):  # Before the browser's word that it is cancelled has come.
                 # Gradio sends the last output once more when this ends: that must not be the page that was cleared.
@@ -124,19 +129,25 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
             yield views(talks)
 
     def send(
-        text: str, image: str | None, audio: str | None, talks: list[Talk], who: gr.Request, system: str, *how: Any
+        text: str,
+        image: str | None,
+        audio: str | None,
+        talks: list[PageConversation],
+        who: gr.Request,
+        system: str,
+        *how: Any,
     ) -> Iterator[list[Any]]:
         if not (text.strip() or image or audio):
             raise gr.Error("Nothing to send: type a question, record one, or add an image.", print_exception=False)
         _check_done(talks)
         sampling = _sampling(*how)
         for talk in talks:
-            talk.turns.append(Turn(text, image or "", audio or ""))
+            talk.turns.append(PageTurn(text, image or "", audio or ""))
         for update in answered(talks, who, system, sampling):
             cleared = any(talk.left for talk in talks)
             yield [*([gr.skip()] * 3 if cleared else ["", None, None]), *update]
 
-    def again(talks: list[Talk], who: gr.Request, system: str, *how: Any) -> Iterator[list[Any]]:
+    def again(talks: list[PageConversation], who: gr.Request, system: str, *how: Any) -> Iterator[list[Any]]:
         if not talks[0].turns:
             raise gr.Error("There is no question to repeat yet.", print_exception=False)
         _check_done(talks)
@@ -150,7 +161,7 @@ def page_of(desk: Desk, look: Look) -> gr.Blocks:
 
     with gr.Blocks(title="mmphi", analytics_enabled=False, fill_height=True, delete_cache=(LOOK_S, KEPT_S)) as page:
         gr.Markdown(f"# mmphi\n{PURPOSE}")
-        talks = gr.State([Talk(name) for name in (look.model, look.beside) if name])
+        talks = gr.State([PageConversation(name) for name in (look.model, look.beside) if name])
         found = listed()
         with gr.Row():
             model = gr.Dropdown(found, value=look.model, label="Model", elem_id="model")

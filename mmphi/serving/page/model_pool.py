@@ -12,14 +12,14 @@ from typing import Any
 
 from mmphi.errors import MmphiError
 from mmphi.generation.messages import conversation
-from mmphi.generation.sampling import Sampling
-from mmphi.serving.scheduler import Ticket, Worker
+from mmphi.generation.sampling import SamplingParams
+from mmphi.serving.scheduler import QueuedRequest, Scheduler
 
 MOST = 2  # Models in memory that nobody is talking to at the moment.
 
 
 @dataclass
-class Turn:
+class PageTurn:
     """A question and what was answered.
 
     Attributes:
@@ -52,23 +52,23 @@ class Turn:
         question = {"role": "user", "content": parts}
         return [question, {"role": "assistant", "content": self.answer}] if self.done else [question]
 
-    def anew(self) -> Turn:
+    def anew(self) -> PageTurn:
         """The same question, not answered yet."""
-        return Turn(self.text, self.image, self.audio)
+        return PageTurn(self.text, self.image, self.audio)
 
 
 @dataclass
-class Talk:
+class PageConversation:
     """What was said to one model.
 
     Attributes:
-        model: Its name, as :meth:`Desk.worker` takes it.
+        model: Its name, as :meth:`ModelPool.worker` takes it.
         turns: Questions and answers.
         left: Whether it was cleared away: what is still said to it is not shown.
     """
 
     model: str
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[PageTurn] = field(default_factory=list)
     left: bool = False
 
     @property
@@ -86,7 +86,7 @@ def _tell(news: queue.SimpleQueue[tuple[int, str | None]], number: int, piece: s
     news.put((number, piece))
 
 
-class Desk:
+class ModelPool:
     """Models and those who ask them.
 
     Args:
@@ -94,16 +94,16 @@ class Desk:
         most: Models kept in memory.
     """
 
-    def __init__(self, load: Callable[[str], Worker], most: int = MOST) -> None:
+    def __init__(self, load: Callable[[str], Scheduler], most: int = MOST) -> None:
         self._load, self._most = load, most
-        self._workers: dict[str, Worker] = {}  # The one used last is last.
-        self._loading: dict[str, Future[Worker]] = {}
-        self._asked: dict[str, list[tuple[Worker, Ticket]]] = {}
+        self._workers: dict[str, Scheduler] = {}  # The one used last is last.
+        self._loading: dict[str, Future[Scheduler]] = {}
+        self._asked: dict[str, list[tuple[Scheduler, QueuedRequest]]] = {}
         self._lock = threading.Lock()  # Of what is listed above; nothing that takes long is done under it.
         self._closed = False
         self._load_lock = threading.Lock()  # One model is loaded at a time.
 
-    def worker(self, model: str) -> Worker:
+    def worker(self, model: str) -> Scheduler:
         """Who answers for a model; loads it, and lets go of one that nobody talks to.
 
         Raises:
@@ -113,7 +113,7 @@ class Desk:
             if (worker := self._workers.pop(model, None)) is not None:
                 self._workers[model] = worker
                 return worker
-            others, loading = self._loading.get(model), Future[Worker]()
+            others, loading = self._loading.get(model), Future[Scheduler]()
             if others is None:
                 self._loading[model] = loading
         if others is not None:
@@ -137,7 +137,7 @@ class Desk:
             worker.stop()
         return worker
 
-    def loaded(self, model: str) -> Worker | None:
+    def loaded(self, model: str) -> Scheduler | None:
         """The worker of a model that is in memory; None for any other."""
         with self._lock:
             return self._workers.get(model)
@@ -150,7 +150,7 @@ class Desk:
         while gone:
             gone.pop().stop()
 
-    def ask(self, who: str, talks: Sequence[Talk], system: str, sampling: Sampling) -> Iterator[None]:
+    def ask(self, who: str, talks: Sequence[PageConversation], system: str, sampling: SamplingParams) -> Iterator[None]:
         """Answer the last question of each talk, all at the same time; yields whenever there is something new.
 
         Args:
@@ -161,7 +161,7 @@ class Desk:
         """
         turns = [talk.turns[-1] for talk in talks]
         news: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
-        mine: dict[int, tuple[Worker, Ticket]] = {}
+        mine: dict[int, tuple[Scheduler, QueuedRequest]] = {}
         try:
             for number, talk in enumerate(talks):
                 try:
@@ -185,9 +185,14 @@ class Desk:
             self._leave(who, list(mine.values()))
 
     def _submit(
-        self, who: str, talk: Talk, system: str, sampling: Sampling, tell: Callable[[str | None], None]
-    ) -> tuple[Worker, Ticket]:
-        ticket = Ticket(conversation(talk.messages(system)), sampling, tell)
+        self,
+        who: str,
+        talk: PageConversation,
+        system: str,
+        sampling: SamplingParams,
+        tell: Callable[[str | None], None],
+    ) -> tuple[Scheduler, QueuedRequest]:
+        ticket = QueuedRequest(conversation(talk.messages(system)), sampling, tell)
         while True:
             worker = self.worker(talk.model)
             with self._lock:
@@ -203,7 +208,7 @@ class Desk:
         for worker, ticket in asked:
             worker.leave(ticket)
 
-    def _leave(self, who: str, asked: list[tuple[Worker, Ticket]]) -> None:
+    def _leave(self, who: str, asked: list[tuple[Scheduler, QueuedRequest]]) -> None:
         for worker, ticket in asked:
             worker.leave(ticket)
         with self._lock:

@@ -32,10 +32,10 @@ from mmphi.data.audio import Recording
 from mmphi.data.schema import AudioRef, Example, ImageRef, Turn
 from mmphi.errors import ModelError
 from mmphi.models.audio import transcriber as ears_module
-from mmphi.models.audio.audio_features import EncoderLink, SoftLink, TranscriptLink, hearing_of
+from mmphi.models.audio.audio_features import EncoderFeatures, SoftTranscriptFeatures, TranscriptFeatures, hearing_of
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection, words_as_they_are
-from mmphi.models.audio.transcriber import Audio, Ears
-from mmphi.models.audio.transcript_cache import TranscriptMemory
+from mmphi.models.audio.transcriber import Audio, CachedTranscriber
+from mmphi.models.audio.transcript_cache import TranscriptCache
 from mmphi.models.audio.transcription import Segment, Transcript
 from mmphi.models.audio.whisper_backends import OpenAIWhisper
 from mmphi.models.checkpoint import bundle_digest, load_bundle
@@ -124,10 +124,10 @@ def test_turns_that_do_not_fit_go_with_their_recordings() -> None:
 
 def test_soft_becomes_the_transcript_as_its_temperature_goes_to_0() -> None:
     language = phi_language()
-    words = Multimodal(language, None, None, hearing=TranscriptLink(language, Knows()))
+    words = Multimodal(language, None, None, hearing=TranscriptFeatures(language, Knows()))
 
     def soft(temperature: float) -> torch.Tensor:
-        link = SoftLink(language, Knows(Peaked()), temperature)
+        link = SoftTranscriptFeatures(language, Knows(Peaked()), temperature)
         return logits(Multimodal(language, None, None, hearing=link), spoken("", "an answer", "q"))
 
     expected = logits(words, spoken("", "an answer", "q"))
@@ -138,7 +138,7 @@ def test_soft_becomes_the_transcript_as_its_temperature_goes_to_0() -> None:
 
 def test_soft_rows_are_the_mean_of_all_embeddings() -> None:
     language = phi_language()
-    link = SoftLink(language, Knows(Peaked()), 1.0)
+    link = SoftTranscriptFeatures(language, Knows(Peaked()), 1.0)
     sample = Multimodal(language, None, None, hearing=link).encode(spoken("", "x", "q"))
     assert sample is not None
     rows, ids = link.rows([sample.spans[0].reference]), sample.spans[0].reference.ids
@@ -150,14 +150,14 @@ def test_soft_rows_are_the_mean_of_all_embeddings() -> None:
 
 def test_soft_is_refused_where_token_ids_differ() -> None:
     with pytest.raises(ModelError, match=r"token 256 is .* to tiny") as caught:
-        SoftLink(tiny_language(), Knows(Peaked()))
+        SoftTranscriptFeatures(tiny_language(), Knows(Peaked()))
     assert "transcript" in caught.value.hint
     many = Peaked()
     many.english = False
     with pytest.raises(ModelError, match="knows many languages"):
-        SoftLink(phi_language(), Knows(many))
+        SoftTranscriptFeatures(phi_language(), Knows(many))
     with pytest.raises(ModelError, match="faster-whisper does not give"):
-        SoftLink(phi_language(), Knows(object()))
+        SoftTranscriptFeatures(phi_language(), Knows(object()))
 
 
 def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +169,13 @@ def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.nn.init.normal_(speech.out.weight, std=0.1)
     settings = AudioSettings(whisper="base.en", threshold=0.7)
     model = Multimodal(
-        language, None, None, hearing=TranscriptLink(language, Knows()), speech=speech, audio=Audio(settings, "abc")
+        language, None, None, hearing=TranscriptFeatures(language, Knows()), speech=speech, audio=Audio(settings, "abc")
     )
     model.save_pretrained(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "mmphi.json").read_text())["audio"]["threshold"] == 0.7
     asked: list[tuple[AudioSettings, Any]] = []
 
-    def fake(settings: AudioSettings, device: Any, once: Callable[..., Any]) -> Ears:
+    def fake(settings: AudioSettings, device: Any, once: Callable[..., Any]) -> CachedTranscriber:
         asked.append((settings, device))
         return Knows()
 
@@ -201,10 +201,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ModelError, match="nothing to hear with"):
         Multimodal(language, None, None).generate([(None, "", [heard("q")])])
     with pytest.raises(ModelError, match="for a model of width 16, not 32"):
-        Multimodal(language, None, None, hearing=EncoderLink(frames, 6, 4), speech=words_as_they_are(16))
+        Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, 4), speech=words_as_they_are(16))
     wrong = SpeechProjection(SpeechConfig("encoder", 99, 32, stack=4))
     with pytest.raises(ModelError, match="reads features of width 99, this Whisper gives 24"):
-        Multimodal(language, None, None, hearing=EncoderLink(frames, 6, 4), speech=wrong).inputs([heard("q")])
+        Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, 4), speech=wrong).inputs([heard("q")])
     prompt = Prompt(byte_tokenizer(), "plain")
     assert [part.span for part in prompt.parts([("<audio>", "x")], audio=[None])].count("audio") == 1
 
@@ -225,9 +225,9 @@ def test_ears_hear_every_recording_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (tmp_path / name).write_text(content)
     given = [AudioRef(name, tmp_path / name) for name in ("a", "bb", "c")] + [AudioRef("d", b"ccc")]
 
-    def ears(**settings: Any) -> Ears:
+    def ears(**settings: Any) -> CachedTranscriber:
         chosen = AudioSettings(batch_size=2, **settings)
-        return Ears(None, chosen, TranscriptMemory("w", chosen, tmp_path / "memory"))  # type: ignore[arg-type]
+        return CachedTranscriber(None, chosen, TranscriptCache("w", chosen, tmp_path / "memory"))  # type: ignore[arg-type]
 
     one = ears()
     texts = [t.text for t in one.transcripts(given)]
@@ -257,8 +257,8 @@ def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: p
         hearing_of(tiny_language(), Audio(AudioSettings(), "mine"), config, CPU, lambda *_: None)
 
 
-def real_ears(models: Path) -> Ears:
-    return Ears(OpenAIWhisper(str(models / "whisper-tiny.en.pt"), CPU), AudioSettings())
+def real_ears(models: Path) -> CachedTranscriber:
+    return CachedTranscriber(OpenAIWhisper(str(models / "whisper-tiny.en.pt"), CPU), AudioSettings())
 
 
 @pytest.mark.real
@@ -268,7 +268,7 @@ def test_a_real_question_heard_is_the_question_typed(real_models: Path, real_fol
     ears = real_ears(real_models)
     torch.manual_seed(0)
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
-    model = Multimodal(language, projector, RandomFeatures(), hearing=TranscriptLink(language, ears))
+    model = Multimodal(language, projector, RandomFeatures(), hearing=TranscriptFeatures(language, ears))
     recording = AudioRef("jfk", real_folder / "speech" / "jfk.flac")
     (said,) = (transcript.text for transcript in ears.transcripts([recording]))
     assert "what your country can do for you" in said
@@ -288,13 +288,13 @@ def test_a_real_posterior_becomes_the_transcript(real_models: Path, real_folder:
     recording = AudioRef("jfk", real_folder / "speech" / "jfk.flac")
     example = Example("1", (), (Turn("", "yes"),), "s", audio=(recording,))
 
-    def rows(link: TranscriptLink) -> torch.Tensor:
+    def rows(link: TranscriptFeatures) -> torch.Tensor:
         sample = Multimodal(language, None, None, hearing=link).encode(example)
         assert sample is not None
         return link.rows([sample.spans[0].reference])
 
-    words = rows(TranscriptLink(language, ears))
-    soft, cold = rows(SoftLink(language, ears, 1.0)), rows(SoftLink(language, ears, 1e-3))
+    words = rows(TranscriptFeatures(language, ears))
+    soft, cold = rows(SoftTranscriptFeatures(language, ears, 1.0)), rows(SoftTranscriptFeatures(language, ears, 1e-3))
     assert torch.allclose(cold, words, atol=1e-6)
     moved = (soft - words).norm(dim=1) / words.norm(dim=1)
     assert (moved > 1e-4).float().mean() > 0.8  # Nearly every word leaves some doubt,

@@ -13,12 +13,12 @@ from listening import (
     spoken,
 )
 
-from mmphi.models.audio.audio_features import EncoderLink
+from mmphi.models.audio.audio_features import EncoderFeatures
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
 
 
 def test_frames_are_stacked_and_filled_up() -> None:
-    link = EncoderLink(frames, 6, 4)
+    link = EncoderFeatures(frames, 6, 4)
     assert [link.length(heard(name)) for name in "qrsd"] == [6, 2, 0, 4]
     rows = link.rows([heard("r"), heard("d")])
     assert rows.shape == (6, 24)

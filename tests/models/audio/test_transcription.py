@@ -14,8 +14,8 @@ from sounds import NOISE, SECONDS, chords
 from mmphi.data.audio import RATE, Recording, Samples, read_audio
 from mmphi.errors import ModelError
 from mmphi.models.audio import transcription
-from mmphi.models.audio.transcription import Heard, Segment, transcribe
-from mmphi.models.audio.vad import Part
+from mmphi.models.audio.transcription import ASRResult, Segment, transcribe
+from mmphi.models.audio.vad import SpeechInterval
 from mmphi.models.audio.whisper_backends import FasterWhisper, OpenAIWhisper
 
 CPU = torch.device("cpu")
@@ -29,10 +29,10 @@ class Numbers:
     def __init__(self) -> None:
         self.asked: list[tuple[int, str, str]] = []
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[Heard]:
+    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         self.asked += [(round(float(s[0])), code, prompt) for s, code in zip(sounds, languages, strict=True)]
         return [
-            Heard((Segment(0.5, 99, str(round(float(s[0])))),), code or ("de" if s[0] < 100 else "en"))
+            ASRResult((Segment(0.5, 99, str(round(float(s[0])))),), code or ("de" if s[0] < 100 else "en"))
             for s, code in zip(sounds, languages, strict=True)
         ]
 
@@ -46,7 +46,7 @@ def spoken(*numbers: float) -> Recording:
 def every_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate that lets each second through, by itself."""
     monkeypatch.setattr(
-        transcription, "speech", lambda each, **_: [Part(i, i + 1) for i in range(len(each.samples) // RATE)]
+        transcription, "speech", lambda each, **_: [SpeechInterval(i, i + 1) for i in range(len(each.samples) // RATE)]
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from sounds import NOISE, SECONDS, chords
 
 from mmphi.data.audio import RATE, Recording, read_audio
-from mmphi.models.audio.vad import Part, speech, windows
+from mmphi.models.audio.vad import SpeechInterval, speech, windows
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_another_rate_is_refused() -> None:
     ],
 )
 def test_windows_have_a_breath_around_them(parts, expected) -> None:
-    found = windows([Part(*each) for each in parts], 10, pad=0.4, end=31)
+    found = windows([SpeechInterval(*each) for each in parts], 10, pad=0.4, end=31)
     assert [(pytest.approx(each.start), pytest.approx(each.end)) for each in found] == expected
 
 
@@ -59,8 +59,8 @@ def test_windows_have_a_breath_around_them(parts, expected) -> None:
     ],
 )
 def test_neighbours_are_heard_together_as_long_as_they_fit(parts, expected) -> None:
-    found = windows([Part(*each) for each in parts], 10)
-    assert found == [Part(*each) for each in expected]
+    found = windows([SpeechInterval(*each) for each in parts], 10)
+    assert found == [SpeechInterval(*each) for each in expected]
 
 
 @pytest.mark.real

@@ -17,11 +17,11 @@ from mmphi.data.features import LiveFeatures
 from mmphi.errors import ModelError
 from mmphi.models.export.llava_check import QUESTIONS, difference, pictures, said
 from mmphi.models.export.llava_export import as_llava, fold_head_bias, save_llava
-from mmphi.models.language.language_model import Language
+from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.models.vision.clip_vision import clip_vision
-from mmphi.models.vision.vision_encoder import Tower, Vision
+from mmphi.models.vision.vision_encoder import VisionEncoder, VisionReference
 from mmphi.text.prompt import Prompt
 
 CHAT = (
@@ -42,7 +42,7 @@ def vit(**changes: object) -> nn.Module:
     return visual
 
 
-def phi(style: str = "plain", **changes: object) -> Language:
+def phi(style: str = "plain", **changes: object) -> LanguageModel:
     """A Phi whose head has a bias, and whose last norm has a scale and a bias."""
     language = tiny_language(**changes)
     for parameter in (language.model.lm_head.bias, language.model.model.final_layernorm.bias):
@@ -51,7 +51,7 @@ def phi(style: str = "plain", **changes: object) -> Language:
     return replace(language, prompt=Prompt(language.tokenizer, style))
 
 
-def llama() -> Language:
+def llama() -> LanguageModel:
     """A chat model whose embeddings are its head, and whose vocabulary is full."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
@@ -60,21 +60,21 @@ def llama() -> Language:
     config = LlamaConfig(**shape, num_attention_heads=4, tie_word_embeddings=True, initializer_range=0.2)
     model = LlamaForCausalLM(config).requires_grad_(False).eval()
     settings = LanguageSettings(model="llama", prompt="chat")
-    return Language(model, tokenizer, Prompt(tokenizer, "chat"), 32, "llama", "0", settings)
+    return LanguageModel(model, tokenizer, Prompt(tokenizer, "chat"), 32, "llama", "0", settings)
 
 
-def joined(language: Language, visual: nn.Module | None = None, **settings: object) -> Multimodal:
+def joined(language: LanguageModel, visual: nn.Module | None = None, **settings: object) -> Multimodal:
     """A model that sees, with random weights."""
     projector = {name: settings.pop(name) for name in ("layers", "width", "norm") if name in settings}
     chosen = VisionSettings(model="small-vit", **{"layer": -2, **settings})
-    tower = Tower(visual or vit(), chosen)
+    tower = VisionEncoder(visual or vit(), chosen)
     torch.manual_seed(4)
     return Multimodal(
         language,
         Projector(ProjectorConfig(tower.width, 32, **projector)),
         LiveFeatures(tower),
         max_length=128,
-        vision=Vision(chosen, tower.digest),
+        vision=VisionReference(chosen, tower.digest),
     )
 
 

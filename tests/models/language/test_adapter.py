@@ -9,29 +9,29 @@ import torch
 from builders import RandomFeatures, encode, example, tiny_language
 from workers import spawn
 
-from mmphi.models.language.adapter import Shape, adapted, adapter_parameters
-from mmphi.models.language.language_model import Language, _quantize, keep_exact
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.language.adapter import AdapterConfig, adapted, adapter_parameters
+from mmphi.models.language.language_model import LanguageModel, _quantize, keep_exact
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import pack
 
 CPU = torch.device("cpu")
 
 
-def four_bits() -> Language:
+def four_bits() -> LanguageModel:
     """A small model in NF4, with nobody else's layers."""
     language = tiny_language()
     return replace(language, model=keep_exact(_quantize(language.model, "4bit", CPU)).requires_grad_(False).eval())
 
 
-def model(dropout: float = 0.0, learned: bool = True) -> PackedModel:
+def model(dropout: float = 0.0, learned: bool = True) -> PackedVLM:
     """With an adapter that has learned something, at random."""
-    language = adapted(four_bits(), Shape(rank=4, alpha=8, dropout=dropout))
+    language = adapted(four_bits(), AdapterConfig(rank=4, alpha=8, dropout=dropout))
     torch.manual_seed(1)
     if learned:
         for parameter in adapter_parameters(language).values():
             torch.nn.init.normal_(parameter, std=0.2)
-    return PackedModel(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    return PackedVLM(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
 
 
 def samples(count: int = 5) -> list:
@@ -40,7 +40,7 @@ def samples(count: int = 5) -> list:
 
 
 def test_a_new_adapter_changes_nothing_and_is_all_that_learns():
-    bare = PackedModel(four_bits().model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    bare = PackedVLM(four_bits().model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
     new = model(learned=False)
     new.projectors.load_state_dict(bare.projectors.state_dict())
     rows = pack(samples(), {"image": RandomFeatures()})
@@ -57,7 +57,7 @@ def test_packed_is_alone():
     assert packed(**pack(samples(), features)).item() == pytest.approx(sum(alone), rel=1e-5)
 
 
-def gradients(packed: PackedModel) -> dict[str, torch.Tensor]:
+def gradients(packed: PackedVLM) -> dict[str, torch.Tensor]:
     packed.zero_grad()
     torch.manual_seed(3)
     packed(**pack(samples(), {"image": RandomFeatures()})).backward()

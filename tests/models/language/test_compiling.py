@@ -9,7 +9,7 @@ import torch
 from builders import RandomFeatures, encode, example, tiny_language
 
 from mmphi.models.language.compiling import compiling, worth_compiling
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack
 
@@ -19,7 +19,7 @@ BATCHES = (["a dog", "two men on a bench"], ["snow", "b" * 40, "it rains"])
 def packed_model(language, layout="line"):
     torch.manual_seed(1)
     projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
-    return PackedModel(language.model, layout=Layout(layout), image=projector)
+    return PackedVLM(language.model, layout=Layout(layout), image=projector)
 
 
 def learned(model, language):

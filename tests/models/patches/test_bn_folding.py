@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmphi.config.shared import VisionSettings
 from mmphi.models.patches.bn_folding import fold_batch_norms
-from mmphi.models.vision.vision_encoder import Tower
+from mmphi.models.vision.vision_encoder import VisionEncoder
 
 RESNET = {
     "embed_dim": 16,
@@ -50,7 +50,7 @@ def test_a_towers_features_are_those_of_open_clip(tmp_path):
     expected = copy.deepcopy(visual)
     settings = VisionSettings(model="RN50", pretrained="random", layer=-1)
     state = torch.get_rng_state()
-    tower = Tower(visual, settings)
+    tower = VisionEncoder(visual, settings)
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(isinstance(child, nn.BatchNorm2d) for child in tower.modules())
     assert not any(parameter.requires_grad for parameter in tower.parameters())

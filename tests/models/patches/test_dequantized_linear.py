@@ -8,8 +8,8 @@ import torch
 from builders import byte_tokenizer, tiny_language
 
 from mmphi.config import LanguageSettings
-from mmphi.models.language.adapter import Shape, adapted, adapter_parameters, merged
-from mmphi.models.language.language_model import Language, load_language
+from mmphi.models.language.adapter import AdapterConfig, adapted, adapter_parameters, merged
+from mmphi.models.language.language_model import LanguageModel, load_language
 from mmphi.models.patches.dequantized_linear import dequantised_once
 
 CPU = torch.device("cpu")
@@ -29,13 +29,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: namedtuple("Memory", "available")(1000))
 
 
-def load(folder) -> Language:
+def load(folder) -> LanguageModel:
     return load_language(LanguageSettings(model=str(folder), precision="4bit"), None, CPU)
 
 
-def learned(language: Language) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def learned(language: LanguageModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits with an adapter that is not nothing, and its gradients."""
-    language = adapted(language, Shape(rank=4, alpha=8))
+    language = adapted(language, AdapterConfig(rank=4, alpha=8))
     torch.manual_seed(1)
     parameters = list(adapter_parameters(language).values())
     for parameter in parameters:
@@ -44,7 +44,7 @@ def learned(language: Language) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return logits, list(torch.autograd.grad(logits.square().mean(), parameters))
 
 
-def held(language: Language) -> int:
+def held(language: LanguageModel) -> int:
     return sum("forward" in vars(module) for module in language.model.modules())
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mmphi.generation.kv_cache import Slots
+from mmphi.generation.kv_cache import SlotKVCache
 from mmphi.models.patches.gqa_decode_attention import attending_in_groups, grouped_attention
 
 
@@ -45,7 +45,7 @@ def test_a_model_says_token_by_token_what_it_says_at_once():
     ids = torch.randint(0, 64, (3, 7))
     with torch.inference_mode():
         expected = model(ids).logits
-        slots, said = Slots(3, 16), []
+        slots, said = SlotKVCache(3, 16), []
         with attending_in_groups(model):
             assert model.config._attn_implementation == "grouped"
             for place in range(7):

@@ -12,7 +12,7 @@ from test_packing_check import COMMON, HEADS, ISOLATE, LEAK, build
 from transformers import BloomConfig, Gemma2Config, GPTNeoXConfig, OPTConfig, Qwen3Config
 
 from mmphi.models import packed_vlm
-from mmphi.models.packed_vlm import PackedModel
+from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.patches.sparse_last_layer import only_at, parts_alone
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack
@@ -39,7 +39,7 @@ def language_of(config):
 def found(language, layout, batch, trained, narrow, monkeypatch):
     """Loss and gradients, with the last layer's parts left alone or not."""
     torch.manual_seed(1)
-    model = PackedModel(language.model, layout=layout, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    model = PackedVLM(language.model, layout=layout, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
     monkeypatch.setattr(packed_vlm, "WORTH", 1.0 if narrow else 0.0)
     model.zero_grad()
     loss = model(**batch)
@@ -138,7 +138,7 @@ def test_the_last_layer_rests_where_nothing_is_predicted(monkeypatch):
     samples = [encode(example(i, a), language.prompt, 4, 200) for i, a in enumerate(ANSWERS)]
     batch = pack(samples, {"image": RandomFeatures()})
     whole, few = batch["input_ids"].numel(), len(batch["keep"])
-    model = PackedModel(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
+    model = PackedVLM(language.model, image=Projector(ProjectorConfig(RandomFeatures.width, 32)))
     monkeypatch.setattr(packed_vlm, "WORTH", few / whole)
     rows_seen(model, batch)  # It is found out once.
     *before, last = rows_seen(model, batch)

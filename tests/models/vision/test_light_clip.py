@@ -61,11 +61,11 @@ def test_vit_from_nothing(tmp_path, drawn):
 
 
 def test_steps_hold_different_images_and_their_own_captions():
-    from mmphi.training.contrastive import PairSteps
+    from mmphi.training.contrastive import ImageTextDataset
 
     owners = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     shape = {"steps": 6, "batch_size": 2, "captions": 3, "seed": 0}
-    pairs = PairSteps(torch.arange(4)[:, None], torch.arange(12)[:, None], owners, **shape)
+    pairs = ImageTextDataset(torch.arange(4)[:, None], torch.arange(12)[:, None], owners, **shape)
     seen = set()
     for step in range(6):
         images, sets = pairs.step(step)

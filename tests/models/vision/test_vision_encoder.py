@@ -17,7 +17,7 @@ from torchvision.transforms import Compose
 from mmphi.config import VisionSettings
 from mmphi.errors import ModelError
 from mmphi.models.vision.feature_extraction import tokens_of
-from mmphi.models.vision.vision_encoder import Tower, load_tower, preprocess, tower_shape
+from mmphi.models.vision.vision_encoder import VisionEncoder, load_tower, preprocess, tower_shape
 
 
 def tower(model: str, pretrained: str = "random", **changes):
@@ -193,7 +193,7 @@ def test_a_warning_about_weights_is_an_error(own, weights, monkeypatch):
 def test_pixels_cut_in_bytes_and_scaled_in_batches_are_open_clips_own_to_the_bit(own, weights, resize_mode):
     visual = open_clip.create_model("own-tiny-clip", pretrained=weights).visual
     visual.preprocess_cfg = {**visual.preprocess_cfg, "resize_mode": resize_mode, "mean": (0.5, 0.4, 0.3)}
-    found = Tower(visual, VisionSettings())
+    found = VisionEncoder(visual, VisionSettings())
     theirs = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 255, shape, np.uint8)) for shape in [(40, 70, 3), (90, 33, 3), (50, 50)]]
