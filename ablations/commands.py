@@ -37,7 +37,7 @@ def ablate(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(list(arguments))
     options.storage = "" if options.storage == "preset" else options.storage
     name, study = studies.load(options.study, "" if options.preset == "preset" else options.preset)
-    study = adjusted(study, options, rest)
+    study = adjust_study(study, options, rest)
     from ablations.run import run
 
     return run(
@@ -51,7 +51,7 @@ def ablate(arguments: Sequence[str]) -> int:
     )
 
 
-def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> Any:
+def adjust_study(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> Any:
     """A study as the command line changes it before it begins.
 
     Raises:
@@ -76,13 +76,13 @@ def adjusted(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> An
     if options.levels and options.levels != "preset":
         if not isinstance(study, Study):
             raise SettingsError("a search has a space, not --levels", "give --trials or --seeds")
-        wanted = named_levels(study, options.levels)
+        wanted = parse_levels(study, options.levels)
         study = replace(study, levels={level: study.levels[level] for level in wanted})
     named = {full_name(Settings, key, study.stage): value for key, value in fixed.items()}
     return replace(study, fixed={**study.fixed, **named}) if named else study
 
 
-def named_levels(study: Study, text: str) -> list[str]:
+def parse_levels(study: Study, text: str) -> list[str]:
     """Levels that are separated by commas, which names of levels may have, too.
 
     Raises:

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from ablations.protocol import TrialRequest, TrialResponse
 from ablations.study import Study
 from ablations.study_run import StudyChange, StudyRun
-from ablations.trial_storage import TrialStorage, cell_of
-from ablations.trials import TrialResult, TrialSpec, verdict_cells
-from ablations.tuning import tuning_cells, tuning_of
+from ablations.trial_storage import TrialStorage, trial_spec_of
+from ablations.trials import TrialResult, TrialSpec, verdict_trials
+from ablations.tuning import tuning_of, tuning_trials
 from ablations.worker_pool import WorkerPool, WorkerProcess
 from mmphi.errors import MmphiError, SettingsError
 from reports.study_query import STUDY_RUN
@@ -48,7 +48,7 @@ class RevisedStudy:
         return [level for level in self.study.levels if level not in self.stopped]
 
 
-def changed(study: Study, changes: list[StudyChange]) -> RevisedStudy:
+def revise_study(study: Study, changes: list[StudyChange]) -> RevisedStudy:
     """A study after changes."""
     stopped: set[str] = set()
     for change in changes:
@@ -96,9 +96,9 @@ class Driver:
         study, levels = self.plan.study, self.plan.levels
         outcomes = self.ledgers["tuning"].outcomes()
         tunings = [tuning_of(study, level, outcomes) for level in levels]
-        tuning = list(tuning_cells(tunings))
+        tuning = list(tuning_trials(tunings))
         best = {each.level: each.chosen for each in tunings if each.chosen is not None}
-        judged = verdict_cells(best, study.seeds)
+        judged = verdict_trials(best, study.seeds)
         return tuning or _without(judged, self.ledgers["verdict"].outcomes())
 
     def run(self, workers: int, logs: Path, **crew: Any) -> None:
@@ -117,7 +117,7 @@ class Driver:
                 held.enter_context(ledger.owned())
             team, bar = held.enter_context(WorkerPool(workers, logs, **crew)), held.enter_context(self._bar())
             while True:
-                self.plan = changed(self.declared, self.record.changes())
+                self.plan = revise_study(self.declared, self.record.changes())
                 wanted = self.wanted()
                 self._show(bar, wanted)
                 elsewhere = set().union(*(ledger.running() for ledger in self.ledgers.values()))
@@ -151,7 +151,7 @@ class Driver:
         trial = ledger.take(cell, list(self.plan.study.levels).index(cell.level))
         if trial is None:
             return
-        got = cell_of(trial)
+        got = trial_spec_of(trial)
         self._given += 1
         self._trials[self._given] = ledger, trial, got
         team.give(worker, self.job(self._given, got))

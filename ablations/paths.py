@@ -30,7 +30,7 @@ def logs_folder(store: RunStore, name: str) -> Path:
     return store.locks.parent / ".logs" / name.replace("/", "_")
 
 
-def ledgers(store: RunStore, name: str, study: Study, storage: str) -> dict[str, TrialStorage]:
+def trial_storages(store: RunStore, name: str, study: Study, storage: str) -> dict[str, TrialStorage]:
     """The trials of a study, by phase: those that are judged, and those that find nuisance values."""
     from ablations.trial_storage import TrialStorage
 
@@ -47,7 +47,7 @@ def _record(store: RunStore, name: str) -> str:
     return str(found.info.run_id) if found is not None else ""
 
 
-def search_ledger(store: RunStore, name: str, search: Search, storage: str) -> TrialStorage:
+def search_storage(store: RunStore, name: str, search: Search, storage: str) -> TrialStorage:
     """The trials of a search."""
     from ablations.trial_storage import TrialStorage
 

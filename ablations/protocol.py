@@ -65,11 +65,11 @@ def encode(message: TrialRequest | TrialResponse) -> bytes:
     return json.dumps(asdict(message)).encode()
 
 
-def decode_job(content: bytes) -> TrialRequest:
+def decode_request(content: bytes) -> TrialRequest:
     """What the driver sent."""
     return TrialRequest(**json.loads(content))
 
 
-def decode_answer(content: bytes) -> TrialResponse:
+def decode_response(content: bytes) -> TrialResponse:
     """What the worker sent."""
     return TrialResponse(**json.loads(content))

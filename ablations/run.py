@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-from ablations.driver import Driver, RevisedStudy, changed
-from ablations.paths import ledgers, logs_folder, search_ledger, storage_url
+from ablations.driver import Driver, RevisedStudy, revise_study
+from ablations.paths import logs_folder, search_storage, storage_url, trial_storages
 from ablations.search import Search
 from ablations.search_driver import SearchDriver
 from ablations.study import Study, check_name
 from ablations.study_run import StudyRun
-from ablations.tuning import points_of
+from ablations.tuning import grid_points
 from ablations.worker_pool import visible_gpus
 from mmphi.errors import Stopped
 from mmphi.tracking.run_writer import TrackingStore
@@ -23,7 +23,7 @@ def summary(plan: RevisedStudy) -> str:
     study, levels, seeds = plan.study, len(plan.levels), plan.study.seeds
     parts = [f"{levels} levels x {seeds} seeds = {levels * seeds} judged trials"]
     if study.nuisance:
-        tuned = levels * len(points_of(study.nuisance)) * len(study.tuning_seeds)
+        tuned = levels * len(grid_points(study.nuisance)) * len(study.tuning_seeds)
         parts.append(f"{tuned} tuning trials before them (more where the best value is the first or last one)")
     if study.tokens:
         parts.append(f"{study.tokens:,} supervised tokens each")
@@ -94,11 +94,11 @@ def run(
     record = StudyRun.open(store, name, study.declaration(), run_id, command)
     driver: Driver | SearchDriver
     if isinstance(study, Search):
-        driver = SearchDriver(study, record, search_ledger(store, name, study, storage), retries=retries)
+        driver = SearchDriver(study, record, search_storage(store, name, study, storage), retries=retries)
         what, warning = study.summary(), ""
     else:
-        driver = Driver(study, record, ledgers(store, name, study, storage), retries=retries)
-        plan = changed(study, record.changes())
+        driver = Driver(study, record, trial_storages(store, name, study, storage), retries=retries)
+        plan = revise_study(study, record.changes())
         what, warning = summary(plan), too_few_seeds(plan)
     count = workers or max(1, len(visible_gpus()))
     print(f"{study.question}\n{name}: {what}; {count} worker(s)")

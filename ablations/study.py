@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import ablations.studies
 from mmphi.config.fields import leaves
-from mmphi.config.messages import nearest
+from mmphi.config.messages import did_you_mean
 from mmphi.config.presets import from_caller
 from mmphi.errors import SettingsError
 from mmphi.stages import STAGES, Settings, load_settings
@@ -331,7 +331,7 @@ def load(name: str, preset: str = "") -> tuple[str, Any]:
     else:
         name = name.replace("-", "_")
         if name not in names():
-            near = nearest(name, names())
+            near = did_you_mean(name, names())
             raise SettingsError(
                 f"there is no study {name!r}", f"did you mean {near}?" if near else f"there are {', '.join(names())}"
             )

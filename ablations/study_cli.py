@@ -35,29 +35,29 @@ def studies(arguments: Sequence[str]) -> int:
     from mmphi.tracking.run_writer import TrackingStore
 
     if not options.study:
-        print(listing(TrackingStore()))
+        print(list_studies(TrackingStore()))
         return 0
     store = TrackingStore()
     if options.stop or options.add or options.seeds is not None:
-        change(store, options.study, options.stop, options.add, options.seeds)
-    from ablations.watch import table, watch
+        record_change_of_study(store, options.study, options.stop, options.add, options.seeds)
+    from ablations.watch import progress_table, watch
     from reports.study_query import load_study
 
     if options.watch:
         with contextlib.suppress(KeyboardInterrupt):
             watch(store, options.study, options.every)
     else:
-        print(table(load_study(store, options.study)))
+        print(progress_table(load_study(store, options.study)))
     return 0
 
 
-def listing(store: RunStore) -> str:
+def list_studies(store: RunStore) -> str:
     """The studies that there are, and how far those are that were begun."""
     from ablations.study import Study, load, names
-    from ablations.watch import progress
-    from reports.study_query import begun, load_study
+    from ablations.watch import progress_line
+    from reports.study_query import load_study, study_names
 
-    there, lines = begun(store), []
+    there, lines = study_names(store), []
     for name in names():
         _, study = load(name)
         what = f"{', '.join(study.levels)}; {study.seeds} seeds" if isinstance(study, Study) else study.summary()
@@ -65,11 +65,11 @@ def listing(store: RunStore) -> str:
     lines += ["", f"in {store.uri}:", *([] if there else ["  nothing was begun yet"])]
     for name in there:
         data = load_study(store, name)
-        lines.append(f"  {name:<22} {progress(data)}")
+        lines.append(f"  {name:<22} {progress_line(data)}")
     return "\n".join([*lines, "", "mmphi ablate STUDY runs one; mmphi studies STUDY --watch follows it"])
 
 
-def record_of(store: Any, name: str) -> StudyRun:
+def study_run_of(store: Any, name: str) -> StudyRun:
     """The record of a study that was begun.
 
     Raises:
@@ -85,19 +85,19 @@ def record_of(store: Any, name: str) -> StudyRun:
     return found
 
 
-def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int | None) -> None:
+def record_change_of_study(store: Any, name: str, stop: str | None, add: str | None, seeds: int | None) -> None:
     """Note changes to a study; its driver acts on them before its next trial.
 
     Raises:
         SettingsError: If there is no such level, a new one has no value, or the seeds are fewer than one.
     """
-    from ablations.driver import changed, level_value
+    from ablations.driver import level_value, revise_study
     from ablations.study import Study, check_name
 
-    record = record_of(store, name)
+    record = study_run_of(store, name)
     if record.declaration().get("kind") == "search":
         raise SettingsError(f"{name} is a search: it has no levels and no seeds to change", "begin another: --name")
-    plan = changed(Study.declared(record.declaration()), record.changes())
+    plan = revise_study(Study.declared(record.declaration()), record.changes())
     known = ", ".join(plan.study.levels)
     if stop is not None:
         if stop not in plan.study.levels:
@@ -114,7 +114,9 @@ def change(store: Any, name: str, stop: str | None, add: str | None, seeds: int 
             )
         check_name(level)
         value = level_value(plan.study, level, typed) if equals else plan.study.levels[level]
-        asked = changed(plan.study, [record_change(level, value)]).study.settings(level)  # Refuses what cannot be set.
+        asked = revise_study(plan.study, [record_change(level, value)]).study.settings(
+            level
+        )  # Refuses what cannot be set.
         if level in plan.study.levels and asked != plan.study.settings(level):
             raise SettingsError(
                 f"the level {level!r} is {json.dumps(plan.study.levels[level])} already, and its results are of that",
@@ -145,7 +147,7 @@ def compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-browser", action="store_true", help="only print the addresses")
     options = parser.parse_args(list(arguments))
     from mmphi.tracking.run_writer import TrackingStore
-    from mmphi.tracking.ui import HOST, listening, serve, shared_view
+    from mmphi.tracking.ui import HOST, port_is_open, serve, shared_view
     from reports.ablation import CURVES
     from reports.study_query import load_study
 
@@ -156,8 +158,8 @@ def compare(arguments: Sequence[str]) -> int:
     server = store.uri.startswith("http")
     first = [data.declaration["metric"]]
     shared = shared_view(store.uri, data.experiment, first, f"mmphi-{data.name}")
-    pages = addresses(data, data.address if server else f"http://{HOST}:{options.port}", shared)
-    if server or listening(options.port) or options.no_browser:
+    pages = compare_urls(data, data.address if server else f"http://{HOST}:{options.port}", shared)
+    if server or port_is_open(options.port) or options.no_browser:
         print("\n".join(f"{name:<20}{address}" for name, address in pages.items()))
         if not options.no_browser:
             webbrowser.open(next(iter(pages.values())))
@@ -165,7 +167,7 @@ def compare(arguments: Sequence[str]) -> int:
     return serve(store.uri, options.port, pages, browser=True)
 
 
-def addresses(data: StudyData, base: str, shared: str = "") -> dict[str, str]:
+def compare_urls(data: StudyData, base: str, shared: str = "") -> dict[str, str]:
     """The addresses of MLflow's pages that show the judged trials of a study, the charts of its metric first.
 
     Args:
@@ -176,14 +178,14 @@ def addresses(data: StudyData, base: str, shared: str = "") -> dict[str, str]:
     runs = [t.run_id for t in data.trials if t.finished and t.phase != "tuning"][:MOST_COMPARED]
     listed, experiments = quote(json.dumps(runs)), quote(json.dumps([data.experiment]))
     only = quote(f"tags.`mmphi.study` = '{data.name}' AND tags.`mmphi.phase` != 'tuning'")
-    table = f"{base}/#/experiments/{data.experiment}/runs?workflowType=machine_learning&searchFilter={only}"
+    progress_table = f"{base}/#/experiments/{data.experiment}/runs?workflowType=machine_learning&searchFilter={only}"
     if shared:
-        table += f"&{shared}"
+        progress_table += f"&{shared}"
     metric = data.curve or "train/loss"
     curve = f"runs={listed}&metric={quote(json.dumps(metric))}&experiments={experiments}"
     return {
-        "charts": f"{table}&compareRunsMode=CHART",
-        "table": table,
+        "charts": f"{progress_table}&compareRunsMode=CHART",
+        "table": progress_table,
         "curves": f"{base}/#/metric?{curve}&plot_metric_keys={quote(json.dumps([metric]))}&x_axis=step",
         "side by side": f"{base}/#/compare-runs?runs={listed}&experiments={experiments}",
     }

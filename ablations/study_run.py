@@ -112,11 +112,11 @@ class StudyRun:
         if first and (first.info.start_time, first.info.run_id) < (own.info.start_time, own.info.run_id):
             store.client.delete_run(tracker.run_id)
             return None
-        from mmphi.pipeline.provenance import code, hardware, packages
+        from mmphi.pipeline.provenance import code_tags, hardware_tags, installed_packages
 
-        tracker.text("packages.txt", packages())
-        tags, diff = code()
-        tracker.tags({**tags, **hardware()})
+        tracker.text("packages.txt", installed_packages())
+        tags, diff = code_tags()
+        tracker.tags({**tags, **hardware_tags()})
         if diff:
             tracker.text("uncommitted.diff", diff)
         return cls(store, name, own)

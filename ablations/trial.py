@@ -110,11 +110,11 @@ def first_token_s(result: Result, pipeline: Pipeline) -> float:
     The median of several, after one that is not counted, of a photograph of 640 x 480 px; 0 where the result is no
     model that sees.
     """
-    from mmphi.models.checkpoint import load_bundle
+    from mmphi.models.checkpoint import load_checkpoint
 
     if not (result.path / "projector.json").exists():
         return 0.0
-    model: Any = load_bundle(result.path, once=pipeline.resources.once)
+    model: Any = load_checkpoint(result.path, once=pipeline.resources.once)
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         photo = Path(folder) / "photo.jpg"

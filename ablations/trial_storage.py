@@ -160,19 +160,19 @@ class TrialStorage:
             if trial.state == TrialState.COMPLETE and trial.user_attrs.get("run_id") in deleted:
                 continue
             if trial.state == TrialState.COMPLETE or trial.user_attrs.get("final"):
-                cell = cell_of(trial)
+                cell = trial_spec_of(trial)
                 value = trial.value if trial.state == TrialState.COMPLETE else None
                 found.setdefault(cell.name, TrialResult(cell, value, trial.user_attrs.get("reason", "")))
         return list(found.values())
 
     def running(self) -> set[str]:
         """Names of the cells that anybody is running."""
-        return {cell_of(trial).name for trial in self.trials(TrialState.RUNNING)}
+        return {trial_spec_of(trial).name for trial in self.trials(TrialState.RUNNING)}
 
     def deaths(self, cell: TrialSpec) -> int:
         """How often a worker died over a cell."""
         failed = self.trials(TrialState.FAIL)
-        return sum(t.user_attrs.get("died", False) and cell_of(t).name == cell.name for t in failed)
+        return sum(t.user_attrs.get("died", False) and trial_spec_of(t).name == cell.name for t in failed)
 
     def take(self, cell: TrialSpec, level: int) -> optuna.trial.Trial | None:
         """Ask for a cell; nothing where another driver was faster.
@@ -201,10 +201,10 @@ class TrialStorage:
 
     def _elsewhere(self, trial: optuna.trial.Trial) -> bool:
         """Whether the cell of a trial has a result, or is being run by an earlier trial."""
-        name = cell_of(trial).name
+        name = trial_spec_of(trial).name
         ended = any(o.cell.name == name for o in self.outcomes())
         earlier = (t for t in self.trials(TrialState.RUNNING) if t.number < trial.number)
-        return ended or any(cell_of(t).name == name for t in earlier)
+        return ended or any(trial_spec_of(t).name == name for t in earlier)
 
     def tell(self, trial: optuna.trial.Trial, values: Sequence[float], run_id: str) -> None:
         """Record a result.
@@ -251,7 +251,7 @@ class TrialStorage:
             fail_stale_trials(self.study)
 
 
-def cell_of(trial: FrozenTrial | optuna.trial.Trial) -> TrialSpec:
+def trial_spec_of(trial: FrozenTrial | optuna.trial.Trial) -> TrialSpec:
     """The cell that a trial is."""
     stored: Mapping[str, Any] = trial.user_attrs.get("cell", {"phase": "search", "level": "", "number": trial.number})
     return TrialSpec(**stored)

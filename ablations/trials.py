@@ -48,7 +48,7 @@ class TrialResult:
     reason: str = ""
 
 
-def verdict_cells(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[TrialSpec]:
+def verdict_trials(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[TrialSpec]:
     """The trials that are judged, in rounds: one seed of all levels before the next.
 
     Args:

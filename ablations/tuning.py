@@ -45,7 +45,7 @@ def tuning_of(study: Study, level: str, outcomes: Iterable[TrialResult]) -> Tuni
     added: dict[tuple[str, int], int] = {}
     while True:
         missing, means = [], list[tuple[float, int]]()
-        points = points_of(grid)
+        points = grid_points(grid)
         for index, point in enumerate(points if study.nuisance else ()):
             cells = [TrialSpec("tuning", level, number, point) for number in study.tuning_seeds]
             results = [ended.get(cell.name) for cell in cells]
@@ -64,12 +64,12 @@ def tuning_of(study: Study, level: str, outcomes: Iterable[TrialResult]) -> Tuni
             return Tuning(level, grid, chosen=best)
 
 
-def points_of(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of values; one empty one where there is no setting."""
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def tuning_cells(tunings: Iterable[Tuning]) -> Iterator[TrialSpec]:
+def tuning_trials(tunings: Iterable[Tuning]) -> Iterator[TrialSpec]:
     """The trials that are missing: all levels at a seed before the next seed."""
     yield from sorted((cell for tuning in tunings for cell in tuning.missing), key=lambda cell: cell.number)
 
@@ -80,7 +80,7 @@ def _extended(
     """Add the value beyond every end that the best point lies at; whether there was one to add."""
     found = False
     for name, values in grid.items():
-        if not grows(values):
+        if not is_extendable(values):
             continue
         for end, inner in ((0, 1), (-1, -2)):
             if best[name] != values[end] or added.get((name, end), 0) >= study.tuning_extensions:
@@ -95,7 +95,7 @@ def _extended(
     return found
 
 
-def grows(values: Sequence[Any]) -> bool:
+def is_extendable(values: Sequence[Any]) -> bool:
     """Whether values are two or more positive numbers, which have a next one in geometric order."""
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
     return len(set(values)) > 1 and len(numbers) == len(values)
@@ -108,7 +108,7 @@ def next_value(before: float, end: float) -> float:
 
 
 def _ordered(values: Sequence[Any]) -> list[Any]:
-    return sorted(set(values)) if grows(values) else list(dict.fromkeys(values))
+    return sorted(set(values)) if is_extendable(values) else list(dict.fromkeys(values))
 
 
 def _allowed(study: Study, level: str, point: Mapping[str, Any]) -> bool:

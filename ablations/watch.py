@@ -11,9 +11,9 @@ import numpy as np
 from mmphi.describe import duration
 from reports.comparison import compare
 from reports.paired_tests import interval
-from reports.search import tried
+from reports.search import search_trials
 from reports.study_query import StudyData, load_study
-from reports.verdict import ends_of, number
+from reports.verdict import format_interval, format_number
 
 if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore
@@ -22,7 +22,7 @@ CLEAR = "\x1b[H\x1b[2J"
 LAST = 12  # Trials that the pace is taken from.
 
 
-def table(data: StudyData) -> str:
+def progress_table(data: StudyData) -> str:
     """A study or search so far, as lines."""
     if data.declaration.get("kind") == "search":
         return _search_table(data)
@@ -39,34 +39,34 @@ def table(data: StudyData) -> str:
             (
                 level + mark,
                 f"{len(found)}/{data.seeds}",
-                number(float(np.mean(found)), 4) if found else "-",
-                ends_of(interval(found)),
-                number(comparison.difference) if comparison and known else "-",
-                ends_of(comparison.interval) if comparison else "-",
+                format_number(float(np.mean(found)), 4) if found else "-",
+                format_interval(interval(found)),
+                format_number(comparison.difference) if comparison and known else "-",
+                format_interval(comparison.interval) if comparison else "-",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([data.declaration["question"], "", *lines, "", progress(data)])
+    return "\n".join([data.declaration["question"], "", *lines, "", progress_line(data)])
 
 
 def _search_table(data: StudyData) -> str:
-    trials, objectives = tried(data), list(data.declaration["objectives"])
+    trials, objectives = search_trials(data), list(data.declaration["objectives"])
     best = sorted(trials, key=lambda t: t.mean(objectives[0]))
     if data.declaration["objectives"][objectives[0]] == "maximize":
         best.reverse()
     lines = []
     for t in best:
         settings = ", ".join(f"{name} {value}" for name, value in t.params.items())
-        means = ", ".join(f"{o} {number(t.mean(o), 4)}" for o in objectives)
+        means = ", ".join(f"{o} {format_number(t.mean(o), 4)}" for o in objectives)
         lines.append(f"{t.name:<10} {means}  {settings}{f'  ({t.pruned})' if t.pruned else ''}")
-    return "\n".join([data.declaration["question"], "", *lines, "", progress(data)])
+    return "\n".join([data.declaration["question"], "", *lines, "", progress_line(data)])
 
 
-def progress(data: StudyData) -> str:
+def progress_line(data: StudyData) -> str:
     """What is done, what runs, and how long the rest takes at the pace of the last trials."""
     if data.declaration.get("kind") == "search":
-        return f"{len(tried(data))} of {data.declaration['trials']} trials begun"
+        return f"{len(search_trials(data))} of {data.declaration['trials']} trials begun"
     running = [t for t in data.trials if t.status == "RUNNING"]
     tuning = sum(t.finished and t.phase == "tuning" for t in data.trials)
     missing = data.missing()
@@ -84,7 +84,7 @@ def watch(store: RunStore, name: str, every_s: float = 5.0) -> None:
     """Show a study until all of it is done or a person has seen enough."""
     while True:
         data = load_study(store, name)
-        shown = table(data)
+        shown = progress_table(data)
         print(f"{CLEAR if sys.stdout.isatty() else ''}{shown}", flush=True)
         search = data.declaration.get("kind") == "search"
         if data.status == "FINISHED" if search else not data.missing():

@@ -9,7 +9,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
-from ablations.protocol import TrialResponse, decode_answer, decode_job, encode
+from ablations.protocol import TrialResponse, decode_request, decode_response, encode
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import Stopped
 
@@ -34,14 +34,14 @@ def main(descriptor: int) -> None:
     connection.send_bytes(encode(TrialResponse(-1, "report")))  # Ready.
     while True:
         try:
-            job = decode_job(connection.recv_bytes())
+            job = decode_request(connection.recv_bytes())
         except (EOFError, Stopped):
             return
 
         def told(name: str, value: float, step: int, number: int = job.number) -> bool:
             try:
                 connection.send_bytes(encode(TrialResponse(number, "report", {name: value, "step": step})))
-                return decode_answer(connection.recv_bytes()).kind == "report"
+                return decode_response(connection.recv_bytes()).kind == "report"
             except (EOFError, OSError) as error:
                 raise Stopped("its driver ended") from error
 

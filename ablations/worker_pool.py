@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 
-from ablations.protocol import TrialRequest, TrialResponse, decode_answer, encode
+from ablations.protocol import TrialRequest, TrialResponse, decode_response, encode
 from mmphi.errors import StoreError
 
 COMMAND = (sys.executable, "-m", "ablations.worker")
@@ -98,7 +98,7 @@ class WorkerPool:
             if worker.connection not in speaking:
                 continue
             try:
-                answer = decode_answer(worker.connection.recv_bytes())
+                answer = decode_response(worker.connection.recv_bytes())
             except (EOFError, OSError):
                 worker.process.wait()
                 self._buried(worker, place)

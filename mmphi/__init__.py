@@ -40,23 +40,25 @@ def load(
 
     import torch
 
-    from mmphi.models.checkpoint import load_bundle
+    from mmphi.models.checkpoint import load_checkpoint
     from mmphi.pipeline.process_cache import PROCESS
-    from mmphi.pipeline.warning_filters import quieten
+    from mmphi.pipeline.warning_filters import install_filters
 
-    quieten()
+    install_filters()
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _folder_of(str(model))
     place = torch.device(device) if device else None
-    return load_bundle(folder, device=place, language=language, precision=precision, whisper=whisper, once=PROCESS.once)
+    return load_checkpoint(
+        folder, device=place, language=language, precision=precision, whisper=whisper, once=PROCESS.once
+    )
 
 
 def _folder_of(model: str) -> Path:
     """The files of a run or registered model; those of a run in a local SQLite store are found without mlflow."""
-    from mmphi.tracking.status_reader import glance
+    from mmphi.tracking.status_reader import status_reader
 
-    found = glance().folder(model.removeprefix("runs:/").partition("/")[0])
+    found = status_reader().folder(model.removeprefix("runs:/").partition("/")[0])
     if found is not None:
         return found
     from mmphi.tracking.run_writer import TrackingStore

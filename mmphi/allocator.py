@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
     return bool(libc.mallopt(MMAP_THRESHOLD, MAPPED_FROM)) and bool(libc.mallopt(TRIM_THRESHOLD, KEPT))
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Give the system what this process keeps and does not use: what comes now needs tensors of other sizes."""
     libc = _glibc()
     if libc is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mmphi.benchmarks
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import MmphiError, SettingsError, Stopped
-from mmphi.pipeline.warning_filters import quieten
+from mmphi.pipeline.warning_filters import install_filters
 
 if TYPE_CHECKING:
     from mmphi.stages import Settings
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 after an error that a person can mend; 130 after Ctrl-C; 143 after SIGTERM.
     """
     keep_freed_memory()
-    quieten()
+    install_filters()
     words = list(sys.argv[1:] if arguments is None else arguments)
     with _terminable() as terminated:
         try:
@@ -166,9 +166,9 @@ def _command(words: list[str]) -> int:
     from mmphi.stages import STAGES
 
     if name != "status" and name not in STAGES:
-        from mmphi.config.messages import nearest
+        from mmphi.config.messages import did_you_mean
 
-        near = nearest(name.replace("-", "_"), [*STAGES, "status", "benchmark", GENERATORS, *OWN, *COMMANDS])
+        near = did_you_mean(name.replace("-", "_"), [*STAGES, "status", "benchmark", GENERATORS, *OWN, *COMMANDS])
         raise SettingsError(
             f"there is no command {name!r}", f"did you mean {near}?" if near else "`mmphi --help` lists them"
         )
@@ -216,7 +216,7 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     Raises:
         SettingsError: If a word stands alone that is no key.
     """
-    from mmphi.config.overrides import alone
+    from mmphi.config.overrides import flag_value
 
     options: dict[str, str] = {}
     overrides: dict[str, str] = {}
@@ -236,7 +236,7 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
             elif not words or words[0].startswith("--"):
                 if key == "preset":
                     raise SettingsError("--preset has no value", "give one: --preset tiny")
-                value = alone(word)
+                value = flag_value(word)
             else:
                 value = words.pop(0)
         if not flag:
@@ -259,7 +259,7 @@ def _generators(rest: list[str]) -> int:
         return 0
     from mmphi.stages import load_settings
 
-    return command.write(load_settings(options.get("preset", "tiny"), overrides, "textgen").textgen)
+    return command.run_generators(load_settings(options.get("preset", "tiny"), overrides, "textgen").textgen)
 
 
 def _benchmark(rest: list[str]) -> int:

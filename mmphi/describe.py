@@ -22,7 +22,7 @@ from mmphi.pipeline.manifest import total_bytes
 from mmphi.pipeline.stage import Cost, Result
 from mmphi.stages import STAGES, Settings
 from mmphi.stages.estimates import to_fetch, to_hash
-from mmphi.tracking.status_reader import StatusReader, glance
+from mmphi.tracking.status_reader import StatusReader, status_reader
 
 if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore as Store
@@ -156,7 +156,7 @@ def _shown(value: Any) -> str:
 
 def status(settings: Settings) -> str:
     """The stages as a graph: finished with run and time, or missing with what building would cost."""
-    plan, looked = StageGraph(STAGES), glance()
+    plan, looked = StageGraph(STAGES), status_reader()
     drawn: set[str] = set()
     rows: list[tuple[str, str]] = []
     missing: dict[str, str] = {}  # What the settings name and is not there, by setting.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from reports import ablation_text, figures
-from reports.paired_tests import shares
+from reports.paired_tests import variance_components
 from reports.render import ReportDocument
 from reports.study_query import StudyData
 from reports.study_results import StudyResults
-from reports.tables import is_noise, median_of, tables
-from reports.verdict import headline, sentence
+from reports.tables import is_noise, median_of, report_tables
+from reports.verdict import format_verdict, headline
 
 CURVES = "val/loss", "train/loss"  # The second where the first was hardly measured on the way.
 # Against these the metric is drawn.
@@ -18,7 +18,7 @@ SHOWN_COSTS = ("projector/parameters", "qlora/parameters", "val/text_loss", "cos
 FEWEST_POINTS = 3  # Of a curve that is worth a figure.
 
 
-def ablation(data: StudyData) -> ReportDocument:
+def ablation_report(data: StudyData) -> ReportDocument:
     """The report of a study.
 
     Args:
@@ -35,9 +35,9 @@ def ablation(data: StudyData) -> ReportDocument:
         {
             "study": data.name,
             "question": data.declaration["question"],
-            "partial": ablation_text.partial(data),
+            "partial": ablation_text.missing_trials(data),
             "headline": headline(comparisons, baseline, metric),
-            "sentences": [sentence(c, baseline, metric) for c in comparisons] if len(comparisons) > 1 else [],
+            "sentences": [format_verdict(c, baseline, metric) for c in comparisons] if len(comparisons) > 1 else [],
             "design": ablation_text.design(data),
             "leaves_open": data.declaration.get("leaves_open", ""),
             "warnings": list(ablation_text.warnings(data, metric)),
@@ -45,20 +45,20 @@ def ablation(data: StudyData) -> ReportDocument:
             "budget": ablation_text.budget(data, metric),
             "statistics": ablation_text.STATISTICS,
             "costs_note": ablation_text.costs_note(data, noisy_costs(found)),
-            "held": ablation_text.held(data),
+            "held": ablation_text.held_fixed(data),
             "tuning_notes": list(ablation_text.tuning_notes(data)),
             "failures": ablation_text.failures(data),
             "command": ablation_text.command(data),
         },
     )
-    document.tables |= tables(found)
-    document.figures |= drawn(found)
-    parts = shares({level: of for level, of in found.judged.items() if of})
+    document.tables |= report_tables(found)
+    document.figures |= draw_figures(found)
+    parts = variance_components({level: of for level, of in found.judged.items() if of})
     if parts and len(data.levels) > 1:
         document.figures["importance"] = figures.png(figures.importance(parts))
         document.values = {
             **document.values,
-            "importance": ablation_text.importance(parts.factor, parts.seed, parts.rest),
+            "importance": ablation_text.importance_text(parts.factor, parts.seed, parts.rest),
         }
     return document
 
@@ -74,7 +74,7 @@ def noisy_costs(found: StudyResults) -> list[str]:
     return [named[name] for name in SHOWN_COSTS if name in named and is_noise(found.results.values(), name)]
 
 
-def drawn(found: StudyResults) -> dict[str, bytes]:
+def draw_figures(found: StudyResults) -> dict[str, bytes]:
     """The figures, by name."""
     data, metric, baseline, results = found.data, found.metric, found.baseline, found.results
     made = {}

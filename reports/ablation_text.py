@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from reports.study_query import StudyData
 from reports.study_results import StudyResults
 from reports.tables import failed_at, mean_of, order_of, tried_at, used_at
-from reports.verdict import JudgedMetric, listed
+from reports.verdict import JudgedMetric, join_names
 
 SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.
 EDGE = "the best value lies at the edge of what was tried: a better one may lie beyond"
@@ -36,7 +36,9 @@ def costs_note(data: StudyData, noisy: Sequence[str] = ()) -> str:
     """
     note = COSTS_NOTE + FIRST_TOKEN * ("cost/first_token_s" in data.declaration["costs"])
     if noisy:
-        note += f" Not drawn, because the levels differ by less than twice their spread over seeds: {listed(noisy)}."
+        note += (
+            f" Not drawn, because the levels differ by less than twice their spread over seeds: {join_names(noisy)}."
+        )
     return note
 
 
@@ -46,7 +48,7 @@ def design(data: StudyData) -> str:
     settings = declared["seed_settings"]
     shifted = [level for level, shift in declared.get("shifts", {}).items() if shift]
     paired = (
-        f"The seeds of {listed(shifted)} are others than those of their pairs, on purpose."
+        f"The seeds of {join_names(shifted)} are others than those of their pairs, on purpose."
         if shifted
         else "Trials of one seed see the same batches in the same order and begin from the same random state wherever"
         " shapes allow."
@@ -61,11 +63,10 @@ def design(data: StudyData) -> str:
     judged = f"judged by `{declared['metric']}`{_split_of(data)}"
     replicate = list(declared.get("replicate", []))
     fixed = [name for name in fixed if name not in replicate]
-    repeated, stands = (listed([f"`{name}`" for name in names]) for names in ([*settings, *replicate], fixed))
+    repeated, stands = (join_names([f"`{name}`" for name in names]) for names in ([*settings, *replicate], fixed))
     if draws := int(declared.get("replicates", 0)) if replicate else 0:
-        repeated += (
-            f" ({listed([f'`{name}`' for name in replicate])} in {draws} draws, which are the units that are judged)"
-        )
+        drawn = join_names([f"`{name}`" for name in replicate])
+        repeated += f" ({drawn} in {draws} draws, which are the units that are judged)"
     if not fixed:
         return (
             f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over"
@@ -98,7 +99,7 @@ def seeds_of(data: StudyData) -> str:
     return f"levels at {fewest} to {most} paired seeds"
 
 
-def partial(data: StudyData) -> str:
+def missing_trials(data: StudyData) -> str:
     """That trials are missing, where some are; empty where all that was asked for has ended."""
     lost = data.lost()
     missing = [(level, n) for level, n in data.missing() if n not in lost[level]]
@@ -126,7 +127,7 @@ def warnings(data: StudyData, metric: JudgedMetric) -> Iterator[str]:
             f" verdict. `mmphi studies {data.name} --seeds {data.looks[0]}` raises them."
         )
     if missing := data.missing():
-        cells = listed([f"{level} seed {n}" for level, n in missing[:12]])
+        cells = join_names([f"{level} seed {n}" for level, n in missing[:12]])
         more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
         yield f"{len(missing)} trials that were asked for have no result: {cells}{more}. Their pairs are left out."
     for level, seeds in data.lost().items():
@@ -135,13 +136,14 @@ def warnings(data: StudyData, metric: JudgedMetric) -> Iterator[str]:
     found = [t for t in data.trials if t.phase == "verdict" and t.finished and metric.name in t.metrics]
     cells_found = [(t.level, t.seed) for t in found]
     if twice := sorted({cell for cell in cells_found if cells_found.count(cell) > 1}):
-        cells = listed([f"{level} seed {n}" for level, n in twice])
+        cells = join_names([f"{level} seed {n}" for level, n in twice])
         yield f"{len(twice)} cells have more than one finished run; the oldest counts: {cells}."
     if data.stopped:
-        yield f"Stopped before their last seed: {listed(data.stopped)}."
+        yield f"Stopped before their last seed: {join_names(data.stopped)}."
     commits = {t.tags.get("mmphi.git_commit", "unknown") for t in found}
     if len(commits) > 1:
-        yield f"The trials were run by {len(commits)} commits of the code: {listed(sorted(c[:12] for c in commits))}."
+        names = join_names(sorted(commit[:12] for commit in commits))
+        yield f"The trials were run by {len(commits)} commits of the code: {names}."
 
 
 def budget(data: StudyData, metric: JudgedMetric) -> str:
@@ -157,13 +159,13 @@ def budget(data: StudyData, metric: JudgedMetric) -> str:
     return f"Budgets are equal: {least:,.0f} to {most:,.0f} supervised tokens a trial, whatever the level."
 
 
-def held(data: StudyData) -> str:
+def held_fixed(data: StudyData) -> str:
     """What all levels share beyond the preset."""
     fixed = data.declaration["fixed"]
     shared = ", ".join(f"`{name}` = {value}" for name, value in fixed.items())
     fields = data.declaration.get("fields") or [data.declaration["factor"]]
     return (
-        f"Between levels differ: {listed([f'`{f}`' for f in fields])}. Held fixed beside the preset"
+        f"Between levels differ: {join_names([f'`{f}`' for f in fields])}. Held fixed beside the preset"
         f" `{data.declaration['preset']}`: {shared or 'nothing'}. All settings of a run stand in its `settings.yaml`."
     )
 
@@ -176,7 +178,7 @@ def failures(data: StudyData) -> str:
     return first + resumed
 
 
-def importance(factor: float, seed: float, rest: float) -> str:
+def importance_text(factor: float, seed: float, rest: float) -> str:
     """The shares of the variance in words."""
     return (
         f"Of the variance between all trials the factor explains {factor:.0%}, the seed alone {seed:.0%}, and"
@@ -203,7 +205,7 @@ def tuning_notes(data: StudyData) -> Iterator[str]:
     for level in data.levels:
         tried, used = tried_at(data, level), used_at(data, level)
         if len(used) > 1:
-            yield f"{level}: {len(used)} values were used, {listed([', '.join(values) for values in used])}."
+            yield f"{level}: {len(used)} values were used, {join_names([', '.join(values) for values in used])}."
         for place, (name, declared) in enumerate(data.declaration["nuisance"].items()):
             # A value that failed was tried, too: the best value next to it does not lie at an edge.
             everything = {values[place] for values, _ in tried} | {values[place] for values in failed_at(data, level)}

@@ -51,9 +51,9 @@ def report(arguments: Sequence[str]) -> int:
     from mmphi.tracking.run_store import RunStore
 
     store = RunStore()
-    begun = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
-    if begun:
-        store.record_beside(begun, f"report {given['study'] or options.kind}")
+    study_names = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
+    if study_names:
+        store.record_beside(study_names, f"report {given['study'] or options.kind}")
     if options.kind == "ablation":
         made = _ablation(store, given["study"])
     else:
@@ -65,7 +65,7 @@ def report(arguments: Sequence[str]) -> int:
         (folder / name).write_bytes(content)
     if not options.no_log:
         for name in files:
-            for run_id in filter(None, (*made.about, begun)):
+            for run_id in filter(None, (*made.about, study_names)):
                 store.client.log_artifact(run_id, str(folder / name), "report")
     values = made.document.values
     print(str(values.get("headline") or values["best"]).replace("**", ""))
@@ -77,26 +77,26 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def _ablation(store: RunStore, study: str) -> WrittenReport:
-    from reports.ablation import CURVES, ablation
-    from reports.search import search
-    from reports.study_query import begun, load_study
+    from reports.ablation import CURVES, ablation_report
+    from reports.search import search_report
+    from reports.study_query import load_study, study_names
 
     if not study:
-        there = ", ".join(begun(store)) or "none yet"
+        there = ", ".join(study_names(store)) or "none yet"
         raise SettingsError("which study is the report about?", f"--study NAME; the store has: {there}")
     data = load_study(store, study, CURVES)
-    document = search(data) if data.declaration.get("kind") == "search" else ablation(data)
+    document = search_report(data) if data.declaration.get("kind") == "search" else ablation_report(data)
     return WrittenReport(document, study, {data.run_id: data.link(data.run_id)})
 
 
 def _pretraining(store: RunStore, chosen: str) -> WrittenReport:
-    from reports.pretraining import pretraining
+    from reports.pretraining import pretraining_report
     from reports.pretraining_query import load_pretrainings
     from reports.references import reference_of
 
     runs = load_pretrainings(store, [name.strip() for name in chosen.split(",") if name.strip()])
     # It is kept with the run that its verdict is about.
-    return WrittenReport(pretraining(runs, reference_of()), "pretraining", {runs[0].run_id: runs[0].link})
+    return WrittenReport(pretraining_report(runs, reference_of()), "pretraining", {runs[0].run_id: runs[0].link})
 
 
 def _benchmarks(store: RunStore) -> WrittenReport:

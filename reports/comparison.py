@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reports.divergence import diverged, p_of_rates
-from reports.interim_looks import corrected
-from reports.paired_tests import ALPHA, Interval, both_agree, equivalence, holm, interval, typical
+from reports.interim_looks import correct_for_looks
+from reports.paired_tests import ALPHA, Interval, combined_p, equivalence, hodges_lehmann, holm, interval
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Comparison:
         level: Which.
         n: Pairs of seeds; pairs of draws where a study has fewer draws than seeds.
         difference: Mean of level minus baseline.
-        typical: Hodges-Lehmann estimate of it, which outliers hardly move.
+        hodges_lehmann: Hodges-Lehmann estimate of it, which outliers hardly move.
         interval: Of the mean.
         without_one: From where to where the mean lies if any one pair is left out.
         deviation: Standard deviation of the differences.
@@ -38,7 +38,7 @@ class Comparison:
     level: str
     n: int
     difference: float
-    typical: float
+    hodges_lehmann: float
     interval: Interval | None
     without_one: Interval | None
     deviation: float
@@ -118,9 +118,11 @@ def compare(
     # else the verdicts of an unfinished study would hang on the order of its trials.
     tested = [level for level in others if len(pairs[level]) or level not in how.empty]
     ps = dict.fromkeys(others, 1.0)
-    ps |= zip(tested, holm([corrected(both_agree(pairs[level]), how.looks) for level in tested]), strict=True)
+    ps |= zip(tested, holm([correct_for_looks(combined_p(pairs[level]), how.looks) for level in tested]), strict=True)
     same = dict.fromkeys(others, 1.0)
-    same |= zip(tested, holm([corrected(equivalence(pairs[x], how.margin), how.looks) for x in tested]), strict=True)
+    same |= zip(
+        tested, holm([correct_for_looks(equivalence(pairs[x], how.margin), how.looks) for x in tested]), strict=True
+    )
     both_lost = {level: _lost_of_both(levels, level, baseline, until[level], lost) for level in others}
     rates = holm([p_of_rates(*both_lost[level]) for level in others])
     return [
@@ -128,7 +130,7 @@ def compare(
             level,
             len(values := pairs[level]),
             float(np.mean(values)) if len(values) else float("nan"),
-            typical(values) if len(values) else float("nan"),
+            hodges_lehmann(values) if len(values) else float("nan"),
             interval(values),
             _without_one(values),
             float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),

@@ -18,7 +18,7 @@ from reports.power import p_values
 DRAWS = 20_000
 
 
-def corrected(p: float, looks: Sequence[int]) -> float:
+def correct_for_looks(p: float, looks: Sequence[int]) -> float:
     """A p value corrected for the looks that a study declares.
 
     Args:
@@ -37,7 +37,7 @@ def _smallest(looks: tuple[int, ...]) -> NDArray[np.float64]:
     return np.asarray(np.min([p_values(drawn[:, :look]) for look in looks], axis=0))
 
 
-def reached(ended: int, looks: Sequence[int]) -> int | None:
+def looks_reached(ended: int, looks: Sequence[int]) -> int | None:
     """The last look that a study has come to; nothing before the first one.
 
     Args:

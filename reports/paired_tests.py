@@ -107,7 +107,7 @@ def sign_flip(differences: Values, alternative: str = "two-sided") -> float:
     if len(sample) < 2 or not np.any(sample):
         return 1.0
     # Equal means of different patterns must count as equal, whatever order they were summed in.
-    means, seen = patterns(len(sample)) @ sample, sample.sum()
+    means, seen = sign_patterns(len(sample)) @ sample, sample.sum()
     close = 1e-12 * np.abs(sample).sum()
     greater, less = np.mean(means >= seen - close), np.mean(means <= seen + close)
     if alternative != "two-sided":
@@ -115,7 +115,7 @@ def sign_flip(differences: Values, alternative: str = "two-sided") -> float:
     return float(np.mean(np.abs(means) >= abs(seen) - close))
 
 
-def signed_ranks(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+def signed_rank_values(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks of the sizes of differences, with their signs; of differences of one size the mean rank, of 0 none.
 
     Their sign-flip test is Wilcoxon's signed-rank test, exact with ties, too.
@@ -127,14 +127,14 @@ def signed_ranks(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.sign(differences) * ranks, dtype=float)
 
 
-def typical(differences: Values) -> float:
+def hodges_lehmann(differences: Values) -> float:
     """The Hodges-Lehmann estimate: the median of all means of two differences, which outliers hardly move."""
     sample = _sample(differences)
     first, second = np.triu_indices(len(sample))
     return float(np.median((sample[first] + sample[second]) / 2))
 
 
-def both_agree(differences: Values, alternative: str = "two-sided") -> float:
+def combined_p(differences: Values, alternative: str = "two-sided") -> float:
     """The larger p of the sign-flip tests of the differences and of their signed ranks; 1 where their signs differ.
 
     A few values that lie far off decide the first alone, so that no verdict rests on them.
@@ -142,14 +142,14 @@ def both_agree(differences: Values, alternative: str = "two-sided") -> float:
     sample = _sample(differences)
     if len(sample) < 2:
         return 1.0
-    ranks = signed_ranks(sample)
+    ranks = signed_rank_values(sample)
     if alternative == "two-sided" and sample.sum() * ranks.sum() < 0:
         return 1.0
     return max(sign_flip(sample, alternative), sign_flip(ranks, alternative))
 
 
 @cache
-def patterns(n: int) -> NDArray[np.float64]:
+def sign_patterns(n: int) -> NDArray[np.float64]:
     """All patterns of n signs, shape (2^n, n); for many values as many at random, the pattern that was seen first."""
     if n <= EXACT_UP_TO:
         bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
@@ -180,7 +180,7 @@ def equivalence(differences: Values, margin: float) -> float:
     sample = _sample(differences)
     if margin <= 0 or len(sample) < 2:
         return 1.0
-    return max(both_agree(sample + margin, "greater"), both_agree(sample - margin, "less"))
+    return max(combined_p(sample + margin, "greater"), combined_p(sample - margin, "less"))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -208,7 +208,7 @@ class VarianceShares:
     rest: float
 
 
-def shares(levels: Mapping[str, Mapping[int, float]]) -> VarianceShares | None:
+def variance_components(levels: Mapping[str, Mapping[int, float]]) -> VarianceShares | None:
     """Shares of the variance, over the seeds that all levels have.
 
     Nothing where there is no variance, or fewer than two levels or seeds: one seed explains nothing, whatever it gives.

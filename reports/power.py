@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from reports.paired_tests import ALPHA, patterns, signed_ranks, smallest_p
+from reports.paired_tests import ALPHA, sign_patterns, signed_rank_values, smallest_p
 
 POWER = 0.8
 MOST_SEEDS = 10_000
@@ -51,12 +51,12 @@ def _simulated(ratio: float, n: int, alpha: float) -> float:
 
 
 def p_values(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """:func:`reports.paired_tests.both_agree` of many samples, shape (samples, n), at once."""
+    """:func:`reports.paired_tests.combined_p` of many samples, shape (samples, n), at once."""
     signs = _half(samples.shape[1])
     found = []
     for part in np.array_split(samples, -(-len(samples) * len(signs) // AT_ONCE)):
         of_part = []
-        for values in (part, signed_ranks(part)):
+        for values in (part, signed_rank_values(part)):
             sums = np.abs(values @ signs.T)
             of_part.append((sums >= np.abs(values.sum(axis=1))[:, None] * (1 - 1e-12)).mean(axis=1))
         found.append(np.max(of_part, axis=0))
@@ -67,7 +67,7 @@ def p_values(samples: NDArray[np.float64]) -> NDArray[np.float64]:
 def _half(n: int) -> NDArray[np.float64]:
     """Patterns of signs, the one without a change first; the other half has all signs turned, and the same sums."""
     if n <= EXACT_UP_TO:
-        return patterns(n)[: 2 ** (n - 1)]
+        return sign_patterns(n)[: 2 ** (n - 1)]
     bits = np.random.default_rng(0).integers(0, 2, (2 ** (EXACT_UP_TO - 1), n))
     bits[0] = 0
     signs: NDArray[np.float64] = (1.0 - 2.0 * bits).astype(np.float64)

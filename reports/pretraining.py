@@ -11,7 +11,7 @@ from reports.pretraining_query import Pretraining
 from reports.references import Reference, original_run
 from reports.render import ReportDocument, ReportTable, plain
 from reports.scaling import Outlook
-from reports.verdict import listed
+from reports.verdict import join_names
 
 TARGETS = {"initial-1": "initial - 1", "7": "7 nats", "5": "5 nats", "reference-plus-1": "reference + 1"}
 SHOWN = (
@@ -27,7 +27,7 @@ PLACES |= {
 }
 
 
-def pretraining(runs: Sequence[Pretraining], reference: Reference) -> ReportDocument:
+def pretraining_report(runs: Sequence[Pretraining], reference: Reference) -> ReportDocument:
     """The report.
 
     Args:
@@ -82,8 +82,8 @@ def _protocol(runs: Sequence[Pretraining], reference: Reference) -> str:
         return f"No run was scored on {reference.text}: `--public_text FILE` of `mmphi pretrain` does so."
     contexts = sorted({int(run.params["pretrain.context"]) for run in runs})
     windows = sorted({int(run.params.get("pretrain.public_windows", "0")) for run in runs})
-    own = f"windows of {listed([f'{min(c, 2048):,}' for c in contexts])} tokens, the longest that these models read"
-    few = "" if windows == [0] else f", the first {listed([str(w) for w in windows])} of them"
+    own = f"windows of {join_names([f'{min(c, 2048):,}' for c in contexts])} tokens, the longest that these models read"
+    few = "" if windows == [0] else f", the first {join_names([str(w) for w in windows])} of them"
     same = contexts == [2048] and windows == [0]
     if same:
         return f"Scored by the same protocol: {reference.protocol}."

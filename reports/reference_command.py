@@ -31,7 +31,7 @@ def reference(arguments: Sequence[str]) -> int:
     parser.add_argument("--revision", default="", help="of a hub model [the newest]")
     parser.add_argument("--out", type=Path, default=FOLDER / "measured", help="folder to store it in")
     options = parser.parse_args(list(arguments))
-    found = measure(options)
+    found = measure_reference(options)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', found['model'] + '-' + found['text'])}.json"
     file.write_text(json.dumps(found, indent=1) + "\n")
@@ -41,7 +41,7 @@ def reference(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure_reference(options: argparse.Namespace) -> dict[str, Any]:
     """The figures, and all that repeats them.
 
     Raises:
@@ -62,13 +62,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from mmphi.data.content_hash import file_digest
     from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
     from mmphi.models.device import this_device
-    from mmphi.models.language.language_model import load_language
+    from mmphi.models.language.language_model import load_language_model
 
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     settings = LanguageSettings(model=options.lm, precision=precision, revision=options.revision)
-    language = load_language(settings, None, this_device())
+    language = load_language_model(settings, None, this_device())
     most = int(getattr(language.model.config, "max_position_embeddings", 0) or options.window)
     window = min(options.window, most)
     protocol = PerplexityProtocol(window, options.stride or window, options.tail, options.max_windows)

@@ -142,7 +142,7 @@ class LawFit:
     squares: float
 
 
-def fits(total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> list[LawFit]:
+def fit_laws(total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> list[LawFit]:
     """The law of each kind of least weighted squares, the better one first; one alone where nothing cooled down."""
     kinds: tuple[Kind, ...] = ("fixed", "proportional") if np.ptp(cooled) > COOLED else ("fixed",)
     found = [_fit(kind, total, cooled, losses, weights) for kind in kinds]
@@ -280,14 +280,14 @@ class Outlook:
         total, cooled, losses, weights = curve.points()
         if len(losses) < LEAST_POINTS:
             return cls(curve, (), math.nan, "hardly any of it lies below its first nat")
-        found = fits(total, cooled, losses, weights)
+        found = fit_laws(total, cooled, losses, weights)
         # A cooling down that the first part has not seen cannot be foretold from it: it is no part of the test.
         tried = cooled < COOLED if curve.schedule.kind == "wsd" else np.ones(len(total), dtype=bool)
         early = tried & (total <= BACKTEST_SHARE * total[tried].max()) if tried.any() else tried
         late = tried & ~early
         if early.sum() < LEAST_POINTS // 2 or not late.any():
             return cls(curve, found, math.nan, "too little of it lies in its first part to try the law on the rest")
-        before = fits(total[early], cooled[early], losses[early], weights[early])[0].law
+        before = fit_laws(total[early], cooled[early], losses[early], weights[early])[0].law
         foretold = before(total[late], cooled[late])
         missed = float(np.average(np.abs(foretold - losses[late]), weights=weights[late] ** 2))
         refusal = ""
@@ -312,7 +312,7 @@ class Outlook:
             starts = rng.integers(0, max(1, len(residuals) - BLOCK + 1), -(-len(residuals) // BLOCK))
             drawn = np.concatenate([residuals[a : a + BLOCK] for a in starts])[: len(residuals)]
             losses = law(total, cooled) + drawn / weights
-            pairs.append((law, fits(total, cooled, losses, weights)[0].law))
+            pairs.append((law, fit_laws(total, cooled, losses, weights)[0].law))
         return pairs
 
     def _truths(self) -> Iterator[tuple[LawCoefficients, Floats, np.random.Generator]]:

@@ -15,8 +15,8 @@ from reports.ablation_text import command
 from reports.paired_tests import interval
 from reports.render import ReportDocument, ReportTable
 from reports.study_query import StudyData, Trial
-from reports.tables import environment, linked
-from reports.verdict import listed, number, range_of
+from reports.tables import environment, run_link
+from reports.verdict import format_number, interval_text, join_names
 
 PRUNED = "Pruned:"
 SHOWN = 8  # Trials in the table of the best.
@@ -51,7 +51,7 @@ class SearchTrial:
         return float(np.mean(found)) if found else float("nan")
 
 
-def tried(data: StudyData) -> list[SearchTrial]:
+def search_trials(data: StudyData) -> list[SearchTrial]:
     """The trials of a search, in order of number."""
     objectives, space = list(data.declaration["objectives"]), list(data.declaration["space"])
     seeds = len(data.declaration["seeds"])
@@ -72,7 +72,7 @@ def tried(data: StudyData) -> list[SearchTrial]:
     return found
 
 
-def search(data: StudyData) -> ReportDocument:
+def search_report(data: StudyData) -> ReportDocument:
     """The report of a search.
 
     Args:
@@ -82,7 +82,7 @@ def search(data: StudyData) -> ReportDocument:
         StoreError: If no trial has a result.
     """
     objectives: dict[str, str] = data.declaration["objectives"]
-    trials = tried(data)
+    trials = search_trials(data)
     whole = [t for t in trials if not t.pruned and all(t.values[o] for o in objectives)]
     if not whole:
         raise StoreError(f"no trial of the search {data.name} is finished", f"mmphi ablate {data.name} goes on with it")
@@ -137,15 +137,15 @@ def pareto(trials: Sequence[SearchTrial], objectives: Mapping[str, str]) -> list
 
 def _best(shown: Sequence[SearchTrial], objectives: Mapping[str, str], data: StudyData) -> str:
     if len(objectives) > 1:
-        names = listed([f"`{o}`" for o in objectives])
+        names = join_names([f"`{o}`" for o in objectives])
         return f"{len(shown)} trials that no other beats in both {names} (the Pareto front):"
     (objective,) = objectives
     best = shown[0]
     settings = ", ".join(f"`{name}` = {value}" for name, value in best.params.items())
     seeds = len(best.values[objective])
-    around = range_of(interval(best.values[objective])) if seeds > 1 else "one seed"
+    around = interval_text(interval(best.values[objective])) if seeds > 1 else "one seed"
     return (
-        f"Best of {len(shown)} whole trials: {settings}, with {objective} {number(best.mean(objective), 4)}"
+        f"Best of {len(shown)} whole trials: {settings}, with {objective} {format_number(best.mean(objective), 4)}"
         f" {data.declaration['unit']} ({around}, {seeds} seed{'s' if seeds > 1 else ''})."
     )
 
@@ -153,8 +153,8 @@ def _best(shown: Sequence[SearchTrial], objectives: Mapping[str, str], data: Stu
 def _table(data: StudyData, trials: Sequence[SearchTrial], objectives: Mapping[str, str]) -> ReportTable:
     rows = []
     for t in trials:
-        links = " ".join(linked(data, run) for run in t.runs)
-        values = [number(t.mean(o), 4) for o in objectives]
+        links = " ".join(run_link(data, run) for run in t.runs)
+        values = [format_number(t.mean(o), 4) for o in objectives]
         seeds = max(len(v) for v in t.values.values())
         rows.append([t.name, *t.params.values(), *values, seeds, t.pruned or "-", links])
     means = [f"mean {o}" for o in objectives]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mmphi.config.messages import nearest
+from mmphi.config.messages import did_you_mean
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.run_tracker import params_of
 
@@ -202,7 +202,7 @@ class StudyData:
         return f"{self.address}/#/experiments/{self.experiment}/runs/{run_id}"
 
 
-def over_training(history: Sequence[Metric]) -> list[tuple[int, float]]:
+def training_curve(history: Sequence[Metric]) -> list[tuple[int, float]]:
     """Steps and values of a metric, without the figure that a stage leaves at its end, which has no step."""
     last = max((m.timestamp for m in history if m.step), default=None)
     return sorted((m.step, m.value) for m in history if m.step or last is None or m.timestamp < last)
@@ -223,8 +223,8 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
     """
     record = next(store.search(**{RECORD: name}), None)
     if record is None:
-        there = begun(store)
-        near = nearest(name, there)
+        there = study_names(store)
+        near = did_you_mean(name, there)
         hint = f"did you mean {near}?" if near else f"there are {', '.join(there)}" if there else f"mmphi ablate {name}"
         raise SettingsError(f"{store.uri} has no study {name!r}", hint)
     declaration = store.json_of(record, DECLARATION)
@@ -235,7 +235,7 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
     points: dict[str, list[tuple[int, float]]] = {}
     drawn, most = "", -1
     for metric in curves:
-        of_run = {run_id: over_training(store.client.get_metric_history(run_id, metric)) for run_id in judged}
+        of_run = {run_id: training_curve(store.client.get_metric_history(run_id, metric)) for run_id in judged}
         measured = min(CURVE_POINTS, max(map(len, of_run.values()), default=0))
         if measured > most:
             drawn, points, most = metric, of_run, measured
@@ -296,7 +296,7 @@ def trial_of(run: Run) -> Trial:
     )
 
 
-def begun(store: RunStore) -> list[str]:
+def study_names(store: RunStore) -> list[str]:
     """Names of the studies that the store has."""
     experiments = [str(e.experiment_id) for e in store.client.search_experiments()]
     found = store.client.search_runs(experiments, f"tags.`mmphi.{RECORD}` != ''", max_results=1000)

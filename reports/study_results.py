@@ -9,7 +9,7 @@ import numpy as np
 
 from mmphi.errors import StoreError
 from reports.comparison import Comparison, Judging, compare, lost_runs
-from reports.interim_looks import reached
+from reports.interim_looks import looks_reached
 from reports.paired_tests import Interval, interval
 from reports.study_query import StudyData, Trial
 from reports.verdict import JudgedMetric
@@ -89,7 +89,7 @@ def judging_of(data: StudyData, metric: JudgedMetric) -> Judging:
     """How a study is judged, and over which of the seeds that it has by now."""
     baseline = str(data.declaration["baseline"])
     ended = {level: data.ended(level) for level in data.levels}
-    until = {level: reached(min(ended[level], ended.get(baseline, 0)), data.looks) for level in data.levels}
+    until = {level: looks_reached(min(ended[level], ended.get(baseline, 0)), data.looks) for level in data.levels}
     return Judging(metric.margin, metric.less, data.looks, until, data.draw(), data.lost(), _without_results(data))
 
 

@@ -11,13 +11,13 @@ from reports.paired_tests import interval
 from reports.render import ReportTable
 from reports.study_query import StudyData, Trial
 from reports.study_results import StudyResults
-from reports.verdict import ends_of, number, p_value
+from reports.verdict import format_interval, format_number, format_p
 
 # Of every level: the interval of its mean, then what is to be said of it beside the baseline.
 LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval of it", "p (Holm)", "verdict", "tokens")
 
 
-def tables(found: StudyResults) -> dict[str, ReportTable]:
+def report_tables(found: StudyResults) -> dict[str, ReportTable]:
     """All tables of the report, by name."""
     data, metric, declared = found.data, found.metric, found.data.declaration
     beside = {c.level: c for c in found.comparisons}
@@ -25,32 +25,32 @@ def tables(found: StudyResults) -> dict[str, ReportTable]:
     against: list[str]
     for level in data.levels:
         trials, comparison = {n: found.results[level][n] for n in found.judged[level]}, beside.get(level)
-        mean = number(found.means[level], 4) if level in found.means else "-"
+        mean = format_number(found.means[level], 4) if level in found.means else "-"
         if comparison is None or comparison.n == 0:
             against = ["baseline" if level == found.baseline else "-", "-", "-", "-"]
         else:
             against = [
-                number(comparison.difference),
-                ends_of(comparison.interval),
-                "-" if comparison.interim else p_value(comparison.p).removeprefix("p = "),
+                format_number(comparison.difference),
+                format_interval(comparison.interval),
+                "-" if comparison.interim else format_p(comparison.p).removeprefix("p = "),
                 comparison.verdict,
             ]
         tokens = mean_of(trials, f"{declared['stage']}/supervised_tokens")
-        around = ends_of(found.intervals[level])
+        around = format_interval(found.intervals[level])
         rows.append([level, len(trials), mean, around, *against, f"{tokens:,.0f}" if tokens else "-"])
         costs.append([level, *(_cost(median_of(trials, name)) for name in declared["costs"])])
     made = {
         "levels": ReportTable([declared["factor"], "n", f"mean {metric.name}", *LEVEL_COLUMNS], rows),
         "robustness": robustness(found),
         "costs": ReportTable([declared["factor"], *declared["costs"].values()], costs),
-        "trials": by_seed(found),
+        "trials": seed_table(found),
         "environment": environment(data),
     }
     made |= _tuning(data) | _also(found) | _exploratory(found)
     if failed := data.failed():
         made["failed"] = ReportTable(
             ["phase", "level", "seed", "status", "reason", "run"],
-            [[t.phase, t.level, t.seed, t.status, t.reason or "-", linked(data, t)] for t in failed],
+            [[t.phase, t.level, t.seed, t.status, t.reason or "-", run_link(data, t)] for t in failed],
         )
     if data.changes:
         made["changes"] = ReportTable(
@@ -66,11 +66,11 @@ def robustness(found: StudyResults) -> ReportTable:
         [
             c.level,
             c.n,
-            number(c.difference),
-            number(c.typical),
-            ends_of(c.without_one),
+            format_number(c.difference),
+            format_number(c.hodges_lehmann),
+            format_interval(c.without_one),
             f"{c.lost[0]} and {c.lost[1]}",
-            p_value(c.p_lost).removeprefix("p = ") if any(c.lost) else "-",
+            format_p(c.p_lost).removeprefix("p = ") if any(c.lost) else "-",
         ]
         for c in found.comparisons
     ]
@@ -86,24 +86,26 @@ def _also(found: StudyResults) -> dict[str, ReportTable]:
         for name in also:
             of = {n: found.results[level][n].metrics.get(name) for n in found.judged[level]}
             values = [value for value in of.values() if value is not None]
-            row.append(f"{number(float(np.mean(values)), 4)} ({ends_of(interval(values))})" if values else "-")
+            row.append(
+                f"{format_number(float(np.mean(values)), 4)} ({format_interval(interval(values))})" if values else "-"
+            )
         rows.append(row)
     return {"also": ReportTable([found.data.declaration["factor"], *also.values()], rows)} if also else {}
 
 
 def _exploratory(found: StudyResults) -> dict[str, ReportTable]:
     """All seeds, where there are more than the study declared."""
-    rows = [[c.level, c.n, number(c.difference), ends_of(c.interval)] for c in found.exploratory]
+    rows = [[c.level, c.n, format_number(c.difference), format_interval(c.interval)] for c in found.exploratory]
     columns = [found.data.declaration["factor"], "pairs", "minus the baseline", "95 % interval"]
     return {"exploratory": ReportTable(columns, rows)} if rows else {}
 
 
-def linked(data: StudyData, trial: Trial) -> str:
+def run_link(data: StudyData, trial: Trial) -> str:
     """A short link to a run."""
     return f"[{trial.run_id[:8]}]({data.link(trial.run_id)})"
 
 
-def by_seed(found: StudyResults) -> ReportTable:
+def seed_table(found: StudyResults) -> ReportTable:
     """The metric of every trial, a seed a row, each a link to its run."""
     data, metric, results = found.data, found.metric, found.results
     numbers = sorted({n for of in results.values() for n in of})
@@ -113,7 +115,7 @@ def by_seed(found: StudyResults) -> ReportTable:
         if trial is None:
             return "-"
         left_out = " diverged" if n in found.lost[level] else ""
-        return f"[{number(trial.metrics[metric.name], 4)}]({data.link(trial.run_id)}){left_out}"
+        return f"[{format_number(trial.metrics[metric.name], 4)}]({data.link(trial.run_id)}){left_out}"
 
     rows = [[n, *(cell(level, n) for level in data.levels)] for n in numbers]
     return ReportTable(["seed", *data.levels], rows)
@@ -122,7 +124,7 @@ def by_seed(found: StudyResults) -> ReportTable:
 def _cost(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else number(value, 3)
+    return f"{value:,.0f}" if abs(value) >= 100 else format_number(value, 3)
 
 
 def _tuning(data: StudyData) -> dict[str, ReportTable]:
@@ -131,8 +133,8 @@ def _tuning(data: StudyData) -> dict[str, ReportTable]:
     rows = []
     for level in data.levels:
         shown = [
-            f"{', '.join(map(str, values))}: {number(float(np.mean(of)), 4)}"
-            + (f" ({number(min(of), 4)} to {number(max(of), 4)})" if len(of) > 1 else "")
+            f"{', '.join(map(str, values))}: {format_number(float(np.mean(of)), 4)}"
+            + (f" ({format_number(min(of), 4)} to {format_number(max(of), 4)})" if len(of) > 1 else "")
             for values, of in tried_at(data, level)
         ]
         used = [", ".join(map(str, values)) for values in used_at(data, level)]

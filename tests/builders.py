@@ -21,7 +21,7 @@ from mmphi.config import LanguageSettings
 from mmphi.config.declared_view import SettingsView
 from mmphi.data.content_hash import content_digest
 from mmphi.data.schema import Example, ImageRef, Turn
-from mmphi.data.tokenized_dataset import encode_example
+from mmphi.data.tokenized_dataset import tokenize_example
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages import Settings
@@ -99,7 +99,7 @@ def of_length(tokens: int = FEATURE_TOKENS) -> Callable[[ImageRef], int]:
 
 def encode(example: Example, prompt: Prompt, tokens: int, max_length: int) -> Any:
     """An example as a sequence."""
-    return encode_example(example, prompt, of_length(tokens), max_length)
+    return tokenize_example(example, prompt, of_length(tokens), max_length)
 
 
 def context(stage: Stage, folder: Path, settings: Settings, **given: Any) -> Context:

@@ -12,7 +12,7 @@ from builders import RandomFeatures, Recorder, encode, example, tiny_language
 from mmphi.config import TrainingSettings
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.training.packed_dataset import packed_steps
+from mmphi.training.packed_dataset import packed_dataset
 from mmphi.training.trainer import TrainingResult, train
 
 ANSWERS = ["a dog", "two men on a bench", "snow", "a cat sits", "the red bus turns left", "b" * 60, "it rains", "ok"]
@@ -43,7 +43,7 @@ def trained(
     with model.recomputing(settings.gradient_checkpointing):
         return train(
             model,
-            packed_steps(samples, {"image": RandomFeatures()}, settings),
+            packed_dataset(samples, {"image": RandomFeatures()}, settings),
             settings,
             folder=folder,
             **{"tracker": Recorder(), "title": "test"} | options,

@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 
 from mmphi.config import VisionSettings
 from mmphi.data.schema import Example, ImageRef, Turn
-from mmphi.models.checkpoint import bundle_digest, load_bundle
+from mmphi.models.checkpoint import checkpoint_digest, load_checkpoint
 from mmphi.models.language.adapter import adapter_digest
-from mmphi.models.language.language_model import language_digest
+from mmphi.models.language.language_model import language_model_digest
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.models.vision.vision_encoder import load_tower
+from mmphi.models.vision.vision_encoder import load_vision_encoder
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.cache_key import consumed
 from mmphi.stages import STAGES, load_settings
@@ -105,7 +105,7 @@ def test_digests(golden: Recorded, own: str, tmp_path: Path) -> None:
     common = {"model": own, "pretrained": str(tmp_path / "weights.safetensors")}
     device = torch.device("cpu")
     found = {
-        f"vision {json.dumps(changes)}": load_tower(VisionSettings(**common, **changes), device).digest
+        f"vision {json.dumps(changes)}": load_vision_encoder(VisionSettings(**common, **changes), device).digest
         for changes in ({}, {"layer": -2}, {"cls": "keep"}, {"pool": 2})
     }
     projector = Projector(ProjectorConfig(12, 32, layers=2, norm=True, whiten=True))
@@ -114,13 +114,13 @@ def test_digests(golden: Recorded, own: str, tmp_path: Path) -> None:
     (tmp_path / "model" / "mmphi.json").write_text(
         '{"format": 1, "language": {"model": "owner/model", "digest": "hub:1"}}'
     )
-    found["model with a projector"] = bundle_digest(tmp_path / "model")
+    found["model with a projector"] = checkpoint_digest(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "language")
     for path in (tmp_path / "language").iterdir():
         path.unlink()  # The libraries' own files may differ from version to version.
     (tmp_path / "language" / "config.json").write_text("{}")
     (tmp_path / "language" / "model.safetensors").write_bytes(b"weights")
-    found["language model"] = language_digest(str(tmp_path / "language"), "")
+    found["language model"] = language_model_digest(str(tmp_path / "language"), "")
     golden.write("digests", found)
     assert found == golden.read("digests")
 
@@ -168,7 +168,7 @@ def behaviour(model: Multimodal, image: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 def test_models_that_earlier_versions_saved_load_and_answer_as_they_did(folder: Path, tmp_path: Path) -> None:
-    found = behaviour(load_bundle(folder), picture(tmp_path))
+    found = behaviour(load_checkpoint(folder), picture(tmp_path))
     recorded = json.loads((folder.parent / f"{folder.name}.json").read_text())
     assert found["answer"] == recorded["answer"]
     assert found["loss"] == pytest.approx(recorded["loss"], abs=1e-3)
@@ -187,7 +187,7 @@ def test_the_format_of_today_is_among_the_stored_models(
     if golden.record and format_of(tmp_path / "saved") not in map(format_of, stored):
         folder = GOLDEN / "models" / f"{stage}-{len(stored) + 1}"
         copy_small(tmp_path / "saved", folder)
-        told = json.dumps(behaviour(load_bundle(folder), picture(tmp_path)), indent=1)
+        told = json.dumps(behaviour(load_checkpoint(folder), picture(tmp_path)), indent=1)
         (folder.parent / f"{folder.name}.json").write_text(told + "\n")
         stored.append(folder)
     assert format_of(tmp_path / "saved") in map(format_of, stored), "record it with --record-golden"

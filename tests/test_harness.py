@@ -20,7 +20,7 @@ from mmphi.data.schema import ImageRef
 from mmphi.data.tokenized_dataset import image_inputs
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.packing import pack
-from mmphi.text.tokenized_example import encode
+from mmphi.text.tokenized_example import tokenize_conversation
 from mmphi.tracking.run_writer import TrackingStore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +144,6 @@ def loss(asked: Asked, path: str, question: str, answer: str) -> float:
     """Of an answer without its end, in nats per token."""
     model = asked.model
     inputs = image_inputs(asked.images(path), model.length)
-    rows = pack([encode([(question, answer)], inputs, model.language.prompt, 256)], model.sources)
+    rows = pack([tokenize_conversation([(question, answer)], inputs, model.language.prompt, 256)], model.sources)
     logits = model.packed.logits(rows)[:-1]
     return torch.nn.functional.cross_entropy(logits.float(), rows["targets"][:-1]).item()

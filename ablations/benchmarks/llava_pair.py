@@ -92,9 +92,9 @@ def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, 
 
     from ablations.study import settings_of
     from mmphi.data.dataset_builder import read_examples
-    from mmphi.data.mixture import mixture
-    from mmphi.data.tokenized_dataset import encode_example, encoded
-    from mmphi.models.language.language_model import load_language
+    from mmphi.data.mixture import mixture_indices
+    from mmphi.data.tokenized_dataset import tokenize_example, tokenized_examples
+    from mmphi.models.language.language_model import load_language_model
     from mmphi.models.projector import Projector, ProjectorConfig
     from mmphi.pipeline.build import Pipeline
     from mmphi.stages import STAGES
@@ -110,10 +110,10 @@ def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, 
             scenes = pipeline.result("scenes", settings)
             assert scenes is not None
             examples, _ = read_examples(settings.data, scenes.path)
-            language = load_language(settings.language, None, torch.device("cpu"))
+            language = load_language_model(settings.language, None, torch.device("cpu"))
             conversations = language.prompt, lambda _: tokens, chosen.max_length
-            sequences = encoded([e for e in examples if e.split == "train"], *conversations)
-            places = mixture(sequences.sources, settings.data)
+            sequences = tokenized_examples([e for e in examples if e.split == "train"], *conversations)
+            places = mixture_indices(sequences.sources, settings.data)
             order = PackedStepDataset(
                 [sequences[place] for place in places],
                 {},
@@ -122,7 +122,7 @@ def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, 
                 packs_per_step=1,
                 seed=seed,
             )
-            test = [encode_example(e, *conversations) for e in examples if e.split == "test"]
+            test = [tokenize_example(e, *conversations) for e in examples if e.split == "test"]
             torch.manual_seed(seed)
             weights = Projector(ProjectorConfig(shape.vision_width, shape.width)).state_dict()
             path = folder / f"work{len(made)}.json"

@@ -165,12 +165,12 @@ def our_way(
 
     from mmphi.config import TrainingSettings
     from mmphi.data.schema import ImageRef
-    from mmphi.models.language.compiling import compiling
+    from mmphi.models.language.compiling import compiled_layers
     from mmphi.models.multimodal import Multimodal
     from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
     from mmphi.tracking.tracker import SilentTracker
     from mmphi.training.optimizers import grouped_adamw
-    from mmphi.training.packed_dataset import packed_steps
+    from mmphi.training.packed_dataset import packed_dataset
     from mmphi.training.throughput import StepLoss
     from mmphi.training.trainer import train
 
@@ -196,7 +196,7 @@ def our_way(
         log_every=10 * steps,
         workers=workers,
     )
-    taken = packed_steps(samples, model.sources, settings, layout=model.packed.layout)
+    taken = packed_dataset(samples, model.sources, settings, layout=model.packed.layout)
     # In the order of the other side, not shuffled.
     taken.chosen = lambda step: list(range(step * shape.batch_size, (step + 1) * shape.batch_size))
     optimizer = grouped_adamw(
@@ -211,7 +211,7 @@ def our_way(
         def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
             clock.step(losses.take(args.device))
 
-    with tempfile.TemporaryDirectory() as out, compiling(model.packed, compiled, print):
+    with tempfile.TemporaryDirectory() as out, compiled_layers(model.packed, compiled, print):
         train(
             model.packed,
             taken,

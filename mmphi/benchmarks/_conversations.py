@@ -63,7 +63,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
     from mmphi.models.vision.vision_encoder import VisionReference
-    from mmphi.text.tokenized_example import SpanContent, join
+    from mmphi.text.tokenized_example import SpanContent, join_spans
     from mmphi.text.tokenizer import phi2_tokenizer
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
             image = images[int(rng.integers(len(images)))]
             turns = [(" ".join(rng.choice(words, 8)), " ".join(rng.choice(words, max(1, length // 2)))) for _ in "ab"]
             parts = spoken.prompt.parts(turns, images=1)
-            sample = join(parts, [SpanContent("image", image, tower.tokens)], str(step))
+            sample = join_spans(parts, [SpanContent("image", image, tower.tokens)], str(step))
             batch.append(
                 {
                     "ids": sample.input_ids.tolist(),
@@ -145,19 +145,19 @@ def vision_settings(folder: Path) -> Any:
 
 def loaded_tower(folder: Path) -> Any:
     """The image tower."""
-    from mmphi.models.vision.vision_encoder import load_tower
+    from mmphi.models.vision.vision_encoder import load_vision_encoder
 
-    return load_tower(vision_settings(folder))
+    return load_vision_encoder(vision_settings(folder))
 
 
 def loaded_language(folder: Path, precision: Any) -> Any:
     """The language model."""
     from mmphi.config import LanguageSettings
     from mmphi.models.device import this_device
-    from mmphi.models.language.language_model import load_language
+    from mmphi.models.language.language_model import load_language_model
 
     settings = LanguageSettings(model=str(folder / "language"), precision=precision, prompt="phi")
-    return load_language(settings, None, this_device())
+    return load_language_model(settings, None, this_device())
 
 
 def stored(folder: Path) -> FeatureStore:

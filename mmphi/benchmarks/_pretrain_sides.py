@@ -233,10 +233,10 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
     from mmphi.config import TrainingSettings
     from mmphi.models.device import this_device
     from mmphi.models.language.causal_lm_task import CausalTask
-    from mmphi.models.patches.module_patches import fewer_passes
-    from mmphi.models.patches.varlen_attention import attending_inside_documents
+    from mmphi.models.patches.module_patches import apply_patches
+    from mmphi.models.patches.varlen_attention import varlen_attention_applied
     from mmphi.tracking.tracker import SilentTracker
-    from mmphi.training.lm_dataset import batch_of, row_of
+    from mmphi.training.lm_dataset import pack_row, stack_rows
     from mmphi.training.throughput import StepLoss
     from mmphi.training.trainer import train
 
@@ -247,10 +247,10 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             parts = [np.asarray(ids) for ids in documents(shape, index, kind)]
             # A mask over one row of all documents would cost the square of their length.
-            rows = [row_of([part]) for part in parts] if compiled else [row_of(parts)]
-            return batch_of(rows, shape.batch_tokens)
+            rows = [pack_row([part]) for part in parts] if compiled else [pack_row(parts)]
+            return stack_rows(rows, shape.batch_tokens)
 
-    model, clock, losses = fewer_passes(build(shape)).to(this_device()), Clock(), StepLoss()
+    model, clock, losses = apply_patches(build(shape)).to(this_device()), Clock(), StepLoss()
 
     class Ends(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -272,7 +272,7 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
         eval_every=10 * steps,
         log_every=10 * steps,
     )
-    with tempfile.TemporaryDirectory() as folder, attending_inside_documents(model):
+    with tempfile.TemporaryDirectory() as folder, varlen_attention_applied(model):
         train(
             CausalTask(model, walls="mask", compiled=True) if compiled else CausalTask(model),
             Steps(),

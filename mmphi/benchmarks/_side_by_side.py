@@ -170,15 +170,15 @@ def show(rounds: Mapping[str, Sequence[Mapping[str, Any]]], precision: str) -> N
         precision: Of the language model.
     """
     from mmphi.models.language.language_model import DTYPES
-    from mmphi.training.peak_flops import peak
+    from mmphi.training.peak_flops import peak_flops
 
-    fastest = peak(dtype=DTYPES[precision])
+    fastest = peak_flops(dtype=DTYPES[precision])
 
     def rates(side: str) -> list[float]:
         return [sum(run["tokens"]) / sum(run["seconds"]) for run in rounds[side]]
 
     width = max(map(len, rounds)) + 1
-    columns = f"{'supervised tokens/s':>20} {'s/step':>8} {f'{OURS} is':>14} {'MFU':>6} {'peak GB':>8}"
+    columns = f"{'supervised tokens/s':>20} {'s/step':>8} {f'{OURS} is':>14} {'MFU':>6} {'peak_flops GB':>8}"
     print(f"{'side':{width}} {columns}  losses")
     for side, runs in rounds.items():
         seconds = [sum(run["seconds"]) for run in runs]

@@ -59,7 +59,7 @@ def measured(folder: Path, rows: int, images: int) -> dict[str, float]:
     """Seconds and CPU seconds of each step, tokens, and peak memory in GB."""
     from mmphi.config import DataSettings, SourceSettings
     from mmphi.data.dataset_builder import read_examples
-    from mmphi.data.tokenized_dataset import encoded
+    from mmphi.data.tokenized_dataset import tokenized_examples
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer
     from mmphi.training.throughput import peak_memory_bytes
@@ -82,7 +82,7 @@ def measured(folder: Path, rows: int, images: int) -> dict[str, float]:
     if report.dropped or len(examples) != rows:
         raise RuntimeError(f"{len(examples)} of {rows} rows were read")
     prompt = Prompt(phi2_tokenizer(), "phi")
-    kept = timed("tokenised", lambda: encoded(examples, prompt, lambda _: 576, 2048))
+    kept = timed("tokenised", lambda: tokenized_examples(examples, prompt, lambda _: 576, 2048))
     found["tokens"] = float(sum(len(kept[i]) for i in range(0, len(kept), 100)) * 100)
     found["memory_gb"] = peak_memory_bytes() / 1e9
     return found

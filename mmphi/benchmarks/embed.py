@@ -26,7 +26,7 @@ from mmphi.data.feature_writer import FeatureWriter
 from mmphi.data.features import FeatureStore
 from mmphi.data.schema import ImageRef
 from mmphi.models.device import this_device
-from mmphi.models.vision.vision_encoder import VisionEncoder, load_tower
+from mmphi.models.vision.vision_encoder import VisionEncoder, load_vision_encoder
 from mmphi.stages.embed import EmbedSettings, embed
 
 CONFIG = {
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
         config = folder / "benchmark-vit.json"
         config.write_text(json.dumps(CONFIG))
         settings = VisionSettings(model=options.model or str(config), pretrained=options.pretrained or "random")
-        tower: Any = load_tower(settings).to(this_device())
+        tower: Any = load_vision_encoder(settings).to(this_device())
         images = draw_photos(folder / "images", options.images)
         for number in range(options.rounds):
             rates["tower alone"].append(alone(tower, options.images, options.batch_size))

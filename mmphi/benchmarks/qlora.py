@@ -51,10 +51,10 @@ def peft_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch:
 def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
     """As the stage ``qlora`` runs it."""
     from mmphi.models.language.adapter import AdapterConfig as AdapterShape
-    from mmphi.models.language.adapter import adapted
+    from mmphi.models.language.adapter import add_adapter
     from mmphi.models.projector import Projector
 
-    language = adapted(loaded_language(folder, "4bit"), AdapterShape(RANK, ALPHA, targets=LORA_LAYERS))
+    language = add_adapter(loaded_language(folder, "4bit"), AdapterShape(RANK, ALPHA, targets=LORA_LAYERS))
     projector = Projector.load(folder)
     return our_way(language, projector, folder, shape, batches, rate=RATE, workers=workers, watch=watch)
 

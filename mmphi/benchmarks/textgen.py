@@ -59,9 +59,9 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         options.model = options.model or random_model(Path(name))
         sides = {
-            name: (sampler, processes)
-            for name, (sampler, processes) in sides_here(options.processes).items()
-            if name not in options.without and sampler not in options.without
+            name: (make_sampler, processes)
+            for name, (make_sampler, processes) in sides_here(options.processes).items()
+            if name not in options.without and make_sampler not in options.without
         }
         found: dict[str, list[Figures]] = {side: [] for side in sides}
         for _ in range(options.rounds):
@@ -77,9 +77,9 @@ def sides_here(processes: int) -> dict[str, tuple[str, int]]:
     """What is measured: by name, the sampler and its number of processes."""
     import torch
 
-    from mmphi.textgen.backends import chosen_backend
+    from mmphi.textgen.backends import choose_backend
 
-    chosen, _ = chosen_backend("auto")
+    chosen, _ = choose_backend("auto")
     gpu = torch.cuda.is_available()
     kinds = ["generate", "transformers", *["slots"] * (not gpu), *["vllm"] * (chosen == "vllm")]
     sides = {kind: (kind, 1) for kind in kinds}
@@ -145,14 +145,14 @@ def run_side(options: argparse.Namespace) -> Figures:
     from mmphi.config.shared import LanguageSettings
     from mmphi.config.textgen import TextgenSettings
     from mmphi.models.device import this_device
-    from mmphi.models.language.language_model import load_language
-    from mmphi.textgen.backends import SamplingConfig, sampler
+    from mmphi.models.language.language_model import load_language_model
+    from mmphi.textgen.backends import SamplingConfig, make_sampler
     from mmphi.textgen.generator import PromptStream
     from mmphi.training.throughput import peak_memory_bytes
 
     number, processes = map(int, options.share.split("/"))
     settings = TextgenSettings(model=options.model, max_tokens=options.max_tokens)
-    language = load_language(LanguageSettings(model=options.model), None, this_device())
+    language = load_language_model(LanguageSettings(model=options.model), None, this_device())
     endless = iter(PromptStream(settings, f"benchmark-{number}", language))
     asked = [next(endless) for _ in range(max(options.batch, options.documents // processes))]
     longest = options.max_tokens + max(len(each.ids) for each in asked)
@@ -162,7 +162,7 @@ def run_side(options: argparse.Namespace) -> Figures:
         tokens = _generate(language, asked, options.batch)
     else:
         model = language.model if options.side != "vllm" else options.model
-        write = sampler(options.side, model, SamplingConfig(seed=number), options.batch, longest)
+        write = make_sampler(options.side, model, SamplingConfig(seed=number), options.batch, longest)
         if options.side == "vllm":
             begun = time.perf_counter()  # Its model is loaded now.
         tokens = sum(len(each.ids) for each in write(iter(asked)))

@@ -33,7 +33,7 @@ def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> di
     from mmphi.data.audio import read_audio
     from mmphi.data.schema import ReadReport
     from mmphi.data.speech_dataset import read_recordings
-    from mmphi.evaluation.wer import total, word_errors
+    from mmphi.evaluation.wer import total_errors, word_errors
     from mmphi.models.audio.transcription import transcribe
     from mmphi.models.audio.whisper_backends import BACKENDS
     from mmphi.models.device import this_device
@@ -50,8 +50,8 @@ def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> di
     seconds = sum(each.seconds for each in recordings)
     return {
         "texts": [each.text for each in found],
-        "wer": total(errors).rate,
-        "words": total(errors).said,
+        "wer": total_errors(errors).rate,
+        "words": total_errors(errors).said,
         "seconds": seconds,
         "real_time_factor": took / seconds,
         "memory_gb": peak_memory_bytes() / 1e9,

@@ -38,7 +38,7 @@ class Machines:
         return f"{self.nodes} machines, {self.cpus} cores, {self.gpus} GPUs"
 
 
-def ray_itself() -> Any:
+def import_ray() -> Any:
     """Ray, without its types, which do not know what is given by name.
 
     Raises:
@@ -51,7 +51,7 @@ def ray_itself() -> Any:
     return ray
 
 
-def connected(address: str) -> Machines:
+def join_cluster(address: str) -> Machines:
     """Join a cluster; once joined, a process stays in it.
 
     Args:
@@ -61,7 +61,7 @@ def connected(address: str) -> Machines:
     Raises:
         SettingsError: If Ray is not installed, or there is no cluster.
     """
-    ray = ray_itself()
+    ray = import_ray()
     if not ray.is_initialized():
         try:
             _reached(address)
@@ -87,7 +87,7 @@ def _reached(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
 
 
-def reason(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """Why a piece of work ended, in a line: of an error there, its own last line; of a machine's end, what Ray says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it said nothing"]
     there = type(error).__name__ == "RayTaskError" or hasattr(error, "cause")

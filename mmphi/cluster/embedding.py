@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmphi.allocator import keep_freed_memory
-from mmphi.cluster.connect import Machines, ray_itself
-from mmphi.data.augmentation import seen_as
+from mmphi.cluster.connect import Machines, import_ray
+from mmphi.data.augmentation import augmented_image
 from mmphi.data.images import image_bytes, image_in
 from mmphi.errors import ImageError
 from mmphi.models.vision.image_features import Embedded, features_of
@@ -25,7 +25,7 @@ AHEAD = 2  # Batches of each place: one is computed while the next is sent.
 _TOWERS: dict[str, Any] = {}  # Of a worker process: it embeds many batches.
 
 
-def embedded(
+def embed_on_cluster(
     images: Sequence[tuple[str, Path]], tower: VisionEncoder, batch: int, machines: Machines
 ) -> Iterator[Embedded]:
     """Features (tokens, width) fp16 by digest, and reasons by digest of what is no image, batch by batch as they come.
@@ -36,7 +36,7 @@ def embedded(
         batch: Images at a time.
         machines: What the cluster has.
     """
-    ray = ray_itself()
+    ray = import_ray()
 
     sent = ray.put(copy.deepcopy(tower).cpu())  # What this process has stays where it is.
     work = ray.remote(max_retries=-1, **machines.share())(_batch)
@@ -68,14 +68,14 @@ def _batch(sent: list[Any], digest: str, contents: Sequence[tuple[str, bytes]]) 
     tower, pixels, unread = _tower(sent, digest), {}, {}
     for name, content in contents:
         try:
-            pixels[name] = tower.preprocess(seen_as(image_in(content, name), name))
+            pixels[name] = tower.preprocess(augmented_image(image_in(content, name), name))
         except ImageError as error:
             unread[name] = error.reason
     return features_of(pixels, tower), unread
 
 
 def _tower(sent: list[Any], digest: str) -> Any:
-    ray = ray_itself()
+    ray = import_ray()
 
     from mmphi.models.device import this_device
 

@@ -15,7 +15,7 @@ from mmphi.errors import SettingsError
 WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list", "str": "a text"}
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The known words most like ``word``, best first, joined by "or"; empty where none is alike.
 
     A dotted name whose last part is the same counts as most alike: ``layer`` finds ``vision.layer``.
@@ -29,7 +29,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return " or ".join(list(dict.fromkeys([*same, *alike]))[:3])
 
 
-def unknown(root: type[Section], key: str, stage: str = "") -> SettingsError:
+def unknown_setting(root: type[Section], key: str, stage: str = "") -> SettingsError:
     """There is no setting of that name.
 
     Args:
@@ -51,14 +51,14 @@ def unknown(root: type[Section], key: str, stage: str = "") -> SettingsError:
         hint = f"did you mean {top[0]}?"
     elif near:
         hint = f"did you mean {section}.{near[0]}?"
-    elif similar := nearest(key, [*own, *known]):
+    elif similar := did_you_mean(key, [*own, *known]):
         hint = f"did you mean {similar}?"
     else:
         hint = f"`mmphi {stage or 'STAGE'} --help` lists them"
     return SettingsError(f"there is no setting {key!r}", hint)
 
 
-def explained(root: type[Section], error: ValidationError) -> SettingsError:
+def explain_validation_error(root: type[Section], error: ValidationError) -> SettingsError:
     """What pydantic found, in words; all of it where it is more than one thing."""
     errors = [_one(root, e) for e in error.errors()]
     if len(errors) == 1:
@@ -70,7 +70,7 @@ def _one(root: type[Section], error: Any) -> SettingsError:
     key = ".".join(str(part) for part in error["loc"])
     value, field = error["input"], field_of(root, key)
     if error["type"] == "extra_forbidden":
-        return unknown(root, key)
+        return unknown_setting(root, key)
     if error["type"] == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         return SettingsError(f"{key}: {message}" if key else message)
@@ -89,7 +89,7 @@ def _must(field: Field, problem: str) -> str:
 
 def _nearest_valid(field: Field, value: Any) -> str:
     if field.choices:
-        return f"the nearest valid value is {nearest(str(value), field.choices).split(' or ')[0] or field.default}"
+        return f"the nearest valid value is {did_you_mean(str(value), field.choices).split(' or ')[0] or field.default}"
     valid = field.nearest(value)
     if valid is None:
         return f"the default is {field.default}"

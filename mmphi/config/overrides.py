@@ -9,7 +9,7 @@ import yaml
 
 from mmphi.config import yaml12
 from mmphi.config.fields import Field, all_fields, canonical, field_of
-from mmphi.config.messages import unknown
+from mmphi.config.messages import unknown_setting
 from mmphi.config.section import Section
 from mmphi.errors import SettingsError
 
@@ -27,7 +27,7 @@ class Alone(str):
     word: str
 
 
-def alone(word: str) -> Alone:
+def flag_value(word: str) -> Alone:
     """The value of ``word``, which has none."""
     made = Alone("true")
     made.word = word
@@ -50,7 +50,7 @@ def full_name(root: type[Section], key: str, stage: str) -> str:
     for name in (*own, *(f"{section}.{key}" for section in ALSO.get(stage, ()))):
         if canonical(name) in all_fields(root) or (re.fullmatch(r".+\.\d+", name) and field_of(root, name)):
             return name
-    raise unknown(root, key, stage)
+    raise unknown_setting(root, key, stage)
 
 
 def change(root: type[Section], content: dict[str, Any], name: str, typed: str) -> None:
@@ -77,7 +77,7 @@ def change(root: type[Section], content: dict[str, Any], name: str, typed: str) 
             if not isinstance(place.get(part), dict | list):
                 place[part] = [] if following.isdigit() else {}
             place = place[part]
-    value = parsed(typed, field) if field and canonical(name) == field.name else typed
+    value = parse_value(typed, field) if field and canonical(name) == field.name else typed
     if isinstance(place, list):
         place[_index(place, last, name, "")] = value
     else:
@@ -95,7 +95,7 @@ def _index(items: list[Any], part: str, name: str, fresh: Any) -> int:
     return index
 
 
-def parsed(typed: str, field: Field) -> Any:
+def parse_value(typed: str, field: Field) -> Any:
     """A list from YAML or JSON; anything else stays as typed, for its type to make sense of.
 
     A list of one item may be typed as that item: a path, with whatever letters it has.
@@ -109,12 +109,12 @@ def parsed(typed: str, field: Field) -> Any:
         raise SettingsError(f"{field.name} = {typed!r} names nothing", "write a list: '[a, b]'; '[]' is an empty one")
     if not typed.lstrip().startswith(("[", "{", "- ")):
         try:
-            alone = yaml12.plain(yaml12.load(typed))
+            flag_value = yaml12.plain_values(yaml12.load(typed))
         except yaml.YAMLError:
-            alone = typed
-        return [alone if isinstance(alone, int | float) else typed]
+            flag_value = typed
+        return [flag_value if isinstance(flag_value, int | float) else typed]
     try:
-        value = yaml12.plain(yaml12.load(typed))
+        value = yaml12.plain_values(yaml12.load(typed))
     except yaml.YAMLError as error:
         where = str(error).replace("\n", " ")
         raise SettingsError(f"{field.name} = {typed!r} cannot be read: {where}", "write a list: '[a, b]'") from error

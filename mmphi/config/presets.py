@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mmphi.config import yaml12
 from mmphi.config.declared_view import covered
 from mmphi.config.fields import Field, field_of, leaves
-from mmphi.config.messages import explained, nearest
+from mmphi.config.messages import did_you_mean, explain_validation_error
 from mmphi.config.overrides import change, full_name
 from mmphi.config.section import Section
 from mmphi.errors import SettingsError
@@ -71,7 +71,7 @@ def load(
     try:
         return root(**content)
     except ValidationError as error:
-        raise explained(root, error) from error
+        raise explain_validation_error(root, error) from error
 
 
 def _find(preset: str, beside: Path | None = None) -> Path:
@@ -82,7 +82,7 @@ def _find(preset: str, beside: Path | None = None) -> Path:
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path.resolve()
     known = sorted(p.relative_to(presets_folder()).with_suffix("").as_posix() for p in presets_folder().rglob("*.yaml"))
-    near = nearest(preset, known)
+    near = did_you_mean(preset, known)
     raise SettingsError(
         f"there is no preset {preset!r}",
         f"did you mean {near}?" if near else f"there are {', '.join(known)}, or any YAML",
@@ -151,7 +151,7 @@ def _from_file(root: type[Section], name: str, value: Any, folder: Path) -> Any:
     """What YAML made of a value, made what was meant: texts that look like numbers, paths beside the file."""
     field = field_of(root, name)
     if field is None or (field.kind not in ("str", "choice") and not field.file):
-        return yaml12.plain(value)
+        return yaml12.plain_values(value)
     if isinstance(value, yaml12.WrittenInt | yaml12.WrittenFloat):
         return value.text
     if not isinstance(value, str) or not value or value.startswith(("${", "~", "/")):
@@ -240,7 +240,7 @@ def _variable(variable: str, name: str) -> str:
     return os.environ[variable]
 
 
-def files(settings: Section, declared: Iterable[str]) -> dict[str, Path]:
+def files_of_settings(settings: Section, declared: Iterable[str]) -> dict[str, Path]:
     """The files and folders that settings name, by dotted name.
 
     Args:
@@ -266,5 +266,5 @@ def files(settings: Section, declared: Iterable[str]) -> dict[str, Path]:
 def _nearest_path(path: Path) -> str:
     there = next((p for p in path.parents if p.is_dir()), Path("/"))
     missing = path.relative_to(there).parts[0]
-    near = nearest(missing, (p.name for p in there.iterdir()))
+    near = did_you_mean(missing, (p.name for p in there.iterdir()))
     return f"did you mean {there / near.split(' or ')[0]}?" if near else f"{there} has no {missing}"

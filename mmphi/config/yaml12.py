@@ -93,10 +93,10 @@ def load(text: str) -> Any:
     return yaml.load(text, Loader)  # A safe loader.
 
 
-def plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """A value without the texts of its numbers."""
     if isinstance(value, WrittenInt | WrittenFloat):
         return int(value) if isinstance(value, WrittenInt) else float(value)
     if isinstance(value, list):
-        return [plain(each) for each in value]
-    return {key: plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+        return [plain_values(each) for each in value]
+    return {key: plain_values(each) for key, each in value.items()} if isinstance(value, dict) else value

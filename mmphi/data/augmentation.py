@@ -16,12 +16,12 @@ AREA = (0.5, 1.0)  # Share of the image that a view shows: less may leave out wh
 RATIO = (3 / 4, 4 / 3)  # Its width to its height, beside the image's own.
 
 
-def view_name(digest: str, view: int) -> str:
+def augmented_name(digest: str, view: int) -> str:
     """What a view of an image is called."""
     return f"{digest}{MARK}{view}" if view else digest
 
 
-def seen_as(image: Image.Image, name: str) -> Image.Image:
+def augmented_image(image: Image.Image, name: str) -> Image.Image:
     """The view of an image that a name asks for."""
     if MARK not in name:
         return image

@@ -50,7 +50,7 @@ class _Zstandard(io.RawIOBase):
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[IO[bytes]]:
+def open_compressed(file: Path) -> Iterator[IO[bytes]]:
     """A file's content, decompressed where its name says so, with what begins it to be peeked at."""
     with ExitStack() as open_:
         stream: Any = open_.enter_context(file.open("rb", HEAD))

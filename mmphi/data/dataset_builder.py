@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmphi.config.shared import DataSettings, SourceSettings, sources_of
 from mmphi.data.captions import read_captions, read_karpathy
-from mmphi.data.duplicates import pictures
+from mmphi.data.duplicates import picture_names
 from mmphi.data.hf_datasets import read_dataset
 from mmphi.data.llava import read_llava
 from mmphi.data.schema import Example, ImageRef, ReadReport, Split
@@ -42,7 +42,7 @@ def read_examples(data: DataSettings, scenes: Path | None) -> tuple[list[Example
         usable = [e for e in limited if _usable(e, data, report)]
         brings_splits = source.kind in ("scenes", "karpathy")
         examples += usable if brings_splits else split_by_image(usable, data)
-    return one_split_per_picture(examples, report, near=data.near_duplicates == "group"), report
+    return align_splits_of_duplicates(examples, report, near=data.near_duplicates == "group"), report
 
 
 def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadReport) -> Iterator[Example]:
@@ -155,7 +155,7 @@ def _strictest(splits: Iterable[Split]) -> Split:
     return max(splits, key=SPLITS.index, default="train")
 
 
-def one_split_per_picture(examples: list[Example], report: ReadReport, *, near: bool = False) -> list[Example]:
+def align_splits_of_duplicates(examples: list[Example], report: ReadReport, *, near: bool = False) -> list[Example]:
     """Let all files of one picture agree on a split: what is tested on anywhere is trained on nowhere.
 
     Args:
@@ -166,7 +166,7 @@ def one_split_per_picture(examples: list[Example], report: ReadReport, *, near: 
     if all(example.split == "train" for example in examples):
         return examples
     files = images_of(examples)
-    picture = pictures((image.path for image in files), near=near)
+    picture = picture_names((image.path for image in files), near=near)
     first: dict[str, ImageRef] = {}
     for image in files:
         if first.setdefault(picture[image.path], image) is not image:

@@ -31,7 +31,7 @@ WIDTHS = (11, 11, 11, 11, 10, 10)  # Bands of bits, one more than may differ: on
 BAR_FROM = 2000
 
 
-def pictures(paths: Iterable[Path], *, near: bool = False) -> dict[Path, str]:
+def picture_names(paths: Iterable[Path], *, near: bool = False) -> dict[Path, str]:
     """A name for each file, which files of one picture share.
 
     Args:
@@ -44,7 +44,7 @@ def pictures(paths: Iterable[Path], *, near: bool = False) -> dict[Path, str]:
     if not near:
         return names
     first = {name: path for path, name in reversed(names.items())}  # One file of each content is opened.
-    groups = joined({names[path]: look for path, look in _looks(list(first.values())).items()})
+    groups = merge_near_duplicates({names[path]: look for path, look in _looks(list(first.values())).items()})
     return {path: groups.get(name, name) for path, name in names.items()}
 
 
@@ -73,7 +73,7 @@ class ImageFingerprint:
         return apart <= COLOURS * len(self.colours)
 
 
-def joined(looks: Mapping[str, ImageFingerprint]) -> dict[str, str]:
+def merge_near_duplicates(looks: Mapping[str, ImageFingerprint]) -> dict[str, str]:
     """For each name the first one that shows nearly the same, and is no duplicate of another itself; else itself.
 
     Groups are not chained: every one is near the first of its group. Of images whose hashes share a band only the
@@ -100,7 +100,7 @@ def joined(looks: Mapping[str, ImageFingerprint]) -> dict[str, str]:
     return first
 
 
-def look_of(image: Image.Image) -> ImageFingerprint:
+def fingerprint_of(image: Image.Image) -> ImageFingerprint:
     """What near duplicates of an image in RGB are found by."""
     small = image.resize((4, 4), Image.Resampling.BOX)
     return ImageFingerprint(difference_hash(image), small.tobytes())
@@ -135,6 +135,6 @@ def _looks(paths: Sequence[Path]) -> dict[Path, ImageFingerprint]:
 
 def _look(path: Path) -> ImageFingerprint | None:
     try:
-        return look_of(open_image(path))
+        return fingerprint_of(open_image(path))
     except ImageError:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmphi.data.augmentation import seen_as, view_name
+from mmphi.data.augmentation import augmented_image, augmented_name
 from mmphi.data.content_hash import FileDigests
 from mmphi.data.images import open_image
 from mmphi.data.lru_cache import LockedLRUCache
@@ -84,7 +84,7 @@ class FeatureStore:
         return self._name(image) in self._places
 
     def _name(self, image: ImageRef) -> str:
-        return view_name(self._digests[image.path], image.view)
+        return augmented_name(self._digests[image.path], image.view)
 
     def knows(self, digest: str) -> bool:
         """Whether an image's content was dealt with: embedded, or found unreadable."""
@@ -173,7 +173,7 @@ class LiveFeatures:
     def _pixels(self, image: ImageRef) -> Tensor:
         opened = open_image(image.source, image.name)
         if image.view:
-            opened = seen_as(opened, view_name(self._digests[image.path], image.view))
+            opened = augmented_image(opened, augmented_name(self._digests[image.path], image.view))
         return self.tower.preprocess(opened)
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:

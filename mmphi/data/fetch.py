@@ -149,10 +149,10 @@ def fetch_models(folder: Path) -> None:
     Raises:
         ModelError: If the hub is out of reach; names the files that are wanted.
     """
-    from mmphi.data.hf_connectivity import hub_in_reach
+    from mmphi.data.hf_connectivity import hub_is_reachable
 
     missing = [name for name in (*MODELS, TOWER) if not (folder / name).exists()]
-    if missing and not hub_in_reach():
+    if missing and not hub_is_reachable():
         raise ModelError(
             f"no hub is in reach, and {folder} lacks {', '.join(missing)}",
             f"put there: {wanted_models()}",

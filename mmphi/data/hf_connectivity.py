@@ -13,7 +13,7 @@ REFUSED = (403, 407, 502, 503, 504)  # What a proxy answers that does not let on
 
 
 @cache
-def hub_in_reach() -> bool:
+def hub_is_reachable() -> bool:
     """Whether the hub answers.
 
     Its client tries for most of a minute before it says that there is no network. Where nobody answers within

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmphi.data.content_hash import cache_folder
-from mmphi.data.hf_connectivity import hub_in_reach
+from mmphi.data.hf_connectivity import hub_is_reachable
 from mmphi.data.images import ImageFolder
 from mmphi.data.schema import Example, ImageRef, ReadReport, Turn
 from mmphi.errors import DataError, ImageError
@@ -43,7 +43,7 @@ def load_rows(name: str, split: str, revision: str) -> Any:
         if folder.is_file():
             return datasets.load_dataset("parquet", data_files=str(folder), split="train")
         if not folder.exists():
-            hub_in_reach()  # Where it is not, `datasets` would try for most of a minute.
+            hub_is_reachable()  # Where it is not, `datasets` would try for most of a minute.
         owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")
         return datasets.load_dataset(owner, configuration or None, split=split, revision=revision or None)
     except Exception as error:  # Of `datasets`, pyarrow, fsspec or the HTTP client: they share no ancestor.

@@ -13,9 +13,9 @@ from typing import Any
 
 from mmphi.data.images import ImageFolder
 from mmphi.data.json_rows import load_json
-from mmphi.data.llava_row_types import kind_of
+from mmphi.data.llava_row_types import row_type
 from mmphi.data.schema import Example, ReadReport, Split
-from mmphi.data.turns import conversation_of
+from mmphi.data.turns import parse_row
 from mmphi.errors import DataError, ImageError
 
 
@@ -59,7 +59,7 @@ def read_llava(path: Path, images: Path, source: str, report: ReadReport, split:
 
 
 def _example(row: Any, name: str, folder: ImageFolder, split: Split) -> Example:
-    found = conversation_of(row, lambda text: folder.note(folder.source, text))
+    found = parse_row(row, lambda text: folder.note(folder.source, text))
     attributes = row.get("attributes")
     return Example(
         id=name,
@@ -69,5 +69,5 @@ def _example(row: Any, name: str, folder: ImageFolder, split: Split) -> Example:
         split=split,
         attributes={str(k): str(v) for k, v in attributes.items()}
         if isinstance(attributes, dict)
-        else {"kind": kind_of(found.turns)},
+        else {"kind": row_type(found.turns)},
     )

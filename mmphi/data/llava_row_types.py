@@ -26,7 +26,7 @@ DETAIL = re.compile(
 )
 
 
-def kind_of(turns: Sequence[Turn]) -> Kind:
+def row_type(turns: Sequence[Turn]) -> Kind:
     """The kind of a row.
 
     Args:

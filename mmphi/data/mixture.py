@@ -12,8 +12,8 @@ from mmphi.errors import SettingsError
 TEXT = "text"  # What rows without an image are called in a mixture.
 
 
-def mixture(sources: Sequence[str], data: DataSettings) -> list[int]:
-    """Which training examples to take, in the proportions of their sources' weights: :func:`mixed`.
+def mixture_indices(sources: Sequence[str], data: DataSettings) -> list[int]:
+    """Which training examples to take, in the proportions of their sources' weights: :func:`sample_by_weight`.
 
     Args:
         sources: Source of every training example.
@@ -21,10 +21,10 @@ def mixture(sources: Sequence[str], data: DataSettings) -> list[int]:
     """
     if len(data.sources) < 2:
         return list(range(len(sources)))
-    return mixed(sources, {s.name or s.kind: s.weight for s in data.sources}, data.split_seed)
+    return sample_by_weight(sources, {s.name or s.kind: s.weight for s in data.sources}, data.split_seed)
 
 
-def mixed(groups: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
+def sample_by_weight(groups: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
     """Which examples to take, in the proportions of the weights of their groups.
 
     As many as all groups with a weight have together; each group is repeated whole and then sampled, with a seed, up to

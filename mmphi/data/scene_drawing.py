@@ -30,10 +30,10 @@ def draw(scene: Scene, side: int, rng: random.Random) -> Image.Image:
         side: Width and height, in pixels.
         rng: Varies ground, tint and tilt.
     """
-    return drawn(scene, side, rng)()
+    return drawing_function(scene, side, rng)()
 
 
-def drawn(scene: Scene, side: int, rng: random.Random) -> Callable[[], Image.Image]:
+def drawing_function(scene: Scene, side: int, rng: random.Random) -> Callable[[], Image.Image]:
     """What draws a scene, in any thread: all that varies is taken from ``rng`` now.
 
     Args:

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import zstandard
 
-from mmphi.data.compressed_io import HEAD, opened, plain_name
+from mmphi.data.compressed_io import HEAD, open_compressed, plain_name
 from mmphi.data.hf_datasets import load_rows
 from mmphi.errors import DataError
 
@@ -143,7 +143,7 @@ def read_texts(
     for file in files:
         as_rows = kind == "jsonl" or (kind == "auto" and plain_name(file).endswith(ROWS))
         try:
-            with opened(file) as stream:
+            with open_compressed(file) as stream:
                 found = _encoding(stream, encoding, file, report)
                 if found and as_rows:
                     yield from _rows(stream, file, column, found, report)

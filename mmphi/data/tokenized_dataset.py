@@ -19,7 +19,7 @@ from mmphi.data.content_hash import cache_folder
 from mmphi.data.schema import AudioRef, Example, ImageRef, ReadReport
 from mmphi.errors import DataError, ModelError
 from mmphi.text.prompt import Prompt
-from mmphi.text.tokenized_example import FeatureSpan, SpanContent, TokenizedExample, encode
+from mmphi.text.tokenized_example import FeatureSpan, SpanContent, TokenizedExample, tokenize_conversation
 
 ARRAYS = ("ids", "supervised", "starts", "examples", "spans", "span_starts")
 FORMAT = 1
@@ -47,7 +47,7 @@ class TokenizedDataset(TokenizedExamples):
     """The sequences of examples, read from memory-mapped files as they are asked for.
 
     Args:
-        folder: As :func:`encoded` left it.
+        folder: As :func:`tokenized_examples` left it.
         examples: What was encoded.
 
     Attributes:
@@ -105,7 +105,7 @@ def image_inputs(images: Iterable[ImageRef], length: Callable[[ImageRef], int]) 
     return [SpanContent("image", image, length(image)) for image in images]
 
 
-def encode_example(
+def tokenize_example(
     example: Example,
     prompt: Prompt,
     length: Callable[[ImageRef], int],
@@ -123,10 +123,12 @@ def encode_example(
             raise ModelError(f"{example.source}/{example.id} has recordings, and nothing hears them")
         inputs += audio_inputs(example.audio)
     name = f"{example.source}/{example.id}"
-    return encode(example.questions, inputs, prompt, max_length, name, example.context)
+    return tokenize_conversation(example.questions, inputs, prompt, max_length, name, example.context)
 
 
-def identity(examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int) -> str:
+def tokenization_identity(
+    examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int
+) -> str:
     """What tells encoded examples from others in one process: their tokens, and whose they are."""
     digest = hashlib.sha256(_digest(examples, prompt, length, max_length).encode())
     for example in examples:
@@ -134,7 +136,7 @@ def identity(examples: Sequence[Example], prompt: Prompt, length: Callable[[Imag
     return digest.hexdigest()
 
 
-def encoded(
+def tokenized_examples(
     examples: Sequence[Example],
     prompt: Prompt,
     length: Callable[[ImageRef], int],
@@ -191,9 +193,12 @@ def _write(
     spans: list[tuple[int, int, int]] = []
     starts, span_starts = [0], [0]
     bar = tqdm(examples, desc="tokens", unit="row", leave=False, disable=len(examples) < 1000)
-    with appended(folder / "ids.npy", np.int32) as add_ids, appended(folder / "supervised.npy", np.bool_) as add_flags:
+    with (
+        append_array(folder / "ids.npy", np.int32) as add_ids,
+        append_array(folder / "supervised.npy", np.bool_) as add_flags,
+    ):
         for i, example in enumerate(bar):
-            sample = encode_example(example, prompt, length, max_length)
+            sample = tokenize_example(example, prompt, length, max_length)
             if sample is None:
                 left_out.append(i)
                 continue
@@ -216,7 +221,7 @@ def _write(
 
 
 @contextlib.contextmanager
-def appended(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDArray[Any]], object]]:
+def append_array(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDArray[Any]], object]]:
     """Write a ``.npy`` file of one axis piece by piece, so that it need not fit in memory.
 
     Args:
@@ -237,8 +242,10 @@ def appended(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDArray
     raw.unlink()
 
 
-def count_left_out(encoded: TokenizedDataset, examples: Sequence[Example], max_length: int, report: ReadReport) -> None:
+def count_left_out(
+    tokenized_examples: TokenizedDataset, examples: Sequence[Example], max_length: int, report: ReadReport
+) -> None:
     """Count the examples that no sequence was made of as dropped."""
-    for index in encoded.left_out:
+    for index in tokenized_examples.left_out:
         example = examples[index]
         report.drop_kept(example.source, example.id, f"over {max_length} tokens")

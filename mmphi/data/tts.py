@@ -50,7 +50,7 @@ class SpokenSentence:
         return f"{hashlib.sha256(said.encode()).hexdigest()[:20]}.wav"
 
 
-def readings(
+def assign_voices(
     texts: Sequence[str], seed: int, accents: Sequence[str] = ACCENTS, voices: Sequence[str] = VOICES
 ) -> list[SpokenSentence]:
     """Each text in a voice of its own; equal seeds give equal voices.
@@ -73,7 +73,7 @@ def readings(
     ]
 
 
-def read_aloud(reading: SpokenSentence, folder: Path) -> Path:
+def synthesize(reading: SpokenSentence, folder: Path) -> Path:
     """Write a recording, if it is not there yet.
 
     Raises:
@@ -122,7 +122,7 @@ def _turns(line: str, column: str) -> list[dict[str, str]]:
     ]
 
 
-def say(
+def synthesize_sentences(
     texts: Path,
     folder: Path,
     *,
@@ -163,10 +163,10 @@ def say(
     rows = [r for r in rows_of(texts, column) if r[column].strip() not in said and r.get("image") not in images]
     random.Random(seed).shuffle(rows)
     rows = rows[: count or None]
-    chosen = readings([row[column] for row in rows], seed, accents, voices)
+    chosen = assign_voices([row[column] for row in rows], seed, accents, voices)
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        spoken = workers.map(lambda each: read_aloud(each, folder), chosen)
+        spoken = workers.map(lambda each: synthesize(each, folder), chosen)
         for _ in tqdm(spoken, total=len(chosen), desc="say", unit="sentence"):
             pass
     further = [name for name in FURTHER if rows and name in rows[0]]
@@ -209,6 +209,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(list(arguments))
     shape = {name: getattr(given, name) for name in ("column", "count", "seed", "apart")}
-    count = say(given.texts, given.folder, **shape, accents=given.accents.split(","), voices=given.voices.split(","))
+    count = synthesize_sentences(
+        given.texts, given.folder, **shape, accents=given.accents.split(","), voices=given.voices.split(",")
+    )
     print(f"{count} sentences in {given.folder / SPOKEN}")
     return 0

@@ -47,7 +47,7 @@ class _Message:
         return self.text.count(MARK)
 
 
-def conversation_of(row: Any, note: Callable[[str], None]) -> ParsedConversation:
+def parse_row(row: Any, note: Callable[[str], None]) -> ParsedConversation:
     """Read a row.
 
     Args:

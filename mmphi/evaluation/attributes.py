@@ -14,7 +14,7 @@ CAPTION = re.compile(
 )
 
 
-def parse(caption: str) -> dict[str, str]:
+def parse_caption(caption: str) -> dict[str, str]:
     """The attributes a caption claims; none where it is not of the form that scenes' captions have."""
     match = CAPTION.fullmatch(caption.strip())
     return dict(zip(ATTRIBUTES, match.groups(), strict=True)) if match else {}
@@ -30,7 +30,7 @@ def attribute_accuracy(captions: Sequence[str], attributes: Sequence[Mapping[str
     Returns:
         ``attribute_accuracy``, ``attribute_accuracy/NAME`` and ``exact_match`` (every attribute of a caption right).
     """
-    claimed = [parse(c) for c in captions]
+    claimed = [parse_caption(c) for c in captions]
     right = {
         name: [claim.get(name) == drawn[name] for claim, drawn in zip(claimed, attributes, strict=True)]
         for name in ATTRIBUTES

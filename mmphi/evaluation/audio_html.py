@@ -16,7 +16,7 @@ STYLE = (
 )
 
 
-def listening_page(paths: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> str:
+def audio_page(paths: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> str:
     """HTML with a player in each row.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pycocoevalcap.cider.cider import Cider
 from sacrebleu.metrics.bleu import BLEU
 
-from mmphi.evaluation.ptb_tokenize import joined
+from mmphi.evaluation.ptb_tokenize import ptb_text
 
 
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -17,8 +17,8 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
         predictions: One caption per image.
         references: One or more captions of each image.
     """
-    candidates = {i: [joined(p)] for i, p in enumerate(predictions)}
-    wanted = {i: [joined(r) for r in refs] for i, refs in enumerate(references)}
+    candidates = {i: [ptb_text(p)] for i, p in enumerate(predictions)}
+    wanted = {i: [ptb_text(r) for r in refs] for i, refs in enumerate(references)}
     if not any(text for texts in wanted.values() for text in texts):
         return 0.0  # Without words there are no n-grams to weigh, and pycocoevalcap raises.
     return float(Cider().compute_score(wanted, candidates)[0])
@@ -33,5 +33,5 @@ def bleu4(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     """
     most = max(map(len, references))
     # Where an image has fewer references than others its first one stands again, which changes no count.
-    columns = [[joined(refs[k] if k < len(refs) else refs[0]) for refs in references] for k in range(most)]
-    return float(BLEU(tokenize="none", force=True).corpus_score([joined(p) for p in predictions], columns).score)
+    columns = [[ptb_text(refs[k] if k < len(refs) else refs[0]) for refs in references] for k in range(most)]
+    return float(BLEU(tokenize="none", force=True).corpus_score([ptb_text(p) for p in predictions], columns).score)

@@ -17,9 +17,9 @@ from mmphi.errors import DataError
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.grounding import Scores, grounding
-from mmphi.evaluation.long_answers import kind, losses_by_kind, measure, to_answer
-from mmphi.evaluation.mbr import consensus
-from mmphi.evaluation.yes_no import ask, score
+from mmphi.evaluation.long_answers import losses_by_kind, measure_long_answers, row_kind, to_answer
+from mmphi.evaluation.mbr import mbr_caption
+from mmphi.evaluation.yes_no import score_yes_no, yes_no_questions
 from mmphi.generation.batch_generate import GeneratedAnswer
 from mmphi.models.multimodal import Question
 from mmphi.tracking.tracker import Tracker
@@ -115,7 +115,7 @@ def evaluate_model(
     metrics |= _captions(model, examples, chosen, tracker, prefix)
     asked = to_answer(examples, chosen.long_answers)
     if asked:
-        figures, rows = measure(
+        figures, rows = measure_long_answers(
             asked,
             model.generate(
                 [(e.images, e.turns[0].question) for e in asked], chosen.max_answer_tokens, chosen.batch_size
@@ -123,15 +123,17 @@ def evaluate_model(
         )
         metrics |= figures
         tracker.table(f"{prefix}_answers", rows[: 4 * SHOWN], image="image")
-    questions = ask(examples, chosen.yes_no, chosen.seed)
+    questions = yes_no_questions(examples, chosen.yes_no, chosen.seed)
     if questions:
         answers = model.generate([(q.image, q.text) for q in questions], 8, chosen.batch_size)
-        metrics |= score(questions, [a.text for a in answers])
+        metrics |= score_yes_no(questions, [a.text for a in answers])
         if chosen.held_out_phrasings:
             rng = random.Random(f"held-out phrasings {chosen.seed}")
             prompts: list[Question] = [(q.image, held_out_phrasing(q.text, rng)) for q in questions]
             answers = model.generate(prompts, 8, chosen.batch_size)
-            metrics[f"yes_no_accuracy_{HELD_OUT}"] = score(questions, [a.text for a in answers])["yes_no_accuracy"]
+            metrics[f"yes_no_accuracy_{HELD_OUT}"] = score_yes_no(questions, [a.text for a in answers])[
+                "yes_no_accuracy"
+            ]
     named = {f"{prefix}/{name}": value for name, value in metrics.items()}
     tracker.metrics(named)
     return named
@@ -143,7 +145,7 @@ def _captions(
     """Caption every image once for each way it is asked; all captions asked for in that way are references."""
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
-        if len(example.images) == 1 and kind(example) == "caption":
+        if len(example.images) == 1 and row_kind(example) == "caption":
             groups.setdefault((example.images[0].id, example.turns[0].question), []).append(example)
     if not groups:
         return {}
@@ -179,7 +181,7 @@ def _captions(
         for e, answer, refs in zip(firsts, answers, references, strict=True)
     ]
     tracker.table(f"{prefix}_predictions", rows[: 4 * SHOWN], image="image")
-    tracker.figure(f"{prefix}_predictions", picture(rows[:SHOWN]))
+    tracker.figure(f"{prefix}_predictions", caption_figure(rows[:SHOWN]))
     return metrics
 
 
@@ -189,11 +191,11 @@ def _say(model: ScoresAndAnswers, prompts: Sequence[Question], chosen: Evaluatio
     if chosen.candidates == 1:
         return model.generate(prompts, length, batch_size)
     drawn = model.sample(prompts, chosen.candidates, chosen.temperature, length, batch_size * 4, chosen.seed)
-    best = consensus([[a.text for a in group] for group in drawn])
+    best = mbr_caption([[a.text for a in group] for group in drawn])
     return [group[k] for group, k in zip(drawn, best, strict=True)]
 
 
-def picture(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
+def caption_figure(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
     """A grid of images with what was said of them and what is right."""
 
     def title(row: Mapping[str, Any]) -> tuple[str, bool]:
@@ -204,7 +206,7 @@ def picture(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
     return _grid(rows, title, columns)
 
 
-def compared(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
+def comparison_figure(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
     """A grid of images with a question, the answers before and after a training, and what is right."""
 
     def title(row: Mapping[str, Any]) -> tuple[str, bool]:

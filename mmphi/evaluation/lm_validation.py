@@ -19,14 +19,14 @@ from mmphi.text.packing import to_device
 from mmphi.text.prompt import Prompt
 from mmphi.tracking.tracker import Tracker
 from mmphi.training.fsdp import is_sharded
-from mmphi.training.lm_dataset import batch_of, row_of
+from mmphi.training.lm_dataset import pack_row, stack_rows
 
 Ids = npt.NDArray[np.int64]
 PUBLIC_WINDOW, AT_ONCE = 2048, 4096  # Tokens.
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 40, 0.8
 
 
-def kept_apart(tokens: TokenShards, sources: int, context: int, most: int) -> list[Ids]:
+def validation_windows(tokens: TokenShards, sources: int, context: int, most: int) -> list[Ids]:
     """Windows of what was kept apart of a corpus, in a fixed order.
 
     Args:
@@ -103,8 +103,8 @@ class LMValidation:
         each = max(1, AT_ONCE // self.chosen.context)
         with torch.inference_mode():
             for first in range(0, len(windows), each):
-                row = row_of(windows[first : first + each])
-                nats += float(self.task(**to_device(batch_of([row], 1), device)))
+                row = pack_row(windows[first : first + each])
+                nats += float(self.task(**to_device(stack_rows([row], 1), device)))
                 tokens += len(row["targets"])
                 size += sum(len(self.prompt.tokenizer.decode(w[1:]).encode()) for w in windows[first : first + each])
         return {f"{name}/loss": nats / tokens, f"{name}/bits_per_byte": nats / math.log(2) / size}

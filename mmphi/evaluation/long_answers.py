@@ -10,40 +10,40 @@ from pycocoevalcap.rouge.rouge import Rouge
 from mmphi.data.llava_row_types import LONG_KINDS
 from mmphi.data.schema import Example
 from mmphi.evaluation.grounding import Scores
-from mmphi.evaluation.ptb_tokenize import joined
+from mmphi.evaluation.ptb_tokenize import ptb_text
 from mmphi.generation.batch_generate import GeneratedAnswer
 
 
-def kind(example: Example) -> str:
+def row_kind(example: Example) -> str:
     """What kind of row an example is; without a word of it, a caption."""
     return example.attributes.get("kind", "caption")
 
 
 def losses_by_kind(model: Scores, examples: Sequence[Example]) -> dict[str, float]:
     """Nats per supervised token of each kind of row, where there are several: ``loss/conversation``, ..."""
-    kinds = sorted({kind(example) for example in examples})
+    kinds = sorted({row_kind(example) for example in examples})
     if len(kinds) < 2:
         return {}
     metrics = {}
     for name in kinds:
-        nats, tokens = model.losses([e for e in examples if kind(e) == name])
+        nats, tokens = model.losses([e for e in examples if row_kind(e) == name])
         metrics[f"loss/{name}"] = nats / max(tokens, 1)
     return metrics
 
 
 def to_answer(examples: Sequence[Example], count: int) -> list[Example]:
     """The first examples of every kind with long answers: at most so many of each."""
-    return [e for name in LONG_KINDS for e in [e for e in examples if kind(e) == name][:count]]
+    return [e for name in LONG_KINDS for e in [e for e in examples if row_kind(e) == name][:count]]
 
 
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L (Lin 2004), 0 to 1, on COCO's words; beta 1.2 as in COCO's evaluation."""
-    if not joined(prediction) or not joined(reference):
+    if not ptb_text(prediction) or not ptb_text(reference):
         return 0.0
-    return float(Rouge().calc_score([joined(prediction)], [joined(reference)]))
+    return float(Rouge().calc_score([ptb_text(prediction)], [ptb_text(reference)]))
 
 
-def measure(
+def measure_long_answers(
     asked: Sequence[Example], answers: Sequence[GeneratedAnswer]
 ) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
     """What answers to first questions are worth, by kind, and a table of them.
@@ -56,15 +56,15 @@ def measure(
         ``rouge_l/KIND`` and ``ended/KIND``; rows with image, question, prediction and reference.
     """
     metrics: dict[str, float] = {}
-    for name in sorted({kind(example) for example in asked}):
-        pairs = [(e, a) for e, a in zip(asked, answers, strict=True) if kind(e) == name]
+    for name in sorted({row_kind(example) for example in asked}):
+        pairs = [(e, a) for e, a in zip(asked, answers, strict=True) if row_kind(e) == name]
         scores = [rouge_l(answer.text, example.turns[0].answer) for example, answer in pairs]
         metrics[f"rouge_l/{name}"] = sum(scores) / len(scores)
         metrics[f"ended/{name}"] = sum(answer.ended for _, answer in pairs) / len(pairs)
     rows: list[Mapping[str, Any]] = [
         {
             "image": e.image.path if e.image else "",
-            "kind": kind(e),
+            "kind": row_kind(e),
             "question": e.turns[0].question,
             "prediction": answer.text,
             "reference": e.turns[0].answer,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from pycocoevalcap.cider.cider import Cider
 
-from mmphi.evaluation.ptb_tokenize import joined
+from mmphi.evaluation.ptb_tokenize import ptb_text
 
 
-def consensus(candidates: Sequence[Sequence[str]]) -> list[int]:
+def mbr_caption(candidates: Sequence[Sequence[str]]) -> list[int]:
     """Minimum Bayes risk decoding (Kumar and Byrne 2004) with CIDEr-D as the gain (as Devlin et al. 2015 for captions).
 
     What a small model samples is often wrong in one detail, and each time in another: details that most samples share
@@ -22,7 +22,7 @@ def consensus(candidates: Sequence[Sequence[str]]) -> list[int]:
     Returns:
         For each image the index of the caption chosen; the first among equals.
     """
-    fellows = {i: [joined(caption) for caption in group] for i, group in enumerate(candidates)}
+    fellows = {i: [ptb_text(caption) for caption in group] for i, group in enumerate(candidates)}
     if not any(caption for group in fellows.values() for caption in group):
         return [0] * len(candidates)
     gains = [

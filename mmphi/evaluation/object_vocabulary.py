@@ -46,11 +46,11 @@ def _read() -> tuple[dict[str, str], dict[str, frozenset[str]]]:
 THING_OF, RELATED = _read()
 
 
-def named(words: Iterable[str]) -> set[str]:
+def mentioned_objects(words: Iterable[str]) -> set[str]:
     """The things that words name."""
     return {THING_OF[word] for word in words if word in THING_OF}
 
 
-def possible(things: Iterable[str]) -> set[str]:
+def plausible_objects(things: Iterable[str]) -> set[str]:
     """The things that may be there where these are: themselves, and what is not told apart from them."""
     return {other for thing in things for other in RELATED[thing]}

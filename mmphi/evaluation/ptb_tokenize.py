@@ -18,7 +18,7 @@ CLITICS = frozenset(["'s", "'m", "'d", "'re", "'ve", "'ll", "'n", "'n'"])
 TOKENIZER = TreebankWordTokenizer()
 
 
-def words(caption: str) -> list[str]:
+def ptb_tokens(caption: str) -> list[str]:
     """The words of a caption in lower case, in any script."""
     stopped = " ".join(_full_stop_apart(word) for word in caption.split())
     tokens: list[str] = []
@@ -39,6 +39,6 @@ def _full_stop_apart(word: str) -> str:
     return f"{word.rstrip('.')} ."
 
 
-def joined(caption: str) -> str:
+def ptb_text(caption: str) -> str:
     """The words of a caption with single spaces between them."""
-    return " ".join(words(caption))
+    return " ".join(ptb_tokens(caption))

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmphi.data.schema import AudioRef, Example
 from mmphi.evaluation.grounding import Grounding
-from mmphi.evaluation.wer import total, word_errors
+from mmphi.evaluation.wer import total_errors, word_errors
 from mmphi.models.audio.audio_features import AudioFeatureSource
 from mmphi.models.multimodal import Multimodal, Question
 from mmphi.tracking.tracker import Tracker
@@ -27,7 +27,7 @@ def shuffled_recordings(examples: Sequence[Example], seed: int) -> list[Example]
     return [replace(e, audio=tuple(recordings[following[a.id]] for a in e.audio)) for e in examples]
 
 
-def hearing_gain(model: Multimodal, examples: Sequence[Example], seed: int = 0) -> Grounding:
+def audio_gain(model: Multimodal, examples: Sequence[Example], seed: int = 0) -> Grounding:
     """Loss on the answers with the right recordings, and with another one in each one's place.
 
     Args:
@@ -57,7 +57,7 @@ class SpokenMeasures:
     seed: int = 0
 
 
-def evaluate_hearing(
+def measure_speech(
     model: Multimodal,
     examples: Sequence[Example],
     chosen: SpokenMeasures,
@@ -82,7 +82,7 @@ def evaluate_hearing(
         the words are typed; seconds of hearing and of answering, and tokens, for a second of speech.
     """
     examples = list(examples)[: chosen.max_recordings or None]
-    measured = hearing_gain(model, examples, chosen.seed)
+    measured = audio_gain(model, examples, chosen.seed)
     seconds = sum(_seconds(audio) for e in examples for audio in e.audio)
     spans = [span for e in examples for span in model.open_prompt(None, "", e.audio).spans]
     begun = time.perf_counter()
@@ -112,7 +112,7 @@ def evaluate_hearing(
     if wanted == said:
         errors = [word_errors(words, text) for words, text in zip(said, heard, strict=True)]
         own = [word_errors(words, text) for words, text in zip(said, read, strict=True)]
-        metrics |= {"wer": total(errors).rate, "typed_wer": total(own).rate}
+        metrics |= {"wer": total_errors(errors).rate, "typed_wer": total_errors(own).rate}
         for row, text, each in zip(rows, heard, errors, strict=True):
             row |= {"repeated": text, "wer": round(each.rate, 4)}
         heard = answers([(None, "", e.audio) for e in examples])

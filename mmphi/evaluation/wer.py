@@ -77,6 +77,6 @@ def word_errors(reference: str, heard: str, language: str = "en") -> WordErrors:
     return WordErrors(counted.hits, counted.substitutions, counted.deletions, counted.insertions)
 
 
-def total(each: Sequence[WordErrors]) -> WordErrors:
+def total_errors(each: Sequence[WordErrors]) -> WordErrors:
     """Of all recordings together: a long one counts more than a short one."""
     return sum(each, WordErrors())

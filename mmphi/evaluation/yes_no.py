@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from mmphi.data.phrasing import training_phrasing
 from mmphi.data.scenes import KINDS
 from mmphi.data.schema import Example, ImageRef, Turn
-from mmphi.evaluation.object_vocabulary import named, possible
-from mmphi.evaluation.ptb_tokenize import words
+from mmphi.evaluation.object_vocabulary import mentioned_objects, plausible_objects
+from mmphi.evaluation.ptb_tokenize import ptb_tokens
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Question:
     answer: bool
 
 
-def ask(examples: Sequence[Example], count: int, seed: int) -> list[Question]:
+def yes_no_questions(examples: Sequence[Example], count: int, seed: int) -> list[Question]:
     """Questions about the images of examples, as many with yes as with no.
 
     About scenes: is a thing of some color and shape there; the absent ones share a color or shape with one that is.
@@ -56,8 +56,8 @@ def _question(thing: str) -> str:
 def conversations(examples: Sequence[Example], per_image: int, seed: int, *, varied: bool = False) -> list[Example]:
     """Yes/no questions as conversations to learn from, one of every image, half of its questions with yes.
 
-    What is there and what is not are found as :func:`ask` finds them, among these examples alone: give it those of one
-    split, so that nothing of another is learned.
+    What is there and what is not are found as in :func:`yes_no_questions`, among these examples alone. Call it for each
+    split separately, so that nothing of another split is learned.
 
     Args:
         examples: With captions or attributes; several of one image are put together.
@@ -110,21 +110,21 @@ def _photo_things(examples: Sequence[Example]) -> Things:
     for example in examples:
         if example.image is not None:
             for turn in example.turns:
-                shown[example.image.id] |= named(words(turn.answer))
+                shown[example.image.id] |= mentioned_objects(ptb_tokens(turn.answer))
     popular = [thing for thing, _ in Counter(t for things in shown.values() for t in sorted(things)).most_common(30)]
     present = {i: sorted(things) for i, things in shown.items()}
-    absent = {i: [t for t in popular if t not in possible(things)] for i, things in shown.items()}
+    absent = {i: [t for t in popular if t not in plausible_objects(things)] for i, things in shown.items()}
     return present, absent, images
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def score_yes_no(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """Accuracy, F1 of yes, and the share of yes; an answer that begins with neither word counts as no, as POPE does.
 
     Args:
         questions: What was asked.
         answers: What was said.
     """
-    said = [words(a)[:1] == ["yes"] for a in answers]
+    said = [ptb_tokens(a)[:1] == ["yes"] for a in answers]
     pairs = list(zip((q.answer for q in questions), said, strict=True))
     hits = sum(want and got for want, got in pairs)
     wanted, affirmed = sum(want for want, _ in pairs), sum(said)

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from mmphi.text.packing import check_spans, spread, to_device
+from mmphi.text.packing import check_feature_lengths, features_by_kind, to_device
 from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class GeneratedAnswer:
 
 
 @contextmanager
-def only_as_asked(language_model: Any) -> Iterator[None]:
+def default_generation_config(language_model: Any) -> Iterator[None]:
     """Let a model's ``generate`` do what its arguments say and nothing else.
 
     transformers fills what they leave open from the model's own generation settings. A penalty for repetition, a
@@ -53,7 +53,7 @@ def only_as_asked(language_model: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def answers_to(
+def batch_generate(
     model: Multimodal, prompts: Sequence[TokenizedExample], batch_size: int, **how: Any
 ) -> list[list[GeneratedAnswer]]:
     """Answers to prompts, one or more of each.
@@ -62,7 +62,7 @@ def answers_to(
         model: Who answers.
         prompts: Tokens with places for image features.
         batch_size: Prompts at once.
-        **how: Of transformers' ``GenerationConfig``; see :func:`only_as_asked`.
+        **how: Of transformers' ``GenerationConfig``; see :func:`default_generation_config`.
 
     Returns:
         The answers to each prompt, in order.
@@ -85,12 +85,12 @@ def _batch(model: Multimodal, prompts: Sequence[TokenizedExample], how: dict[str
         begin = longest - len(prompt)
         ids[row, begin:] = torch.from_numpy(prompt.input_ids)
         mask[row, begin:] = 1
-        check_spans(prompt, model.sources)
+        check_feature_lengths(prompt, model.sources)
         spans += [span._replace(start=row * longest + begin + span.start) for span in prompt.spans]
-    features, places = (to_device(each, device) for each in spread(spans, model.sources))
+    features, places = (to_device(each, device) for each in features_by_kind(spans, model.sources))
     embeddings = model.packed.embed(ids.to(device), features, places)
     ends = model.language.ends
-    with only_as_asked(model.language.model):
+    with default_generation_config(model.language.model):
         tokens = model.language.model.generate(
             inputs_embeds=embeddings, attention_mask=mask.to(device), eos_token_id=ends, pad_token_id=ends[0], **how
         )

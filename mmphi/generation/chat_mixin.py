@@ -28,7 +28,7 @@ class ChatMixin:
         and its answer before it, reads only what is new.
 
         Args:
-            messages: Each with a ``role`` and a ``content``, as :func:`~mmphi.generation.messages.conversation` says.
+            messages: Each with a ``role`` and a ``content``, as :func:`~mmphi.generation.messages.parse_messages` says.
             **how: Of :class:`~mmphi.generation.sampling.SamplingParams`: greedy where ``temperature`` is left out.
 
         Raises:
@@ -39,17 +39,17 @@ class ChatMixin:
 
     def chat_batch(self, conversations: Sequence[Sequence[Mapping[str, Any]]], **how: Any) -> list[str]:
         """What :meth:`chat` says to each of several conversations, read and answered together."""
-        from mmphi.generation.conversations import answered, read_all
+        from mmphi.generation.conversations import answer_conversations, read_conversations
         from mmphi.generation.sampling import SamplingParams
 
-        answers = answered(self.engine(8), read_all(conversations), SamplingParams(**how))
+        answers = answer_conversations(self.engine(8), read_conversations(conversations), SamplingParams(**how))
         return [answer.text for answer in answers]
 
     def stream(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
         """The answer that :meth:`chat` gives, in pieces as it is said."""
-        from mmphi.generation.conversations import opened
+        from mmphi.generation.conversations import start_answer
 
-        return opened(self.engine(2), messages, **how)
+        return start_answer(self.engine(2), messages, **how)
 
     def engine(self, slots: int) -> Engine:
         """Who answers conversations, with at least so many slots; the same one as long as it has them."""

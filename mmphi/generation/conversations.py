@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmphi.generation.engine import Engine, GenerationRequest
-from mmphi.generation.messages import Conversation, MessageError, conversation
+from mmphi.generation.messages import Conversation, MessageError, parse_messages
 from mmphi.generation.prompt_builder import open_prompt
 from mmphi.generation.sampling import SamplingParams
 from mmphi.text.tokenized_example import TokenizedExample
 
 
-def opened(engine: Engine, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
+def start_answer(engine: Engine, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
     """The answer to the last of some messages, in pieces as it is said; what is wrong with them is said at once."""
-    sampling, asked = SamplingParams(**how), conversation(messages)
+    sampling, asked = SamplingParams(**how), parse_messages(messages)
     return engine.stream(_prompt(engine, asked, sampling), sampling)
 
 
@@ -23,7 +23,9 @@ def _prompt(engine: Engine, asked: Conversation, sampling: SamplingParams) -> To
     return open_prompt(engine.model, asked, engine.room(sampling))[0]
 
 
-def read_all(conversations: Sequence[Sequence[Mapping[str, Any]]], *, files: bool = True) -> list[Conversation]:
+def read_conversations(
+    conversations: Sequence[Sequence[Mapping[str, Any]]], *, files: bool = True
+) -> list[Conversation]:
     """Read conversations.
 
     Args:
@@ -36,13 +38,13 @@ def read_all(conversations: Sequence[Sequence[Mapping[str, Any]]], *, files: boo
     read = []
     for number, messages in enumerate(conversations, 1):
         try:
-            read.append(conversation(messages, files=files))
+            read.append(parse_messages(messages, files=files))
         except MessageError as error:
             raise MessageError(f"conversation {number}, {error.what}", error.hint) from error
     return read
 
 
-def answered(
+def answer_conversations(
     engine: Engine, conversations: Sequence[Conversation], sampling: SamplingParams
 ) -> list[GenerationRequest]:
     """Answer the last question of each conversation, as many at once as the engine has slots.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmphi.generation.sampling import ending, held_back
+from mmphi.generation.sampling import find_stop, possible_stop_prefix
 
 UNFINISHED = "�"  # What a tokenizer writes for half a letter.
 
@@ -35,19 +35,19 @@ class IncrementalDetokenizer:
         if len(now) > len(before) and not now.endswith(UNFINISHED):
             self._raw += now[len(before) :]
             self._from, self._upto = self._upto, len(self._ids)
-        place = ending(self._raw, self._stop)
+        place = find_stop(self._raw, self._stop)
         if place is not None:
             self._raw = self._raw[:place]
             self._ids = []
             return True
-        self._sure = len(self._raw) - held_back(self._raw, self._stop)
+        self._sure = len(self._raw) - possible_stop_prefix(self._raw, self._stop)
         return False
 
     def finish(self) -> None:
         """No more tokens come: what was held back is given out."""
         rest = self._decode(self._ids[self._from :]) if self._ids else ""
         self._raw += rest[len(self._decode(self._ids[self._from : self._upto])) :]
-        place = ending(self._raw, self._stop)
+        place = find_stop(self._raw, self._stop)
         self._raw = self._raw[:place].rstrip()
         self._sure, self._ids = len(self._raw), []
 

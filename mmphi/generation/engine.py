@@ -15,7 +15,7 @@ from mmphi.generation.detokenizer import IncrementalDetokenizer
 from mmphi.generation.prefill import Prefill
 from mmphi.generation.sampling import SamplingParams, TokenSampler
 from mmphi.models.multimodal import Multimodal
-from mmphi.text.packing import check_spans, spread, to_device
+from mmphi.text.packing import check_feature_lengths, features_by_kind, to_device
 from mmphi.text.tokenized_example import TokenizedExample, TranscriptSpan
 
 Reason = Literal["", "stop", "length", "cancelled"]
@@ -43,7 +43,7 @@ class GenerationRequest:
         self.reason: Reason = ""
         self.reused = self.tokens = self.read = 0
         self.error: Exception | None = None
-        self.memory = memory_of(prompt)
+        self.memory = position_identities(prompt)
         self.chooser, self.words = TokenSampler(sampling), IncrementalDetokenizer(tokenizer, sampling.stop)
         self.last = -1
 
@@ -57,7 +57,7 @@ class GenerationRequest:
         return self.words.text
 
 
-def memory_of(prompt: TokenizedExample) -> list[Hashable]:
+def position_identities(prompt: TokenizedExample) -> list[Hashable]:
     """What each place of a prompt is, so that equal beginnings are found: tokens, and places of images and sounds.
 
     Images and recordings are told apart by their content, because a file may be overwritten.
@@ -130,9 +130,9 @@ class Engine:
                 f"the conversation has {len(prompt)} tokens, and this model reads {self.length}, the answer among them",
                 "ask less at once",
             )
-        check_spans(prompt, self.model.sources)
+        check_feature_lengths(prompt, self.model.sources)
         with torch.inference_mode():
-            features, _ = spread(prompt.spans, self.model.sources)
+            features, _ = features_by_kind(prompt.spans, self.model.sources)
         return GenerationRequest(prompt, sampling, self.model.language.tokenizer, features)
 
     def enqueue(self, answering: GenerationRequest) -> None:

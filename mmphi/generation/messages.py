@@ -63,7 +63,7 @@ class Conversation:
         return replace(self, turns=self.turns[-count:], images=self.images[-count:], audio=self.audio[-count:])
 
 
-def conversation(
+def parse_messages(
     messages: Sequence[Mapping[str, Any]], *, files: bool = True, allow: Callable[[str], bytes] | None = None
 ) -> Conversation:
     """Read messages.
@@ -214,9 +214,9 @@ class _Reading:
     def _image(self, part: Mapping[str, Any]) -> ImageRef:
         given = part.get("image")
         if isinstance(given, bytes):
-            return image_of(given)
+            return image_from_memory(given)
         if isinstance(given, str | Path):
-            return image_of(image_bytes(self._path(given)), Path(given))
+            return image_from_memory(image_bytes(self._path(given)), Path(given))
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(url, str):
@@ -224,10 +224,10 @@ class _Reading:
                 "an image says neither where it is nor what", "image_url: {url: data:image/png;base64,...}"
             )
         if url[: len(DATA_URI)].lower() == DATA_URI:
-            return image_of(_decoded(url, "an image"))
+            return image_from_memory(_decoded(url, "an image"))
         if self.allow is None:
             raise MessageError(f"{url[:100]} is not fetched", "send the image itself, as a data: URI")
-        return image_of(self.allow(url))
+        return image_from_memory(self.allow(url))
 
     def _path(self, given: str | Path) -> Path:
         if not self.files:
@@ -237,7 +237,7 @@ class _Reading:
     def _recording(self, part: Mapping[str, Any]) -> AudioRef:
         given = part.get("audio")
         if isinstance(given, bytes):
-            return recording_of(given)
+            return recording_from_memory(given)
         if isinstance(given, str | Path):
             return AudioRef(str(given), self._path(given))
         inner, url = part.get("input_audio"), part.get("audio_url")
@@ -246,7 +246,7 @@ class _Reading:
             raise MessageError("a recording has no data", "input_audio: {data: BASE64, format: wav}")
         if part.get("type") == "audio_url" and data[: len(DATA_URI)].lower() != DATA_URI:
             raise MessageError(f"{data[:100]} is not fetched", "send the recording itself, as a data: URI")
-        return recording_of(_decoded(data, "a recording"))
+        return recording_from_memory(_decoded(data, "a recording"))
 
 
 def is_encodable(text: str) -> bool:
@@ -291,7 +291,7 @@ def _decoded(data: str, what: str) -> bytes:
     return found
 
 
-def image_of(content: bytes, path: Path = NO_FILE) -> ImageRef:
+def image_from_memory(content: bytes, path: Path = NO_FILE) -> ImageRef:
     """An image in memory, named by its content.
 
     Args:
@@ -301,6 +301,6 @@ def image_of(content: bytes, path: Path = NO_FILE) -> ImageRef:
     return ImageRef(content_digest(content), path, content=content)
 
 
-def recording_of(content: bytes) -> AudioRef:
+def recording_from_memory(content: bytes) -> AudioRef:
     """A recording in memory, named by its content."""
     return AudioRef(content_digest(content), content)

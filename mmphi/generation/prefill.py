@@ -44,7 +44,7 @@ class Prefill:
         ways: tuple[Way, ...] = ("together", "one by one")
         with self._lock:
             for way in ways if length <= unchanged_length(model.config) else ():
-                if reading_error(model, way, length) < tolerance:
+                if batched_prefill_error(model, way, length) < tolerance:
                     self.way = way
                     break
         self._read = _ways(model, self.slots)[self.way]
@@ -72,7 +72,7 @@ def _ways(model: Any, slots: SlotKVCache) -> dict[Way, Read]:
 
     def together(rows: Sequence[int], starts: Sequence[int], embeddings: Tensor) -> Tensor:
         given = slots.reading(rows, starts, embeddings.shape[1], embeddings.device)
-        masks = masks_of(model.config, given.pop("attention_mask"))
+        masks = attention_masks(model.config, given.pop("attention_mask"))
         if model.config._attn_implementation == "eager":
             masks = {kind: _additive(mask, embeddings.dtype) for kind, mask in masks.items()}
         mask = next(iter(masks.values())) if len(masks) == 1 else masks
@@ -119,7 +119,7 @@ def unchanged_length(config: Any) -> float:
     return inf
 
 
-def masks_of(config: Any, seen: Tensor) -> dict[str, Tensor]:
+def attention_masks(config: Any, seen: Tensor) -> dict[str, Tensor]:
     """Who sees whom in each kind of a model's layers.
 
     Args:
@@ -149,7 +149,7 @@ def masks_of(config: Any, seen: Tensor) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def reading_error(model: Any, way: Way, length: int) -> float:
+def batched_prefill_error(model: Any, way: Way, length: int) -> float:
     """How far logits of two conversations that are read on in one way are from those of each alone, whole.
 
     Windows that are narrower than a conversation may be are tried as well: narrowed to :data:`WINDOW` tokens meanwhile,

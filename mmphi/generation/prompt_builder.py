@@ -13,12 +13,12 @@ from mmphi.errors import AudioError, ModelError
 from mmphi.generation.messages import Conversation
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.prompt import SHOWN
-from mmphi.text.tokenized_example import TokenizedExample, join
+from mmphi.text.tokenized_example import TokenizedExample, join_spans
 
 LETTERS_PER_TOKEN = 8  # A conversation of more letters for each token that there is room for hardly fits.
 
 
-def check_shown(model: Multimodal, conversation: Conversation, check: Callable[[], None] = lambda: None) -> None:
+def check_images(model: Multimodal, conversation: Conversation, check: Callable[[], None] = lambda: None) -> None:
     """Open the images of a conversation, and compute their features where those are not stored.
 
     Args:
@@ -58,7 +58,7 @@ def open_prompt(
         model: Who answers.
         conversation: What was said.
         longest: In tokens, features included.
-        checked: Whether :func:`check_shown` was done.
+        checked: Whether :func:`check_images` was done.
         check: Called before the prompt is written; what it raises ends this.
 
     Returns:
@@ -71,7 +71,7 @@ def open_prompt(
         AudioError: If a recording cannot be used.
     """
     if not checked:
-        check_shown(model, conversation, check)
+        check_images(model, conversation, check)
     check()
     _check_speech(model, conversation)
     turns = len(conversation.turns)
@@ -125,7 +125,7 @@ def _written(model: Multimodal, conversation: Conversation) -> TokenizedExample:
     parts = model.language.prompt.placed_parts(
         asked, leading=leading, audio=[each.said for each in heard], system=conversation.system
     )
-    return join(parts, [*image_inputs(images, model.length), *heard], "conversation")
+    return join_spans(parts, [*image_inputs(images, model.length), *heard], "conversation")
 
 
 def _asked(model: Multimodal, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:

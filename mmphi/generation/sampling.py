@@ -86,13 +86,13 @@ class TokenSampler:
         return int(torch.multinomial(odds.cpu(), 1, generator=self._random))
 
 
-def ending(text: str, stop: tuple[str, ...]) -> int | None:
+def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
     """Where the first of some texts begins in another; ``None`` where none is in it."""
     places = [text.index(each) for each in stop if each in text]
     return min(places, default=None)
 
 
-def held_back(text: str, stop: tuple[str, ...]) -> int:
+def possible_stop_prefix(text: str, stop: tuple[str, ...]) -> int:
     """How many letters at the end of a text may be the begin of a text to stop at, and cannot be given out yet."""
     longest = 0
     for each in stop:

@@ -23,15 +23,21 @@ from mmphi.config.shared import LanguageSettings, VisionSettings
 from mmphi.data.clip_weights import AUTO
 from mmphi.data.features import ImageFeatures, LiveFeatures
 from mmphi.errors import ModelError
-from mmphi.models.audio.audio_features import AudioFeatureSource, hearing_of
+from mmphi.models.audio.audio_features import AudioFeatureSource, audio_feature_source
 from mmphi.models.audio.audio_projector import SHAPE, WEIGHTS, SpeechProjection
 from mmphi.models.audio.transcriber import Audio
 from mmphi.models.device import this_device
-from mmphi.models.language.adapter import ADAPTER, adapter_digest, save_adapter, with_saved
-from mmphi.models.language.language_model import PRETRAIN, STYLE_FILE, LanguageModel, language_digest, load_language
+from mmphi.models.language.adapter import ADAPTER, adapter_digest, load_adapter, save_adapter
+from mmphi.models.language.language_model import (
+    PRETRAIN,
+    STYLE_FILE,
+    LanguageModel,
+    language_model_digest,
+    load_language_model,
+)
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector
-from mmphi.models.vision.vision_encoder import LIGHT_CLIP, VisionEncoder, VisionReference, load_tower
+from mmphi.models.vision.vision_encoder import LIGHT_CLIP, VisionEncoder, VisionReference, load_vision_encoder
 
 T = TypeVar("T")
 Once = Callable[[str, str, Callable[[], T]], T]
@@ -40,12 +46,12 @@ FORMAT = 1
 CLIP_FILES = ("*.json", "*.safetensors", "*.txt", "text_tower/*")
 
 
-def at_once(_kind: str, _digest: str, make: Callable[[], T]) -> T:
+def load_without_cache(_kind: str, _digest: str, make: Callable[[], T]) -> T:
     """Load anew, whoever has it already."""
     return make()
 
 
-def save_bundle(folder: Path, model: Multimodal) -> None:
+def save_checkpoint(folder: Path, model: Multimodal) -> None:
     """Write a model so that it loads alone.
 
     Args:
@@ -100,7 +106,7 @@ def _take(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
             shutil.copy2(path, place)
 
 
-def read_bundle(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     """What a bundle says of itself.
 
     Raises:
@@ -117,20 +123,20 @@ def read_bundle(folder: Path) -> dict[str, Any]:
     return content
 
 
-def bundle_digest(folder: Path) -> str:
+def checkpoint_digest(folder: Path) -> str:
     """What tells a model from every other: what it says of itself, and the weights of its projectors.
 
     Raises:
         ModelError: If it is none.
     """
-    digest = hashlib.sha256(json.dumps(read_bundle(folder), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(read_description(folder), sort_keys=True).encode())
     for name in ("projector.json", "projector.safetensors", SHAPE, WEIGHTS):
         if (folder / name).exists():
             digest.update((folder / name).read_bytes())
     return digest.hexdigest()
 
 
-def load_bundle(
+def load_checkpoint(
     folder: Path,
     *,
     device: torch.device | None = None,
@@ -139,12 +145,12 @@ def load_bundle(
     features: ImageFeatures | None = None,
     whisper: str = "",
     hearing: AudioFeatureSource | None = None,
-    once: Once[Any] = at_once,
+    once: Once[Any] = load_without_cache,
 ) -> Multimodal:
     """Load a model with all that it is joined from.
 
     Args:
-        folder: As :func:`save_bundle` left it.
+        folder: As :func:`save_checkpoint` left it.
         device: Where it goes; this process's own where left out.
         language: Folder or hub name of its language model, where that has moved.
         precision: Of the language model, where it shall be another.
@@ -156,7 +162,7 @@ def load_bundle(
     Raises:
         ModelError: If a part cannot be had, or is not what it was.
     """
-    content, device = read_bundle(folder), device or this_device()
+    content, device = read_description(folder), device or this_device()
     spoken = _language(content, folder, device, language, precision, once)
     seen = features
     if seen is None and "vision" in content:
@@ -169,7 +175,7 @@ def load_bundle(
     audio = Audio(AudioSettings(**saved | ({"whisper": whisper} if whisper else {})), digest)
     speech = SpeechProjection.load(folder) if "audio" in content else None
     config = speech.config if speech else None
-    hears = hearing or (lambda: hearing_of(spoken, audio, config, device, once))
+    hears = hearing or (lambda: audio_feature_source(spoken, audio, config, device, once))
     asked = content.get("questions", ())  # Models of earlier versions do not have it.
     return Multimodal(spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked)
 
@@ -191,20 +197,22 @@ def _language(
     except ValidationError as error:
         raise ModelError(f"{folder / BUNDLE}: {error.errors()[0]['msg']}", "use the file as it was written") from error
     if "adapter" not in content:
-        return borrowed_language(settings, None, device, once, digest, str(folder))
+        return get_shared_language_model(settings, None, device, once, digest, str(folder))
     found = adapter_digest(folder / ADAPTER)
     if found != content["adapter"]:
         raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it anew")
 
     def load() -> LanguageModel:
         # On layers that nobody else has: those of a shared model would be wrapped for all.
-        return with_saved(borrowed_language(settings, None, device, at_once, digest, str(folder)), folder / ADAPTER)
+        return load_adapter(
+            get_shared_language_model(settings, None, device, load_without_cache, digest, str(folder)), folder / ADAPTER
+        )
 
     language: LanguageModel = once("language", "/".join([digest, found, settings.precision, str(device)]), load)
     return language
 
 
-def borrowed_language(
+def get_shared_language_model(
     settings: LanguageSettings,
     pretrained: Path | None,
     device: torch.device,
@@ -232,7 +240,7 @@ def borrowed_language(
             f"the language model of {whose} was in {name}, which is not there",
             "say where it is: mmphi.load(..., language=FOLDER)",
         )
-    digest = language_digest(name, settings.revision)
+    digest = language_model_digest(name, settings.revision)
     if expected and digest != expected:
         raise ModelError(
             f"{name} is not the language model that {whose} was trained with",
@@ -240,7 +248,7 @@ def borrowed_language(
         )
     style = (path / STYLE_FILE).read_text() if (path / STYLE_FILE).is_file() else ""
     identity = "/".join([digest, settings.precision, settings.tokenizer, settings.prompt, style, str(device)])
-    language: LanguageModel = once("language", identity, lambda: load_language(settings, pretrained, device))
+    language: LanguageModel = once("language", identity, lambda: load_language_model(settings, pretrained, device))
     return language
 
 
@@ -258,10 +266,10 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
     """
 
     def earlier() -> VisionEncoder:
-        return load_tower(vision.settings, vision.folder, earlier=True).to(device)
+        return load_vision_encoder(vision.settings, vision.folder, earlier=True).to(device)
 
     try:
-        tower = borrowed_tower(vision.settings, vision.folder, device, once, vision.digest)
+        tower = get_shared_vision_encoder(vision.settings, vision.folder, device, once, vision.digest)
     except ModelError:  # Also where the weights' own preprocessing is not known.
         tower = earlier()
     if tower.digest != vision.digest:
@@ -275,7 +283,7 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
     return tower
 
 
-def borrowed_tower(
+def get_shared_vision_encoder(
     settings: VisionSettings, light_clip: Path | None, device: torch.device, once: Once[Any], identity: str
 ) -> VisionEncoder:
     """An image tower that this process may have already.
@@ -287,5 +295,7 @@ def borrowed_tower(
         once: ``Resources.once``.
         identity: What tells it from others.
     """
-    tower: VisionEncoder = once("tower", f"{identity}/{device}", lambda: load_tower(settings, light_clip).to(device))
+    tower: VisionEncoder = once(
+        "tower", f"{identity}/{device}", lambda: load_vision_encoder(settings, light_clip).to(device)
+    )
     return tower

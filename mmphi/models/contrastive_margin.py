@@ -15,7 +15,7 @@ MARGIN = 1.5  # Nats per token that the right image shall save.
 SOFT = 0.5  # Nats per token over which it is no longer asked for more.
 
 
-def contrasted(losses_K: Tensor, pack: PackedBatch) -> Tensor:
+def contrastive_margin_loss(losses_K: Tensor, pack: PackedBatch) -> Tensor:
     """Summed loss of sequences with their own images, and of what another image does not cost them, shape ().
 
     The second is ``weight * tokens * SOFT * softplus((MARGIN - saved) / SOFT)`` of each sequence that has a foil, where

@@ -17,7 +17,7 @@ def this_device() -> torch.device:
     return torch.device("cpu")
 
 
-def fetched_later(tensor: Tensor) -> Callable[[], Tensor]:
+def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
     """A tensor on the CPU, waiting for no more than what computes it.
 
     To ask an accelerator for a tensor at once is to wait until it has nothing left to do at all.

@@ -14,16 +14,16 @@ from tqdm.auto import tqdm
 from mmphi.data.content_hash import content_digest
 from mmphi.data.features import ImageFeatures
 from mmphi.data.schema import AudioRef, Example, ImageRef
-from mmphi.data.tokenized_dataset import encode_example, image_inputs
+from mmphi.data.tokenized_dataset import image_inputs, tokenize_example
 from mmphi.errors import ModelError
-from mmphi.generation.batch_generate import BAR_AFTER_S, GeneratedAnswer, answers_to
+from mmphi.generation.batch_generate import BAR_AFTER_S, GeneratedAnswer, batch_generate
 from mmphi.generation.chat_mixin import ChatMixin
-from mmphi.models.audio.audio_projector import SpeechProjection, words_as_they_are
+from mmphi.models.audio.audio_projector import SpeechProjection, identity_projection
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector
 from mmphi.text.packing import SpanFeatures, packs, to_device
-from mmphi.text.tokenized_example import SpanContent, TokenizedExample, join
+from mmphi.text.tokenized_example import SpanContent, TokenizedExample, join_spans
 
 if TYPE_CHECKING:
     from mmphi.models.audio.audio_features import AudioFeatureSource
@@ -94,17 +94,17 @@ class Multimodal(ChatMixin):
 
         Args:
             folder: As :meth:`save_pretrained` or a stage left it.
-            **options: Those of :func:`~mmphi.models.checkpoint.load_bundle`.
+            **options: Those of :func:`~mmphi.models.checkpoint.load_checkpoint`.
         """
-        from mmphi.models.checkpoint import load_bundle
+        from mmphi.models.checkpoint import load_checkpoint
 
-        return load_bundle(Path(folder), **options)
+        return load_checkpoint(Path(folder), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to a folder that loads alone."""
-        from mmphi.models.checkpoint import save_bundle
+        from mmphi.models.checkpoint import save_checkpoint
 
-        save_bundle(Path(folder), self)
+        save_checkpoint(Path(folder), self)
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +132,7 @@ class Multimodal(ChatMixin):
         if self._hearing is None:
             raise ModelError("this model was given nothing to hear with", "give Multimodal its hearing")
         if self.speech is None:
-            self.speech = words_as_they_are(self.language.width, self._hearing.link).to(self.device)
+            self.speech = identity_projection(self.language.width, self._hearing.link).to(self.device)
             self.packed.projectors["audio"] = self.speech.eval()
         if self.speech.config.input_width != self._hearing.width:
             raise ModelError(
@@ -164,7 +164,7 @@ class Multimodal(ChatMixin):
 
     def encode(self, example: Example) -> TokenizedExample | None:
         """A conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
-        return encode_example(example, self.language.prompt, self.length, self.max_length, self.inputs)
+        return tokenize_example(example, self.language.prompt, self.length, self.max_length, self.inputs)
 
     @torch.inference_mode()
     def losses(
@@ -233,7 +233,7 @@ class Multimodal(ChatMixin):
             One answer per prompt, in order.
         """
         samples = [self.open_prompt(*prompt) for prompt in prompts]
-        answers = answers_to(self, samples, batch_size, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = batch_generate(self, samples, batch_size, max_new_tokens=max_new_tokens, do_sample=False)
         return [answer for (answer,) in answers]
 
     def sample(
@@ -262,7 +262,7 @@ class Multimodal(ChatMixin):
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            return answers_to(
+            return batch_generate(
                 self,
                 [self.open_prompt(*prompt) for prompt in prompts],
                 max(1, batch_size // count),
@@ -289,4 +289,4 @@ class Multimodal(ChatMixin):
         said = [each.said for each in heard]
         question = self.asked(question, shown, audio)
         parts = self.language.prompt.parts([(question, None)], images=len(shown), context=context, audio=said)
-        return join(parts, [*image_inputs(shown, self.length), *heard], question)
+        return join_spans(parts, [*image_inputs(shown, self.length), *heard], question)

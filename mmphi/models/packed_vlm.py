@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmphi.errors import ModelError
-from mmphi.models.contrastive_margin import contrasted
+from mmphi.models.contrastive_margin import contrastive_margin_loss
 from mmphi.models.language.linear_cross_entropy import linear_cross_entropy
-from mmphi.models.patches.sparse_last_layer import WORTH, only_at, parts_alone
-from mmphi.models.patches.varlen_attention import attending_inside_documents
+from mmphi.models.patches.sparse_last_layer import WORTH, compute_at_positions, find_positionwise_modules
+from mmphi.models.patches.varlen_attention import varlen_attention_applied
 from mmphi.text.packing import ROWS, Layout, PackedBatch
 
 
@@ -105,7 +105,7 @@ class PackedVLM(nn.Module):
                     layer.dropout = 0.0
             self.train(self.training)
             # The backward pass attends again.
-            with attending_inside_documents(self.language_model) if self.layout.kind == "line" else nullcontext():
+            with varlen_attention_applied(self.language_model) if self.layout.kind == "line" else nullcontext():
                 yield
         finally:
             for layer, rate in rates:
@@ -161,16 +161,16 @@ class PackedVLM(nn.Module):
         if len(keep) > WORTH * pack["input_ids"].numel() or self._recomputes or (self.training and self.compiled):
             return nullcontext()
         if self._last_parts is None:
-            self._last_parts = parts_alone(self.language_model)
+            self._last_parts = find_positionwise_modules(self.language_model)
         # Answers that share what stands before them begin at the same place.
-        return only_at(self._last_parts, torch.unique(keep) if "branches" in pack else keep)
+        return compute_at_positions(self._last_parts, torch.unique(keep) if "branches" in pack else keep)
 
     def _in_line(self, pack: PackedBatch) -> bool:
         """Whether a pack is a line; the model takes rows as well."""
         return self.layout.kind == "line" and "borders" in pack
 
     def _walled(self, pack: PackedBatch) -> AbstractContextManager[None]:
-        return attending_inside_documents(self.language_model) if self._in_line(pack) else nullcontext()
+        return varlen_attention_applied(self.language_model) if self._in_line(pack) else nullcontext()
 
     def _walls(self, pack: PackedBatch) -> dict[str, Any]:
         """What keeps sequences apart: of one in a row, the model's own padding mask; borders; else who sees whom."""
@@ -198,7 +198,7 @@ class PackedVLM(nn.Module):
     def forward(self, **pack: Any) -> Tensor:
         """Summed loss of the supervised tokens of a :class:`~mmphi.text.packing.PackedBatch`, in nats, shape ().
 
-        Where there are foils among its sequences, as :func:`~mmphi.models.contrastive_margin.contrasted` has it.
+        With hard negatives among its sequences, :func:`~mmphi.models.contrastive_margin.contrastive_margin_loss`.
         """
         rows: PackedBatch = pack  # type: ignore[assignment]  # keyword arguments, so that DDP and the Trainer can pass them
         # Autocast would have its norms and rotations compute in fp32, and copy all that goes in and out of them.
@@ -211,7 +211,7 @@ class PackedVLM(nn.Module):
             else:
                 reduction = "none" if "foils" in rows else "sum"
                 losses = F.cross_entropy(self.logits(rows).float(), rows["targets"], reduction=reduction)
-        return contrasted(losses, rows) if "foils" in rows else losses
+        return contrastive_margin_loss(losses, rows) if "foils" in rows else losses
 
 
 @contextmanager

@@ -25,7 +25,7 @@ PATIENCE_S = 120.0  # What a helper that is stopped may take to save what it has
 KEPT_BYTES = 2000
 
 
-def independent(plan: StageGraph, goal: str, name: str, settings: Section) -> list[str]:
+def independent_stages(plan: StageGraph, goal: str, name: str, settings: Section) -> list[str]:
     """What a goal lacks that neither needs a stage nor is needed by it, and is worth another process.
 
     Args:
@@ -81,7 +81,7 @@ class BackgroundBuilder:
         threads = torch.get_num_threads()
         if threads < 2 or torch.cuda.is_available():
             return
-        names = independent(self._plan, self._goal, name, self._settings)
+        names = independent_stages(self._plan, self._goal, name, self._settings)
         if not names:
             return
         self._names = list(dict.fromkeys(each for goal in names for each in self._plan.missing(goal, self._settings)))
@@ -170,7 +170,7 @@ class _Said(threading.Thread):
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def order_of(stream: IO[str]) -> tuple[list[str], Mapping[str, object]]:
+def worker_request(stream: IO[str]) -> tuple[list[str], Mapping[str, object]]:
     """What a helper is asked for on its standard input: stages, and settings."""
     order = json.loads(stream.readline())
     return list(order["stages"]), order["settings"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmphi.allocator import give_back
+from mmphi.allocator import release_memory
 from mmphi.config.section import Section
 from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
 from mmphi.pipeline.background_build import BackgroundBuilder
@@ -19,9 +19,9 @@ from mmphi.pipeline.cache_key import difference, key_of
 from mmphi.pipeline.graph import KEY, METRICS, StageGraph
 from mmphi.pipeline.process_cache import PROCESS, ProcessCache
 from mmphi.pipeline.stage import Context, Result, Stage
-from mmphi.pipeline.threads import threads_of
-from mmphi.pipeline.torchrun import RankCoordinator, alone, as_json, follow
-from mmphi.pipeline.warning_filters import quieten
+from mmphi.pipeline.threads import restore_thread_count
+from mmphi.pipeline.torchrun import RankCoordinator, as_json, run_follower, without_torchrun
+from mmphi.pipeline.warning_filters import install_filters
 from mmphi.tracking.tags import FOR_STUDY, STUDY
 
 if TYPE_CHECKING:
@@ -111,17 +111,17 @@ class Pipeline(StageGraph):
             StoreError: If something is missing under ``no_build``, or the store cannot be used.
             Stopped: If a signal asked to stop; the same call goes on from there.
         """
-        quieten()
+        install_filters()
         ranks = RankCoordinator()
         if not ranks.first:
-            return follow(ranks, self.stages[name], settings, self.resources)
+            return run_follower(ranks, self.stages[name], settings, self.resources)
         try:
             request = Request(force, run, label, title, tags or {}, watch, after, ranks)
             result = self._lead(name, settings, request, no_build)
         except BaseException as error:
             ranks.tell({"error": str(error)})
             if disk_is_full(error) and not isinstance(error, MmphiError):
-                raise full_disk(self.store.locks.parent) from error  # It was the store's own database.
+                raise full_disk_message(self.store.locks.parent) from error  # It was the store's own database.
             raise
         return result
 
@@ -143,7 +143,7 @@ class Pipeline(StageGraph):
             for each in self.order(name, settings):
                 self.stages[each].check(self.view(each, settings))
             helper = self.helper if request.ranks.count == 1 else ""
-            with alone(), BackgroundBuilder(self, name, settings, helper) as beside:
+            with without_torchrun(), BackgroundBuilder(self, name, settings, helper) as beside:
                 study = {FOR_STUDY: request.tags[STUDY]} if STUDY in request.tags else {}
                 done = self._ready(self.upstream(name, settings), settings, beside, study)
             result = self._run(name, settings, done, request)
@@ -159,7 +159,7 @@ class Pipeline(StageGraph):
         metrics, results = dict(result.metrics), []
         stage = self.stages[result.stage]
         for name in stage.then if request.after else ():
-            with alone():
+            with without_torchrun():
                 after = self.build(name, stage.asking(settings), force=request.force, no_build=no_build)
             self.store.add_metrics(result.run_id, after, metrics)
             metrics |= after.metrics
@@ -222,7 +222,7 @@ class Pipeline(StageGraph):
             self.store.clear(tracker)
         elif source := self.store.adopt(tracker, key, damaged=stage.verifies):
             _print(f"{stage.name}: going on from what run {source} left")
-        provenance.describe(tracker, stage, settings, parts, upstream)
+        provenance.record_provenance(tracker, stage, settings, parts, upstream)
         earlier = () if request.force or stage.covers is None else tuple(self.results(stage.name, settings))
         context = Context(
             self.view(stage.name, settings),
@@ -238,13 +238,13 @@ class Pipeline(StageGraph):
             request.ranks.share(context, key, settings)
             from mmphi.tracking.system_metrics import system_metrics
 
-            with threads_of(self.store, tracker, source), system_metrics(tracker.run_id, self.store.uri):
+            with restore_thread_count(self.store, tracker, source), system_metrics(tracker.run_id, self.store.uri):
                 metrics = dict(stage.run(context))
             request.ranks.done()
         else:
-            with alone():
+            with without_torchrun():
                 metrics = dict(stage.run(context))
-        give_back()
+        release_memory()
         tracker.watch = None  # Final values are no report of a training, which has ended.
         tracker.final_metrics({**metrics, "seconds": time.perf_counter() - begun})
         tracker.text(METRICS, json.dumps(metrics))
@@ -292,11 +292,11 @@ def _recorded(store: TrackingStore, tracker: RunTracker) -> Iterator[None]:
     except BaseException as error:
         store.fail(tracker, "FAILED", f"{type(error).__name__}: {error}")
         if disk_is_full(error) and not isinstance(error, StoreError):
-            raise full_disk(tracker.folder) from error
+            raise full_disk_message(tracker.folder) from error
         raise
 
 
-def full_disk(folder: Path) -> StoreError:
+def full_disk_message(folder: Path) -> StoreError:
     """What to say of a disk that is full."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free

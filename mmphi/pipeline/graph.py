@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmphi.config.declared_view import SettingsView, covered
 from mmphi.config.fields import field_of, leaves
-from mmphi.config.presets import files
+from mmphi.config.presets import files_of_settings
 from mmphi.config.section import Section
 from mmphi.data.content_hash import Digests
 from mmphi.pipeline.cache_key import key_of, key_parts
@@ -74,15 +74,15 @@ class StageGraph:
             SettingsError: If one is missing.
         """
         digests = {}
-        for name, path in files(settings, stage.declared).items():
+        for name, path in files_of_settings(settings, stage.declared).items():
             if path not in self._known:
                 self._known[path] = self._digests.of(path)
             digests[name] = self._known[path]
         digests |= self._recordings(settings, list(digests))
         for name, folder in self.models(stage, settings).items():
-            from mmphi.models.checkpoint import bundle_digest
+            from mmphi.models.checkpoint import checkpoint_digest
 
-            digests[name] = bundle_digest(folder)
+            digests[name] = checkpoint_digest(folder)
         return {name: digest for name, digest in sorted(digests.items()) if covered(name, stage.reads)}
 
     def _recordings(self, settings: Section, known: Iterable[str]) -> dict[str, str]:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DIFF_CHARACTERS = 2_000_000
 
 
-def describe(
+def record_provenance(
     tracker: RunTracker, stage: Stage, settings: Section, parts: Mapping[str, Any], needed: Mapping[str, Result]
 ) -> None:
     """Record in a run where its result comes from.
@@ -55,10 +55,10 @@ def describe(
     log_datasets(tracker.client, tracker.run_id, datasets_of(parts, dict(leaves(settings)), needed), context)
     data = {f"mmphi.data.{n}": v for n, v in parts.items() if str(v).startswith("sha256:")}
     upstream = {f"mmphi.upstream.{name}": result.run_id for name, result in needed.items()}
-    tags, diff = code()
-    tracker.tags({**data, **upstream, **tags, **hardware(), "mmphi.version": str(stage.version)})
+    tags, diff = code_tags()
+    tracker.tags({**data, **upstream, **tags, **hardware_tags(), "mmphi.version": str(stage.version)})
     tracker.tags({"mlflow.note.content": _note(tracker, stage, needed), "mlflow.user": _user()})
-    tracker.text("packages.txt", packages())
+    tracker.text("packages.txt", installed_packages())
     if diff:
         tracker.text("uncommitted.diff", diff)
 
@@ -87,7 +87,7 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def code() -> tuple[dict[str, str], str]:
+def code_tags() -> tuple[dict[str, str], str]:
     """Tags that name the commit, and the diff of what is not committed."""
     git = ("git", "-C", str(ROOT))
     # An installed copy may lie inside another project's repository.
@@ -101,7 +101,7 @@ def code() -> tuple[dict[str, str], str]:
     return tags, diff
 
 
-def hardware() -> dict[str, str]:
+def hardware_tags() -> dict[str, str]:
     """Tags that describe the machine."""
     tags = {
         "mmphi.cpu": _cpu_name(),
@@ -123,7 +123,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def packages() -> str:
+def installed_packages() -> str:
     """Installed packages, one ``name==version`` a line."""
     folders = [Path(folder) for folder in sys.path if Path(folder).is_dir()]
     return _packages(tuple((str(folder), folder.stat().st_mtime_ns) for folder in folders))

@@ -17,7 +17,7 @@ from mmphi.config.fields import field_of, leaves
 from mmphi.config.presets import FILE_ENDINGS
 from mmphi.config.section import Section
 from mmphi.data.clip_weights import prepared_for
-from mmphi.data.hf_connectivity import hub_in_reach
+from mmphi.data.hf_connectivity import hub_is_reachable
 
 R = TypeVar("R", bound=Section)
 HUB_TIMEOUT_S = 5.0
@@ -108,7 +108,7 @@ def hub_revision(name: str, kind: str) -> str:
     """
     from huggingface_hub import HfApi, constants
 
-    if hub_in_reach():
+    if hub_is_reachable():
         try:
             info = HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
             return str(info.sha or "")

@@ -19,7 +19,7 @@ THREADS = "mmphi.threads"
 
 
 @contextmanager
-def threads_of(store: TrackingStore, tracker: RunTracker, source: str) -> Iterator[None]:
+def restore_thread_count(store: TrackingStore, tracker: RunTracker, source: str) -> Iterator[None]:
     """Work with as many threads as the run that is resumed, and record the number.
 
     Args:

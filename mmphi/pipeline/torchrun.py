@@ -98,7 +98,7 @@ class RankCoordinator:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def without_torchrun() -> Iterator[None]:
     """Hide torchrun's variables, so that what runs inside does not wait for the other processes."""
     hidden = {name: os.environ.pop(name) for name in TORCHRUN if name in os.environ}
     try:
@@ -117,7 +117,7 @@ def _from_json(message: dict[str, Any]) -> Result:
     return Result(**{**message, "path": Path(message["path"])})
 
 
-def follow(ranks: RankCoordinator, stage: Stage, settings: Section, resources: ProcessCache) -> Result:
+def run_follower(ranks: RankCoordinator, stage: Stage, settings: Section, resources: ProcessCache) -> Result:
     """What the processes after the first do: the same stage on the same files, recording and writing nothing.
 
     Raises:

@@ -28,7 +28,7 @@ class WarningFilter(logging.Filter):
         return self.words not in str(record.msg)
 
 
-def quieten() -> None:
+def install_filters() -> None:
     """Silence them for this process; calling it again changes nothing."""
     for name, words in MESSAGES:
         logger = logging.getLogger(name)

@@ -19,11 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mmphi.errors import MmphiError
-from mmphi.generation.messages import Conversation, conversation
+from mmphi.generation.messages import Conversation, parse_messages
 from mmphi.serving.guard import Guard
-from mmphi.serving.http_errors import APIError, refusal, told
+from mmphi.serving.http_errors import APIError, error_answer, error_response
 from mmphi.serving.metrics import Metrics
-from mmphi.serving.openai_request import ChatRequest, request_of
+from mmphi.serving.openai_request import ChatRequest, parse_request
 from mmphi.serving.openai_response import Reply
 from mmphi.serving.scheduler import ClientDisconnectedError, QueuedRequest, RequestTimeoutError, Scheduler
 
@@ -79,7 +79,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
 
     @app.exception_handler(HTTPException)  # Also those of the framework: no such path, no such method.
     async def refuse(_: Request, error: HTTPException) -> JSONResponse:
-        return told(error if isinstance(error, APIError) else APIError(error.status_code, str(error.detail)))
+        return error_answer(error if isinstance(error, APIError) else APIError(error.status_code, str(error.detail)))
 
     def state(problem: str) -> JSONResponse:
         content = {"status": problem or "ok", "model": rules.name, "open": worker.open}
@@ -143,7 +143,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
             return Response(status_code=499)  # As nginx logs it; nobody gets it.
         except MmphiError as error:
             metrics.refused(error)
-            raise refusal(error) from error
+            raise error_response(error) from error
         answer = Reply(ticket, pieces, rules.name)
         watching = asyncio.create_task(_watch(request, worker, ticket))
         try:
@@ -167,7 +167,7 @@ def _read(body: bytes, rules: ServerConfig) -> ChatRequest:
     Raises:
         Refused: If it is malformed, or asks another model.
     """
-    asked = request_of(body)
+    asked = parse_request(body)
     if asked.model not in (None, "", rules.name):
         raise _no_model(str(asked.model), rules)
     return asked
@@ -190,7 +190,7 @@ def _conversation(asked: ChatRequest, rules: ServerConfig, check: Callable[[], N
         check()
         return rules.fetch(url)
 
-    return conversation(asked.messages, files=False, allow=fetched if rules.fetch is not None else None)
+    return parse_messages(asked.messages, files=False, allow=fetched if rules.fetch is not None else None)
 
 
 def _check(left: threading.Event, born: float, limit_s: float) -> None:

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _answer(options: argparse.Namespace) -> int:
-    from mmphi.generation.messages import MessageError, conversation
+    from mmphi.generation.messages import MessageError, parse_messages
 
     question = sys.stdin.read().strip() if options.question == STDIN else options.question
     messages = [{"role": "system", "content": options.system}] if options.system else []
@@ -78,7 +78,7 @@ def _answer(options: argparse.Namespace) -> int:
     messages.append({"role": "user", "content": parts})
     sampling = sampling_of(options)
 
-    asked = conversation(messages)  # Before anything heavy: what is wrong with it is said at once.
+    asked = parse_messages(messages)  # Before anything heavy: what is wrong with it is said at once.
 
     import mmphi
     from mmphi.generation.engine import Engine

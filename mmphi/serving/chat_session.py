@@ -183,7 +183,7 @@ class ChatSession:
         return f"{len(self.messages)} messages are in {path}"
 
     def _load(self, path: str) -> str:
-        from mmphi.generation.messages import conversation
+        from mmphi.generation.messages import parse_messages
 
         try:
             messages = json.loads(_path(path).read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ class ChatSession:
         if not isinstance(messages, list):
             raise DataError(f"{path} is no conversation", "give a file that /save wrote")
         if messages:
-            conversation([*messages, {"role": "user", "content": "?"}])  # Whether it can be gone on with.
+            parse_messages([*messages, {"role": "user", "content": "?"}])  # Whether it can be gone on with.
         system = [message for message in self.messages if message["role"] == "system"]
         has_own = any(message["role"] in ("system", "developer") for message in messages)
         self.messages, self.waiting = (messages if has_own else [*system, *messages]), []

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def started(options: argparse.Namespace) -> Iterator[str]:
+def serve_page(options: argparse.Namespace) -> Iterator[str]:
     """The page, served by a thread of its own; yields its address.
 
     Args:
@@ -52,7 +52,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
     from mmphi.generation.engine import Engine
     from mmphi.serving.model_args import choices, chosen_model
     from mmphi.serving.page.examples import of_folder, of_model
-    from mmphi.serving.page.layout import CSS, PageConfig, page_of, theme
+    from mmphi.serving.page.layout import CSS, PageConfig, build_page, theme
     from mmphi.serving.page.model_pool import ModelPool
     from mmphi.serving.scheduler import Scheduler
 
@@ -81,7 +81,7 @@ def started(options: argparse.Namespace) -> Iterator[str]:
         return worker.engine.model.questions if worker else ()
 
     look = PageConfig(models, model, options.beside, examples, sampling_of(options), questions)
-    page = page_of(desk, look)
+    page = build_page(desk, look)
     key = key_for(options.host)
     try:
         _, address, _ = page.queue(max_size=options.waiting).launch(
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
     """``mmphi demo``."""
     options = parser().parse_args(list(arguments))
     key_for(options.host)  # Before a model is loaded for nothing.
-    with started(options) as address:
+    with serve_page(options) as address:
         print(f"{address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     return 0

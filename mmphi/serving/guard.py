@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from mmphi.serving.http_errors import APIError, told
+from mmphi.serving.http_errors import APIError, error_answer
 
 PROTECTED = "/v1/"  # Paths that need the key.
 BODY_S = 60.0  # Longest time for the body of a request.
@@ -39,18 +39,20 @@ class Guard:
             return
         headers = dict(scope["headers"])
         if scope["path"].startswith(PROTECTED) and not self._allowed(headers.get(b"authorization", b"")):
-            await told(APIError(401, "the key is missing or wrong", "authentication_error"))(scope, receive, send)
+            await error_answer(APIError(401, "the key is missing or wrong", "authentication_error"))(
+                scope, receive, send
+            )
             return
         if self.hosts and not self.key:
             host = headers.get(b"host", b"").decode("latin-1")
             if _host_name(host) not in self.hosts:
                 wrong = APIError(403, f"the host {host[:100]!r} is not served without a key", "permission_error")
-                await told(wrong)(scope, receive, send)
+                await error_answer(wrong)(scope, receive, send)
                 return
         refused = APIError(413, f"the request has more than {self.largest:,} bytes")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self.largest:
-            await told(refused)(scope, receive, send)
+            await error_answer(refused)(scope, receive, send)
             return
         came, complete, end = 0, False, asyncio.get_running_loop().time() + self.body_s
 

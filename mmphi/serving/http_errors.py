@@ -31,7 +31,7 @@ class APIError(HTTPException):  # As HTTP has it; FastAPI passes no other kind o
         self.status, self.message, self.kind, self.param = status, message, kind, param
 
 
-def refusal(error: Exception) -> APIError:
+def error_response(error: Exception) -> APIError:
     """What an error is on HTTP."""
     if isinstance(error, QueueFullError):
         return APIError(429, str(error), "rate_limit_error")
@@ -46,14 +46,14 @@ def refusal(error: Exception) -> APIError:
     return APIError(500, f"{type(error).__name__}: {error}", "server_error")
 
 
-def told(error: APIError) -> JSONResponse:
+def error_answer(error: APIError) -> JSONResponse:
     """The answer that says what is wrong."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else {}
     if error.status in (401, 408, 413):  # The rest of the request is not read.
         headers["Connection"] = "close"
-    return JSONResponse(body(error), error.status, headers)
+    return JSONResponse(error_body(error), error.status, headers)
 
 
-def body(error: APIError) -> dict[str, Any]:
+def error_body(error: APIError) -> dict[str, Any]:
     """What is wrong, as JSON."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}}

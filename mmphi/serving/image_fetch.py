@@ -66,7 +66,7 @@ def _normal(url: str) -> tuple[str, str]:
     return f"{parts.scheme}://{parts.hostname}:{port}", path
 
 
-def fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
+def image_fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
     """What gets the images whose URL begins in one of some ways, and refuses all others.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmphi.errors import SettingsError, StoreError
-from mmphi.tracking.status_reader import ModelRun, glance
+from mmphi.tracking.status_reader import ModelRun, status_reader
 
 TEXT_ONLY, SMOKE = "pretrain", "smoke"
 MOST_LOOKED_AT = 50  # Models of each stage among which the newest is chosen.
@@ -47,7 +47,7 @@ def _finished(preset: str, most: int) -> list[ModelRun]:
     """
     from mmphi.stages import STAGES
 
-    store = glance()
+    store = status_reader()
     found = [
         (SMOKE not in run.name.split(), stage.name != TEXT_ONLY, run.ended_ms, run)
         for stage in STAGES.values()

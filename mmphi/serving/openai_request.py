@@ -99,7 +99,7 @@ class ChatRequest(BaseModel):
         )
 
 
-def request_of(body: bytes) -> ChatRequest:
+def parse_request(body: bytes) -> ChatRequest:
     """A request.
 
     Args:

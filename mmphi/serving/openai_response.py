@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from mmphi.serving.http_errors import body, refusal
+from mmphi.serving.http_errors import error_body, error_response
 from mmphi.serving.scheduler import QueuedRequest, Scheduler
 
 Event = dict[str, Any]
@@ -36,7 +36,7 @@ class Reply:
         """
         piece = await self.pieces.get()
         if piece is None and self.ticket.error is not None:
-            raise refusal(self.ticket.error)
+            raise error_response(self.ticket.error)
         return piece
 
     async def whole(self) -> Event:
@@ -49,7 +49,7 @@ class Reply:
         while (piece := await self.pieces.get()) is not None:
             said.append(piece)
         if self.ticket.error is not None:
-            raise refusal(self.ticket.error)
+            raise error_response(self.ticket.error)
         message = {"role": "assistant", "content": "".join(said)}
         choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
@@ -68,7 +68,7 @@ class Reply:
                 yield self._event({"content": piece})
                 piece = await self.pieces.get()
             if self.ticket.error is not None:
-                yield f"data: {json.dumps(body(refusal(self.ticket.error)))}\n\n"
+                yield f"data: {json.dumps(error_body(error_response(self.ticket.error)))}\n\n"
                 return
             yield self._event({}, self._reason())
             if usage:

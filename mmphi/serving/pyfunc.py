@@ -14,10 +14,10 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from mmphi.data.decoder import Decoder
 from mmphi.errors import MmphiError
-from mmphi.generation.conversations import answered, read_all
+from mmphi.generation.conversations import answer_conversations, read_conversations
 from mmphi.generation.messages import MessageError
 from mmphi.generation.sampling import SamplingParams
-from mmphi.serving.scheduler import AUDIO_S, decoded
+from mmphi.serving.scheduler import AUDIO_S, decode_recordings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,10 +67,10 @@ class ChatPythonModel:
             how.pop("seed", None)
         try:
             rows: list[Any] = model_input.to_dict("records")
-            asked = read_all([_messages(row) for row in rows], files=False)
+            asked = read_conversations([_messages(row) for row in rows], files=False)
             with self._lock:
-                asked = [decoded(each, self._decoder, AUDIO_S) for each in asked]
-                answers = answered(self._engine, asked, SamplingParams(**how))
+                asked = [decode_recordings(each, self._decoder, AUDIO_S) for each in asked]
+                answers = answer_conversations(self._engine, asked, SamplingParams(**how))
                 heard = [self._engine.model.inputs(each.audio[-1]) for each in asked]
         except MmphiError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error

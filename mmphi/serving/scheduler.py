@@ -14,7 +14,7 @@ from mmphi.data.decoder import Decoder, wav_seconds
 from mmphi.errors import AudioError, MmphiError
 from mmphi.generation.engine import Engine, GenerationRequest, Reason
 from mmphi.generation.messages import Conversation
-from mmphi.generation.prompt_builder import check_shown, open_prompt
+from mmphi.generation.prompt_builder import check_images, open_prompt
 from mmphi.generation.sampling import SamplingParams
 
 IDLE_S = 0.5  # How long an idle thread waits before it looks whether it shall stop.
@@ -238,8 +238,8 @@ class Scheduler:
         model, check = self.engine.model, partial(self._check, ticket)
         check()
         given = ticket.asked  # It is let go of when the ticket ends, which may be meanwhile.
-        check_shown(model, given, check)
-        asked = decoded(given, self._decoder, self.audio_s, check)
+        check_images(model, given, check)
+        asked = decode_recordings(given, self._decoder, self.audio_s, check)
         own = [audio for turn in asked.audio for audio in turn]
         ticket.heard = [each.said or "" for each in model.inputs(own, check)]
         prompt, _ = open_prompt(model, asked, self.engine.room(ticket.sampling), checked=True, check=check)
@@ -333,7 +333,7 @@ class Scheduler:
                 ticket.tell(None)
 
 
-def decoded(
+def decode_recordings(
     asked: Conversation, decoder: Decoder, longest_s: float, check: Callable[[], None] = lambda: None
 ) -> Conversation:
     """A conversation whose recordings are decoded, in another process.

@@ -140,9 +140,9 @@ def main(arguments: Sequence[str]) -> int:
     model = mmphi.load(choice.name, whisper=options.whisper)
     fetch: Callable[[str], bytes] | None = None
     if options.allow_url:
-        from mmphi.serving.image_fetch import fetcher
+        from mmphi.serving.image_fetch import image_fetcher
 
-        fetch = fetcher(options.allow_url)
+        fetch = image_fetcher(options.allow_url)
     hosts = (*LOCAL, options.host)
     rules = ServerConfig(
         options.name or choice.short, key, options.max_bytes, options.temperature, fetch, hosts, tuple(options.cors)
@@ -160,12 +160,12 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{rules.name} at http://{options.host}:{options.port}/v1", flush=True)
     server = server_of(app, options.host, options.port, options.slots + options.waiting)
     # uvicorn has no hook for signals, so the method of this server is replaced.
-    server.handle_exit = ending_soon(server.handle_exit)  # type: ignore[method-assign]  # See above.
+    server.handle_exit = end_after_grace_period(server.handle_exit)  # type: ignore[method-assign]  # See above.
     server.run()
     return 0
 
 
-def ending_soon(handle: Callable[..., None]) -> Callable[..., None]:
+def end_after_grace_period(handle: Callable[..., None]) -> Callable[..., None]:
     """A signal handler that also ends the process after :data:`END_S` seconds, whatever its threads are doing."""
 
     def handler(*arguments: object) -> None:

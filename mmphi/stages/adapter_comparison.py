@@ -61,7 +61,7 @@ def record_before_and_after(rows: Sequence[Mapping[str, Any]], tracker: Tracker)
         rows: With ``image``, ``question``, ``before``, ``prediction`` and ``reference``.
         tracker: The run to record in.
     """
-    from mmphi.evaluation.evaluate import compared
+    from mmphi.evaluation.evaluate import comparison_figure
 
     table = [
         {
@@ -75,4 +75,4 @@ def record_before_and_after(rows: Sequence[Mapping[str, Any]], tracker: Tracker)
     ]
     tracker.table("before_and_after", table, image="image")
     if table:
-        tracker.figure("before_and_after", compared(table))
+        tracker.figure("before_and_after", comparison_figure(table))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import MmphiError, Stopped
-from mmphi.pipeline.background_build import order_of
+from mmphi.pipeline.background_build import worker_request
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Stage
 from mmphi.stages import STAGES, Settings
@@ -41,7 +41,7 @@ def main(stages: Mapping[str, Stage] = STAGES) -> int:
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
     try:
-        names, settings = order_of(sys.stdin)
+        names, settings = worker_request(sys.stdin)
         threading.Thread(target=_until_alone, daemon=True).start()
         for name in names:
             Pipeline(stages).build(name, Settings.model_validate(settings), after=False)

@@ -22,7 +22,7 @@ VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is e
 C = TypeVar("C", bound=ConversationSettings)
 
 
-def steps_of(
+def training_dataset(
     ctx: Context,
     model: Multimodal,
     chosen: C,
@@ -45,25 +45,27 @@ def steps_of(
     Returns:
         The steps, and the settings with as many as there are.
     """
-    from mmphi.data.tokenized_dataset import Subset, count_left_out, encoded, identity
-    from mmphi.training.packed_dataset import packed_steps
+    from mmphi.data.tokenized_dataset import Subset, count_left_out, tokenization_identity, tokenized_examples
+    from mmphi.training.packed_dataset import packed_dataset
 
     training = [e for e in examples if e.split == "train"]
     conversations = training, model.language.prompt, model.length, chosen.max_length
-    sequences = ctx.resources.once("encoded", identity(*conversations), lambda: encoded(*conversations))
+    sequences = ctx.resources.once(
+        "encoded", tokenization_identity(*conversations), lambda: tokenized_examples(*conversations)
+    )
     count_left_out(sequences, training, chosen.max_length, report)
     log_report(report, ctx.tracker, ctx.settings(DataSettings))
     samples = Subset(sequences, mixed(sequences.kept))
     how: dict[str, Any] = {"layout": model.packed.layout, "views": views, "together": chosen.together}
     how |= {"contrast": chosen.contrast, "contrast_from": chosen.contrast_from}
-    steps = packed_steps(samples, model.sources, chosen, **how)
+    steps = packed_dataset(samples, model.sources, chosen, **how)
     if chosen.supervised_tokens:
         chosen = chosen.model_copy(update={"steps": steps.until(chosen.supervised_tokens)})
-        steps = packed_steps(samples, model.sources, chosen, **how)
+        steps = packed_dataset(samples, model.sources, chosen, **how)
     return steps, chosen
 
 
-def say_if_alone(model: Multimodal, title: str, tracker: Tracker) -> None:
+def log_packing(model: Multimodal, title: str, tracker: Tracker) -> None:
     """Tell where a model does not take packed rows."""
     if model.packed.layout.kind == "alone":
         language = model.language

@@ -16,7 +16,7 @@ from mmphi.config import DataSettings, Section, VisionSettings, setting
 from mmphi.config.declared_view import SettingsView
 from mmphi.pipeline.stage import Context, Cost, Result, Stage
 from mmphi.stages.estimates import feature_bytes
-from mmphi.stages.shared_models import read, scenes_if_read, tower_of
+from mmphi.stages.shared_models import read, scenes_if_read, vision_encoder_of
 
 if TYPE_CHECKING:
     from mmphi.data.feature_writer import FeatureWriter
@@ -40,7 +40,7 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str, Path]:
     """A file of every image that the data names, and of each view of those to train on, by what it is called."""
-    from mmphi.data.augmentation import view_name
+    from mmphi.data.augmentation import augmented_name
     from mmphi.data.content_hash import Digests
     from mmphi.data.dataset_builder import images_of
     from mmphi.stages.projector import ProjectorSettings
@@ -51,7 +51,7 @@ def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str
     found = {digest: path for path, digest in digests.items()}
     for image in images_of([e for e in examples if e.split == "train"]):
         for view in range(1, settings(ProjectorSettings).views):
-            found[view_name(digests[image.path], view)] = image.path
+            found[augmented_name(digests[image.path], view)] = image.path
     return found
 
 
@@ -80,13 +80,13 @@ class DecodedImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[str, Any, str]:
-        from mmphi.data.augmentation import seen_as
+        from mmphi.data.augmentation import augmented_image
         from mmphi.data.images import open_image
         from mmphi.errors import ImageError
 
         digest, path = self.images[index]
         try:
-            return digest, self.preprocess(seen_as(open_image(path), digest)), ""
+            return digest, self.preprocess(augmented_image(open_image(path), digest)), ""
         except ImageError as error:
             return digest, None, error.reason
 
@@ -109,7 +109,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     wanted = contents(ctx.settings, ctx.upstream)
     if not wanted:
         raise DataError("there is no image to embed", "name a source with images in data.sources")
-    tower = tower_of(ctx)
+    tower = vision_encoder_of(ctx)
     writer = FeatureWriter(
         ctx.folder, tower.tokens, tower.width, ctx.settings(EmbedSettings).shard_images, tower.digest
     )
@@ -180,7 +180,7 @@ def _here(images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: Embe
     import torch
     from torch.utils.data import DataLoader
 
-    from mmphi.models.vision.image_features import features_later
+    from mmphi.models.vision.image_features import features_async
 
     dataset: Any = DecodedImages(images, tower.preprocess)
     loader = DataLoader(
@@ -192,7 +192,7 @@ def _here(images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: Embe
     )
     before: tuple[Callable[[], dict[str, Any]], dict[str, str]] | None = None
     for digests, pixels, unread in loader:
-        begun = (dict if pixels is None else features_later(digests, pixels, tower)), unread
+        begun = (dict if pixels is None else features_async(digests, pixels, tower)), unread
         if before is not None:  # Taken and written while an accelerator computes those that were begun.
             yield before[0](), before[1]
         before = begun
@@ -203,12 +203,12 @@ def _here(images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: Embe
 def _by_cluster(
     images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: EmbedSettings, say: Callable[[str], None]
 ) -> Iterator[Embedded]:
-    from mmphi.cluster.connect import connected
-    from mmphi.cluster.embedding import embedded
+    from mmphi.cluster.connect import join_cluster
+    from mmphi.cluster.embedding import embed_on_cluster
 
-    machines = connected(chosen.ray)
+    machines = join_cluster(chosen.ray)
     say(f"embed: Ray has {machines}")
-    return embedded(images, tower, chosen.batch_size, machines)
+    return embed_on_cluster(images, tower, chosen.batch_size, machines)
 
 
 STAGE = Stage(

@@ -55,9 +55,9 @@ def feature_shape(settings: SettingsView) -> tuple[int, int]:
     """Features per image and their width; (0, 0) where only building the tower would tell."""
     vision = settings(VisionSettings)
     if vision.model != "light_clip":
-        from mmphi.models.vision.vision_encoder import tower_shape
+        from mmphi.models.vision.vision_encoder import encoder_output_shape
 
-        return tower_shape(vision) if vision.pretrained else (0, 0)
+        return encoder_output_shape(vision) if vision.pretrained else (0, 0)
     clip = settings(LightClipSettings)
     if clip.image_tower:
         return 0, 0

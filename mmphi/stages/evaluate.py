@@ -14,7 +14,7 @@ from mmphi.config.speech import SpeechSettings
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.listen import COLUMNS
 from mmphi.stages.projector import ProjectorSettings
-from mmphi.stages.shared_models import CONTENT, drop_unseen, read, scenes_if_read, stored_features
+from mmphi.stages.shared_models import CONTENT, drop_without_features, read, scenes_if_read, stored_features
 
 KEPT = "save_every", "steps", "keep_checkpoints"
 HEARD = (  # What decides which recordings there are, what is asked of them, and which are of the split.
@@ -72,7 +72,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Load, measure, record."""
     from mmphi.errors import DataError
     from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
-    from mmphi.models.checkpoint import at_once, load_bundle
+    from mmphi.models.checkpoint import load_checkpoint, load_without_cache
     from mmphi.training.checkpoints import load_weights
 
     chosen = ctx.settings(EvaluateSettings)
@@ -82,7 +82,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     features = stored_features(ctx) if "embed" in ctx.upstream else None
     earlier = chosen.checkpoint != "final"
     # An adapter is part of a language model that others in this process may use: of a checkpoint it is loaded apart.
-    model = load_bundle(folder, features=features, once=at_once if earlier else ctx.resources.once)
+    model = load_checkpoint(folder, features=features, once=load_without_cache if earlier else ctx.resources.once)
     if earlier:
         load_weights(model.packed, checkpoint_of(folder, chosen.checkpoint))
     examples, report = read(ctx.settings, ctx.upstream)
@@ -91,7 +91,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         return {}
     if model.features is None:
         raise DataError("the model has no image tower, and the data has images", "evaluate a projector's model")
-    seen = drop_unseen(split, model.features, report)
+    seen = drop_without_features(split, model.features, report)
     ctx.tracker.table("data_read", list(report.rows()))
     measures = EvaluationConfig(**{name: getattr(chosen, name) for name in EvaluationConfig.__dataclass_fields__})
     return evaluate_model(model, seen, measures, ctx.tracker, prefix=chosen.split)
@@ -105,13 +105,13 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     """
     from mmphi.data.schema import ReadReport
     from mmphi.errors import DataError
-    from mmphi.evaluation.speech import SpokenMeasures, evaluate_hearing
-    from mmphi.models.checkpoint import load_bundle
-    from mmphi.stages.speech_data import conversations, hearable, heard_afresh, linked
+    from mmphi.evaluation.speech import SpokenMeasures, measure_speech
+    from mmphi.models.checkpoint import load_checkpoint
+    from mmphi.stages.speech_data import conversations, untranscribed_source, with_audio_input, with_readable_audio
 
     chosen, report = ctx.settings(EvaluateSettings), ReadReport()
-    model = load_bundle(folder, once=ctx.resources.once)
-    model = linked(ctx, model, "")
+    model = load_checkpoint(folder, once=ctx.resources.once)
+    model = with_audio_input(ctx, model, "")
     if chosen.checkpoint != "final":
         from mmphi.training.checkpoints import load_weights
         from mmphi.training.distillation import DistillationTask
@@ -121,13 +121,13 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     measures = SpokenMeasures(chosen.max_images, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     figures: dict[str, float] = {}
     for link in chosen.links or [model.hearing.link]:
-        own = linked(ctx, model, link)
-        seen = hearable(own, split, report)
+        own = with_audio_input(ctx, model, link)
+        seen = with_readable_audio(own, split, report)
         if not seen:
             raise DataError(f"no recording of the split {chosen.split} can be heard", "keep some apart: speech.test")
         prefix = f"{chosen.split}/{link}" if chosen.links else chosen.split
-        fresh = heard_afresh(ctx, own.language, own.hearing.link)
-        figures |= evaluate_hearing(own, seen, measures, ctx.tracker, prefix, fresh)
+        fresh = untranscribed_source(ctx, own.language, own.hearing.link)
+        figures |= measure_speech(own, seen, measures, ctx.tracker, prefix, fresh)
     ctx.tracker.table("data_read", list(report.rows()))
     return figures
 

@@ -87,16 +87,16 @@ def run(ctx: Context) -> Mapping[str, float]:
     """
     import torch
 
-    from mmphi.models.export.llava_check import QUESTIONS, difference, pictures, said
+    from mmphi.models.export.llava_check import QUESTIONS, check_pictures, compare_outputs, expected_outputs
     from mmphi.models.export.llava_export import as_llava, save_llava
 
     chosen = ctx.settings(ExportSettings)
     folder = ctx.models["export.model"] if chosen.model else ctx.upstream[chosen.stage].path
     model = plain_model(folder)
-    images = pictures()
-    expected = said(model, images, QUESTIONS)
+    images = check_pictures()
+    expected = expected_outputs(model, images, QUESTIONS)
     exported, processor = as_llava(model)
-    found = difference(exported, processor, expected, images, QUESTIONS)
+    found = compare_outputs(exported, processor, expected, images, QUESTIONS)
     ctx.tracker.say(
         f"export: logits of {len(QUESTIONS)} questions differ by {found.logits:.1e} at most, pixels by"
         f" {found.pixels:.2f} of 255"
@@ -117,7 +117,9 @@ def run(ctx: Context) -> Mapping[str, float]:
     if chosen.precision == "bf16":
         for weight in exported.parameters():  # Not the frequencies of rotary embeddings, which load in fp32.
             weight.data = weight.data.to(torch.bfloat16)
-        figures["export/logit_difference_bf16"] = difference(exported, processor, expected, images, QUESTIONS).logits
+        figures["export/logit_difference_bf16"] = compare_outputs(
+            exported, processor, expected, images, QUESTIONS
+        ).logits
     save_llava(exported, processor, ctx.folder)
     (ctx.folder / "README.md").write_text(
         CARD.format(
@@ -136,13 +138,13 @@ def plain_model(folder: Path) -> Multimodal:
     """A model in fp32 whose language model has neither quantised layers nor an adapter."""
     import torch
 
-    from mmphi.models.checkpoint import load_bundle, read_bundle
-    from mmphi.models.language.adapter import merged
+    from mmphi.models.checkpoint import load_checkpoint, read_description
+    from mmphi.models.language.adapter import merge_adapter
     from mmphi.models.multimodal import Multimodal
 
     # Beside an adapter the base stays as it was rounded; else its own weights are the better ones.
-    model = load_bundle(folder, precision="" if "adapter" in read_bundle(folder) else "fp32")
-    language = merged(model.language, torch.float32)
+    model = load_checkpoint(folder, precision="" if "adapter" in read_description(folder) else "fp32")
+    language = merge_adapter(model.language, torch.float32)
     tower = getattr(model.features, "tower", None)
     if tower is not None:
         tower.visual.float()

@@ -84,13 +84,13 @@ def run(ctx: Context) -> Mapping[str, float]:
 
     from mmphi.data.ragged_features import RaggedWriter
     from mmphi.data.schema import AudioRef
-    from mmphi.models.audio.audio_features import frames_in
-    from mmphi.models.audio.transcriber import ears_of, openai_of
+    from mmphi.models.audio.audio_features import encoder_frames
+    from mmphi.models.audio.transcriber import openai_whisper_of, transcriber_of
     from mmphi.models.device import this_device
 
     wanted = contents(ctx.settings)
-    ears = ears_of(ctx.settings(AudioSettings), this_device(), ctx.resources.once)
-    whisper = openai_of(ears, "encoder")
+    ears = transcriber_of(ctx.settings(AudioSettings), this_device(), ctx.resources.once)
+    whisper = openai_whisper_of(ears, "encoder")
     writer = RaggedWriter(ctx.folder, whisper.width, whisper.digest)
     taken = sum(writer.take_over(earlier.path) for earlier in ctx.earlier)
     if taken:
@@ -109,7 +109,7 @@ def run(ctx: Context) -> Mapping[str, float]:
                         read[digest] = ears.recording(AudioRef(str(path), path))
                     except AudioError as error:
                         unreadable[digest] = error.reason
-                found |= dict(zip(read, frames_in(ears, whisper, [*read.values()], AT_ONCE), strict=True))
+                found |= dict(zip(read, encoder_frames(ears, whisper, [*read.values()], AT_ONCE), strict=True))
                 bar.update(len(some))
             writer.write(found, unreadable)
     writer.finish()

@@ -11,7 +11,7 @@ from mmphi.config.declared_view import SettingsView
 from mmphi.errors import ModelError
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.projector import ProjectorSettings, image_features
-from mmphi.stages.shared_models import CONTENT, drop_unseen, read, scenes_if_read
+from mmphi.stages.shared_models import CONTENT, drop_without_features, read, scenes_if_read
 
 SCORED = 200  # Held-out conversations that the loss before and after is of.
 
@@ -40,31 +40,31 @@ def run(ctx: Context) -> Mapping[str, float]:
     import torch
 
     from mmphi.data.dataset_builder import stratified
-    from mmphi.models.checkpoint import LANGUAGE, load_bundle
-    from mmphi.models.language.adapter import merged
-    from mmphi.models.language.language_model import DTYPES, language_digest, save_language
+    from mmphi.models.checkpoint import LANGUAGE, load_checkpoint
+    from mmphi.models.language.adapter import merge_adapter
+    from mmphi.models.language.language_model import DTYPES, language_model_digest, save_language_model
     from mmphi.models.multimodal import Multimodal
 
     chosen = ctx.settings(MergeSettings)
     folder = ctx.models["merge.model"] if chosen.model else ctx.upstream["qlora"].path
-    model = load_bundle(folder, features=image_features(ctx))
+    model = load_checkpoint(folder, features=image_features(ctx))
     assert model.features is not None
     if model.language.adapter is None:
         raise ModelError(f"{folder} has no adapter to merge", "give the run of a qlora in merge.model")
     examples, report = read(ctx.settings, ctx.upstream)
     held = [e for e in examples if e.split == "validation"]
-    held = stratified(drop_unseen(held, model.features, report), SCORED, seed=0)
+    held = stratified(drop_without_features(held, model.features, report), SCORED, seed=0)
 
     def loss(of: Multimodal) -> float:
         nats, tokens = of.losses(held)
         return nats / max(tokens, 1)
 
     before = loss(model)
-    language = merged(model.language, torch.bfloat16 if chosen.precision == "bf16" else DTYPES["fp32"])
+    language = merge_adapter(model.language, torch.bfloat16 if chosen.precision == "bf16" else DTYPES["fp32"])
     place = ctx.folder / LANGUAGE
-    save_language(language.model, language.prompt, place)
+    save_language_model(language.model, language.prompt, place)
     settings = language.settings.model_copy(update={"model": str(place), "tokenizer": "", "revision": ""})
-    language = replace(language, name=str(place), digest=language_digest(str(place), ""), settings=settings)
+    language = replace(language, name=str(place), digest=language_model_digest(str(place), ""), settings=settings)
     joined = Multimodal(
         language,
         model.projector,

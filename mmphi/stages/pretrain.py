@@ -91,15 +91,15 @@ def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]
     """Write the model in Hugging Face's format, and what it takes to load it alone."""
     from mmphi.config import LanguageSettings
     from mmphi.models.checkpoint import LANGUAGE
-    from mmphi.models.language.language_model import LanguageModel, language_digest, save_language
+    from mmphi.models.language.language_model import LanguageModel, language_model_digest, save_language_model
     from mmphi.models.model_card import write_card
     from mmphi.models.multimodal import Multimodal
 
     folder, config = ctx.folder, model.config
-    save_language(model, prompt, folder / LANGUAGE)
+    save_language_model(model, prompt, folder / LANGUAGE)
     name = str(folder / LANGUAGE)
     settings = LanguageSettings(model=name, prompt=prompt.style)
-    digest = language_digest(name, "")
+    digest = language_model_digest(name, "")
     language = LanguageModel(model, prompt.tokenizer, prompt, config.hidden_size, name, digest, settings)
     Multimodal(language, None, None, config.max_position_embeddings, own_language=True).save_pretrained(folder)
     write_card(

@@ -31,13 +31,13 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     from mmphi.models.device import this_device
     from mmphi.models.language.phi import PHI2_VOCABULARY, count_parameters
     from mmphi.models.packed_vlm import PackedVLM
-    from mmphi.models.patches.module_patches import fewer_passes
+    from mmphi.models.patches.module_patches import apply_patches
     from mmphi.stages.pretrain_texts import shape_of
     from mmphi.text.packing import Layout
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
-    from mmphi.training.lr_scaling import rated
-    from mmphi.training.packed_dataset import packed_steps
+    from mmphi.training.lr_scaling import with_learning_rates
+    from mmphi.training.packed_dataset import packed_dataset
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(PretrainSettings)
@@ -57,7 +57,7 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     }
     torch.manual_seed(chosen.seed)
     shape = shape_of(chosen, vocabulary, tokenizer.eos_token_id)
-    model = fewer_passes(PhiForCausalLM(shape).to(this_device()))
+    model = apply_patches(PhiForCausalLM(shape).to(this_device()))
     parameters, tokens = count_parameters(shape), sum(map(len, samples))
     ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})
     packed = PackedVLM(model, layout=Layout(width=chosen.width))
@@ -66,8 +66,8 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     with packed.recomputing(chosen.gradient_checkpointing):
         train(
             packed,
-            packed_steps(samples, {}, chosen, layout=packed.layout),
-            rated(chosen, parameters.inner, chosen.width, batch_tokens),
+            packed_dataset(samples, {}, chosen, layout=packed.layout),
+            with_learning_rates(chosen, parameters.inner, chosen.width, batch_tokens),
             folder=ctx.folder,
             tracker=ctx.tracker,
             title="pretrain",
@@ -104,11 +104,11 @@ def scene_samples(
     ``answers_only`` leaves what reading the grid determines, which is learned several times faster; otherwise the grid
     is learned too, like any other text.
     """
-    from mmphi.text.tokenized_example import join
+    from mmphi.text.tokenized_example import join_spans
 
     for row in rows:
         turns = [(question, answer) for question, answer in row["turns"]]
-        sample = join(prompt.parts(turns, context=row["context"]))
+        sample = join_spans(prompt.parts(turns, context=row["context"]))
         if len(sample) <= chosen.max_length:
             if not answers_only:
                 sample.supervised[1:] = True

@@ -16,7 +16,7 @@ import numpy as np
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.config.textgen import StoreSettings, TextgenSettings
 from mmphi.pipeline.stage import Context
-from mmphi.stages.textgen import DATA, STORE, store_of, told
+from mmphi.stages.textgen import DATA, STORE, store_of, write_datasheet
 from mmphi.textgen.generator_pool import GeneratorPool
 from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shard_reader import ShardReader
@@ -182,7 +182,7 @@ class GeneratedStream:
         assert steps is not None
         self._keep(self.reader.position)
         if self.store is not None and self.store.ledger.documents:
-            found |= told(self.ctx, self.store.ledger, time.monotonic() - self.begun)
+            found |= write_datasheet(self.ctx, self.store.ledger, time.monotonic() - self.begun)
         times = steps.window.counted()
         self.tracker.table("seen", [{"times": count, "tokens": tokens} for count, tokens in times.items()])
         self.tracker.table("generators", self.fleet.rows())

@@ -34,8 +34,8 @@ def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
 
     from mmphi.data.token_shards import INDEX
     from mmphi.models.device import this_device
-    from mmphi.models.patches.module_patches import fewer_passes
-    from mmphi.models.patches.varlen_attention import attending_inside_documents
+    from mmphi.models.patches.module_patches import apply_patches
+    from mmphi.models.patches.varlen_attention import varlen_attention_applied
     from mmphi.text.prompt import Prompt
 
     chosen = ctx.settings(PretrainSettings)
@@ -44,8 +44,8 @@ def train_on_texts(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     prompt = Prompt(AutoTokenizer.from_pretrained(shards / "tokenizer"), "plain")
     config = shape_of(chosen, index["vocabulary"], index["end"])
     torch.manual_seed(chosen.seed)
-    model = fewer_passes(PhiForCausalLM(config).to(this_device()))
-    with attending_inside_documents(model):
+    model = apply_patches(PhiForCausalLM(config).to(this_device()))
+    with varlen_attention_applied(model):
         model, figures = train_model(ctx, model, prompt, _Shards(ctx, index))
     return model, prompt, figures
 
@@ -61,8 +61,8 @@ def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
 
     from mmphi.models.device import this_device
     from mmphi.models.language.phi import PHI2_VOCABULARY
-    from mmphi.models.patches.module_patches import fewer_passes
-    from mmphi.models.patches.varlen_attention import attending_inside_documents
+    from mmphi.models.patches.module_patches import apply_patches
+    from mmphi.models.patches.varlen_attention import varlen_attention_applied
     from mmphi.stages.pretrain_stream import GeneratedStream
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer
@@ -73,9 +73,9 @@ def train_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     prompt = Prompt(tokenizer, "plain")
     config = shape_of(chosen, PHI2_VOCABULARY, tokenizer.eos_token_id)
     torch.manual_seed(chosen.seed)
-    model = fewer_passes(PhiForCausalLM(config).to(this_device()))
+    model = apply_patches(PhiForCausalLM(config).to(this_device()))
     backend = backend_of(ctx.settings(TextgenSettings), ctx.tracker.say)
-    with GeneratedStream(ctx, tokenizer, backend) as stream, attending_inside_documents(model):
+    with GeneratedStream(ctx, tokenizer, backend) as stream, varlen_attention_applied(model):
         model, figures = train_model(ctx, model, prompt, stream)
         figures |= stream.told(figures["pretrain/seconds"])
     return model, prompt, figures
@@ -109,9 +109,9 @@ class _Shards:
 
     def held(self) -> list[Any]:
         """See :class:`TextSource`."""
-        from mmphi.evaluation.lm_validation import kept_apart
+        from mmphi.evaluation.lm_validation import validation_windows
 
-        return kept_apart(self.tokens, len(self.weights), self.chosen.context, self.chosen.validation_tokens)
+        return validation_windows(self.tokens, len(self.weights), self.chosen.context, self.chosen.validation_tokens)
 
     def steps(self, rows: int, passes: int, steps: int) -> Any:
         """See :class:`TextSource`."""
@@ -133,7 +133,7 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: TextSource) -> 
     from mmphi.evaluation.lm_validation import LMValidation, windows_of
     from mmphi.models.language.phi import count_parameters
     from mmphi.models.packed_vlm import PackedVLM
-    from mmphi.training.lr_scaling import rated
+    from mmphi.training.lr_scaling import with_learning_rates
     from mmphi.training.stop_criteria import StopCriteria, parse_stop
     from mmphi.training.throughput import StepLoss, Throughput
     from mmphi.training.trainer import train
@@ -144,16 +144,16 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: TextSource) -> 
     parameters, stop = count_parameters(config), StopCriteria(tokens=budget) if budget else parse_stop(chosen.stop)
     say(f"Phi, {chosen.size}: {parameters}")
     settings = chosen.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
-    settings = rated(settings, parameters.inner, config.hidden_size, chosen.batch_tokens)
+    settings = with_learning_rates(settings, parameters.inner, config.hidden_size, chosen.batch_tokens)
     held = windows_of(texts.held(), chosen.context, chosen.validation_tokens)
     passes = chosen.accumulation * world_size()
     steps = texts.steps(chosen.batch_tokens // chosen.context, passes, settings.steps)
     task = task_of(model, settings, say)
     recomputing = PackedVLM(model).recomputing(chosen.gradient_checkpointing)
     if chosen.shard and world_size() > 1:
-        from mmphi.training.fsdp import shard
+        from mmphi.training.fsdp import shard_parameters
 
-        shard(task, task.model.model.layers)
+        shard_parameters(task, task.model.model.layers)
     throughput, step_loss = Throughput(), StepLoss()
     progress = progress_of(ctx, settings, config, stop, throughput, step_loss)
     ctx.tracker.metrics({"pretrain/parameters": parameters.total})
@@ -192,10 +192,10 @@ def progress_of(
     import torch
 
     from mmphi.models.language.phi import count_parameters, training_flops
-    from mmphi.training.peak_flops import peak
+    from mmphi.training.peak_flops import peak_flops
     from mmphi.training.pretrain_callback import PretrainCallback
 
-    fastest = peak(settings.peak_tflops, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    fastest = peak_flops(settings.peak_tflops, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     ctx.tracker.tags({"mmphi.peak": fastest.name})
     ctx.tracker.say(f"MFU is the share of {fastest.name}, attention counted")
     ctx.tracker.metrics(
@@ -239,13 +239,13 @@ def task_of(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) ->
     """What is trained: with the fastest walls between documents that hold here, compiled if asked for and possible."""
     import torch
 
-    from mmphi.models.language.causal_lm_task import CausalTask, try_out, walls_error
+    from mmphi.models.language.causal_lm_task import CausalTask, isolation_error, smoke_test
 
     device = next(model.parameters()).device
     rounded = chosen.precision == "bf16"
     task = CausalTask(model)
     with torch.autocast(device.type, torch.bfloat16, enabled=rounded):
-        error = walls_error(task)
+        error = isolation_error(task)
     if error > (WALLS_TOLERANCE_ROUNDED if rounded else WALLS_TOLERANCE):
         say(f"attention inside documents does not hold here (off by {error:.2g} nats): masked rows are used instead")
         task = CausalTask(model, walls="mask")
@@ -253,7 +253,7 @@ def task_of(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) ->
         return task
     compiled = CausalTask(model, walls="mask", compiled=True)
     try:
-        try_out(compiled, chosen.context)
+        smoke_test(compiled, chosen.context)
     except Exception as problem:  # Whatever a compiler's tool chain may lack; torch names no common ancestor.
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         say(f"torch.compile does not work here ({lines[0][:120]}): going on without it")
@@ -265,11 +265,11 @@ def whole_model(task: CausalTask, config: Any) -> Any:
     """The model as one process has it, for saving."""
     from transformers import PhiForCausalLM
 
-    from mmphi.training.fsdp import is_sharded, whole
+    from mmphi.training.fsdp import gather_full, is_sharded
 
     if not is_sharded(task):
         return task.model
-    state = whole(task.model.state_dict())
+    state = gather_full(task.model.state_dict())
     model = PhiForCausalLM(config)
     model.load_state_dict(state)
     return model.eval()

@@ -10,18 +10,18 @@ from mmphi.config.declared_view import SettingsView
 from mmphi.config.shared import ConversationSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.stages.conversations import Validation, say_if_alone, steps_of
+from mmphi.stages.conversations import Validation, log_packing, training_dataset
 from mmphi.stages.light_clip import LightClipSettings, config_of
-from mmphi.stages.projector_warmup import name_words
+from mmphi.stages.projector_warmup import align_to_captions
 from mmphi.stages.shared_models import (
     check_data,
     check_training,
-    drop_unseen,
+    drop_without_features,
     language_of,
     read,
     scenes_if_read,
     stored_features,
-    tower_of,
+    vision_encoder_of,
 )
 
 if TYPE_CHECKING:
@@ -82,13 +82,13 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 def check(settings: SettingsView) -> None:
     """A batch for every pass, a tower that gives such features, room for an image, a prompt that can be written."""
-    from mmphi.models.vision.vision_encoder import LIGHT_CLIP, tower_shape
+    from mmphi.models.vision.vision_encoder import LIGHT_CLIP, encoder_output_shape
 
     chosen, vision = settings(ProjectorSettings), settings(VisionSettings)
     check_training("projector", chosen)
     check_data(settings)
     light_clip = config_of(settings(LightClipSettings)) if vision.model == LIGHT_CLIP else None
-    tokens, _ = tower_shape(vision, light_clip)
+    tokens, _ = encoder_output_shape(vision, light_clip)
     if chosen.max_length < tokens + ROOM:
         raise SettingsError(
             f"projector.max_length = {chosen.max_length} holds no image of {tokens} tokens and {ROOM} of text",
@@ -123,19 +123,19 @@ def run(ctx: Context) -> Mapping[str, float]:
     import torch
 
     from mmphi.data.llava_row_types import asked_for_captions
-    from mmphi.data.mixture import mixture
+    from mmphi.data.mixture import mixture_indices
     from mmphi.data.phrasing import typical_questions
-    from mmphi.models.language.compiling import compiling, worth_compiling
+    from mmphi.models.language.compiling import compiled_layers, should_compile
     from mmphi.models.multimodal import Multimodal
     from mmphi.models.projector import Projector, ProjectorConfig
     from mmphi.models.vision.vision_encoder import VisionReference
-    from mmphi.training.best_checkpoint import forget
+    from mmphi.training.best_checkpoint import remove_kept
     from mmphi.training.trainer import train
 
     chosen, data = ctx.settings(ProjectorSettings), ctx.settings(DataSettings)
     examples, report = read(ctx.settings, ctx.upstream)
     features = image_features(ctx)
-    examples = drop_unseen(examples, features, report)
+    examples = drop_without_features(examples, features, report)
     if not any(e.images for e in examples if e.split == "train"):
         raise DataError(f"no training example has an image\n{report.table()}", "check data.sources")
     language = language_of(ctx)
@@ -153,9 +153,9 @@ def run(ctx: Context) -> Mapping[str, float]:
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
     )
     model.questions = typical_questions(t.question for e in examples if e.split == "train" for t in e.turns)
-    say_if_alone(model, "projector", ctx.tracker)
+    log_packing(model, "projector", ctx.tracker)
     if chosen.align_steps:
-        name_words(
+        align_to_captions(
             ctx,
             model,
             chosen,
@@ -166,8 +166,8 @@ def run(ctx: Context) -> Mapping[str, float]:
             views=chosen.views,
         )
         torch.manual_seed(chosen.seed)  # What follows is drawn alike, whether naming was just done or long before.
-    steps, chosen = steps_of(
-        ctx, model, chosen, examples, report, lambda kept: mixture([e.source for e in kept], data), chosen.views
+    steps, chosen = training_dataset(
+        ctx, model, chosen, examples, report, lambda kept: mixture_indices([e.source for e in kept], data), chosen.views
     )
     figures = {
         "parameters": sum(p.numel() for p in projector.parameters()),
@@ -178,10 +178,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     ctx.tracker.metrics({f"projector/{name}": value for name, value in figures.items()})
     held = [e for e in examples if e.split == "validation"]
     validation = Validation(model, held, chosen, ctx.tracker) if held else None
-    compiled = worth_compiling(chosen.compile, model.packed, chosen.steps) and not chosen.gradient_checkpointing
+    compiled = should_compile(chosen.compile, model.packed, chosen.steps) and not chosen.gradient_checkpointing
     with (
         model.packed.recomputing(chosen.gradient_checkpointing),
-        compiling(model.packed, compiled, ctx.tracker.say),
+        compiled_layers(model.packed, compiled, ctx.tracker.say),
     ):
         trained = train(
             model.packed,
@@ -195,7 +195,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         )
     if ctx.first:
         model.save_pretrained(ctx.folder)
-        forget(ctx.folder)
+        remove_kept(ctx.folder)
         _write_card(ctx, model, vision, projector, trained.figures or (validation.figures if validation else {}))
     return {"projector/steps": trained.steps, "projector/result_step": trained.best}
 
@@ -214,7 +214,7 @@ def image_features(ctx: Context) -> ImageFeatures:
 
     if ctx.settings(ProjectorSettings).features == "cached":
         return stored_features(ctx)
-    return LiveFeatures(tower_of(ctx))
+    return LiveFeatures(vision_encoder_of(ctx))
 
 
 def _write_card(

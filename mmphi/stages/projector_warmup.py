@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MEASURED = 200  # Validation images at most.
 
 
-def name_words(
+def align_to_captions(
     ctx: Context,
     model: Multimodal,
     chosen: ConversationSettings,
@@ -46,11 +46,11 @@ def name_words(
     from mmphi.training.caption_alignment import (
         BagOfWordsAlignmentLoss,
         CaptionAlignmentDataset,
-        as_large_as,
-        captioned,
-        naming_loss,
-        shown,
-        usage_of,
+        alignment_loss,
+        caption_words,
+        collate,
+        match_embedding_norm,
+        word_frequencies,
     )
     from mmphi.training.trainer import train
 
@@ -58,20 +58,20 @@ def name_words(
     assert features is not None
     assert projector is not None
     tracker = PrefixedTracker(ctx.tracker, "align")
-    known, images = captioned(model.language, _answers(examples, "train", steps * batch_size))
+    known, images = caption_words(model.language, _answers(examples, "train", steps * batch_size))
     if not images:
         tracker.say("there is nothing to name: no training image has an answer")
         return
     embeddings = model.language.embeddings(known)
-    usage = usage_of(images, len(known)).to(embeddings.device)
+    usage = word_frequencies(images, len(known)).to(embeddings.device)
     task = BagOfWordsAlignmentLoss(projector, embeddings, usage)
     shape = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "accumulation": 1}
     own = chosen.model_copy(update={**shape, "optimizer": "adamw", "result": "last"})
-    _, held = captioned(model.language, _answers(examples, "validation", MEASURED), known)
+    _, held = caption_words(model.language, _answers(examples, "validation", MEASURED), known)
     usual = -float((task.usual.cpu()[[w for h in held for w in h.words]] * _counts(held)).sum()) if held else 0.0
 
     def measure(step: int) -> Mapping[str, float]:
-        loss = naming_loss(task, held, features)
+        loss = alignment_loss(task, held, features)
         rows = _named(model, task, held[: chosen.sample_images], known, features)
         tracker.table("words", [{"step": step, **row} for row in rows], image="image")
         return {"val/loss": loss, "val/gain": usual / max(1.0, float(_counts(held).sum())) - loss}
@@ -85,8 +85,8 @@ def name_words(
         title="align",
         validate=measure if held else None,
     )
-    some = shown(images[:batch_size], features)["features"]
-    as_large_as(projector, some, float((embeddings.norm(dim=-1) * usage).sum() / usage.sum()))
+    some = collate(images[:batch_size], features)["features"]
+    match_embedding_norm(projector, some, float((embeddings.norm(dim=-1) * usage).sum() / usage.sum()))
 
 
 def _answers(examples: Sequence[Example], split: str, most: int) -> list[tuple[ImageRef, list[str]]]:

@@ -11,9 +11,9 @@ from mmphi.config.qlora import QloraSettings
 from mmphi.errors import ModelError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.stages.adapter_comparison import measured_after, measured_before, record_before_and_after
-from mmphi.stages.conversations import Validation, say_if_alone, steps_of
+from mmphi.stages.conversations import Validation, log_packing, training_dataset
 from mmphi.stages.projector import ProjectorSettings, image_features
-from mmphi.stages.shared_models import check_training, drop_unseen, evaluating, read, scenes_if_read
+from mmphi.stages.shared_models import check_training, drop_without_features, evaluating, read, scenes_if_read
 
 if TYPE_CHECKING:
     from mmphi.data.schema import Example
@@ -53,7 +53,7 @@ def cost(settings: SettingsView) -> Cost:
 
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
-    from mmphi.data.mixture import grouped, mixed, mixture, parse_weights
+    from mmphi.data.mixture import grouped, mixture_indices, parse_weights, sample_by_weight
     from mmphi.data.phrasing import typical_questions
     from mmphi.models.language.adapter import adapter_parameters
 
@@ -62,7 +62,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     model = joined(ctx, chosen)
     assert model.features is not None
     assert model.projector is not None
-    examples = drop_unseen(examples, model.features, report)
+    examples = drop_without_features(examples, model.features, report)
     questions = asked_of(examples, chosen)
     for row in questions:
         report.keep(row.source)
@@ -77,11 +77,11 @@ def run(ctx: Context) -> Mapping[str, float]:
 
     def choose(kept: Sequence[Example]) -> list[int]:
         if not weights:
-            return mixture([e.source for e in kept], data)
-        return mixed(grouped(kept, weights, "qlora.mixture"), weights, data.split_seed)
+            return mixture_indices([e.source for e in kept], data)
+        return sample_by_weight(grouped(kept, weights, "qlora.mixture"), weights, data.split_seed)
 
-    say_if_alone(model, "qlora", ctx.tracker)
-    steps, chosen = steps_of(ctx, model, chosen, [*examples, *texts], report, choose)
+    log_packing(model, "qlora", ctx.tracker)
+    steps, chosen = training_dataset(ctx, model, chosen, [*examples, *texts], report, choose)
     adapter = adapter_parameters(model.language)
     figures = {
         "parameters": sum(p.numel() for p in adapter.values()),
@@ -98,13 +98,13 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
     Raises:
         ModelError: If there is no projector, or it was trained on other features.
     """
-    from mmphi.models.checkpoint import load_bundle
-    from mmphi.models.language.adapter import AdapterConfig, adapted, targets_of
+    from mmphi.models.checkpoint import load_checkpoint
+    from mmphi.models.language.adapter import AdapterConfig, add_adapter, targets_of
     from mmphi.models.multimodal import Multimodal
 
     folder = ctx.models["qlora.model"] if chosen.model else ctx.upstream["projector"].path
     features = image_features(ctx)
-    base = load_bundle(folder, precision=chosen.base, features=features)
+    base = load_checkpoint(folder, precision=chosen.base, features=features)
     if base.projector is None or base.vision is None:
         raise ModelError(f"{folder} has no projector", "train one first, and give its run or folder in qlora.model")
     if base.language.adapter is not None:
@@ -116,7 +116,7 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
         )
     shape = {name: getattr(chosen, name) for name in ("rank", "alpha", "rslora", "dropout", "dora", "seed")}
     names = targets_of(base.language.model, tuple(chosen.targets))
-    language = adapted(base.language, AdapterConfig(targets=tuple(names), **shape))
+    language = add_adapter(base.language, AdapterConfig(targets=tuple(names), **shape))
     ctx.tracker.say(f"qlora: adapters of rank {chosen.rank} on {', '.join(names)}")
     base.projector.requires_grad_(chosen.projector_learning_rate > 0)
     if base.speech is not None:  # It goes on to the new model as it is.
@@ -157,7 +157,7 @@ def _trained(
     ctx: Context, model: Multimodal, chosen: QloraSettings, examples: Sequence[Example], steps: PackedStepDataset
 ) -> dict[str, float]:
     from mmphi.models.language.adapter import adapter_parameters
-    from mmphi.training.best_checkpoint import forget
+    from mmphi.training.best_checkpoint import remove_kept
     from mmphi.training.callbacks import StepTableCallback
     from mmphi.training.optimizers import grouped_adamw
     from mmphi.training.trainer import train
@@ -197,7 +197,7 @@ def _trained(
         both = [{**row, "before": old} for row, old in zip(validation.rows, before["answers"], strict=True)]
         record_before_and_after(both, ctx.tracker)
     model.save_pretrained(ctx.folder)
-    forget(ctx.folder)
+    remove_kept(ctx.folder)
     _write_card(ctx, model, chosen, figures)
     return {"qlora/steps": trained.steps, "qlora/result_step": trained.best, **figures}
 

@@ -49,7 +49,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     from tqdm.auto import tqdm
 
     from mmphi.data.phrasing import training_phrasing
-    from mmphi.data.scene_drawing import ImageWriter, drawn
+    from mmphi.data.scene_drawing import ImageWriter, drawing_function
     from mmphi.data.scene_text import corpus_texts
     from mmphi.data.scenes import combinations, held_out, scenes
 
@@ -73,7 +73,7 @@ def run(ctx: Context) -> Mapping[str, float]:
             (ctx.folder / "images" / split).mkdir(parents=True, exist_ok=True)
             for number, scene in enumerate(scenes(count, rng, among)):
                 path = ctx.folder / "images" / split / f"{number:05d}.png"
-                writing.save(drawn(scene, chosen.image_size, rng), path)
+                writing.save(drawing_function(scene, chosen.image_size, rng), path)
                 rephrase = str if split == "test" else phrase
                 rows += _records(scene, f"{split}/{path.name}", chosen.questions, rng, rephrase)
                 if len(figure_scenes) < SHOWN:
@@ -94,11 +94,11 @@ def _records(
     from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
     from mmphi.data.scene_text import caption, colors, questions, shapes, yes_no_questions
 
-    drawn = questions(scene, question_count, rng)
+    drawing_function = questions(scene, question_count, rng)
     conversations = {
         "caption": [(DESCRIBE, caption(scene))],
         "parts": [(WHICH_SHAPES, shapes(scene)), (WHICH_COLORS, colors(scene))],
-        "questions": [(t.question, t.answer) for t in drawn],
+        "questions": [(t.question, t.answer) for t in drawing_function],
         "yes_no": [(t.question, t.answer) for t in yes_no_questions(scene, 2 * question_count, rng)],
     }
     rows = []

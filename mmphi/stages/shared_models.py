@@ -96,7 +96,7 @@ def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None
         DataError: If more rows are bad than the settings allow, or none is left.
     """
     tracker.table("data_read", list(report.rows()))
-    refuse_bad(report, data)
+    check_enough_rows(report, data)
 
 
 def check_data(settings: SettingsView) -> None:
@@ -112,10 +112,10 @@ def check_data(settings: SettingsView) -> None:
     files = [Path(source.path) for source in sources if source.kind in ("llava", "captions", "karpathy")]
     readable = len(files) == len(sources) and all(file.is_file() for file in files)
     if readable and sum(file.stat().st_size for file in files) <= CHECKED_BYTES:
-        refuse_bad(read_examples(data, None)[1], data)
+        check_enough_rows(read_examples(data, None)[1], data)
 
 
-def refuse_bad(report: ReadReport, data: DataSettings) -> None:
+def check_enough_rows(report: ReadReport, data: DataSettings) -> None:
     """Refuse data of which no row is left, or too few.
 
     Raises:
@@ -133,23 +133,23 @@ def refuse_bad(report: ReadReport, data: DataSettings) -> None:
 
 def language_of(ctx: Context) -> LanguageModel:
     """The frozen language model, as this process has it."""
-    from mmphi.models.checkpoint import borrowed_language
+    from mmphi.models.checkpoint import get_shared_language_model
     from mmphi.models.device import this_device
 
     pretrained = ctx.upstream.get("pretrain")
     folder = pretrained.path if pretrained else None
-    return borrowed_language(ctx.settings(LanguageSettings), folder, this_device(), ctx.resources.once)
+    return get_shared_language_model(ctx.settings(LanguageSettings), folder, this_device(), ctx.resources.once)
 
 
-def tower_of(ctx: Context) -> VisionEncoder:
+def vision_encoder_of(ctx: Context) -> VisionEncoder:
     """The frozen image tower, as this process has it."""
-    from mmphi.models.checkpoint import borrowed_tower
+    from mmphi.models.checkpoint import get_shared_vision_encoder
     from mmphi.models.device import this_device
 
     light_clip, chosen = ctx.upstream.get("light_clip"), ctx.settings(VisionSettings)
     folder = light_clip.path if light_clip else None
     identity = f"{chosen.model_dump_json()}/{light_clip.key if light_clip else ''}"
-    return borrowed_tower(chosen, folder, this_device(), ctx.resources.once, identity)
+    return get_shared_vision_encoder(chosen, folder, this_device(), ctx.resources.once, identity)
 
 
 def stored_features(ctx: Context) -> ImageFeatures:
@@ -160,7 +160,7 @@ def stored_features(ctx: Context) -> ImageFeatures:
     return ctx.resources.once("features", embed.run_id, lambda: FeatureStore(embed.path))
 
 
-def drop_unseen(examples: list[Example], features: ImageFeatures, report: ReadReport) -> list[Example]:
+def drop_without_features(examples: list[Example], features: ImageFeatures, report: ReadReport) -> list[Example]:
     """The examples whose images have features; the others are counted."""
     from mmphi.data.dataset_builder import images_of
 

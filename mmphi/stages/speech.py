@@ -11,9 +11,9 @@ from mmphi.config.declared_view import SettingsView
 from mmphi.config.speech import SpeechSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.stages.conversations import say_if_alone
+from mmphi.stages.conversations import log_packing
 from mmphi.stages.shared_models import check_training, evaluating
-from mmphi.stages.speech_data import conversations, hearable, hearing_model, own_answers, pairs
+from mmphi.stages.speech_data import audio_text_pairs, conversations, speech_model, text_answers, with_readable_audio
 
 if TYPE_CHECKING:
     from mmphi.data.schema import Example, ReadReport
@@ -63,25 +63,25 @@ def cost(_: SettingsView) -> Cost:
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     from mmphi.data.schema import ReadReport
-    from mmphi.training.distillation import DistillationTask, paired_steps
+    from mmphi.training.distillation import DistillationTask, distillation_dataset
     from mmphi.training.trainer import train
 
     chosen, report = ctx.settings(SpeechSettings), ReadReport()
     examples = conversations(ctx, report)
-    model = hearing_model(ctx)
-    examples = hearable(model, examples, report)
+    model = speech_model(ctx)
+    examples = with_readable_audio(model, examples, report)
     training = [e for e in examples if e.split == "train"]
     held = [e for e in examples if e.split == "validation"]
     if chosen.answers == "own":
-        training, held = (own_answers(model, some, chosen.answer_tokens) for some in (training, held))
-    say_if_alone(model, "speech", ctx.tracker)
-    heard, read = pairs(model, training, report)
+        training, held = (text_answers(model, some, chosen.answer_tokens) for some in (training, held))
+    log_packing(model, "speech", ctx.tracker)
+    heard, read = audio_text_pairs(model, training, report)
     ctx.tracker.table("data_read", list(report.rows()))
     _check_report(report, chosen)
     if chosen.link == "encoder" and chosen.align_steps:
         align(ctx, model, training, held)
     end = model.language.prompt.end[-1]
-    steps = paired_steps(heard, read, model.sources, chosen, end, layout=model.packed.layout)
+    steps = distillation_dataset(heard, read, model.sources, chosen, end, layout=model.packed.layout)
     assert model.speech is not None
     figures: dict[str, float] = {
         "speech/parameters": sum(p.numel() for p in model.speech.parameters()),
@@ -109,11 +109,11 @@ def run(ctx: Context) -> Mapping[str, float]:
 def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Sequence[Example]) -> None:
     """Let frames learn to name the words that are said, before the language model takes part."""
     from mmphi.tracking.tracker import PrefixedTracker
-    from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, token_error_rate, vocabulary
+    from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, token_error_rate, token_vocabulary
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(SpeechSettings)
-    known, words = vocabulary(model.language, [e.attributes["said"] for e in [*training, *held]])
+    known, words = token_vocabulary(model.language, [e.attributes["said"] for e in [*training, *held]])
     assert model.speech is not None
     task = CTCAlignmentLoss(model.speech, model.language.embeddings(known))
     recordings = [e.audio[0] for e in [*training, *held]]
@@ -151,19 +151,19 @@ def _validation(
     import numpy as np
     import torch
 
-    from mmphi.evaluation.speech import hearing_gain
+    from mmphi.evaluation.speech import audio_gain
     from mmphi.text.packing import to_device
-    from mmphi.training.distillation import paired
+    from mmphi.training.distillation import collate_pairs
 
-    heard, read = pairs(model, held)
+    heard, read = audio_text_pairs(model, held)
 
     def measure(_: int) -> Mapping[str, float]:
-        measured = hearing_gain(model, held)
+        measured = audio_gain(model, held)
         nats, tokens = 0.0, 0
         with torch.no_grad():
             for first in range(0, len(heard), AT_ONCE):
                 some = np.s_[first : first + AT_ONCE]
-                batch = paired(heard[some], read[some], model.sources, end, layout=model.packed.layout)
+                batch = collate_pairs(heard[some], read[some], model.sources, end, layout=model.packed.layout)
                 nats += float(task(**to_device(batch, model.device)))
                 tokens += len(batch["ends"])
         return {"val/divergence": nats / max(tokens, 1), "val/loss": measured.loss, "val/hearing_gain": measured.gain}

@@ -37,29 +37,29 @@ def conversations(ctx: Context, report: ReadReport) -> list[Example]:
     return spoken_examples(recordings_of(chosen, report), report, question=chosen.question, **shape)
 
 
-def hearing_model(ctx: Context) -> Multimodal:
+def speech_model(ctx: Context) -> Multimodal:
     """A frozen model with a new speech projection."""
     import torch
 
     from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
-    from mmphi.models.checkpoint import load_bundle
+    from mmphi.models.checkpoint import load_checkpoint
     from mmphi.models.multimodal import Multimodal
 
     chosen = ctx.settings(SpeechSettings)
     if chosen.model:
-        base = load_bundle(ctx.models["speech.model"], once=ctx.resources.once)
+        base = load_checkpoint(ctx.models["speech.model"], once=ctx.resources.once)
     else:
         own = "pretrain" in ctx.upstream
         base = Multimodal(language_of(ctx), None, None, chosen.max_length, own_language=own)
-    hearing, audio = heard_by(ctx, base.language, chosen.link)
+    hearing, audio = source_for(ctx, base.language, chosen.link)
     torch.manual_seed(chosen.seed)
     stack = chosen.stack if chosen.link == "encoder" else 1
     config = SpeechConfig(chosen.link, hearing.width, base.language.width, chosen.width, stack, chosen.soft_temperature)
     speech = SpeechProjection(config, scale=float(base.language.embeddings().square().mean().sqrt()))
-    return with_hearing(base, hearing, speech, audio)
+    return with_audio_source(base, hearing, speech, audio)
 
 
-def with_hearing(
+def with_audio_source(
     base: Multimodal, hearing: AudioFeatureSource, speech: SpeechProjection | None, audio: Audio
 ) -> Multimodal:
     """The same model, hearing in another way."""
@@ -78,21 +78,21 @@ def with_hearing(
     )
 
 
-def heard_afresh(ctx: Context, language: LanguageModel, link: Link) -> AudioFeatureSource:
+def untranscribed_source(ctx: Context, language: LanguageModel, link: Link) -> AudioFeatureSource:
     """What a link reads, by ears that have heard nothing yet."""
     from mmphi.models.audio.audio_features import (
         EncoderFeatures,
         SoftTranscriptFeatures,
         TranscriptFeatures,
-        live_frames,
+        live_encoder_frames,
     )
-    from mmphi.models.audio.transcriber import CachedTranscriber, listener_of, openai_of
+    from mmphi.models.audio.transcriber import CachedTranscriber, asr_model_of, openai_whisper_of
     from mmphi.models.device import this_device
 
     chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
-    ears = CachedTranscriber(listener_of(settings, this_device(), ctx.resources.once), settings)
+    ears = CachedTranscriber(asr_model_of(settings, this_device(), ctx.resources.once), settings)
     if link == "encoder":
-        return EncoderFeatures(live_frames(ears), openai_of(ears, link).width, chosen.stack)
+        return EncoderFeatures(live_encoder_frames(ears), openai_whisper_of(ears, link).width, chosen.stack)
     return (
         TranscriptFeatures(language, ears)
         if link == "transcript"
@@ -100,7 +100,7 @@ def heard_afresh(ctx: Context, language: LanguageModel, link: Link) -> AudioFeat
     )
 
 
-def heard_by(ctx: Context, language: LanguageModel, link: Link) -> tuple[AudioFeatureSource, Audio]:
+def source_for(ctx: Context, language: LanguageModel, link: Link) -> tuple[AudioFeatureSource, Audio]:
     """What a link reads, stored frames where there are any, and the Whisper that it must be."""
     from mmphi.data.content_hash import FileDigests
     from mmphi.data.ragged_features import RaggedStore
@@ -108,14 +108,14 @@ def heard_by(ctx: Context, language: LanguageModel, link: Link) -> tuple[AudioFe
         EncoderFeatures,
         SoftTranscriptFeatures,
         TranscriptFeatures,
-        live_frames,
-        stored_frames,
+        live_encoder_frames,
+        stored_encoder_frames,
     )
-    from mmphi.models.audio.transcriber import Audio, ears_of, openai_of
+    from mmphi.models.audio.transcriber import Audio, openai_whisper_of, transcriber_of
     from mmphi.models.device import this_device
 
     chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
-    ears = ears_of(settings, this_device(), ctx.resources.once)
+    ears = transcriber_of(settings, this_device(), ctx.resources.once)
     if link == "transcript":
         return TranscriptFeatures(language, ears), Audio(settings)
     if link == "soft":
@@ -124,16 +124,16 @@ def heard_by(ctx: Context, language: LanguageModel, link: Link) -> tuple[AudioFe
         return ctx.resources.once(
             "soft", whose, lambda: SoftTranscriptFeatures(language, ears, temperature, inf)
         ), Audio(settings)
-    whisper = openai_of(ears, "encoder")
-    frames: Callable[[AudioRef], Any] = live_frames(ears, inf)
+    whisper = openai_whisper_of(ears, "encoder")
+    frames: Callable[[AudioRef], Any] = live_encoder_frames(ears, inf)
     if "listen" in ctx.upstream:
         listened = ctx.upstream["listen"]
         store = ctx.resources.once("frames", listened.run_id, lambda: RaggedStore(listened.path))
-        frames = stored_frames(store, FileDigests())
+        frames = stored_encoder_frames(store, FileDigests())
     return EncoderFeatures(frames, whisper.width, chosen.stack), Audio(settings, whisper.digest)
 
 
-def linked(ctx: Context, model: Multimodal, link: Link | Literal[""]) -> Multimodal:
+def with_audio_input(ctx: Context, model: Multimodal, link: Link | Literal[""]) -> Multimodal:
     """A trained model as it hears by a link: its own with what was trained, another with words as they are.
 
     Args:
@@ -148,17 +148,17 @@ def linked(ctx: Context, model: Multimodal, link: Link | Literal[""]) -> Multimo
     if link in ("", own):
         if own == "encoder" and "listen" not in ctx.upstream:
             return model
-        hearing, audio = heard_by(ctx, model.language, own)
-        return with_hearing(model, hearing, model.speech, model.audio or audio)
+        hearing, audio = source_for(ctx, model.language, own)
+        return with_audio_source(model, hearing, model.speech, model.audio or audio)
     if link == "encoder":
         raise ModelError(
             f"the model was trained for the link {own}, and knows nothing of frames", "train it: --speech.link encoder"
         )
-    hearing, audio = heard_by(ctx, model.language, "soft" if link == "soft" else "transcript")
-    return with_hearing(model, hearing, None, audio)
+    hearing, audio = source_for(ctx, model.language, "soft" if link == "soft" else "transcript")
+    return with_audio_source(model, hearing, None, audio)
 
 
-def hearable(model: Multimodal, examples: Sequence[Example], report: ReadReport) -> list[Example]:
+def with_readable_audio(model: Multimodal, examples: Sequence[Example], report: ReadReport) -> list[Example]:
     """The conversations whose recordings can be heard; the others are counted."""
     return [e for e in examples if _can_hear(model, e, report)]
 
@@ -175,9 +175,9 @@ def _can_hear(model: Multimodal, example: Example, report: ReadReport) -> bool:
     return False
 
 
-def own_answers(model: Multimodal, examples: Sequence[Example], tokens: int) -> list[Example]:
+def text_answers(model: Multimodal, examples: Sequence[Example], tokens: int) -> list[Example]:
     """The same recordings as questions, and what the model answers where they are typed."""
-    prompts = [(None, reading(e).turns[0].question) for e in examples]
+    prompts = [(None, transcript_conversation(e).turns[0].question) for e in examples]
     answers = model.generate(prompts, tokens)
     return [
         replace(e, turns=(replace(e.turns[0], answer=answer.text),))
@@ -186,20 +186,20 @@ def own_answers(model: Multimodal, examples: Sequence[Example], tokens: int) -> 
     ]
 
 
-def reading(example: Example) -> Example:
+def transcript_conversation(example: Example) -> Example:
     """A conversation about a recording with what is said typed in its place."""
     (turn,) = example.turns
     said = example.attributes.get("said", turn.answer)
     return replace(example, audio=(), turns=(replace(turn, question=turn.question.replace("<audio>", said)),))
 
 
-def pairs(
+def audio_text_pairs(
     model: Multimodal, examples: Sequence[Example], report: ReadReport | None = None
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
     """Conversations as they are heard, and as they are read; those too long for either are counted and left out."""
     heard, read = [], []
     for example in examples:
-        ours, theirs = model.encode(example), model.encode(reading(example))
+        ours, theirs = model.encode(example), model.encode(transcript_conversation(example))
         if ours is not None and theirs is not None:
             heard.append(ours)
             read.append(theirs)

@@ -28,10 +28,10 @@ SPOOL, FLEET = "spool", "generators"
 
 def check(settings: SettingsView) -> None:
     """A stop that can be read; sources where nothing is generated."""
-    from mmphi.textgen.stop_criteria import parse_enough
+    from mmphi.textgen.stop_criteria import parse_corpus_stop
 
     chosen = settings(TextgenSettings)
-    parse_enough(chosen.stop)
+    parse_corpus_stop(chosen.stop)
     if chosen.generators == 0 and not chosen.spool and not chosen.store_only:
         raise SettingsError("textgen.generators = 0, and there is no spool that others fill", "give --spool URL")
     if chosen.store_only:
@@ -61,7 +61,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if not ledger.documents:
         why = max(ledger.dropped, key=lambda reason: ledger.dropped[reason], default="nothing was written")
         raise DataError(f"no document was worth keeping: {why}", "see store.shortest and store.language")
-    return told(ctx, ledger, time.monotonic() - begun)
+    return write_datasheet(ctx, ledger, time.monotonic() - begun)
 
 
 def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> CorpusStore:
@@ -103,14 +103,14 @@ def _from_generators(ctx: Context, store: CorpusStore) -> None:
     from mmphi.textgen.live_table import LiveTable
     from mmphi.textgen.shard_queue import ShardQueue
     from mmphi.textgen.shard_reader import ShardReader
-    from mmphi.textgen.stop_criteria import parse_enough
+    from mmphi.textgen.stop_criteria import parse_corpus_stop
 
     chosen = ctx.settings(TextgenSettings)
     backend = backend_of(chosen, ctx.tracker.say)
     ctx.tracker.tags({"mmphi.backend": backend})
     url = chosen.spool or str(ctx.folder / SPOOL)
     reader = ShardReader(ShardQueue(url, say=ctx.tracker.say), store.committed, ctx.tracker.say)
-    enough = parse_enough(chosen.stop)
+    enough = parse_corpus_stop(chosen.stop)
     with GeneratorPool(chosen, url, ctx.folder / FLEET, backend, ctx.tracker.say) as fleet:
         begun = noted = time.monotonic()
         with LiveTable(fleet.rows, lambda: _below(reader, store.ledger, int(chosen.spool_mb * 1e6))) as table:
@@ -163,7 +163,7 @@ def _below(reader: ShardReader, ledger: CorpusManifest, limit: int) -> str:
     )
 
 
-def told(ctx: Context, ledger: CorpusManifest, seconds: float) -> dict[str, float]:
+def write_datasheet(ctx: Context, ledger: CorpusManifest, seconds: float) -> dict[str, float]:
     """Write what a store is, and give its figures."""
     from mmphi.textgen.corpus_store import floors
     from mmphi.textgen.datasheet import datasheet

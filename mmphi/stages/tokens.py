@@ -76,7 +76,7 @@ def run(ctx: Context) -> Mapping[str, float]:
             ctx.folder,
             readers,
             tokenizer,
-            kept_apart=partial(kept_apart, chosen.split_seed, chosen.validation_share),
+            kept_apart=partial(is_validation, chosen.split_seed, chosen.validation_share),
             say=ctx.tracker.say,
             progress=bar.update,
         )
@@ -120,7 +120,7 @@ def _rows_of(tokenizer: Any) -> int:
     return PHI2_VOCABULARY if len(tokenizer) > PHI2_VOCABULARY - 2048 else len(tokenizer)
 
 
-def kept_apart(seed: int, share: float, source: int, piece: int, place: int) -> bool:
+def is_validation(seed: int, share: float, source: int, piece: int, place: int) -> bool:
     """Whether a stretch is for validation: by its place in the corpus alone, so that shards can be built again."""
     digest = hashlib.blake2b(f"{seed}/{source}/{piece}/{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64

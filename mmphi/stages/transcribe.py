@@ -47,21 +47,21 @@ def run(ctx: Context) -> Mapping[str, float]:
 
     from mmphi.data.schema import ReadReport
     from mmphi.data.speech_dataset import read_recordings
-    from mmphi.models.audio.transcriber import listener_of
+    from mmphi.models.audio.transcriber import asr_model_of
     from mmphi.models.device import this_device
 
     chosen, given, report = ctx.settings(AudioSettings), ctx.settings(TranscribeSettings), ReadReport()
     path = Path(given.path)
     columns = {"audio_column": given.audio_column, "text_column": given.text_column}
     spoken = list(read_recordings(path, Path(given.recordings or path.parent), report, **columns))
-    done = kept(ctx.folder / LINES)
+    done = finished_rows(ctx.folder / LINES)
     left = [each for each in spoken if each.name not in done]
     if done and left:
         ctx.tracker.say(f"transcribe: going on after {len(done)} of {len(spoken)} recordings")
-    listener = listener_of(chosen, this_device(), ctx.resources.once) if left else None
+    listener = asr_model_of(chosen, this_device(), ctx.resources.once) if left else None
     with (ctx.folder / LINES).open("a") as lines, tqdm(total=len(left), desc="transcribe", unit="recording") as bar:
         for first in range(0, len(left), AT_ONCE):
-            for line in heard(left[first : first + AT_ONCE], listener, chosen, report):
+            for line in transcribe_batch(left[first : first + AT_ONCE], listener, chosen, report):
                 done[line["audio"]] = line
                 lines.write(json.dumps(line) + "\n")
             lines.flush()
@@ -72,10 +72,10 @@ def run(ctx: Context) -> Mapping[str, float]:
             f"{len(report.dropped)} recordings cannot be used\n{report.table()}",
             "mend them, or raise transcribe.max_bad_share",
         )
-    return measured(ctx, [each for each in spoken if each.name in done], done)
+    return measure_transcripts(ctx, [each for each in spoken if each.name in done], done)
 
 
-def kept(path: Path) -> dict[str, dict[str, Any]]:
+def finished_rows(path: Path) -> dict[str, dict[str, Any]]:
     """What an interrupted call had heard; a line that was cut off is heard again, and taken out of the file."""
     found: dict[str, dict[str, Any]] = {}
     if not path.exists():
@@ -90,7 +90,9 @@ def kept(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def heard(batch: Sequence[Utterance], listener: Any, chosen: AudioSettings, report: ReadReport) -> list[dict[str, Any]]:
+def transcribe_batch(
+    batch: Sequence[Utterance], listener: Any, chosen: AudioSettings, report: ReadReport
+) -> list[dict[str, Any]]:
     """Transcripts of a few recordings, as rows; one that cannot be read is counted and left out."""
     from mmphi.data.audio import read_audio
     from mmphi.data.speech_dataset import SOURCE
@@ -114,14 +116,14 @@ def heard(batch: Sequence[Utterance], listener: Any, chosen: AudioSettings, repo
         batch_size=chosen.batch_size,
     )
     took = time.perf_counter() - begun
-    total = sum(recording.seconds for recording in recordings)
+    total_errors = sum(recording.seconds for recording in recordings)
     return [
         {
             "audio": each.name,
             "text": transcript.text,
             "language": transcript.language,
             "seconds": round(recording.seconds, 3),
-            "took": took * recording.seconds / total if total else 0.0,
+            "took": took * recording.seconds / total_errors if total_errors else 0.0,
             "segments": [[round(s.start, 2), round(s.end, 2), s.text] for s in transcript.segments],
             "told": list(transcript.told),
         }
@@ -129,10 +131,12 @@ def heard(batch: Sequence[Utterance], listener: Any, chosen: AudioSettings, repo
     ]
 
 
-def measured(ctx: Context, spoken: Sequence[Utterance], done: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def measure_transcripts(
+    ctx: Context, spoken: Sequence[Utterance], done: Mapping[str, Mapping[str, Any]]
+) -> dict[str, float]:
     """Tables, a page with the recordings, and the figures of them all."""
-    from mmphi.evaluation.audio_html import listening_page
-    from mmphi.evaluation.wer import total, word_errors
+    from mmphi.evaluation.audio_html import audio_page
+    from mmphi.evaluation.wer import total_errors, word_errors
 
     rows: list[dict[str, Any]] = []
     errors: list[WordErrors] = []
@@ -145,7 +149,7 @@ def measured(ctx: Context, spoken: Sequence[Utterance], done: Mapping[str, Mappi
             row |= {"said": each.text, "wer": round(counted.rate, 4)}
         rows.append(row | {"told": " ".join(line["told"])})
     ctx.tracker.table("transcripts", rows)
-    ctx.tracker.text("transcripts.html", listening_page([each.path for each in spoken], rows))
+    ctx.tracker.text("transcripts.html", audio_page([each.path for each in spoken], rows))
     seconds = sum(line["seconds"] for line in done.values())
     figures = {
         "transcribe/recordings": float(len(rows)),
@@ -154,7 +158,7 @@ def measured(ctx: Context, spoken: Sequence[Utterance], done: Mapping[str, Mappi
         "transcribe/silent": float(sum(not line["text"] for line in done.values())),
     }
     if errors:
-        all_of = total(errors)
+        all_of = total_errors(errors)
         figures |= {"transcribe/wer": all_of.rate, "transcribe/words": float(all_of.said)}
     return figures
 

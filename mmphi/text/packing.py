@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmphi.errors import ModelError
-from mmphi.text.shared_prefix import bundled
+from mmphi.text.shared_prefix import group_by_shared_prefix
 from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
 
 T = TypeVar("T")
@@ -44,7 +44,11 @@ class Layout:
         if self.kind != "line" or not self.long:
             return self
         short = sum(map(len, samples)) < self.long * len(samples)
-        return replace(self, kind="rows") if short or (share and len(bundled(samples)) < len(samples)) else self
+        return (
+            replace(self, kind="rows")
+            if short or (share and len(group_by_shared_prefix(samples)) < len(samples))
+            else self
+        )
 
 
 ROWS = Layout()
@@ -140,7 +144,7 @@ def pack(
     """
     one_row = rows is None or len(rows) == 1
     layout = layout.of(samples, share) if one_row or layout.kind != "line" else replace(layout, kind="rows")
-    bundles = bundled(samples, share and layout.kind == "rows" and rows is None)
+    bundles = group_by_shared_prefix(samples, share and layout.kind == "rows" and rows is None)
     lengths = [bundle.length(samples) for bundle in bundles]
     rows = _rows(lengths, layout) if rows is None else rows
     shape = len(rows), max(sum(lengths[i] for i in row) for row in rows)
@@ -158,7 +162,7 @@ def pack(
                 place = np.s_[r, start : start + len(sample.input_ids[own])]
                 ids[place], positions[place] = sample.input_ids[own], np.arange(len(sample))[own]
                 segments[place], supervised[place], numbers[place] = segment, sample.supervised[own], number
-                check_spans(sample, features)
+                check_feature_lengths(sample, features)
                 if not branch:
                     spans += [span._replace(start=r * shape[1] + start + span.start) for span in sample.spans]
                 parted = start + (0 if branch else alike)
@@ -166,7 +170,7 @@ def pack(
                 before[r, parted] = r * shape[1] + first + alike - 1
                 start = place[1].stop
     (targets,) = np.nonzero(supervised.ravel())
-    flat, places = spread(spans, features)
+    flat, places = features_by_kind(spans, features)
     packed = PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(positions),
@@ -197,10 +201,10 @@ def rows_of(samples: Sequence[TokenizedExample], *, layout: Layout = ROWS) -> li
 def _rows(lengths: Sequence[int], layout: Layout) -> list[list[int]]:
     if layout.kind == "line":
         return [list(range(len(lengths)))]
-    return partition(lengths, len(lengths)) if layout.kind == "alone" else least_work(lengths, layout.width)
+    return partition(lengths, len(lengths)) if layout.kind == "alone" else cheapest_rows(lengths, layout.width)
 
 
-def least_work(lengths: Sequence[int], width: int = ROWS.width) -> list[list[int]]:
+def cheapest_rows(lengths: Sequence[int], width: int = ROWS.width) -> list[list[int]]:
     """Sequences in that number of rows in which they are computed with the least work.
 
     Few long rows waste little on padding and much on attention, many short ones the other way round, and sequences of
@@ -233,7 +237,7 @@ def least_work(lengths: Sequence[int], width: int = ROWS.width) -> list[list[int
     return best
 
 
-def check_spans(sample: TokenizedExample, features: Mapping[str, SpanFeatures]) -> None:
+def check_feature_lengths(sample: TokenizedExample, features: Mapping[str, SpanFeatures]) -> None:
     """Refuse a sequence whose spans have no features of their length.
 
     Raises:
@@ -245,7 +249,7 @@ def check_spans(sample: TokenizedExample, features: Mapping[str, SpanFeatures]) 
             raise ModelError(f"{sample.name} has {span.length} places for an {span.kind} of {have} features")
 
 
-def spread(
+def features_by_kind(
     spans: Sequence[FeatureSpan], features: Mapping[str, SpanFeatures]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Features and places of spans, by kind; ``start`` counts in the flattened rows."""

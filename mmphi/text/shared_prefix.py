@@ -24,7 +24,7 @@ class SharedPrefixGroup(NamedTuple):
         return self.alike + sum(len(samples[i]) - self.alike for i in self.members)
 
 
-def bundled(samples: Sequence[TokenizedExample], share: bool = True) -> list[SharedPrefixGroup]:
+def group_by_shared_prefix(samples: Sequence[TokenizedExample], share: bool = True) -> list[SharedPrefixGroup]:
     """Neighbours that see and hear the same, with the same words before and around it; without ``share`` each alone."""
     bundles: list[SharedPrefixGroup] = []
     for index, sample in enumerate(samples):

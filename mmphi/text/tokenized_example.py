@@ -77,7 +77,7 @@ class TokenizedExample:
         return len(self.input_ids)
 
 
-def join(parts: Iterable[PromptPart], inputs: Sequence[SpanContent] = (), name: str = "") -> TokenizedExample:
+def join_spans(parts: Iterable[PromptPart], inputs: Sequence[SpanContent] = (), name: str = "") -> TokenizedExample:
     """Lay the parts of a prompt end to end, each input in the next span of its kind.
 
     The first token is never supervised: nothing stands before it to predict it from.
@@ -106,7 +106,7 @@ def join(parts: Iterable[PromptPart], inputs: Sequence[SpanContent] = (), name: 
     return TokenizedExample(ids, supervised, tuple(spans), name)
 
 
-def encode(
+def tokenize_conversation(
     turns: Sequence[tuple[str, str | None]],
     inputs: Sequence[SpanContent],
     prompt: Prompt,
@@ -136,7 +136,7 @@ def encode(
     while turns:
         said = [each.said for each in audio]
         parts = prompt.parts(turns, images=len(images), context=context, audio=said)
-        sample = join(parts, [*images, *audio], name)
+        sample = join_spans(parts, [*images, *audio], name)
         if len(sample) <= max_length:
             return sample if sample.supervised.any() else None
         if images_placed:

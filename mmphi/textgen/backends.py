@@ -77,7 +77,7 @@ class Sampler(Protocol):
         """Texts in the order in which they are done; asks for the next one when it has a place for it."""
 
 
-def sampler(backend: str, model: Any, draw: SamplingConfig, batch: int, longest: int) -> Sampler:
+def make_sampler(backend: str, model: Any, draw: SamplingConfig, batch: int, longest: int) -> Sampler:
     """What draws the tokens.
 
     Args:
@@ -97,7 +97,7 @@ def sampler(backend: str, model: Any, draw: SamplingConfig, batch: int, longest:
     return kinds[backend](model, draw, batch, longest)
 
 
-def chosen_backend(asked: str) -> tuple[str, str]:
+def choose_backend(asked: str) -> tuple[str, str]:
     """The backend, and why it is that one.
 
     Raises:

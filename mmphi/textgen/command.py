@@ -23,7 +23,7 @@ Settings are those of `mmphi textgen --help`. Any number of machines may write i
 LOOK_S = 1.0
 
 
-def write(settings: TextgenSettings) -> int:
+def run_generators(settings: TextgenSettings) -> int:
     """Let generators write until a signal or the time asks them to end; what they have open is written then.
 
     Raises:
@@ -33,13 +33,13 @@ def write(settings: TextgenSettings) -> int:
     from mmphi.textgen.generator_pool import GeneratorPool, backend_of
     from mmphi.textgen.live_table import LiveTable
     from mmphi.textgen.shard_queue import ShardQueue
-    from mmphi.textgen.stop_criteria import parse_enough
+    from mmphi.textgen.stop_criteria import parse_corpus_stop
 
     if not settings.spool:
         raise SettingsError("generators alone need a spool that others read", "--spool FOLDER, or a bucket's URL")
     if settings.generators == 0:
         raise SettingsError("--generators 0 writes nothing", "leave it out, or give a number")
-    enough = parse_enough(settings.stop)
+    enough = parse_corpus_stop(settings.stop)
     backend = backend_of(settings)
     told = threading.Event()
 

@@ -17,7 +17,7 @@ from typing import Any
 from mmphi.errors import StoreError
 from mmphi.textgen.dedup import Deduplicator
 from mmphi.textgen.quality import Quality
-from mmphi.textgen.shards import SUFFIX, Document, packed, unpacked
+from mmphi.textgen.shards import SUFFIX, Document, decode_shard, encode_shard
 
 LEDGER = "store.json"
 SHARD_BYTES = 4_000_000  # Of text, before it is compressed.
@@ -130,7 +130,7 @@ class CorpusStore:
     def commit(self) -> None:
         """Write what was judged: after this, sources may let go of it."""
         if self._open and not self.ledger.full:
-            content = packed(self._open)
+            content = encode_shard(self._open)
             if self.ledger.bytes + len(content) > self.limit:
                 self._open, content = self._fitting()
                 self.ledger.full = True
@@ -166,11 +166,11 @@ class CorpusStore:
         low, high = 0, len(self._open)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.ledger.bytes + len(packed(self._open[:middle])) <= self.limit:
+            if self.ledger.bytes + len(encode_shard(self._open[:middle])) <= self.limit:
                 low = middle
             else:
                 high = middle - 1
-        return self._open[:low], packed(self._open[:low])
+        return self._open[:low], encode_shard(self._open[:low])
 
     def _write(self, content: bytes) -> None:
         ledger, name = self.ledger, f"{len(self.ledger.shards):06d}{SUFFIX}"
@@ -210,7 +210,7 @@ def stored(folder: Path) -> list[Document]:
             raise StoreError(f"{folder / shard['name']} is missing", "make the store again") from error
         if hashlib.sha256(content).hexdigest() != shard["sha256"]:
             raise StoreError(f"{folder / shard['name']} is not what was written", "make the store again")
-        found += unpacked(content, shard["name"])
+        found += decode_shard(content, shard["name"])
     return found
 
 

@@ -18,7 +18,7 @@ from mmphi.allocator import keep_freed_memory
 from mmphi.config.textgen import TextgenSettings
 from mmphi.textgen.backends import Generation, SamplingConfig, SamplingRequest
 from mmphi.textgen.prompts import Prompts
-from mmphi.textgen.shards import Document, ShardName, packed
+from mmphi.textgen.shards import Document, ShardName, encode_shard
 
 BEGINNING = "<|endoftext|>"  # What stands between the documents that GPT-2's and its successors' models were shown.
 STOP = "stop"  # A file that tells all to end.
@@ -196,8 +196,8 @@ def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
 
     from mmphi.config.shared import LanguageSettings
     from mmphi.models.device import this_device
-    from mmphi.models.language.language_model import load_language
-    from mmphi.textgen.backends import sampler
+    from mmphi.models.language.language_model import load_language_model
+    from mmphi.textgen.backends import make_sampler
 
     if order.threads:
         torch.set_num_threads(order.threads)
@@ -206,7 +206,7 @@ def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
     chosen = LanguageSettings(
         model=settings.model, revision=settings.revision, tokenizer=settings.tokenizer, precision=settings.precision
     )
-    language = load_language(chosen, None, this_device())
+    language = load_language_model(chosen, None, this_device())
     seed = random.Random(f"{settings.seed}/{order.stream}").getrandbits(31)
     torch.manual_seed(seed)
     draw = SamplingConfig(settings.temperature, settings.top_p, settings.top_k, seed)
@@ -214,7 +214,7 @@ def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
     longest = settings.max_tokens + max(len(wanted.ids) for wanted, _ in zip(wants, range(256), strict=False)) + 64
     wants = PromptStream(settings, order.stream, language)
     model = settings.model if order.backend == "vllm" else language.model
-    write = sampler(order.backend, model, draw, settings.batch, longest)
+    write = make_sampler(order.backend, model, draw, settings.batch, longest)
     status = GeneratorStatus(ready_s=time.monotonic() - begun)
     desk.tell(status)
     shard: list[Document] = []
@@ -230,7 +230,7 @@ def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
             shard.append(made)
         now, ending = time.monotonic(), desk.stopping()
         closing = bool(shard) and (ending or len(shard) == settings.shard_documents or now - opened > SHARD_S)
-        if closing and not desk.put(ShardName(order.stream, status.shards), packed(shard)):
+        if closing and not desk.put(ShardName(order.stream, status.shards), encode_shard(shard)):
             return
         if closing or now - since > TELL_S:
             closed = shard if closing else []

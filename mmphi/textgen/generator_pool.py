@@ -14,7 +14,7 @@ from typing import Any
 
 from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import ModelError, SettingsError
-from mmphi.textgen.backends import chosen_backend
+from mmphi.textgen.backends import choose_backend
 from mmphi.textgen.generator import GeneratorStatus
 from mmphi.textgen.launchers import Launcher, ProcessLauncher, RunningGenerator
 from mmphi.textgen.shard_queue import ShardQueue
@@ -95,7 +95,7 @@ class GeneratorPool:
 
     def start(self) -> None:
         """Fill every place."""
-        self.places = places_of(*self._found, say=self.say)
+        self.places = launcher_of(*self._found, say=self.say)
         self.members = [PoolMember(number) for number in range(self.places.count)]
         for member in self.members:
             self._fill(member)
@@ -184,7 +184,7 @@ class GeneratorPool:
         member.running = self.places.start(member.stream, member.number)
 
 
-def places_of(
+def launcher_of(
     settings: TextgenSettings, spool: str, folder: Path, backend: str, say: Callable[[str], None] = print
 ) -> Launcher:
     """Where the settings want generators to run.
@@ -208,6 +208,6 @@ def backend_of(settings: TextgenSettings, say: Callable[[str], None] = print) ->
     if settings.ray:
         say("each machine of the cluster draws by what it has")
         return settings.backend
-    backend, why = chosen_backend(settings.backend)
+    backend, why = choose_backend(settings.backend)
     say(f"tokens are drawn by {backend}: {why}")
     return backend

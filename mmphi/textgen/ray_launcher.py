@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from mmphi.cluster.connect import connected, ray_itself, reason
+from mmphi.cluster.connect import error_reason, import_ray, join_cluster
 from mmphi.config.textgen import TextgenSettings
 from mmphi.textgen.generator import GeneratorConfig, GeneratorStatus, write_shards
 from mmphi.textgen.shard_queue import ShardQueue
@@ -71,7 +71,7 @@ class RemoteSink:
 
     def put(self, name: ShardName, content: bytes) -> bool:
         """Write a shard as soon as there is room for it."""
-        ray = ray_itself()
+        ray = import_ray()
 
         begun = time.monotonic()
         written = bool(ray.get(self.post.put.remote(name, content)))
@@ -80,24 +80,24 @@ class RemoteSink:
 
     def tell(self, status: GeneratorStatus) -> None:
         """Say how far it is."""
-        ray = ray_itself()
+        ray = import_ray()
 
         ray.get(self.post.tell.remote(self.stream, status))
 
     def stopping(self) -> bool:
         """Whether it shall end; asked once a second."""
-        ray = ray_itself()
+        ray = import_ray()
 
         if time.monotonic() - self._asked > ASK_S:
             self._asked, self._ending = time.monotonic(), bool(ray.get(self.post.stopping.remote()))
         return self._ending
 
 
-def work(order: dict[str, Any], post: Any) -> None:
+def run_generator(order: dict[str, Any], post: Any) -> None:
     """One generator, on a machine of the cluster."""
-    from mmphi.textgen.backends import chosen_backend
+    from mmphi.textgen.backends import choose_backend
 
-    backend, _ = chosen_backend(order["settings"]["backend"])  # What that machine has, and not this one.
+    backend, _ = choose_backend(order["settings"]["backend"])  # What that machine has, and not this one.
     write_shards(GeneratorConfig(**order | {"backend": backend}), RemoteSink(post, order["stream"]))
 
 
@@ -114,8 +114,8 @@ class RayLauncher:
     """
 
     def __init__(self, settings: TextgenSettings, spool: str, say: Callable[[str], None] = print) -> None:
-        machines = connected(settings.ray)
-        ray = ray_itself()
+        machines = join_cluster(settings.ray)
+        ray = import_ray()
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.settings = settings
@@ -126,7 +126,7 @@ class RayLauncher:
             num_cpus=0, max_concurrency=2 * self.count + 4, scheduling_strategy=here
         )
         self.post = actor.remote(spool, int(settings.spool_mb * 1e6))
-        self._work = ray.remote(max_retries=0, **machines.share(CORES))(work)
+        self._work = ray.remote(max_retries=0, **machines.share(CORES))(run_generator)
 
     def start(self, stream: str, number: int) -> RayGenerator:
         """See :class:`mmphi.textgen.launchers.Launcher`."""
@@ -135,7 +135,7 @@ class RayLauncher:
 
     def stop(self) -> None:
         """See :class:`mmphi.textgen.launchers.Launcher`."""
-        ray = ray_itself()
+        ray = import_ray()
 
         ray.get(self.post.stop.remote())
 
@@ -154,31 +154,31 @@ class RayGenerator:
 
     def why_ended(self) -> str | None:
         """Why it ended, in a line; ``None`` while it runs."""
-        ray = ray_itself()
+        ray = import_ray()
 
         if not self.wait(0):
             return None
         try:
             ray.get(self.task)
         except ray.exceptions.RayError as error:
-            return reason(error)
+            return error_reason(error)
         return "it came to an end"
 
     def wait(self, seconds: float) -> bool:
         """Whether it ended within so many seconds."""
-        ray = ray_itself()
+        ray = import_ray()
 
         return bool(ray.wait([self.task], timeout=seconds)[0])
 
     def kill(self) -> None:
         """End it at once."""
-        ray = ray_itself()
+        ray = import_ray()
 
         ray.cancel(self.task, force=True)
 
     def told(self) -> GeneratorStatus:
         """What it told last."""
-        ray = ray_itself()
+        ray = import_ray()
 
         found: GeneratorStatus = ray.get(self.post.told.remote()).get(self.stream, GeneratorStatus())
         return found

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mmphi.errors import DataError, StoreError, disk_is_full
-from mmphi.textgen.shards import Document, ShardName, unpacked
+from mmphi.textgen.shards import Document, ShardName, decode_shard
 
 SHARDS, TAKEN, BAD, STARTS = "shards", "taken", "bad", "starts"
 WAIT_S = 0.5
@@ -109,7 +109,7 @@ class ShardQueue:
                 content = self._asked(partial(self.files.cat_file, f"{self.root}/{place}/{name}", **self._within))
                 if content is None:
                     raise StoreError(f"{name} was not read: waiting was ended")
-                return unpacked(content, str(name))
+                return decode_shard(content, str(name))
         raise DataError(f"{name} is not in the spool {self.url}")
 
     def take(self, name: ShardName) -> list[Document]:

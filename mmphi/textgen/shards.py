@@ -71,14 +71,14 @@ class ShardName(NamedTuple):
         return cls(found["stream"], int(found["number"])) if found else None
 
 
-def packed(documents: Iterable[Document]) -> bytes:
+def encode_shard(documents: Iterable[Document]) -> bytes:
     """Documents as a shard's content; the same documents give the same bytes."""
     lines = "".join(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
     content: bytes = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compress(lines.encode())
     return content
 
 
-def unpacked(content: bytes, name: str) -> list[Document]:
+def decode_shard(content: bytes, name: str) -> list[Document]:
     """The documents of a shard.
 
     Raises:

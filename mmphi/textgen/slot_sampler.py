@@ -23,10 +23,10 @@ class SlotSampler:
 
     def __call__(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
         """See :class:`Sampler`."""
-        from mmphi.models.patches.cpu_linear import weights_first
-        from mmphi.models.patches.gqa_decode_attention import attending_in_groups
+        from mmphi.models.patches.cpu_linear import transposed_small_batch_linear
+        from mmphi.models.patches.gqa_decode_attention import gqa_decode_attention_applied
 
-        with weights_first(self.model), attending_in_groups(self.model):
+        with transposed_small_batch_linear(self.model), gqa_decode_attention_applied(self.model):
             yield from self._written(wanted)
 
     def _written(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
@@ -59,7 +59,7 @@ class SlotSampler:
         rows = sorted(open_)
         last = torch.tensor([[open_[slot].next] for slot in rows], device=self.model.device)
         logits = self._pass(slots, rows, [open_[slot].read for slot in rows], last)
-        tokens, logprobs = drawn(self._narrowed(logits))
+        tokens, logprobs = sample_tokens(self._narrowed(logits))
         return zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
 
     def _read(self, slots: Any, slot: int, ids: tuple[int, ...]) -> None:
@@ -87,7 +87,7 @@ class SlotSampler:
         return logits
 
 
-def drawn(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A token of each row (R,) drawn from the distribution that logits (R, V) describe, and its log-probability (R,).
 
     By where a uniform number falls among the cumulated probabilities: one random number a row, where

@@ -34,7 +34,7 @@ class CorpusStopCriteria:
         return ledger.full or not few
 
 
-def parse_enough(text: str) -> CorpusStopCriteria:
+def parse_corpus_stop(text: str) -> CorpusStopCriteria:
     """Conditions as typed.
 
     >>> parse_enough("documents 1k, time 20m")

@@ -26,7 +26,7 @@ BUSY, BUSY_S = "MMPHI_BUSY_S", "60"  # Seconds that a locked SQLite database is 
 ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"  # Where MLflow's SQLite store takes its default artifact root from.
 
 
-def connected(uri: str) -> MlflowClient:
+def connect(uri: str) -> MlflowClient:
     """A client of a store that answers; a SQLite store is made where it is missing.
 
     Raises:

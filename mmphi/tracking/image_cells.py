@@ -32,7 +32,7 @@ def thumbnail(path: Any) -> Image.Image | None:
     return picture
 
 
-def cell(path: Any, folder: Path, table: str) -> dict[str, str] | str:
+def image_cell(path: Any, folder: Path, table: str) -> dict[str, str] | str:
     """Write a picture below ``folder`` and return what MLflow's tables hold in its place.
 
     The same picture is written once a table, however often it is shown.
@@ -48,7 +48,7 @@ def cell(path: Any, folder: Path, table: str) -> dict[str, str] | str:
     return {"type": "image", "filepath": f"{name}.png", "compressed_filepath": f"{name}.webp"}
 
 
-def grid(rows: Sequence[Mapping[str, Any]], image: str) -> Figure | None:
+def image_grid(rows: Sequence[Mapping[str, Any]], image: str) -> Figure | None:
     """The first pictures of a table with the row's texts beneath; ``None`` where no row has one.
 
     Args:

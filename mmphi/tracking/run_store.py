@@ -23,7 +23,7 @@ from mmphi.data.content_hash import cache_folder
 from mmphi.errors import StoreError
 from mmphi.pipeline.manifest import MANIFEST, manifest_holds
 from mmphi.tracking.artifacts import fetch_result
-from mmphi.tracking.connect import connected
+from mmphi.tracking.connect import connect
 from mmphi.tracking.logged_model import logged_model
 from mmphi.tracking.relocated_store import relocate
 from mmphi.tracking.tags import FOR_STUDY, REQUESTED, STUDY
@@ -62,7 +62,7 @@ class RunStore:
                     f"{self.uri} was in {before} before: its artifacts are now expected in its own folder",
                     file=sys.stderr,
                 )
-            self.client = connected(self.uri)
+            self.client = connect(self.uri)
 
     def run(self, run_id: str) -> Run:
         """A run by its id.

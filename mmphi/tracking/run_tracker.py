@@ -13,8 +13,8 @@ from mlflow.entities import Metric, Param, RunTag
 from tqdm.auto import tqdm
 
 from mmphi.tracking.artifacts import remove_artifacts
-from mmphi.tracking.image_cells import cell, grid
-from mmphi.tracking.tables import Tables, plain
+from mmphi.tracking.image_cells import image_cell, image_grid
+from mmphi.tracking.tables import Tables, json_row
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -132,7 +132,7 @@ class RunTracker:
         if not rows:
             return
         fresh = name not in self._tables
-        written = [plain(row) for row in rows]
+        written = [json_row(row) for row in rows]
         if image:
             self._show(name, written, rows, image)
         self._write(f"{name}.json", self._tables.extend(name, written))
@@ -142,10 +142,10 @@ class RunTracker:
     def _show(self, name: str, written: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]], image: str) -> None:
         """Put pictures into the rows of a table, and draw a grid of them."""
         for row, original in zip(written, rows, strict=True):
-            row[image] = cell(original[image], self.folder, name)
+            row[image] = image_cell(original[image], self.folder, name)
         for file in {f for row in written if row[image] for f in list(row[image].values())[1:]}:
             self._send(self.folder / file)
-        drawn = grid(rows, image)
+        drawn = image_grid(rows, image)
         if drawn:
             self.figure(name, drawn)
 

@@ -191,7 +191,7 @@ class ClientStatusReader:
         return None
 
 
-def glance() -> StatusReader:
+def status_reader() -> StatusReader:
     """A look at the store that this process works with."""
     uri = absolute_uri()
     file = database(uri)

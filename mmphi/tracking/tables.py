@@ -53,7 +53,7 @@ def _step(row: Row) -> int:
     return int(row["step"]) if isinstance(row.get("step"), int) else 0
 
 
-def plain(row: Mapping[str, Any]) -> Row:
+def json_row(row: Mapping[str, Any]) -> Row:
     """A row as JSON knows it."""
     return {str(name): _plain(value) for name, value in row.items()}
 

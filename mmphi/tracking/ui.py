@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     uri = absolute_uri()
     if uri.startswith("http"):
         raise StoreError(f"{uri} is a server with pages of its own", "open it in a browser")
-    if listening(options.port):
+    if port_is_open(options.port):
         raise StoreError(f"port {options.port} of {HOST} is taken", "give another: --port 5001")
     experiment = experiment_id(uri)
     pages = addresses(f"http://{HOST}:{options.port}", experiment, shared_view(uri, experiment))
@@ -71,17 +71,17 @@ def shared_view(uri: str, experiment: str, first: Sequence[str] = (), key: str =
     """The view of an experiment that shows results first; empty where the store cannot be written to."""
     from mlflow.exceptions import MlflowException
 
-    from mmphi.tracking.connect import connected
+    from mmphi.tracking.connect import connect
     from mmphi.tracking.view_state import share
 
     try:
-        return share(connected(uri), experiment, first, key)
+        return share(connect(uri), experiment, first, key)
     except MlflowException as error:
         print(f"MLflow's own order of charts is used: {error}", file=sys.stderr)
         return ""
 
 
-def listening(port: int) -> bool:
+def port_is_open(port: int) -> bool:
     """Whether something answers on a port of this machine."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
@@ -112,7 +112,7 @@ def _announce(pages: dict[str, str], port: int, browser: bool) -> None:
     """Say where the pages are as soon as they are there."""
     begun = time.monotonic()
     while time.monotonic() - begun < PATIENCE_S:
-        if listening(port):
+        if port_is_open(port):
             break
         time.sleep(0.2)
     print("\n".join(["", *(f"{name:<8}{address}" for name, address in pages.items()), ""]), flush=True)

@@ -22,7 +22,7 @@ class BestCheckpoint:
     Written whole or not at all, so that a killed training goes on with the best that it had.
 
     Args:
-        folder: Of the training; the weights are kept below it, until :meth:`forget`.
+        folder: Of the training; the weights are kept below it, until :meth:`remove_kept`.
         task: What is trained.
         state: Tensors beyond its parameters that training changes.
     """
@@ -62,7 +62,7 @@ class BestCheckpoint:
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def forget(folder: Path) -> None:
+def remove_kept(folder: Path) -> None:
     """Remove what is kept below a training's folder: its result was saved."""
     for name in (FOLDER, f"{FOLDER}.part"):
         shutil.rmtree(folder / name, ignore_errors=True)

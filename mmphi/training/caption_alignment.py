@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from mmphi.data.features import ImageFeatures
 from mmphi.data.schema import ImageRef
 from mmphi.models.projector import Projector
-from mmphi.training.ctc_alignment import vocabulary
+from mmphi.training.ctc_alignment import token_vocabulary
 from mmphi.training.packed_dataset import ShuffledOrder
 from mmphi.training.training_args import world_size
 
@@ -137,10 +137,10 @@ class CaptionAlignmentDataset(Dataset[CaptionAlignmentBatch]):
             for place, number in enumerate(chosen)
             for one in [self.images[number]]
         ]
-        return shown(seen[share :: world_size()], self.features, sum(sum(one.counts) for one in seen))
+        return collate(seen[share :: world_size()], self.features, sum(sum(one.counts) for one in seen))
 
 
-def shown(
+def collate(
     images: Sequence[CaptionWords], features: ImageFeatures, step_tokens: int | None = None
 ) -> CaptionAlignmentBatch:
     """Images and their words as one batch.
@@ -160,7 +160,7 @@ def shown(
     )
 
 
-def captioned(
+def caption_words(
     language: Any, images: Sequence[tuple[ImageRef, Sequence[str]]], known: Sequence[int] = ()
 ) -> tuple[list[int], list[CaptionWords]]:
     """Images with the words of their captions.
@@ -173,7 +173,7 @@ def captioned(
     Returns:
         The vocabulary, as token ids, and the images that have a word of it.
     """
-    own, placed = vocabulary(language, [text for _, texts in images for text in texts])
+    own, placed = token_vocabulary(language, [text for _, texts in images for text in texts])
     uses, first = list[Counter[int]](), 0
     for _, texts in images:
         said = placed[first : first + len(texts)]
@@ -193,7 +193,7 @@ def captioned(
     return list(known), found
 
 
-def usage_of(images: Sequence[CaptionWords], size: int) -> Tensor:
+def word_frequencies(images: Sequence[CaptionWords], size: int) -> Tensor:
     """How often each of ``size`` words is used, (size,), one of none a little."""
     usage = torch.full((size,), 0.1)
     for one in images:
@@ -202,13 +202,13 @@ def usage_of(images: Sequence[CaptionWords], size: int) -> Tensor:
 
 
 @torch.no_grad()
-def naming_loss(
+def alignment_loss(
     task: BagOfWordsAlignmentLoss, images: Sequence[CaptionWords], features: ImageFeatures, at_once: int = 64
 ) -> float:
     """Nats per word of images' captions."""
     nats, words = 0.0, 0.0
     for first in range(0, len(images), at_once):
-        batch = shown(images[first : first + at_once], features)
+        batch = collate(images[first : first + at_once], features)
         moved = {name: value.to(task.words.device) for name, value in batch.items()}  # type: ignore[attr-defined]
         nats += float(task(**moved))
         words += float(batch["counts"].sum())
@@ -216,7 +216,7 @@ def naming_loss(
 
 
 @torch.no_grad()
-def as_large_as(projector: Projector, features: Tensor, size: float) -> None:
+def match_embedding_norm(projector: Projector, features: Tensor, size: float) -> None:
     """Scale a projector's last layer so that what it makes of features (N, P, D) is of such a mean norm."""
     last = next(layer for layer in reversed(list(projector.layers)) if isinstance(layer, nn.Linear))
     training = projector.training

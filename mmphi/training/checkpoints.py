@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmphi.errors import ModelError
-from mmphi.training.fsdp import spread_like
+from mmphi.training.fsdp import shard_like
 
 MARKER = "complete"
 WEIGHTS = "trained.safetensors"
@@ -120,4 +120,4 @@ def load_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor]
         raise ModelError(f"{checkpoint} was written by another model: {wrong[0]} differs", "start anew with --force")
     with torch.no_grad():
         for name, tensor in saved.items():
-            tensors[name].copy_(spread_like(tensor, tensors[name]))
+            tensors[name].copy_(shard_like(tensor, tensors[name]))

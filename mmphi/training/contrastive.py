@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmphi.allocator import give_back
+from mmphi.allocator import release_memory
 from mmphi.models.patches.bn_folding import fold_batch_norms
 from mmphi.training.image_dataset import ImageDataset
 
@@ -126,7 +126,7 @@ class ContrastiveTask(nn.Module):
         fold_batch_norms(trunk, pixels[0][None].to(device))
         trunk.to(memory_format=torch.channels_last)
         outputs = torch.cat([trunk(batch).cpu() for batch in batches])
-        give_back()  # No training from outputs needs what convolutions do.
+        release_memory()  # No training from outputs needs what convolutions do.
         return outputs.clone()
 
     @torch.inference_mode()

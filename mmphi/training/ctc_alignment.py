@@ -96,7 +96,7 @@ class CTCAlignmentDataset(Dataset[CTCBatch]):
         step, share = divmod(index, world_size())
         chosen = self.chosen(step)
         total = sum(len(self.words[i]) for i in chosen)
-        return spoken(
+        return collate(
             [self.recordings[i] for i in chosen[share :: world_size()]],
             [self.words[i] for i in chosen[share :: world_size()]],
             self.hearing,
@@ -104,7 +104,7 @@ class CTCAlignmentDataset(Dataset[CTCBatch]):
         )
 
 
-def spoken(
+def collate(
     recordings: Sequence[AudioRef],
     words: Sequence[Sequence[int]],
     hearing: AudioFeatureSource,
@@ -128,7 +128,7 @@ def spoken(
     )
 
 
-def vocabulary(language: Any, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+def token_vocabulary(language: Any, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
     """The tokens that texts are made of, and each text as places among them, from 1 on.
 
     Args:
@@ -157,7 +157,7 @@ def token_error_rate(
     """
     import jiwer
 
-    batch = to_device(spoken(recordings, words, hearing), task.words.device)
+    batch = to_device(collate(recordings, words, hearing), task.words.device)
     with torch.no_grad():
         likeliest = task.scores(batch["features"]).argmax(dim=-1)
     wrong = 0

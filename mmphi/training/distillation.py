@@ -18,7 +18,7 @@ from mmphi.config.shared import TrainingSettings
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.text.packing import ROWS, Layout, PackedBatch, SpanFeatures, pack, partition, rows_of
 from mmphi.text.tokenized_example import TokenizedExample
-from mmphi.training.packed_dataset import PackedStepDataset, packed_steps
+from mmphi.training.packed_dataset import PackedStepDataset, packed_dataset
 
 
 class DistillationPair(TypedDict):
@@ -81,7 +81,7 @@ class DistillationDataset(Dataset[DistillationPair]):
         share = partition(lengths, steps.packs_per_step)[index % steps.packs_per_step]
         total = sum(int(steps.samples[i].supervised.sum()) for i in chosen)
         own = [chosen[i] for i in share]
-        return paired(
+        return collate_pairs(
             [steps.samples[i] for i in own],
             [self.read[i] for i in own],
             steps.features,
@@ -91,7 +91,7 @@ class DistillationDataset(Dataset[DistillationPair]):
         )
 
 
-def paired(
+def collate_pairs(
     heard: Sequence[TokenizedExample],
     read: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
@@ -121,7 +121,7 @@ def paired(
     )
 
 
-def paired_steps(
+def distillation_dataset(
     heard: Sequence[TokenizedExample],
     read: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
@@ -131,4 +131,4 @@ def paired_steps(
     layout: Layout = ROWS,
 ) -> DistillationDataset:
     """The pairs of a training as its settings have it, over all processes that train together."""
-    return DistillationDataset(packed_steps(heard, features, settings, layout=layout), read, end)
+    return DistillationDataset(packed_dataset(heard, features, settings, layout=layout), read, end)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 
-def shard(task: Any, layers: Iterable[nn.Module]) -> None:
+def shard_parameters(task: Any, layers: Iterable[nn.Module]) -> None:
     """Spread the parameters of a task over all processes, layer by layer (Zhao et al. 2023); in place.
 
     Gradients are averaged over the processes, as DDP does.
@@ -34,12 +34,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
-def whole(tree: Any) -> Any:
+def gather_full(tree: Any) -> Any:
     """The same tree with every spread tensor put together; to be called by all processes."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor(), tree)
 
 
-def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, spread as another is."""
     if not isinstance(like, DTensor):
         return tensor
@@ -58,6 +58,6 @@ def load_sharded(optimizer: torch.optim.Optimizer, state: dict[str, Any], parame
 
     def put(tensor: Tensor) -> Tensor:
         like = by_shape.get(tuple(tensor.shape))
-        return tensor if like is None or tensor.ndim == 0 else spread_like(tensor, like)
+        return tensor if like is None or tensor.ndim == 0 else shard_like(tensor, like)
 
     optimizer.load_state_dict(tree_map_only(Tensor, put, state))

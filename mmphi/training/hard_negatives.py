@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from mmphi.text.shared_prefix import bundled
+from mmphi.text.shared_prefix import group_by_shared_prefix
 from mmphi.text.tokenized_example import TokenizedExample
 
 LEAST = 4  # Supervised tokens: a yes, or a word, may be as right of the other image.
@@ -25,10 +25,10 @@ class PackUnit(NamedTuple):
 
     def length(self) -> int:
         """Tokens in all; what sequences about one image share counts once."""
-        return sum(bundle.length(self.samples) for bundle in bundled(self.samples))
+        return sum(bundle.length(self.samples) for bundle in group_by_shared_prefix(self.samples))
 
 
-def with_foils(samples: Sequence[TokenizedExample]) -> list[PackUnit]:
+def pair_hard_negatives(samples: Sequence[TokenizedExample]) -> list[PackUnit]:
     """The sequences of a step in pairs, each of which is put to the other one's image as well.
 
     The first is paired with the first of the second half, so that neighbours about one image are not; where two see as
@@ -37,15 +37,15 @@ def with_foils(samples: Sequence[TokenizedExample]) -> list[PackUnit]:
     half = len(samples) // 2
     units = []
     for first, second in zip(samples[:half], samples[half : 2 * half], strict=True):
-        if comparable(first, second):
-            put = first, seeing(second, first), second, seeing(first, second)
+        if can_be_negative(first, second):
+            put = first, with_images_of(second, first), second, with_images_of(first, second)
             units.append(PackUnit(put, ((1, 2), (3, 0))))
         else:
             units += [PackUnit((first,), ()), PackUnit((second,), ())]
     return [*units, *(PackUnit((sample,), ()) for sample in samples[2 * half :])]
 
 
-def comparable(first: TokenizedExample, second: TokenizedExample) -> bool:
+def can_be_negative(first: TokenizedExample, second: TokenizedExample) -> bool:
     """Whether one sequence could be put to what the other one sees."""
     if min(int(sample.supervised.sum()) for sample in (first, second)) < LEAST:
         return False
@@ -56,13 +56,13 @@ def comparable(first: TokenizedExample, second: TokenizedExample) -> bool:
     return [span.reference.id for span in first.spans] != [span.reference.id for span in second.spans]
 
 
-def seeing(sample: TokenizedExample, other: TokenizedExample) -> TokenizedExample:
+def with_images_of(sample: TokenizedExample, other: TokenizedExample) -> TokenizedExample:
     """A sequence with the images of another one."""
     spans = (own._replace(reference=theirs.reference) for own, theirs in zip(sample.spans, other.spans, strict=True))
     return replace(sample, spans=tuple(spans))
 
 
-def side_by_side(units: Sequence[PackUnit]) -> tuple[list[TokenizedExample], list[tuple[int, int]]]:
+def collate_with_negatives(units: Sequence[PackUnit]) -> tuple[list[TokenizedExample], list[tuple[int, int]]]:
     """The sequences of several units, and their foils."""
     samples, foils = list[TokenizedExample](), list[tuple[int, int]]()
     for unit in units:

@@ -24,7 +24,7 @@ from mmphi.training.checkpoints import (
     prune,
     save_tensors,
 )
-from mmphi.training.fsdp import is_sharded, load_sharded, whole
+from mmphi.training.fsdp import gather_full, is_sharded, load_sharded
 from mmphi.training.nan_guard import FiniteLoss
 from mmphi.training.throughput import StepLoss, Throughput
 
@@ -130,7 +130,7 @@ class ExactLossTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained; parameters that are spread over processes are put together first."""
-        tensors = whole(checkpoint_tensors(self.task, self.state_tensors))  # By all processes.
+        tensors = gather_full(checkpoint_tensors(self.task, self.state_tensors))  # By all processes.
         if self.args.should_save:
             save_tensors(tensors, Path(output_dir or self.folder))
 
@@ -138,7 +138,7 @@ class ExactLossTrainer(Trainer):
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = whole(self.optimizer.state_dict())
+        state = gather_full(self.optimizer.state_dict())
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)

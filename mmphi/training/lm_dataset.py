@@ -81,7 +81,7 @@ class SourceScheduler:
         return self._source[row], self._before[row]
 
 
-def row_of(parts: Sequence[npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[np.int64]]:
+def pack_row(parts: Sequence[npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[np.int64]]:
     """Parts of documents end to end in one row."""
     lengths = [len(part) - 1 for part in parts]
     return {
@@ -93,7 +93,7 @@ def row_of(parts: Sequence[npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[np.i
     }
 
 
-def batch_of(rows: Sequence[Mapping[str, npt.NDArray[np.int64]]], step_tokens: int) -> dict[str, Tensor]:
+def stack_rows(rows: Sequence[Mapping[str, npt.NDArray[np.int64]]], step_tokens: int) -> dict[str, Tensor]:
     """Rows of one length as a batch.
 
     Returns:
@@ -152,9 +152,9 @@ class LMDataset(Dataset[dict[str, Tensor]]):
     def row(self, number: int) -> dict[str, npt.NDArray[np.int64]]:
         """A row of the training, counted from its beginning."""
         source, before = self.turns[number]
-        return row_of(self.streams[source].parts(before * self.context, self.context))
+        return pack_row(self.streams[source].parts(before * self.context, self.context))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         each = self.rows // self.passes
         first = index * each
-        return batch_of([self.row(number) for number in range(first, first + each)], self.rows * self.context)
+        return stack_rows([self.row(number) for number in range(first, first + each)], self.rows * self.context)

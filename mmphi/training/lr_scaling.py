@@ -15,7 +15,7 @@ MUON_RATE = 0.02  # Jordan et al. 2024, for updates of unit spectral norm; it ha
 BESIDE_MUON = 0.004, 768  # Of embeddings and head, falling with the square root of the width: karpathy/nanochat.
 
 
-def adamw_rate(parameters: int, tokens: int, batch_tokens: int) -> float:
+def adamw_learning_rate(parameters: int, tokens: int, batch_tokens: int) -> float:
     """AdamW's peak learning rate where it updates everything.
 
     ``1.79 N^-0.713 D^0.307`` for N parameters and D tokens in all, at a batch of ``0.58 D^0.571`` tokens (the step law
@@ -32,12 +32,12 @@ def adamw_rate(parameters: int, tokens: int, batch_tokens: int) -> float:
     return best_rate * math.sqrt(min(1.0, batch_tokens / best_batch))
 
 
-def muon_rate(batch_tokens: int) -> float:
+def muon_learning_rate(batch_tokens: int) -> float:
     """Muon's peak learning rate, of matrices."""
     return MUON_RATE * batch_factor(batch_tokens)
 
 
-def rate_beside_muon(width: int, batch_tokens: int) -> float:
+def adamw_learning_rate_with_muon(width: int, batch_tokens: int) -> float:
     """AdamW's peak learning rate where Muon updates the matrices, and it the rest."""
     rate, at_width = BESIDE_MUON
     return rate * math.sqrt(at_width / width) * batch_factor(batch_tokens)
@@ -53,14 +53,18 @@ def batch_factor(batch_tokens: int) -> float:
     return 1 / math.sqrt(1 + critical / batch_tokens)
 
 
-def rated(settings: S, parameters: int, width: int, batch_tokens: int) -> S:
+def with_learning_rates(settings: S, parameters: int, width: int, batch_tokens: int) -> S:
     """The same settings, whose steps are all there are, with the learning rates filled in that they leave to a rule."""
     changes = {}
     if not settings.learning_rate:
         beside = settings.optimizer == "muon"
         tokens = settings.steps * batch_tokens
-        rate = rate_beside_muon(width, batch_tokens) if beside else adamw_rate(parameters, tokens, batch_tokens)
+        rate = (
+            adamw_learning_rate_with_muon(width, batch_tokens)
+            if beside
+            else adamw_learning_rate(parameters, tokens, batch_tokens)
+        )
         changes["learning_rate"] = rate
     if not settings.muon_learning_rate:
-        changes["muon_learning_rate"] = muon_rate(batch_tokens)
+        changes["muon_learning_rate"] = muon_learning_rate(batch_tokens)
     return settings.model_copy(update=changes)

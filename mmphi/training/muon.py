@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Nearly the orthogonal matrix next to this one, by Newton and Schulz's quintic iteration, in its own precision.
 
     The same as torch's inside ``torch.optim.Muon`` (Jordan et al. 2024), which rounds to bf16 first.
@@ -59,7 +59,7 @@ class Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = orthogonalized(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = newton_schulz(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = parameter.shape
         parameter.mul_(1 - rate * group["weight_decay"])
         parameter.add_(update, alpha=-rate * math.sqrt(max(1.0, rows / columns)))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmphi.errors import TrainingError
-from mmphi.models.device import fetched_later
+from mmphi.models.device import copy_to_cpu_async
 
 
 class FiniteLoss:
@@ -39,7 +39,7 @@ class FiniteLoss:
             TrainingError: If the loss of the pass before, or on a CPU this one, is not finite.
         """
         self.look()
-        self._waiting = (step, fetched_later(loss.detach()), inputs)
+        self._waiting = (step, copy_to_cpu_async(loss.detach()), inputs)
         if not loss.is_cuda:
             self.look()
 

@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 
 from mmphi.config.shared import TrainingSettings
 from mmphi.text.packing import ROWS, Layout, PackedBatch, SpanFeatures, pack, partition
-from mmphi.text.shared_prefix import bundled
+from mmphi.text.shared_prefix import group_by_shared_prefix
 from mmphi.text.tokenized_example import TokenizedExample
-from mmphi.training.hard_negatives import PackUnit, side_by_side, with_foils
+from mmphi.training.hard_negatives import PackUnit, collate_with_negatives, pair_hard_negatives
 from mmphi.training.training_args import world_size
 
 
@@ -95,7 +95,7 @@ class PackedStepDataset(Dataset[PackedBatch]):
         self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
         self.layout, self.views, self.together = layout, views, together
         self.contrast, self.contrast_from = contrast, contrast_from
-        groups = grouped(samples, together) if together > 1 else None
+        groups = group_by_images(samples, together) if together > 1 else None
         self._turn = np.arange(len(samples))
         for turn, group in enumerate(groups or ()):
             self._turn[group] = turn
@@ -108,7 +108,7 @@ class PackedStepDataset(Dataset[PackedBatch]):
         """The samples of one optimiser step."""
         first, count = step * self.batch_size, len(self.samples)
         return [
-            seen_by(self.samples[index], int(self._turn[index] + (first + place) // count) % self.views)
+            with_augmented_images(self.samples[index], int(self._turn[index] + (first + place) // count) % self.views)
             for place, index in enumerate(self.chosen(step))
         ]
 
@@ -136,24 +136,24 @@ class PackedStepDataset(Dataset[PackedBatch]):
         total = sum(int(s.supervised.sum()) for s in samples)
         if self.contrast and index // self.packs_per_step >= self.contrast_from:
             return self._against_foils(samples, total, index % self.packs_per_step)
-        bundles = bundled(samples, self.together > 1)
+        bundles = group_by_shared_prefix(samples, self.together > 1)
         if len(bundles) < self.packs_per_step:
-            bundles = bundled(samples, share=False)
+            bundles = group_by_shared_prefix(samples, share=False)
         shares = partition([bundle.length(samples) for bundle in bundles], self.packs_per_step)
         own = [samples[i] for b in shares[index % self.packs_per_step] for i in bundles[b].members]
         return pack(own, self.features, total, layout=self.layout, share=self.together > 1)
 
     def _against_foils(self, samples: Sequence[TokenizedExample], total: int, part: int) -> PackedBatch:
-        units = with_foils(samples)
+        units = pair_hard_negatives(samples)
         if len(units) < self.packs_per_step:
             units = [PackUnit((sample,), ()) for sample in samples]
         share = partition([unit.length() for unit in units], self.packs_per_step)[part]
-        own, foils = side_by_side([units[i] for i in share])
+        own, foils = collate_with_negatives([units[i] for i in share])
         how: dict[str, Any] = {"layout": self.layout, "share": True, "foils": foils, "contrast": self.contrast}
         return pack(own, self.features, total, **how)
 
 
-def grouped(samples: Sequence[TokenizedExample], together: int) -> list[npt.NDArray[np.int64]]:
+def group_by_images(samples: Sequence[TokenizedExample], together: int) -> list[npt.NDArray[np.int64]]:
     """Sequences about the same images, by index, in groups of at most ``together``."""
     about: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
@@ -166,7 +166,7 @@ def grouped(samples: Sequence[TokenizedExample], together: int) -> list[npt.NDAr
     ]
 
 
-def seen_by(sample: TokenizedExample, view: int) -> TokenizedExample:
+def with_augmented_images(sample: TokenizedExample, view: int) -> TokenizedExample:
     """A sequence with a view of its images."""
     if not view:
         return sample
@@ -177,7 +177,7 @@ def seen_by(sample: TokenizedExample, view: int) -> TokenizedExample:
     return replace(sample, spans=spans)
 
 
-def packed_steps(
+def packed_dataset(
     samples: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
     settings: TrainingSettings,

@@ -34,7 +34,7 @@ class PeakFlops:
     name: str
 
 
-def peak(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> PeakFlops:
+def peak_flops(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> PeakFlops:
     """The peak of this process's device: as given, by its data sheet, or measured.
 
     Args:
@@ -48,10 +48,10 @@ def peak(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> PeakFlops:
         for name, value in PEAKS.items():
             if name in device and dtype == torch.bfloat16:
                 return PeakFlops(value * 1e12, f"{device}, {value:g} TFLOP/s bf16 by its data sheet")
-    return measured(dtype)
+    return measure_peak_flops(dtype)
 
 
-def measured(dtype: torch.dtype) -> PeakFlops:
+def measure_peak_flops(dtype: torch.dtype) -> PeakFlops:
     """The best of a few products of square matrices."""
     cuda = torch.cuda.is_available()
     matrix = torch.randn(SIDE, SIDE).to("cuda" if cuda else "cpu", dtype)

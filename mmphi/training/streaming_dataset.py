@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from mmphi.errors import DataError
 from mmphi.textgen.shard_reader import ShardReader
 from mmphi.textgen.shards import Document, ShardName
-from mmphi.training.lm_dataset import batch_of, row_of
+from mmphi.training.lm_dataset import pack_row, stack_rows
 from mmphi.training.replay_buffer import Ids, ReplayBuffer
 
 LOOK_S = 1.0
@@ -69,11 +69,11 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
             raise IndexError(f"batch {index} was asked for, but {self._next} comes next: a stream goes one way")
         if index % self.passes == 0:
             self._remember(index // self.passes)
-        rows = [row_of(self.window.take(self.context, self._more)) for _ in range(self.rows // self.passes)]
+        rows = [pack_row(self.window.take(self.context, self._more)) for _ in range(self.rows // self.passes)]
         self._next += 1
         if self._next % self.passes == 0:
             self._remember(self._next // self.passes)
-        return batch_of(rows, self.rows * self.context)
+        return stack_rows(rows, self.rows * self.context)
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint after a step needs to go on: window and position, as they were before the next one."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmphi.allocator import give_back
+from mmphi.allocator import release_memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 CLEAR_PEAK = "5"  # Documented in proc(5): resets the peak of the resident set.
@@ -107,7 +107,7 @@ def reset_peak_memory() -> None:
     """Forget what was used before: the peak is that of what follows. Only Linux can do so for a process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    give_back()  # What is kept of what was used before.
+    release_memory()  # What is kept of what was used before.
     with contextlib.suppress(OSError):
         CLEAR.write_text(CLEAR_PEAK)
 

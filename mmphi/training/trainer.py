@@ -30,7 +30,7 @@ from mmphi.training.checkpoints import (
 )
 from mmphi.training.hf_trainer import ExactLossTrainer
 from mmphi.training.throughput import StepLoss, Throughput
-from mmphi.training.training_args import arguments_of, optimizer_of, world_rank
+from mmphi.training.training_args import make_optimizer, training_arguments, world_rank
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def train(
         ended: Asked after ``state`` was put back from a checkpoint: whether that training had come to its end.
         beside: What else belongs to a checkpoint.
         keep_best: Whether the weights of the best validation are the result, and not the last ones. They are kept below
-            ``folder`` until :func:`mmphi.training.best_checkpoint.forget`.
+            ``folder`` until :func:`mmphi.training.best_checkpoint.remove_kept`.
 
     Raises:
         TrainingError: If the loss stops being finite.
@@ -122,10 +122,10 @@ def train(
             validate=validate,
             beside=beside,
             best=best,
-            args=arguments_of(settings, folder, epsilon),
+            args=training_arguments(settings, folder, epsilon),
             train_dataset=steps,
             data_collator=_only,
-            optimizers=(optimizer or optimizer_of(task, settings), None),
+            optimizers=(optimizer or make_optimizer(task, settings), None),
             callbacks=[
                 MetricsCallback(tracker, title, throughput),
                 EvaluationCallback(settings.eval_every),

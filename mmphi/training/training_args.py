@@ -30,7 +30,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def arguments_of(settings: TrainingSettings, folder: Path, epsilon: float) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings, folder: Path, epsilon: float) -> TrainingArguments:
     """The Trainer's own arguments; what it has a habit of doing beside is turned off."""
     cuda = torch.cuda.is_available()
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
@@ -72,7 +72,7 @@ def arguments_of(settings: TrainingSettings, folder: Path, epsilon: float) -> Tr
     return arguments
 
 
-def optimizer_of(task: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer | None:
+def make_optimizer(task: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer | None:
     """Muon with AdamW where it is asked for; ``None`` leaves the Trainer its own AdamW."""
     if settings.optimizer == "adamw":
         return None

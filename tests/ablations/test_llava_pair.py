@@ -15,10 +15,10 @@ from transformers import CLIPVisionModel
 from ablations.benchmarks import ablation, llava_script
 from ablations.benchmarks.llava_pair import IMAGE_TOKEN, PAD, make_models
 from mmphi.config import LanguageSettings, VisionSettings
-from mmphi.models.language.language_model import load_language
+from mmphi.models.language.language_model import load_language_model
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.models.vision.vision_encoder import load_tower
+from mmphi.models.vision.vision_encoder import load_vision_encoder
 from mmphi.text.packing import pack
 from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
 
@@ -29,7 +29,7 @@ def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     shape = ablation.SHAPES["tiny"]
     preprocess = make_models(tmp_path, shape)
     vision = VisionSettings(model=str(tmp_path / "benchmark-vit.json"), pretrained=str(tmp_path / "vision.safetensors"))
-    tower, theirs = load_tower(vision), CLIPVisionModel.from_pretrained(tmp_path / "vision")
+    tower, theirs = load_vision_encoder(vision), CLIPVisionModel.from_pretrained(tmp_path / "vision")
     rng = np.random.default_rng(0)
     paths = []
     for number in range(3):
@@ -60,7 +60,7 @@ def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     torch.manual_seed(0)
     projector = Projector(ProjectorConfig(shape.vision_width, shape.width))
     save_file(projector.state_dict(), tmp_path / "projector.safetensors")
-    language = load_language(LanguageSettings(model=str(tmp_path / "language")), None, torch.device("cpu"))
+    language = load_language_model(LanguageSettings(model=str(tmp_path / "language")), None, torch.device("cpu"))
     batch = pack(samples, {"image": Stored()})
     with torch.inference_mode():
         ours = PackedVLM(language.model, image=projector)(**batch) / batch["step_tokens"]

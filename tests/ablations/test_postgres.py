@@ -23,7 +23,7 @@ from sqlalchemy import create_engine, text
 from test_search import SEARCH
 from toy_studies import COMMAND, STUDY, driver, results
 
-from ablations.paths import logs_folder, search_ledger
+from ablations.paths import logs_folder, search_storage
 from ablations.search_driver import SearchDriver
 from ablations.study_run import StudyRun
 from ablations.trial_storage import TrialStorage, connect
@@ -154,7 +154,7 @@ def test_search_of_two_drivers_has_as_many_trials_as_were_asked_for(empty_store:
     search = replace(SEARCH, pruner="", seeds=(0,), trials=3)
     store = TrackingStore()
     record = StudyRun.open(store, "shared", search.declaration())
-    one, two = (SearchDriver(search, record, search_ledger(store, "shared", search, server)) for _ in range(2))
+    one, two = (SearchDriver(search, record, search_storage(store, "shared", search, server)) for _ in range(2))
     left = one.ledger.study.ask(search.distributions())
     running = two.ledger.study.ask(search.distributions())  # A third driver's, which lives.
     one.ledger.fail(left, "its driver fell silent", final=False)

@@ -7,12 +7,12 @@ import pytest
 from optuna.trial import TrialState
 from toy_studies import COMMAND, loss
 
-from ablations.paths import logs_folder, search_ledger
+from ablations.paths import logs_folder, search_storage
 from ablations.search import Range, Search
 from ablations.search_driver import SearchDriver
 from ablations.study_cli import studies
 from ablations.study_run import StudyRun
-from ablations.watch import table
+from ablations.watch import progress_table
 from mmphi.errors import SettingsError
 from mmphi.tracking.run_writer import TrackingStore
 from reports.commands import report
@@ -32,7 +32,7 @@ SEARCH = Search(
 def drive(search: Search, name: str = "look") -> SearchDriver:
     store = TrackingStore()
     record = StudyRun.open(store, name, search.declaration())
-    made = SearchDriver(search, record, search_ledger(store, name, search, ""))
+    made = SearchDriver(search, record, search_storage(store, name, search, ""))
     made.run(1, logs_folder(store, name), command=COMMAND)
     record.finish("FINISHED")
     return made
@@ -61,7 +61,7 @@ def test_wilcoxon_over_paired_seeds_and_its_report(empty_store: str, tmp_path: P
     assert f"ended after {pruned[0].user_attrs['pruned_after']} of 7 seeds" in text
     best = min(trials, key=lambda t: t.value or 9.0)
     assert f"Best of {5 - len(pruned)} whole trials: `projector.layers` = {best.params['projector.layers']}" in text
-    assert "trial 0" in table(data)
+    assert "trial 0" in progress_table(data)
     with pytest.raises(SettingsError, match="is a search"):
         studies(["look", "--seeds", "3"])
 
@@ -102,7 +102,7 @@ def test_trials_of_a_dead_driver_are_run_again_with_their_settings(empty_store: 
     search = replace(SEARCH, pruner="", seeds=(0, 1), trials=3)
     store = TrackingStore()
     record = StudyRun.open(store, "look", search.declaration())
-    ledger = search_ledger(store, "look", search, "")
+    ledger = search_storage(store, "look", search, "")
     left = ledger.study.ask(search.distributions())  # As a driver leaves it that is killed at once.
     made = drive(search)
     trials = made.ledger.trials()

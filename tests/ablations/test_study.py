@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ablations.commands import ablate, named_levels
+from ablations.commands import ablate, parse_levels
 from ablations.driver import RevisedStudy
 from ablations.run import fewest_seeds, summary, too_few_seeds
 from ablations.search import Range, Search
 from ablations.study import Study, load, names, settings_of
-from ablations.trials import verdict_cells
+from ablations.trials import verdict_trials
 from mmphi.config import presets
 from mmphi.errors import MmphiError, SettingsError
 from reports.paired_tests import smallest_p
@@ -148,7 +148,7 @@ def test_unknown_names(empty_store: str) -> None:
 
 
 def test_verdicts_come_in_rounds() -> None:
-    verdicts = list(verdict_cells({"one": {"a": 1}, "two": {"a": 2}}, 2))
+    verdicts = list(verdict_trials({"one": {"a": 1}, "two": {"a": 2}}, 2))
     assert [(c.number, c.level) for c in verdicts] == [(0, "one"), (0, "two"), (1, "one"), (1, "two")]
 
 
@@ -176,10 +176,10 @@ def test_searches_that_cannot_be() -> None:
 
 def test_levels_whose_names_have_commas_are_named() -> None:
     study = replace(STUDY, levels={"rank 64": 1, "rank 64, rsLoRA": 2, "rank 2": 3})
-    assert named_levels(study, "rank 2,rank 64, rsLoRA") == ["rank 2", "rank 64, rsLoRA"]
-    assert named_levels(study, "rank 64, rsLoRA, rank 64") == ["rank 64, rsLoRA", "rank 64"]
+    assert parse_levels(study, "rank 2,rank 64, rsLoRA") == ["rank 2", "rank 64, rsLoRA"]
+    assert parse_levels(study, "rank 64, rsLoRA, rank 64") == ["rank 64, rsLoRA", "rank 64"]
     with pytest.raises(SettingsError, match=r"no level 'rsLoRA'\n  the levels are rank 64; rank 64, rsLoRA; rank 2"):
-        named_levels(study, "rsLoRA")
+        parse_levels(study, "rsLoRA")
 
 
 def test_a_study_file_is_found_from_where_mlflow_run_was_called(

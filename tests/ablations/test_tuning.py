@@ -9,7 +9,7 @@ import pytest
 
 from ablations.study import Study, load, names
 from ablations.trials import TrialResult, TrialSpec
-from ablations.tuning import Tuning, next_value, tuning_cells, tuning_of
+from ablations.tuning import Tuning, next_value, tuning_of, tuning_trials
 from mmphi.errors import SettingsError
 
 RATE, WIDTH = "projector.learning_rate", "projector.width"
@@ -41,7 +41,7 @@ def tuned(study: Study, loss: Callable[[Mapping[str, Any]], float | None]) -> tu
 
 
 def test_all_levels_at_a_seed_before_the_next_seed() -> None:
-    cells = list(tuning_cells(tuning_of(STUDY, level, []) for level in STUDY.levels))
+    cells = list(tuning_trials(tuning_of(STUDY, level, []) for level in STUDY.levels))
     assert [(c.number, c.level, c.nuisance[RATE]) for c in cells] == [
         (number, level, rate) for number in (1000, 1001) for level in ("one", "two") for rate in (1e-3, 3e-3)
     ]

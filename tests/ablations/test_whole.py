@@ -84,7 +84,7 @@ def test_study_of_real_trainings(empty_store: str, tmp_path: Path, capfd: pytest
 
 @pytest.mark.slow
 def test_charts_hold_no_tuning(empty_store: str) -> None:
-    pages = study_cli.addresses(load_data(), "http://127.0.0.1:5000")
+    pages = study_cli.compare_urls(load_data(), "http://127.0.0.1:5000")
     assert set(pages) == {"side by side", "curves", "table", "charts"}
     assert "'tuning'" in unquote(pages["table"])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.driver import Driver
-from ablations.paths import ledgers, logs_folder
+from ablations.paths import logs_folder, trial_storages
 from ablations.study import Study
 from ablations.study_run import StudyRun
 from mmphi.errors import TrainingError
@@ -77,7 +77,7 @@ def driver(study: Study = STUDY, name: str = "toy", storage: str = "", **changes
     """A driver of the toy study in the environment's store."""
     store = TrackingStore()
     record = StudyRun.open(store, name, study.declaration())
-    return Driver(study, record, ledgers(store, name, study, storage), **changes)
+    return Driver(study, record, trial_storages(store, name, study, storage), **changes)
 
 
 def drive(made: Driver, workers: int = 1) -> None:

@@ -30,7 +30,7 @@ class Says:
 
 def test_a_side_hears_all_and_is_measured_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "openai", Says)
-    monkeypatch.setattr(transcription, "speech", lambda each, **_: [SpeechInterval(0, each.seconds)])
+    monkeypatch.setattr(transcription, "detect_speech", lambda each, **_: [SpeechInterval(0, each.seconds)])
     for name in ("a", "b", "c"):
         wavfile.write(tmp_path / f"{name}.wav", RATE, np.zeros(RATE, np.float32))
     (tmp_path / "spoken.csv").write_text("audio,transcript\na.wav,one dog\nb.wav,one cat\nc.wav,no\n")

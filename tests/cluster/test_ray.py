@@ -9,12 +9,12 @@ import torch
 from builders import byte_tokenizer, tiny_language
 from PIL import Image
 
-from mmphi.cluster.connect import Machines, connected
-from mmphi.cluster.embedding import embedded
+from mmphi.cluster.connect import Machines, join_cluster
+from mmphi.cluster.embedding import embed_on_cluster
 from mmphi.config import VisionSettings
 from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import SettingsError
-from mmphi.models.vision.vision_encoder import load_tower
+from mmphi.models.vision.vision_encoder import load_vision_encoder
 from mmphi.textgen.generator_pool import GeneratorPool
 from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shard_reader import ShardReader
@@ -38,7 +38,7 @@ class Two:
         self.cores = cores
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False})
         self.other = self.cluster.add_node(num_cpus=cores)
-        self.machines = connected(self.cluster.address)
+        self.machines = join_cluster(self.cluster.address)
 
     def lose(self) -> None:
         self.cluster.remove_node(self.other, allow_graceful=False)
@@ -66,7 +66,7 @@ def until(happened):
 def test_features_by_two_machines_are_those_of_one_though_one_is_lost(two, tmp_path, own, weights):
     assert two.machines == Machines(2, 2 * two.cores, 0)
     assert two.machines.places() == 2 * two.cores
-    tower = load_tower(VisionSettings(model=own, pretrained=weights), torch.device("cpu"))
+    tower = load_vision_encoder(VisionSettings(model=own, pretrained=weights), torch.device("cpu"))
     images = []
     for i in range(120):
         torch.manual_seed(i)
@@ -75,7 +75,7 @@ def test_features_by_two_machines_are_those_of_one_though_one_is_lost(two, tmp_p
     (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:60])
     (tmp_path / "8.png").unlink()
     features, unread = {}, {}
-    for number, (part, reasons) in enumerate(embedded(images, tower, 2, two.machines)):
+    for number, (part, reasons) in enumerate(embed_on_cluster(images, tower, 2, two.machines)):
         assert not part.keys() & features.keys()
         features |= part
         unread |= reasons
@@ -123,4 +123,4 @@ def test_generators_of_two_machines_fill_one_spool_though_one_is_lost(two, tmp_p
 
 def test_a_cluster_that_is_not_there_is_named():
     with pytest.raises(SettingsError, match=r"no Ray cluster at '127.0.0.1:1'"):
-        connected("127.0.0.1:1")
+        join_cluster("127.0.0.1:1")

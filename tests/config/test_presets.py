@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmphi.config.presets import files, presets_folder
+from mmphi.config.presets import files_of_settings, presets_folder
 from mmphi.errors import SettingsError
 from mmphi.stages import load_settings
 
@@ -134,7 +134,7 @@ def test_paths_are_relative_to_their_file(tmp_path):
     (source,) = load_settings(str(tmp_path / "mine.yaml")).data.sources
     assert source.path == str(tmp_path / "captions.csv")
     with pytest.raises(SettingsError, match=r"data.sources.0.images = .*elsewhere: there is no such"):
-        files(load_settings(str(tmp_path / "mine.yaml")), ["data"])
+        files_of_settings(load_settings(str(tmp_path / "mine.yaml")), ["data"])
 
 
 def test_list_items_and_texts_that_look_like_numbers(tmp_path):
@@ -155,8 +155,8 @@ def test_names_of_models_are_not_taken_for_paths(tmp_path, monkeypatch):
     assert load_settings("tiny", {"language.model": "./mine"}).language.model == str(tmp_path / "mine")
     missing = load_settings("tiny", {"language.model": "./other"})
     with pytest.raises(SettingsError, match=r"language.model = .*other: there is no such"):
-        files(missing, ["language"])
-    assert files(load_settings("tiny", {"language.model": "./mine"}), ["language"]) == {
+        files_of_settings(missing, ["language"])
+    assert files_of_settings(load_settings("tiny", {"language.model": "./mine"}), ["language"]) == {
         "language.model": tmp_path / "mine"
     }
 

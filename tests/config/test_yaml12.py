@@ -24,7 +24,7 @@ from mmphi.stages import Settings, load_settings
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text: str, expected: Any) -> None:
-    found = yaml12.plain(yaml12.load(text))
+    found = yaml12.plain_values(yaml12.load(text))
     assert found == expected
     assert type(found) is type(expected)
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from mmphi.data.augmentation import AREA, seen_as, view_name
+from mmphi.data.augmentation import AREA, augmented_image, augmented_name
 
 
 def ramp(width=90, height=60):
@@ -15,22 +15,22 @@ def ramp(width=90, height=60):
 
 def test_the_image_itself_is_its_first_view():
     image = ramp()
-    assert view_name("abc", 0) == "abc"
-    assert seen_as(image, "abc") is image
+    assert augmented_name("abc", 0) == "abc"
+    assert augmented_image(image, "abc") is image
 
 
 def test_a_name_is_one_view_and_others_are_others():
     image = ramp()
-    names = [view_name("abc", view) for view in range(1, 9)] + [view_name("abd", 1)]
-    seen = [seen_as(image, name).tobytes() for name in names]
+    names = [augmented_name("abc", view) for view in range(1, 9)] + [augmented_name("abd", 1)]
+    seen = [augmented_image(image, name).tobytes() for name in names]
     assert len(set(seen)) == len(names)
-    assert seen == [seen_as(image, name).tobytes() for name in names]
+    assert seen == [augmented_image(image, name).tobytes() for name in names]
 
 
 def test_a_view_is_a_part_of_the_image_half_of_them_mirrored():
     image, mirrored, shares = ramp(), 0, []
     for view in range(1, 101):
-        part = np.asarray(seen_as(image, view_name("abc", view))).astype(int)
+        part = np.asarray(augmented_image(image, augmented_name("abc", view))).astype(int)
         across, down = np.diff(part[0, :, 0]), np.diff(part[:, 0, 1])
         assert set(down) == {1}
         assert set(across) in ({1}, {-1})
@@ -42,4 +42,4 @@ def test_a_view_is_a_part_of_the_image_half_of_them_mirrored():
 
 
 def test_the_smallest_image_has_views():
-    assert seen_as(ramp(1, 1), view_name("abc", 3)).size == (1, 1)
+    assert augmented_image(ramp(1, 1), augmented_name("abc", 3)).size == (1, 1)

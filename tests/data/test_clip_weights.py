@@ -12,7 +12,7 @@ import torch
 from mmphi.config import VisionSettings
 from mmphi.data.clip_weights import prepared_for
 from mmphi.errors import ModelError
-from mmphi.models.vision.vision_encoder import load_tower
+from mmphi.models.vision.vision_encoder import load_vision_encoder
 
 HALF = [0.5, 0.5, 0.5]
 BESIDE = {"mean": HALF, "std": HALF, "interpolation": "bilinear", "resize_mode": "squash"}
@@ -103,7 +103,7 @@ def test_preprocessing_and_activation_are_part_of_the_digest_and_of_the_features
     plain = VisionSettings(model=own, pretrained=weights)
     variants = [{}, {"mean": HALF}, {"std": HALF}, {"interpolation": "bilinear"}, {"resize": "squash"}]
     variants += [{"quick_gelu": "yes"}]
-    towers = [load_tower(plain.model_copy(update=each)) for each in variants]
+    towers = [load_vision_encoder(plain.model_copy(update=each)) for each in variants]
     assert len({tower.digest for tower in towers}) == len(variants)
     pixels = torch.rand(1, 3, 32, 32)
     assert not torch.equal(towers[0](pixels), towers[-1](pixels))
@@ -117,10 +117,10 @@ def test_the_activation_is_openais_where_it_is_asked_for(own: str, weights: str)
     config = json.loads(Path(own).read_text()) | {"quick_gelu": True}
     other = Path(own).with_name("quick-clip.json")
     other.write_text(json.dumps(config))
-    asked = load_tower(VisionSettings(model=own, pretrained=weights, quick_gelu="yes"))
-    described = load_tower(VisionSettings(model=str(other), pretrained=weights))
-    refused = load_tower(VisionSettings(model=str(other), pretrained=weights, quick_gelu="no"))
-    plain = load_tower(VisionSettings(model=own, pretrained=weights))
+    asked = load_vision_encoder(VisionSettings(model=own, pretrained=weights, quick_gelu="yes"))
+    described = load_vision_encoder(VisionSettings(model=str(other), pretrained=weights))
+    refused = load_vision_encoder(VisionSettings(model=str(other), pretrained=weights, quick_gelu="no"))
+    plain = load_vision_encoder(VisionSettings(model=own, pretrained=weights))
     pixels = torch.rand(1, 3, 32, 32)
     assert torch.equal(asked(pixels), described(pixels))
     assert torch.equal(refused(pixels), plain(pixels))
@@ -133,11 +133,11 @@ def test_a_folder_as_open_clip_writes_it_is_a_model(own: str, weights: str, tmp_
     config = {"model_cfg": json.loads(Path(own).read_text()), "preprocess_cfg": BESIDE}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="none of"):
-        load_tower(VisionSettings(model=str(folder)))
+        load_vision_encoder(VisionSettings(model=str(folder)))
     (folder / "open_clip_model.safetensors").write_bytes(Path(weights).read_bytes())
-    found = load_tower(VisionSettings(model=str(folder)))
-    own_config = load_tower(VisionSettings(model=str(folder / "open_clip_config.json"), pretrained=weights))
-    beside = load_tower(VisionSettings(model=own, pretrained=str(folder)))
+    found = load_vision_encoder(VisionSettings(model=str(folder)))
+    own_config = load_vision_encoder(VisionSettings(model=str(folder / "open_clip_config.json"), pretrained=weights))
+    beside = load_vision_encoder(VisionSettings(model=own, pretrained=str(folder)))
     assert found.mean.flatten().tolist() == own_config.mean.flatten().tolist() == HALF
     pixels = (torch.rand(1, 3, 32, 32) * 255).byte()
     assert torch.equal(found(pixels), own_config(pixels))

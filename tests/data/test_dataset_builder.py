@@ -9,9 +9,9 @@ from builders import Recorder, byte_tokenizer, of_length
 from sources import captions, llava_row, photo_folder, settings, write
 
 from mmphi.data.dataset_builder import read_examples, stratified
-from mmphi.data.mixture import mixture
+from mmphi.data.mixture import mixture_indices
 from mmphi.data.schema import Example, Turn
-from mmphi.data.tokenized_dataset import count_left_out, encoded
+from mmphi.data.tokenized_dataset import count_left_out, tokenized_examples
 from mmphi.errors import DataError, SettingsError
 from mmphi.stages.shared_models import log_report
 from mmphi.text.prompt import Prompt
@@ -102,7 +102,7 @@ def test_mixture_follows_the_weights(folder):
     sources = [e.source for e in examples]
 
     def mix() -> list:
-        return [examples[i] for i in mixture(sources, chosen)]
+        return [examples[i] for i in mixture_indices(sources, chosen)]
 
     mixed = mix()
     assert Counter(e.source for e in mixed) == {"first": 15, "second": 5}
@@ -134,11 +134,11 @@ def test_rows_that_do_not_fit_are_counted_once_however_often_the_mixture_repeats
     second = captions(folder, [(f"{i}.png", f"b {i}") for i in range(4, 20)], "second.csv")
     chosen = settings(folder, {**first, "weight": 9}, {**second, "weight": 1})
     examples, report = read_examples(chosen, None)
-    sequences = encoded(examples, Prompt(byte_tokenizer(), "plain"), of_length(4), 40, tmp_path / "cache")
+    sequences = tokenized_examples(examples, Prompt(byte_tokenizer(), "plain"), of_length(4), 40, tmp_path / "cache")
     count_left_out(sequences, examples, 40, report)
     assert report.kept == {"first": 0, "second": 16}
     assert len(report.dropped) == 4
-    assert {sequences.sources[i] for i in mixture(sequences.sources, chosen)} == {"second"}
+    assert {sequences.sources[i] for i in mixture_indices(sequences.sources, chosen)} == {"second"}
 
 
 def test_most_images_of_each_split_that_a_source_brings(folder):

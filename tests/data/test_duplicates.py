@@ -12,7 +12,13 @@ from PIL import Image, ImageDraw
 from sources import captions, settings
 
 from mmphi.data.dataset_builder import read_examples
-from mmphi.data.duplicates import ImageFingerprint, difference_hash, joined, look_of, pictures
+from mmphi.data.duplicates import (
+    ImageFingerprint,
+    difference_hash,
+    fingerprint_of,
+    merge_near_duplicates,
+    picture_names,
+)
 
 COUNT = 30
 
@@ -76,7 +82,7 @@ def test_an_unreadable_file_is_a_picture_of_its_own(folder: Path) -> None:
         folder / "images" / "0.png",
         folder / "images" / "copy-0.png",
     ]
-    found = pictures(paths, near=True)
+    found = picture_names(paths, near=True)
     assert len(set(found.values())) == 3
     assert found[paths[2]] == found[paths[3]]
 
@@ -92,7 +98,7 @@ def test_every_near_duplicate_is_found_and_groups_are_not_chained() -> None:
             for place in rng.choice(64, rng.integers(0, 5), replace=False):
                 bits ^= 1 << int(place)
             looks[f"{cluster}/{member}"] = ImageFingerprint(bits, bytes(48))
-    found, firsts = joined(looks), list[str]()
+    found, firsts = merge_near_duplicates(looks), list[str]()
     for name, look in looks.items():
         near = [other for other in firsts if look.near(looks[other])]
         assert (found[name] in near) if near else (found[name] == name)
@@ -107,17 +113,17 @@ def test_pictures_of_little_are_told_apart() -> None:
         image = Image.new("RGB", (112, 112), "white")
         left, top = (int(n) for n in np.random.default_rng(number).integers(0, 80, 2))
         ImageDraw.Draw(image).ellipse((left, top, left + 25, top + 25), fill="red")
-        drawn[str(number)] = look_of(image)
-    assert joined(drawn) == {name: name for name in drawn}
+        drawn[str(number)] = fingerprint_of(image)
+    assert merge_near_duplicates(drawn) == {name: name for name in drawn}
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (32, 16)))
     black = Image.new("L", stripes.size)
     looks = {
-        "red": look_of(Image.merge("RGB", (stripes, black, black))),
-        "red again": look_of(Image.merge("RGB", (stripes, black, black))),
-        "blue": look_of(Image.merge("RGB", (black, black, stripes))),
+        "red": fingerprint_of(Image.merge("RGB", (stripes, black, black))),
+        "red again": fingerprint_of(Image.merge("RGB", (stripes, black, black))),
+        "blue": fingerprint_of(Image.merge("RGB", (black, black, stripes))),
     }
     assert looks["red"].bits == looks["red again"].bits
-    assert joined(looks)["blue"] == "blue"
+    assert merge_near_duplicates(looks)["blue"] == "blue"
 
 
 def test_pictures_that_share_an_example_leak_nowhere(folder: Path) -> None:

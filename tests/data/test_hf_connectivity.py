@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from mmphi.config import LanguageSettings
 from mmphi.data import hf_connectivity
 from mmphi.errors import ModelError
-from mmphi.models.language.language_model import load_language
+from mmphi.models.language.language_model import load_language_model
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    hf_connectivity.hub_in_reach.cache_clear()
+    hf_connectivity.hub_is_reachable.cache_clear()
     yield
-    hf_connectivity.hub_in_reach.cache_clear()
+    hf_connectivity.hub_is_reachable.cache_clear()
 
 
 class Endpoint(HTTPServer):
@@ -62,8 +62,8 @@ def closed_port() -> str:
 def test_hub_is_in_reach_where_it_answers_and_no_proxy_refuses(online, monkeypatch, status, there):
     with Endpoint(status) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint.address)
-        assert hf_connectivity.hub_in_reach() is there
-        assert hf_connectivity.hub_in_reach() is there
+        assert hf_connectivity.hub_is_reachable() is there
+        assert hf_connectivity.hub_is_reachable() is there
         assert endpoint.asked == 1
         endpoint.shutdown()
     assert constants.HF_HUB_OFFLINE is not there
@@ -74,7 +74,7 @@ def test_it_is_asked_through_the_proxy_of_the_environment(online, monkeypatch):
     with Endpoint(200) as proxy:
         monkeypatch.setenv("http_proxy", proxy.address)
         monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
-        assert hf_connectivity.hub_in_reach()
+        assert hf_connectivity.hub_is_reachable()
         assert proxy.asked == 1
         proxy.shutdown()
 
@@ -82,6 +82,6 @@ def test_it_is_asked_through_the_proxy_of_the_environment(online, monkeypatch):
 def test_without_a_hub_its_client_goes_offline_and_the_error_names_the_local_way(online, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", closed_port())
     with pytest.raises(ModelError, match="the hub did not give it") as caught:
-        load_language(LanguageSettings(model="nobody/nothing"), None, "cpu")
+        load_language_model(LanguageSettings(model="nobody/nothing"), None, "cpu")
     assert "give the path of a folder" in caught.value.hint
     assert constants.HF_HUB_OFFLINE is True

@@ -12,7 +12,7 @@ from mmphi.data import features
 from mmphi.data.features import LOOKED, LiveFeatures
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError
-from mmphi.generation.messages import image_of
+from mmphi.generation.messages import image_from_memory
 
 
 class Mean:
@@ -49,7 +49,7 @@ def image(path: Path, colour: tuple[int, int, int]) -> ImageRef:
 def sent(colour: tuple[int, int, int]) -> ImageRef:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
-    return image_of(buffer.getvalue())
+    return image_from_memory(buffer.getvalue())
 
 
 def test_what_was_looked_at_is_not_computed_again(tmp_path: Path, opened: list[Path]) -> None:

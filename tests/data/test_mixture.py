@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmphi.data.mixture import grouped, mixed, names_of, parse_weights
+from mmphi.data.mixture import grouped, names_of, parse_weights, sample_by_weight
 from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.errors import SettingsError
 
@@ -21,15 +21,19 @@ def row(source: str, kind: str, images: tuple[ImageRef, ...] = IMAGE) -> Example
 
 def test_shares_are_those_of_the_weights():
     groups = ["a"] * 30 + ["b"] * 10 + ["", "c"] * 5
-    chosen = mixed(groups, {"a": 1.0, "b": 3.0}, seed=0)
+    chosen = sample_by_weight(groups, {"a": 1.0, "b": 3.0}, seed=0)
     assert Counter(groups[i] for i in chosen) == {"a": 10, "b": 30}
     assert set(Counter(i for i in chosen if groups[i] == "b").values()) == {3}
-    assert chosen == mixed(groups, {"a": 1.0, "b": 3.0}, seed=0) != mixed(groups, {"a": 1.0, "b": 3.0}, seed=1)
+    assert (
+        chosen
+        == sample_by_weight(groups, {"a": 1.0, "b": 3.0}, seed=0)
+        != sample_by_weight(groups, {"a": 1.0, "b": 3.0}, seed=1)
+    )
     assert chosen != sorted(chosen)
 
 
 def test_a_group_without_rows_takes_no_share():
-    assert Counter(mixed(["a"] * 4, {"a": 1.0, "b": 9.0}, seed=0)) == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert Counter(sample_by_weight(["a"] * 4, {"a": 1.0, "b": 9.0}, seed=0)) == {0: 1, 1: 1, 2: 1, 3: 1}
 
 
 def test_the_narrowest_name_counts():

@@ -13,7 +13,7 @@ from PIL import Image
 from mmphi.data.dataset_builder import read_examples
 from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
 from mmphi.data.scene_drawing import AHEAD, ImageWriter, draw
-from mmphi.data.scene_drawing import drawn as drawing
+from mmphi.data.scene_drawing import drawing_function as drawing
 from mmphi.data.scene_text import (
     CELLS,
     caption,

@@ -8,7 +8,7 @@ from builders import byte_tokenizer, encode, example, of_length
 
 from mmphi.data import tokenized_dataset as module
 from mmphi.data.schema import Example, ImageRef, ReadReport, Turn
-from mmphi.data.tokenized_dataset import Subset, appended, count_left_out, encoded
+from mmphi.data.tokenized_dataset import Subset, append_array, count_left_out, tokenized_examples
 from mmphi.text.prompt import Prompt
 
 
@@ -31,7 +31,7 @@ def same(one, other) -> bool:
 
 def test_equals_encoding_one_by_one(tmp_path, examples):
     prompt = Prompt(byte_tokenizer(), "plain")
-    sequences = encoded(examples, prompt, of_length(4), 120, tmp_path)
+    sequences = tokenized_examples(examples, prompt, of_length(4), 120, tmp_path)
     expected = [s for s in (encode(e, prompt, 4, 120) for e in examples) if s is not None]
     assert len(sequences) == len(expected) == 14
     assert all(same(a, b) for a, b in zip(sequences, expected, strict=True))
@@ -45,23 +45,26 @@ def test_equals_encoding_one_by_one(tmp_path, examples):
 
 
 def test_is_encoded_once(tmp_path, examples, monkeypatch):
-    first = encoded(examples, Prompt(byte_tokenizer(), "plain"), of_length(4), 120, tmp_path)
-    monkeypatch.setattr(module, "encode_example", lambda *_: pytest.fail("was encoded again"))
-    again = encoded(examples, Prompt(byte_tokenizer(), "plain"), of_length(4), 120, tmp_path)
+    first = tokenized_examples(examples, Prompt(byte_tokenizer(), "plain"), of_length(4), 120, tmp_path)
+    monkeypatch.setattr(module, "tokenize_example", lambda *_: pytest.fail("was encoded again"))
+    again = tokenized_examples(examples, Prompt(byte_tokenizer(), "plain"), of_length(4), 120, tmp_path)
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
     renamed = [Example(e.id, e.images, e.turns, "elsewhere") for e in examples]
-    assert encoded(renamed, Prompt(byte_tokenizer(), "plain"), of_length(4), 120, tmp_path)[0].name == "elsewhere/0"
+    assert (
+        tokenized_examples(renamed, Prompt(byte_tokenizer(), "plain"), of_length(4), 120, tmp_path)[0].name
+        == "elsewhere/0"
+    )
 
 
 @pytest.mark.parametrize("change", ["style", "length", "features", "text", "tokenizer"])
 def test_is_encoded_anew_where_anything_differs(tmp_path, examples, change):
     tokenizer = byte_tokenizer()
-    encoded(examples, Prompt(tokenizer, "plain"), of_length(4), 120, tmp_path)
+    tokenized_examples(examples, Prompt(tokenizer, "plain"), of_length(4), 120, tmp_path)
     if change == "text":
         examples[0] = example(0, "another answer", image=False)
     if change == "tokenizer":
         tokenizer.add_tokens(["answer"])
-    encoded(
+    tokenized_examples(
         examples,
         Prompt(tokenizer, "phi" if change == "style" else "plain"),
         of_length(5 if change == "features" else 4),
@@ -72,18 +75,20 @@ def test_is_encoded_anew_where_anything_differs(tmp_path, examples, change):
 
 
 def test_text_alone(tmp_path):
-    sequences = encoded([example(0, "a", image=False)], Prompt(byte_tokenizer(), "plain"), of_length(4), 50, tmp_path)
+    sequences = tokenized_examples(
+        [example(0, "a", image=False)], Prompt(byte_tokenizer(), "plain"), of_length(4), 50, tmp_path
+    )
     assert sequences[0].spans == ()
 
 
 def test_a_file_written_piece_by_piece_is_numpys_own(tmp_path: Path) -> None:
     pieces = [np.arange(5, dtype=np.int32), np.zeros(0, np.int32), np.arange(7, dtype=np.int32)]
-    with appended(tmp_path / "pieces.npy", np.int32) as add:
+    with append_array(tmp_path / "pieces.npy", np.int32) as add:
         for piece in pieces:
             add(piece)
     np.save(tmp_path / "whole.npy", np.concatenate(pieces))
     assert (tmp_path / "pieces.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["pieces.npy", "whole.npy"]
-    with appended(tmp_path / "none.npy", np.bool_):
+    with append_array(tmp_path / "none.npy", np.bool_):
         pass
     assert np.load(tmp_path / "none.npy", mmap_mode=None).shape == (0,)

@@ -13,7 +13,7 @@ from builders import unavailable
 from mmphi.cli import main
 from mmphi.data import tts as module
 from mmphi.data.audio import read_audio
-from mmphi.data.tts import readings, say
+from mmphi.data.tts import assign_voices, synthesize_sentences
 
 SENTENCES = ["A dog runs .", "Two cats", "A man sings", "A red ball", "Snow", "The  sea"]
 
@@ -72,11 +72,11 @@ def test_what_is_kept_apart_is_not_read_aloud(tmp_path: Path, spoken: list[list[
 
 def test_a_second_call_reads_only_what_is_missing(tmp_path: Path, spoken: list[list[str]]) -> None:
     path = captions(tmp_path)
-    assert say(path, tmp_path / "out", column="caption", count=3, seed=1) == 3
+    assert synthesize_sentences(path, tmp_path / "out", column="caption", count=3, seed=1) == 3
     first = rows(tmp_path / "out")
     (tmp_path / "out" / first[1]["audio"]).unlink()
     before = len(spoken)
-    say(path, tmp_path / "out", column="caption", count=3, seed=1)
+    synthesize_sentences(path, tmp_path / "out", column="caption", count=3, seed=1)
     assert len(spoken) - before == 1
     assert rows(tmp_path / "out") == first
 
@@ -85,24 +85,26 @@ def test_recordings_of_other_sentences_and_other_files_of_one_name_are_kept_apar
     tmp_path: Path, spoken: list[list[str]]
 ) -> None:
     for texts in (SENTENCES, [f"{text} again" for text in SENTENCES], ["Snow", "Snow"]):
-        say(captions(tmp_path, texts), tmp_path / "out", column="caption", count=0, seed=1)
+        synthesize_sentences(captions(tmp_path, texts), tmp_path / "out", column="caption", count=0, seed=1)
         assert all((tmp_path / "out" / row["audio"]).read_text() == row["transcript"] for row in rows(tmp_path / "out"))
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "a.mp3").write_text(f"recording {number}")
     (tmp_path / "clips.csv").write_text("audio,transcript\n1/a.mp3,recording 1\n2/a.mp3,recording 2\n")
-    say(captions(tmp_path), tmp_path / "out", column="caption", count=0, seed=1, apart=tmp_path / "clips.csv")
+    synthesize_sentences(
+        captions(tmp_path), tmp_path / "out", column="caption", count=0, seed=1, apart=tmp_path / "clips.csv"
+    )
     for row in rows(tmp_path / "out"):
         assert (tmp_path / "out" / row["audio"]).read_text() == row["transcript"]
 
 
 def test_voices_differ_and_are_the_seeds() -> None:
-    one, two = readings(SENTENCES * 20, 0), readings(SENTENCES * 20, 1)
-    assert readings(SENTENCES * 20, 0) == one != two
+    one, two = assign_voices(SENTENCES * 20, 0), assign_voices(SENTENCES * 20, 1)
+    assert assign_voices(SENTENCES * 20, 0) == one != two
     assert len({each.voice for each in one}) > 30
     assert all(130 <= each.speed <= 200 and 30 <= each.pitch <= 70 for each in one)
     assert one[5].text == "The sea"
-    assert {each.voice for each in readings(SENTENCES, 0, ["en-us"], ["", "+f5"])} == {"en-us", "en-us+f5"}
+    assert {each.voice for each in assign_voices(SENTENCES, 0, ["en-us"], ["", "+f5"])} == {"en-us", "en-us+f5"}
 
 
 def test_voices_can_be_chosen(tmp_path: Path, spoken: list[list[str]]) -> None:
@@ -148,7 +150,7 @@ def test_espeak_itself_speaks_each_sentence_for_as_long_as_it_is(tmp_path: Path)
     if module.shutil.which("espeak-ng") is None:
         unavailable("espeak-ng is not installed")
     sentences = ["Snow .", "A brown dog runs over a wide green field and jumps into the cold water ."]
-    say(captions(tmp_path, sentences), tmp_path / "out", column="caption", count=2, seed=0)
+    synthesize_sentences(captions(tmp_path, sentences), tmp_path / "out", column="caption", count=2, seed=0)
     with (tmp_path / "out" / "spoken.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     seconds = {row["transcript"]: read_audio(tmp_path / "out" / row["audio"]).seconds for row in rows}

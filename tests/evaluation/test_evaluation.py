@@ -12,12 +12,12 @@ from sacrebleu import corpus_bleu
 from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.errors import DataError
 from mmphi.evaluation import evaluate
-from mmphi.evaluation.attributes import attribute_accuracy, parse
+from mmphi.evaluation.attributes import attribute_accuracy, parse_caption
 from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
 from mmphi.evaluation.grounding import grounding, shuffled_images
-from mmphi.evaluation.mbr import consensus
-from mmphi.evaluation.ptb_tokenize import words
+from mmphi.evaluation.mbr import mbr_caption
+from mmphi.evaluation.ptb_tokenize import ptb_tokens
 from mmphi.generation.batch_generate import GeneratedAnswer
 
 REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit on a bench", "men are sitting"]]
@@ -44,7 +44,7 @@ REFERENCES = [["a dog runs in the snow", "the dog plays outside"], ["two men sit
 )
 def test_words_are_cocos(caption, expected):
     """What coco-caption's Java tokenizer (stanford-corenlp 3.4.1, as pycocoevalcap brings it) makes of the same."""
-    assert " ".join(words(caption)) == expected
+    assert " ".join(ptb_tokens(caption)) == expected
 
 
 PREDICTIONS = [
@@ -78,7 +78,7 @@ def test_figures_are_pycocoevalcaps_with_its_java_tokenizer():
 def test_captions_without_words_are_worth_nothing():
     assert cider(["..."], [["!!!"]]) == 0.0
     assert bleu4(["..."], [["!!!"]]) == 0.0
-    assert consensus([["...", "!"], ["?", ""]]) == [0, 0]
+    assert mbr_caption([["...", "!"], ["?", ""]]) == [0, 0]
 
 
 def test_cider_by_hand():
@@ -109,19 +109,22 @@ def test_consensus_is_the_best_choice_of_all():
     ]
     choices = list(product(range(4), repeat=2))
     gains = [cider([candidates[0][a], candidates[1][b]], candidates) for a, b in choices]
-    assert tuple(consensus(candidates)) == choices[gains.index(max(gains))]
-    assert consensus(candidates) != [0, 2]
+    assert tuple(mbr_caption(candidates)) == choices[gains.index(max(gains))]
+    assert mbr_caption(candidates) != [0, 2]
 
 
 def test_consensus_takes_what_most_say_and_the_first_among_equals():
-    assert consensus([["x y z w", "a dog runs", "a dog runs", "a dog jumps"], ["", "two men", "", "two men"]]) == [1, 1]
+    assert mbr_caption([["x y z w", "a dog runs", "a dog runs", "a dog jumps"], ["", "two men", "", "two men"]]) == [
+        1,
+        1,
+    ]
 
 
 def test_attributes():
     drawn = {"color1": "red", "shape1": "circle", "relation": "left of", "color2": "blue", "shape2": "square"}
     right = "a big red circle left of a small blue square"
-    assert parse(right) == drawn
-    assert parse("a big red circle left of a small blue") == {}
+    assert parse_caption(right) == drawn
+    assert parse_caption("a big red circle left of a small blue") == {}
     found = attribute_accuracy([right, "a big red cross above a small blue square", "nonsense"], [drawn] * 3)
     assert found["exact_match"] == pytest.approx(1 / 3)
     assert found["attribute_accuracy"] == pytest.approx((5 + 3 + 0) / 15)

@@ -7,7 +7,7 @@ from builders import Recorder
 from PIL import Image
 from rouge_reference import longest_common
 
-from mmphi.data.llava_row_types import asked_for_captions, kind_of
+from mmphi.data.llava_row_types import asked_for_captions, row_type
 from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
 from mmphi.evaluation.long_answers import rouge_l
@@ -31,7 +31,7 @@ from mmphi.generation.batch_generate import GeneratedAnswer
     ],
 )
 def test_kinds_of_rows(questions, kind):
-    assert kind_of([Turn(question, "x") for question in questions]) == kind
+    assert row_type([Turn(question, "x") for question in questions]) == kind
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_rows_of_one_image_are_scored_by_their_question(tmp_path: Path):
         }
         for question, answer in rows.items():
             turns = (Turn(question, answer),)
-            examples.append(Example(f"{i}/{question}", images, turns, "llava", "test", {"kind": kind_of(turns)}))
+            examples.append(Example(f"{i}/{question}", images, turns, "llava", "test", {"kind": row_type(turns)}))
             answers[f"llava/{i}", question] = answer
         two = (Turn("what?", "a dog"), Turn("where?", "outside"))
-        examples.append(Example(f"{i}/talk", images, two, "llava", "test", {"kind": kind_of(two)}))
+        examples.append(Example(f"{i}/talk", images, two, "llava", "test", {"kind": row_type(two)}))
     recorder, model = Recorder(), Fake(answers)
     metrics = evaluate_model(model, examples, EvaluationConfig(yes_no=0, max_answer_tokens=99), recorder)
     assert metrics["test/cider"] == pytest.approx(10.0)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmphi.evaluation.wer import WordErrors, normalized, total, word_errors
+from mmphi.evaluation.wer import WordErrors, normalized, total_errors, word_errors
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_words_are_counted_as_whisper_compares_them(said: str, heard: str, expec
 def test_the_rate_of_all_is_that_of_all_words() -> None:
     each = [WordErrors(9, 1), WordErrors(0, 1)]
     assert [w.rate for w in each] == [pytest.approx(0.1), 1]
-    assert total(each).rate == pytest.approx(2 / 11)
+    assert total_errors(each).rate == pytest.approx(2 / 11)
     assert WordErrors(insertions=3).rate == 3
     assert WordErrors().rate == 0
 

@@ -9,9 +9,9 @@ import pytest
 from builders import example
 
 from mmphi.data.schema import Example, ImageRef, Turn
-from mmphi.evaluation.object_vocabulary import named, possible
-from mmphi.evaluation.ptb_tokenize import words
-from mmphi.evaluation.yes_no import Question, ask, conversations, score
+from mmphi.evaluation.object_vocabulary import mentioned_objects, plausible_objects
+from mmphi.evaluation.ptb_tokenize import ptb_tokens
+from mmphi.evaluation.yes_no import Question, conversations, score_yes_no, yes_no_questions
 
 
 def scene(number: int) -> Example:
@@ -26,7 +26,7 @@ def scene(number: int) -> Example:
 
 
 def test_scene_questions_are_balanced_and_true():
-    asked = ask([scene(i) for i in range(3)], 30, seed=0)
+    asked = yes_no_questions([scene(i) for i in range(3)], 30, seed=0)
     assert len(asked) == 30
     assert sum(q.answer for q in asked) == 15
     for question in asked:
@@ -46,7 +46,7 @@ def test_photo_questions_deny_nothing_that_a_caption_leaves_possible():
     ]
     examples = [example(i, text) for i, text in enumerate(texts)] * 3
     denied: dict[str, set] = {}
-    for question in ask(examples, 400, seed=0):
+    for question in yes_no_questions(examples, 400, seed=0):
         if not question.answer:
             denied.setdefault(question.image.id, set()).add(question.text.split(" a ")[-1].removesuffix("?"))
     people = {"man", "woman", "girl", "boy", "child", "person", "people"}
@@ -54,8 +54,8 @@ def test_photo_questions_deny_nothing_that_a_caption_leaves_possible():
         assert not denied[f"photos/{i}.jpg"] & people
     assert denied["photos/1.jpg"] & people
     assert "dog" in denied["photos/0.jpg"]
-    assert named(["men", "bikes", "nothing"]) == {"man", "bicycle"}
-    assert "motorcycle" in possible(["bicycle"])
+    assert mentioned_objects(["men", "bikes", "nothing"]) == {"man", "bicycle"}
+    assert "motorcycle" in plausible_objects(["bicycle"])
 
 
 @pytest.mark.real
@@ -72,11 +72,11 @@ def test_photo_questions_are_not_contradicted_on_real_captions(real_photos):
         for i, text in enumerate(texts)
     ]
     people = {"man", "woman", "girl", "boy", "child", "person", "people", "kid", "baby", "men", "children", "women"}
-    questions = ask(examples, 1600, seed=0)
+    questions = yes_no_questions(examples, 1600, seed=0)
     assert len(questions) == 1600
     for question in questions:
         thing = question.text.removesuffix("?").split()[-1]
-        spoken = {word for text in captions[question.image.id] for word in words(text)}
+        spoken = {word for text in captions[question.image.id] for word in ptb_tokens(text)}
         if not question.answer:
             assert thing not in spoken
             assert not (thing in people and spoken & people)
@@ -110,17 +110,17 @@ def test_questions_to_learn_from_are_balanced_and_true_and_asked_once():
 def test_photo_questions_never_deny_what_a_caption_names():
     captions = ["a dog on the grass", "two men and a dog", "a red car in the street", "children play with a ball"]
     examples = [example(i, c) for i, c in enumerate(captions)] + [example(0, "a frisbee flies over water")]
-    asked = ask(examples, 40, seed=1)
+    asked = yes_no_questions(examples, 40, seed=1)
     assert sum(q.answer for q in asked) == 20
     denied = {q.text for q in asked if q.image.id == "photos/0.jpg" and not q.answer}
     assert denied
     assert not denied & {"is there a dog?", "is there a grass?", "is there a water?"}
-    assert ask([example(0, "zzz")], 10, seed=0) == []
+    assert yes_no_questions([example(0, "zzz")], 10, seed=0) == []
 
 
 def test_yes_no_score_by_hand():
     image = ImageRef("a", Path("a"))
     questions = [Question(image, "?", answer) for answer in (True, True, False, False)]
-    found = score(questions, ["Yes, it is", "no", "yes", "a dog"])
+    found = score_yes_no(questions, ["Yes, it is", "no", "yes", "a dog"])
     assert found == {"yes_no_accuracy": 0.5, "yes_no_f1": 0.5, "yes_no_share_of_yes": 0.5}
-    assert score(questions, ["no"] * 4)["yes_no_f1"] == 0.0
+    assert score_yes_no(questions, ["no"] * 4)["yes_no_f1"] == 0.0

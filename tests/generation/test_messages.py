@@ -19,7 +19,7 @@ from mmphi.config.shared import VisionSettings
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError, ModelError
 from mmphi.generation import prompt_builder
-from mmphi.generation.messages import MAX_IMAGES, MAX_LETTERS, MessageError, conversation
+from mmphi.generation.messages import MAX_IMAGES, MAX_LETTERS, MessageError, parse_messages
 from mmphi.generation.prompt_builder import open_prompt
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
@@ -64,13 +64,13 @@ def test_images_alone_are_asked_about_as_in_training(model: Multimodal, photo: P
         wordless = [user(*first), answer("yes"), user(image(photo))]
         worded = [user(*first, *([text("what is it?")] if first[0] == image(photo) else [])), answer("yes")]
         worded.append(user(image(photo), text("what is it?")))
-        prompt, _ = open_prompt(asks, conversation(wordless), 200)
-        same, _ = open_prompt(model, conversation(worded), 200)
+        prompt, _ = open_prompt(asks, parse_messages(wordless), 200)
+        same, _ = open_prompt(model, parse_messages(worded), 200)
         assert prompt.input_ids.tolist() == same.input_ids.tolist()
 
 
 def test_one_question_is_written_as_it_was_in_training(model: Multimodal, photo: Path) -> None:
-    prompt, left_out = open_prompt(model, conversation([user(image(photo), text("what is it?"))]), 200)
+    prompt, left_out = open_prompt(model, parse_messages([user(image(photo), text("what is it?"))]), 200)
     trained = model.open_prompt(ImageRef(str(photo), photo), "what is it?")
     assert prompt.input_ids.tolist() == trained.input_ids.tolist()
     assert [span[2:] for span in prompt.spans] == [span[2:] for span in trained.spans]
@@ -79,14 +79,14 @@ def test_one_question_is_written_as_it_was_in_training(model: Multimodal, photo:
 
 def test_a_conversation_is_written_as_it_was_in_training(model: Multimodal, photo: Path) -> None:
     messages = [user(image(photo), text("what is it?")), answer("a dog"), user("what colour?")]
-    prompt, _ = open_prompt(model, conversation(messages), 200)
+    prompt, _ = open_prompt(model, parse_messages(messages), 200)
     parts = model.language.prompt.parts([("what is it?", "a dog"), ("what colour?", None)], images=1)
     assert [i for part in parts for i in part.ids or (0,) * RandomFeatures.tokens] == prompt.input_ids.tolist()
 
 
 def test_a_later_image_stands_with_its_question(model: Multimodal, photo: Path) -> None:
     messages = [user("hello <image>"), answer("hi"), user(image(photo), text("what is it?"))]
-    prompt, _ = open_prompt(model, conversation(messages), 200)
+    prompt, _ = open_prompt(model, parse_messages(messages), 200)
     before = model.language.tokenizer.decode(prompt.input_ids[: prompt.spans[0].start].tolist())
     assert before.endswith("hi<|endoftext|>\n")
     assert "hello <image>" in before
@@ -96,9 +96,9 @@ def test_a_later_image_stands_with_its_question(model: Multimodal, photo: Path) 
 def test_the_system_text_and_the_newest_question_stay(model: Multimodal, photo: Path) -> None:
     messages = [{"role": "system", "content": "Be short."}, user(image(photo), text("first?")), answer("one " * 9)]
     messages += [user("second? " * 4), answer("two"), user("third?")]
-    whole, none = open_prompt(model, conversation(messages), 250)
+    whole, none = open_prompt(model, parse_messages(messages), 250)
     assert none == 0
-    cut, left_out = open_prompt(model, conversation(messages), len(whole) - 1)
+    cut, left_out = open_prompt(model, parse_messages(messages), len(whole) - 1)
     said = model.language.tokenizer.decode(cut.input_ids.tolist())
     assert left_out == 1
     assert cut.spans == ()
@@ -106,17 +106,17 @@ def test_the_system_text_and_the_newest_question_stay(model: Multimodal, photo: 
     assert "third?" in said
     assert "first?" not in said
     with pytest.raises(ModelError, match="room for 10"):
-        open_prompt(model, conversation(messages), 10)
+        open_prompt(model, parse_messages(messages), 10)
 
 
 def test_bytes_data_uris_and_files_are_the_same_image(photo: Path) -> None:
     data = photo.read_bytes()
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     given = [{"type": "image", "image": data}, {"type": "image_url", "image_url": {"url": uri}}, image(photo)]
-    found = [conversation([user(part)]).images[0][0].content for part in given]
+    found = [parse_messages([user(part)]).images[0][0].content for part in given]
     assert found == [data] * 3
     sound = {"type": "input_audio", "input_audio": {"data": base64.b64encode(b"sound").decode(), "format": "wav"}}
-    assert conversation([user(sound)]).audio[0][0].source == b"sound"
+    assert parse_messages([user(sound)]).audio[0][0].source == b"sound"
 
 
 def test_other_urls_are_asked_for_only_where_it_is_allowed(photo: Path) -> None:
@@ -127,20 +127,20 @@ def test_other_urls_are_asked_for_only_where_it_is_allowed(photo: Path) -> None:
         return photo.read_bytes()
 
     part = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
-    assert conversation([user(part)], allow=allow).images[0][0].content == photo.read_bytes()
+    assert parse_messages([user(part)], allow=allow).images[0][0].content == photo.read_bytes()
     assert asked == ["https://example.org/a.png"]
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/a.png", "file:///etc/passwd", "https://example.org/a.png", "a.png"])
 def test_no_url_is_fetched_by_itself(url: str) -> None:
     with pytest.raises(MessageError, match="not fetched"):
-        conversation([user({"type": "image_url", "image_url": {"url": url}})], files=False)
+        parse_messages([user({"type": "image_url", "image_url": {"url": url}})], files=False)
 
 
 @pytest.mark.parametrize("part", [{"type": "image", "image": "/etc/passwd"}, {"type": "audio", "audio": "/etc/passwd"}])
 def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
     with pytest.raises(MessageError, match="message 1: files"):
-        conversation([user(part)], files=False)
+        parse_messages([user(part)], files=False)
 
 
 @pytest.mark.parametrize(
@@ -176,19 +176,19 @@ def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
 )
 def test_what_cannot_be_read_is_said(messages: Any, why: str) -> None:
     with pytest.raises(MessageError, match=why):
-        conversation(messages)
+        parse_messages(messages)
 
 
 def test_images_that_cannot_be_used_and_models_that_do_not_see_are_told(model: Multimodal) -> None:
     with pytest.raises(ImageError):
-        open_prompt(model, conversation([user({"type": "image", "image": b"no image"})]), 200)
+        open_prompt(model, parse_messages([user({"type": "image", "image": b"no image"})]), 200)
     blind = Multimodal(tiny_language(), None, None)
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
     with pytest.raises(ModelError, match="sees nothing"):
-        open_prompt(blind, conversation([user({"type": "image", "image": buffer.getvalue()})]), 200)
+        open_prompt(blind, parse_messages([user({"type": "image", "image": buffer.getvalue()})]), 200)
     with pytest.raises(ModelError, match="hear"):
-        open_prompt(blind, conversation([user({"type": "audio", "audio": b"x"})]), 200)
+        open_prompt(blind, parse_messages([user({"type": "audio", "audio": b"x"})]), 200)
 
 
 def test_chat_is_ask_and_goes_on(model: Multimodal, photo: Path) -> None:
@@ -210,16 +210,16 @@ def test_a_spoken_question_is_answered_as_the_typed_one(photo: Path) -> None:
 
 def test_conversations_are_taken_as_clients_send_them(photo: Path) -> None:
     system = {"role": "system", "content": "Be short."}
-    joined = conversation([system, user("a"), user(image(photo)), user("b")])
+    joined = parse_messages([system, user("a"), user(image(photo)), user("b")])
     assert joined.turns == (("a\n\0shown\0\nb", None),)
     assert (joined.system, len(joined.images[0])) == ("Be short.", 1)
-    late = conversation([user("a"), answer("b"), {"role": "developer", "content": "In English."}, user("c"), system])
+    late = parse_messages([user("a"), answer("b"), {"role": "developer", "content": "In English."}, user("c"), system])
     assert late.system == "In English.\nBe short."
-    greeted = conversation([answer("Hi!"), {"role": "assistant", "content": None}, answer("You?"), user("a")])
+    greeted = parse_messages([answer("Hi!"), {"role": "assistant", "content": None}, answer("You?"), user("a")])
     assert greeted.turns == (("", "Hi!\n\nYou?"), ("a", None))
     for empty in (None, ""):
-        assert conversation([user("a"), answer("b"), {"role": "user", "content": empty}]).turns[-1] == ("", None)
-    alone = conversation([system, {"role": "developer", "content": "Say hello."}])
+        assert parse_messages([user("a"), answer("b"), {"role": "user", "content": empty}]).turns[-1] == ("", None)
+    alone = parse_messages([system, {"role": "developer", "content": "Say hello."}])
     assert (alone.system, alone.turns) == ("", (("Be short.\nSay hello.", None),))
 
 
@@ -231,17 +231,17 @@ def test_base64_is_read_as_clients_write_it(photo: Path) -> None:
     for text in (plain, lines, letters, f" {plain}"):
         for uri in (f"data:image/png;base64,{text}", f"DATA:;base64,{text}"):
             part: dict[str, Any] = {"type": "image_url", "image_url": {"url": uri}}
-            assert conversation([user(part)]).images[0][0].content == data
+            assert parse_messages([user(part)]).images[0][0].content == data
             part = {"type": "audio_url", "audio_url": {"url": uri}}
-            assert conversation([user(part)]).audio[0][0].source == data
+            assert parse_messages([user(part)]).audio[0][0].source == data
             part = {"type": "input_audio", "input_audio": {"data": uri, "format": "wav"}}
-            assert conversation([user(part)]).audio[0][0].source == data
-        assert conversation([user({"type": "image_url", "image_url": uri})]).images[0][0].content == data
+            assert parse_messages([user(part)]).audio[0][0].source == data
+        assert parse_messages([user({"type": "image_url", "image_url": uri})]).images[0][0].content == data
 
 
 def laid_out(model: Multimodal, messages: Any) -> str:
     """A prompt as text, with a sign for each image and recording."""
-    prompt, _ = open_prompt(model, conversation(messages), 250)
+    prompt, _ = open_prompt(model, parse_messages(messages), 250)
     text, done = "", 0
     for span in prompt.spans:
         text += model.language.tokenizer.decode(prompt.input_ids[done : span.start].tolist()) + f"[{span.kind}]"
@@ -253,13 +253,13 @@ def test_base64_is_read_without_holding_other_threads_up() -> None:
     """In functions of C that take as long as the data is; filling in the midst is an error."""
     for data in ("A=" * 50_000, "AAAA=AAA", "é" * 8):
         with pytest.raises(MessageError, match="no base64"):
-            conversation([user({"type": "image_url", "image_url": {"url": f"data:,{data}"}})])
+            parse_messages([user({"type": "image_url", "image_url": {"url": f"data:,{data}"}})])
 
 
 def test_a_conversation_of_empty_turns_is_not_written_as_a_whole(
     model: Multimodal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = conversation([*[user(""), answer("")] * 5000, user("hi")])
+    said = parse_messages([*[user(""), answer("")] * 5000, user("hi")])
     written = []
     write = prompt_builder._written
     monkeypatch.setattr(prompt_builder, "_written", lambda m, c: written.append(len(c.turns)) or write(m, c))
@@ -274,7 +274,7 @@ def test_writing_a_prompt_ends_where_it_is_not_wanted_any_longer(model: Multimod
         raise KeyError("not wanted")
 
     with pytest.raises(KeyError):
-        open_prompt(model, conversation([user("hi")]), 64, check=check)
+        open_prompt(model, parse_messages([user("hi")]), 64, check=check)
 
 
 def test_images_and_texts_keep_their_order(model: Multimodal, photo: Path) -> None:
@@ -321,7 +321,7 @@ def test_as_many_turns_are_kept_as_fit(model: Multimodal, photo: Path, monkeypat
     for number in range(20):
         shown = [image(photo)] if rng.random() < 0.3 else []
         messages += [user(*shown, text(f"question {number} " * rng.randint(1, 4))), answer("so " * rng.randint(1, 9))]
-    whole = conversation([*messages, user("the last one?")])
+    whole = parse_messages([*messages, user("the last one?")])
     written = prompt_builder._written
     for longest in range(20, 1200, 97):
         kept = next(n for n in range(len(whole.turns), 0, -1) if len(written(model, whole.newest(n))) <= longest)
@@ -336,7 +336,7 @@ def test_as_many_turns_are_kept_as_fit(model: Multimodal, photo: Path, monkeypat
         return written(own, of)
 
     monkeypatch.setattr(prompt_builder, "_written", noted)
-    long = conversation([*[user("a?"), answer("b")] * 20_000, user("c?")])
+    long = parse_messages([*[user("a?"), answer("b")] * 20_000, user("c?")])
     open_prompt(model, long, 200)
     assert sum(letters) < 200 * 10  # Of 60,000.
 

@@ -12,7 +12,7 @@ from builders import byte_tokenizer
 
 from mmphi.config import LanguageSettings
 from mmphi.generation.engine import Engine
-from mmphi.generation.prefill import Prefill, Way, masks_of
+from mmphi.generation.prefill import Prefill, Way, attention_masks
 from mmphi.generation.sampling import SamplingParams
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
@@ -133,10 +133,10 @@ def test_masks_are_those_of_each_kind_of_layer() -> None:
     config = transformers.Gemma3TextConfig(
         num_hidden_layers=2, sliding_window=2, layer_types=["sliding_attention", "full_attention"]
     )
-    masks = masks_of(config, seen)
+    masks = attention_masks(config, seen)
     assert torch.equal(masks["full_attention"], seen)
     assert masks["sliding_attention"][0, 0].sum(dim=-1).tolist() == [1, 2, 2, 2, 2, 2]
     chunked = transformers.Llama4TextConfig(
         num_hidden_layers=1, attention_chunk_size=3, layer_types=["chunked_attention"]
     )
-    assert masks_of(chunked, seen)["chunked_attention"][0, 0].sum(dim=-1).tolist() == [1, 2, 3, 1, 2, 3]
+    assert attention_masks(chunked, seen)["chunked_attention"][0, 0].sum(dim=-1).tolist() == [1, 2, 3, 1, 2, 3]

@@ -67,9 +67,9 @@ def test_samples_follow_the_models_distribution(model):
     image, question = PROMPTS[1]
     language = model.language
     drawn = [a.text for a in model.sample([(image, question)], 400, 0.7, max_new_tokens=1, batch_size=400)[0]]
-    from mmphi.text.tokenized_example import SpanContent, join
+    from mmphi.text.tokenized_example import SpanContent, join_spans
 
-    sample = join(language.prompt.parts([(question, None)], images=1), [SpanContent("image", image, 4)])
+    sample = join_spans(language.prompt.parts([(question, None)], images=1), [SpanContent("image", image, 4)])
     ids = torch.from_numpy(sample.input_ids).long()[None]
     places = {"image": torch.arange(sample.spans[0].start, sample.spans[0].start + 4)}
     with torch.inference_mode():
@@ -85,11 +85,11 @@ def test_generation_equals_a_plain_greedy_loop(model):
     """Without cache, padding or generate(): the arg max of the whole sequence's logits, token by token."""
     language = model.language
     end = language.tokenizer.eos_token_id
-    from mmphi.text.tokenized_example import SpanContent, join
+    from mmphi.text.tokenized_example import SpanContent, join_spans
 
     for image, question in PROMPTS[:3]:
         parts = language.prompt.parts([(question, None)], images=int(image is not None))
-        sample = join(parts, [SpanContent("image", image, 4)] if image else [])
+        sample = join_spans(parts, [SpanContent("image", image, 4)] if image else [])
         ids = torch.from_numpy(sample.input_ids).long()[None]
         places = [i for span in sample.spans for i in range(span.start, span.start + span.length)]
         features = {"image": model.features.rows([image] if image else [])}

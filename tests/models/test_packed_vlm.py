@@ -15,7 +15,7 @@ from mmphi.config import TrainingSettings
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import pack
-from mmphi.training.packed_dataset import packed_steps
+from mmphi.training.packed_dataset import packed_dataset
 from mmphi.training.trainer import train
 
 
@@ -44,7 +44,7 @@ def test_training_leaves_nothing_behind(tmp_path, recompute):
     with model.recomputing(recompute):
         train(
             model,
-            packed_steps(samples, {"image": RandomFeatures()}, settings),
+            packed_dataset(samples, {"image": RandomFeatures()}, settings),
             settings,
             folder=tmp_path,
             tracker=Recorder(),

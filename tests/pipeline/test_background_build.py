@@ -13,7 +13,7 @@ import torch
 from branches import BRANCHES
 from forked import Forked
 
-from mmphi.pipeline.background_build import independent
+from mmphi.pipeline.background_build import independent_stages
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.stages import load_settings
@@ -38,18 +38,20 @@ def result(pipeline: Pipeline, name: str) -> Result:
 
 
 def test_what_is_independent_of_a_training(pipeline: Pipeline) -> None:
-    assert independent(pipeline, "goal", "root", SETTINGS) == []
-    assert independent(pipeline, "goal", "left", SETTINGS) == ["further"]
-    assert independent(pipeline, "goal", "right", SETTINGS) == ["left"]
-    assert independent(pipeline, "left", "left", SETTINGS) == []
+    assert independent_stages(pipeline, "goal", "root", SETTINGS) == []
+    assert independent_stages(pipeline, "goal", "left", SETTINGS) == ["further"]
+    assert independent_stages(pipeline, "goal", "right", SETTINGS) == ["left"]
+    assert independent_stages(pipeline, "left", "left", SETTINGS) == []
     pipeline.build("right", SETTINGS)
-    assert independent(pipeline, "goal", "left", SETTINGS) == []  # What is left of the other branch trains nothing.
+    assert (
+        independent_stages(pipeline, "goal", "left", SETTINGS) == []
+    )  # What is left of the other branch trains nothing.
 
 
 def test_only_trainings_are_worth_another_process(empty_store: str) -> None:
     for name in ("left", "right"):
         stages = {**BRANCHES, name: replace(BRANCHES[name], trains=False)}
-        assert independent(Pipeline(stages, TrackingStore(empty_store)), "goal", "left", SETTINGS) == []
+        assert independent_stages(Pipeline(stages, TrackingStore(empty_store)), "goal", "left", SETTINGS) == []
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import toys
 
 from mmphi.config.fields import all_fields, leaves
-from mmphi.config.presets import files
+from mmphi.config.presets import files_of_settings
 from mmphi.data.content_hash import Digests
 from mmphi.errors import SettingsError
 from mmphi.pipeline import resolve
@@ -232,14 +232,14 @@ def test_a_bare_name_that_is_there_is_a_path_and_its_content_is_what_counts(
     typed = {f"{section}.sources": json.dumps([{last: "mine.dat", **kind}])} if last else {name: "mine.dat"}
     here = load_settings("tiny", typed)
     written = name.replace(".N.", ".0.")
-    assert files(here, [name]) == {written: tmp_path / "mine.dat"}
+    assert files_of_settings(here, [name]) == {written: tmp_path / "mine.dat"}
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert files(load_settings("tiny", typed), [name]) == {written: tmp_path / "elsewhere" / "mine.dat"}
+    assert files_of_settings(load_settings("tiny", typed), [name]) == {written: tmp_path / "elsewhere" / "mine.dat"}
     for word in field.names:
         (tmp_path / "elsewhere" / word).mkdir()
         kept = load_settings("tiny", {name: word})
         assert dict(leaves(kept))[name] == word
-        assert files(kept, [name]) == {}
+        assert files_of_settings(kept, [name]) == {}
 
 
 def test_words_that_are_names_whatever_files_there_are() -> None:

@@ -8,14 +8,14 @@ import pytest
 import toys
 from forked import run_ranks
 
-from mmphi.pipeline.torchrun import alone
+from mmphi.pipeline.torchrun import without_torchrun
 from mmphi.tracking.run_writer import TrackingStore
 
 
 def test_variables_of_torchrun_are_hidden_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with alone():
+    with without_torchrun():
         assert "WORLD_SIZE" not in os.environ
     assert os.environ["WORLD_SIZE"] == "2"
 

@@ -9,7 +9,7 @@ import pytest
 import mmphi
 from mmphi.cli import main
 from mmphi.errors import MmphiError
-from mmphi.pipeline.warning_filters import MESSAGES, quieten
+from mmphi.pipeline.warning_filters import MESSAGES, install_filters
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def test_commands_and_loading_a_model_silence_them(
 
 
 def test_what_is_not_true_is_silent_and_everything_else_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    quieten()
-    quieten()
+    install_filters()
+    install_filters()
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no kernels")
     logger.warning("something else")

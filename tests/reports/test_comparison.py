@@ -5,8 +5,8 @@ import pytest
 
 from reports.comparison import Judging, compare
 from reports.divergence import diverged, p_of_rates
-from reports.interim_looks import corrected, reached
-from reports.verdict import JudgedMetric, sentence
+from reports.interim_looks import correct_for_looks, looks_reached
+from reports.verdict import JudgedMetric, format_verdict
 
 VALUES = {"base": {n: 1.0 + n / 100 for n in range(8)}, "other": {n: 0.9 + n / 90 for n in range(8)}}
 
@@ -51,16 +51,16 @@ def test_nothing_is_judged_before_a_look() -> None:
 
 
 def test_looks_that_are_reached() -> None:
-    assert [reached(n, [4, 8]) for n in (0, 3, 4, 7, 8, 20)] == [None, None, 4, 4, 8, 8]
+    assert [looks_reached(n, [4, 8]) for n in (0, 3, 4, 7, 8, 20)] == [None, None, 4, 4, 8, 8]
 
 
 def test_correction_for_looks_lies_between_none_and_bonferronis() -> None:
     for p in (0.004, 0.02, 0.05):
-        assert p < corrected(p, (8, 12, 16)) < 3 * p
-        assert corrected(p, (16,)) == corrected(p, ()) == p
-    assert corrected(1.0, (8, 16)) == 1.0
+        assert p < correct_for_looks(p, (8, 12, 16)) < 3 * p
+        assert correct_for_looks(p, (16,)) == correct_for_looks(p, ()) == p
+    assert correct_for_looks(1.0, (8, 16)) == 1.0
     # With 4 pairs no p is below 0.125: looking there cannot be wrong.
-    assert corrected(0.03, (4, 12)) == pytest.approx(0.03, abs=0.004)
+    assert correct_for_looks(0.03, (4, 12)) == pytest.approx(0.03, abs=0.004)
 
 
 def test_only_pairs_count_for_rates_of_divergence() -> None:
@@ -73,11 +73,13 @@ def test_only_pairs_count_for_rates_of_divergence() -> None:
 def test_a_level_that_lost_all_its_runs_is_said_so() -> None:
     levels = {"base": {n: 1.0 + n / 9 for n in range(8)}, "other": {}}
     (found,) = compare(levels, "base", judging=Judging(failed={"other": set(range(8))}))
-    said = sentence(found, "base", JudgedMetric("test/loss", "nats/token", less=True))
+    said = format_verdict(found, "base", JudgedMetric("test/loss", "nats/token", less=True))
     assert said.startswith("Nothing can be said of other: no pair of runs gave a number. Left out")
     assert "8 runs of other and 0 of base (exact McNemar test, p = 0.008)" in said
 
 
 def test_draws_are_called_draws() -> None:
     (found,) = compare(VALUES, "base", judging=Judging(draw=lambda n: n % 4))
-    assert "with 4 draws (" in sentence(found, "base", JudgedMetric("test/loss", "nats/token", less=True, margin=0.001))
+    assert "with 4 draws (" in format_verdict(
+        found, "base", JudgedMetric("test/loss", "nats/token", less=True, margin=0.001)
+    )

@@ -10,15 +10,15 @@ from scipy import stats
 
 from reports.comparison import Comparison, Judging, compare
 from reports.paired_tests import (
-    both_agree,
+    combined_p,
     equivalence,
+    hodges_lehmann,
     holm,
     interval,
-    shares,
     sign_flip,
-    signed_ranks,
+    signed_rank_values,
     smallest_p,
-    typical,
+    variance_components,
 )
 from reports.power import power, seeds_needed
 
@@ -49,20 +49,20 @@ def test_sign_flip_is_scipys(n: int, alternative: str) -> None:
 def test_signed_ranks_are_scipys(n: int, alternative: str) -> None:
     differences = np.random.default_rng(n).normal(0.4, 1, n)
     found = stats.wilcoxon(differences, alternative=alternative, method="exact")
-    assert sign_flip(signed_ranks(differences), alternative) == pytest.approx(found.pvalue)
+    assert sign_flip(signed_rank_values(differences), alternative) == pytest.approx(found.pvalue)
 
 
 def test_typical_is_the_median_of_the_means_of_two() -> None:
     differences = [1.0, 2.0, 4.0, 100.0]
     pairs = [(a + b) / 2 for a, b in itertools.combinations_with_replacement(differences, 2)]
-    assert typical(differences) == np.median(pairs) == 3.5
+    assert hodges_lehmann(differences) == np.median(pairs) == 3.5
 
 
 def test_both_tests_must_agree() -> None:
     ordinary = np.array([0.1, 0.2, 0.15, 0.12, 0.3, 0.22, 0.18, 0.11])
-    assert both_agree(ordinary) == sign_flip(ordinary) == pytest.approx(2 / 2**8)
+    assert combined_p(ordinary) == sign_flip(ordinary) == pytest.approx(2 / 2**8)
     outlier = np.array([-0.1, -0.2, -0.15, -0.12, -0.3, -0.22, -0.18, 9.0])
-    assert both_agree(outlier) == 1.0  # The mean says more, the ranks less.
+    assert combined_p(outlier) == 1.0  # The mean says more, the ranks less.
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -99,7 +99,7 @@ def test_power_is_what_a_simulation_finds() -> None:
     rng = np.random.default_rng(0)
     cases = ((1.4, 1.0, 6, 0.05), (0.02, 0.026, 8, 0.0125), (0.02, 0.02, 12, 0.05), (0.0, 1.0, 10, 0.05))
     for effect, deviation, n, alpha in cases:
-        found = np.mean([both_agree(rng.normal(effect, deviation, n)) < alpha for _ in range(1500)])
+        found = np.mean([combined_p(rng.normal(effect, deviation, n)) < alpha for _ in range(1500)])
         assert power(effect, deviation, n, alpha) == pytest.approx(found, abs=0.04)
     for effect, n in ((0.5, 20), (0.9, 17), (0.5, 40)):
         drawn = rng.normal(effect, 1.0, (2000, n))
@@ -149,15 +149,17 @@ def test_equivalence_needs_both_sides() -> None:
 def test_shares_are_the_two_way_analysis_of_variance() -> None:
     rng = np.random.default_rng(0)
     grid = rng.normal(size=(3, 8)) + np.array([[0.0], [2.0], [1.0]])
-    found = shares({str(i): dict(enumerate(row)) for i, row in enumerate(grid)})
+    found = variance_components({str(i): dict(enumerate(row)) for i, row in enumerate(grid)})
     assert found is not None
     total = ((grid - grid.mean()) ** 2).sum()
     assert found.factor == pytest.approx(8 * ((grid.mean(axis=1) - grid.mean()) ** 2).sum() / total)
     assert found.seed == pytest.approx(3 * ((grid.mean(axis=0) - grid.mean()) ** 2).sum() / total)
     assert found.factor + found.seed + found.rest == pytest.approx(1)
-    assert shares({"a": {0: 1.0}, "b": {0: 1.0}}) is None
-    assert shares({"a": {0: 1.0}, "b": {0: 2.0, 1: 3.0}}) is None  # One seed that all have explains nothing.
-    assert shares({"a": {0: 1.0, 1: 2.0}}) is None
+    assert variance_components({"a": {0: 1.0}, "b": {0: 1.0}}) is None
+    assert (
+        variance_components({"a": {0: 1.0}, "b": {0: 2.0, 1: 3.0}}) is None
+    )  # One seed that all have explains nothing.
+    assert variance_components({"a": {0: 1.0, 1: 2.0}}) is None
 
 
 def planted(seed: int, effect: float, n: int = 8, noise: float = 0.02, margin: float = 0.0) -> list[Comparison]:

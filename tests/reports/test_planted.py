@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from reports.comparison import Comparison, Judging, compare
-from reports.interim_looks import corrected
-from reports.paired_tests import ALPHA, both_agree
+from reports.interim_looks import correct_for_looks
+from reports.paired_tests import ALPHA, combined_p
 from reports.power import power
 
 STUDIES, SEEDS = 400, 8
@@ -118,8 +118,8 @@ def test_three_looks_are_wrong_no_more_often_than_one() -> None:
     corrected_wrong = plain_wrong = 0
     for k in range(studies):
         differences = np.random.default_rng(k).normal(0, 1, max(looks))
-        ps = [both_agree(differences[:look]) for look in looks]
-        corrected_wrong += min(corrected(p, looks) for p in ps) < ALPHA
+        ps = [combined_p(differences[:look]) for look in looks]
+        corrected_wrong += min(correct_for_looks(p, looks) for p in ps) < ALPHA
         plain_wrong += min(ps) < ALPHA
     assert corrected_wrong / studies <= ALPHA + 2 * np.sqrt(ALPHA * (1 - ALPHA) / studies)
     assert plain_wrong / studies > 0.07  # As if each were the only look.

@@ -17,7 +17,7 @@ from mmphi.tracking.run_writer import TrackingStore
 from reports import references
 from reports.commands import report
 from reports.extrapolation_text import ReferenceDistance
-from reports.pretraining import pretraining
+from reports.pretraining import pretraining_report
 from reports.pretraining_query import load_pretrainings
 from reports.references import original_run, phi2_budget, prices, reference_of
 from reports.scaling import Outlook
@@ -109,7 +109,7 @@ def test_verdict_first_then_what_it_stands_on(empty_store, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_same_store_gives_the_same_bytes(empty_store, tmp_path):
     run("mine")
-    made = [pretraining(load_pretrainings(TrackingStore()), reference_of()).files() for _ in range(2)]
+    made = [pretraining_report(load_pretrainings(TrackingStore()), reference_of()).files() for _ in range(2)]
     assert made[0] == made[1]
 
 
@@ -119,7 +119,7 @@ def test_generated_text_stands_apart_with_its_floor(empty_store):
     run("files")
     run("stream", **stream, **{"floor/loss": 3.25})
     run("cut", **stream)
-    document = pretraining(load_pretrainings(TrackingStore(), ["all"]), reference_of())
+    document = pretraining_report(load_pretrainings(TrackingStore(), ["all"]), reference_of())
     text = document.files()["report.md"].decode()
     lines = [line for line in text.splitlines() if "that it did not see" in line]
     assert len(lines) == 2
@@ -136,7 +136,7 @@ def test_the_command_says_who_wrote(empty_store):
     made = run("stream")
     TrackingStore().client.log_param(made, "pretrain.source", "stream")
     TrackingStore().client.log_param(made, "textgen.model", "/somewhere/writer")
-    text = pretraining(load_pretrainings(TrackingStore()), reference_of()).files()["report.md"].decode()
+    text = pretraining_report(load_pretrainings(TrackingStore()), reference_of()).files()["report.md"].decode()
     assert "mmphi pretrain --preset text --source stream --textgen.model writer --size '10M'" in text
 
 
@@ -145,7 +145,7 @@ def test_without_generated_text_nothing_is_said_of_it(empty_store):
     run("files")
     assert (
         "model wrote"
-        not in pretraining(load_pretrainings(TrackingStore()), reference_of()).files()["report.md"].decode()
+        not in pretraining_report(load_pretrainings(TrackingStore()), reference_of()).files()["report.md"].decode()
     )
 
 
@@ -176,7 +176,7 @@ def test_another_text_is_not_taken_for_the_references(empty_store, monkeypatch):
     assert not distance.comparable
     assert "was not scored on WikiText-2" in distance.verdict()
     assert "none." not in distance.more()
-    assert "No run was scored on WikiText-2" in pretraining(found, reference_of()).markdown()
+    assert "No run was scored on WikiText-2" in pretraining_report(found, reference_of()).markdown()
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
     from mmphi.config import LanguageSettings
     from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
     from mmphi.models.device import this_device
-    from mmphi.models.language.language_model import load_language
+    from mmphi.models.language.language_model import load_language_model
 
     folder = tmp_path / "mine"
     tiny_language().model.save_pretrained(folder)
@@ -247,7 +247,7 @@ def test_a_model_is_measured_and_found(tmp_path, monkeypatch, capsys):
     assert "nats/token" in capsys.readouterr().out
     (file,) = out.glob("*.json")
     found = json.loads(file.read_text())
-    language = load_language(LanguageSettings(model=str(folder)), None, this_device())
+    language = load_language_model(LanguageSettings(model=str(folder)), None, this_device())
     wanted = text_loss(language.model, language.tokenizer, text.read_text(), PerplexityProtocol(32, 16))
     assert found["loss_nats_per_token"] == pytest.approx(wanted.loss)
     assert str(tmp_path) not in file.read_text()
@@ -267,7 +267,7 @@ def test_a_run_that_points_at_an_earlier_one_is_that_one(empty_store):
     TrackingStore().client.set_terminated(tracker.run_id, "FINISHED")
     for chosen in ((), ("all",), (tracker.run_id[:8],), (first, tracker.run_id)):
         assert [found.run_id for found in load_pretrainings(TrackingStore(), chosen)] == [first]
-    assert pretraining(load_pretrainings(TrackingStore()), reference_of()).files()
+    assert pretraining_report(load_pretrainings(TrackingStore()), reference_of()).files()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_what_a_model_wrote_is_shown_as_text(empty_store):
     run_id = run("mine")
     samples = [{"step": 400, "prompt": "<b>", "text": "<script>alert(1)</script> ![x](http://x/y.png) | *a*"}]
     (found,) = load_pretrainings(TrackingStore(), [run_id])
-    document = pretraining([replace(found, samples=samples)], reference_of())
+    document = pretraining_report([replace(found, samples=samples)], reference_of())
     page = document.page()
     assert "<script>" not in page
     assert "http://x/y.png&quot;" not in page

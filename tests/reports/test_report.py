@@ -14,8 +14,8 @@ from reports.ablation_text import design
 from reports.commands import report
 from reports.comparison import compare
 from reports.figures import front
-from reports.study_query import StudyData, Trial, begun, load_study
-from reports.verdict import JudgedMetric, headline, quoted
+from reports.study_query import StudyData, Trial, load_study, study_names
+from reports.verdict import JudgedMetric, headline, quote_name
 
 EFFECTS = {"2 layers": 0.0, "3 layers": -0.05, "odd | one": -0.001}
 
@@ -155,7 +155,7 @@ def test_bad_stores(empty_store: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"did you mean depth\?"):
         write("deptj", tmp_path)
     record("other")
-    assert begun(TrackingStore()) == ["depth", "other"]
+    assert study_names(TrackingStore()) == ["depth", "other"]
 
 
 def test_one_seed_is_no_verdict(empty_store: str, tmp_path: Path) -> None:
@@ -330,5 +330,5 @@ def test_costs_within_their_noise_and_curves_of_two_points_are_not_drawn(empty_s
 
 
 def test_names_of_several_words_are_quoted() -> None:
-    assert quoted("better than none") == "“better than none”"
-    assert quoted("2 layers") == "2 layers"
+    assert quote_name("better than none") == "“better than none”"
+    assert quote_name("2 layers") == "2 layers"

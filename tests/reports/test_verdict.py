@@ -5,7 +5,7 @@ import pytest
 
 from reports.comparison import compare
 from reports.paired_tests import Interval
-from reports.verdict import JudgedMetric, headline, listed, number, p_value, range_of, sentence
+from reports.verdict import JudgedMetric, format_number, format_p, format_verdict, headline, interval_text, join_names
 
 LOSS = JudgedMetric("test/loss", "nats/token", less=True, margin=0.02)
 
@@ -22,45 +22,48 @@ def study(**effects: float) -> dict[str, dict[int, float]]:
 
 def test_difference_in_words() -> None:
     three, one = compare(study(three=-0.05, one=0.08), "2 layers", 0.02)
-    said = sentence(three, "2 layers", LOSS)
+    said = format_verdict(three, "2 layers", LOSS)
     assert said.startswith("**three beat 2 layers by 0.0")
     assert "95 % interval 0.05" in said  # Of the size of the improvement: positive, as the number before it.
     assert said.endswith("p = 0.016 after Holm over 2 comparisons, 8 seeds).")
-    assert sentence(one, "2 layers", LOSS).startswith("**one did worse than 2 layers by 0.0")
+    assert format_verdict(one, "2 layers", LOSS).startswith("**one did worse than 2 layers by 0.0")
     more = JudgedMetric("test/exact_match", "of captions", less=False)
-    assert sentence(one, "2 layers", more).startswith("**one beat 2 layers by")
+    assert format_verdict(one, "2 layers", more).startswith("**one beat 2 layers by")
 
 
 def test_difference_too_small_to_matter_in_words() -> None:
     (little,) = compare(study(little=0.009), "2 layers", 0.02)
-    said = sentence(little, "2 layers", LOSS)
+    said = format_verdict(little, "2 layers", LOSS)
     assert said.startswith("**little did worse than 2 layers by 0.0")
     assert said.endswith("8 seeds; yet shown to lie within 0.02, too little to matter).")
 
 
 def test_equality_in_words() -> None:
     (same,) = compare(study(same=0.001), "2 layers", 0.02)
-    said = sentence(same, "2 layers", LOSS)
+    said = format_verdict(same, "2 layers", LOSS)
     assert said.startswith("**same equalled 2 layers within 0.02 nats/token** (difference ")
     assert "two one-sided tests, p = 0.004, 8 seeds" in said
 
 
 def test_too_few_seeds_in_words() -> None:
     few = {level: {n: v for n, v in values.items() if n < 3} for level, values in study(three=-0.05).items()}
-    said = sentence(compare(few, "2 layers")[0], "2 layers", LOSS)
+    said = format_verdict(compare(few, "2 layers")[0], "2 layers", LOSS)
     assert said.startswith("**No difference can be shown between three and 2 layers** with 3 seeds (")
     assert "the smallest p possible with 3 is 0.25; at the noise seen, 6 seeds would show 0.02 nats/token" in said
     assert "with power 0.8" in said
     (alone,) = compare({"2 layers": {0: 1.0}, "three": {0: 0.9}}, "2 layers")
-    assert "with 1 seed (" in sentence(alone, "2 layers", LOSS)
+    assert "with 1 seed (" in format_verdict(alone, "2 layers", LOSS)
     (none,) = compare({"2 layers": {0: 1.0}, "three": {}}, "2 layers")
-    assert sentence(none, "2 layers", LOSS) == "Nothing can be said of three: it has no seed in common with 2 layers."
+    assert (
+        format_verdict(none, "2 layers", LOSS)
+        == "Nothing can be said of three: it has no seed in common with 2 layers."
+    )
 
 
 def test_noise_in_words() -> None:
     rng = np.random.default_rng(1)
     noisy = {"a": dict(enumerate(rng.normal(0, 1, 8))), "b": dict(enumerate(rng.normal(0, 1, 8)))}
-    said = sentence(compare(noisy, "a", 0.02)[0], "a", LOSS)
+    said = format_verdict(compare(noisy, "a", 0.02)[0], "a", LOSS)
     assert "no number of seeds below 10,000 would show 0.02" in said
 
 
@@ -87,17 +90,17 @@ def test_headline() -> None:
     ],
 )
 def test_numbers(value: float, text: str) -> None:
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_p_values_and_intervals() -> None:
-    assert [p_value(p) for p in (0.0001, 0.0234, 0.25)] == ["p < 0.001", "p = 0.023", "p = 0.25"]
-    assert range_of(Interval(-0.03, -0.012), -1) == "95 % interval 0.012 to 0.03"
-    assert range_of(None) == "no interval: one seed"
+    assert [format_p(p) for p in (0.0001, 0.0234, 0.25)] == ["p < 0.001", "p = 0.023", "p = 0.25"]
+    assert interval_text(Interval(-0.03, -0.012), -1) == "95 % interval 0.012 to 0.03"
+    assert interval_text(None) == "no interval: one seed"
 
 
 def test_names_with_commas_are_told_apart():
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"]) == "a, b and c"
-    assert listed(["a, half", "b", "c"]) == "“a, half”, “b” and “c”"
-    assert listed(["a, half"]) == "a, half"
+    assert join_names(["a"]) == "a"
+    assert join_names(["a", "b", "c"]) == "a, b and c"
+    assert join_names(["a, half", "b", "c"]) == "“a, half”, “b” and “c”"
+    assert join_names(["a, half"]) == "a, half"

@@ -36,7 +36,7 @@ from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.serving import demo, pyfunc, serve
 from mmphi.serving.api import ServerConfig
-from mmphi.serving.page.layout import CSS, PageConfig, page_of, theme
+from mmphi.serving.page.layout import CSS, PageConfig, build_page, theme
 from mmphi.serving.page.model_pool import ModelPool
 from mmphi.serving.scheduler import Scheduler
 
@@ -133,7 +133,7 @@ def page(models: dict[str, Multimodal], beside: str = "", most: int = 8, **look:
     """The page of some models, served; yields its address."""
     desk = desk_of(models)
     names = [(f"model {name}", name) for name in models]
-    made = page_of(
+    made = build_page(
         desk, PageConfig(lambda: names, next(iter(models)), beside, sampling=SamplingParams(max_tokens=most), **look)
     )
     _, address, _ = made.queue().launch(
@@ -268,7 +268,7 @@ def all_ways(
         stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=WORDS, stream=True)
         found["http, streamed"] = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
-    with demo.started(demo.parser().parse_args([*common, "--port", str(free_port())])) as address:
+    with demo.serve_page(demo.parser().parse_args([*common, "--port", str(free_port())])) as address:
         visitor = Visitor(address)
         files = {"image": visitor.upload(image.name, image.read_bytes())}
         files["audio"] = visitor.upload(audio.name, audio.read_bytes())

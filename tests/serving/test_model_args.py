@@ -8,7 +8,7 @@ import pytest
 from mmphi.errors import SettingsError, StoreError
 from mmphi.serving.model_args import choices, chosen_model, model_options, newest
 from mmphi.tracking.run_writer import TrackingStore
-from mmphi.tracking.status_reader import ClientStatusReader, SqliteStatusReader, glance
+from mmphi.tracking.status_reader import ClientStatusReader, SqliteStatusReader, status_reader
 from mmphi.tracking.tags import FOR_STUDY, REQUESTED, STUDY
 
 
@@ -92,7 +92,7 @@ def test_both_ways_to_read_a_store_find_the_same(store: TrackingStore) -> None:
     for number, tags in enumerate(({}, {STUDY: "s"}, {STUDY: "s", REQUESTED: "true"}, {FOR_STUDY: "s"})):
         add(store, 10_000_000 + 1000 * number, **tags)
     add(store, 20_000_000, preset="photos")
-    by_client, by_tables = ClientStatusReader(), glance()
+    by_client, by_tables = ClientStatusReader(), status_reader()
     assert isinstance(by_tables, SqliteStatusReader)
     for preset in ("", "tiny", "photos", "none"):
         assert by_tables.models("projector", preset, 9) == by_client.models("projector", preset, 9)

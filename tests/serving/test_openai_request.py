@@ -13,7 +13,7 @@ from answerers import answerer, served
 from mmphi.serving import openai_request
 from mmphi.serving.api import ServerConfig
 from mmphi.serving.http_errors import APIError
-from mmphi.serving.openai_request import request_of
+from mmphi.serving.openai_request import parse_request
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -24,7 +24,7 @@ def given(**more: Any) -> bytes:
 
 def test_null_is_a_parameter_that_is_left_out() -> None:
     names = ["model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop", "n", "tools"]
-    assert request_of(given(**dict.fromkeys(names))).sampling(0.5) == request_of(given()).sampling(0.5)
+    assert parse_request(given(**dict.fromkeys(names))).sampling(0.5) == parse_request(given()).sampling(0.5)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_null_is_a_parameter_that_is_left_out() -> None:
     ],
 )
 def test_what_changes_no_answer_is_taken(more: dict[str, Any]) -> None:
-    request_of(given(**more))
+    parse_request(given(**more))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_changes_no_answer_is_taken(more: dict[str, Any]) -> None:
 )
 def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(APIError) as caught:
-        request_of(given(**{name: value}))
+        parse_request(given(**{name: value}))
     assert caught.value.status == 400
     assert caught.value.param == name
     assert len(caught.value.message) < 500
@@ -75,15 +75,15 @@ def test_what_is_not_supported_is_refused_by_name(name: str, value: Any) -> None
 
 def test_more_values_than_texts_have_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_request, "MAX_MARKS", 1000)
-    request_of(given(stop="," * 200))
+    parse_request(given(stop="," * 200))
     for body in (b'{"messages": [' + b"{}," * 600, b'{"messages": [' + b"[" * 1001, given(stop=["a"] * 1100)):
         with pytest.raises(APIError, match="too many values"):
-            request_of(body)
+            parse_request(body)
 
 
 def test_a_lone_surrogate_is_malformed() -> None:
     with pytest.raises(APIError, match="the request"):
-        request_of(b'{"messages": [{"role": "user", "content": "look \\ud83d here"}]}')
+        parse_request(b'{"messages": [{"role": "user", "content": "look \\ud83d here"}]}')
 
 
 @pytest.fixture(scope="module")

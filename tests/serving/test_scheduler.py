@@ -23,7 +23,7 @@ from mmphi.data.schema import ImageRef
 from mmphi.errors import AudioError
 from mmphi.generation.detokenizer import IncrementalDetokenizer
 from mmphi.generation.engine import Engine
-from mmphi.generation.messages import conversation
+from mmphi.generation.messages import parse_messages
 from mmphi.generation.sampling import SamplingParams
 from mmphi.models.multimodal import Multimodal
 from mmphi.serving import scheduler, serve
@@ -51,7 +51,7 @@ class Asked:
     def __init__(self, worker: Scheduler, tokens: int = 4, messages: Any = HELLO) -> None:
         self.pieces: list[str] = []
         self.ended = threading.Event()
-        self.ticket = QueuedRequest(conversation(messages), SamplingParams(max_tokens=tokens), self.tell)
+        self.ticket = QueuedRequest(parse_messages(messages), SamplingParams(max_tokens=tokens), self.tell)
         scheduler.submit(self.ticket)
 
     def tell(self, piece: str | None) -> None:
@@ -207,7 +207,7 @@ def test_a_client_whose_event_loop_is_closed_ends_nothing_else(model: Multimodal
     def closed(_: str | None) -> None:
         raise RuntimeError("Event loop is closed")
 
-    working.submit(QueuedRequest(conversation(HELLO), SamplingParams(max_tokens=4), closed))
+    working.submit(QueuedRequest(parse_messages(HELLO), SamplingParams(max_tokens=4), closed))
     assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
     wait_until(lambda: working.open == 0)
 
@@ -285,7 +285,7 @@ def test_a_signal_ends_the_process_within_ten_seconds(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(serve.threading, "Timer", Timer)
     handled: list[object] = []
-    serve.ending_soon(lambda *given: handled.append(given))(signal.SIGTERM, None)
+    serve.end_after_grace_period(lambda *given: handled.append(given))(signal.SIGTERM, None)
     assert handled == [(signal.SIGTERM, None)]
     assert timers == [(serve.END_S, os._exit, True)]
     assert serve.GRACE_S < serve.END_S < 10

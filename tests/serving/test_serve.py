@@ -25,7 +25,7 @@ from mmphi.generation.messages import MessageError
 from mmphi.models.multimodal import Multimodal
 from mmphi.serving import serve
 from mmphi.serving.api import ServerConfig
-from mmphi.serving.image_fetch import fetcher
+from mmphi.serving.image_fetch import image_fetcher
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_urls_are_fetched_only_where_they_may_be(
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
         threading.Thread(target=files.serve_forever, daemon=True).start()
         there = f"http://127.0.0.1:{files.server_port}"
-        fetch = fetcher([f"{there}/images/"])
+        fetch = image_fetcher([f"{there}/images/"])
         assert fetch(f"{there}/images/a.png") == picture("blue")
         refused = ["secret.png", "images/../secret.png", "images/%2e%2e/secret.png", "images/%252e%252e/secret.png"]
         refused += ["images/..%2fsecret.png", "images/..\\secret.png", "images/none.png", "images/a b.png", "images/%"]
@@ -289,10 +289,10 @@ def test_urls_are_fetched_only_where_they_may_be(
     monkeypatch.setattr("socket.getaddrinfo", lambda host, _: [(2, 1, 6, "", (names[host], 0))])
     for name in names:
         with pytest.raises(MessageError, match="network of this machine"):
-            fetcher([f"http://{name}/"])(f"http://{name}/a.png")
+            image_fetcher([f"http://{name}/"])(f"http://{name}/a.png")
     for prefix in ("https://example.org", "file:///", "/images/"):
         with pytest.raises(SettingsError):
-            fetcher([prefix])
+            image_fetcher([prefix])
 
 
 def test_others_may_ask_only_with_a_key(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

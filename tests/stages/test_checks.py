@@ -10,7 +10,7 @@ import small
 
 from mmphi.config import VisionSettings
 from mmphi.errors import MmphiError
-from mmphi.models.vision.vision_encoder import load_tower, tower_shape
+from mmphi.models.vision.vision_encoder import encoder_output_shape, load_vision_encoder
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.stages.light_clip import LightClipSettings, config_of
@@ -66,12 +66,12 @@ def test_shape_without_weights_is_the_towers(tmp_path: Path, changes: dict) -> N
     path = tmp_path / "shape-tiny-clip.json"
     path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
     settings = VisionSettings(model=str(path), pretrained="random", **changes)
-    tower = load_tower(settings)
-    assert tower_shape(settings) == (tower.tokens, tower.width)
+    tower = load_vision_encoder(settings)
+    assert encoder_output_shape(settings) == (tower.tokens, tower.width)
 
 
 def test_shape_of_large_towers_takes_no_weights() -> None:
-    assert tower_shape(VisionSettings(model="ViT-L-14-336", pretrained="openai")) == (576, 1024)
-    assert tower_shape(VisionSettings(model="ViT-L-14-336", pretrained="openai", pool=2)) == (144, 1024)
+    assert encoder_output_shape(VisionSettings(model="ViT-L-14-336", pretrained="openai")) == (576, 1024)
+    assert encoder_output_shape(VisionSettings(model="ViT-L-14-336", pretrained="openai", pool=2)) == (144, 1024)
     lite = LightClipSettings(image_tower="tf_efficientnet_lite0", image_size=224)
-    assert tower_shape(VisionSettings(layer=-1), config_of(lite)) == (49, 1280)
+    assert encoder_output_shape(VisionSettings(layer=-1), config_of(lite)) == (49, 1280)

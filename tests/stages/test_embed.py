@@ -11,7 +11,7 @@ from PIL import Image
 from mmphi.config import DataSettings, SourceSettings, VisionSettings
 from mmphi.data.features import FeatureStore, LiveFeatures
 from mmphi.data.schema import ImageRef
-from mmphi.models.vision.vision_encoder import load_tower
+from mmphi.models.vision.vision_encoder import load_vision_encoder
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.stages import STAGES, Settings
@@ -111,7 +111,7 @@ def test_views_of_training_images_are_stored_beside_them_and_live_ones_are_the_s
     assert result.metrics["embed/computed"] == 2 * 6  # Those kept apart are seen as they are.
     assert embed(2).run_id == result.run_id
     store = FeatureStore(result.path)
-    live = LiveFeatures(load_tower(vision, torch.device("cpu")))
+    live = LiveFeatures(load_vision_encoder(vision, torch.device("cpu")))
     seen = 0
     for path in sorted((tmp_path / "one").glob("*.png")):
         images = [ImageRef(path.name, path, view) for view in range(3)]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from mmphi.errors import ModelError
-from mmphi.models.export.llava_check import QUESTIONS, difference, pictures, said
+from mmphi.models.export.llava_check import QUESTIONS, check_pictures, compare_outputs, expected_outputs
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
 from mmphi.stages.export import plain_model
@@ -38,10 +38,10 @@ def test_what_the_pipeline_exports_loads_in_transformers_and_is_the_adapters_mod
     result = pipeline.build("export", small.settings(**LLAVA))
     assert 0 <= result.metrics["export/logit_difference"] < 1e-4
     adapter = pipeline.result("qlora", small.settings(**LLAVA)).path
-    model, images = plain_model(adapter), pictures()
+    model, images = plain_model(adapter), check_pictures()
     loaded = LlavaForConditionalGeneration.from_pretrained(result.path, dtype="bfloat16").eval()
     processor = AutoProcessor.from_pretrained(result.path, use_fast=False)
-    found = difference(loaded, processor, said(model, images, QUESTIONS), images, QUESTIONS)
+    found = compare_outputs(loaded, processor, expected_outputs(model, images, QUESTIONS), images, QUESTIONS)
     assert found.tokens == 0
     assert found.logits == pytest.approx(result.metrics["export/logit_difference_bf16"], rel=0.05)
     card = (result.path / "README.md").read_text()

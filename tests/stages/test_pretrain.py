@@ -8,7 +8,7 @@ from builders import context
 
 from mmphi.config import LanguageSettings
 from mmphi.config.pretrain import PretrainSettings
-from mmphi.models.language.language_model import load_language
+from mmphi.models.language.language_model import load_language_model
 from mmphi.pipeline.stage import Result
 from mmphi.stages import Settings, pretrain, scenes
 from mmphi.stages.pretrain_scenes import scene_samples
@@ -30,10 +30,10 @@ def test_scenes_as_words(tmp_path, drawn, recorder):
     settings = Settings(pretrain=PretrainSettings(**SMALL))
     metrics = pretrain.run(context(pretrain.STAGE, tmp_path, settings, upstream={"scenes": drawn}, tracker=recorder))
     assert metrics["val/answer_loss"] < recorder.series("train/loss")[1]
-    found = load_language(LanguageSettings(), tmp_path, torch.device("cpu"))
+    found = load_language_model(LanguageSettings(), tmp_path, torch.device("cpu"))
     assert found.model.config.num_hidden_layers == 2
     assert len(found.tokenizer) <= 320
-    again = load_language(LanguageSettings(model=str(tmp_path / "language")), None, torch.device("cpu"))
+    again = load_language_model(LanguageSettings(model=str(tmp_path / "language")), None, torch.device("cpu"))
     ids = torch.arange(30)[None]
     assert torch.equal(found.model(ids).logits, again.model(ids).logits)
 
@@ -58,7 +58,7 @@ def test_a_model_begins_as_it_is_asked_to(tmp_path, drawn):
     shape = {"initializer_range": 0.1, "partial_rotary_factor": 1.0}
     chosen = PretrainSettings(**{**SMALL, "steps": 1, "learning_rate": 1e-9, **shape})
     pretrain.run(context(pretrain.STAGE, tmp_path, Settings(pretrain=chosen), upstream={"scenes": drawn}))
-    model = load_language(LanguageSettings(), tmp_path, torch.device("cpu")).model
+    model = load_language_model(LanguageSettings(), tmp_path, torch.device("cpu")).model
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.1, rel=0.05)
     assert model.config.rope_parameters["partial_rotary_factor"] == 1.0
     usual = shape_of(PretrainSettings(**SMALL), 100, 0)

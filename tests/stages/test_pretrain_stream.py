@@ -14,7 +14,7 @@ from mmphi.stages.pretrain import STAGE
 from mmphi.stages.pretrain_stream import GeneratedStream, advice
 from mmphi.textgen.corpus_store import stored
 from mmphi.textgen.shard_queue import ShardQueue
-from mmphi.textgen.shards import Document, ShardName, packed
+from mmphi.textgen.shards import Document, ShardName, encode_shard
 from mmphi.training import streaming_dataset
 
 SMALL = {
@@ -62,10 +62,10 @@ def document(number):
 @pytest.fixture
 def spool(tmp_path, monkeypatch):
     """A spool of forty shards, and nobody who writes more."""
-    monkeypatch.setattr("mmphi.stages.pretrain_stream.Fleet", Nobody)
+    monkeypatch.setattr("mmphi.stages.pretrain_stream.GeneratorPool", Nobody)
     made = ShardQueue(str(tmp_path / "spool"), say=lambda _: None)
     for number in range(40):
-        made.put(ShardName("here-0-1", number), packed([document(4 * number + i) for i in range(4)]))
+        made.put(ShardName("here-0-1", number), encode_shard([document(4 * number + i) for i in range(4)]))
     return made
 
 
@@ -129,7 +129,7 @@ def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_pat
 @pytest.mark.parametrize("moment", ["before a checkpoint is noted", "two checkpoints kept"])
 def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monkeypatch, moment):
     """Killed in the middle, too; what is kept apart for validation is not in the store."""
-    monkeypatch.setattr("mmphi.stages.pretrain_stream.Fleet", Nobody)
+    monkeypatch.setattr("mmphi.stages.pretrain_stream.GeneratorPool", Nobody)
     draw = random.Random(3)  # Words of letters: near copies are looked for with all numbers alike.
     words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(900)]
     texts = [" ".join(["the", *(draw.choice(words) for _ in range(20)), "and of it."]) for _ in range(160)]
@@ -138,7 +138,7 @@ def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monke
     for shard in range(40):
         some = [document(4 * shard + i) for i in range(4)]
         some = [replace(each, text=texts[4 * shard + i]) for i, each in enumerate(some)]
-        spool.put(ShardName("here-0-1", shard), packed(some))
+        spool.put(ShardName("here-0-1", shard), encode_shard(some))
     monkeypatch.setattr("mmphi.textgen.quality.Quality.__call__", lambda *_: "")
 
     class Kill(Recorder):

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PhiForCausalLM
 from workers import spawn
 
 from mmphi.config import LanguageSettings
-from mmphi.models.language.language_model import load_language
-from mmphi.models.patches.module_patches import as_published
+from mmphi.models.language.language_model import load_language_model
+from mmphi.models.patches.module_patches import remove_patches
 from mmphi.pipeline.stage import Result
 from mmphi.stages import pretrain_texts
 
@@ -60,10 +60,10 @@ def test_result_is_a_phi_of_hugging_face(straight):
     model = PhiForCausalLM.from_pretrained(straight / "language")
     tokenizer = AutoTokenizer.from_pretrained(straight / "language")
     ids = tokenizer("one two three", return_tensors="pt")["input_ids"]
-    found = load_language(LanguageSettings(), straight, torch.device("cpu"))
+    found = load_language_model(LanguageSettings(), straight, torch.device("cpu"))
     published = model.eval()(ids).logits
     assert torch.allclose(published, found.model(ids).logits, atol=1e-5)  # One GELU rounds otherwise than eight steps.
-    assert torch.equal(published, as_published(found.model)(ids).logits)
+    assert torch.equal(published, remove_patches(found.model)(ids).logits)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -177,7 +177,7 @@ def test_public_text_is_scored_by_the_protocol(tmp_path, read, straight):
     public = tmp_path / "public.txt"
     public.write_text("two three four five " * 100)
     figures = texts.pretrained(tmp_path / "run", read, texts.settings("text.txt", public_text=str(public)))
-    language = load_language(LanguageSettings(), tmp_path / "run", torch.device("cpu"))
+    language = load_language_model(LanguageSettings(), tmp_path / "run", torch.device("cpu"))
     wanted = text_loss(language.model, language.tokenizer, public.read_text(), PerplexityProtocol(32, 32))
     assert figures["public/loss"] == pytest.approx(wanted.loss, abs=1e-5)
     assert figures["public/bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-3)

@@ -22,8 +22,8 @@ from mmphi.config.qlora import QloraSettings
 from mmphi.data.phrasing import DESCRIBE
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, SettingsError, TrainingError
-from mmphi.models.checkpoint import load_bundle
-from mmphi.models.language.adapter import AdapterConfig, adapted, adapter_parameters, merged
+from mmphi.models.checkpoint import load_checkpoint
+from mmphi.models.language.adapter import AdapterConfig, adapter_parameters, add_adapter, merge_adapter
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.pipeline.build import Pipeline
@@ -74,7 +74,7 @@ def test_it_trains_what_it_should_and_tells(pipeline, result):
 
 def test_loaded_anew_it_answers_the_same(pipeline, result):
     """In this process twice, and by PEFT alone."""
-    loaded = load_bundle(result.path)
+    loaded = load_checkpoint(result.path)
     assert loaded.vision is not None
     assert loaded.vision.question == DESCRIBE  # As the projector's model has it.
     held = loaded.losses([example for example in examples(pipeline) if example.split == "test"])
@@ -83,10 +83,10 @@ def test_loaded_anew_it_answers_the_same(pipeline, result):
     ) == pytest.approx(held, rel=1e-5)
     from peft import PeftModel
 
-    from mmphi.models.language.language_model import _quantization, keep_exact
+    from mmphi.models.language.language_model import _quantization, disable_bnb_repacking
 
     config = _quantization("4bit", torch.device("cpu"))
-    base = keep_exact(PhiForCausalLM.from_pretrained(result.path / "language", quantization_config=config))
+    base = disable_bnb_repacking(PhiForCausalLM.from_pretrained(result.path / "language", quantization_config=config))
     theirs = PeftModel.from_pretrained(base, str(result.path / "adapter")).eval()
     ids = torch.arange(5, 25)[None]
     assert torch.allclose(theirs(ids).logits, loaded.language.model(ids).logits, atol=1e-5)
@@ -95,7 +95,7 @@ def test_loaded_anew_it_answers_the_same(pipeline, result):
 def test_a_checkpoint_is_measured_and_the_adapter_in_use_stays(pipeline, result):
     """The last checkpoint is the result, and others in this process keep the adapter that they have."""
     held = [example for example in examples(pipeline) if example.split == "test"]
-    shared = load_bundle(result.path, once=pipeline.resources.once)
+    shared = load_checkpoint(result.path, once=pipeline.resources.once)
     before = shared.losses(held)
     final = pipeline.build("evaluate", small.settings(evaluate__stage="qlora"))
     last = pipeline.build("evaluate", small.settings(evaluate__stage="qlora", evaluate__checkpoint="6"))
@@ -103,7 +103,7 @@ def test_a_checkpoint_is_measured_and_the_adapter_in_use_stays(pipeline, result)
     assert last.metrics["test/loss"] == pytest.approx(final.metrics["test/loss"], rel=1e-5)
     (checkpoint,) = result.path.glob("checkpoint-6")
     weights = load_file(checkpoint / "trained.safetensors")
-    model = load_bundle(result.path)
+    model = load_checkpoint(result.path)
     save_file({name: tensor + 1 for name, tensor in weights.items()}, checkpoint.parent / "trained.safetensors")
     load_weights(model.packed, checkpoint.parent)
     (checkpoint.parent / "trained.safetensors").unlink()
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_measured_and_the_adapter_in_use_stays(pipeline, result)
 @pytest.mark.slow
 def test_it_answers_the_same_in_another_process(pipeline, result):
     asked = questions(pipeline)
-    answers = [answer.text for answer in load_bundle(result.path).generate(asked, 6)]
+    answers = [answer.text for answer in load_checkpoint(result.path).generate(asked, 6)]
     code = (
         "import json, sys, torch, mmphi\n"
         "from pathlib import Path\n"
@@ -203,18 +203,18 @@ def test_a_damaged_or_foreign_adapter_is_refused(pipeline, result, tmp_path):
     tensors = adapter(result.path)
     save_file({name: torch.full_like(t, torch.nan) for name, t in tensors.items()}, file)
     with pytest.raises(ModelError, match="not the one that was saved"):
-        load_bundle(tmp_path / "other")
-    from mmphi.models.language.adapter import with_saved
+        load_checkpoint(tmp_path / "other")
+    from mmphi.models.language.adapter import load_adapter
 
-    language = load_bundle(pipeline.result("projector", small.settings()).path).language
+    language = load_checkpoint(pipeline.result("projector", small.settings()).path).language
     with pytest.raises(ModelError, match="not finite"):
-        with_saved(language, tmp_path / "other" / "adapter")
+        load_adapter(language, tmp_path / "other" / "adapter")
     save_file({name: t[:, :-1].contiguous() if t.ndim == 2 else t for name, t in tensors.items()}, file)
     with pytest.raises(ModelError, match="does not fit"):
-        with_saved(language, tmp_path / "other" / "adapter")
+        load_adapter(language, tmp_path / "other" / "adapter")
     other = pipeline.build("pretrain", small.settings(pretrain__seed="5"))
     with pytest.raises(ModelError, match="not the language model that"):
-        load_bundle(result.path, language=str(other.path / "language"))
+        load_checkpoint(result.path, language=str(other.path / "language"))
 
 
 def test_a_projector_of_another_width_is_refused(pipeline, tmp_path):
@@ -273,11 +273,11 @@ def test_merged_is_adapter_on_the_dequantised_base(pipeline, result, precision):
     ids = torch.arange(5, 25)[None]
     alone = PhiForCausalLM.from_pretrained(found.path / "language", dtype=torch.float32)
     assert not any(hasattr(m, "quant_state") for m in alone.modules())
-    whole = load_bundle(result.path).language.model
+    whole = load_checkpoint(result.path).language.model
     assert torch.allclose(alone(ids).logits, whole(ids).logits, atol=1e-4 if precision == "fp32" else 0.05)
     test = [example for example in examples(pipeline) if example.split == "test"]
     nats, tokens = mmphi.load(found.path, precision="fp32").losses(test)
-    wanted, _ = load_bundle(result.path).losses(test)
+    wanted, _ = load_checkpoint(result.path).losses(test)
     assert nats / tokens == pytest.approx(wanted / tokens, abs=tolerance)
     if precision == "fp32":
         evaluated = pipeline.build("evaluate", small.settings(evaluate__stage="merge", merge__precision=precision))
@@ -299,14 +299,14 @@ def test_every_kind_of_adapter_merges(pipeline, how, base):
             pipeline.build("qlora", small.settings(qlora__dora="true", qlora__base="8bit"))
         return
     folder = pipeline.result("projector", small.settings()).path
-    language = load_bundle(folder, precision=base).language
-    language = adapted(language, AdapterConfig(rank=4, alpha=8, **how))
+    language = load_checkpoint(folder, precision=base).language
+    language = add_adapter(language, AdapterConfig(rank=4, alpha=8, **how))
     for parameter in adapter_parameters(language).values():
         torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim == 2 else parameter.data.mul_(1.1)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         wanted = language.model(ids).logits
-        found = merged(language, torch.float32).model(ids).logits
+        found = merge_adapter(language, torch.float32).model(ids).logits
     # In 8 bit the layer rounds its inputs too, which the merged one does not.
     assert torch.allclose(found, wanted, atol=0.3 if base == "8bit" else 1e-4)
 

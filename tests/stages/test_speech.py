@@ -69,7 +69,7 @@ def all_of_it() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (transcriber, transcription):
-            patch.setattr(module, "speech", lambda each, **_: [SpeechInterval(0, each.seconds)])
+            patch.setattr(module, "detect_speech", lambda each, **_: [SpeechInterval(0, each.seconds)])
         patch.setattr(CachedTranscriber, "transcripts", transcripts)
         yield
 

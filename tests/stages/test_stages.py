@@ -23,9 +23,9 @@ from mmphi.config import LanguageSettings
 from mmphi.data.phrasing import DESCRIBE
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, SettingsError
-from mmphi.models.checkpoint import load_bundle
+from mmphi.models.checkpoint import load_checkpoint
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.patches.module_patches import as_given
+from mmphi.models.patches.module_patches import cast_output_to_input_dtype
 from mmphi.pipeline.build import Pipeline
 from mmphi.tracking.run_writer import TrackingStore
 
@@ -205,7 +205,7 @@ def test_two_projectors_share_one_language_model(pipeline: Pipeline) -> None:
     hooks = [
         hook for module in modules for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     ]
-    assert set(hooks) <= {as_given}  # As it was loaded.
+    assert set(hooks) <= {cast_output_to_input_dtype}  # As it was loaded.
     assert not one.language.model.training
     assert "forward" not in vars(one.language.model)
 
@@ -243,7 +243,7 @@ def test_model_answers_alone(pipeline: Pipeline, tmp_path: Path) -> None:
     scenes = pipeline.build("scenes", small.settings())
     originals = sorted((scenes.path / "images" / "test").glob("*.png"))[:4]
     images = [str(shutil.copy(original, tmp_path)) for original in originals]
-    model = load_bundle(result.path)
+    model = load_checkpoint(result.path)
     expected = [model.generate([(ImageRef("x", Path(i)), "")], max_new_tokens=12)[0].text for i in images]
     moved = tmp_path / "alone"
     moved.mkdir()

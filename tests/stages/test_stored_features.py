@@ -14,14 +14,14 @@ from mmphi.data.feature_writer import FeatureWriter
 from mmphi.data.features import FeatureStore, LiveFeatures
 from mmphi.data.schema import ImageRef
 from mmphi.errors import DataError, StoreError
-from mmphi.models.vision.vision_encoder import load_tower
+from mmphi.models.vision.vision_encoder import load_vision_encoder
 from mmphi.pipeline.stage import Context, Result
 from mmphi.stages import Settings, embed
 from mmphi.stages.embed import EmbedSettings
 
 
 def live_features(own: str, weights: str) -> LiveFeatures:
-    return LiveFeatures(load_tower(VisionSettings(model=own, pretrained=weights)))
+    return LiveFeatures(load_vision_encoder(VisionSettings(model=own, pretrained=weights)))
 
 
 def photos(folder: Path, count: int = 12) -> list[ImageRef]:

@@ -101,11 +101,11 @@ def test_interrupted_it_hears_only_what_was_not_heard(empty_store: str, tmp_path
 
 
 def test_a_line_that_was_cut_off_is_heard_again(tmp_path: Path) -> None:
-    from mmphi.stages.transcribe import kept
+    from mmphi.stages.transcribe import finished_rows
 
     lines = tmp_path / "transcripts.jsonl"
     lines.write_text('{"audio": "a", "text": "x"}\n{"audio": "b", "te')
-    assert set(kept(lines)) == {"a"}
+    assert set(finished_rows(lines)) == {"a"}
     assert lines.read_text() == '{"audio": "a", "text": "x"}\n'
 
 

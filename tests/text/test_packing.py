@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mmphi.errors import ModelError
 from mmphi.models.packed_vlm import PackedVLM, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.text.packing import DOUBLE, least_work, pack, packs, partition
+from mmphi.text.packing import DOUBLE, cheapest_rows, pack, packs, partition
 from mmphi.training.packed_dataset import PackedStepDataset
 
 SOURCES = {"image": RandomFeatures()}
@@ -53,7 +53,7 @@ def test_no_number_of_rows_is_less_work(seed):
     draw = np.random.default_rng(seed)
     lengths = draw.integers(1, (20, 200, 2000)[seed % 3], size=1 + seed * 3).tolist()
     for width in (64, 1024):
-        rows = least_work(lengths, width)
+        rows = cheapest_rows(lengths, width)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         others = [work_of(lengths, partition(lengths, count), width) for count in range(1, len(lengths) + 1)]
         assert work_of(lengths, rows, width) == min(others)
@@ -63,7 +63,7 @@ def test_a_narrow_model_has_shorter_rows():
     """More of its work is attention, which costs the square of a row."""
     draw = np.random.default_rng(0)
     lengths = draw.integers(26, 56, size=40).tolist()
-    narrow, wide = (len(least_work(lengths, width)) for width in (64, 2048))
+    narrow, wide = (len(cheapest_rows(lengths, width)) for width in (64, 2048))
     assert narrow >= 2 * wide
 
 
@@ -73,7 +73,7 @@ def test_little_is_padding_at_llavas_lengths():
     waste = []
     for _ in range(20):
         lengths = (576 + np.clip(draw.lognormal(5.0, 0.7, size=16), 30, 500).astype(int)).tolist()
-        rows = least_work(lengths)
+        rows = cheapest_rows(lengths)
         width = max(sum(lengths[i] for i in row) for row in rows)
         waste.append(1 - sum(lengths) / (len(rows) * width))
     assert np.mean(waste) < 0.1

@@ -11,7 +11,7 @@ from builders import RandomFeatures, encode, example, tiny_language
 from mmphi.models.packed_vlm import PackedVLM, block_causal_mask
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, PackedBatch, pack, packs
-from mmphi.text.shared_prefix import bundled
+from mmphi.text.shared_prefix import group_by_shared_prefix
 from mmphi.text.tokenized_example import TokenizedExample
 from mmphi.training.packed_dataset import PackedStepDataset
 
@@ -50,12 +50,12 @@ def learned(rows: list[PackedBatch]) -> tuple[float, list[torch.Tensor]]:
 
 def test_neighbours_that_see_the_same_are_bundled() -> None:
     given = [*samples(), text("one"), text("two")]
-    bundles = bundled(given)
+    bundles = group_by_shared_prefix(given)
     assert [b.members for b in bundles] == [(0, 1, 2), (3,), (4,), (5,), (6,), (7,)]  # Texts see nothing to share.
     assert bundles[0].alike == 5  # The first token and four of the image: one of the three goes on with a question.
-    assert bundled(given[:2])[0].alike == int(given[0].supervised.argmax())
+    assert group_by_shared_prefix(given[:2])[0].alike == int(given[0].supervised.argmax())
     assert bundles[0].length(given) == 5 + sum(len(s) - 5 for s in given[:3])
-    assert [b.members for b in bundled(given, share=False)] == [(i,) for i in range(8)]
+    assert [b.members for b in group_by_shared_prefix(given, share=False)] == [(i,) for i in range(8)]
 
 
 @pytest.mark.parametrize("layout", ["rows", "line", "alone"])
@@ -103,7 +103,13 @@ def test_steps_keep_what_is_about_an_image_together() -> None:
     seen = [sample for step in range(10) for sample in steps.step(step)]  # Twice all 30.
     count = Counter((s.spans[0].reference.view, s.spans[0].reference.id, s.input_ids.tobytes()) for s in seen)
     assert len(count) == 60  # Each once as it is and once as another view.
-    assert [len(b.members) for b in bundled(steps.step(0))] in ([3, 3], [3, 2, 1], [2, 3, 1], [2, 2, 2], [3, 1, 2])
+    assert [len(b.members) for b in group_by_shared_prefix(steps.step(0))] in (
+        [3, 3],
+        [3, 2, 1],
+        [2, 3, 1],
+        [2, 2, 2],
+        [3, 1, 2],
+    )
     orders = [[s.spans[0].reference.id for s in steps.step(step)] for step in (0, 5, 10)]
     assert orders[0] != orders[1] != orders[2]
     alone = PackedStepDataset(given, SOURCES, steps=30, batch_size=6, packs_per_step=1, seed=3, views=2)

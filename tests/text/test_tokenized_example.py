@@ -101,7 +101,7 @@ def test_embeddings_are_the_projected_features_in_their_places(model: Multimodal
 def test_two_kinds_of_features_have_places_of_their_own() -> None:
     """What audio will need: another kind of span, another width, another length, one mechanism."""
     from mmphi.text.pieces import PromptPart
-    from mmphi.text.tokenized_example import SpanContent, join
+    from mmphi.text.tokenized_example import SpanContent, join_spans
 
     class Sounds:
         width = 5
@@ -124,7 +124,7 @@ def test_two_kinds_of_features_have_places_of_their_own() -> None:
         PromptPart((3, 4), True),
     ]
     inputs = [*image_inputs(TWO[:1], of_length()), SpanContent("audio", "abc", 3), SpanContent("audio", "z", 1)]
-    sample = join(parts, inputs)
+    sample = join_spans(parts, inputs)
     assert [(s.kind, s.start, s.length) for s in sample.spans] == [("audio", 1, 3), ("image", 5, 4), ("audio", 9, 1)]
     image, audio = Projector(ProjectorConfig(12, 32)), Projector(ProjectorConfig(5, 32, layers=1))
     model = PackedVLM(language.model, image=image, audio=audio)

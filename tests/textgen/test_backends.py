@@ -6,8 +6,8 @@ from builders import byte_tokenizer, tiny_language
 
 from mmphi.errors import SettingsError
 from mmphi.textgen import backends
-from mmphi.textgen.backends import SamplingConfig, SamplingRequest, chosen_backend, sampler
-from mmphi.textgen.slot_sampler import drawn
+from mmphi.textgen.backends import SamplingConfig, SamplingRequest, choose_backend, make_sampler
+from mmphi.textgen.slot_sampler import sample_tokens
 
 END = 256
 BACKENDS = (pytest.param("transformers", marks=pytest.mark.slow), "slots")
@@ -29,7 +29,7 @@ def wanted(count, longest=20, ends=(END,)):
 def written(backend, model, asked, draw=None, batch=4):
     asked = list(asked)
     torch.manual_seed(3)
-    made = list(sampler(backend, model, draw or SamplingConfig(), batch, 64)(iter(asked)))
+    made = list(make_sampler(backend, model, draw or SamplingConfig(), batch, 64)(iter(asked)))
     assert sorted(each.id for each in made) == sorted(each.id for each in asked)
     return {each.id: each for each in made}, asked
 
@@ -101,7 +101,7 @@ def test_tokens_are_drawn_as_the_logits_have_them_however_rare():
     logits = torch.randn(50_000) * 3
     logits[:100] = -torch.inf
     count = 5_000
-    parts = [drawn(logits.expand(500, -1)) for _ in range(count // 500)]
+    parts = [sample_tokens(logits.expand(500, -1)) for _ in range(count // 500)]
     tokens, logprobs = (torch.cat(each) for each in zip(*parts, strict=True))
     odds = logits.double().softmax(-1)
     torch.testing.assert_close(logprobs, odds.log()[tokens].float(), rtol=1e-5, atol=1e-5)
@@ -116,7 +116,7 @@ def test_tokens_are_drawn_as_the_logits_have_them_however_rare():
 def test_of_one_token_that_is_possible_it_is_drawn():
     logits = torch.full((3, 7), -torch.inf)
     logits[0, 0] = logits[1, 3] = logits[2, 6] = -40.0
-    tokens, logprobs = drawn(logits)
+    tokens, logprobs = sample_tokens(logits)
     assert tokens.tolist() == [0, 3, 6]
     assert logprobs.tolist() == [0, 0, 0]
 
@@ -146,7 +146,7 @@ def test_whoever_is_done_leaves_his_place_to_the_next(model):
 def test_what_draws_is_chosen_and_told(monkeypatch, there, gpu, asked, expected):
     monkeypatch.setattr(backends, "find_spec", lambda _: object() if there else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    backend, why = chosen_backend(asked)
+    backend, why = choose_backend(asked)
     assert backend == expected
     assert why
 
@@ -154,7 +154,7 @@ def test_what_draws_is_chosen_and_told(monkeypatch, there, gpu, asked, expected)
 def test_vllm_where_it_is_not_is_refused(monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda _: None)
     with pytest.raises(SettingsError, match="not installed"):
-        chosen_backend("vllm")
+        choose_backend("vllm")
 
 
 def test_the_tokenizers_end_is_what_the_tests_call_so():

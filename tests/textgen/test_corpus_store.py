@@ -14,7 +14,7 @@ from mmphi.textgen.corpus_store import CorpusManifest, CorpusStore, floors, stor
 from mmphi.textgen.prompts import Prompts
 from mmphi.textgen.quality import Quality
 from mmphi.textgen.shards import Document
-from mmphi.textgen.stop_criteria import CorpusStopCriteria, parse_enough
+from mmphi.textgen.stop_criteria import CorpusStopCriteria, parse_corpus_stop
 
 WORDS = """
 river mountain letter window garden winter teacher kitchen station morning evening doctor village street
@@ -185,14 +185,14 @@ def test_the_generators_loss_is_told_by_kind_and_only_where_it_is_one(tmp_path):
     ],
 )
 def test_when_it_is_enough_can_be_said(text, expected):
-    assert parse_enough(text) == expected
+    assert parse_corpus_stop(text) == expected
     assert not expected.reached(CorpusManifest(), 0.0)
 
 
 @pytest.mark.parametrize("text", ["", "much", "tokens", "tokens 0", "documents -3", "1..5 m"])
 def test_what_cannot_be_read_is_refused(text):
     with pytest.raises(SettingsError, match=r"textgen\.stop"):
-        parse_enough(text)
+        parse_corpus_stop(text)
 
 
 def test_nothing_worth_keeping_is_an_error_that_says_why(tmp_path):

@@ -11,7 +11,7 @@ from builders import byte_tokenizer, tiny_language
 from mmphi.config import LanguageSettings
 from mmphi.config.textgen import TextgenSettings
 from mmphi.errors import ModelError, SettingsError
-from mmphi.models.language.language_model import load_language
+from mmphi.models.language.language_model import load_language_model
 from mmphi.textgen.generator import PromptStream
 from mmphi.textgen.generator_pool import HOPELESS, GeneratorPool
 from mmphi.textgen.shard_queue import ShardQueue
@@ -66,7 +66,7 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
     assert {bool(document.prompt) for document in documents} == {True, False}
     assert {document.ended for document in documents} <= {True, False}
     assert all(document.generator == writer and document.digest.startswith("sha256:") for document in documents)
-    language = load_language(LanguageSettings(model=writer), None, torch.device("cpu"))
+    language = load_language_model(LanguageSettings(model=writer), None, torch.device("cpu"))
     wants = PromptStream(settings, "any", language)
     for document in documents[:10]:
         known = language.prompt.parts([(document.prompt, None)])

@@ -9,7 +9,7 @@ import pytest
 from mmphi.errors import DataError, StoreError
 from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shard_reader import ShardReader
-from mmphi.textgen.shards import Document, ShardName, packed, unpacked
+from mmphi.textgen.shards import Document, ShardName, decode_shard, encode_shard
 
 
 def document(number, stream="here-0-1", text="some words", logprob=-12.5):
@@ -18,7 +18,7 @@ def document(number, stream="here-0-1", text="some words", logprob=-12.5):
 
 def shard(number, stream="here-0-1", documents=3):
     first = number * documents
-    return ShardName(stream, number), packed([document(first + i, stream) for i in range(documents)])
+    return ShardName(stream, number), encode_shard([document(first + i, stream) for i in range(documents)])
 
 
 def quiet(_):
@@ -33,8 +33,8 @@ def spool(tmp_path):
 def test_a_shard_gives_back_what_was_packed():
     ends = "".join(map(chr, (10, 11, 12, 13, 28, 29, 30, 133, 0x2028, 0x2029)))  # What Python ends a line at.
     documents = [document(0, text=f"zwölf Boxkämpfer\n  jagen {ends}"), document(1, logprob=None)]
-    assert unpacked(packed(documents), "it") == documents
-    assert packed(documents) == packed(documents)
+    assert decode_shard(encode_shard(documents), "it") == documents
+    assert encode_shard(documents) == encode_shard(documents)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_a_shard_gives_back_what_was_packed():
 )
 def test_a_shard_that_was_cut_or_changed_is_refused(hurt):
     with pytest.raises(DataError, match="it is"):
-        unpacked(hurt(packed([document(i) for i in range(50)])), "it")
+        decode_shard(hurt(encode_shard([document(i) for i in range(50)])), "it")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.zst", "here-0-000001.jsonl.zst", "here-0-1-000001.jsonl.zst.part", ".tmp"])
@@ -173,7 +173,7 @@ def test_what_was_taken_makes_room_for_others(tmp_path):
         assert not spool.put(*shard(number + 1))
         assert reader.take(ShardName("here-0-1", number))
     assert [held.name.number for held in spool.taken()] == [0, 1, 2, 3]
-    assert spool.read(ShardName("here-0-1", 2)) == unpacked(shard(2)[1], "it")
+    assert spool.read(ShardName("here-0-1", 2)) == decode_shard(shard(2)[1], "it")
 
 
 def test_a_broken_shard_is_set_aside_named_and_counted(spool, tmp_path):

@@ -14,7 +14,7 @@ from mmphi.stages import Settings, textgen
 from mmphi.textgen import generator_pool
 from mmphi.textgen.corpus_store import CorpusManifest
 from mmphi.textgen.shard_queue import ShardQueue
-from mmphi.textgen.shards import Document, ShardName, packed
+from mmphi.textgen.shards import Document, ShardName, encode_shard
 
 OF_A_SHARD = 3
 
@@ -62,7 +62,7 @@ def test_it_ends_with_the_shard_that_is_enough(tmp_path: Path, stop: str, kept: 
             Document(f"here-0-1/{number}/{i}", "some words", "", 7, "writer", "sha256:1", None, 5, True)
             for i in range(OF_A_SHARD)
         ]
-        assert spool.put(ShardName("here-0-1", number), packed(documents))
+        assert spool.put(ShardName("here-0-1", number), encode_shard(documents))
     chosen = {"model": "x", "spool": str(tmp_path / "spool"), "stop": f"{stop}, time 3s"}
     settings = Settings(textgen=TextgenSettings(**chosen))
     store: Any = Kept()

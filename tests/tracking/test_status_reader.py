@@ -9,7 +9,7 @@ import toys
 
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import load_settings
-from mmphi.tracking.status_reader import ClientStatusReader, SqliteStatusReader, glance
+from mmphi.tracking.status_reader import ClientStatusReader, SqliteStatusReader, status_reader
 
 
 def test_a_look_at_the_tables_is_what_mlflow_says(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_a_look_at_the_tables_is_what_mlflow_says(empty_store: str, monkeypatch:
     failed = load_settings("tiny", {"projector.steps": "5"})
     with pytest.raises(ValueError, match="no"):
         pipeline.build("train", failed)
-    quick, slow = glance(), ClientStatusReader()
+    quick, slow = status_reader(), ClientStatusReader()
     assert isinstance(quick, SqliteStatusReader)
     for key in (first.key, pipeline.key("draw", settings), pipeline.key("train", failed), "none"):
         assert quick.result(key) == slow.result(key)
@@ -38,7 +38,7 @@ def test_a_look_at_the_tables_is_what_mlflow_says(empty_store: str, monkeypatch:
 
 def test_tables_of_another_form_are_left_to_mlflow(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmphi.tracking.status_reader.NEWEST", "SELECT nothing FROM nowhere WHERE ? = ? {condition}")
-    assert isinstance(glance(), ClientStatusReader)
+    assert isinstance(status_reader(), ClientStatusReader)
 
 
 def test_status_needs_neither_mlflow_nor_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

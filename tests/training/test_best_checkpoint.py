@@ -13,7 +13,7 @@ from small_training import ANSWERS, new_projector, trained, weights
 
 from mmphi.errors import Stopped
 from mmphi.models.projector import Projector, ProjectorConfig
-from mmphi.training.best_checkpoint import BestCheckpoint, forget
+from mmphi.training.best_checkpoint import BestCheckpoint, remove_kept
 from mmphi.training.trainer import TrainingResult
 
 
@@ -49,7 +49,7 @@ def test_the_best_weights_are_the_result(tmp_path, recorder, losses, best):
     assert (told.steps, told.best) == (6, best)
     assert told.figures == {"val/loss": losses[best], "val/other": float(best)}
     assert any(f"step {best} are taken" in line for line in recorder.said)
-    forget(tmp_path)
+    remove_kept(tmp_path)
     assert not list(tmp_path.glob("best*"))
 
 

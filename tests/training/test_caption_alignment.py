@@ -17,11 +17,11 @@ from mmphi.training.caption_alignment import (
     BagOfWordsAlignmentLoss,
     CaptionAlignmentDataset,
     CaptionWords,
-    as_large_as,
-    captioned,
-    naming_loss,
-    shown,
-    usage_of,
+    alignment_loss,
+    caption_words,
+    collate,
+    match_embedding_norm,
+    word_frequencies,
 )
 
 FEATURES = RandomFeatures()
@@ -55,8 +55,10 @@ def by_hand(naming: BagOfWordsAlignmentLoss, image: CaptionWords) -> float:
 
 def test_the_loss_is_that_of_a_mixture_of_places() -> None:
     naming = task()
-    assert naming(**shown(IMAGES, FEATURES)).item() == pytest.approx(sum(by_hand(naming, i) for i in IMAGES), rel=1e-4)
-    assert naming_loss(naming, IMAGES, FEATURES, at_once=3) == pytest.approx(
+    assert naming(**collate(IMAGES, FEATURES)).item() == pytest.approx(
+        sum(by_hand(naming, i) for i in IMAGES), rel=1e-4
+    )
+    assert alignment_loss(naming, IMAGES, FEATURES, at_once=3) == pytest.approx(
         sum(by_hand(naming, i) for i in IMAGES) / 14, rel=1e-4
     )
 
@@ -66,7 +68,7 @@ def test_scores_in_parts_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatc
     for room in (1 << 20, 1):
         monkeypatch.setattr(module, "AT_ONCE", room)
         naming = task()
-        loss = naming(**shown(IMAGES, FEATURES))
+        loss = naming(**collate(IMAGES, FEATURES))
         loss.backward()
         found.append((loss.item(), *[p.grad for p in naming.parameters()]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
@@ -93,17 +95,17 @@ def test_it_finds_where_things_are_that_captions_only_name() -> None:
         images.append(CaptionWords(ImageRef(str(number), Path("x")), tuple(things), (1,) * len(things)))
     torch.manual_seed(0)
     naming = BagOfWordsAlignmentLoss(
-        Projector(ProjectorConfig(FEATURES.width, 8)), torch.eye(8)[:4], usage_of(images, 4)
+        Projector(ProjectorConfig(FEATURES.width, 8)), torch.eye(8)[:4], word_frequencies(images, 4)
     )
     optimizer = torch.optim.AdamW(naming.parameters(), lr=0.02)
-    before = naming_loss(naming, images, Things())
+    before = alignment_loss(naming, images, Things())
     steps = CaptionAlignmentDataset(images, Things(), steps=120, batch_size=6, seed=0)
     for step in range(len(steps)):
         optimizer.zero_grad()
         batch = steps[step]
         (naming(**batch) / batch["step_tokens"]).backward()
         optimizer.step()
-    assert naming_loss(naming, images, Things()) < before - 0.3
+    assert alignment_loss(naming, images, Things()) < before - 0.3
     seen = Things().get([one.image for one in images])
     named = naming.places(seen.float()).argmax(dim=-1)
     there = seen.sum(dim=-1) == 1  # Two things at one place are told by neither alone.
@@ -140,16 +142,16 @@ def test_words_are_the_tokens_that_most_captions_use(monkeypatch: pytest.MonkeyP
         (ImageRef("b", Path("b")), ["y"]),
         (ImageRef("c", Path("c")), []),
     ]
-    known, found = captioned(language, images)
+    known, found = caption_words(language, images)
     named = [{language.tokenizer.decode(known[w]): n for w, n in zip(i.words, i.counts, strict=True)} for i in found]
     assert named == [{" ": 2, "x": 2, "y": 1}, {" ": 1, "y": 1}]  # Twice in one caption counts once.
     monkeypatch.setattr(module, "WORDS", 2)
-    some, fewer = captioned(language, images)
+    some, fewer = caption_words(language, images)
     assert sorted(language.tokenizer.decode(t) for t in some) == [" ", "x"]
     assert [i.image.id for i in fewer] == ["a", "b"]
-    _, others = captioned(language, [(ImageRef("d", Path("d")), ["zy"]), (ImageRef("e", Path("e")), ["x"])], known)
+    _, others = caption_words(language, [(ImageRef("d", Path("d")), ["zy"]), (ImageRef("e", Path("e")), ["x"])], known)
     assert [sum(i.counts) for i in others] == [2, 2]
-    assert usage_of(found, len(known) + 1).tolist() == pytest.approx(
+    assert word_frequencies(found, len(known) + 1).tolist() == pytest.approx(
         [{" ": 3.1, "x": 2.1, "y": 2.1}[language.tokenizer.decode(t)] for t in known] + [0.1]
     )
 
@@ -161,7 +163,7 @@ def test_embeddings_become_as_large_as_words(layers: int) -> None:
     features = FEATURES.get([one.image for one in IMAGES])
     before = projector.eval()(features)
     projector.train()
-    as_large_as(projector, features, 2.5)
+    match_embedding_norm(projector, features, 2.5)
     assert projector.training
     after = projector.eval()(features)
     assert after.norm(dim=-1).mean().item() == pytest.approx(2.5, rel=1e-5)

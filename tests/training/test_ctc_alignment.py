@@ -15,7 +15,13 @@ from mmphi.data.schema import AudioRef
 from mmphi.models.audio.audio_features import EncoderFeatures
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
 from mmphi.tracking.tracker import PrefixedTracker
-from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, spoken, token_error_rate, vocabulary
+from mmphi.training.ctc_alignment import (
+    CTCAlignmentDataset,
+    CTCAlignmentLoss,
+    collate,
+    token_error_rate,
+    token_vocabulary,
+)
 
 WORDS = [[1, 2], [2, 2], [3], [1, 3, 1]]
 LENGTHS = [4, 5, 2, 3]
@@ -51,15 +57,15 @@ def test_the_loss_is_that_of_all_paths() -> None:
     expected = torch.zeros(())
     for recording, own in zip(RECORDINGS, WORDS, strict=True):
         expected = expected + by_all_paths(task.scores(HEARING.rows([recording])), own)
-    loss = task(**spoken(RECORDINGS, WORDS, HEARING))
+    loss = task(**collate(RECORDINGS, WORDS, HEARING))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    alone = sum(task(**spoken([r], [w], HEARING)).item() for r, w in zip(RECORDINGS, WORDS, strict=True))
+    alone = sum(task(**collate([r], [w], HEARING)).item() for r, w in zip(RECORDINGS, WORDS, strict=True))
     assert loss.item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_what_is_too_short_for_its_words_counts_nothing() -> None:
     task = naming()
-    loss = task(**spoken(RECORDINGS[2:3], [[1, 1, 1, 1]], HEARING))
+    loss = task(**collate(RECORDINGS[2:3], [[1, 1, 1, 1]], HEARING))
     assert loss.item() == 0
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
@@ -96,7 +102,7 @@ def test_processes_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_words_are_places_among_those_that_are_said() -> None:
     language = tiny_language()
-    known, words = vocabulary(language, ["aba", " c "])
+    known, words = token_vocabulary(language, ["aba", " c "])
     assert [language.tokenizer.decode(known[i - 1]) for i in words[0]] == [" ", "a", "b", "a"]
     assert [language.tokenizer.decode(known[i - 1]) for i in words[1]] == [" ", "c"]
     assert len(known) == 4

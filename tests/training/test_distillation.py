@@ -13,10 +13,10 @@ from mmphi.data.schema import AudioRef, Example, Turn
 from mmphi.models.audio.audio_features import EncoderFeatures
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
 from mmphi.models.multimodal import Multimodal
-from mmphi.stages.speech_data import pairs
+from mmphi.stages.speech_data import audio_text_pairs
 from mmphi.text.packing import Layout
 from mmphi.text.tokenized_example import TokenizedExample
-from mmphi.training.distillation import DistillationDataset, DistillationTask, paired, paired_steps
+from mmphi.training.distillation import DistillationDataset, DistillationTask, collate_pairs, distillation_dataset
 
 WORDS = ["a dog", "two cats in a tree", "snow", "a man who sings to a horse", "rain on the sea", "who knows"]
 
@@ -69,10 +69,10 @@ def divergence(
 @pytest.mark.parametrize(("temperature", "end_weight"), [(1.0, 0.0), (2.0, 1.0)])
 def test_loss_and_gradient_against_each_sequence_alone(temperature: float, end_weight: float) -> None:
     model = listening()
-    heard, read = pairs(model, conversations())
+    heard, read = audio_text_pairs(model, conversations())
     assert len(heard) == len(WORDS)
     task = DistillationTask(model.packed, temperature, end_weight)
-    batch = paired(heard, read, model.sources, model.language.prompt.end[-1])
+    batch = collate_pairs(heard, read, model.sources, model.language.prompt.end[-1])
     assert batch["heard"]["input_ids"].shape[0] < len(WORDS)  # Several share a row.
     loss = task(**batch)
     loss.backward()
@@ -91,21 +91,23 @@ def test_loss_and_gradient_against_each_sequence_alone(temperature: float, end_w
 
 def test_nothing_is_learned_where_both_say_the_same() -> None:
     model = listening()
-    _, read = pairs(model, conversations())
+    _, read = audio_text_pairs(model, conversations())
     task = DistillationTask(model.packed, 2.0, 1.0)
-    batch = paired(read, read, model.sources, model.language.prompt.end[-1])
+    batch = collate_pairs(read, read, model.sources, model.language.prompt.end[-1])
     assert task(**batch).item() == pytest.approx(0, abs=1e-4)
 
 
 def test_packs_of_a_step_are_the_step(tmp_path: Path) -> None:
     model = listening()
-    heard, read = pairs(model, conversations())
+    heard, read = audio_text_pairs(model, conversations())
     end = model.language.prompt.end[-1]
     task = DistillationTask(model.packed, 2.0, 1.0)
 
     def losses(accumulation: int, alone: bool = False) -> list[float]:
         settings = TrainingSettings(steps=3, batch_size=4, accumulation=accumulation, seed=5)
-        steps = paired_steps(heard, read, model.sources, settings, end, layout=Layout("alone" if alone else "rows"))
+        steps = distillation_dataset(
+            heard, read, model.sources, settings, end, layout=Layout("alone" if alone else "rows")
+        )
         found = [(task(**steps[i]) / steps[i]["step_tokens"]).item() for i in range(len(steps))]
         return [sum(found[i : i + accumulation]) for i in range(0, len(found), accumulation)]
 
@@ -117,9 +119,9 @@ def test_packs_of_a_step_are_the_step(tmp_path: Path) -> None:
 
 def test_pairs_that_differ_are_a_mistake() -> None:
     model = listening()
-    heard, read = pairs(model, conversations())
+    heard, read = audio_text_pairs(model, conversations())
     with pytest.raises(ValueError, match="different answers"):
-        paired(heard, read[1:] + read[:1], model.sources, 256)
-    steps = paired_steps(heard, read, model.sources, TrainingSettings(steps=1, batch_size=2), 256)
+        collate_pairs(heard, read[1:] + read[:1], model.sources, 256)
+    steps = distillation_dataset(heard, read, model.sources, TrainingSettings(steps=1, batch_size=2), 256)
     with pytest.raises(ValueError, match="6 conversations are heard, 5 read"):
         DistillationDataset(steps.steps, read[1:], 256)

@@ -19,8 +19,8 @@ from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.stages.shared_models import check_training
 from mmphi.text.packing import Layout, pack
 from mmphi.text.tokenized_example import TokenizedExample
-from mmphi.training.hard_negatives import with_foils
-from mmphi.training.packed_dataset import PackedStepDataset, packed_steps, seen_by
+from mmphi.training.hard_negatives import pair_hard_negatives
+from mmphi.training.packed_dataset import PackedStepDataset, packed_dataset, with_augmented_images
 
 SOURCES = {"image": RandomFeatures()}
 LANGUAGE = tiny_language()
@@ -58,7 +58,7 @@ def seen(sample: TokenizedExample) -> str:
 
 def test_halves_are_put_to_each_others_images() -> None:
     given = samples()
-    units = with_foils([*given, told(6, "", "last")])
+    units = pair_hard_negatives([*given, told(6, "", "last")])
     assert [len(unit.samples) for unit in units] == [4, 4, 4, 1]
     for k, unit in enumerate(units[:3]):
         first, other, second, back = unit.samples
@@ -72,11 +72,11 @@ def test_halves_are_put_to_each_others_images() -> None:
 def test_what_cannot_be_compared_stands_alone() -> None:
     text = encode(example(0, "words", image=False), LANGUAGE.prompt, 4, 200)
     longer = encode(example(9, "words"), LANGUAGE.prompt, 6, 200)
-    view = seen_by(told(1, "", "bear"), 1)
+    view = with_augmented_images(told(1, "", "bear"), 1)
     word = told(2, "", "no")  # As right of either image, it may be.
     for second in (told(1, "", "bear"), view, text, longer, word):
         first = text if second is text else told(1, "", "ape!")
-        units = with_foils([first, second])
+        units = pair_hard_negatives([first, second])
         assert [unit.samples for unit in units] == [(first,), (second,)]
         assert not any(unit.foils for unit in units)
 
@@ -120,9 +120,9 @@ def test_loss_and_gradients_are_those_of_sequences_read_alone(layout: str, plain
 
 def test_it_begins_when_it_shall() -> None:
     settings = TrainingSettings(**SHAPE)
-    steps = packed_steps(samples(), SOURCES, settings, contrast=1.0, contrast_from=0.5)
+    steps = packed_dataset(samples(), SOURCES, settings, contrast=1.0, contrast_from=0.5)
     assert ["foils" in steps[step] for step in range(4)] == [False, False, True, True]
-    plain = packed_steps(samples(), SOURCES, settings)
+    plain = packed_dataset(samples(), SOURCES, settings)
     assert not any("foils" in plain[step] for step in range(4))
     assert steps.supervised() == plain.supervised()
 
@@ -153,7 +153,7 @@ def test_the_right_image_is_worth_more_after_it() -> None:
             (task(**steps[step]) / steps[step]["step_tokens"]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        units = with_foils(samples())
+        units = pair_hard_negatives(samples())
         with torch.no_grad():
             return sum(
                 (task(**pack([u.samples[foil]], SOURCES)) - task(**pack([u.samples[own]], SOURCES))).item()

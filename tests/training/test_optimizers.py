@@ -9,9 +9,9 @@ from builders import Recorder, encode, example, tiny_language
 from mmphi.config import TrainingSettings
 from mmphi.errors import Stopped
 from mmphi.models.packed_vlm import PackedVLM
-from mmphi.training.muon import Muon, orthogonalized
+from mmphi.training.muon import Muon, newton_schulz
 from mmphi.training.optimizers import MuonAdamW, grouped_adamw
-from mmphi.training.packed_dataset import packed_steps
+from mmphi.training.packed_dataset import packed_dataset
 from mmphi.training.trainer import train
 
 
@@ -101,7 +101,7 @@ def test_a_cpus_muon_is_torchs_but_for_its_rounding(shape: tuple[int, int]) -> N
 
 def test_what_is_orthogonalized_has_singular_values_about_one() -> None:
     matrix = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalized(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
+    values = torch.linalg.svdvals(newton_schulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7))
     assert float(values.min()) > 0.5
     assert float(values.max()) < 1.3
 
@@ -112,7 +112,7 @@ def run(folder, validate=None) -> PackedVLM:
     settings = TrainingSettings(steps=6, batch_size=4, save_every=2, log_every=1, eval_every=1)
     train(
         packed,
-        packed_steps(samples, {}, settings),
+        packed_dataset(samples, {}, settings),
         settings,
         folder=folder,
         tracker=Recorder(),

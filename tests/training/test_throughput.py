@@ -13,7 +13,7 @@ from mmphi.config import TrainingSettings
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout
-from mmphi.training.packed_dataset import packed_steps
+from mmphi.training.packed_dataset import packed_dataset
 from mmphi.training.throughput import Throughput, peak_memory_bytes, reset_peak_memory
 from mmphi.training.trainer import train
 
@@ -39,7 +39,7 @@ def test_padding_is_no_token(tmp_path):
     projector = Projector(ProjectorConfig(RandomFeatures.width, 32))
     model = PackedVLM(language.model, layout=Layout("alone"), image=projector)
     settings = TrainingSettings(steps=1, batch_size=4)
-    steps = packed_steps(samples, {"image": RandomFeatures()}, settings, layout=Layout("alone"))
+    steps = packed_dataset(samples, {"image": RandomFeatures()}, settings, layout=Layout("alone"))
     assert steps[0]["input_ids"].numel() > sum(map(len, samples))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Throughput, "read", lambda self: counted.append(self.tokens) or 1.0)

@@ -21,9 +21,9 @@ from mmphi.errors import ModelError, Stopped, TrainingError
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.training.checkpoints import complete_checkpoints, load_trained, prune
-from mmphi.training.packed_dataset import packed_steps
+from mmphi.training.packed_dataset import packed_dataset
 from mmphi.training.trainer import train
-from mmphi.training.training_args import arguments_of
+from mmphi.training.training_args import training_arguments
 
 
 def run(folder: Path, recorder: Recorder | None = None, validate=None, dropout: float = 0.0, **changes) -> Projector:
@@ -120,7 +120,7 @@ def test_not_finite_stops_and_saves_the_batch(tmp_path):
     with pytest.raises(TrainingError, match=r"step 1 is nan; the batch is saved"):
         train(
             PackedVLM(language.model, image=projector),
-            packed_steps(samples, {"image": RandomFeatures()}, settings),
+            packed_dataset(samples, {"image": RandomFeatures()}, settings),
             settings,
             folder=tmp_path,
             tracker=Recorder(),
@@ -149,7 +149,7 @@ def test_a_budget_of_tokens_is_as_many_steps_whatever_the_features() -> None:
     made = {}
     for tokens in (2, 4):
         samples = [encode(example(i, a), language.prompt, tokens, 200) for i, a in enumerate(answers)]
-        made[tokens] = packed_steps(samples, {}, TrainingSettings(steps=5, batch_size=4))
+        made[tokens] = packed_dataset(samples, {}, TrainingSettings(steps=5, batch_size=4))
     learned = [sum(int(s.supervised.sum()) for s in made[4].step(step)) for step in range(40)]
     assert made[4].supervised() == sum(learned[:5])
     for budget in (1, learned[0], learned[0] + 1, sum(learned[:30])):
@@ -212,7 +212,7 @@ def test_one_process_takes_one_device(tmp_path, monkeypatch):
     devices.__set_name__(TrainingArguments, "_setup_devices")
     monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
     assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]).n_gpu == 2
-    assert arguments_of(TrainingSettings(), tmp_path, 1e-8).n_gpu == 1
+    assert training_arguments(TrainingSettings(), tmp_path, 1e-8).n_gpu == 1
 
 
 def test_views_of_an_image_take_turns(tmp_path):
@@ -224,11 +224,11 @@ def test_views_of_an_image_take_turns(tmp_path):
         image = sample.spans[0]._replace(reference=ImageRef(str(number), Path("somewhere")))
         samples.append(replace(sample, spans=(image,), name=str(number)))
     settings = TrainingSettings(steps=12, batch_size=4)
-    steps = packed_steps(samples, {"image": RandomFeatures()}, settings, views=3)
+    steps = packed_dataset(samples, {"image": RandomFeatures()}, settings, views=3)
     met = [(s.name, s.spans[0].reference.view) for step in range(12) for s in steps.step(step)]
     assert Counter(met) == {(sample.name, view): 2 for sample in samples for view in range(3)}
     assert {view for _, view in met[:8]} == {0, 1, 2}
-    plain = packed_steps(samples, {"image": RandomFeatures()}, settings)
+    plain = packed_dataset(samples, {"image": RandomFeatures()}, settings)
     assert {s.spans[0].reference.view for step in range(12) for s in plain.step(step)} == {0}
     for step in (0, 11):
         for one, other in zip(plain.step(step), steps.step(step), strict=True):

@@ -5,8 +5,8 @@ import pytest
 from mmphi.config import TrainingSettings
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.errors import SettingsError
-from mmphi.training.lr_scaling import adamw_rate, batch_factor, rated
-from mmphi.training.peak_flops import measured, peak
+from mmphi.training.lr_scaling import adamw_learning_rate, batch_factor, with_learning_rates
+from mmphi.training.peak_flops import measure_peak_flops, peak_flops
 from mmphi.training.stop_criteria import StopCriteria, parse_stop
 
 NOW = {"initial": 10.8, "loss": 9.9, "tokens": 5e5, "steps": 10, "seconds": 30.0}
@@ -59,30 +59,33 @@ def test_schedule_is_laid_over_what_is_known():
 
 def test_rates_follow_size_and_batch():
     # The best of a grid by others (lucaslingle.substack.com, "Scaling laws for optimal LR and batch", 2025).
-    assert adamw_rate(46_006_272, 127_991_808, 32768) == pytest.approx(0.001953, rel=0.15)
-    assert adamw_rate(109_051_904, 255_983_616, 65536) == pytest.approx(0.001381, rel=0.15)
-    assert adamw_rate(10**6, 10**9, 2**19) > adamw_rate(10**9, 10**9, 2**19) > 0
-    assert adamw_rate(10**6, 10**9, 2000) / adamw_rate(10**6, 10**9, 500) == pytest.approx(2)
-    assert adamw_rate(10**6, 10**9, 2**22) == adamw_rate(10**6, 10**9, 2**23)
+    assert adamw_learning_rate(46_006_272, 127_991_808, 32768) == pytest.approx(0.001953, rel=0.15)
+    assert adamw_learning_rate(109_051_904, 255_983_616, 65536) == pytest.approx(0.001381, rel=0.15)
+    assert adamw_learning_rate(10**6, 10**9, 2**19) > adamw_learning_rate(10**9, 10**9, 2**19) > 0
+    assert adamw_learning_rate(10**6, 10**9, 2000) / adamw_learning_rate(10**6, 10**9, 500) == pytest.approx(2)
+    assert adamw_learning_rate(10**6, 10**9, 2**22) == adamw_learning_rate(10**6, 10**9, 2**23)
     assert batch_factor(10**9) == pytest.approx(1, abs=1e-3)
     assert batch_factor(400) / batch_factor(100) == pytest.approx(2, rel=0.1)  # The square root, where it is small.
 
 
 def test_rates_that_are_given_stay():
-    assert rated(TrainingSettings(learning_rate=0.5, muon_learning_rate=0.3), 10**6, 64, 4096).learning_rate == 0.5
-    filled = rated(PretrainSettings(), 10**6, 64, 4096)
+    assert (
+        with_learning_rates(TrainingSettings(learning_rate=0.5, muon_learning_rate=0.3), 10**6, 64, 4096).learning_rate
+        == 0.5
+    )
+    filled = with_learning_rates(PretrainSettings(), 10**6, 64, 4096)
     assert 0 < filled.learning_rate < 0.1
     assert 0 < filled.muon_learning_rate < 0.1
-    beside = rated(PretrainSettings(optimizer="muon"), 10**6, 768, 10**9)
+    beside = with_learning_rates(PretrainSettings(optimizer="muon"), 10**6, 768, 10**9)
     assert beside.learning_rate == pytest.approx(0.004, rel=1e-3)
     assert beside.muon_learning_rate == pytest.approx(0.02, rel=1e-3)
 
 
 def test_peak_is_named():
-    assert peak(3.5).flops == 3.5e12
-    assert "as given" in peak(3.5).name
+    assert peak_flops(3.5).flops == 3.5e12
+    assert "as given" in peak_flops(3.5).name
     import torch
 
-    found = measured(torch.float32)
+    found = measure_peak_flops(torch.float32)
     assert found.flops > 1e9
     assert "measured here" in found.name

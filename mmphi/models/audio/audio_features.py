@@ -16,8 +16,15 @@ from mmphi.data.ragged_features import RaggedStore
 from mmphi.data.schema import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.audio.audio_projector import Link, SpeechConfig
-from mmphi.models.audio.transcriber import Audio, CachedTranscriber, Once, ears_of, identity, openai_of
-from mmphi.models.audio.transcription import cut
+from mmphi.models.audio.transcriber import (
+    Audio,
+    CachedTranscriber,
+    Once,
+    openai_whisper_of,
+    recording_identity,
+    transcriber_of,
+)
+from mmphi.models.audio.transcription import cut_samples
 from mmphi.models.audio.whisper_backends import OpenAIWhisper
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.text.tokenized_example import SpanContent, TranscriptSpan
@@ -105,7 +112,7 @@ class SoftTranscriptFeatures(TranscriptFeatures):
         self, language: LanguageModel, ears: CachedTranscriber, temperature: float = 1.0, kept_bytes: float = KEPT_BYTES
     ) -> None:
         super().__init__(language, ears)
-        self.whisper, self.temperature = openai_of(ears, "soft"), temperature
+        self.whisper, self.temperature = openai_whisper_of(ears, "soft"), temperature
         _check_ids(language, self.whisper)
         self._found: LockedLRUCache[tuple[list[int], Tensor, Tensor]] = LockedLRUCache(
             kept_bytes, lambda found: _bytes(found[1])
@@ -137,7 +144,7 @@ class SoftTranscriptFeatures(TranscriptFeatures):
 
     def _soft(self, audio: AudioRef) -> tuple[list[int], Tensor, Tensor]:
         """Tokens of all windows, their mean embeddings, and whether each is the likeliest in its place."""
-        key = identity(audio)
+        key = recording_identity(audio)
         if (found := self._found.get(key)) is None:
             recording = self.ears.recording(audio)
             (transcript,) = self.ears.transcripts([audio])
@@ -145,7 +152,9 @@ class SoftTranscriptFeatures(TranscriptFeatures):
             ids: list[int] = []
             means, certain = [torch.zeros(0, self.width)], [torch.zeros(0, dtype=torch.bool)]
             for part in self.ears.parts(recording):
-                tokens, logits = self.whisper.posterior(cut(recording, part), transcript.between(part.start, part.end))
+                tokens, logits = self.whisper.posterior(
+                    cut_samples(recording, part), transcript.between(part.start, part.end)
+                )
                 ids += tokens
                 odds = torch.softmax(logits / self.temperature, dim=-1).to(embed.weight.device)
                 table = embed(torch.arange(odds.shape[-1], device=embed.weight.device)).float()
@@ -160,7 +169,7 @@ class EncoderFeatures:
     """The frames of Whisper's encoder, several laid side by side: how it was said, and no transcript in between.
 
     Args:
-        frames: Frames (n, D) of a recording: stored ones, or :func:`live_frames`.
+        frames: Frames (n, D) of a recording: stored ones, or :func:`live_encoder_frames`.
         frame_width: D.
         stack: Frames to one feature; the last feature is filled up with zeros.
     """
@@ -193,7 +202,7 @@ class EncoderFeatures:
         return torch.cat(stacked)
 
 
-def frames_in(
+def encoder_frames(
     ears: CachedTranscriber, whisper: OpenAIWhisper, recordings: Sequence[Recording], batch_size: int = 8
 ) -> list[Tensor]:
     """Frames of recordings, silence left out and the windows of each one after the other: float16 on the CPU, (n, D).
@@ -204,7 +213,7 @@ def frames_in(
         recordings: At 16 kHz.
         batch_size: Windows encoded at once.
     """
-    sounds = [(place, cut(each, part)) for place, each in enumerate(recordings) for part in ears.parts(each)]
+    sounds = [(place, cut_samples(each, part)) for place, each in enumerate(recordings) for part in ears.parts(each)]
     found = [[torch.zeros(0, whisper.width, dtype=torch.float16)] for _ in recordings]
     for first in range(0, len(sounds), batch_size):
         some = sounds[first : first + batch_size]
@@ -215,19 +224,19 @@ def frames_in(
     return [torch.cat(own) for own in found]
 
 
-def stored_frames(store: RaggedStore, digests: FileDigests) -> Callable[[AudioRef], Tensor]:
+def stored_encoder_frames(store: RaggedStore, digests: FileDigests) -> Callable[[AudioRef], Tensor]:
     """Frames as the stage ``listen`` stored them; they are found by the content of the recording."""
 
     def frames(audio: AudioRef) -> Tensor:
         if isinstance(audio.source, bytes):
-            return store.get(identity(audio))
+            return store.get(recording_identity(audio))
         digests.prepare([audio.source])  # Of a dataset, whose files do not change while it is used.
         return store.get(digests[audio.source] or str(audio.source))
 
     return frames
 
 
-def live_frames(ears: CachedTranscriber, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
+def live_encoder_frames(ears: CachedTranscriber, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
     """Frames computed when they are first asked for.
 
     Args:
@@ -237,13 +246,13 @@ def live_frames(ears: CachedTranscriber, kept_bytes: float = KEPT_BYTES) -> Call
     Raises:
         ModelError: If this Whisper does not give its frames.
     """
-    whisper = openai_of(ears, "encoder")
+    whisper = openai_whisper_of(ears, "encoder")
     known: LockedLRUCache[Tensor] = LockedLRUCache(kept_bytes, _bytes)
 
     def frames(audio: AudioRef) -> Tensor:
-        key = identity(audio)
+        key = recording_identity(audio)
         if (found := known.get(key)) is None:
-            (found,) = frames_in(ears, whisper, [ears.recording(audio)])
+            (found,) = encoder_frames(ears, whisper, [ears.recording(audio)])
             known.put(key, found)
         return found
 
@@ -254,7 +263,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def hearing_of(
+def audio_feature_source(
     language: LanguageModel,
     audio: Audio,
     config: SpeechConfig | None,
@@ -273,18 +282,18 @@ def hearing_of(
     Raises:
         ModelError: If the Whisper cannot be had, is not the one expected, or does not give what the link needs.
     """
-    ears = ears_of(audio.settings, device, once)
+    ears = transcriber_of(audio.settings, device, once)
     config = config or SpeechConfig("transcript", language.width, language.width)
     if config.link == "transcript":
         return TranscriptFeatures(language, ears)
     if config.link == "soft":
         return SoftTranscriptFeatures(language, ears, config.temperature)
-    whisper = openai_of(ears, "encoder")
+    whisper = openai_whisper_of(ears, "encoder")
     if audio.digest and whisper.digest != audio.digest:
         raise ModelError(
             f"{whisper.name} is not the Whisper that the model was trained with", "give that one: mmphi.load(whisper=)"
         )
-    return EncoderFeatures(live_frames(ears), whisper.width, config.stack)
+    return EncoderFeatures(live_encoder_frames(ears), whisper.width, config.stack)
 
 
 def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:

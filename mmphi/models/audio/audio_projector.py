@@ -111,7 +111,7 @@ class SpeechProjection(nn.Module):
         return projection
 
 
-def words_as_they_are(width: int, link: Link = "transcript", temperature: float = 1.0) -> SpeechProjection:
+def identity_projection(width: int, link: Link = "transcript", temperature: float = 1.0) -> SpeechProjection:
     """A projection for words that was not trained: it changes nothing.
 
     Args:

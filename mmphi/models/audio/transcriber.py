@@ -16,7 +16,7 @@ from mmphi.data.schema import AudioRef
 from mmphi.errors import ModelError
 from mmphi.models.audio.transcript_cache import TranscriptCache
 from mmphi.models.audio.transcription import ASRModel, Transcript, transcribe
-from mmphi.models.audio.vad import PAD_S, SpeechInterval, speech, windows
+from mmphi.models.audio.vad import PAD_S, SpeechInterval, detect_speech, merge_intervals
 from mmphi.models.audio.whisper_backends import BACKENDS, OpenAIWhisper
 
 KEPT = 4096  # Transcripts in memory.
@@ -67,7 +67,7 @@ class CachedTranscriber:
         Raises:
             AudioError: If one cannot be decoded.
         """
-        keys = [identity(audio) for audio in recordings]
+        keys = [recording_identity(audio) for audio in recordings]
         known = {key: said for key in keys if (said := self._heard.get(key)) is not None}
         new = {key: audio for key, audio in zip(keys, recordings, strict=True) if key not in known}
         if self.memory is not None and new:
@@ -96,11 +96,11 @@ class CachedTranscriber:
     def parts(self, recording: Recording) -> list[SpeechInterval]:
         """The stretches that are heard at once, silence left out."""
         longest = self.settings.window
-        spoken = speech(recording, threshold=self.settings.threshold, longest=longest)
-        return windows(spoken, longest, pad=PAD_S, end=recording.seconds)
+        spoken = detect_speech(recording, threshold=self.settings.threshold, longest=longest)
+        return merge_intervals(spoken, longest, pad=PAD_S, end=recording.seconds)
 
 
-def identity(audio: AudioRef) -> str:
+def recording_identity(audio: AudioRef) -> str:
     """What tells a recording from others: the digest of its content, or the name of a file that is not there."""
     return content_digest(audio.source)
 
@@ -108,7 +108,7 @@ def identity(audio: AudioRef) -> str:
 Once = Callable[[str, str, Callable[[], Any]], Any]
 
 
-def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> ASRModel:
+def asr_model_of(settings: AudioSettings, device: torch.device, once: Once) -> ASRModel:
     """A Whisper that this process may have already.
 
     Args:
@@ -127,7 +127,7 @@ def listener_of(settings: AudioSettings, device: torch.device, once: Once) -> AS
     return listener
 
 
-def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> CachedTranscriber:
+def transcriber_of(settings: AudioSettings, device: torch.device, once: Once) -> CachedTranscriber:
     """A Whisper with what it has heard, in this process and before.
 
     Args:
@@ -138,7 +138,7 @@ def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Cached
     Raises:
         ModelError: If it cannot be had.
     """
-    listener = listener_of(settings, device, once)
+    listener = asr_model_of(settings, device, once)
 
     def make() -> CachedTranscriber:
         if isinstance(listener, OpenAIWhisper):
@@ -149,7 +149,7 @@ def ears_of(settings: AudioSettings, device: torch.device, once: Once) -> Cached
     return ears
 
 
-def openai_of(ears: CachedTranscriber, link: str) -> OpenAIWhisper:
+def openai_whisper_of(ears: CachedTranscriber, link: str) -> OpenAIWhisper:
     """The openai-whisper that gives a link what it needs.
 
     Raises:

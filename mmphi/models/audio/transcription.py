@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mmphi.data.audio import Recording, Samples
-from mmphi.models.audio.vad import PAD_S, WINDOW_S, SpeechInterval, speech, windows
+from mmphi.models.audio.vad import PAD_S, WINDOW_S, SpeechInterval, detect_speech, merge_intervals
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def transcribe(
         A transcript of each recording; an empty one where nobody speaks.
     """
     parts = [
-        windows(speech(each, threshold=threshold, longest=window), window, pad=PAD_S, end=each.seconds)
+        merge_intervals(detect_speech(each, threshold=threshold, longest=window), window, pad=PAD_S, end=each.seconds)
         for each in recordings
     ]
     languages = ["en" if listener.english else language] * len(recordings)
@@ -125,7 +125,7 @@ def transcribe(
         for begin in range(0, len(group), batch_size):
             check()
             chosen = group[begin : begin + batch_size]
-            sounds = [cut(recordings[place], part) for place, part in chosen]
+            sounds = [cut_samples(recordings[place], part) for place, part in chosen]
             heard = listener.hear(sounds, [languages[place] for place, _ in chosen], prompt)
             for (place, part), what in zip(chosen, heard, strict=True):
                 languages[place] = languages[place] or what.language
@@ -143,6 +143,6 @@ def transcribe(
     ]
 
 
-def cut(recording: Recording, part: SpeechInterval) -> Samples:
+def cut_samples(recording: Recording, part: SpeechInterval) -> Samples:
     """The samples of a stretch."""
     return recording.samples[round(part.start * recording.rate) : round(part.end * recording.rate)]

@@ -48,7 +48,7 @@ def _silero() -> Any:
         return load_silero_vad()
 
 
-def speech(recording: Recording, *, threshold: float = 0.5, longest: float = WINDOW_S) -> list[SpeechInterval]:
+def detect_speech(recording: Recording, *, threshold: float = 0.5, longest: float = WINDOW_S) -> list[SpeechInterval]:
     """Where somebody speaks, by Silero's voice activity detection.
 
     Args:
@@ -75,7 +75,7 @@ def speech(recording: Recording, *, threshold: float = 0.5, longest: float = WIN
     return [SpeechInterval(each["start"] / RATE, each["end"] / RATE) for each in found]
 
 
-def windows(
+def merge_intervals(
     parts: Sequence[SpeechInterval], longest: float = WINDOW_S, *, pad: float = 0.0, end: float = float("inf")
 ) -> list[SpeechInterval]:
     """Stretches that are heard at once: neighbours with the pause between them, as long as they fit.

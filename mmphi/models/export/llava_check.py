@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmphi.text.tokenized_example import SpanContent, join
+from mmphi.text.tokenized_example import SpanContent, join_spans
 
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
@@ -37,7 +37,7 @@ class CheckedOutput:
     logits: Tensor
 
 
-def pictures() -> list[Image.Image]:
+def check_pictures() -> list[Image.Image]:
     """Drawn scenes of several forms: square, wide and high."""
     from mmphi.data.scene_drawing import draw
     from mmphi.data.scenes import combinations, scenes
@@ -48,7 +48,7 @@ def pictures() -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def said(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[str]) -> list[CheckedOutput]:
+def expected_outputs(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[str]) -> list[CheckedOutput]:
     """Logits of every place of an open question.
 
     Image features are taken as they leave the tower, and not rounded to 16 bits as they are where they are stored.
@@ -64,7 +64,7 @@ def said(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[s
         pixels = tower.scaled(tower.preprocess(image).to(model.device)).cpu()
         features = tower(pixels[None].to(model.device))[0]
         parts = model.language.prompt.parts([(question, None)], images=1)
-        sample = join(parts, [SpanContent("image", None, len(features))], question)
+        sample = join_spans(parts, [SpanContent("image", None, len(features))], question)
         ids = torch.from_numpy(sample.input_ids).long()
         (span,) = sample.spans
         places = torch.arange(span.start, span.start + span.length)
@@ -94,7 +94,7 @@ class Difference:
 
 
 @torch.inference_mode()
-def difference(
+def compare_outputs(
     exported: Any,
     processor: Any,
     expected: Sequence[CheckedOutput],

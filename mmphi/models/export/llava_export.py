@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmphi.errors import ModelError
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.patches.module_patches import as_published
+from mmphi.models.patches.module_patches import remove_patches
 from mmphi.models.projector import ProjectorConfig
 from mmphi.models.vision.clip_vision import clip_vision, image_processor
 from mmphi.text.llava_chat_template import llava_template
@@ -133,7 +133,7 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
         exported = LlavaForConditionalGeneration(config)
     exported.model.vision_tower = vision
     # What is measured of it is what it will be where transformers loads it.
-    exported.model.language_model = getattr(as_published(language.model), language.model.base_model_prefix)
+    exported.model.language_model = getattr(remove_patches(language.model), language.model.base_model_prefix)
     exported.model.multi_modal_projector = LlavaMultiModalProjector(config)
     first, second = (layer for layer in model.projector.layers if isinstance(layer, nn.Linear))
     projector = exported.model.multi_modal_projector

@@ -70,7 +70,7 @@ def targets_of(model: Any, wanted: tuple[str, ...] = ()) -> list[str]:
     return list(wanted) or there
 
 
-def adapted(language: LanguageModel, shape: AdapterConfig) -> LanguageModel:
+def add_adapter(language: LanguageModel, shape: AdapterConfig) -> LanguageModel:
     """The same language model with a new adapter on it, which changes nothing until it is trained.
 
     The layers of ``language.model`` are wrapped in place: give it one that nobody else has.
@@ -112,7 +112,7 @@ def save_adapter(language: LanguageModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # A template that says nothing; the model has a card of its own.
 
 
-def with_saved(language: LanguageModel, folder: Path) -> LanguageModel:
+def load_adapter(language: LanguageModel, folder: Path) -> LanguageModel:
     """The same language model with an adapter from a folder; its layers are wrapped in place.
 
     Raises:
@@ -158,7 +158,7 @@ def adapter_parameters(language: LanguageModel) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def merged(language: LanguageModel, dtype: torch.dtype) -> LanguageModel:
+def merge_adapter(language: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """The model that base and adapter amount to, without either: plain layers, dequantised where they were quantised.
 
     An adapter learned beside the rounded base, so it is merged into that base as it was rounded (transformers #31293).

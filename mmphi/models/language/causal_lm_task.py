@@ -21,7 +21,7 @@ class CausalTask(nn.Module):
     Args:
         model: A ``PhiForCausalLM``; whatever has a plain linear head over ``model.model``.
         walls: How documents of one row are kept apart: by attention inside each, for which the model must be
-            :func:`~mmphi.models.patches.varlen_attention.attending_inside_documents`, or by a mask over the row.
+            :func:`~mmphi.models.patches.varlen_attention.varlen_attention_applied`, or by a mask over the row.
         compiled: Whether torch compiles the layers.
     """
 
@@ -63,7 +63,7 @@ PROBE = (5, 9, 2)  # Lengths of the documents that walls are tried with.
 
 
 @torch.no_grad()
-def walls_error(task: CausalTask) -> float:
+def isolation_error(task: CausalTask) -> float:
     """How far the loss of documents in one row is from that of the same alone; infinite where it cannot be computed."""
     device = next(task.parameters()).device
     ids = torch.arange(sum(PROBE) + 1, device=device) * 37 % task.model.config.vocab_size
@@ -92,7 +92,7 @@ def probe(ids: Tensor, lengths: list[int]) -> dict[str, Tensor]:
     }
 
 
-def try_out(task: CausalTask, context: int) -> None:
+def smoke_test(task: CausalTask, context: int) -> None:
     """Run a task forward and backward once, and forget the gradients; raises whatever goes wrong."""
     device = next(task.parameters()).device
     ids = torch.arange(context + 1, device=device) % task.model.config.vocab_size

@@ -16,7 +16,7 @@ LEAST_STEPS = 100  # Compiling takes some seconds, of which a step saves a sixth
 Asked = Literal["auto", "yes", "no"]
 
 
-def worth_compiling(asked: Asked, packed: PackedVLM, steps: int) -> bool:
+def should_compile(asked: Asked, packed: PackedVLM, steps: int) -> bool:
     """Whether to compile: where it was measured to be faster, if that is left open.
 
     Args:
@@ -32,7 +32,7 @@ def worth_compiling(asked: Asked, packed: PackedVLM, steps: int) -> bool:
 
 
 @contextmanager
-def compiling(packed: PackedVLM, wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
+def compiled_layers(packed: PackedVLM, wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
     """Let torch compile a language model's layers for training, until the end; told where it cannot.
 
     A layer is compiled once for all of them and for all lengths. Validation and answers go on as before: their shapes
@@ -47,7 +47,7 @@ def compiling(packed: PackedVLM, wanted: bool, say: Callable[[str], None]) -> It
         layers = [m for m in packed.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
         packed.compiled = [(layer, torch.compile(layer._call_impl, dynamic=True)) for layer in layers]
         try:
-            _try_out(packed)
+            _smoke_test(packed)
         except Exception as problem:  # Whatever a compiler's tool chain may lack; torch names no common ancestor.
             lines = [line for line in str(problem).split("\n") if line.strip()] or [type(problem).__name__]
             say(f"torch.compile does not work here ({lines[0][:120]}): going on without it")
@@ -58,7 +58,7 @@ def compiling(packed: PackedVLM, wanted: bool, say: Callable[[str], None]) -> It
         packed.compiled = []
 
 
-def _try_out(packed: PackedVLM) -> None:
+def _smoke_test(packed: PackedVLM) -> None:
     """One step forward and backward, whose gradients are forgotten; raises whatever goes wrong."""
     training = packed.training
     weight = packed.language_model.get_input_embeddings().weight

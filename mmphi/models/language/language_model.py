@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mmphi.config.shared import LanguageSettings
 from mmphi.data.content_hash import Digests
-from mmphi.data.hf_connectivity import hub_in_reach
+from mmphi.data.hf_connectivity import hub_is_reachable
 from mmphi.errors import ModelError
 from mmphi.models.language.packing_check import packing_error, shortest_window
 from mmphi.models.loading_bar import no_loading_bar
-from mmphi.models.patches.dequantized_linear import dequantised_once
-from mmphi.models.patches.module_patches import fewer_passes
+from mmphi.models.patches.dequantized_linear import dequantize_layers_once
+from mmphi.models.patches.module_patches import apply_patches
 from mmphi.text.packing import Layout
 from mmphi.text.prompt import Prompt
 from mmphi.text.tokenizer import phi2_tokenizer
@@ -137,7 +137,7 @@ def _quantization(precision: str, device: torch.device) -> Any:
     )
 
 
-def keep_exact(model: Any) -> Any:
+def disable_bnb_repacking(model: Any) -> Any:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU with AVX-512, and return the model.
 
     It does so at the first forward pass without gradients (0.50): in another precision, for widths that 64 divides
@@ -149,14 +149,14 @@ def keep_exact(model: Any) -> Any:
     return model
 
 
-def save_language(model: Any, prompt: Prompt, folder: Path) -> None:
+def save_language_model(model: Any, prompt: Prompt, folder: Path) -> None:
     """Write a model trained here in Hugging Face's format, with its tokenizer and how it was spoken to."""
     model.save_pretrained(folder)
     prompt.tokenizer.save_pretrained(folder)
     (folder / STYLE_FILE).write_text(json.dumps({"style": prompt.style}) + "\n")
 
 
-def language_name(settings: LanguageSettings, pretrained: Path | None) -> str:
+def language_model_path(settings: LanguageSettings, pretrained: Path | None) -> str:
     """Where the model that the settings name is: a hub name, a folder or a configuration.
 
     Raises:
@@ -169,13 +169,13 @@ def language_name(settings: LanguageSettings, pretrained: Path | None) -> str:
     return str(pretrained / "language")
 
 
-def language_digest(name: str, revision: str) -> str:
+def language_model_digest(name: str, revision: str) -> str:
     """What tells a model from every other: a folder's or file's content, or a hub name with its revision."""
     path = Path(name)
     return f"sha256:{Digests().of(path)}" if path.exists() else f"{name}@{revision or 'newest'}"
 
 
-def load_language(settings: LanguageSettings, pretrained: Path | None, device: torch.device) -> LanguageModel:
+def load_language_model(settings: LanguageSettings, pretrained: Path | None, device: torch.device) -> LanguageModel:
     """Load a model and freeze it.
 
     Args:
@@ -186,12 +186,12 @@ def load_language(settings: LanguageSettings, pretrained: Path | None, device: t
     Raises:
         ModelError: If it cannot be had, or its weights are not finite.
     """
-    name = language_name(settings, pretrained)
+    name = language_model_path(settings, pretrained)
     config_only = name.endswith(".json")
     tokenizer = tokenizer_of(settings, name)
     dtype = DTYPES.get(settings.precision, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = _random(name, settings.precision, dtype, device) if config_only else _load(name, settings, dtype, device)
-    dequantised_once(fewer_passes(model)).requires_grad_(False).eval()
+    dequantize_layers_once(apply_patches(model)).requires_grad_(False).eval()
     _check_finite(model, name)
     embedding = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
@@ -200,7 +200,7 @@ def load_language(settings: LanguageSettings, pretrained: Path | None, device: t
             "give language.tokenizer the one that the model was trained with",
         )
     prompt = Prompt(tokenizer, _style(settings, Path(name)))
-    digest = language_digest(name, settings.revision)
+    digest = language_model_digest(name, settings.revision)
     return LanguageModel(model, tokenizer, prompt, embedding.embedding_dim, name, digest, settings)
 
 
@@ -229,7 +229,7 @@ def _tokenizer(name: str, revision: str) -> Any:
     if name == "phi-2":
         return phi2_tokenizer()
     if not Path(name).exists():
-        hub_in_reach()  # Where it is not, transformers would try for most of a minute.
+        hub_is_reachable()  # Where it is not, transformers would try for most of a minute.
     try:
         return AutoTokenizer.from_pretrained(name, **_pinned(name, revision))
     except (OSError, ValueError) as error:
@@ -248,7 +248,7 @@ def _load(name: str, settings: LanguageSettings, dtype: torch.dtype, device: tor
         options["quantization_config"] = _quantization(settings.precision, device)
     try:
         with no_loading_bar(name):
-            return keep_exact(AutoModelForCausalLM.from_pretrained(name, **options))
+            return disable_bnb_repacking(AutoModelForCausalLM.from_pretrained(name, **options))
     except (OSError, ValueError) as error:
         raise _missing("model", name, error) from error
 
@@ -278,7 +278,7 @@ def _random(path: str, precision: str, dtype: torch.dtype, device: torch.device)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if precision in ("4bit", "8bit"):
-        model = keep_exact(_quantize(model, precision, device))
+        model = disable_bnb_repacking(_quantize(model, precision, device))
     return model
 
 

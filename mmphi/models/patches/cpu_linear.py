@@ -19,7 +19,7 @@ FEW = 64  # Rows; with more the usual way is as fast.
 
 
 @contextmanager
-def weights_first(model: nn.Module) -> Iterator[None]:
+def transposed_small_batch_linear(model: nn.Module) -> Iterator[None]:
     """Let every plain linear layer of a model that is on a processor put its weight first where there are few rows."""
     changed = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
     for module in changed:

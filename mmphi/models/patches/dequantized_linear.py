@@ -19,7 +19,7 @@ from torch import Tensor
 SHARE = 0.5  # Of the memory that is free: more is left quantised.
 
 
-def dequantised_once(model: Any) -> Any:
+def dequantize_layers_once(model: Any) -> Any:
     """Let the 4-bit layers of a model that are on a processor keep their weights dequantised beside them.
 
     The layers stay what they are for whoever saves, merges or counts them. Where the memory that is free would not hold

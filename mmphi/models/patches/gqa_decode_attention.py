@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 NAME = "grouped"
 
 
-def grouped_attention(
+def gqa_decode_attention(
     module: Any,
     query_RHTD: Tensor,
     key_RGSD: Tensor,
@@ -53,12 +53,12 @@ def grouped_attention(
     return output.reshape(rows, 1, heads, width), None
 
 
-AttentionInterface.register(NAME, grouped_attention)
+AttentionInterface.register(NAME, gqa_decode_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def attending_in_groups(model: Any) -> Iterator[None]:
+def gqa_decode_attention_applied(model: Any) -> Iterator[None]:
     """Let a model that attends by ``sdpa`` attend so, until the end; any other is left as it is."""
     before = model.config._attn_implementation
     if before != "sdpa":

@@ -15,7 +15,7 @@ class FusedGELU(nn.GELU):
         super().__init__(approximate="tanh")
 
 
-def fewer_passes(model: Any) -> Any:
+def apply_patches(model: Any) -> Any:
     """Change what a model of transformers computes nowhere, and how often it goes through memory; return the model.
 
     - Phi's activation, which transformers writes as eight operations that each keep their input for the gradient, is
@@ -29,23 +29,23 @@ def fewer_passes(model: Any) -> Any:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, FusedGELU())
-        if isinstance(module, nn.LayerNorm) and as_given not in module._forward_hooks.values():
-            module.register_forward_hook(as_given)
+        if isinstance(module, nn.LayerNorm) and cast_output_to_input_dtype not in module._forward_hooks.values():
+            module.register_forward_hook(cast_output_to_input_dtype)
     return model
 
 
-def as_given(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def cast_output_to_input_dtype(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """What a module says, in the precision of what it was given."""
     return output.to(inputs[0].dtype)
 
 
-def as_published(model: Any) -> Any:
-    """Undo :func:`fewer_passes`: the model computes as whoever loads its weights by transformers has it; return it."""
+def remove_patches(model: Any) -> Any:
+    """Undo :func:`apply_patches`: the model computes as whoever loads its weights by transformers has it; return it."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, FusedGELU):
                 setattr(module, name, NewGELUActivation())
         for key, hook in list(module._forward_hooks.items()):
-            if hook is as_given:
+            if hook is cast_output_to_input_dtype:
                 del module._forward_hooks[key]
     return model

@@ -25,7 +25,7 @@ TOLERANCE, TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the spread of what the head is gi
 
 
 @torch.no_grad()
-def parts_alone(language_model: Any) -> list[nn.Module]:
+def find_positionwise_modules(language_model: Any) -> list[nn.Module]:
     """The parts of a model's last layer that may leave positions out, tried with some tokens; none where it is unsure.
 
     Args:
@@ -46,7 +46,7 @@ def parts_alone(language_model: Any) -> list[nn.Module]:
         language_model.eval()  # Nothing drops while the two are held against each other.
         with torch.autocast(weight.device.type, enabled=False):
             language_model(input_ids=ids, use_cache=False)
-            with only_at(parts, kept):
+            with compute_at_positions(parts, kept):
                 language_model(input_ids=ids, use_cache=False)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # It has parts that want whole rows.
         return []
@@ -67,7 +67,7 @@ def _parts(layer: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def only_at(parts: Sequence[nn.Module], places_K: Tensor) -> Iterator[None]:
+def compute_at_positions(parts: Sequence[nn.Module], places_K: Tensor) -> Iterator[None]:
     """Let parts of a layer compute some positions only; what they say of the others is 0.
 
     Args:

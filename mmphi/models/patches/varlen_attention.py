@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 NAME = "documents"
 
 
-def document_attention(
+def varlen_attention(
     module: Any,
     query_RHTD: Tensor,
     key_RHTD: Tensor,
@@ -82,12 +82,12 @@ def _varlen(query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, borders: Tens
     return output
 
 
-AttentionInterface.register(NAME, document_attention)
+AttentionInterface.register(NAME, varlen_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
-def attending_inside_documents(model: Any) -> Iterator[None]:
+def varlen_attention_applied(model: Any) -> Iterator[None]:
     """Let a model attend by borders, until the end."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)

@@ -12,7 +12,7 @@ from mmphi.config.shared import VisionSettings
 from mmphi.errors import ModelError
 
 
-def tokens_of(visual: Any, pixels_BCHW: Tensor, settings: VisionSettings) -> Tensor:
+def layer_tokens(visual: Any, pixels_BCHW: Tensor, settings: VisionSettings) -> Tensor:
     """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept.
 
     Args:

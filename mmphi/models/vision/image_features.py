@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmphi.errors import ModelError
-from mmphi.models.device import fetched_later
+from mmphi.models.device import copy_to_cpu_async
 from mmphi.models.vision.vision_encoder import VisionEncoder
 
 Embedded = tuple[dict[str, Tensor], dict[str, str]]  # Features by digest; reasons by digest of what is no image.
@@ -20,10 +20,10 @@ def features_of(pixels: Mapping[str, Tensor], tower: VisionEncoder) -> dict[str,
     Raises:
         ModelError: If they do not fit in fp16.
     """
-    return features_later(list(pixels), torch.stack(list(pixels.values())), tower)() if pixels else {}
+    return features_async(list(pixels), torch.stack(list(pixels.values())), tower)() if pixels else {}
 
 
-def features_later(names: Sequence[str], pixels_BCHW: Tensor, tower: VisionEncoder) -> Callable[[], dict[str, Tensor]]:
+def features_async(names: Sequence[str], pixels_BCHW: Tensor, tower: VisionEncoder) -> Callable[[], dict[str, Tensor]]:
     """Begin to compute features; an accelerator goes on with them until they are asked for.
 
     Args:
@@ -35,7 +35,7 @@ def features_later(names: Sequence[str], pixels_BCHW: Tensor, tower: VisionEncod
         What gives the features (tokens, width) in fp16, by digest; it raises a ModelError if they do not fit in fp16.
     """
     computed = tower(pixels_BCHW).half()
-    fit, features = fetched_later(computed.isfinite().all()), fetched_later(computed)
+    fit, features = copy_to_cpu_async(computed.isfinite().all()), copy_to_cpu_async(computed)
 
     def found() -> dict[str, Tensor]:
         if not fit():

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from mmphi.config.shared import VisionSettings
 from mmphi.data.clip_weights import CONFIG, prepared_for, preprocess_of, quick_gelu_of, weights_file
-from mmphi.data.hf_connectivity import hub_in_reach
+from mmphi.data.hf_connectivity import hub_is_reachable
 from mmphi.errors import ModelError
 from mmphi.models.patches.bn_folding import fold_batch_norms
-from mmphi.models.vision.feature_extraction import tokens_of
+from mmphi.models.vision.feature_extraction import layer_tokens
 from mmphi.models.vision.preprocess import Preprocess
 
 LIGHT_CLIP, RANDOM = "light_clip", "random"
@@ -93,7 +93,7 @@ class VisionEncoder(nn.Module):
         """
         parameter = next(self.visual.parameters())
         pixels = pixels_BCHW.to(parameter.device, non_blocking=True)
-        return tokens_of(self.visual, self.scaled(pixels).to(parameter.dtype), self.settings).float()
+        return layer_tokens(self.visual, self.scaled(pixels).to(parameter.dtype), self.settings).float()
 
     def scaled(self, pixels: Tensor) -> Tensor:
         """Pixels (..., 3, H, W) as the tower's weights take them, in fp32: to the bit what open_clip's transform gives.
@@ -106,7 +106,7 @@ class VisionEncoder(nn.Module):
         return pixels.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = None) -> tuple[int, int]:
+def encoder_output_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = None) -> tuple[int, int]:
     """Features per image and their width, without weights, and so before anything is fetched or trained.
 
     Args:
@@ -121,7 +121,7 @@ def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = No
         name = "mmphi-light-clip"
         open_clip.factory._MODEL_CONFIGS[name] = light_clip
     elif Path(name).is_dir():
-        return tower_shape(settings, _model_config(Path(name)))
+        return encoder_output_shape(settings, _model_config(Path(name)))
     else:
         name = _known(name)
         if not settings.pretrained:
@@ -134,7 +134,7 @@ def tower_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = No
     size = PreprocessCfg(**visual.preprocess_cfg).size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     with torch.inference_mode():
-        found = tokens_of(visual, torch.zeros(1, 3, int(height), int(width), device="meta"), settings)
+        found = layer_tokens(visual, torch.zeros(1, 3, int(height), int(width), device="meta"), settings)
     return int(found.shape[1]), int(found.shape[2])
 
 
@@ -203,7 +203,7 @@ def _create(name: str, settings: VisionSettings) -> Any:
     if file is None and pretrained != RANDOM:
         if quick is None and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"):
             quick = True
-        hub_in_reach()  # Where it is not, open_clip would try for most of a minute.
+        hub_is_reachable()  # Where it is not, open_clip would try for most of a minute.
     try:
         with warnings.catch_warnings(), open_clip_warnings() as said:
             warnings.filterwarnings("error", message="QuickGELU mismatch")
@@ -292,7 +292,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
         raise ModelError(f"no CLIP can be read from {folder}: {error}", f"it needs {CONFIG} and weights") from error
 
 
-def load_tower(settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False) -> VisionEncoder:
+def load_vision_encoder(
+    settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False
+) -> VisionEncoder:
     """The image tower of a CLIP, cut off at the layer that the settings name.
 
     Args:

@@ -54,9 +54,9 @@ def evaluated(model: str, tasks: Sequence[str], limit: int, batch_size: int, inc
     manager = TaskManager(include_path=include or None)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
-        from mmphi.config.messages import nearest
+        from mmphi.config.messages import did_you_mean
 
-        near = nearest(unknown[0], manager.all_tasks)
+        near = did_you_mean(unknown[0], manager.all_tasks)
         hint = f"did you mean {near}?" if near else "`python -m lmms_eval --tasks list` lists them"
         raise SettingsError(f"lmms-eval has no task {unknown[0]!r}", hint)
     found: Mapping[str, Any] = simple_evaluate(

@@ -97,11 +97,11 @@ class Mmphi(lmms):
         return found
 
     def _loss(self, question: str, answer: str, images: tuple[ImageRef, ...]) -> tuple[float, bool]:
-        from mmphi.data.tokenized_dataset import encode_example
+        from mmphi.data.tokenized_dataset import tokenize_example
 
         model = self.model
         example = Example("0", images, (Turn(question, answer),), "lmms-eval")
-        sample = encode_example(example, model.language.prompt, model.length, model.max_length)
+        sample = tokenize_example(example, model.language.prompt, model.length, model.max_length)
         if sample is None:
             raise DataError(
                 f"a question does not fit in {model.max_length} tokens: {question[:60]!r}",

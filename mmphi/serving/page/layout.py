@@ -84,7 +84,7 @@ def _sampling(max_tokens: float, temperature: float, top_p: float, seed: float |
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def page_of(desk: ModelPool, look: PageConfig) -> gr.Blocks:
+def build_page(desk: ModelPool, look: PageConfig) -> gr.Blocks:
     """The page.
 
     Args:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from mmphi.errors import MmphiError
-from mmphi.generation.messages import conversation
+from mmphi.generation.messages import parse_messages
 from mmphi.generation.sampling import SamplingParams
 from mmphi.serving.scheduler import QueuedRequest, Scheduler
 
@@ -192,7 +192,7 @@ class ModelPool:
         sampling: SamplingParams,
         tell: Callable[[str | None], None],
     ) -> tuple[Scheduler, QueuedRequest]:
-        ticket = QueuedRequest(conversation(talk.messages(system)), sampling, tell)
+        ticket = QueuedRequest(parse_messages(talk.messages(system)), sampling, tell)
         while True:
             worker = self.worker(talk.model)
             with self._lock:

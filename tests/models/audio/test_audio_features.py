@@ -32,14 +32,19 @@ from mmphi.data.audio import Recording
 from mmphi.data.schema import AudioRef, Example, ImageRef, Turn
 from mmphi.errors import ModelError
 from mmphi.models.audio import transcriber as ears_module
-from mmphi.models.audio.audio_features import EncoderFeatures, SoftTranscriptFeatures, TranscriptFeatures, hearing_of
-from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection, words_as_they_are
+from mmphi.models.audio.audio_features import (
+    EncoderFeatures,
+    SoftTranscriptFeatures,
+    TranscriptFeatures,
+    audio_feature_source,
+)
+from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection, identity_projection
 from mmphi.models.audio.transcriber import Audio, CachedTranscriber
 from mmphi.models.audio.transcript_cache import TranscriptCache
 from mmphi.models.audio.transcription import Segment, Transcript
 from mmphi.models.audio.whisper_backends import OpenAIWhisper
-from mmphi.models.checkpoint import bundle_digest, load_bundle
-from mmphi.models.language.language_model import load_language, save_language
+from mmphi.models.checkpoint import checkpoint_digest, load_checkpoint
+from mmphi.models.language.language_model import load_language_model, save_language_model
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import packs
@@ -163,9 +168,9 @@ def test_soft_is_refused_where_token_ids_differ() -> None:
 def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its speech projection and how it hears are saved with the rest, and the bundle's digest is of them."""
     tiny = tiny_language()
-    save_language(tiny.model, tiny.prompt, tmp_path / "language")
-    language = load_language(LanguageSettings(model=str(tmp_path / "language")), None, CPU)
-    speech = words_as_they_are(language.width)
+    save_language_model(tiny.model, tiny.prompt, tmp_path / "language")
+    language = load_language_model(LanguageSettings(model=str(tmp_path / "language")), None, CPU)
+    speech = identity_projection(language.width)
     torch.nn.init.normal_(speech.out.weight, std=0.1)
     settings = AudioSettings(whisper="base.en", threshold=0.7)
     model = Multimodal(
@@ -179,21 +184,21 @@ def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
         asked.append((settings, device))
         return Knows()
 
-    monkeypatch.setattr("mmphi.models.audio.audio_features.ears_of", fake)
-    loaded = load_bundle(tmp_path / "a")
+    monkeypatch.setattr("mmphi.models.audio.audio_features.transcriber_of", fake)
+    loaded = load_checkpoint(tmp_path / "a")
     assert not asked  # The Whisper is loaded when there is something to hear.
     example = spoken("", "an answer", "q")
     assert torch.equal(logits(loaded, example), logits(model, example))
     assert asked[0][0] == settings
-    assert load_bundle(tmp_path / "a", whisper="small.en").hearing.link == "transcript"
+    assert load_checkpoint(tmp_path / "a", whisper="small.en").hearing.link == "transcript"
     assert asked[1][0].whisper == "small.en"
-    digest = bundle_digest(tmp_path / "a")
+    digest = checkpoint_digest(tmp_path / "a")
     torch.nn.init.normal_(speech.out.weight, std=0.1)
     model.save_pretrained(tmp_path / "b")
-    assert bundle_digest(tmp_path / "b") != digest
+    assert checkpoint_digest(tmp_path / "b") != digest
     (tmp_path / "b" / "speech.safetensors").write_bytes(b"torn")
     with pytest.raises(ModelError, match="no speech projection can be read"):
-        load_bundle(tmp_path / "b")
+        load_checkpoint(tmp_path / "b")
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -201,7 +206,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ModelError, match="nothing to hear with"):
         Multimodal(language, None, None).generate([(None, "", [heard("q")])])
     with pytest.raises(ModelError, match="for a model of width 16, not 32"):
-        Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, 4), speech=words_as_they_are(16))
+        Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, 4), speech=identity_projection(16))
     wrong = SpeechProjection(SpeechConfig("encoder", 99, 32, stack=4))
     with pytest.raises(ModelError, match="reads features of width 99, this Whisper gives 24"):
         Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, 4), speech=wrong).inputs([heard("q")])
@@ -251,10 +256,10 @@ def test_ears_hear_every_recording_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
     whisper = Peaked()
     monkeypatch.setattr(Peaked, "digest", "other", raising=False)
-    monkeypatch.setattr("mmphi.models.audio.audio_features.ears_of", lambda *_: Knows(whisper))
+    monkeypatch.setattr("mmphi.models.audio.audio_features.transcriber_of", lambda *_: Knows(whisper))
     config = SpeechConfig("encoder", 24, 32, stack=4)
     with pytest.raises(ModelError, match="not the Whisper that the model was trained with"):
-        hearing_of(tiny_language(), Audio(AudioSettings(), "mine"), config, CPU, lambda *_: None)
+        audio_feature_source(tiny_language(), Audio(AudioSettings(), "mine"), config, CPU, lambda *_: None)
 
 
 def real_ears(models: Path) -> CachedTranscriber:
@@ -264,7 +269,7 @@ def real_ears(models: Path) -> CachedTranscriber:
 @pytest.mark.real
 def test_a_real_question_heard_is_the_question_typed(real_models: Path, real_folder: Path) -> None:
     """SmolLM2 in its own chat template, with a picture: the answer, and every bit of the loss."""
-    language = load_language(LanguageSettings(model=str(real_models / "smollm2-135m-instruct")), None, CPU)
+    language = load_language_model(LanguageSettings(model=str(real_models / "smollm2-135m-instruct")), None, CPU)
     ears = real_ears(real_models)
     torch.manual_seed(0)
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))

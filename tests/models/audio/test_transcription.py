@@ -46,7 +46,9 @@ def spoken(*numbers: float) -> Recording:
 def every_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate that lets each second through, by itself."""
     monkeypatch.setattr(
-        transcription, "speech", lambda each, **_: [SpeechInterval(i, i + 1) for i in range(len(each.samples) // RATE)]
+        transcription,
+        "detect_speech",
+        lambda each, **_: [SpeechInterval(i, i + 1) for i in range(len(each.samples) // RATE)],
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from sounds import NOISE, SECONDS, chords
 
 from mmphi.data.audio import RATE, Recording, read_audio
-from mmphi.models.audio.vad import SpeechInterval, speech, windows
+from mmphi.models.audio.vad import SpeechInterval, detect_speech, merge_intervals
 
 
 @pytest.mark.parametrize(
@@ -26,12 +26,12 @@ from mmphi.models.audio.vad import SpeechInterval, speech, windows
     ids=["silence", "tone", "noise", "loud noise", "brown noise", "chords", "a moment"],
 )
 def test_what_is_no_voice_is_not_heard_as_one(sound: np.ndarray) -> None:
-    assert speech(Recording(sound.astype(np.float32))) == []
+    assert detect_speech(Recording(sound.astype(np.float32))) == []
 
 
 def test_another_rate_is_refused() -> None:
     with pytest.raises(ValueError, match="16000 samples a second, not 8000"):
-        speech(Recording(np.zeros(8000, np.float32), 8000))
+        detect_speech(Recording(np.zeros(8000, np.float32), 8000))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_another_rate_is_refused() -> None:
     ],
 )
 def test_windows_have_a_breath_around_them(parts, expected) -> None:
-    found = windows([SpeechInterval(*each) for each in parts], 10, pad=0.4, end=31)
+    found = merge_intervals([SpeechInterval(*each) for each in parts], 10, pad=0.4, end=31)
     assert [(pytest.approx(each.start), pytest.approx(each.end)) for each in found] == expected
 
 
@@ -59,7 +59,7 @@ def test_windows_have_a_breath_around_them(parts, expected) -> None:
     ],
 )
 def test_neighbours_are_heard_together_as_long_as_they_fit(parts, expected) -> None:
-    found = windows([SpeechInterval(*each) for each in parts], 10)
+    found = merge_intervals([SpeechInterval(*each) for each in parts], 10)
     assert found == [SpeechInterval(*each) for each in expected]
 
 
@@ -68,11 +68,11 @@ def test_a_voice_is_found_between_silence_and_noise(real_folder: Path) -> None:
     spoken = read_audio(real_folder / "speech" / "jfk.flac").samples
     quiet = np.zeros(5 * RATE, np.float32)
     recording = Recording(np.concatenate([quiet, spoken, quiet, 0.02 * NOISE.astype(np.float32), spoken]))
-    parts = speech(recording)
+    parts = detect_speech(recording)
     first = [p for p in parts if p.end < 17]
     second = [p for p in parts if p.start > 30]
     assert len(first) + len(second) == len(parts)
     assert sum(p.seconds for p in first) == pytest.approx(sum(p.seconds for p in second), abs=0.5)
     assert 5 <= first[0].start < 6
-    assert [round(w.start) for w in windows(parts, 20)] == [round(first[0].start), round(second[0].start)]
-    assert all(p.seconds <= 2 for p in speech(Recording(spoken), longest=2))
+    assert [round(w.start) for w in merge_intervals(parts, 20)] == [round(first[0].start), round(second[0].start)]
+    assert all(p.seconds <= 2 for p in detect_speech(Recording(spoken), longest=2))

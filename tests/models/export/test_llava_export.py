@@ -15,7 +15,7 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForC
 from mmphi.config import LanguageSettings, VisionSettings
 from mmphi.data.features import LiveFeatures
 from mmphi.errors import ModelError
-from mmphi.models.export.llava_check import QUESTIONS, difference, pictures, said
+from mmphi.models.export.llava_check import QUESTIONS, check_pictures, compare_outputs, expected_outputs
 from mmphi.models.export.llava_export import as_llava, fold_head_bias, save_llava
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
@@ -90,13 +90,13 @@ def joined(language: LanguageModel, visual: nn.Module | None = None, **settings:
 )
 def test_exported_and_loaded_again_it_says_the_same(language, changes, tmp_path: Path):
     model = joined(language(), **changes)
-    images = pictures()
-    expected = said(model, images, QUESTIONS)
+    images = check_pictures()
+    expected = expected_outputs(model, images, QUESTIONS)
     answers = [model.ask(question, _saved(image, tmp_path)) for image, question in zip(images, QUESTIONS, strict=True)]
     save_llava(*as_llava(model), tmp_path / "llava")
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "llava", use_fast=False)
-    found = difference(loaded, processor, expected, images, QUESTIONS)
+    found = compare_outputs(loaded, processor, expected, images, QUESTIONS)
     assert found.logits < 1e-4 * expected[0].logits.std()
     assert found.tokens == 0
     assert found.pixels < 0.01
@@ -115,8 +115,8 @@ def _answer(model, processor, image, question: str) -> str:
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(message, add_generation_prompt=True)
     inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt")
-    said = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+    expected_outputs = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(expected_outputs, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("make", [lambda: phi(), lambda: phi("phi"), llama], ids=["plain", "phi", "chat"])

@@ -9,8 +9,8 @@ import torch
 from builders import RandomFeatures, encode, example, tiny_language
 from workers import spawn
 
-from mmphi.models.language.adapter import AdapterConfig, adapted, adapter_parameters
-from mmphi.models.language.language_model import LanguageModel, _quantize, keep_exact
+from mmphi.models.language.adapter import AdapterConfig, adapter_parameters, add_adapter
+from mmphi.models.language.language_model import LanguageModel, _quantize, disable_bnb_repacking
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import pack
@@ -21,12 +21,14 @@ CPU = torch.device("cpu")
 def four_bits() -> LanguageModel:
     """A small model in NF4, with nobody else's layers."""
     language = tiny_language()
-    return replace(language, model=keep_exact(_quantize(language.model, "4bit", CPU)).requires_grad_(False).eval())
+    return replace(
+        language, model=disable_bnb_repacking(_quantize(language.model, "4bit", CPU)).requires_grad_(False).eval()
+    )
 
 
 def model(dropout: float = 0.0, learned: bool = True) -> PackedVLM:
     """With an adapter that has learned something, at random."""
-    language = adapted(four_bits(), AdapterConfig(rank=4, alpha=8, dropout=dropout))
+    language = add_adapter(four_bits(), AdapterConfig(rank=4, alpha=8, dropout=dropout))
     torch.manual_seed(1)
     if learned:
         for parameter in adapter_parameters(language).values():

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PhiConfig, PhiForCausalLM
 
-from mmphi.models.language.causal_lm_task import CausalTask, probe, try_out, walls_error
+from mmphi.models.language.causal_lm_task import CausalTask, isolation_error, probe, smoke_test
 from mmphi.models.language.language_model import linear_cross_entropy as lce
 from mmphi.models.language.phi import SIZES, count_parameters, phi_config, size_config, training_flops
-from mmphi.models.patches.varlen_attention import attending_inside_documents
+from mmphi.models.patches.varlen_attention import varlen_attention_applied
 
 LENGTHS = [7, 1, 20, 4]
 
@@ -75,7 +75,7 @@ def test_documents_of_a_row_are_as_they_are_alone(walls):
         expected = expected + F.cross_entropy(logits, part[1:], reduction="sum")
         start += length
     wanted = torch.autograd.grad(expected, list(language.parameters()))
-    with attending_inside_documents(language):
+    with varlen_attention_applied(language):
         task = CausalTask(language, walls=walls)
         found = task(**probe(ids, LENGTHS))
         got = torch.autograd.grad(found, list(language.parameters()))
@@ -88,7 +88,7 @@ def test_recomputing_changes_nothing():
     language = model()
     ids = torch.randint(0, 97, (sum(LENGTHS) + 1,))
     gradients = []
-    with attending_inside_documents(language):
+    with varlen_attention_applied(language):
         task = CausalTask(language).train()
         for again in (False, True):
             if again:
@@ -100,13 +100,13 @@ def test_recomputing_changes_nothing():
 
 def test_walls_that_do_not_hold_are_found(monkeypatch):
     language = model()
-    with attending_inside_documents(language):
+    with varlen_attention_applied(language):
         task = CausalTask(language)
-        assert walls_error(task) < 1e-5
+        assert isolation_error(task) < 1e-5
         one = CausalTask.hidden
         monkeypatch.setattr(task, "hidden", lambda batch: one(task, {**batch, "borders": batch["borders"][[0, -1]]}))
-        assert walls_error(task) > 1e-3
-    assert walls_error(CausalTask(language)) == math.inf  # Not attending inside documents: it cannot be computed.
+        assert isolation_error(task) > 1e-3
+    assert isolation_error(CausalTask(language)) == math.inf  # Not attending inside documents: it cannot be computed.
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_compiled_is_as_it_is(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     language = model()
     task = CausalTask(language, walls="mask", compiled=True)
-    try_out(task, 16)
+    smoke_test(task, 16)
     ids = torch.randint(0, 97, (17,))
     batch = probe(ids, [9, 7])
     compiled = task.train()(**batch).item()
@@ -126,7 +126,7 @@ def test_generating_is_transformers_own():
     language = model().eval()
     ids = torch.arange(5)[None]
     expected = language.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    with attending_inside_documents(language):
+    with varlen_attention_applied(language):
         assert torch.equal(language.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), expected)
 
 

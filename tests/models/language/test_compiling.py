@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import RandomFeatures, encode, example, tiny_language
 
-from mmphi.models.language.compiling import compiling, worth_compiling
+from mmphi.models.language.compiling import compiled_layers, should_compile
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack
@@ -49,7 +49,7 @@ def test_it_learns_the_same(monkeypatch, layout):
     language = tiny_language()
     expected, gradients = learned(packed_model(language, layout), language)
     model = packed_model(language, layout)
-    with compiling(model, True, pytest.fail):
+    with compiled_layers(model, True, pytest.fail):
         calls.clear()
         losses, own = learned(model, language)
         assert calls
@@ -71,7 +71,7 @@ def test_trying_it_out_changes_nothing(monkeypatch):
     language = tiny_language()
     model = packed_model(language).eval()
     before = torch.get_rng_state()
-    with compiling(model, True, pytest.fail):
+    with compiled_layers(model, True, pytest.fail):
         assert not model.training
         assert torch.equal(torch.get_rng_state(), before)
         assert all(p.grad is None for p in model.parameters())
@@ -84,13 +84,13 @@ def test_where_it_does_not_work_that_is_told(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     said, language = [], tiny_language()
     model = packed_model(language)
-    with compiling(model, True, said.append):
+    with compiled_layers(model, True, said.append):
         learned(model, language)
     assert said == ["torch.compile does not work here (no C++ compiler): going on without it"]
 
 
 def test_it_is_worth_it_where_it_was_measured():
     model = packed_model(tiny_language())
-    assert worth_compiling("yes", model, 1)
-    assert not worth_compiling("no", model, 1000)
-    assert not worth_compiling("auto", model, 1000)  # On a processor.
+    assert should_compile("yes", model, 1)
+    assert not should_compile("no", model, 1000)
+    assert not should_compile("auto", model, 1000)  # On a processor.

@@ -8,9 +8,9 @@ import torch
 from builders import byte_tokenizer, tiny_language
 
 from mmphi.config import LanguageSettings
-from mmphi.models.language.adapter import AdapterConfig, adapted, adapter_parameters, merged
-from mmphi.models.language.language_model import LanguageModel, load_language
-from mmphi.models.patches.dequantized_linear import dequantised_once
+from mmphi.models.language.adapter import AdapterConfig, adapter_parameters, add_adapter, merge_adapter
+from mmphi.models.language.language_model import LanguageModel, load_language_model
+from mmphi.models.patches.dequantized_linear import dequantize_layers_once
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20)
@@ -30,12 +30,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(folder) -> LanguageModel:
-    return load_language(LanguageSettings(model=str(folder), precision="4bit"), None, CPU)
+    return load_language_model(LanguageSettings(model=str(folder), precision="4bit"), None, CPU)
 
 
 def learned(language: LanguageModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits with an adapter that is not nothing, and its gradients."""
-    language = adapted(language, AdapterConfig(rank=4, alpha=8))
+    language = add_adapter(language, AdapterConfig(rank=4, alpha=8))
     torch.manual_seed(1)
     parameters = list(adapter_parameters(language).values())
     for parameter in parameters:
@@ -70,10 +70,12 @@ def test_the_layers_are_saved_and_merged_as_they_were(folder, request):
     theirs = plain.model.state_dict()
     assert found.model.state_dict().keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in found.model.state_dict().items())
-    assert torch.equal(merged(plain, torch.float32).model(IDS).logits, merged(found, torch.float32).model(IDS).logits)
+    assert torch.equal(
+        merge_adapter(plain, torch.float32).model(IDS).logits, merge_adapter(found, torch.float32).model(IDS).logits
+    )
 
 
 def test_other_precisions_are_left_alone():
     language = tiny_language()
-    assert dequantised_once(language.model) is language.model
+    assert dequantize_layers_once(language.model) is language.model
     assert held(language) == 0

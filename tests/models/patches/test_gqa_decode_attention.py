@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmphi.generation.kv_cache import SlotKVCache
-from mmphi.models.patches.gqa_decode_attention import attending_in_groups, grouped_attention
+from mmphi.models.patches.gqa_decode_attention import gqa_decode_attention, gqa_decode_attention_applied
 
 
 class Layer(torch.nn.Module):
@@ -27,7 +27,7 @@ def test_it_gives_what_sdpa_gives(heads, groups, tokens, masked):
     mask = torch.rand(4, 1, tokens, 9) < 0.6
     mask[..., 0] = True
     given = mask if masked else None
-    own, _ = grouped_attention(Layer(heads, groups), query, key, value, given, scaling=0.3, is_causal=False)
+    own, _ = gqa_decode_attention(Layer(heads, groups), query, key, value, given, scaling=0.3, is_causal=False)
     theirs, _ = sdpa_attention_forward(Layer(heads, groups), query, key, value, given, scaling=0.3, is_causal=False)
     assert own.shape == (4, tokens, heads, 8)
     torch.testing.assert_close(own, theirs)
@@ -46,7 +46,7 @@ def test_a_model_says_token_by_token_what_it_says_at_once():
     with torch.inference_mode():
         expected = model(ids).logits
         slots, said = SlotKVCache(3, 16), []
-        with attending_in_groups(model):
+        with gqa_decode_attention_applied(model):
             assert model.config._attn_implementation == "grouped"
             for place in range(7):
                 given = slots.reading([0, 1, 2], [place] * 3, 1, torch.device("cpu"))
@@ -57,5 +57,5 @@ def test_a_model_says_token_by_token_what_it_says_at_once():
 
 def test_a_model_that_attends_otherwise_is_left_as_it_is():
     model = model_of(attn_implementation="eager")
-    with attending_in_groups(model):
+    with gqa_decode_attention_applied(model):
         assert model.config._attn_implementation == "eager"

@@ -13,7 +13,7 @@ from transformers import BloomConfig, Gemma2Config, GPTNeoXConfig, OPTConfig, Qw
 
 from mmphi.models import packed_vlm
 from mmphi.models.packed_vlm import PackedVLM
-from mmphi.models.patches.sparse_last_layer import only_at, parts_alone
+from mmphi.models.patches.sparse_last_layer import compute_at_positions, find_positionwise_modules
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.text.packing import Layout, pack
 
@@ -53,7 +53,7 @@ def found(language, layout, batch, trained, narrow, monkeypatch):
 @named([*ISOLATE, *MORE])
 def test_parts_of_models_are_found(config):
     model = build(config).train()
-    parts = parts_alone(model)
+    parts = find_positionwise_modules(model)
     assert len(parts) >= 2
     assert all(module.training for module in model.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in parts)
@@ -64,13 +64,13 @@ def test_models_of_other_forms_are_left_alone_or_right(config):
     model = build(config)
     ids, places = torch.arange(20).view(2, 10), torch.tensor([2, 9, 15])
     whole = model(input_ids=ids, use_cache=False).logits
-    with only_at(parts_alone(model), places):
+    with compute_at_positions(find_positionwise_modules(model), places):
         alone = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(whole.flatten(0, 1)[places], alone.flatten(0, 1)[places], rtol=1e-3, atol=1e-4)
 
 
 def test_a_part_that_wants_more_than_positions_leaves_the_layer_whole():
-    assert parts_alone(build(next(c for c in LEAK if isinstance(c, BloomConfig)))) == []
+    assert find_positionwise_modules(build(next(c for c in LEAK if isinstance(c, BloomConfig)))) == []
 
 
 @named([None, *ISOLATE, *MORE])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mmphi.config import SourceSettings, VisionSettings
 from mmphi.errors import ModelError, Stopped
 from mmphi.evaluation.retrieval import recall
-from mmphi.models.vision.vision_encoder import load_saved_clip, load_tower
+from mmphi.models.vision.vision_encoder import load_saved_clip, load_vision_encoder
 from mmphi.pipeline.stage import Result
 from mmphi.stages import Settings, light_clip, scenes
 from mmphi.stages.light_clip import LightClipSettings
@@ -50,13 +50,13 @@ def test_saved_model_is_open_clips(tmp_path, drawn, recorder):
     assert torch.equal(theirs.encode_text(tokens), ours.encode_text(tokens))
     moved = tmp_path / "moved"
     (tmp_path / "a").rename(moved)
-    tower = load_tower(VisionSettings(), moved)
+    tower = load_vision_encoder(VisionSettings(), moved)
     assert (tower.tokens, tower.width) == (4, 128)
 
 
 def test_vit_from_nothing(tmp_path, drawn):
     train(tmp_path / "a", drawn, from_nothing="vit", steps=2)
-    tower = load_tower(VisionSettings(), tmp_path / "a")
+    tower = load_vision_encoder(VisionSettings(), tmp_path / "a")
     assert (tower.tokens, tower.width) == (16, 32)
 
 
@@ -156,5 +156,5 @@ def test_over_pretrained_towers(tmp_path, real_models, real_photos):
     assert metrics["test/text_to_image_recall_at_5"] > 0.4  # chance: 0.25
     model = open_clip.create_model(f"local-dir:{tmp_path}")
     assert model.visual.trunk.num_features == 1280
-    tower = load_tower(VisionSettings(layer=-1), tmp_path)
+    tower = load_vision_encoder(VisionSettings(layer=-1), tmp_path)
     assert (tower.tokens, tower.width) == (49, 1280)

@@ -16,12 +16,12 @@ from torchvision.transforms import Compose
 
 from mmphi.config import VisionSettings
 from mmphi.errors import ModelError
-from mmphi.models.vision.feature_extraction import tokens_of
-from mmphi.models.vision.vision_encoder import VisionEncoder, load_tower, preprocess, tower_shape
+from mmphi.models.vision.feature_extraction import layer_tokens
+from mmphi.models.vision.vision_encoder import VisionEncoder, encoder_output_shape, load_vision_encoder, preprocess
 
 
 def tower(model: str, pretrained: str = "random", **changes):
-    return load_tower(VisionSettings(model=model, pretrained=pretrained, **changes))
+    return load_vision_encoder(VisionSettings(model=model, pretrained=pretrained, **changes))
 
 
 def test_layers_are_open_clips_own(own, weights):
@@ -82,7 +82,7 @@ def test_every_family_gives_a_grid_of_patches(family):
         visual = TimmModel(family, 16, size, pool="", proj="linear").eval()
     for layer, expected in zip((-1, -2), FAMILIES[family], strict=True):
         settings = VisionSettings(model="any", layer=layer)
-        found = tokens_of(visual, torch.zeros(2, 3, size, size, device="meta"), settings)
+        found = layer_tokens(visual, torch.zeros(2, 3, size, size, device="meta"), settings)
         assert tuple(found.shape) == (2, *expected)
 
 
@@ -91,7 +91,7 @@ def test_swins_last_layer_is_its_own_in_the_order_of_its_patches():
     visual = TimmModel("swin_tiny_patch4_window7_224", 16, 224, pool="avg", proj="linear").eval()
     pixels = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
-        found = tokens_of(visual, pixels, VisionSettings(model="any", layer=-1))
+        found = layer_tokens(visual, pixels, VisionSettings(model="any", layer=-1))
         expected = visual.trunk.forward_features(pixels)
     assert expected.shape == (1, 7, 7, 768)
     torch.testing.assert_close(found, expected.reshape(1, 49, 768))
@@ -111,7 +111,7 @@ def test_every_model_of_open_clip_has_a_shape():
             continue  # Its text tower is on the hub, or it was built at another size.
         seen.add(shape)
         try:
-            tokens, width = tower_shape(VisionSettings(model=name, pretrained="random", layer=-2))
+            tokens, width = encoder_output_shape(VisionSettings(model=name, pretrained="random", layer=-2))
         except ModelError as error:
             refused[name] = error.what
             continue
