@@ -68,7 +68,7 @@ class Driver:
     Args:
         study: As it was declared.
         record: Its run in MLflow's store.
-        ledgers: Its trials in Optuna, by phase.
+        storages: Its trials in Optuna, by phase.
         retries: How often a worker may die over a cell.
         say: Prints a line.
     """
@@ -77,13 +77,13 @@ class Driver:
         self,
         study: Study,
         record: StudyRun,
-        ledgers: Mapping[str, TrialStorage],
+        storages: Mapping[str, TrialStorage],
         *,
         retries: int = 5,
         say: Callable[[str], None] = tqdm.write,
     ) -> None:
         self.declared, self.record, self.retries, self.say = study, record, retries, say
-        self.ledgers = ledgers
+        self.storages = storages
         self.plan = RevisedStudy(study)
         self._trials: dict[int, tuple[TrialStorage, optuna.trial.Trial, TrialSpec]] = {}
         self._given = 0
@@ -94,33 +94,33 @@ class Driver:
         Nothing is judged while anything is being tuned: else the level that is tuned first would be rounds ahead.
         """
         study, levels = self.plan.study, self.plan.levels
-        outcomes = self.ledgers["tuning"].outcomes()
+        outcomes = self.storages["tuning"].outcomes()
         tunings = [tuning_of(study, level, outcomes) for level in levels]
         tuning = list(tuning_trials(tunings))
         best = {each.level: each.chosen for each in tunings if each.chosen is not None}
         judged = verdict_trials(best, study.seeds)
-        return tuning or _without(judged, self.ledgers["verdict"].outcomes())
+        return tuning or _without(judged, self.storages["verdict"].outcomes())
 
-    def run(self, workers: int, logs: Path, **crew: Any) -> None:
+    def run(self, workers: int, logs: Path, **worker_options: Any) -> None:
         """Run until nothing is wanted any more.
 
         Args:
             workers: How many.
             logs: Folder of what they print.
-            **crew: Further arguments of :class:`WorkerPool`.
+            **worker_options: Further arguments of :class:`WorkerPool`.
 
         Raises:
             TrialError: If a trial met what a person must mend; the others' results stay.
         """
         with ExitStack() as held:
-            for ledger in self.ledgers.values():
-                held.enter_context(ledger.owned())
-            team, bar = held.enter_context(WorkerPool(workers, logs, **crew)), held.enter_context(self._bar())
+            for storage in self.storages.values():
+                held.enter_context(storage.owned())
+            team, bar = held.enter_context(WorkerPool(workers, logs, **worker_options)), held.enter_context(self._bar())
             while True:
                 self.plan = revise_study(self.declared, self.record.changes())
                 wanted = self.wanted()
                 self._show(bar, wanted)
-                elsewhere = set().union(*(ledger.running() for ledger in self.ledgers.values()))
+                elsewhere = set().union(*(storage.running() for storage in self.storages.values()))
                 free = [cell for cell in wanted if cell.name not in elsewhere]
                 for worker in team.idle():
                     if free:
@@ -129,15 +129,15 @@ class Driver:
                     return
                 for worker, answer in team.listen(POLL_S):
                     self._heard(worker, answer)
-                for ledger in self.ledgers.values():
-                    ledger.beat()
+                for storage in self.storages.values():
+                    storage.beat()
 
     def _bar(self) -> Any:
         return tqdm(desc=self.record.name, unit="trial", dynamic_ncols=True)
 
     def _show(self, bar: Any, wanted: list[TrialSpec]) -> None:
-        verdicts = self.ledgers["verdict"].outcomes()
-        done = len(verdicts) + len(self.ledgers["tuning"].outcomes())
+        verdicts = self.storages["verdict"].outcomes()
+        done = len(verdicts) + len(self.storages["tuning"].outcomes())
         judged = sum(outcome.cell.level in self.plan.levels for outcome in verdicts)
         tuning = any(cell.phase == "tuning" for cell in wanted)
         later = len(self.plan.levels) * self.plan.study.seeds - judged if tuning else 0
@@ -147,13 +147,13 @@ class Driver:
             bar.refresh()
 
     def _give(self, team: WorkerPool, worker: WorkerProcess, cell: TrialSpec) -> None:
-        ledger = self.ledgers[cell.phase]
-        trial = ledger.take(cell, list(self.plan.study.levels).index(cell.level))
+        storage = self.storages[cell.phase]
+        trial = storage.take(cell, list(self.plan.study.levels).index(cell.level))
         if trial is None:
             return
         got = trial_spec_of(trial)
         self._given += 1
-        self._trials[self._given] = ledger, trial, got
+        self._trials[self._given] = storage, trial, got
         team.give(worker, self.job(self._given, got))
 
     def job(self, number: int, cell: TrialSpec) -> TrialRequest:
@@ -190,20 +190,20 @@ class Driver:
             self._died(worker)
             return
         worker.job = None
-        ledger, trial, cell = self._trials.pop(answer.number)
+        storage, trial, cell = self._trials.pop(answer.number)
         if answer.kind == "done":
             study = self.plan.study
             metric = study.tuning_metric if cell.phase == "tuning" else study.metric
             value = answer.metrics[metric]
-            ledger.tell(trial, [value], answer.run_id)
+            storage.tell(trial, [value], answer.run_id)
             self.say(f"{cell.name}: {metric} {value:.4f}, {answer.seconds:.0f} s")
         elif answer.kind == "failed":
-            ledger.fail(trial, answer.reason, final=True)
+            storage.fail(trial, answer.reason, final=True)
             self.say(f"{cell.name}: no result: {answer.reason}")
         elif answer.kind == "crashed":
-            self._again(ledger, trial, cell, "crashed", answer.reason)
+            self._again(storage, trial, cell, "crashed", answer.reason)
         else:
-            ledger.fail(trial, answer.reason, final=False)
+            storage.fail(trial, answer.reason, final=False)
             if answer.kind == "broken":
                 raise TrialError(f"{cell.name} cannot be run: {answer.reason}", "mend that; what is finished stays")
 
@@ -211,19 +211,19 @@ class Driver:
         """Ask again for the cell that a worker died over, unless that happened too often."""
         if worker.job is None:
             return
-        ledger, trial, cell = self._trials.pop(worker.job.number)
+        storage, trial, cell = self._trials.pop(worker.job.number)
         code = worker.process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if worker.ready:
-            self._again(ledger, trial, cell, "its worker died", how)
+            self._again(storage, trial, cell, "its worker died", how)
         else:  # It never came to work: no fault of the cell's.
-            ledger.fail(trial, f"its worker did not start: {how}", final=False)
+            storage.fail(trial, f"its worker did not start: {how}", final=False)
 
-    def _again(self, ledger: TrialStorage, trial: optuna.trial.Trial, cell: TrialSpec, what: str, how: str) -> None:
-        deaths = ledger.deaths(cell) + 1
+    def _again(self, storage: TrialStorage, trial: optuna.trial.Trial, cell: TrialSpec, what: str, how: str) -> None:
+        deaths = storage.deaths(cell) + 1
         final = deaths > self.retries
         reason = f"{what} {deaths} times, last by {how}" if deaths > 1 else f"{what} by {how}"
-        ledger.fail(trial, reason, final=final, died=True)
+        storage.fail(trial, reason, final=final, died=True)
         self.say(f"{cell.name}: {reason}{'' if final else '; asking again'}")
 
 

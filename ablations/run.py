@@ -67,7 +67,7 @@ def run(
     retries: int = 5,
     run_id: str = "",
     command: str = "",
-    **crew: object,
+    **worker_options: object,
 ) -> int:
     """Run a study, or go on with it.
 
@@ -79,7 +79,7 @@ def run(
         retries: How often a worker may die over a cell.
         run_id: A run that was begun for it.
         command: What was typed.
-        **crew: Further arguments of :class:`ablations.worker_pool.WorkerPool`.
+        **worker_options: Further arguments of :class:`ablations.worker_pool.WorkerPool`.
 
     Raises:
         SettingsError: If it cannot be a comparison, or was begun as something else.
@@ -106,7 +106,7 @@ def run(
         print(warning)
     print(f"watch it: mmphi studies {name} --watch\n{_dashboard(storage_url(store, storage))}", flush=True)
     try:
-        driver.run(count, logs_folder(store, name), **crew)
+        driver.run(count, logs_folder(store, name), **worker_options)
     except KeyboardInterrupt as error:
         record.finish("KILLED")
         raise Stopped(f"stopped; `{command or f'mmphi ablate {name}'}` goes on from there") from error

@@ -52,7 +52,7 @@ class SearchDriver:
     Args:
         search: As it was declared.
         record: Its run in MLflow's store.
-        ledger: Its trials in Optuna.
+        storage: Its trials in Optuna.
         retries: How often a worker may die over a trial.
         say: Prints a line.
     """
@@ -61,31 +61,31 @@ class SearchDriver:
         self,
         search: Search,
         record: StudyRun,
-        ledger: TrialStorage,
+        storage: TrialStorage,
         *,
         retries: int = 5,
         say: Callable[[str], None] = tqdm.write,
     ) -> None:
-        self.search, self.record, self.ledger, self.retries, self.say = search, record, ledger, retries, say
+        self.search, self.record, self.storage, self.retries, self.say = search, record, storage, retries, say
         self.active: dict[int, ActiveTrial] = {}
 
     def done(self) -> int:
         """Trials that have ended, whatever came of them."""
-        ended = self.ledger.trials(*ENDED)
+        ended = self.storage.trials(*ENDED)
         return sum(t.state != TrialState.FAIL or t.user_attrs.get("final", False) for t in ended)
 
-    def run(self, workers: int, logs: Path, **crew: Any) -> None:
+    def run(self, workers: int, logs: Path, **worker_options: Any) -> None:
         """Run until as many trials as were asked for have ended.
 
         Args:
             workers: How many.
             logs: Folder of what they print.
-            **crew: Further arguments of :class:`WorkerPool`.
+            **worker_options: Further arguments of :class:`WorkerPool`.
 
         Raises:
             TrialError: If a trial met what a person must mend; the others' results stay.
         """
-        with self.ledger.owned(), WorkerPool(workers, logs, **crew) as team:
+        with self.storage.owned(), WorkerPool(workers, logs, **worker_options) as team:
             self._ask_again()
             with tqdm(desc=self.record.name, unit="trial", total=self.search.trials, dynamic_ncols=True) as bar:
                 while (done := self.done()) < self.search.trials or team.busy():
@@ -94,33 +94,33 @@ class SearchDriver:
                         self._give(team, worker)
                     for worker, answer in team.listen(POLL_S):
                         self._heard(team, worker, answer)
-                    self.ledger.beat()
-                    if self.ledger.shared:
+                    self.storage.beat()
+                    if self.storage.shared:
                         self._ask_again()  # What drivers that fell silent had.
                 bar.update(self.done() - bar.n)
 
     def _ask_again(self) -> None:
         """Put the trials that a dead driver left at the head of the queue, with the same settings and number."""
-        again = {t.user_attrs.get("again_of") for t in self.ledger.trials()}
-        for trial in self.ledger.trials(TrialState.FAIL):
+        again = {t.user_attrs.get("again_of") for t in self.storage.trials()}
+        for trial in self.storage.trials(TrialState.FAIL):
             known = trial.number in again or trial.user_attrs.get("twice") or trial.user_attrs.get("final")
             if not known:
                 origin = trial.user_attrs.get("origin", trial.number)
                 attributes = {"origin": origin, "again_of": trial.number}
-                self.ledger.study.enqueue_trial(trial.params, user_attrs=attributes)
+                self.storage.study.enqueue_trial(trial.params, user_attrs=attributes)
 
     def _give(self, team: WorkerPool, worker: WorkerProcess) -> None:
         waiting = next((a for a in self.active.values() if not a.running), None)
         if waiting is None:
-            running = len(self.ledger.trials(TrialState.RUNNING))  # By any driver.
+            running = len(self.storage.trials(TrialState.RUNNING))  # By any driver.
             if self.done() + running >= self.search.trials:
                 return
-            trial = self.ledger.study.ask(self.search.distributions())
+            trial = self.storage.study.ask(self.search.distributions())
             if self._twice(trial):
-                self.ledger.storage.set_trial_user_attr(trial._trial_id, "twice", True)
-                self.ledger.fail(trial, "another driver asked for the same again", final=False)
+                self.storage.storage.set_trial_user_attr(trial._trial_id, "twice", True)
+                self.storage.fail(trial, "another driver asked for the same again", final=False)
                 return
-            self.ledger.mine[trial.number] = trial
+            self.storage.mine[trial.number] = trial
             waiting = ActiveTrial(trial, int(trial.user_attrs.get("origin", trial.number)))
             self.active[trial.number] = waiting
         waiting.running = True
@@ -129,7 +129,7 @@ class SearchDriver:
     def _twice(self, trial: optuna.trial.Trial) -> bool:
         """Whether another driver has put the same dead trial in the queue before."""
         again = trial.user_attrs.get("again_of")
-        before = (t for t in self.ledger.trials() if t.number < trial.number)
+        before = (t for t in self.storage.trials() if t.number < trial.number)
         return again is not None and any(t.user_attrs.get("again_of") == again for t in before)
 
     def job(self, active: ActiveTrial) -> TrialRequest:
@@ -176,10 +176,10 @@ class SearchDriver:
             self._again(active, f"crashed: {answer.reason}")
         elif answer.kind == "pruned":
             self._end(active, f"pruned: {answer.reason}")
-            self.ledger.study.tell(active.trial, state=TrialState.PRUNED)
+            self.storage.study.tell(active.trial, state=TrialState.PRUNED)
         else:
             self._end(active, f"no result: {answer.reason}")
-            self.ledger.fail(active.trial, answer.reason, final=answer.kind == "failed")
+            self.storage.fail(active.trial, answer.reason, final=answer.kind == "failed")
             if answer.kind == "broken":
                 raise TrialError(f"trial {active.origin} cannot be run: {answer.reason}", "mend that")
 
@@ -195,16 +195,16 @@ class SearchDriver:
             active.trial.report(active.found[-1][0], self.search.seeds[len(active.found) - 1])
             if not over and active.trial.should_prune():
                 # Optuna's own advice: a pruned trial is told its mean, which says more than its last seed.
-                self.ledger.storage.set_trial_user_attr(active.trial._trial_id, "pruned_after", len(active.found))
+                self.storage.storage.set_trial_user_attr(active.trial._trial_id, "pruned_after", len(active.found))
                 over = True
         if over:
             values = ", ".join(f"{n} {v:.4f}" for n, v in zip(self.search.objectives, means, strict=True))
             self._end(active, f"{values} over {len(active.found)} of {len(self.search.seeds)} seeds")
-            self.ledger.tell(active.trial, means, ", ".join(active.runs))
+            self.storage.tell(active.trial, means, ", ".join(active.runs))
 
     def _end(self, active: ActiveTrial, how: str) -> None:
         self.active.pop(active.trial.number)
-        self.ledger.mine.pop(active.trial.number, None)
+        self.storage.mine.pop(active.trial.number, None)
         settings = ", ".join(f"{name} {value}" for name, value in active.trial.params.items())
         self.say(f"trial {active.origin} ({settings}): {how}")
 
@@ -221,6 +221,6 @@ class SearchDriver:
         active.died, active.running = active.died + 1, False
         if active.died > self.retries:
             self._end(active, f"no result: {how}")
-            self.ledger.fail(active.trial, f"{how} ({active.died} times)", final=True, died=True)
+            self.storage.fail(active.trial, f"{how} ({active.died} times)", final=True, died=True)
         else:
             self.say(f"trial {active.origin}: {how}; asking again")

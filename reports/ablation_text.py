@@ -65,8 +65,8 @@ def design(data: StudyData) -> str:
     fixed = [name for name in fixed if name not in replicate]
     repeated, stands = (join_names([f"`{name}`" for name in names]) for names in ([*settings, *replicate], fixed))
     if draws := int(declared.get("replicates", 0)) if replicate else 0:
-        drawn = join_names([f"`{name}`" for name in replicate])
-        repeated += f" ({drawn} in {draws} draws, which are the units that are judged)"
+        replicated = join_names([f"`{name}`" for name in replicate])
+        repeated += f" ({replicated} in {draws} draws, which are the units that are judged)"
     if not fixed:
         return (
             f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over"

@@ -106,8 +106,8 @@ def clients(folder: Path) -> Iterator[Outcome]:
             return super().transcripts(recordings, check)
 
     plain = answerer()
-    hearing = TranscriptFeatures(plain.language, Decoding())
-    model = Multimodal(plain.language, plain.projector, plain.features, hearing=hearing)
+    audio_source = TranscriptFeatures(plain.language, Decoding())
+    model = Multimodal(plain.language, plain.projector, plain.features, audio_source=audio_source)
     with served(model, slots=2) as address:
         script = [sys.executable, str(folder / CLIENTS), address]
         done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=600)

@@ -36,8 +36,8 @@ CPU = torch.device("cpu")
 class Knows(CachedTranscriber):
     """Ears that know what is said, and give silence for the sound of it."""
 
-    def __init__(self, listener: Any = None, **settings: Any) -> None:
-        super().__init__(listener, AudioSettings(**settings))
+    def __init__(self, asr_model: Any = None, **settings: Any) -> None:
+        super().__init__(asr_model, AudioSettings(**settings))
 
     def transcripts(self, recordings: Sequence[AudioRef], check: Any = None) -> list[Transcript]:
         return [Transcript((Segment(0, 1, SAID[audio.id]),), "en") for audio in recordings]
@@ -66,7 +66,7 @@ def listening(language: LanguageModel | None = None) -> Multimodal:
     torch.manual_seed(2)
     language = language or tiny_language()
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
-    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptFeatures(language, Knows()))
+    return Multimodal(language, projector, RandomFeatures(), audio_source=TranscriptFeatures(language, Knows()))
 
 
 @cache
@@ -119,4 +119,4 @@ def seeing_frames(stack: int = 4) -> Multimodal:
     language = tiny_language()
     torch.manual_seed(3)
     speech = SpeechProjection(SpeechConfig("encoder", 6 * stack, 32, width=24, stack=stack), scale=0.2)
-    return Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, stack), speech=speech)
+    return Multimodal(language, None, None, audio_source=EncoderFeatures(frames, 6, stack), speech=speech)

@@ -29,15 +29,15 @@ from transformers import (
 
 def build(language: str, vision: str, projector: str, image_token: int) -> Any:
     """A LLaVA of a language model and a vision tower from their folders, frozen but for its projector."""
-    causal, tower = AutoModelForCausalLM.from_pretrained(language), CLIPVisionModel.from_pretrained(vision)
+    causal, encoder = AutoModelForCausalLM.from_pretrained(language), CLIPVisionModel.from_pretrained(vision)
     text = AutoConfig.from_pretrained(language)
-    config = LlavaConfig(vision_config=tower.config, text_config=text, image_token_index=image_token)
+    config = LlavaConfig(vision_config=encoder.config, text_config=text, image_token_index=image_token)
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(causal.model.state_dict())
     if causal.lm_head.bias is not None and causal.lm_head.bias.any():
         raise ValueError("transformers' Llava has no bias in its head, and this language model has one")
     model.lm_head.load_state_dict({"weight": causal.lm_head.weight})
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.load_state_dict(encoder.state_dict())
     weights = load_file(projector)
     for name, place in (("linear_1", 0), ("linear_2", 2)):
         layer = getattr(model.model.multi_modal_projector, name)

@@ -86,7 +86,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     Projector(ProjectorConfig(shape.vision_width, shape.width)).save(folder)
 
     images = draw_photos(folder / "images", shape.images)
-    spoken, tower = loaded_language(folder, shape.precision), loaded_tower(folder)
+    spoken, encoder = loaded_language(folder, shape.precision), loaded_tower(folder)
     store_features(folder, images)
     rng, rows = np.random.default_rng(0), []
     words = ["table", "people", "the", "red", "standing", "a", "near", "street", "of", "dog", "is", "two", "with"]
@@ -97,7 +97,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
             image = images[int(rng.integers(len(images)))]
             turns = [(" ".join(rng.choice(words, 8)), " ".join(rng.choice(words, max(1, length // 2)))) for _ in "ab"]
             parts = spoken.prompt.parts(turns, images=1)
-            sample = join_spans(parts, [SpanContent("image", image, tower.tokens)], str(step))
+            sample = join_spans(parts, [SpanContent("image", image, encoder.tokens)], str(step))
             batch.append(
                 {
                     "ids": sample.input_ids.tolist(),
@@ -110,7 +110,7 @@ def prepare(folder: Path, shape: Shape, steps: int) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
     settings = vision_settings(folder)
     model = Multimodal(
-        spoken, Projector.load(folder), LiveFeatures(tower), 2048, VisionReference(settings, tower.digest)
+        spoken, Projector.load(folder), LiveFeatures(encoder), 2048, VisionReference(settings, encoder.digest)
     )
     save_llava(*as_llava(model), folder / "llava")
 

@@ -111,10 +111,10 @@ def _random(folder: Path, shape: str) -> None:
     from mmphi.models.vision.vision_encoder import VisionReference
 
     prepare(folder, SHAPES[shape], 1)
-    tower = loaded_tower(folder)
-    vision = VisionReference(vision_settings(folder), tower.digest)
+    encoder = loaded_tower(folder)
+    vision = VisionReference(vision_settings(folder), encoder.digest)
     language = loaded_language(folder, SHAPES[shape].precision)
-    model = Multimodal(language, Projector.load(folder), LiveFeatures(tower), SHAPES[shape].max_length, vision)
+    model = Multimodal(language, Projector.load(folder), LiveFeatures(encoder), SHAPES[shape].max_length, vision)
     model.save_pretrained(folder / "mmphi")
 
 

@@ -62,31 +62,33 @@ class Opened:
         return self.preprocess(Image.open(self.images[index].path).convert("RGB"))
 
 
-def usual(tower: VisionEncoder, images: Sequence[ImageRef], batch_size: int, workers: int) -> torch.Tensor:
+def usual(encoder: VisionEncoder, images: Sequence[ImageRef], batch_size: int, workers: int) -> torch.Tensor:
     """open_clip's own preprocessing, in a loader's workers, in batches; features are kept in memory."""
-    preprocess = image_transform_v2(PreprocessCfg(**tower.visual.preprocess_cfg), is_train=False)
+    preprocess = image_transform_v2(PreprocessCfg(**encoder.visual.preprocess_cfg), is_train=False)
     opened: Any = Opened(images, preprocess)
     loader = DataLoader(opened, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
-    return torch.cat([tower(pixels).half().cpu() for pixels in loader])
+    return torch.cat([encoder(pixels).half().cpu() for pixels in loader])
 
 
-def alone(tower: VisionEncoder, images: int, batch_size: int) -> float:
+def alone(encoder: VisionEncoder, images: int, batch_size: int) -> float:
     """Images per second of the tower itself, on pixels that are there."""
-    size = tower.preprocess(Image.new("RGB", (8, 8))).shape
-    pixels = torch.randn(batch_size, *size).to(next(tower.parameters()).device)
-    tower(pixels).sum().item()
+    size = encoder.preprocess(Image.new("RGB", (8, 8))).shape
+    pixels = torch.randn(batch_size, *size).to(next(encoder.parameters()).device)
+    encoder(pixels).sum().item()
     begun, seen = time.perf_counter(), 0
     while seen < images:
-        tower(pixels).sum().item()
+        encoder(pixels).sum().item()
         seen += batch_size
     return seen / (time.perf_counter() - begun)
 
 
-def staged(tower: VisionEncoder, images: Sequence[ImageRef], folder: Path, workers: int, batch_size: int = 32) -> None:
+def staged(
+    encoder: VisionEncoder, images: Sequence[ImageRef], folder: Path, workers: int, batch_size: int = 32
+) -> None:
     """What the stage does, digests included."""
     chosen = EmbedSettings(workers=workers, batch_size=batch_size)
-    writer = FeatureWriter(folder, tower.tokens, tower.width, chosen.shard_images, tower.digest)
-    embed([(file_digest(image.path), image.path) for image in images], tower, writer, chosen, lambda _: None)
+    writer = FeatureWriter(folder, encoder.tokens, encoder.width, chosen.shard_images, encoder.digest)
+    embed([(file_digest(image.path), image.path) for image in images], encoder, writer, chosen, lambda _: None)
     writer.finish()
 
 
@@ -107,15 +109,15 @@ def main(arguments: list[str]) -> int:
         config = folder / "benchmark-vit.json"
         config.write_text(json.dumps(CONFIG))
         settings = VisionSettings(model=options.model or str(config), pretrained=options.pretrained or "random")
-        tower: Any = load_vision_encoder(settings).to(this_device())
+        encoder: Any = load_vision_encoder(settings).to(this_device())
         images = draw_photos(folder / "images", options.images)
         for number in range(options.rounds):
-            rates["tower alone"].append(alone(tower, options.images, options.batch_size))
+            rates["tower alone"].append(alone(encoder, options.images, options.batch_size))
             begun = time.perf_counter()
-            expected = usual(tower, images, options.batch_size, options.workers)
+            expected = usual(encoder, images, options.batch_size, options.workers)
             rates["open_clip"].append(options.images / (time.perf_counter() - begun))
             begun = time.perf_counter()
-            staged(tower, images, folder / str(number), options.workers, options.batch_size)
+            staged(encoder, images, folder / str(number), options.workers, options.batch_size)
             rates["mmphi"].append(options.images / (time.perf_counter() - begun))
             far = (FeatureStore(folder / str(number)).get(images).float() - expected.float()).abs().max().item()
     print(f"{options.images} JPEG images of 500 x 375, decoding included; largest difference of a feature: {far:.4f}")

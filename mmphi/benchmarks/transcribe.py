@@ -41,10 +41,10 @@ def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> di
 
     spoken = list(read_recordings(path, path.parent, ReadReport()))[: limit or None]
     recordings = [read_audio(each.path) for each in spoken]
-    listener = BACKENDS[side](model, this_device(), beam)
-    transcribe(listener, recordings[:1])  # What is loaded and compiled at first is not timed.
+    asr_model = BACKENDS[side](model, this_device(), beam)
+    transcribe(asr_model, recordings[:1])  # What is loaded and compiled at first is not timed.
     begun = time.perf_counter()
-    found = transcribe(listener, recordings)
+    found = transcribe(asr_model, recordings)
     took = time.perf_counter() - begun
     errors = [word_errors(s.text or "", t.text, t.language) for s, t in zip(spoken, found, strict=True)]
     seconds = sum(each.seconds for each in recordings)

@@ -26,19 +26,19 @@ _TOWERS: dict[str, Any] = {}  # Of a worker process: it embeds many batches.
 
 
 def embed_on_cluster(
-    images: Sequence[tuple[str, Path]], tower: VisionEncoder, batch: int, machines: Machines
+    images: Sequence[tuple[str, Path]], encoder: VisionEncoder, batch: int, machines: Machines
 ) -> Iterator[Embedded]:
     """Features (tokens, width) fp16 by digest, and reasons by digest of what is no image, batch by batch as they come.
 
     Args:
         images: Digest and file of each.
-        tower: Computes them.
+        encoder: Computes them.
         batch: Images at a time.
         machines: What the cluster has.
     """
     ray = import_ray()
 
-    sent = ray.put(copy.deepcopy(tower).cpu())  # What this process has stays where it is.
+    sent = ray.put(copy.deepcopy(encoder).cpu())  # What this process has stays where it is.
     work = ray.remote(max_retries=-1, **machines.share())(_batch)
     todo = (images[start : start + batch] for start in range(0, len(images), batch))
     open_: list[Any] = []
@@ -54,7 +54,9 @@ def embed_on_cluster(
             if unread:
                 yield {}, unread
             if contents:
-                open_.append(work.remote([sent], tower.digest, contents))  # In a list it is sent once to each machine.
+                open_.append(
+                    work.remote([sent], encoder.digest, contents)
+                )  # In a list it is sent once to each machine.
         if not open_:
             return
         done, open_ = ray.wait(open_)
@@ -65,13 +67,13 @@ def embed_on_cluster(
 def _batch(sent: list[Any], digest: str, contents: Sequence[tuple[str, bytes]]) -> Embedded:
     """On a machine of the cluster."""
     keep_freed_memory()
-    tower, pixels, unread = _tower(sent, digest), {}, {}
+    encoder, pixels, unread = _tower(sent, digest), {}, {}
     for name, content in contents:
         try:
-            pixels[name] = tower.preprocess(augmented_image(image_in(content, name), name))
+            pixels[name] = encoder.preprocess(augmented_image(image_in(content, name), name))
         except ImageError as error:
             unread[name] = error.reason
-    return features_of(pixels, tower), unread
+    return features_of(pixels, encoder), unread
 
 
 def _tower(sent: list[Any], digest: str) -> Any:

@@ -26,15 +26,15 @@ class FeatureWriter:
         tokens: Features per image.
         width: Width of a feature.
         shard_images: Images per file, of files begun from now on.
-        tower: Digest of the tower.
+        encoder: Digest of the tower.
 
     Attributes:
         places: File and row of every content written so far, by digest.
         unreadable: Contents that could not be read as images, and why.
     """
 
-    def __init__(self, folder: Path, tokens: int, width: int, shard_images: int, tower: str = "") -> None:
-        self.folder, self.shape, self.shard_images, self.tower = folder, (tokens, width), shard_images, tower
+    def __init__(self, folder: Path, tokens: int, width: int, shard_images: int, encoder: str = "") -> None:
+        self.folder, self.shape, self.shard_images, self.encoder = folder, (tokens, width), shard_images, encoder
         self.places: dict[str, tuple[str, int]] = {}
         self.unreadable: dict[str, str] = {}
         self._shard: Any = None
@@ -172,7 +172,7 @@ class FeatureWriter:
         index = {
             "tokens": self.shape[0],
             "width": self.shape[1],
-            "tower": self.tower,
+            "tower": self.encoder,
             "shards": names,
             "rows": {digest: (number[name], row) for digest, (name, row) in self.places.items()},
             "unreadable": self.unreadable,

@@ -139,9 +139,9 @@ class Embeds(Protocol):
 class LiveFeatures:
     """Features computed when asked for, rounded to float16 as stored ones are."""
 
-    def __init__(self, tower: Embeds) -> None:
-        self.tower = tower
-        self.tokens, self.width, self.digest = tower.tokens, tower.width, tower.digest
+    def __init__(self, encoder: Embeds) -> None:
+        self.encoder = encoder
+        self.tokens, self.width, self.digest = encoder.tokens, encoder.width, encoder.digest
         self._digests = FileDigests()
         self._unreadable: dict[Path, str] = {}
         self._looked: LockedLRUCache[Tensor] = LockedLRUCache(LOOKED)  # By the digest of the image's content.
@@ -166,7 +166,7 @@ class LiveFeatures:
             check()
             pixels.append(self._pixels(image))
         if pixels:
-            features = self.tower(torch.stack(pixels)).half().cpu()
+            features = self.encoder(torch.stack(pixels)).half().cpu()
             for name, own in zip(new, features, strict=True):
                 self._looked.put(name, own.clone())  # Not a view, which would keep all of them.
 
@@ -174,7 +174,7 @@ class LiveFeatures:
         opened = open_image(image.source, image.name)
         if image.view:
             opened = augmented_image(opened, augmented_name(self._digests[image.path], image.view))
-        return self.tower.preprocess(opened)
+        return self.encoder.preprocess(opened)
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
         """Open every image once, and remember which cannot be read."""
@@ -192,7 +192,7 @@ class LiveFeatures:
         known = [self._looked.get(image.id) if image.content is not None else None for image in images]
         missing = [i for i, features in enumerate(known) if features is None]
         if missing:
-            fresh = self.tower(torch.stack([self._pixels(images[i]) for i in missing])).half().cpu()
+            fresh = self.encoder(torch.stack([self._pixels(images[i]) for i in missing])).half().cpu()
             for i, features in zip(missing, fresh, strict=True):
                 known[i] = features
         return torch.stack([features for features in known if features is not None])

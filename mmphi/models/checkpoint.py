@@ -144,7 +144,7 @@ def load_checkpoint(
     precision: str = "",
     features: ImageFeatures | None = None,
     whisper: str = "",
-    hearing: AudioFeatureSource | None = None,
+    audio_source: AudioFeatureSource | None = None,
     once: Once[Any] = load_without_cache,
 ) -> Multimodal:
     """Load a model with all that it is joined from.
@@ -156,7 +156,7 @@ def load_checkpoint(
         precision: Of the language model, where it shall be another.
         features: Where image features come from; the tower is loaded where left out.
         whisper: Size or file of the Whisper that it hears with, where that is another or has moved.
-        hearing: Where the features of recordings come from; a Whisper is loaded at the first one where left out.
+        audio_source: Where the features of recordings come from; a Whisper is loaded at the first one where left out.
         once: ``Resources.once``, so that what this process has loaded is shared.
 
     Raises:
@@ -175,7 +175,7 @@ def load_checkpoint(
     audio = Audio(AudioSettings(**saved | ({"whisper": whisper} if whisper else {})), digest)
     speech = SpeechProjection.load(folder) if "audio" in content else None
     config = speech.config if speech else None
-    hears = hearing or (lambda: audio_feature_source(spoken, audio, config, device, once))
+    hears = audio_source or (lambda: audio_feature_source(spoken, audio, config, device, once))
     asked = content.get("questions", ())  # Models of earlier versions do not have it.
     return Multimodal(spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked)
 
@@ -269,18 +269,18 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
         return load_vision_encoder(vision.settings, vision.folder, earlier=True).to(device)
 
     try:
-        tower = get_shared_vision_encoder(vision.settings, vision.folder, device, once, vision.digest)
+        encoder = get_shared_vision_encoder(vision.settings, vision.folder, device, once, vision.digest)
     except ModelError:  # Also where the weights' own preprocessing is not known.
-        tower = earlier()
-    if tower.digest != vision.digest:
-        tower = earlier()
-    if tower.digest != vision.digest:
+        encoder = earlier()
+    if encoder.digest != vision.digest:
+        encoder = earlier()
+    if encoder.digest != vision.digest:
         name = f"{vision.settings.model} {vision.settings.pretrained}".strip()
         raise ModelError(
             f"the image tower {name} is not the one that the model was trained with",
             "fetch the weights anew, or install the version of open_clip that it was trained with",
         )
-    return tower
+    return encoder
 
 
 def get_shared_vision_encoder(
@@ -295,7 +295,7 @@ def get_shared_vision_encoder(
         once: ``Resources.once``.
         identity: What tells it from others.
     """
-    tower: VisionEncoder = once(
+    encoder: VisionEncoder = once(
         "tower", f"{identity}/{device}", lambda: load_vision_encoder(settings, light_clip).to(device)
     )
-    return tower
+    return encoder

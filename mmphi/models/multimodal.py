@@ -46,7 +46,7 @@ class Multimodal(ChatMixin):
         max_length: Longest sequence, in tokens.
         vision: The image tower that the features are of; needed to save the model.
         own_language: Whether the language model was trained here, and is saved with this model.
-        hearing: Where the features of recordings come from, or what makes that at the first recording.
+        audio_source: Where the features of recordings come from, or what makes that at the first recording.
         speech: What is between them and the language model; without it words are taken as they are.
         audio: Which Whisper the speech projection is for; needed to save it.
         questions: Questions that its training asked most often, for those who use it.
@@ -63,7 +63,7 @@ class Multimodal(ChatMixin):
         max_length: int = 512,
         vision: VisionReference | None = None,
         own_language: bool = False,
-        hearing: AudioFeatureSource | Callable[[], AudioFeatureSource] | None = None,
+        audio_source: AudioFeatureSource | Callable[[], AudioFeatureSource] | None = None,
         speech: SpeechProjection | None = None,
         audio: Audio | None = None,
         questions: Sequence[str] = (),
@@ -74,7 +74,7 @@ class Multimodal(ChatMixin):
             projector.to(device=next(language.model.parameters()).device)
         self.language, self.features, self.max_length, self.projector = language, features, max_length, projector
         self.vision, self.own_language = vision, own_language
-        self._hearing, self.speech, self.audio = hearing, speech, audio
+        self._audio_source, self.speech, self.audio = audio_source, speech, audio
         self.questions = tuple(questions)
         projectors: dict[str, torch.nn.Module] = {} if projector is None else {"image": projector}
         if speech is not None:
@@ -116,31 +116,31 @@ class Multimodal(ChatMixin):
     def sources(self) -> dict[str, SpanFeatures]:
         """Where the features of each kind of span come from."""
         own: dict[str, SpanFeatures] = {} if self.features is None else {"image": self.features}
-        if self._hearing is not None and not callable(self._hearing):
-            own["audio"] = self._hearing
+        if self._audio_source is not None and not callable(self._audio_source):
+            own["audio"] = self._audio_source
         return own
 
     @property
-    def hearing(self) -> AudioFeatureSource:
+    def audio_source(self) -> AudioFeatureSource:
         """Where the features of recordings come from.
 
         Raises:
             ModelError: If this model does not hear.
         """
-        if callable(self._hearing):
-            self._hearing = self._hearing()
-        if self._hearing is None:
-            raise ModelError("this model was given nothing to hear with", "give Multimodal its hearing")
+        if callable(self._audio_source):
+            self._audio_source = self._audio_source()
+        if self._audio_source is None:
+            raise ModelError("this model was given nothing to hear with", "give Multimodal an audio_source")
         if self.speech is None:
-            self.speech = identity_projection(self.language.width, self._hearing.link).to(self.device)
+            self.speech = identity_projection(self.language.width, self._audio_source.link).to(self.device)
             self.packed.projectors["audio"] = self.speech.eval()
-        if self.speech.config.input_width != self._hearing.width:
+        if self.speech.config.input_width != self._audio_source.width:
             raise ModelError(
                 f"the speech projection reads features of width {self.speech.config.input_width}, this Whisper gives"
-                f" {self._hearing.width}",
+                f" {self._audio_source.width}",
                 "give the Whisper that it was trained with",
             )
-        return self._hearing
+        return self._audio_source
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[SpanContent]:
         """Recordings as a sequence takes them.
@@ -152,7 +152,7 @@ class Multimodal(ChatMixin):
         Raises:
             ModelError: If there are any, and this model does not hear.
         """
-        return self.hearing.inputs(recordings, check) if recordings else []
+        return self.audio_source.inputs(recordings, check) if recordings else []
 
     def length(self, image: ImageRef) -> int:
         """Places that an image takes in a prompt."""

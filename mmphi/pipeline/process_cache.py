@@ -26,7 +26,7 @@ class ProcessCache:
         """The thing with a digest: the one this process has, else made now.
 
         Args:
-            kind: ``language``, ``tower``, ...
+            kind: ``language``, ``encoder``, ...
             digest: Of everything that decides what the thing is, its device included.
             make: Loads it.
         """

@@ -137,21 +137,21 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
                 leaving.cancel()
             if left.is_set() or await request.is_disconnected():
                 return Response(status_code=499)
-            ticket = QueuedRequest(said, asked.sampling(rules.temperature), tell, born)
-            worker.submit(ticket)
+            queued = QueuedRequest(said, asked.sampling(rules.temperature), tell, born)
+            worker.submit(queued)
         except (ClientDisconnect, ClientDisconnectedError):
             return Response(status_code=499)  # As nginx logs it; nobody gets it.
         except MmphiError as error:
             metrics.refused(error)
             raise error_response(error) from error
-        answer = Reply(ticket, pieces, rules.name)
-        watching = asyncio.create_task(_watch(request, worker, ticket))
+        answer = Reply(queued, pieces, rules.name)
+        watching = asyncio.create_task(_watch(request, worker, queued))
         try:
             if not asked.stream:
                 return JSONResponse(await answer.whole())
             first = await answer.first()  # What is wrong with the question is an error, and no stream.
         except BaseException:
-            worker.leave(ticket)
+            worker.leave(queued)
             raise
         finally:
             watching.cancel()
@@ -233,8 +233,8 @@ def _no_model(name: str, rules: ServerConfig) -> APIError:
     return APIError(404, f"there is no model {name[:100]!r} here; there is {rules.name!r}", "not_found_error", "model")
 
 
-async def _watch(request: Request, worker: Scheduler, ticket: QueuedRequest) -> None:
+async def _watch(request: Request, worker: Scheduler, queued: QueuedRequest) -> None:
     """Let go of a question when the one who asked has left."""
     while not await request.is_disconnected():
         await asyncio.sleep(LOOK_S)
-    worker.leave(ticket)
+    worker.leave(queued)

@@ -70,18 +70,18 @@ def serve_page(options: argparse.Namespace) -> Iterator[str]:
         known = {name for _, name in found}
         return [(label, name) for label, name in given if name and name not in known] + found
 
-    desk = ModelPool(load)
+    pool = ModelPool(load)
     for name in filter(None, (model, options.beside)):
-        desk.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.
+        pool.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.
     examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_model(model)
 
     def questions(name: str) -> tuple[str, ...]:
         """Of a model that is loaded: its page must not wait for another one."""
-        worker = desk.loaded(name)
+        worker = pool.loaded(name)
         return worker.engine.model.questions if worker else ()
 
     look = PageConfig(models, model, options.beside, examples, sampling_of(options), questions)
-    page = build_page(desk, look)
+    page = build_page(pool, look)
     key = key_for(options.host)
     try:
         _, address, _ = page.queue(max_size=options.waiting).launch(
@@ -107,7 +107,7 @@ def serve_page(options: argparse.Namespace) -> Iterator[str]:
         yield str(address).rstrip("/")
     finally:
         page.close(verbose=False)
-        desk.close()
+        pool.close()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -32,23 +32,23 @@ class Metrics:
         )
         Gauge("mmphi_open", "Questions that wait or are answered", registry=self._registry).set_function(open_tickets)
 
-    def ended(self, ticket: QueuedRequest, seconds: float) -> None:
+    def ended(self, queued: QueuedRequest, seconds: float) -> None:
         """Count a question that was taken.
 
         Args:
-            ticket: At its end.
+            queued: At its end.
             seconds: Since it came.
         """
-        how: str = "error" if ticket.error is not None else ticket.reason or "cancelled"
-        if isinstance(ticket.error, RequestTimeoutError):
+        how: str = "error" if queued.error is not None else queued.reason or "cancelled"
+        if isinstance(queued.error, RequestTimeoutError):
             how = "too slow"
-        self._requests.labels("cancelled" if ticket.gone and how != "stop" else how).inc()
-        self._tokens.labels("prompt").inc(ticket.prompt_tokens)
-        self._tokens.labels("remembered").inc(ticket.reused)
-        self._tokens.labels("said").inc(ticket.tokens)
-        if ticket.first_s:
-            self._first.observe(ticket.first_s)
-        if ticket.error is None:
+        self._requests.labels("cancelled" if queued.gone and how != "stop" else how).inc()
+        self._tokens.labels("prompt").inc(queued.prompt_tokens)
+        self._tokens.labels("remembered").inc(queued.reused)
+        self._tokens.labels("said").inc(queued.tokens)
+        if queued.first_s:
+            self._first.observe(queued.first_s)
+        if queued.error is None:
             self._whole.observe(seconds)
 
     def refused(self, error: Exception) -> None:

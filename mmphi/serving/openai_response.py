@@ -19,13 +19,13 @@ class Reply:
     """An answer.
 
     Args:
-        ticket: What is answered.
+        queued: What is answered.
         pieces: What is said of it, ``None`` at its end.
         model: Name of who answers.
     """
 
-    def __init__(self, ticket: QueuedRequest, pieces: asyncio.Queue[str | None], model: str) -> None:
-        self.ticket, self.pieces = ticket, pieces
+    def __init__(self, queued: QueuedRequest, pieces: asyncio.Queue[str | None], model: str) -> None:
+        self.queued, self.pieces = queued, pieces
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     async def first(self) -> str | None:
@@ -35,8 +35,8 @@ class Reply:
             Refused: If it cannot be answered.
         """
         piece = await self.pieces.get()
-        if piece is None and self.ticket.error is not None:
-            raise error_response(self.ticket.error)
+        if piece is None and self.queued.error is not None:
+            raise error_response(self.queued.error)
         return piece
 
     async def whole(self) -> Event:
@@ -48,8 +48,8 @@ class Reply:
         said = []
         while (piece := await self.pieces.get()) is not None:
             said.append(piece)
-        if self.ticket.error is not None:
-            raise error_response(self.ticket.error)
+        if self.queued.error is not None:
+            raise error_response(self.queued.error)
         message = {"role": "assistant", "content": "".join(said)}
         choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
@@ -67,26 +67,26 @@ class Reply:
             while piece is not None:
                 yield self._event({"content": piece})
                 piece = await self.pieces.get()
-            if self.ticket.error is not None:
-                yield f"data: {json.dumps(error_body(error_response(self.ticket.error)))}\n\n"
+            if self.queued.error is not None:
+                yield f"data: {json.dumps(error_body(error_response(self.queued.error)))}\n\n"
                 return
             yield self._event({}, self._reason())
             if usage:
                 yield _line({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
         finally:  # Also when the one who asked has left.
-            worker.leave(self.ticket)
+            worker.leave(self.queued)
 
     def _event(self, delta: Event, reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         return _line({**self.head, "object": "chat.completion.chunk", "choices": [choice]})
 
     def _reason(self) -> str:
-        return self.ticket.reason or "stop"
+        return self.queued.reason or "stop"
 
     def _usage(self) -> Event:
-        prompt, said = self.ticket.prompt_tokens, self.ticket.tokens
-        details = {"cached_tokens": self.ticket.reused}
+        prompt, said = self.queued.prompt_tokens, self.queued.tokens
+        details = {"cached_tokens": self.queued.reused}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": said,

@@ -182,7 +182,7 @@ class Scheduler:
             with self._lock:
                 self._reading -= 1
 
-    def submit(self, ticket: QueuedRequest) -> None:
+    def submit(self, queued: QueuedRequest) -> None:
         """Take a ticket.
 
         Raises:
@@ -190,16 +190,16 @@ class Scheduler:
         """
         with self._lock:
             self.check_room()
-            self._open.add(ticket)
-        asked = ticket.asked
+            self._open.add(queued)
+        asked = queued.asked
         kind = "recordings" if any(asked.audio) else "images" if any(asked.images) else "text"
-        self._lanes[kind].put(ticket)
+        self._lanes[kind].put(queued)
 
-    def leave(self, ticket: QueuedRequest) -> None:
+    def leave(self, queued: QueuedRequest) -> None:
         """Nobody waits for this answer any longer: it costs nothing from now on."""
-        ticket.gone = True
+        queued.gone = True
 
-    def _check(self, ticket: QueuedRequest) -> None:
+    def _check(self, queued: QueuedRequest) -> None:
         """That a ticket's answer is still wanted, and may still come.
 
         Raises:
@@ -209,9 +209,9 @@ class Scheduler:
         """
         if self._stopping.is_set():
             raise ServerStoppingError("the server ends", "ask again when it is back")
-        if ticket.gone or ticket.ended:
+        if queued.gone or queued.ended:
             raise ClientDisconnectedError("nobody waits for the answer")
-        if self.limit_s and time.monotonic() - ticket.born > self.limit_s:
+        if self.limit_s and time.monotonic() - queued.born > self.limit_s:
             raise RequestTimeoutError(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
 
     def _prepare(self, lane: queue.SimpleQueue[QueuedRequest | None]) -> None:
@@ -221,30 +221,30 @@ class Scheduler:
 
     def _prepare_next(self, lane: queue.SimpleQueue[QueuedRequest | None]) -> bool:
         # A function of its own, so that nothing holds the last ticket while the next one is waited for.
-        ticket = lane.get()
-        if ticket is None:
+        queued = lane.get()
+        if queued is None:
             return False
         try:
-            self._write_prompt(ticket)
+            self._write_prompt(queued)
         except ClientDisconnectedError:
-            self._end(ticket)
+            self._end(queued)
         except Exception as error:  # Whatever is wrong with this one, the others are answered.
-            self._end(ticket, error)
+            self._end(queued, error)
         else:
-            self._ready.put(ticket)
+            self._ready.put(queued)
         return True
 
-    def _write_prompt(self, ticket: QueuedRequest) -> None:
-        model, check = self.engine.model, partial(self._check, ticket)
+    def _write_prompt(self, queued: QueuedRequest) -> None:
+        model, check = self.engine.model, partial(self._check, queued)
         check()
-        given = ticket.asked  # It is let go of when the ticket ends, which may be meanwhile.
+        given = queued.asked  # It is let go of when the ticket ends, which may be meanwhile.
         check_images(model, given, check)
         asked = decode_recordings(given, self._decoder, self.audio_s, check)
         own = [audio for turn in asked.audio for audio in turn]
-        ticket.heard = [each.said or "" for each in model.inputs(own, check)]
-        prompt, _ = open_prompt(model, asked, self.engine.room(ticket.sampling), checked=True, check=check)
-        ticket.prompt_tokens = len(prompt)
-        ticket._answering = self.engine.answering(prompt, ticket.sampling)
+        queued.heard = [each.said or "" for each in model.inputs(own, check)]
+        prompt, _ = open_prompt(model, asked, self.engine.room(queued.sampling), checked=True, check=check)
+        queued.prompt_tokens = len(prompt)
+        queued._answering = self.engine.answering(prompt, queued.sampling)
 
     def _answer(self) -> None:
         """Step the engine as long as there is something to say; no error of a request ends this thread."""
@@ -256,81 +256,81 @@ class Scheduler:
                 self._cancel(active)
                 self.engine.step()
             except Exception as error:  # None of a single answer: the engine gives those to the answer itself.
-                for ticket in active:
-                    self._break_off(ticket, error)
-            active = [ticket for ticket in active if self._told(ticket)]
-        for ticket in list(self._open):
-            self._end(ticket, ServerStoppingError("the server ends", "ask again when it is back"))
+                for queued in active:
+                    self._break_off(queued, error)
+            active = [queued for queued in active if self._told(queued)]
+        for queued in list(self._open):
+            self._end(queued, ServerStoppingError("the server ends", "ask again when it is back"))
 
     def _cancel(self, active: list[QueuedRequest]) -> None:
         """Cancel requests whose client has disconnected, or that exceed the time limit, wherever they are."""
-        for ticket in list(self._open):
+        for queued in list(self._open):
             try:
-                self._check(ticket)
+                self._check(queued)
             except (ClientDisconnectedError, RequestTimeoutError, ServerStoppingError) as error:
                 why = None if isinstance(error, ClientDisconnectedError) else error
-                if ticket in active:
-                    self._break_off(ticket, why)
+                if queued in active:
+                    self._break_off(queued, why)
                 else:
-                    self._end(ticket, why)
+                    self._end(queued, why)
 
-    def _break_off(self, ticket: QueuedRequest, error: Exception | None) -> None:
-        assert ticket._answering is not None
-        ticket.error = ticket.error or error
-        self.engine.cancel(ticket._answering)
+    def _break_off(self, queued: QueuedRequest, error: Exception | None) -> None:
+        assert queued._answering is not None
+        queued.error = queued.error or error
+        self.engine.cancel(queued._answering)
 
     def _take(self, active: list[QueuedRequest]) -> None:
         """Take what is ready; wait for it where nothing else is to be done."""
         while True:
             try:
-                ticket = self._ready.get_nowait() if active else self._ready.get(timeout=IDLE_S)
+                queued = self._ready.get_nowait() if active else self._ready.get(timeout=IDLE_S)
             except queue.Empty:
                 return
-            if not ticket.ended:
-                assert ticket._answering is not None
-                self.engine.enqueue(ticket._answering)
-                active.append(ticket)
+            if not queued.ended:
+                assert queued._answering is not None
+                self.engine.enqueue(queued._answering)
+                active.append(queued)
 
-    def _told(self, ticket: QueuedRequest) -> bool:
+    def _told(self, queued: QueuedRequest) -> bool:
         """Tell what is new of an answer; whether there is more to come."""
         try:
-            return self._tell(ticket)
+            return self._tell(queued)
         except Exception as error:  # Of this answer alone, as one that its text cannot be made of.
-            self._break_off(ticket, error)
-            self._end(ticket)
+            self._break_off(queued, error)
+            self._end(queued)
             return False
 
-    def _tell(self, ticket: QueuedRequest) -> bool:
-        answering = ticket._answering
+    def _tell(self, queued: QueuedRequest) -> bool:
+        answering = queued._answering
         assert answering is not None
-        ticket.tokens, ticket.reused = answering.tokens, answering.reused
-        if answering.tokens and not ticket.first_s:
-            ticket.first_s = time.monotonic() - ticket.born
-        if (piece := answering.take()) and not ticket.gone:
+        queued.tokens, queued.reused = answering.tokens, answering.reused
+        if answering.tokens and not queued.first_s:
+            queued.first_s = time.monotonic() - queued.born
+        if (piece := answering.take()) and not queued.gone:
             try:
-                ticket.tell(piece)
+                queued.tell(piece)
             except RuntimeError:  # The event loop of the one who asked is closed.
-                ticket.gone = True
+                queued.gone = True
         if not answering.reason:
             return True
-        ticket.reason = answering.reason
-        self._end(ticket, answering.error)
+        queued.reason = answering.reason
+        self._end(queued, answering.error)
         return False
 
-    def _end(self, ticket: QueuedRequest, error: Exception | None = None) -> None:
+    def _end(self, queued: QueuedRequest, error: Exception | None = None) -> None:
         """End a ticket, unless another thread has done so already."""
         with self._lock:
-            if ticket.ended:
+            if queued.ended:
                 return
-            ticket.ended = True
-            ticket.error = ticket.error or error
-            self._open.discard(ticket)
+            queued.ended = True
+            queued.error = queued.error or error
+            self._open.discard(queued)
         try:
-            self.ended(ticket)
+            self.ended(queued)
         finally:
-            ticket.asked = NOTHING  # It may wait in a lane for long yet, and would hold all its images there.
+            queued.asked = NOTHING  # It may wait in a lane for long yet, and would hold all its images there.
             with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
-                ticket.tell(None)
+                queued.tell(None)
 
 
 def decode_recordings(

@@ -94,8 +94,8 @@ def application_of(
     from mmphi.serving.metrics import Metrics
     from mmphi.serving.scheduler import QueuedRequest, Scheduler
 
-    def ended(ticket: QueuedRequest) -> None:
-        metrics.ended(ticket, time.monotonic() - ticket.born)
+    def ended(queued: QueuedRequest) -> None:
+        metrics.ended(queued, time.monotonic() - queued.born)
 
     worker = Scheduler(Engine(model, slots, context), waiting, limit_s, ended, audio_s)
     metrics = Metrics(lambda: worker.open)

@@ -109,15 +109,15 @@ def run(ctx: Context) -> Mapping[str, float]:
     wanted = contents(ctx.settings, ctx.upstream)
     if not wanted:
         raise DataError("there is no image to embed", "name a source with images in data.sources")
-    tower = vision_encoder_of(ctx)
+    encoder = vision_encoder_of(ctx)
     writer = FeatureWriter(
-        ctx.folder, tower.tokens, tower.width, ctx.settings(EmbedSettings).shard_images, tower.digest
+        ctx.folder, encoder.tokens, encoder.width, ctx.settings(EmbedSettings).shard_images, encoder.digest
     )
     taken = sum(writer.take_over(earlier.path) for earlier in ctx.earlier)
     if taken:
         ctx.tracker.say(f"embed: {taken} images are taken over from earlier runs")
     missing = [(digest, path) for digest, path in wanted.items() if not writer.knows(digest)]
-    seconds = embed(missing, tower, writer, ctx.settings(EmbedSettings), ctx.tracker.say)
+    seconds = embed(missing, encoder, writer, ctx.settings(EmbedSettings), ctx.tracker.say)
     writer.finish()
     unreadable = {digest: why for digest, why in writer.unreadable.items() if digest in wanted}
     if unreadable:
@@ -140,7 +140,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 def embed(
     images: Sequence[tuple[str, Path]],
-    tower: VisionEncoder,
+    encoder: VisionEncoder,
     writer: FeatureWriter,
     chosen: EmbedSettings,
     say: Callable[[str], None],
@@ -149,7 +149,7 @@ def embed(
 
     Args:
         images: By digest and file.
-        tower: Computes them.
+        encoder: Computes them.
         writer: Writes them.
         chosen: Batch size and workers.
         say: Told how large they will be.
@@ -161,9 +161,9 @@ def embed(
 
     writer.reserve(len(images))
     size = writer.bytes_for(len(images)) / 1e9
-    say(f"embed: {len(images)} images x {tower.tokens} tokens x {tower.width} fp16 = {size:.3f} GB")
+    say(f"embed: {len(images)} images x {encoder.tokens} tokens x {encoder.width} fp16 = {size:.3f} GB")
     begun = time.perf_counter()
-    batches = _by_cluster(images, tower, chosen, say) if chosen.ray else _here(images, tower, chosen)
+    batches = _by_cluster(images, encoder, chosen, say) if chosen.ray else _here(images, encoder, chosen)
     written: Future[None] | None = None
     with tqdm(total=len(images), desc="embed", unit="image") as bar, ThreadPoolExecutor(1) as pool:
         for features, unreadable in batches:
@@ -176,13 +176,13 @@ def embed(
     return time.perf_counter() - begun
 
 
-def _here(images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: EmbedSettings) -> Iterator[Embedded]:
+def _here(images: Sequence[tuple[str, Path]], encoder: VisionEncoder, chosen: EmbedSettings) -> Iterator[Embedded]:
     import torch
     from torch.utils.data import DataLoader
 
     from mmphi.models.vision.image_features import features_async
 
-    dataset: Any = DecodedImages(images, tower.preprocess)
+    dataset: Any = DecodedImages(images, encoder.preprocess)
     loader = DataLoader(
         dataset,
         chosen.batch_size,
@@ -192,7 +192,7 @@ def _here(images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: Embe
     )
     before: tuple[Callable[[], dict[str, Any]], dict[str, str]] | None = None
     for digests, pixels, unread in loader:
-        begun = (dict if pixels is None else features_async(digests, pixels, tower)), unread
+        begun = (dict if pixels is None else features_async(digests, pixels, encoder)), unread
         if before is not None:  # Taken and written while an accelerator computes those that were begun.
             yield before[0](), before[1]
         before = begun
@@ -201,14 +201,14 @@ def _here(images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: Embe
 
 
 def _by_cluster(
-    images: Sequence[tuple[str, Path]], tower: VisionEncoder, chosen: EmbedSettings, say: Callable[[str], None]
+    images: Sequence[tuple[str, Path]], encoder: VisionEncoder, chosen: EmbedSettings, say: Callable[[str], None]
 ) -> Iterator[Embedded]:
     from mmphi.cluster.connect import join_cluster
     from mmphi.cluster.embedding import embed_on_cluster
 
     machines = join_cluster(chosen.ray)
     say(f"embed: Ray has {machines}")
-    return embed_on_cluster(images, tower, chosen.batch_size, machines)
+    return embed_on_cluster(images, encoder, chosen.batch_size, machines)
 
 
 STAGE = Stage(

@@ -120,13 +120,13 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     split = [e for e in conversations(ctx, report) if e.split == chosen.split]
     measures = SpokenMeasures(chosen.max_images, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     figures: dict[str, float] = {}
-    for link in chosen.links or [model.hearing.link]:
+    for link in chosen.links or [model.audio_source.link]:
         own = with_audio_input(ctx, model, link)
         seen = with_readable_audio(own, split, report)
         if not seen:
             raise DataError(f"no recording of the split {chosen.split} can be heard", "keep some apart: speech.test")
         prefix = f"{chosen.split}/{link}" if chosen.links else chosen.split
-        fresh = untranscribed_source(ctx, own.language, own.hearing.link)
+        fresh = untranscribed_source(ctx, own.language, own.audio_source.link)
         figures |= measure_speech(own, seen, measures, ctx.tracker, prefix, fresh)
     ctx.tracker.table("data_read", list(report.rows()))
     return figures

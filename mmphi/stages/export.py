@@ -145,9 +145,9 @@ def plain_model(folder: Path) -> Multimodal:
     # Beside an adapter the base stays as it was rounded; else its own weights are the better ones.
     model = load_checkpoint(folder, precision="" if "adapter" in read_description(folder) else "fp32")
     language = merge_adapter(model.language, torch.float32)
-    tower = getattr(model.features, "tower", None)
-    if tower is not None:
-        tower.visual.float()
+    encoder = getattr(model.features, "encoder", None)
+    if encoder is not None:
+        encoder.visual.float()
     return Multimodal(
         language, model.projector, model.features, model.max_length, model.vision, questions=model.questions
     )

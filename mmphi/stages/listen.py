@@ -89,8 +89,8 @@ def run(ctx: Context) -> Mapping[str, float]:
     from mmphi.models.device import this_device
 
     wanted = contents(ctx.settings)
-    ears = transcriber_of(ctx.settings(AudioSettings), this_device(), ctx.resources.once)
-    whisper = openai_whisper_of(ears, "encoder")
+    transcriber = transcriber_of(ctx.settings(AudioSettings), this_device(), ctx.resources.once)
+    whisper = openai_whisper_of(transcriber, "encoder")
     writer = RaggedWriter(ctx.folder, whisper.width, whisper.digest)
     taken = sum(writer.take_over(earlier.path) for earlier in ctx.earlier)
     if taken:
@@ -106,10 +106,10 @@ def run(ctx: Context) -> Mapping[str, float]:
                 read = {}
                 for digest, path in some:
                     try:
-                        read[digest] = ears.recording(AudioRef(str(path), path))
+                        read[digest] = transcriber.recording(AudioRef(str(path), path))
                     except AudioError as error:
                         unreadable[digest] = error.reason
-                found |= dict(zip(read, encoder_frames(ears, whisper, [*read.values()], AT_ONCE), strict=True))
+                found |= dict(zip(read, encoder_frames(transcriber, whisper, [*read.values()], AT_ONCE), strict=True))
                 bar.update(len(some))
             writer.write(found, unreadable)
     writer.finish()

@@ -47,7 +47,7 @@ class GeneratedStream:
         self.backend, self.end = tokenizer.backend_tokenizer, int(tokenizer.eos_token_id)
         url = self.textgen.spool or str(ctx.folder / SPOOL)
         self.reader = ShardReader(ShardQueue(url, say=self.say), say=self.say)
-        self.fleet = GeneratorPool(self.textgen, url, ctx.folder / FLEET, backend, self.say)
+        self.pool = GeneratorPool(self.textgen, url, ctx.folder / FLEET, backend, self.say)
         self.store = None
         if self.chosen.keep:
             self.store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA, self.say)
@@ -62,11 +62,11 @@ class GeneratedStream:
         return self
 
     def __enter__(self) -> GeneratedStream:
-        self.fleet.start()
+        self.pool.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self.fleet.stop()
+        self.pool.stop()
         if kind is None:  # Else the same command goes on from what is there.
             self.reader.let_go_before(self.reader.position)
             for name in (SPOOL, FLEET, HELD):
@@ -103,7 +103,7 @@ class GeneratedStream:
         found: list[Document] = []
         tokens = 0
         while tokens < self.chosen.validation_tokens:
-            self.fleet.watch()
+            self.pool.watch()
             for _, documents in self.reader.everything():
                 found += documents
                 tokens += sum(len(self.encode(document)) - 1 for document in documents)
@@ -125,7 +125,7 @@ class GeneratedStream:
             rows=rows,
             passes=passes,
             steps=steps,
-            alive=self.fleet.watch,
+            alive=self.pool.watch,
         )
         return self._steps
 
@@ -149,15 +149,15 @@ class GeneratedStream:
 
     def _keep(self, until: Mapping[str, int]) -> None:
         """Let the store judge what was read before a position, while it is still there."""
-        if self.store is None or self.store.ledger.full:
+        if self.store is None or self.store.manifest.full:
             return
-        for name, documents in self.reader.taken_between(self.store.ledger.position, until):
+        for name, documents in self.reader.taken_between(self.store.manifest.position, until):
             self.store.offer(documents, name.stream, name.number + 1)
         self.store.commit()
 
     def figures(self, training_s: float) -> dict[str, float]:
         """How often text was seen, who waited for whom, and the generators' own loss."""
-        steps, rows = self._steps, self.fleet.rows()
+        steps, rows = self._steps, self.pool.rows()
         assert steps is not None
         times = steps.window.counted()
         seen = sum(count * tokens for count, tokens in times.items())
@@ -181,11 +181,11 @@ class GeneratedStream:
         steps = self._steps
         assert steps is not None
         self._keep(self.reader.position)
-        if self.store is not None and self.store.ledger.documents:
-            found |= write_datasheet(self.ctx, self.store.ledger, time.monotonic() - self.begun)
+        if self.store is not None and self.store.manifest.documents:
+            found |= write_datasheet(self.ctx, self.store.manifest, time.monotonic() - self.begun)
         times = steps.window.counted()
         self.tracker.table("seen", [{"times": count, "tokens": tokens} for count, tokens in times.items()])
-        self.tracker.table("generators", self.fleet.rows())
+        self.tracker.table("generators", self.pool.rows())
         self.say(
             f"each token was seen {found['stream/times_seen']:.2f} times; the training waited {steps.waited_s:.0f} s"
             f" for text, the generators {found['stream/generators_waited_s']:.0f} s for room; "

@@ -119,10 +119,10 @@ def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Se
     recordings = [e.audio[0] for e in [*training, *held]]
     count, own = len(training), {"steps": chosen.align_steps, "batch_size": chosen.align_batch_size}
     shape = {**own, "learning_rate": chosen.align_learning_rate, "accumulation": 1, "optimizer": "adamw"}
-    steps = CTCAlignmentDataset(recordings[:count], words[:count], model.hearing, **own, seed=chosen.seed)
+    steps = CTCAlignmentDataset(recordings[:count], words[:count], model.audio_source, **own, seed=chosen.seed)
 
     def measure(_: int) -> Mapping[str, float]:
-        return {"val/token_error_rate": token_error_rate(task, recordings[count:], words[count:], model.hearing)}
+        return {"val/token_error_rate": token_error_rate(task, recordings[count:], words[count:], model.audio_source)}
 
     train(
         task,

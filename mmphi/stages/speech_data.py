@@ -51,16 +51,18 @@ def speech_model(ctx: Context) -> Multimodal:
     else:
         own = "pretrain" in ctx.upstream
         base = Multimodal(language_of(ctx), None, None, chosen.max_length, own_language=own)
-    hearing, audio = source_for(ctx, base.language, chosen.link)
+    audio_source, audio = source_for(ctx, base.language, chosen.link)
     torch.manual_seed(chosen.seed)
     stack = chosen.stack if chosen.link == "encoder" else 1
-    config = SpeechConfig(chosen.link, hearing.width, base.language.width, chosen.width, stack, chosen.soft_temperature)
+    config = SpeechConfig(
+        chosen.link, audio_source.width, base.language.width, chosen.width, stack, chosen.soft_temperature
+    )
     speech = SpeechProjection(config, scale=float(base.language.embeddings().square().mean().sqrt()))
-    return with_audio_source(base, hearing, speech, audio)
+    return with_audio_source(base, audio_source, speech, audio)
 
 
 def with_audio_source(
-    base: Multimodal, hearing: AudioFeatureSource, speech: SpeechProjection | None, audio: Audio
+    base: Multimodal, audio_source: AudioFeatureSource, speech: SpeechProjection | None, audio: Audio
 ) -> Multimodal:
     """The same model, hearing in another way."""
     from mmphi.models.multimodal import Multimodal
@@ -72,7 +74,7 @@ def with_audio_source(
         base.max_length,
         base.vision,
         own_language=base.own_language,
-        hearing=hearing,
+        audio_source=audio_source,
         speech=speech,
         audio=audio,
     )
@@ -90,13 +92,15 @@ def untranscribed_source(ctx: Context, language: LanguageModel, link: Link) -> A
     from mmphi.models.device import this_device
 
     chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
-    ears = CachedTranscriber(asr_model_of(settings, this_device(), ctx.resources.once), settings)
+    transcriber = CachedTranscriber(asr_model_of(settings, this_device(), ctx.resources.once), settings)
     if link == "encoder":
-        return EncoderFeatures(live_encoder_frames(ears), openai_whisper_of(ears, link).width, chosen.stack)
+        return EncoderFeatures(
+            live_encoder_frames(transcriber), openai_whisper_of(transcriber, link).width, chosen.stack
+        )
     return (
-        TranscriptFeatures(language, ears)
+        TranscriptFeatures(language, transcriber)
         if link == "transcript"
-        else SoftTranscriptFeatures(language, ears, chosen.soft_temperature)
+        else SoftTranscriptFeatures(language, transcriber, chosen.soft_temperature)
     )
 
 
@@ -115,17 +119,17 @@ def source_for(ctx: Context, language: LanguageModel, link: Link) -> tuple[Audio
     from mmphi.models.device import this_device
 
     chosen, settings = ctx.settings(SpeechSettings), ctx.settings(AudioSettings)
-    ears = transcriber_of(settings, this_device(), ctx.resources.once)
+    transcriber = transcriber_of(settings, this_device(), ctx.resources.once)
     if link == "transcript":
-        return TranscriptFeatures(language, ears), Audio(settings)
+        return TranscriptFeatures(language, transcriber), Audio(settings)
     if link == "soft":
         temperature = chosen.soft_temperature
         whose = f"{settings.model_dump_json()}/{language.digest}/{temperature}"  # It keeps what it has computed.
         return ctx.resources.once(
-            "soft", whose, lambda: SoftTranscriptFeatures(language, ears, temperature, inf)
+            "soft", whose, lambda: SoftTranscriptFeatures(language, transcriber, temperature, inf)
         ), Audio(settings)
-    whisper = openai_whisper_of(ears, "encoder")
-    frames: Callable[[AudioRef], Any] = live_encoder_frames(ears, inf)
+    whisper = openai_whisper_of(transcriber, "encoder")
+    frames: Callable[[AudioRef], Any] = live_encoder_frames(transcriber, inf)
     if "listen" in ctx.upstream:
         listened = ctx.upstream["listen"]
         store = ctx.resources.once("frames", listened.run_id, lambda: RaggedStore(listened.path))
@@ -148,14 +152,14 @@ def with_audio_input(ctx: Context, model: Multimodal, link: Link | Literal[""]) 
     if link in ("", own):
         if own == "encoder" and "listen" not in ctx.upstream:
             return model
-        hearing, audio = source_for(ctx, model.language, own)
-        return with_audio_source(model, hearing, model.speech, model.audio or audio)
+        audio_source, audio = source_for(ctx, model.language, own)
+        return with_audio_source(model, audio_source, model.speech, model.audio or audio)
     if link == "encoder":
         raise ModelError(
             f"the model was trained for the link {own}, and knows nothing of frames", "train it: --speech.link encoder"
         )
-    hearing, audio = source_for(ctx, model.language, "soft" if link == "soft" else "transcript")
-    return with_audio_source(model, hearing, None, audio)
+    audio_source, audio = source_for(ctx, model.language, "soft" if link == "soft" else "transcript")
+    return with_audio_source(model, audio_source, None, audio)
 
 
 def with_readable_audio(model: Multimodal, examples: Sequence[Example], report: ReadReport) -> list[Example]:

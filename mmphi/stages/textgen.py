@@ -57,11 +57,11 @@ def run(ctx: Context) -> Mapping[str, float]:
         _from_texts(ctx, store)
     else:
         _from_generators(ctx, store)
-    ledger = store.ledger
-    if not ledger.documents:
-        why = max(ledger.dropped, key=lambda reason: ledger.dropped[reason], default="nothing was written")
+    manifest = store.manifest
+    if not manifest.documents:
+        why = max(manifest.dropped, key=lambda reason: manifest.dropped[reason], default="nothing was written")
         raise DataError(f"no document was worth keeping: {why}", "see store.shortest and store.language")
-    return write_datasheet(ctx, ledger, time.monotonic() - begun)
+    return write_datasheet(ctx, manifest, time.monotonic() - begun)
 
 
 def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> CorpusStore:
@@ -82,14 +82,14 @@ def _from_texts(ctx: Context, store: CorpusStore) -> None:
 
     for source in ctx.settings(CorpusSettings).sources:
         report = TextReport()
-        done = store.ledger.position.get(source.title, 0)
+        done = store.manifest.position.get(source.title, 0)
         with tqdm(desc=f"store: {source.title}", unit="doc", initial=done) as bar:
             for number, document in enumerate(documents_of(source, report)):
                 if number < done:
                     continue
                 store.offer([document], source.title, number + 1)
                 bar.update()
-                if store.ledger.full:
+                if store.manifest.full:
                     break
         for line in report.lines():
             ctx.tracker.say(f"{source.title}: {line}")
@@ -111,59 +111,61 @@ def _from_generators(ctx: Context, store: CorpusStore) -> None:
     url = chosen.spool or str(ctx.folder / SPOOL)
     reader = ShardReader(ShardQueue(url, say=ctx.tracker.say), store.committed, ctx.tracker.say)
     enough = parse_corpus_stop(chosen.stop)
-    with GeneratorPool(chosen, url, ctx.folder / FLEET, backend, ctx.tracker.say) as fleet:
+    with GeneratorPool(chosen, url, ctx.folder / FLEET, backend, ctx.tracker.say) as pool:
         begun = noted = time.monotonic()
-        with LiveTable(fleet.rows, lambda: _below(reader, store.ledger, int(chosen.spool_mb * 1e6))) as table:
-            while not enough.reached(store.ledger, time.monotonic() - begun):
-                fleet.watch()
+        with LiveTable(pool.rows, lambda: _below(reader, store.manifest, int(chosen.spool_mb * 1e6))) as table:
+            while not enough.reached(store.manifest, time.monotonic() - begun):
+                pool.watch()
                 taken = False
                 for name, documents in reader.everything():
                     store.offer(documents, name.stream, name.number + 1)
                     taken = True
-                    if enough.reached(store.ledger, time.monotonic() - begun):
+                    if enough.reached(store.manifest, time.monotonic() - begun):
                         break
                 reader.let_go_before(store.committed)
                 table.show()
                 if time.monotonic() - noted > METRICS_S:
                     noted = time.monotonic()
-                    ctx.tracker.metrics(_metrics(fleet, store.ledger), step=int(noted - begun))
+                    ctx.tracker.metrics(_metrics(pool, store.manifest), step=int(noted - begun))
                 if not taken:
                     time.sleep(LOOK_S)
-    if not enough.reached(store.ledger, seconds=0.0):  # By the time alone: what was open then is taken, too.
+    if not enough.reached(store.manifest, seconds=0.0):  # By the time alone: what was open then is taken, too.
         for name, documents in reader.everything():
             store.offer(documents, name.stream, name.number + 1)
-            if enough.reached(store.ledger, seconds=0.0):
+            if enough.reached(store.manifest, seconds=0.0):
                 break
     store.commit()
     reader.let_go_before(store.committed)
     for own in (SPOOL, FLEET):  # All of it is in the store or was dropped.
         shutil.rmtree(ctx.folder / own, ignore_errors=True)
-    ctx.tracker.table("generators", fleet.rows())
+    ctx.tracker.table("generators", pool.rows())
     ctx.tracker.metrics({"textgen/broken_shards": reader.broken})
 
 
-def _metrics(fleet: GeneratorPool, ledger: CorpusManifest) -> dict[str, float]:
-    rows = fleet.rows()
+def _metrics(pool: GeneratorPool, manifest: CorpusManifest) -> dict[str, float]:
+    rows = pool.rows()
     return {
         "textgen/documents": sum(row["documents"] for row in rows),
         "textgen/tokens": sum(row["tokens"] for row in rows),
         "textgen/tokens_per_s": sum(row["tokens/s"] for row in rows),
-        "textgen/kept": ledger.documents,
-        "textgen/store_mb": ledger.bytes / 1e6,
+        "textgen/kept": manifest.documents,
+        "textgen/store_mb": manifest.bytes / 1e6,
     }
 
 
-def _below(reader: ShardReader, ledger: CorpusManifest, limit: int) -> str:
+def _below(reader: ShardReader, manifest: CorpusManifest, limit: int) -> str:
     """Spool, store and what was dropped, in a line."""
-    dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(ledger.dropped.items(), key=lambda i: -i[1]))
+    dropped = ", ".join(
+        f"{reason} {count:,}" for reason, count in sorted(manifest.dropped.items(), key=lambda i: -i[1])
+    )
     waits = reader.spool.size()
     return (
-        f"spool {waits / 1e6:.2f} of {limit / 1e6:.0f} MB; store {ledger.documents:,} documents in"
-        f" {ledger.bytes / 1e6:.2f} MB; dropped: {dropped or 'nothing'}"
+        f"spool {waits / 1e6:.2f} of {limit / 1e6:.0f} MB; store {manifest.documents:,} documents in"
+        f" {manifest.bytes / 1e6:.2f} MB; dropped: {dropped or 'nothing'}"
     )
 
 
-def write_datasheet(ctx: Context, ledger: CorpusManifest, seconds: float) -> dict[str, float]:
+def write_datasheet(ctx: Context, manifest: CorpusManifest, seconds: float) -> dict[str, float]:
     """Write what a store is, and give its figures."""
     from mmphi.textgen.corpus_store import floors
     from mmphi.textgen.datasheet import datasheet
@@ -172,26 +174,26 @@ def write_datasheet(ctx: Context, ledger: CorpusManifest, seconds: float) -> dic
     sections = {"textgen": chosen.model_dump(), "store": ctx.settings(StoreSettings).model_dump()}
     settings = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    sheet = datasheet(ledger, settings, run_id=ctx.tracker.run_id, when=when)
+    sheet = datasheet(manifest, settings, run_id=ctx.tracker.run_id, when=when)
     (ctx.folder / STORE / "README.md").write_text(sheet)
     ctx.tracker.text("datasheet.md", sheet)
-    ctx.tracker.tags({"mmphi.store": ledger.digest})
+    ctx.tracker.tags({"mmphi.store": manifest.digest})
     rows = [
-        {"reason": reason, "documents": count, **(ledger.examples.get(reason) or [{}])[0]}
-        for reason, count in sorted(ledger.dropped.items(), key=lambda item: -item[1])
+        {"reason": reason, "documents": count, **(manifest.examples.get(reason) or [{}])[0]}
+        for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1])
     ]
     if rows:
         ctx.tracker.table("dropped", rows)
     figures = {
-        "textgen/documents": float(ledger.documents),
-        "textgen/dropped": float(sum(ledger.dropped.values())),
-        "textgen/tokens": float(ledger.tokens),
-        "textgen/store_mb": ledger.bytes / 1e6,
+        "textgen/documents": float(manifest.documents),
+        "textgen/dropped": float(sum(manifest.dropped.values())),
+        "textgen/tokens": float(manifest.tokens),
+        "textgen/store_mb": manifest.bytes / 1e6,
         "textgen/seconds": seconds,
     }
-    for kind, loss in floors(ledger).items():
+    for kind, loss in floors(manifest).items():
         figures[f"textgen/floor_{kind}"] = loss
-    if not ledger.scored and not chosen.store_only:
+    if not manifest.scored and not chosen.store_only:
         ctx.tracker.say(
             f"no floor: temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, top-k {chosen.top_k} draw from"
             " another distribution than the generator's, whose loss its own text then does not tell"

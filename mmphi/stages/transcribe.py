@@ -58,10 +58,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     left = [each for each in spoken if each.name not in done]
     if done and left:
         ctx.tracker.say(f"transcribe: going on after {len(done)} of {len(spoken)} recordings")
-    listener = asr_model_of(chosen, this_device(), ctx.resources.once) if left else None
+    asr_model = asr_model_of(chosen, this_device(), ctx.resources.once) if left else None
     with (ctx.folder / LINES).open("a") as lines, tqdm(total=len(left), desc="transcribe", unit="recording") as bar:
         for first in range(0, len(left), AT_ONCE):
-            for line in transcribe_batch(left[first : first + AT_ONCE], listener, chosen, report):
+            for line in transcribe_batch(left[first : first + AT_ONCE], asr_model, chosen, report):
                 done[line["audio"]] = line
                 lines.write(json.dumps(line) + "\n")
             lines.flush()
@@ -91,7 +91,7 @@ def finished_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def transcribe_batch(
-    batch: Sequence[Utterance], listener: Any, chosen: AudioSettings, report: ReadReport
+    batch: Sequence[Utterance], asr_model: Any, chosen: AudioSettings, report: ReadReport
 ) -> list[dict[str, Any]]:
     """Transcripts of a few recordings, as rows; one that cannot be read is counted and left out."""
     from mmphi.data.audio import read_audio
@@ -107,7 +107,7 @@ def transcribe_batch(
             report.drop_kept(SOURCE, each.name, error.reason)
     begun = time.perf_counter()
     found = transcribe(
-        listener,
+        asr_model,
         recordings,
         language=chosen.language,
         prompt=chosen.prompt,

@@ -50,14 +50,14 @@ def run_generators(settings: TextgenSettings) -> int:
     spool = ShardQueue(settings.spool)
     try:
         with tempfile.TemporaryDirectory(prefix="mmphi-generators-") as folder:
-            fleet = GeneratorPool(settings, settings.spool, Path(folder), backend)
+            pool = GeneratorPool(settings, settings.spool, Path(folder), backend)
             limit = settings.spool_mb
-            with fleet, LiveTable(fleet.rows, lambda: f"spool {spool.size() / 1e6:.2f} of {limit:.0f} MB") as table:
+            with pool, LiveTable(pool.rows, lambda: f"spool {spool.size() / 1e6:.2f} of {limit:.0f} MB") as table:
                 begun = time.monotonic()
                 while not told.wait(LOOK_S):
-                    fleet.watch()
+                    pool.watch()
                     table.show()
-                    rows = fleet.rows()
+                    rows = pool.rows()
                     written = CorpusManifest(
                         documents=sum(r["documents"] for r in rows), tokens=sum(r["tokens"] for r in rows)
                     )

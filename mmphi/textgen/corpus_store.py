@@ -95,9 +95,9 @@ class CorpusStore:
     ) -> None:
         self.folder, self.limit, self.quality, self.say = folder, limit, quality, say
         folder.mkdir(parents=True, exist_ok=True)
-        self.ledger = CorpusManifest()
+        self.manifest = CorpusManifest()
         if (folder / LEDGER).exists():
-            self.ledger = CorpusManifest(**json.loads((folder / LEDGER).read_text()))
+            self.manifest = CorpusManifest(**json.loads((folder / LEDGER).read_text()))
         self.copies = Deduplicator(language)
         for document in stored(folder):
             self.copies.keep(document.text, document.id)
@@ -107,7 +107,7 @@ class CorpusStore:
     def offer(self, documents: Sequence[Document], source: str, position: int) -> None:
         """Judge documents, and keep what is good; ``source`` was read up to ``position`` then."""
         for document in documents:
-            if self.ledger.full:
+            if self.manifest.full:
                 break
             if (why := self._judge(document)) is None:
                 self.copies.keep(document.text, document.id)
@@ -115,30 +115,30 @@ class CorpusStore:
                 self._open_bytes += len(document.text)
             else:
                 self._drop(document, *why)
-        self.ledger.position[source] = position
+        self.manifest.position[source] = position
         if self._open_bytes >= SHARD_BYTES or time.monotonic() - self._committed > COMMIT_S:
             self.commit()
 
     def unread(self, source: str, skipped: Mapping[str, int]) -> None:
         """Note what of a source, read from its begin, was no document: of a source that is read again, what is new."""
-        before = self.ledger.unread.get(source, {})
+        before = self.manifest.unread.get(source, {})
         for reason, count in skipped.items():
             if new := count - before.get(reason, 0):
-                self.ledger.dropped[reason] = self.ledger.dropped.get(reason, 0) + new
-        self.ledger.unread[source] = dict(skipped)
+                self.manifest.dropped[reason] = self.manifest.dropped.get(reason, 0) + new
+        self.manifest.unread[source] = dict(skipped)
 
     def commit(self) -> None:
         """Write what was judged: after this, sources may let go of it."""
-        if self._open and not self.ledger.full:
+        if self._open and not self.manifest.full:
             content = encode_shard(self._open)
-            if self.ledger.bytes + len(content) > self.limit:
+            if self.manifest.bytes + len(content) > self.limit:
                 self._open, content = self._fitting()
-                self.ledger.full = True
+                self.manifest.full = True
             if self._open:
                 self._write(content)
         self._open, self._open_bytes, self._committed = [], 0, time.monotonic()
         part = self.folder / f".{LEDGER}"
-        part.write_text(json.dumps(asdict(self.ledger), indent=1))
+        part.write_text(json.dumps(asdict(self.manifest), indent=1))
         part.replace(self.folder / LEDGER)
 
     @property
@@ -155,8 +155,8 @@ class CorpusStore:
         return (how, of) if how else None
 
     def _drop(self, document: Document, why: str, of: str) -> None:
-        self.ledger.dropped[why] = self.ledger.dropped.get(why, 0) + 1
-        shown = self.ledger.examples.setdefault(why, [])
+        self.manifest.dropped[why] = self.manifest.dropped.get(why, 0) + 1
+        shown = self.manifest.examples.setdefault(why, [])
         if len(shown) < EXAMPLES:
             begin = document.text[:SHOWN].encode(errors="replace").decode()
             shown.append({"id": document.id, "begin": begin} | ({"copy of": of} if of else {}))
@@ -166,31 +166,31 @@ class CorpusStore:
         low, high = 0, len(self._open)
         while low < high:
             middle = (low + high + 1) // 2
-            if self.ledger.bytes + len(encode_shard(self._open[:middle])) <= self.limit:
+            if self.manifest.bytes + len(encode_shard(self._open[:middle])) <= self.limit:
                 low = middle
             else:
                 high = middle - 1
         return self._open[:low], encode_shard(self._open[:low])
 
     def _write(self, content: bytes) -> None:
-        ledger, name = self.ledger, f"{len(self.ledger.shards):06d}{SUFFIX}"
+        manifest, name = self.manifest, f"{len(self.manifest.shards):06d}{SUFFIX}"
         part = self.folder / f".{name}"
         part.write_bytes(content)
         part.replace(self.folder / name)
         sha = hashlib.sha256(content).hexdigest()
-        ledger.shards.append({"name": name, "bytes": len(content), "documents": len(self._open), "sha256": sha})
+        manifest.shards.append({"name": name, "bytes": len(content), "documents": len(self._open), "sha256": sha})
         for document in self._open:
             one = json.dumps(asdict(document), sort_keys=True)
-            ledger.content = hashlib.sha256(f"{ledger.content}{one}".encode()).hexdigest()
-            ledger.documents += 1
-            ledger.characters += len(document.text)
-            ledger.tokens += document.tokens
+            manifest.content = hashlib.sha256(f"{manifest.content}{one}".encode()).hexdigest()
+            manifest.documents += 1
+            manifest.characters += len(document.text)
+            manifest.tokens += document.tokens
             who = f"{document.generator} ({document.digest})" if document.digest else document.generator
-            ledger.generators[who] = ledger.generators.get(who, 0) + 1
+            manifest.generators[who] = manifest.generators.get(who, 0) + 1
             if document.logprob is not None and document.tokens:
                 kind = "prompted" if document.prompt else "free"
-                ledger.nats[kind] = ledger.nats.get(kind, 0.0) + document.logprob
-                ledger.scored[kind] = ledger.scored.get(kind, 0) + document.tokens
+                manifest.nats[kind] = manifest.nats.get(kind, 0.0) + document.logprob
+                manifest.scored[kind] = manifest.scored.get(kind, 0) + document.tokens
 
 
 def stored(folder: Path) -> list[Document]:
@@ -214,6 +214,6 @@ def stored(folder: Path) -> list[Document]:
     return found
 
 
-def floors(ledger: CorpusManifest) -> Mapping[str, float]:
+def floors(manifest: CorpusManifest) -> Mapping[str, float]:
     """Loss of the generator on its own text, in nats per token, by kind: no student can be expected below it."""
-    return {kind: -ledger.nats[kind] / tokens for kind, tokens in ledger.scored.items() if tokens}
+    return {kind: -manifest.nats[kind] / tokens for kind, tokens in manifest.scored.items() if tokens}

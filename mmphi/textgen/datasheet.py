@@ -13,42 +13,42 @@ HEAD = """# Datasheet
 """
 
 
-def datasheet(ledger: CorpusManifest, settings: Mapping[str, Any], *, run_id: str, when: str) -> str:
+def datasheet(manifest: CorpusManifest, settings: Mapping[str, Any], *, run_id: str, when: str) -> str:
     """The datasheet of a store, in markdown.
 
     Args:
-        ledger: What it holds.
+        manifest: What it holds.
         settings: It was made by.
         run_id: It was made in.
         when: It was finished.
     """
-    judged = ledger.documents + sum(ledger.dropped.values())
+    judged = manifest.documents + sum(manifest.dropped.values())
     rows = [
-        ("documents", f"{ledger.documents:,} of {judged:,} that were judged"),
-        ("characters", f"{ledger.characters:,}"),
-        ("tokens of the generator", f"{ledger.tokens:,}" if ledger.tokens else "none: no generator wrote it"),
-        ("compressed", f"{ledger.bytes / 1e6:.2f} MB in {len(ledger.shards)} shards"),
-        ("digest (sha256, document after document)", f"`{ledger.digest}`"),
+        ("documents", f"{manifest.documents:,} of {judged:,} that were judged"),
+        ("characters", f"{manifest.characters:,}"),
+        ("tokens of the generator", f"{manifest.tokens:,}" if manifest.tokens else "none: no generator wrote it"),
+        ("compressed", f"{manifest.bytes / 1e6:.2f} MB in {len(manifest.shards)} shards"),
+        ("digest (sha256, document after document)", f"`{manifest.digest}`"),
         ("made", f"{when}, in run `{run_id}`"),
     ]
     lines = [HEAD, "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", "Sources:", ""]
-    lines += [f"- {name}: {count:,} documents" for name, count in sorted(ledger.generators.items())]
-    if found := floors(ledger):
+    lines += [f"- {name}: {count:,} documents" for name, count in sorted(manifest.generators.items())]
+    if found := floors(manifest):
         lines += [
             "",
             "Loss of the generator on its own text in nats per token, below which no student can be expected:",
             "",
         ]
         lines += [
-            f"- {KINDS[kind]}: {loss:.4f}, {ledger.scored[kind]:,} tokens" for kind, loss in sorted(found.items())
+            f"- {KINDS[kind]}: {loss:.4f}, {manifest.scored[kind]:,} tokens" for kind, loss in sorted(found.items())
         ]
     lines += ["", "## How it was made", "", "| setting | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in settings.items()]
     lines += ["", "## What was dropped, and why", ""]
-    if ledger.dropped:
+    if manifest.dropped:
         lines += ["| reason | documents | such as |", "|---|---|---|"]
-        for reason, count in sorted(ledger.dropped.items(), key=lambda item: -item[1]):
-            shown = ledger.examples.get(reason, [])
+        for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1]):
+            shown = manifest.examples.get(reason, [])
             lines.append(f"| {reason} | {count:,} | {_example(shown[0]) if shown else ''} |")
     else:
         lines.append("Nothing.")

@@ -185,12 +185,12 @@ def document_of(written: Generation, wants: PromptStream, seed: int, as_it_is: b
     return Document(written.id, text, prompt, seed, name, digest, logprob, len(written.ids), ended)
 
 
-def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
+def write_shards(order: GeneratorConfig, pool: ShardSink) -> None:
     """Write until told to end.
 
     Args:
         order: What is written.
-        desk: Where it goes.
+        pool: Where it goes.
     """
     import torch
 
@@ -216,7 +216,7 @@ def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
     model = settings.model if order.backend == "vllm" else language.model
     write = make_sampler(order.backend, model, draw, settings.batch, longest)
     status = GeneratorStatus(ready_s=time.monotonic() - begun)
-    desk.tell(status)
+    pool.tell(status)
     shard: list[Document] = []
     dropped: Counter[str] = Counter()
     drawn = 0
@@ -228,9 +228,9 @@ def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
             dropped[made] += 1
         else:
             shard.append(made)
-        now, ending = time.monotonic(), desk.stopping()
+        now, ending = time.monotonic(), pool.stopping()
         closing = bool(shard) and (ending or len(shard) == settings.shard_documents or now - opened > SHARD_S)
-        if closing and not desk.put(ShardName(order.stream, status.shards), encode_shard(shard)):
+        if closing and not pool.put(ShardName(order.stream, status.shards), encode_shard(shard)):
             return
         if closing or now - since > TELL_S:
             closed = shard if closing else []
@@ -242,9 +242,9 @@ def write_shards(order: GeneratorConfig, desk: ShardSink) -> None:
                 drawn=drawn,
                 dropped=dict(dropped),
                 busy_s=status.busy_s + now - since,
-                waited_s=desk.waited_s,
+                waited_s=pool.waited_s,
             )
-            desk.tell(status)
+            pool.tell(status)
             since = time.monotonic()
         if ending:
             return

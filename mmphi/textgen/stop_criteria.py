@@ -28,10 +28,10 @@ class CorpusStopCriteria:
     tokens: float = math.inf
     seconds: float = math.inf
 
-    def reached(self, ledger: CorpusManifest, seconds: float) -> bool:
+    def reached(self, manifest: CorpusManifest, seconds: float) -> bool:
         """Whether it is enough."""
-        few = ledger.documents < self.documents and ledger.tokens < self.tokens and seconds < self.seconds
-        return ledger.full or not few
+        few = manifest.documents < self.documents and manifest.tokens < self.tokens and seconds < self.seconds
+        return manifest.full or not few
 
 
 def parse_corpus_stop(text: str) -> CorpusStopCriteria:

@@ -70,7 +70,7 @@ class CTCAlignmentDataset(Dataset[CTCBatch]):
     Args:
         recordings: What is heard.
         words: Tokens of each, as places in the vocabulary of words that are spoken, from 1 on.
-        hearing: Where features come from.
+        audio_source: Where features come from.
         steps: Optimiser steps.
         batch_size: Recordings per step, over all processes.
         seed: Seed of the order.
@@ -80,13 +80,13 @@ class CTCAlignmentDataset(Dataset[CTCBatch]):
         self,
         recordings: Sequence[AudioRef],
         words: Sequence[Sequence[int]],
-        hearing: AudioFeatureSource,
+        audio_source: AudioFeatureSource,
         *,
         steps: int,
         batch_size: int,
         seed: int,
     ) -> None:
-        self.recordings, self.words, self.hearing, self.steps = recordings, words, hearing, steps
+        self.recordings, self.words, self.audio_source, self.steps = recordings, words, audio_source, steps
         self.chosen = ShuffledOrder(len(recordings), batch_size, seed).chosen
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class CTCAlignmentDataset(Dataset[CTCBatch]):
         return collate(
             [self.recordings[i] for i in chosen[share :: world_size()]],
             [self.words[i] for i in chosen[share :: world_size()]],
-            self.hearing,
+            self.audio_source,
             total,
         )
 
@@ -107,7 +107,7 @@ class CTCAlignmentDataset(Dataset[CTCBatch]):
 def collate(
     recordings: Sequence[AudioRef],
     words: Sequence[Sequence[int]],
-    hearing: AudioFeatureSource,
+    audio_source: AudioFeatureSource,
     step_tokens: int | None = None,
 ) -> CTCBatch:
     """Recordings and their words as one batch.
@@ -115,13 +115,13 @@ def collate(
     Args:
         recordings: What is heard.
         words: Tokens of each, as places in the vocabulary of words that are spoken, from 1 on.
-        hearing: Where features come from.
+        audio_source: Where features come from.
         step_tokens: Words of the whole step; those of these recordings where left out.
     """
     lengths = [len(own) for own in words]
     return CTCBatch(
-        features=hearing.rows(recordings),
-        lengths=torch.tensor([hearing.length(each) for each in recordings]),
+        features=audio_source.rows(recordings),
+        lengths=torch.tensor([audio_source.length(each) for each in recordings]),
         tokens=torch.tensor([token for own in words for token in own], dtype=torch.long),
         token_lengths=torch.tensor(lengths),
         step_tokens=torch.tensor(float(sum(lengths) if step_tokens is None else step_tokens)),
@@ -145,7 +145,10 @@ def token_vocabulary(language: Any, texts: Sequence[str]) -> tuple[list[int], li
 
 
 def token_error_rate(
-    task: CTCAlignmentLoss, recordings: Sequence[AudioRef], words: Sequence[Sequence[int]], hearing: AudioFeatureSource
+    task: CTCAlignmentLoss,
+    recordings: Sequence[AudioRef],
+    words: Sequence[Sequence[int]],
+    audio_source: AudioFeatureSource,
 ) -> float:
     """Tokens that are wrong, missing or too many in what frames name, over those that are said.
 
@@ -153,11 +156,11 @@ def token_error_rate(
         task: What was trained.
         recordings: What is heard.
         words: Tokens of each.
-        hearing: Where features come from.
+        audio_source: Where features come from.
     """
     import jiwer
 
-    batch = to_device(collate(recordings, words, hearing), task.words.device)
+    batch = to_device(collate(recordings, words, audio_source), task.words.device)
     with torch.no_grad():
         likeliest = task.scores(batch["features"]).argmax(dim=-1)
     wrong = 0

@@ -61,7 +61,7 @@ def test_every_cell_once_each_level_at_its_own_best(empty_store: str) -> None:
     drive(made)
     assert judged(results(made)) == pytest.approx(expected(3))
     assert made.wanted() == []
-    outcomes = made.ledgers["tuning"].outcomes()
+    outcomes = made.storages["tuning"].outcomes()
     assert tuning_of(STUDY, "one", outcomes).chosen == {"projector.learning_rate": 1e-2}
     assert tuning_of(STUDY, "three", outcomes).chosen == {"projector.learning_rate": 1e-3}
     data = load_study(TrackingStore(), "toy", ["val/loss"])
@@ -98,7 +98,7 @@ def test_results_with_a_reason(empty_store: str) -> None:
     values = results(made)
     assert values["verdict/nan/1"] is None
     assert values["verdict/none/1"] is not None
-    reasons = {o.cell.level: o.reason for o in made.ledgers["verdict"].outcomes()}
+    reasons = {o.cell.level: o.reason for o in made.storages["verdict"].outcomes()}
     assert reasons["nan"] == "the loss at step 3 is nan"
     assert reasons["full"].startswith("out of memory")
     assert reasons["no number"] == "test/loss = nan at step 8"
@@ -134,7 +134,7 @@ def test_trial_that_always_kills_its_worker_is_given_up(
     monkeypatch.setattr(toy_studies, "STEP_S", 0.0)
     made = driver(replace(STUDY, nuisance={}, seeds=1, levels={"two": 2, "three": 3}), retries=0)
     drive(made)
-    reasons = {o.cell.name: o.reason for o in made.ledgers["verdict"].outcomes()}
+    reasons = {o.cell.name: o.reason for o in made.storages["verdict"].outcomes()}
     assert set(reasons) == {"verdict/two/0", "verdict/three/0"}
     assert reasons["verdict/two/0"] == "its worker died by signal 9"
 
@@ -145,7 +145,7 @@ def test_error_that_nobody_foresaw_is_told_and_tried_again(empty_store: str) -> 
     said: list[str] = []
     made = driver(replace(study, baseline="none"), retries=1, say=said.append)
     drive(made)
-    reasons = {o.cell.level: o.reason for o in made.ledgers["verdict"].outcomes()}
+    reasons = {o.cell.level: o.reason for o in made.storages["verdict"].outcomes()}
     assert reasons == {"none": "", "odd": "crashed 2 times, last by ZeroDivisionError: an odd toy"}
     assert sum("asking again" in line for line in said) == 1
 
@@ -154,7 +154,7 @@ def test_error_that_nobody_foresaw_is_told_and_tried_again(empty_store: str) -> 
 def test_cells_that_a_dead_driver_left_waiting_or_running_are_run(empty_store: str) -> None:
     study = replace(STUDY, seeds=1)
     made = driver(study)
-    tuning, verdict = made.ledgers["tuning"], made.ledgers["verdict"]
+    tuning, verdict = made.storages["tuning"], made.storages["verdict"]
     first, second = made.wanted()[:2]
     assert tuning.take(first, 0) is not None  # Killed while it ran ...
     tuning.study.enqueue_trial(
@@ -269,14 +269,14 @@ def test_two_drivers_that_begin_at_once_share_one_record(empty_store: str, monke
 
 def test_a_trial_that_another_driver_failed_ends_no_driver(empty_store: str) -> None:
     made = driver(replace(STUDY, nuisance={}))
-    ledger = made.ledgers["verdict"]
-    taken = [ledger.take(cell, 0) for cell in made.wanted()[:2]]
+    storage = made.storages["verdict"]
+    taken = [storage.take(cell, 0) for cell in made.wanted()[:2]]
     assert all(taken)
     for trial in taken:
-        ledger.study.tell(trial.number, state=TrialState.FAIL)
-    ledger.tell(taken[0], [1.0], "a run")
-    ledger.fail(taken[1], "its worker died", final=False, died=True)
-    assert ledger.outcomes() == []
+        storage.study.tell(trial.number, state=TrialState.FAIL)
+    storage.tell(taken[0], [1.0], "a run")
+    storage.fail(taken[1], "its worker died", final=False, died=True)
+    assert storage.outcomes() == []
     assert len(made.wanted()) == 9
 
 
@@ -288,9 +288,9 @@ def test_texts_that_are_tuned_have_no_quotes_in_the_names_of_their_cells() -> No
 def test_second_driver_of_a_study_is_refused(empty_store: str) -> None:
     made = driver()
     with (
-        made.ledgers["verdict"].owned(),
+        made.storages["verdict"].owned(),
         pytest.raises(StoreError, match="another process"),
-        driver().ledgers["verdict"].owned(),
+        driver().storages["verdict"].owned(),
     ):
         pass
 
@@ -424,9 +424,9 @@ def test_trials_in_optuna_of_an_earlier_version_are_gone_on_with(empty_store: st
     study = replace(STUDY, seeds=1, nuisance={})
     made = driver(study)
     drive(made)
-    for ledger in made.ledgers.values():  # As they were: without a note of their record.
-        ledger.storage.set_study_user_attr(ledger.study._study_id, "record", None)
-        assert ledger.study.user_attrs == {"record": None}
+    for storage in made.storages.values():  # As they were: without a note of their record.
+        storage.storage.set_study_user_attr(storage.study._study_id, "record", None)
+        assert storage.study.user_attrs == {"record": None}
     assert driver(study).wanted() == []
 
 

@@ -29,33 +29,33 @@ def test_script_and_mmphi_see_and_lose_the_same(tmp_path: Path) -> None:
     shape = ablation.SHAPES["tiny"]
     preprocess = make_models(tmp_path, shape)
     vision = VisionSettings(model=str(tmp_path / "benchmark-vit.json"), pretrained=str(tmp_path / "vision.safetensors"))
-    tower, theirs = load_vision_encoder(vision), CLIPVisionModel.from_pretrained(tmp_path / "vision")
+    encoder, theirs = load_vision_encoder(vision), CLIPVisionModel.from_pretrained(tmp_path / "vision")
     rng = np.random.default_rng(0)
     paths = []
     for number in range(3):
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(paths[-1])
-    pixels = tower.scaled(torch.stack([tower.preprocess(Image.open(path)) for path in paths]))
+    pixels = encoder.scaled(torch.stack([encoder.preprocess(Image.open(path)) for path in paths]))
     with torch.inference_mode():
         hidden = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    features = tower(pixels)
+    features = encoder(pixels)
     torch.testing.assert_close(hidden, features, rtol=1e-4, atol=1e-5)
 
     class Stored:
         width = shape.vision_width
 
         def length(self, image: int, /) -> int:
-            return tower.tokens
+            return encoder.tokens
 
         def rows(self, images: list[int], /) -> torch.Tensor:
             return features[images].flatten(0, 1)
 
     samples, rows = [], []
     for number, length in enumerate((5, 9, 3)):
-        ids = np.array([50256, *[0] * tower.tokens, *rng.integers(0, 50000, length), 50256], np.int32)
-        supervised = np.arange(len(ids)) > tower.tokens
-        samples.append(TokenizedExample(ids, supervised, (FeatureSpan("image", number, 1, tower.tokens),)))
-        at = {"image": str(paths[number]), "image_at": [1, tower.tokens]}
+        ids = np.array([50256, *[0] * encoder.tokens, *rng.integers(0, 50000, length), 50256], np.int32)
+        supervised = np.arange(len(ids)) > encoder.tokens
+        samples.append(TokenizedExample(ids, supervised, (FeatureSpan("image", number, 1, encoder.tokens),)))
+        at = {"image": str(paths[number]), "image_at": [1, encoder.tokens]}
         rows.append({"ids": ids.tolist(), "supervised": supervised.tolist(), **at})
     torch.manual_seed(0)
     projector = Projector(ProjectorConfig(shape.vision_width, shape.width))

@@ -113,14 +113,14 @@ def test_two_drivers_share_a_study_and_one_dies(empty_store: str, server: str) -
 
 
 def test_a_cell_that_two_drivers_ask_for_goes_to_one(server: str) -> None:
-    ledgers = [TrialStorage(server, "race", ["minimize"]) for _ in range(2)]
+    storages = [TrialStorage(server, "race", ["minimize"]) for _ in range(2)]
     cell = TrialSpec("verdict", "two", 0)
-    first = ledgers[0].take(cell, 0)
+    first = storages[0].take(cell, 0)
     assert first is not None
-    assert ledgers[1].take(cell, 0) is None
-    assert ledgers[1].running() == {cell.name}
-    ledgers[0].tell(first, [1.5], "run")
-    (outcome,) = ledgers[1].outcomes()
+    assert storages[1].take(cell, 0) is None
+    assert storages[1].running() == {cell.name}
+    storages[0].tell(first, [1.5], "run")
+    (outcome,) = storages[1].outcomes()
     assert (outcome.cell, outcome.value) == (cell, 1.5)
 
 
@@ -155,17 +155,17 @@ def test_search_of_two_drivers_has_as_many_trials_as_were_asked_for(empty_store:
     store = TrackingStore()
     record = StudyRun.open(store, "shared", search.declaration())
     one, two = (SearchDriver(search, record, search_storage(store, "shared", search, server)) for _ in range(2))
-    left = one.ledger.study.ask(search.distributions())
-    running = two.ledger.study.ask(search.distributions())  # A third driver's, which lives.
-    one.ledger.fail(left, "its driver fell silent", final=False)
-    waiting = one.ledger.trials(TrialState.WAITING)
+    left = one.storage.study.ask(search.distributions())
+    running = two.storage.study.ask(search.distributions())  # A third driver's, which lives.
+    one.storage.fail(left, "its driver fell silent", final=False)
+    waiting = one.storage.trials(TrialState.WAITING)
     assert waiting == []
     one._ask_again()
     attributes = {"origin": left.number, "again_of": left.number}
-    two.ledger.study.enqueue_trial(left.params, user_attrs=attributes)  # At the very same moment.
-    two.ledger.study.tell(running, 9.0)
+    two.storage.study.enqueue_trial(left.params, user_attrs=attributes)  # At the very same moment.
+    two.storage.study.tell(running, 9.0)
     two.run(1, logs_folder(store, "shared"), command=COMMAND)
-    ended = two.ledger.trials(TrialState.COMPLETE)
+    ended = two.storage.trials(TrialState.COMPLETE)
     assert len(ended) == two.done() == 3
     assert len({t.user_attrs.get("origin", t.number) for t in ended}) == 3
     assert sum(t.params == left.params and t.user_attrs.get("again_of") == left.number for t in ended) == 1

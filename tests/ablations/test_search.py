@@ -42,7 +42,7 @@ def drive(search: Search, name: str = "look") -> SearchDriver:
 def test_wilcoxon_over_paired_seeds_and_its_report(empty_store: str, tmp_path: Path) -> None:
     search = replace(SEARCH, seeds=(0, 1, 2, 3, 4, 5, 6), trials=5)
     made = drive(search)
-    trials = made.ledger.trials(TrialState.COMPLETE)
+    trials = made.storage.trials(TrialState.COMPLETE)
     assert len(trials) == 5
     for trial in trials:
         seeds = trial.user_attrs.get("pruned_after", 7)
@@ -71,10 +71,10 @@ def test_wilcoxon_over_paired_seeds_and_its_report(empty_store: str, tmp_path: P
 def test_hyperband_ends_a_training_by_its_curve(empty_store: str) -> None:
     search = replace(SEARCH, pruner="hyperband", seeds=(0,), trials=4)
     made = drive(search)
-    states = [t.state for t in made.ledger.trials()]
+    states = [t.state for t in made.storage.trials()]
     assert made.done() == 4
     assert set(states) <= {TrialState.COMPLETE, TrialState.PRUNED}
-    reported = made.ledger.trials()[0].intermediate_values
+    reported = made.storage.trials()[0].intermediate_values
     assert reported[2] == 1.0  # The toy's curve: 3 / (step + 1).
 
 
@@ -92,8 +92,8 @@ def test_two_objectives_give_a_front(empty_store: str, tmp_path: Path) -> None:
     report(["ablation", "--study", "look", "--out", str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     shown = text[text.index("(the Pareto front)") : text.index("![Pareto front]")]
-    values = {tuple(t.values) for n, t in enumerate(made.ledger.trials()) if f"| trial {n} |" in shown}
-    assert values == {tuple(t.values) for t in made.ledger.study.best_trials}
+    values = {tuple(t.values) for n, t in enumerate(made.storage.trials()) if f"| trial {n} |" in shown}
+    assert values == {tuple(t.values) for t in made.storage.study.best_trials}
 
 
 @pytest.mark.slow
@@ -102,10 +102,10 @@ def test_trials_of_a_dead_driver_are_run_again_with_their_settings(empty_store: 
     search = replace(SEARCH, pruner="", seeds=(0, 1), trials=3)
     store = TrackingStore()
     record = StudyRun.open(store, "look", search.declaration())
-    ledger = search_storage(store, "look", search, "")
-    left = ledger.study.ask(search.distributions())  # As a driver leaves it that is killed at once.
+    storage = search_storage(store, "look", search, "")
+    left = storage.study.ask(search.distributions())  # As a driver leaves it that is killed at once.
     made = drive(search)
-    trials = made.ledger.trials()
+    trials = made.storage.trials()
     assert trials[0].state == TrialState.FAIL
     assert trials[0].user_attrs["reason"] == "its driver ended"
     assert trials[1].params == left.params

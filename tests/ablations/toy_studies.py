@@ -87,7 +87,7 @@ def drive(made: Driver, workers: int = 1) -> None:
 
 def results(made: Driver) -> dict[str, float | None]:
     """How cells ended."""
-    return {o.cell.name: o.value for ledger in made.ledgers.values() for o in ledger.outcomes()}
+    return {o.cell.name: o.value for storage in made.storages.values() for o in storage.outcomes()}
 
 
 if __name__ == "__main__":

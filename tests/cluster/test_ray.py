@@ -66,7 +66,7 @@ def until(happened):
 def test_features_by_two_machines_are_those_of_one_though_one_is_lost(two, tmp_path, own, weights):
     assert two.machines == Machines(2, 2 * two.cores, 0)
     assert two.machines.places() == 2 * two.cores
-    tower = load_vision_encoder(VisionSettings(model=own, pretrained=weights), torch.device("cpu"))
+    encoder = load_vision_encoder(VisionSettings(model=own, pretrained=weights), torch.device("cpu"))
     images = []
     for i in range(120):
         torch.manual_seed(i)
@@ -75,7 +75,7 @@ def test_features_by_two_machines_are_those_of_one_though_one_is_lost(two, tmp_p
     (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:60])
     (tmp_path / "8.png").unlink()
     features, unread = {}, {}
-    for number, (part, reasons) in enumerate(embed_on_cluster(images, tower, 2, two.machines)):
+    for number, (part, reasons) in enumerate(embed_on_cluster(images, encoder, 2, two.machines)):
         assert not part.keys() & features.keys()
         features |= part
         unread |= reasons
@@ -85,7 +85,7 @@ def test_features_by_two_machines_are_those_of_one_though_one_is_lost(two, tmp_p
     assert features.keys() == {name for name, _ in images} - unread.keys()
     for name, path in images:
         if name not in unread:
-            alone = tower(tower.preprocess(Image.open(path).convert("RGB"))[None])[0].half()
+            alone = encoder(encoder.preprocess(Image.open(path).convert("RGB"))[None])[0].half()
             torch.testing.assert_close(features[name], alone, rtol=2e-3, atol=2e-3)
 
 
@@ -103,15 +103,15 @@ def test_generators_of_two_machines_fill_one_spool_though_one_is_lost(two, tmp_p
     def written() -> set[str]:
         return {held.name.stream for held in spool.held()}
 
-    with GeneratorPool(settings, str(tmp_path / "spool"), tmp_path / "fleet", say=told.append) as fleet:
-        assert len(fleet.members) == 2
+    with GeneratorPool(settings, str(tmp_path / "spool"), tmp_path / "fleet", say=told.append) as pool:
+        assert len(pool.members) == 2
         until(lambda: written() >= {"here-0-1", "here-1-1"})
         two.lose()
-        until(lambda: fleet.watch() or sum(row["starts"] for row in fleet.rows()) == 3)
+        until(lambda: pool.watch() or sum(row["starts"] for row in pool.rows()) == 3)
         before = written()
         two.find_another()
-        until(lambda: fleet.watch() or written() - before)
-        rows = fleet.rows()
+        until(lambda: pool.watch() or written() - before)
+        rows = pool.rows()
     assert sorted(row["starts"] for row in rows) == [1, 2]
     assert all(row["tokens"] and row["documents"] for row in rows)
     assert "2 machines, 4 cores, 0 GPUs: 2 generators" in told[0]

@@ -104,7 +104,7 @@ def test_preprocessing_and_activation_are_part_of_the_digest_and_of_the_features
     variants = [{}, {"mean": HALF}, {"std": HALF}, {"interpolation": "bilinear"}, {"resize": "squash"}]
     variants += [{"quick_gelu": "yes"}]
     towers = [load_vision_encoder(plain.model_copy(update=each)) for each in variants]
-    assert len({tower.digest for tower in towers}) == len(variants)
+    assert len({encoder.digest for encoder in towers}) == len(variants)
     pixels = torch.rand(1, 3, 32, 32)
     assert not torch.equal(towers[0](pixels), towers[-1](pixels))
     in_bytes = (pixels * 255).byte()

@@ -55,7 +55,7 @@ def answerer(seed: int = 2) -> Multimodal:
     language = tiny_language(seed - 2)
     torch.manual_seed(seed)
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
-    return Multimodal(language, projector, RandomFeatures(), hearing=TranscriptFeatures(language, Same()))
+    return Multimodal(language, projector, RandomFeatures(), audio_source=TranscriptFeatures(language, Same()))
 
 
 def picture(colour: str = "red") -> bytes:
@@ -131,10 +131,10 @@ def served(model: Multimodal, rules: ServerConfig | None = None, **how: Any) -> 
 @contextmanager
 def page(models: dict[str, Multimodal], beside: str = "", most: int = 8, **look: Any) -> Iterator[str]:
     """The page of some models, served; yields its address."""
-    desk = desk_of(models)
+    pool = desk_of(models)
     names = [(f"model {name}", name) for name in models]
     made = build_page(
-        desk, PageConfig(lambda: names, next(iter(models)), beside, sampling=SamplingParams(max_tokens=most), **look)
+        pool, PageConfig(lambda: names, next(iter(models)), beside, sampling=SamplingParams(max_tokens=most), **look)
     )
     _, address, _ = made.queue().launch(
         server_name="127.0.0.1",
@@ -151,7 +151,7 @@ def page(models: dict[str, Multimodal], beside: str = "", most: int = 8, **look:
         yield str(address).rstrip("/")
     finally:
         made.close()
-        desk.close()
+        pool.close()
 
 
 class Visitor:

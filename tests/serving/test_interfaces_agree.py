@@ -105,10 +105,10 @@ def test_what_cannot_be_seen_or_heard_is_told_by_every_way(
         ok = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
         assert httpx.post(f"{address}/v1/chat/completions", json=ok, timeout=60).status_code == 200
 
-    desk = ModelPool(lambda _: Scheduler(Engine(model, 1)))
+    pool = ModelPool(lambda _: Scheduler(Engine(model, 1)))
     talk = PageConversation("", [PageTurn("what?", **{kind: str(path)})])
-    list(desk.ask("me", [talk], "", SamplingParams(max_tokens=2)))
-    desk.close()
+    list(pool.ask("me", [talk], "", SamplingParams(max_tokens=2)))
+    pool.close()
     assert re.search(why, talk.turns[0].problem)
 
 

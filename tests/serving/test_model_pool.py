@@ -38,15 +38,15 @@ def spoken(tmp_path: Path) -> str:
 
 
 def asked(
-    desk: ModelPool, *talks: PageConversation, system: str = "", how: SamplingParams = SHORT, who: str = "me"
+    pool: ModelPool, *talks: PageConversation, system: str = "", how: SamplingParams = SHORT, who: str = "me"
 ) -> int:
-    return sum(1 for _ in desk.ask(who, talks, system, how))
+    return sum(1 for _ in pool.ask(who, talks, system, how))
 
 
 def test_it_answers_as_python_does_and_goes_on(models: dict[str, Multimodal], photo: str, spoken: str) -> None:
-    desk = desk_of(models)
+    pool = desk_of(models)
     talk = PageConversation("one", [PageTurn("and what is it?", photo, spoken)])
-    assert asked(desk, talk) > 2  # As it is said.
+    assert asked(pool, talk) > 2  # As it is said.
     turn = talk.turns[0]
     messages = [
         {
@@ -61,46 +61,46 @@ def test_it_answers_as_python_does_and_goes_on(models: dict[str, Multimodal], ph
     assert turn.answer == models["one"].chat(messages, max_tokens=8)
     assert (turn.heard, turn.problem, turn.done) == (HEARD, "", True)
     talk.turns.append(PageTurn("why?"))
-    asked(desk, talk)
+    asked(pool, talk)
     messages += [{"role": "assistant", "content": turn.answer}, {"role": "user", "content": "why?"}]
     assert talk.turns[1].answer == models["one"].chat(messages, max_tokens=8)
     assert talk.turns[1].heard == ""
-    desk.close()
+    pool.close()
 
 
 def test_two_models_answer_the_same_question_each_its_own_way(models: dict[str, Multimodal], photo: str) -> None:
-    desk = desk_of(models)
+    pool = desk_of(models)
     talks = [PageConversation(name, [PageTurn("what is it?", photo)]) for name in models]
-    asked(desk, *talks)
+    asked(pool, *talks)
     assert [talk.turns[0].answer for talk in talks] == [
         model.ask("what is it?", photo, max_new_tokens=8) for model in models.values()
     ]
     assert talks[0].turns[0].answer != talks[1].turns[0].answer
-    desk.close()
+    pool.close()
 
 
 def test_the_system_text_comes_first(models: dict[str, Multimodal]) -> None:
-    desk, talk = desk_of(models), PageConversation("one", [PageTurn("hello")])
-    asked(desk, talk, system="be brief")
+    pool, talk = desk_of(models), PageConversation("one", [PageTurn("hello")])
+    asked(pool, talk, system="be brief")
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     assert talk.turns[0].answer == models["one"].chat(messages, max_tokens=8)
-    desk.close()
+    pool.close()
 
 
 def test_what_cannot_be_answered_is_told_and_not_part_of_what_follows(
     models: dict[str, Multimodal], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.png").write_bytes(picture()[:60])
-    desk, talk = desk_of(models), PageConversation("one", [PageTurn("what?", str(tmp_path / "broken.png"))])
-    asked(desk, talk)
+    pool, talk = desk_of(models), PageConversation("one", [PageTurn("what?", str(tmp_path / "broken.png"))])
+    asked(pool, talk)
     assert "broken.png" in talk.turns[0].problem
     talk.turns.append(PageTurn("hello"))
-    asked(desk, talk)
+    asked(pool, talk)
     assert talk.turns[1].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
     empty = PageConversation("one", [PageTurn("  ")])
-    asked(desk, empty)
+    asked(pool, empty)
     assert "empty" in empty.turns[0].problem
-    desk.close()
+    pool.close()
 
 
 @pytest.fixture
@@ -111,14 +111,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> StepGate:
 def test_stopping_keeps_the_partial_answer_and_leaves_other_visitors_alone(
     models: dict[str, Multimodal], gate: StepGate
 ) -> None:
-    desk, long = desk_of(models), SamplingParams(max_tokens=300)
+    pool, long = desk_of(models), SamplingParams(max_tokens=300)
     mine, other = PageConversation("one", [PageTurn("tell me all")]), PageConversation("one", [PageTurn("hello")])
-    theirs = desk.ask("you", [other], "", SHORT)
+    theirs = pool.ask("you", [other], "", SHORT)
     next(theirs)
     gate.permit(8)  # Two prompts, and a few tokens of each answer.
-    for _ in desk.ask("me", [mine], "", long):
+    for _ in pool.ask("me", [mine], "", long):
         if mine.turns[0].answer.strip():
-            desk.stop("me")
+            pool.stop("me")
             gate.open()  # Where a stop did nothing, the answer would go on to its end.
     assert mine.turns[0].done
     assert mine.turns[0].problem == ""
@@ -128,13 +128,13 @@ def test_stopping_keeps_the_partial_answer_and_leaves_other_visitors_alone(
     assert len(mine.turns[0].answer) < len(whole)
     list(theirs)
     assert other.turns[0].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
-    desk.close()
+    pool.close()
 
 
 def test_what_is_asked_meanwhile_gets_nothing_of_the_answer(models: dict[str, Multimodal]) -> None:
-    desk, talk = desk_of(models), PageConversation("one", [PageTurn("hello")])
+    pool, talk = desk_of(models), PageConversation("one", [PageTurn("hello")])
     assert talk.answering
-    answering = desk.ask("me", [talk], "", SHORT)
+    answering = pool.ask("me", [talk], "", SHORT)
     next(answering)
     talk.turns.append(PageTurn("and?"))
     list(answering)
@@ -142,19 +142,19 @@ def test_what_is_asked_meanwhile_gets_nothing_of_the_answer(models: dict[str, Mu
     assert talk.turns[1] == PageTurn("and?")
     del talk.turns[1]
     assert not talk.answering
-    desk.close()
+    pool.close()
 
 
 def test_a_closed_answer_frees_its_slot(models: dict[str, Multimodal], gate: StepGate) -> None:
-    desk, talk = desk_of(models), PageConversation("one", [PageTurn("tell me all")])
-    answering = desk.ask("me", [talk], "", SamplingParams(max_tokens=300))
+    pool, talk = desk_of(models), PageConversation("one", [PageTurn("tell me all")])
+    answering = pool.ask("me", [talk], "", SamplingParams(max_tokens=300))
     gate.permit(4)
     next(answering)
     next(answering)
     answering.close()  # type: ignore[attr-defined]
     assert not talk.answering
-    wait_until(lambda: desk.worker("one").open == 0)
-    desk.close()
+    wait_until(lambda: pool.worker("one").open == 0)
+    pool.close()
 
 
 def test_models_that_nobody_talks_to_are_let_go(models: dict[str, Multimodal]) -> None:
@@ -166,18 +166,18 @@ def test_models_that_nobody_talks_to_are_let_go(models: dict[str, Multimodal]) -
         loaded.append(name)
         return Scheduler(Engine(models["one"], 1))
 
-    desk = ModelPool(load, most=2)
-    first = desk.worker("a")
-    desk.worker("b")
-    assert desk.worker("a") is first
-    desk.worker("c")
-    assert desk.worker("a") is first
-    desk.worker("b")
+    pool = ModelPool(load, most=2)
+    first = pool.worker("a")
+    pool.worker("b")
+    assert pool.worker("a") is first
+    pool.worker("c")
+    assert pool.worker("a") is first
+    pool.worker("b")
     assert loaded == ["a", "b", "c", "b"]
     talk = PageConversation("none", [PageTurn("hello")])
-    asked(desk, talk)
+    asked(pool, talk)
     assert "no run none" in talk.turns[0].problem
-    desk.close()
+    pool.close()
 
 
 def test_others_are_answered_while_a_model_loads(models: dict[str, Multimodal]) -> None:
@@ -190,19 +190,19 @@ def test_others_are_answered_while_a_model_loads(models: dict[str, Multimodal]) 
             assert loaded.wait(60)
         return Scheduler(Engine(models[name], 1))
 
-    desk = ModelPool(load)
-    desk.worker("one")
-    with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(desk.worker, "two") for _ in range(2)]
+    pool = ModelPool(load)
+    pool.worker("one")
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(pool.worker, "two") for _ in range(2)]
         assert loading.wait(60)
         talk = PageConversation("one", [PageTurn("hello")])
-        asked(desk, talk)
+        asked(pool, talk)
         assert talk.turns[0].done
         assert not talk.turns[0].problem
         loaded.set()
         assert waiting[0].result() is waiting[1].result()
     assert calls == ["one", "two"]
-    desk.close()
+    pool.close()
 
 
 def test_a_model_that_is_let_go_of_is_gone_before_the_next_one_loads(models: dict[str, Multimodal]) -> None:
@@ -216,18 +216,18 @@ def test_a_model_that_is_let_go_of_is_gone_before_the_next_one_loads(models: dic
         made.append(weakref.ref(worker))
         return worker
 
-    desk = ModelPool(load, most=1)
+    pool = ModelPool(load, most=1)
     for name in "abc":
-        desk.worker(name)
+        pool.worker(name)
     assert alive == [0, 0, 0]
-    desk.close()
+    pool.close()
 
 
 def test_a_model_let_go_of_between_choice_and_question_is_loaded_again(
     models: dict[str, Multimodal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk = ModelPool(lambda name: Scheduler(Engine(models["one"], 1)), most=1)
-    real, others = desk.worker, ["b"]
+    pool = ModelPool(lambda name: Scheduler(Engine(models["one"], 1)), most=1)
+    real, others = pool.worker, ["b"]
 
     def chosen(name: str) -> Scheduler:
         worker = real(name)
@@ -235,11 +235,11 @@ def test_a_model_let_go_of_between_choice_and_question_is_loaded_again(
             real(others.pop())  # Another visitor's, for which this one is let go.
         return worker
 
-    monkeypatch.setattr(desk, "worker", chosen)
+    monkeypatch.setattr(pool, "worker", chosen)
     talk = PageConversation("a", [PageTurn("hello")])
-    asked(desk, talk)
+    asked(pool, talk)
     assert talk.turns[0].answer == models["one"].chat([{"role": "user", "content": "hello"}], max_tokens=8)
-    desk.close()
+    pool.close()
 
 
 def test_examples_of_a_folder(tmp_path: Path) -> None:

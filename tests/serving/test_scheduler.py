@@ -51,8 +51,8 @@ class Asked:
     def __init__(self, worker: Scheduler, tokens: int = 4, messages: Any = HELLO) -> None:
         self.pieces: list[str] = []
         self.ended = threading.Event()
-        self.ticket = QueuedRequest(parse_messages(messages), SamplingParams(max_tokens=tokens), self.tell)
-        scheduler.submit(self.ticket)
+        self.queued = QueuedRequest(parse_messages(messages), SamplingParams(max_tokens=tokens), self.tell)
+        scheduler.submit(self.queued)
 
     def tell(self, piece: str | None) -> None:
         if piece is None:
@@ -75,7 +75,7 @@ def test_an_error_of_the_engine_ends_the_open_requests_only(
         patch.setattr(Engine, "step", broken)
         failed = Asked(working)
         assert failed.answer() == ""
-        assert "no answer has caused" in str(failed.ticket.error)
+        assert "no answer has caused" in str(failed.queued.error)
     assert working.problem == ""
     assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
 
@@ -112,7 +112,7 @@ def test_an_answer_whose_text_cannot_be_made_ends_alone(
         patch.setattr(IncrementalDetokenizer, "take", broken)
         failed = Asked(working)
         failed.answer()
-        assert "no text" in str(failed.ticket.error)
+        assert "no text" in str(failed.queued.error)
     assert working.problem == ""
     assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
 
@@ -141,32 +141,32 @@ class Hearing:
 def test_text_and_images_do_not_wait_for_a_recording(
     model: Multimodal, working: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hearing = Hearing(model, monkeypatch)
+    audio_source = Hearing(model, monkeypatch)
     heard = Asked(working, messages=spoken(recording()))
-    assert hearing.entered.wait(60)
+    assert audio_source.entered.wait(60)
     assert Asked(working).answer() == model.chat(HELLO, max_tokens=4)
     shown = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]
     assert Asked(working, messages=shown).answer() == model.chat(shown, max_tokens=4)
     assert not heard.ended.is_set()
-    hearing.released.set()
+    audio_source.released.set()
     heard.answer()
-    assert heard.ticket.error is None
+    assert heard.queued.error is None
 
 
 def test_whoever_leaves_is_let_go_of_while_prepared_and_while_waiting_for_that(
     model: Multimodal, working: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hearing = Hearing(model, monkeypatch)
+    audio_source = Hearing(model, monkeypatch)
     first, second = (Asked(working, messages=spoken(recording())) for _ in range(2))
-    assert hearing.entered.wait(60)
-    working.leave(second.ticket)
+    assert audio_source.entered.wait(60)
+    working.leave(second.queued)
     assert second.answer() == ""
-    assert not any(second.ticket.asked.audio)  # It waits in its lane still, and holds nothing there.
+    assert not any(second.queued.asked.audio)  # It waits in its lane still, and holds nothing there.
     assert working.open == 1
-    working.leave(first.ticket)
+    working.leave(first.queued)
     assert first.answer() == ""
     assert working.open == 0
-    hearing.released.set()
+    audio_source.released.set()
     assert Asked(working, messages=spoken(recording())).answer()
 
 
@@ -176,7 +176,7 @@ def test_preparing_counts_towards_the_time_limit(model: Multimodal, monkeypatch:
     made.start()
     asked = Asked(made, messages=spoken(recording()))
     assert asked.answer() == ""
-    assert isinstance(asked.ticket.error, RequestTimeoutError)
+    assert isinstance(asked.queued.error, RequestTimeoutError)
     made.stop()
 
 
@@ -187,7 +187,7 @@ def test_recordings_that_are_too_long_all_together_are_refused(model: Multimodal
     for number in (2, 3):
         asked = Asked(made, messages=spoken(*[recording()] * number))
         assert asked.answer() == ""
-        assert isinstance(asked.ticket.error, AudioError)
+        assert isinstance(asked.queued.error, AudioError)
     made.stop()
 
 
@@ -195,7 +195,7 @@ def test_what_was_sent_is_kept_no_longer_than_its_request(model: Multimodal, wor
     content = picture("green")
     asked = Asked(working, messages=[{"role": "user", "content": [{"type": "image", "image": content}]}])
     asked.answer()
-    image = weakref.ref(asked.ticket)
+    image = weakref.ref(asked.queued)
     del asked
     gc.collect()
     wait_until(lambda: image() is None)

@@ -66,8 +66,8 @@ def test_shape_without_weights_is_the_towers(tmp_path: Path, changes: dict) -> N
     path = tmp_path / "shape-tiny-clip.json"
     path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
     settings = VisionSettings(model=str(path), pretrained="random", **changes)
-    tower = load_vision_encoder(settings)
-    assert encoder_output_shape(settings) == (tower.tokens, tower.width)
+    encoder = load_vision_encoder(settings)
+    assert encoder_output_shape(settings) == (encoder.tokens, encoder.width)
 
 
 def test_shape_of_large_towers_takes_no_weights() -> None:

@@ -42,9 +42,9 @@ def test_embed_goes_by_tower_and_images_alone(empty_store: str, tmp_path: Path, 
     one, two = photos(tmp_path, "one", 8), photos(tmp_path, "two", 5, first=6)  # Two pictures are in both.
     pipeline = Pipeline(STAGES)
 
-    def embed(sources: list[SourceSettings], tower: VisionSettings = vision, **data: int) -> Result:
+    def embed(sources: list[SourceSettings], encoder: VisionSettings = vision, **data: int) -> Result:
         chosen = DataSettings(sources=sources, **{"validation_images": 1, "test_images": 1, **data})
-        settings = Settings(data=chosen, vision=tower, embed=EmbedSettings(workers=0, batch_size=4))
+        settings = Settings(data=chosen, vision=encoder, embed=EmbedSettings(workers=0, batch_size=4))
         return pipeline.build("embed", settings)
 
     first = embed([one])

@@ -217,7 +217,7 @@ def test_a_trained_model_loads_alone_and_hears(trained: Any, tmp_path: Path) -> 
     recording = Path(changes["speech.path"]).parent / "3.wav"
     loaded = mmphi.load(result.run_id)
     said = loaded.ask("", audio=recording, max_new_tokens=6)
-    assert loaded.hearing.link == "encoder"
+    assert loaded.audio_source.link == "encoder"
     assert mmphi.load(result.path).ask("", audio=recording.read_bytes(), max_new_tokens=6) == said
     other = tmp_path / "other.en.pt"
     content = torch.load(changes["audio.whisper"], weights_only=True)

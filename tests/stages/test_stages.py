@@ -199,7 +199,7 @@ def test_two_projectors_share_one_language_model(pipeline: Pipeline) -> None:
     results = [pipeline.build("projector", small.settings(projector__layers=n), after=False) for n in "12"]
     one, two = (mmphi.load(result.path) for result in results)
     assert one.language.model is two.language.model
-    assert one.features.tower is two.features.tower
+    assert one.features.encoder is two.features.encoder
     assert one.projector is not two.projector
     modules = list(one.language.model.modules())
     hooks = [

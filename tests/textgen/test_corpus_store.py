@@ -106,12 +106,12 @@ def test_the_digest_is_of_the_documents_whenever_they_were_written(tmp_path):
             if number % every == 1:
                 kept.commit()
         kept.commit()
-        digests.add(kept.ledger.digest)
+        digests.add(kept.manifest.digest)
     assert len(digests) == 1
     other = store(tmp_path / "other")
     other.offer([document(number, prose(number)) for number in range(7)], "s", 7)
     other.commit()
-    assert other.ledger.digest not in digests
+    assert other.manifest.digest not in digests
 
 
 def test_what_was_no_document_is_counted_once_however_often_its_source_is_read(tmp_path):
@@ -122,7 +122,7 @@ def test_what_was_no_document_is_counted_once_however_often_its_source_is_read(t
         kept = store(tmp_path)
     kept.unread("a", {"a row that is no JSON": 3, "empty": 1})
     kept.unread("b", {"empty": 1})
-    assert kept.ledger.dropped == {"a row that is no JSON": 3, "empty": 2}
+    assert kept.manifest.dropped == {"a row that is no JSON": 3, "empty": 2}
 
 
 def test_the_store_ends_at_its_size_and_says_so(tmp_path):
@@ -130,12 +130,12 @@ def test_the_store_ends_at_its_size_and_says_so(tmp_path):
     for number in range(60):
         kept.offer([document(number, prose(number))], "s", number + 1)
     kept.commit()
-    assert kept.ledger.full
-    assert 3000 < kept.ledger.bytes <= 6000
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.zst")) == kept.ledger.bytes
+    assert kept.manifest.full
+    assert 3000 < kept.manifest.bytes <= 6000
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.zst")) == kept.manifest.bytes
     texts = [each.text for each in stored(tmp_path)]
     assert texts == [prose(number) for number in range(len(texts))]
-    assert CorpusStopCriteria().reached(kept.ledger, 0.0)
+    assert CorpusStopCriteria().reached(kept.manifest, 0.0)
 
 
 def test_a_killed_store_goes_on_from_its_ledger_and_has_the_same(tmp_path):
@@ -155,7 +155,7 @@ def test_a_killed_store_goes_on_from_its_ledger_and_has_the_same(tmp_path):
         again.offer(documents[place : place + 4], "s", place + 4)
     again.commit()
     assert [d.id for d in stored(tmp_path / "killed")] == [d.id for d in stored(tmp_path / "straight")]
-    assert again.ledger.dropped == straight.ledger.dropped == {"the same text": 20}
+    assert again.manifest.dropped == straight.manifest.dropped == {"the same text": 20}
 
 
 def test_a_store_that_was_changed_is_refused(tmp_path):
@@ -172,7 +172,7 @@ def test_the_generators_loss_is_told_by_kind_and_only_where_it_is_one(tmp_path):
     kept.offer([document(0, prose(0)), document(1, prose(1), prompt="Write.", logprob=-10.0)], "s", 2)
     kept.offer([document(2, prose(2), logprob=None)], "s", 3)
     kept.commit()
-    assert floors(kept.ledger) == {"free": 1.5, "prompted": 0.5}
+    assert floors(kept.manifest) == {"free": 1.5, "prompted": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -47,16 +47,16 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
     settings, told = settings_of(writer), []
     url = str(tmp_path / "spool")
     spool = ShardQueue(url, say=told.append)
-    with GeneratorPool(settings, url, tmp_path / "fleet", say=told.append) as fleet:
+    with GeneratorPool(settings, url, tmp_path / "fleet", say=told.append) as pool:
         until(lambda: {held.name.stream for held in spool.held()} >= {"here-0-1", "here-1-1"})
-        killed = fleet.members[0].running.process
+        killed = pool.members[0].running.process
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait()
         before = {str(held.name) for held in spool.held()}
-        fleet.watch()
+        pool.watch()
         until(lambda: any(held.name.stream == "here-0-2" for held in spool.held()))
         assert before <= {str(held.name) for held in spool.held()}
-        rows = fleet.rows()
+        rows = pool.rows()
     assert "generator 0 has died: exit status -9" in told[0]
     assert [row["starts"] for row in rows] == [2, 1]
     assert all(row["documents"] and row["tokens"] for row in rows)
@@ -84,11 +84,11 @@ def test_what_is_written_carries_its_own_loss_and_a_killed_one_costs_its_open_sh
 @pytest.mark.slow
 def test_one_that_never_writes_is_not_started_for_ever(tmp_path):
     told = []
-    fleet = GeneratorPool(
+    pool = GeneratorPool(
         settings_of(str(tmp_path / "nothing"), generators=1), str(tmp_path), tmp_path / "fleet", say=told.append
     )
-    with pytest.raises(ModelError, match=f"died {HOPELESS} times"), fleet:
-        until(lambda: fleet.watch())
+    with pytest.raises(ModelError, match=f"died {HOPELESS} times"), pool:
+        until(lambda: pool.watch())
     assert len(told) == HOPELESS
 
 
@@ -118,5 +118,5 @@ def test_streams_are_never_given_out_twice(writer, tmp_path):
     for expected in (1, 2):
         with GeneratorPool(
             settings_of(writer, generators=1), str(tmp_path / "s"), tmp_path / "fleet", say=print
-        ) as fleet:
-            assert fleet.members[0].stream == f"here-0-{expected}"
+        ) as pool:
+            assert pool.members[0].stream == f"here-0-{expected}"

@@ -23,10 +23,10 @@ class Kept:
     """A store that keeps everything."""
 
     def __init__(self) -> None:
-        self.ledger, self.committed = CorpusManifest(), dict[str, int]()
+        self.manifest, self.committed = CorpusManifest(), dict[str, int]()
 
     def offer(self, documents: list[Document], stream: str, number: int) -> None:
-        self.ledger.documents += len(documents)
+        self.manifest.documents += len(documents)
 
     def commit(self) -> None:
         pass
@@ -67,5 +67,5 @@ def test_it_ends_with_the_shard_that_is_enough(tmp_path: Path, stop: str, kept: 
     settings = Settings(textgen=TextgenSettings(**chosen))
     store: Any = Kept()
     textgen._from_generators(context(textgen.STAGE, tmp_path / "run", settings), store)
-    assert store.ledger.documents == kept
+    assert store.manifest.documents == kept
     assert len(spool.held()) == 20 - kept // OF_A_SHARD

@@ -29,7 +29,7 @@ def frames(audio: AudioRef) -> torch.Tensor:
 def listening() -> Multimodal:
     torch.manual_seed(3)
     speech = SpeechProjection(SpeechConfig("encoder", 24, 32, stack=4), scale=0.3)
-    return Multimodal(tiny_language(), None, None, hearing=EncoderFeatures(frames, 6, 4), speech=speech)
+    return Multimodal(tiny_language(), None, None, audio_source=EncoderFeatures(frames, 6, 4), speech=speech)
 
 
 def conversations() -> list[Example]:
@@ -50,7 +50,7 @@ def divergence(
     embed = model.language.model.get_input_embeddings()
     (span,) = heard.spans
     assert model.speech is not None
-    rows = model.speech(model.hearing.rows([span.reference]))
+    rows = model.speech(model.audio_source.rows([span.reference]))
     typed = embed(torch.from_numpy(heard.input_ids).long())
     given = torch.cat([typed[: span.start], rows, typed[span.start + span.length :]])
     total = torch.zeros(())

@@ -60,18 +60,18 @@ class TranscriptFeatures:
 
     Args:
         language: Whose embeddings.
-        ears: Who hears.
+        transcriber: Who hears.
     """
 
     link: Link = "transcript"
 
-    def __init__(self, language: LanguageModel, ears: CachedTranscriber) -> None:
-        self.language, self.ears = language, ears
+    def __init__(self, language: LanguageModel, transcriber: CachedTranscriber) -> None:
+        self.language, self.transcriber = language, transcriber
         self.width = language.width
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
         """Recordings as a sequence takes them: by what is said."""
-        heard = self.ears.transcripts(recordings, check)
+        heard = self.transcriber.transcripts(recordings, check)
         return [SpanContent("audio", a, 0, t.text) for a, t in zip(recordings, heard, strict=True)]
 
     def length(self, reference: TranscriptSpan, /) -> int:
@@ -98,7 +98,7 @@ class SoftTranscriptFeatures(TranscriptFeatures):
 
     Args:
         language: Whose embeddings; its token ids must be Whisper's.
-        ears: Who hears: an openai-whisper that knows English alone.
+        transcriber: Who hears: an openai-whisper that knows English alone.
         temperature: What Whisper's logits are divided by.
         kept_bytes: Most that is kept of what was computed.
 
@@ -109,10 +109,14 @@ class SoftTranscriptFeatures(TranscriptFeatures):
     link: Link = "soft"
 
     def __init__(
-        self, language: LanguageModel, ears: CachedTranscriber, temperature: float = 1.0, kept_bytes: float = KEPT_BYTES
+        self,
+        language: LanguageModel,
+        transcriber: CachedTranscriber,
+        temperature: float = 1.0,
+        kept_bytes: float = KEPT_BYTES,
     ) -> None:
-        super().__init__(language, ears)
-        self.whisper, self.temperature = openai_whisper_of(ears, "soft"), temperature
+        super().__init__(language, transcriber)
+        self.whisper, self.temperature = openai_whisper_of(transcriber, "soft"), temperature
         _check_ids(language, self.whisper)
         self._found: LockedLRUCache[tuple[list[int], Tensor, Tensor]] = LockedLRUCache(
             kept_bytes, lambda found: _bytes(found[1])
@@ -146,12 +150,12 @@ class SoftTranscriptFeatures(TranscriptFeatures):
         """Tokens of all windows, their mean embeddings, and whether each is the likeliest in its place."""
         key = recording_identity(audio)
         if (found := self._found.get(key)) is None:
-            recording = self.ears.recording(audio)
-            (transcript,) = self.ears.transcripts([audio])
+            recording = self.transcriber.recording(audio)
+            (transcript,) = self.transcriber.transcripts([audio])
             embed = self.language.model.get_input_embeddings()
             ids: list[int] = []
             means, certain = [torch.zeros(0, self.width)], [torch.zeros(0, dtype=torch.bool)]
-            for part in self.ears.parts(recording):
+            for part in self.transcriber.parts(recording):
                 tokens, logits = self.whisper.posterior(
                     cut_samples(recording, part), transcript.between(part.start, part.end)
                 )
@@ -203,22 +207,24 @@ class EncoderFeatures:
 
 
 def encoder_frames(
-    ears: CachedTranscriber, whisper: OpenAIWhisper, recordings: Sequence[Recording], batch_size: int = 8
+    transcriber: CachedTranscriber, whisper: OpenAIWhisper, recordings: Sequence[Recording], batch_size: int = 8
 ) -> list[Tensor]:
     """Frames of recordings, silence left out and the windows of each one after the other: float16 on the CPU, (n, D).
 
     Args:
-        ears: How they are divided into windows.
+        transcriber: How they are divided into windows.
         whisper: Whose encoder.
         recordings: At 16 kHz.
         batch_size: Windows encoded at once.
     """
-    sounds = [(place, cut_samples(each, part)) for place, each in enumerate(recordings) for part in ears.parts(each)]
+    sounds = [
+        (place, cut_samples(each, part)) for place, each in enumerate(recordings) for part in transcriber.parts(each)
+    ]
     found = [[torch.zeros(0, whisper.width, dtype=torch.float16)] for _ in recordings]
     for first in range(0, len(sounds), batch_size):
         some = sounds[first : first + batch_size]
         for (place, _), frames in zip(
-            some, whisper.encode([sound for _, sound in some], ears.settings.fill), strict=True
+            some, whisper.encode([sound for _, sound in some], transcriber.settings.fill), strict=True
         ):
             found[place].append(frames.half().cpu())
     return [torch.cat(own) for own in found]
@@ -236,23 +242,23 @@ def stored_encoder_frames(store: RaggedStore, digests: FileDigests) -> Callable[
     return frames
 
 
-def live_encoder_frames(ears: CachedTranscriber, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
+def live_encoder_frames(transcriber: CachedTranscriber, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
     """Frames computed when they are first asked for.
 
     Args:
-        ears: Who hears: an openai-whisper.
+        transcriber: Who hears: an openai-whisper.
         kept_bytes: Most that is kept of them.
 
     Raises:
         ModelError: If this Whisper does not give its frames.
     """
-    whisper = openai_whisper_of(ears, "encoder")
+    whisper = openai_whisper_of(transcriber, "encoder")
     known: LockedLRUCache[Tensor] = LockedLRUCache(kept_bytes, _bytes)
 
     def frames(audio: AudioRef) -> Tensor:
         key = recording_identity(audio)
         if (found := known.get(key)) is None:
-            (found,) = encoder_frames(ears, whisper, [ears.recording(audio)])
+            (found,) = encoder_frames(transcriber, whisper, [transcriber.recording(audio)])
             known.put(key, found)
         return found
 
@@ -282,18 +288,18 @@ def audio_feature_source(
     Raises:
         ModelError: If the Whisper cannot be had, is not the one expected, or does not give what the link needs.
     """
-    ears = transcriber_of(audio.settings, device, once)
+    transcriber = transcriber_of(audio.settings, device, once)
     config = config or SpeechConfig("transcript", language.width, language.width)
     if config.link == "transcript":
-        return TranscriptFeatures(language, ears)
+        return TranscriptFeatures(language, transcriber)
     if config.link == "soft":
-        return SoftTranscriptFeatures(language, ears, config.temperature)
-    whisper = openai_whisper_of(ears, "encoder")
+        return SoftTranscriptFeatures(language, transcriber, config.temperature)
+    whisper = openai_whisper_of(transcriber, "encoder")
     if audio.digest and whisper.digest != audio.digest:
         raise ModelError(
             f"{whisper.name} is not the Whisper that the model was trained with", "give that one: mmphi.load(whisper=)"
         )
-    return EncoderFeatures(live_encoder_frames(ears), whisper.width, config.stack)
+    return EncoderFeatures(live_encoder_frames(transcriber), whisper.width, config.stack)
 
 
 def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:

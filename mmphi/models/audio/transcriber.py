@@ -39,14 +39,14 @@ class CachedTranscriber:
     """A Whisper, and what it has heard in this process: every recording is decoded, gated and transcribed once.
 
     Args:
-        listener: Who hears.
+        asr_model: Who hears.
         settings: How.
         memory: Transcripts of files, kept from process to process. Those of recordings in memory, which somebody sent,
             are not stored there.
     """
 
-    def __init__(self, listener: ASRModel, settings: AudioSettings, memory: TranscriptCache | None = None) -> None:
-        self.listener, self.settings, self.memory = listener, settings, memory
+    def __init__(self, asr_model: ASRModel, settings: AudioSettings, memory: TranscriptCache | None = None) -> None:
+        self.asr_model, self.settings, self.memory = asr_model, settings, memory
         self._heard: LockedLRUCache[Transcript] = LockedLRUCache(KEPT)
 
     def recording(self, audio: AudioRef) -> Recording:
@@ -77,7 +77,7 @@ class CachedTranscriber:
         for first in range(0, len(fresh), chosen.batch_size):
             some = fresh[first : first + chosen.batch_size]
             heard = transcribe(
-                self.listener,
+                self.asr_model,
                 [self.recording(audio) for _, audio in some],
                 language=chosen.language,
                 prompt=chosen.prompt,
@@ -123,8 +123,8 @@ def asr_model_of(settings: AudioSettings, device: torch.device, once: Once) -> A
     def load() -> ASRModel:
         return BACKENDS[settings.backend](settings.whisper, device, settings.beam)
 
-    listener: ASRModel = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam}/{device}", load)
-    return listener
+    asr_model: ASRModel = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam}/{device}", load)
+    return asr_model
 
 
 def transcriber_of(settings: AudioSettings, device: torch.device, once: Once) -> CachedTranscriber:
@@ -138,23 +138,23 @@ def transcriber_of(settings: AudioSettings, device: torch.device, once: Once) ->
     Raises:
         ModelError: If it cannot be had.
     """
-    listener = asr_model_of(settings, device, once)
+    asr_model = asr_model_of(settings, device, once)
 
     def make() -> CachedTranscriber:
-        if isinstance(listener, OpenAIWhisper):
-            return CachedTranscriber(listener, settings, TranscriptCache(listener.digest, settings))
-        return CachedTranscriber(listener, settings)  # The other one does not say which weights it has.
+        if isinstance(asr_model, OpenAIWhisper):
+            return CachedTranscriber(asr_model, settings, TranscriptCache(asr_model.digest, settings))
+        return CachedTranscriber(asr_model, settings)  # The other one does not say which weights it has.
 
-    ears: CachedTranscriber = once("ears", f"{settings.model_dump_json()}/{device}", make)
-    return ears
+    transcriber: CachedTranscriber = once("ears", f"{settings.model_dump_json()}/{device}", make)
+    return transcriber
 
 
-def openai_whisper_of(ears: CachedTranscriber, link: str) -> OpenAIWhisper:
+def openai_whisper_of(transcriber: CachedTranscriber, link: str) -> OpenAIWhisper:
     """The openai-whisper that gives a link what it needs.
 
     Raises:
         ModelError: If it is another one.
     """
-    if not isinstance(ears.listener, OpenAIWhisper):
+    if not isinstance(transcriber.asr_model, OpenAIWhisper):
         raise ModelError(f"faster-whisper does not give what the link {link} needs", "set audio.backend to openai")
-    return ears.listener
+    return transcriber.asr_model

@@ -85,7 +85,7 @@ class ASRModel(Protocol):
 
 
 def transcribe(
-    listener: ASRModel,
+    asr_model: ASRModel,
     recordings: Sequence[Recording],
     *,
     language: str = "",
@@ -101,7 +101,7 @@ def transcribe(
     of a recording is that of its first window, unless it is given.
 
     Args:
-        listener: Who hears it.
+        asr_model: Who hears it.
         recordings: At 16 kHz.
         language: Code of the language; empty finds it out for every recording.
         prompt: Put before every window.
@@ -117,7 +117,7 @@ def transcribe(
         merge_intervals(detect_speech(each, threshold=threshold, longest=window), window, pad=PAD_S, end=each.seconds)
         for each in recordings
     ]
-    languages = ["en" if listener.english else language] * len(recordings)
+    languages = ["en" if asr_model.english else language] * len(recordings)
     found: list[list[Segment]] = [[] for _ in recordings]
     first = [(place, own[0]) for place, own in enumerate(parts) if own]
     later = [(place, part) for place, own in enumerate(parts) for part in own[1:]]
@@ -126,7 +126,7 @@ def transcribe(
             check()
             chosen = group[begin : begin + batch_size]
             sounds = [cut_samples(recordings[place], part) for place, part in chosen]
-            heard = listener.hear(sounds, [languages[place] for place, _ in chosen], prompt)
+            heard = asr_model.hear(sounds, [languages[place] for place, _ in chosen], prompt)
             for (place, part), what in zip(chosen, heard, strict=True):
                 languages[place] = languages[place] or what.language
                 found[place] += [

@@ -58,11 +58,11 @@ def expected_outputs(model: Multimodal, images: Sequence[Image.Image], questions
         images: One for each question.
         questions: Without ``<image>``.
     """
-    tower: Any = getattr(model.features, "tower")  # noqa: B009  # Live features have one.
+    encoder: Any = getattr(model.features, "encoder")  # noqa: B009  # Live features have one.
     found = []
     for image, question in zip(images, questions, strict=True):
-        pixels = tower.scaled(tower.preprocess(image).to(model.device)).cpu()
-        features = tower(pixels[None].to(model.device))[0]
+        pixels = encoder.scaled(encoder.preprocess(image).to(model.device)).cpu()
+        features = encoder(pixels[None].to(model.device))[0]
         parts = model.language.prompt.parts([(question, None)], images=1)
         sample = join_spans(parts, [SpanContent("image", None, len(features))], question)
         ids = torch.from_numpy(sample.input_ids).long()

@@ -109,10 +109,10 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
     check_projector(model.projector.config)
     if model.vision.settings.pool != 1:
         raise ModelError(f"vision.pool = {model.vision.settings.pool}, and LLaVA averages no patches", UNFIT)
-    tower = getattr(model.features, "tower", None)
-    if tower is None:
+    encoder = getattr(model.features, "encoder", None)
+    if encoder is None:
         raise ModelError("the image tower is not loaded", "load the model without stored features")
-    vision, language = clip_vision(tower.visual), model.language
+    vision, language = clip_vision(encoder.visual), model.language
     template = llava_template(language.prompt)
     token = image_token(language)
     head = _head(language, token)
@@ -126,7 +126,7 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
         projector_hidden_act=model.projector.config.activation,
         vision_feature_select_strategy=keep,
         vision_feature_layer=model.vision.settings.layer,
-        image_seq_length=tower.tokens,
+        image_seq_length=encoder.tokens,
         tie_word_embeddings=text.tie_word_embeddings,
     )
     with torch.device("meta"):
@@ -149,7 +149,7 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     processor = LlavaProcessor(
-        image_processor=image_processor(tower.visual),
+        image_processor=image_processor(encoder.visual),
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy=keep,

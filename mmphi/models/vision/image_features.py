@@ -14,27 +14,29 @@ from mmphi.models.vision.vision_encoder import VisionEncoder
 Embedded = tuple[dict[str, Tensor], dict[str, str]]  # Features by digest; reasons by digest of what is no image.
 
 
-def features_of(pixels: Mapping[str, Tensor], tower: VisionEncoder) -> dict[str, Tensor]:
+def features_of(pixels: Mapping[str, Tensor], encoder: VisionEncoder) -> dict[str, Tensor]:
     """Features (tokens, width) in fp16 of pixels (3, H, W), by digest.
 
     Raises:
         ModelError: If they do not fit in fp16.
     """
-    return features_async(list(pixels), torch.stack(list(pixels.values())), tower)() if pixels else {}
+    return features_async(list(pixels), torch.stack(list(pixels.values())), encoder)() if pixels else {}
 
 
-def features_async(names: Sequence[str], pixels_BCHW: Tensor, tower: VisionEncoder) -> Callable[[], dict[str, Tensor]]:
+def features_async(
+    names: Sequence[str], pixels_BCHW: Tensor, encoder: VisionEncoder
+) -> Callable[[], dict[str, Tensor]]:
     """Begin to compute features; an accelerator goes on with them until they are asked for.
 
     Args:
         names: Digest of each image.
         pixels_BCHW: Preprocessed.
-        tower: Computes them.
+        encoder: Computes them.
 
     Returns:
         What gives the features (tokens, width) in fp16, by digest; it raises a ModelError if they do not fit in fp16.
     """
-    computed = tower(pixels_BCHW).half()
+    computed = encoder(pixels_BCHW).half()
     fit, features = copy_to_cpu_async(computed.isfinite().all()), copy_to_cpu_async(computed)
 
     def found() -> dict[str, Tensor]:

@@ -84,11 +84,11 @@ def _sampling(max_tokens: float, temperature: float, top_p: float, seed: float |
         raise gr.Error(str(error), print_exception=False) from error
 
 
-def build_page(desk: ModelPool, look: PageConfig) -> gr.Blocks:
+def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
     """The page.
 
     Args:
-        desk: Who answers there.
+        pool: Who answers there.
         look: What it offers.
     """
     names: dict[str, str] = {}
@@ -112,7 +112,7 @@ def build_page(desk: ModelPool, look: PageConfig) -> gr.Blocks:
     def chosen(model: str, beside: str, talks: list[PageConversation], who: gr.Request) -> list[Any]:
         for talk in talks:
             talk.left = True
-        desk.stop(str(who.session_hash))
+        pool.stop(str(who.session_hash))
         return [
             *views([PageConversation(name) for name in (model, beside) if name]),
             _trained_on(look.questions(model)),
@@ -121,7 +121,7 @@ def build_page(desk: ModelPool, look: PageConfig) -> gr.Blocks:
     def answered(
         talks: list[PageConversation], who: gr.Request, system: str, how: SamplingParams
     ) -> Iterator[list[Any]]:
-        for _ in desk.ask(str(who.session_hash), talks, system.strip(), how):
+        for _ in pool.ask(str(who.session_hash), talks, system.strip(), how):
             if any(talk.left for talk in talks):  # Before the browser's word that it is cancelled has come.
                 # Gradio sends the last output once more when this ends: that must not be the page that was cleared.
                 yield [gr.skip(), gr.skip(), gr.skip()]
@@ -157,7 +157,7 @@ def build_page(desk: ModelPool, look: PageConfig) -> gr.Blocks:
         yield from answered(talks, who, system, sampling)
 
     def stop(who: gr.Request) -> None:
-        desk.stop(str(who.session_hash))
+        pool.stop(str(who.session_hash))
 
     with gr.Blocks(title="mmphi", analytics_enabled=False, fill_height=True, delete_cache=(LOOK_S, KEPT_S)) as page:
         gr.Markdown(f"# mmphi\n{PURPOSE}")

@@ -172,12 +172,12 @@ class ModelPool:
             waited_for = set(mine)
             while waited_for:
                 number, piece = news.get()
-                turn, ticket = turns[number], mine[number][1]
-                turn.heard = " ".join(ticket.heard[-ticket.recordings :]) if ticket.recordings else ""
+                turn, queued = turns[number], mine[number][1]
+                turn.heard = " ".join(queued.heard[-queued.recordings :]) if queued.recordings else ""
                 turn.answer += piece or ""
                 if piece is None:
                     waited_for.remove(number)
-                    turn.done, turn.problem = True, str(ticket.error or "")
+                    turn.done, turn.problem = True, str(queued.error or "")
                 yield
         finally:
             for turn in turns:  # Also where nobody asks for the rest.
@@ -192,25 +192,25 @@ class ModelPool:
         sampling: SamplingParams,
         tell: Callable[[str | None], None],
     ) -> tuple[Scheduler, QueuedRequest]:
-        ticket = QueuedRequest(parse_messages(talk.messages(system)), sampling, tell)
+        queued = QueuedRequest(parse_messages(talk.messages(system)), sampling, tell)
         while True:
             worker = self.worker(talk.model)
             with self._lock:
                 if self._workers.get(talk.model) is worker:  # Else another thread has let go of it meanwhile.
-                    worker.submit(ticket)
-                    self._asked.setdefault(who, []).append((worker, ticket))
-                    return worker, ticket
+                    worker.submit(queued)
+                    self._asked.setdefault(who, []).append((worker, queued))
+                    return worker, queued
 
     def stop(self, who: str) -> None:
         """End the answers that somebody waits for; what was said of them stays."""
         with self._lock:
             asked = list(self._asked.get(who, []))
-        for worker, ticket in asked:
-            worker.leave(ticket)
+        for worker, queued in asked:
+            worker.leave(queued)
 
     def _leave(self, who: str, asked: list[tuple[Scheduler, QueuedRequest]]) -> None:
-        for worker, ticket in asked:
-            worker.leave(ticket)
+        for worker, queued in asked:
+            worker.leave(queued)
         with self._lock:
             left = [each for each in self._asked.get(who, []) if each not in asked]
             if left:

@@ -129,11 +129,11 @@ def test_turns_that_do_not_fit_go_with_their_recordings() -> None:
 
 def test_soft_becomes_the_transcript_as_its_temperature_goes_to_0() -> None:
     language = phi_language()
-    words = Multimodal(language, None, None, hearing=TranscriptFeatures(language, Knows()))
+    words = Multimodal(language, None, None, audio_source=TranscriptFeatures(language, Knows()))
 
     def soft(temperature: float) -> torch.Tensor:
         link = SoftTranscriptFeatures(language, Knows(Peaked()), temperature)
-        return logits(Multimodal(language, None, None, hearing=link), spoken("", "an answer", "q"))
+        return logits(Multimodal(language, None, None, audio_source=link), spoken("", "an answer", "q"))
 
     expected = logits(words, spoken("", "an answer", "q"))
     distances = [float((soft(t) - expected).detach().abs().max()) for t in (1.0, 0.3, 0.1, 0.01)]
@@ -144,7 +144,7 @@ def test_soft_becomes_the_transcript_as_its_temperature_goes_to_0() -> None:
 def test_soft_rows_are_the_mean_of_all_embeddings() -> None:
     language = phi_language()
     link = SoftTranscriptFeatures(language, Knows(Peaked()), 1.0)
-    sample = Multimodal(language, None, None, hearing=link).encode(spoken("", "x", "q"))
+    sample = Multimodal(language, None, None, audio_source=link).encode(spoken("", "x", "q"))
     assert sample is not None
     rows, ids = link.rows([sample.spans[0].reference]), sample.spans[0].reference.ids
     table = language.model.get_input_embeddings().weight
@@ -174,7 +174,12 @@ def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     torch.nn.init.normal_(speech.out.weight, std=0.1)
     settings = AudioSettings(whisper="base.en", threshold=0.7)
     model = Multimodal(
-        language, None, None, hearing=TranscriptFeatures(language, Knows()), speech=speech, audio=Audio(settings, "abc")
+        language,
+        None,
+        None,
+        audio_source=TranscriptFeatures(language, Knows()),
+        speech=speech,
+        audio=Audio(settings, "abc"),
     )
     model.save_pretrained(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "mmphi.json").read_text())["audio"]["threshold"] == 0.7
@@ -190,7 +195,7 @@ def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     example = spoken("", "an answer", "q")
     assert torch.equal(logits(loaded, example), logits(model, example))
     assert asked[0][0] == settings
-    assert load_checkpoint(tmp_path / "a", whisper="small.en").hearing.link == "transcript"
+    assert load_checkpoint(tmp_path / "a", whisper="small.en").audio_source.link == "transcript"
     assert asked[1][0].whisper == "small.en"
     digest = checkpoint_digest(tmp_path / "a")
     torch.nn.init.normal_(speech.out.weight, std=0.1)
@@ -206,10 +211,10 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ModelError, match="nothing to hear with"):
         Multimodal(language, None, None).generate([(None, "", [heard("q")])])
     with pytest.raises(ModelError, match="for a model of width 16, not 32"):
-        Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, 4), speech=identity_projection(16))
+        Multimodal(language, None, None, audio_source=EncoderFeatures(frames, 6, 4), speech=identity_projection(16))
     wrong = SpeechProjection(SpeechConfig("encoder", 99, 32, stack=4))
     with pytest.raises(ModelError, match="reads features of width 99, this Whisper gives 24"):
-        Multimodal(language, None, None, hearing=EncoderFeatures(frames, 6, 4), speech=wrong).inputs([heard("q")])
+        Multimodal(language, None, None, audio_source=EncoderFeatures(frames, 6, 4), speech=wrong).inputs([heard("q")])
     prompt = Prompt(byte_tokenizer(), "plain")
     assert [part.span for part in prompt.parts([("<audio>", "x")], audio=[None])].count("audio") == 1
 
@@ -230,27 +235,27 @@ def test_ears_hear_every_recording_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (tmp_path / name).write_text(content)
     given = [AudioRef(name, tmp_path / name) for name in ("a", "bb", "c")] + [AudioRef("d", b"ccc")]
 
-    def ears(**settings: Any) -> CachedTranscriber:
+    def transcriber(**settings: Any) -> CachedTranscriber:
         chosen = AudioSettings(batch_size=2, **settings)
         return CachedTranscriber(None, chosen, TranscriptCache("w", chosen, tmp_path / "memory"))  # type: ignore[arg-type]
 
-    one = ears()
+    one = transcriber()
     texts = [t.text for t in one.transcripts(given)]
     assert texts[0] == texts[2]  # Of one content, whatever it is called.
     assert len(set(texts)) == 3
     assert calls == [2, 1]
     assert [t.text for t in one.transcripts(given)] == texts
-    assert [t.text for t in ears().transcripts(given[:3])] == texts[:3]  # In another process,
+    assert [t.text for t in transcriber().transcripts(given[:3])] == texts[:3]  # In another process,
     assert calls == [2, 1]
-    ears(beam=1).transcripts(given)  # but not where it hears in another way,
+    transcriber(beam=1).transcripts(given)  # but not where it hears in another way,
     assert calls == [2, 1, 2, 1]
-    ears().transcripts(given)  # and not what came in memory, which is not stored.
+    transcriber().transcripts(given)  # and not what came in memory, which is not stored.
     assert calls == [2, 1, 2, 1, 1]
     (tmp_path / "memory").write_text("spoilt")
-    assert [t.text for t in ears().transcripts(given)] == texts
+    assert [t.text for t in transcriber().transcripts(given)] == texts
     assert calls == [2, 1, 2, 1, 1, 2, 1]
     (tmp_path / "a").write_text("another recording now")
-    assert ears().transcripts(given[:1])[0].text != texts[0]
+    assert transcriber().transcripts(given[:1])[0].text != texts[0]
 
 
 def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,12 +275,12 @@ def real_ears(models: Path) -> CachedTranscriber:
 def test_a_real_question_heard_is_the_question_typed(real_models: Path, real_folder: Path) -> None:
     """SmolLM2 in its own chat template, with a picture: the answer, and every bit of the loss."""
     language = load_language_model(LanguageSettings(model=str(real_models / "smollm2-135m-instruct")), None, CPU)
-    ears = real_ears(real_models)
+    transcriber = real_ears(real_models)
     torch.manual_seed(0)
     projector = Projector(ProjectorConfig(RandomFeatures.width, language.width))
-    model = Multimodal(language, projector, RandomFeatures(), hearing=TranscriptFeatures(language, ears))
+    model = Multimodal(language, projector, RandomFeatures(), audio_source=TranscriptFeatures(language, transcriber))
     recording = AudioRef("jfk", real_folder / "speech" / "jfk.flac")
-    (said,) = (transcript.text for transcript in ears.transcripts([recording]))
+    (said,) = (transcript.text for transcript in transcriber.transcripts([recording]))
     assert "what your country can do for you" in said
     image = ImageRef("i", Path("i"))
     heard_one, typed_one = model.generate([(image, "", [recording]), (image, said)], 12)
@@ -289,17 +294,20 @@ def test_a_real_question_heard_is_the_question_typed(real_models: Path, real_fol
 @pytest.mark.real
 def test_a_real_posterior_becomes_the_transcript(real_models: Path, real_folder: Path) -> None:
     """Whisper tiny.en and Phi-2's own tokenizer: the ids are the same, and doubt goes as the temperature does."""
-    language, ears = phi_language(), real_ears(real_models)
+    language, transcriber = phi_language(), real_ears(real_models)
     recording = AudioRef("jfk", real_folder / "speech" / "jfk.flac")
     example = Example("1", (), (Turn("", "yes"),), "s", audio=(recording,))
 
     def rows(link: TranscriptFeatures) -> torch.Tensor:
-        sample = Multimodal(language, None, None, hearing=link).encode(example)
+        sample = Multimodal(language, None, None, audio_source=link).encode(example)
         assert sample is not None
         return link.rows([sample.spans[0].reference])
 
-    words = rows(TranscriptFeatures(language, ears))
-    soft, cold = rows(SoftTranscriptFeatures(language, ears, 1.0)), rows(SoftTranscriptFeatures(language, ears, 1e-3))
+    words = rows(TranscriptFeatures(language, transcriber))
+    soft, cold = (
+        rows(SoftTranscriptFeatures(language, transcriber, 1.0)),
+        rows(SoftTranscriptFeatures(language, transcriber, 1e-3)),
+    )
     assert torch.allclose(cold, words, atol=1e-6)
     moved = (soft - words).norm(dim=1) / words.norm(dim=1)
     assert (moved > 1e-4).float().mean() > 0.8  # Nearly every word leaves some doubt,

@@ -54,28 +54,28 @@ def every_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_windows_of_many_recordings_find_back_to_their_places(every_second: None, batch_size: int) -> None:
-    listener = Numbers()
+    asr_model = Numbers()
     given = [spoken(1, 2, 3), spoken(), spoken(101), spoken(5, 102)]
-    found = transcribe(listener, given, window=1, batch_size=batch_size, prompt="so far")
+    found = transcribe(asr_model, given, window=1, batch_size=batch_size, prompt="so far")
     assert [each.text for each in found] == ["1 2 3", "", "101", "5 102"]
     assert [each.language for each in found] == ["de", "", "en", "de"]
     assert [(s.start, s.end) for s in found[0].segments] == [(0.5, 1), (1.5, 2), (2.5, 3)]  # None past its window.
     assert [each.told for each in found] == [("cut off",), (), ("cut off",), ("cut off",)]
-    asked = {number: code for number, code, _ in listener.asked}
+    asked = {number: code for number, code, _ in asr_model.asked}
     assert asked == {1: "", 101: "", 5: "", 2: "de", 3: "de", 102: "de"}  # The later ones as the first one says.
-    assert {prompt for _, _, prompt in listener.asked} == {"so far"}
+    assert {prompt for _, _, prompt in asr_model.asked} == {"so far"}
 
 
 def test_a_language_that_is_given_is_not_looked_for(every_second: None) -> None:
-    listener = Numbers()
-    assert transcribe(listener, [spoken(1, 2)], language="fr", window=1)[0].language == "fr"
-    assert {code for _, code, _ in listener.asked} == {"fr"}
+    asr_model = Numbers()
+    assert transcribe(asr_model, [spoken(1, 2)], language="fr", window=1)[0].language == "fr"
+    assert {code for _, code, _ in asr_model.asked} == {"fr"}
 
 
 def test_windows_join_what_fits(every_second: None) -> None:
-    listener = Numbers()
-    assert transcribe(listener, [spoken(1, 2, 3)], window=2)[0].text == "1 3"
-    assert len(listener.asked) == 2
+    asr_model = Numbers()
+    assert transcribe(asr_model, [spoken(1, 2, 3)], window=2)[0].text == "1 3"
+    assert len(asr_model.asked) == 2
 
 
 def test_an_unknown_size_is_told() -> None:

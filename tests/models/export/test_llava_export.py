@@ -67,14 +67,14 @@ def joined(language: LanguageModel, visual: nn.Module | None = None, **settings:
     """A model that sees, with random weights."""
     projector = {name: settings.pop(name) for name in ("layers", "width", "norm") if name in settings}
     chosen = VisionSettings(model="small-vit", **{"layer": -2, **settings})
-    tower = VisionEncoder(visual or vit(), chosen)
+    encoder = VisionEncoder(visual or vit(), chosen)
     torch.manual_seed(4)
     return Multimodal(
         language,
-        Projector(ProjectorConfig(tower.width, 32, **projector)),
-        LiveFeatures(tower),
+        Projector(ProjectorConfig(encoder.width, 32, **projector)),
+        LiveFeatures(encoder),
         max_length=128,
-        vision=VisionReference(chosen, tower.digest),
+        vision=VisionReference(chosen, encoder.digest),
     )
 
 

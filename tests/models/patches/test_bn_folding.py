@@ -50,13 +50,13 @@ def test_a_towers_features_are_those_of_open_clip(tmp_path):
     expected = copy.deepcopy(visual)
     settings = VisionSettings(model="RN50", pretrained="random", layer=-1)
     state = torch.get_rng_state()
-    tower = VisionEncoder(visual, settings)
+    encoder = VisionEncoder(visual, settings)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not any(isinstance(child, nn.BatchNorm2d) for child in tower.modules())
-    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    assert not any(isinstance(child, nn.BatchNorm2d) for child in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
     pixels = torch.randn(2, 3, 32, 32)
     last = expected.forward_intermediates(pixels, indices=1, intermediates_only=True)["image_intermediates"][-1]
-    torch.testing.assert_close(tower(pixels), last.flatten(2).transpose(1, 2).float(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(encoder(pixels), last.flatten(2).transpose(1, 2).float(), rtol=1e-3, atol=1e-4)
 
 
 class Awkward(nn.Module):

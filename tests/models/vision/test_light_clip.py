@@ -50,14 +50,14 @@ def test_saved_model_is_open_clips(tmp_path, drawn, recorder):
     assert torch.equal(theirs.encode_text(tokens), ours.encode_text(tokens))
     moved = tmp_path / "moved"
     (tmp_path / "a").rename(moved)
-    tower = load_vision_encoder(VisionSettings(), moved)
-    assert (tower.tokens, tower.width) == (4, 128)
+    encoder = load_vision_encoder(VisionSettings(), moved)
+    assert (encoder.tokens, encoder.width) == (4, 128)
 
 
 def test_vit_from_nothing(tmp_path, drawn):
     train(tmp_path / "a", drawn, from_nothing="vit", steps=2)
-    tower = load_vision_encoder(VisionSettings(), tmp_path / "a")
-    assert (tower.tokens, tower.width) == (16, 32)
+    encoder = load_vision_encoder(VisionSettings(), tmp_path / "a")
+    assert (encoder.tokens, encoder.width) == (16, 32)
 
 
 def test_steps_hold_different_images_and_their_own_captions():
@@ -156,5 +156,5 @@ def test_over_pretrained_towers(tmp_path, real_models, real_photos):
     assert metrics["test/text_to_image_recall_at_5"] > 0.4  # chance: 0.25
     model = open_clip.create_model(f"local-dir:{tmp_path}")
     assert model.visual.trunk.num_features == 1280
-    tower = load_vision_encoder(VisionSettings(layer=-1), tmp_path)
-    assert (tower.tokens, tower.width) == (49, 1280)
+    encoder = load_vision_encoder(VisionSettings(layer=-1), tmp_path)
+    assert (encoder.tokens, encoder.width) == (49, 1280)

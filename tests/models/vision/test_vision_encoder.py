@@ -20,7 +20,7 @@ from mmphi.models.vision.feature_extraction import layer_tokens
 from mmphi.models.vision.vision_encoder import VisionEncoder, encoder_output_shape, load_vision_encoder, preprocess
 
 
-def tower(model: str, pretrained: str = "random", **changes):
+def encoder(model: str, pretrained: str = "random", **changes):
     return load_vision_encoder(VisionSettings(model=model, pretrained=pretrained, **changes))
 
 
@@ -32,33 +32,33 @@ def test_layers_are_open_clips_own(own, weights):
     x = model.visual.ln_pre(x)
     for number, block in enumerate(model.visual.transformer.resblocks):
         x = block(x)
-        dropped = tower(own, weights, layer=number - 3)(pixels)
+        dropped = encoder(own, weights, layer=number - 3)(pixels)
         torch.testing.assert_close(dropped, x[:, 1:], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(tower(own, weights, layer=number - 3, cls="keep")(pixels), x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder(own, weights, layer=number - 3, cls="keep")(pixels), x, rtol=1e-4, atol=1e-5)
 
 
 def test_pooling_averages_squares_of_the_grid(own, weights):
     pixels = torch.randn(2, 3, 32, 32)
-    full, pooled = tower(own, weights)(pixels), tower(own, weights, pool=2)(pixels)
+    full, pooled = encoder(own, weights)(pixels), encoder(own, weights, pool=2)(pixels)
     assert pooled.shape == (2, 4, 32)
     grid = full.reshape(2, 4, 4, 32)
     torch.testing.assert_close(pooled[:, 1], grid[:, :2, 2:].mean(dim=(1, 2)))
     with pytest.raises(ModelError, match=r"pool = 3 does not divide the grid of 4 x 4"):
-        tower(own, weights, pool=3)
+        encoder(own, weights, pool=3)
 
 
 def test_convolutional_timm_tower(tmp_path):
     config = {"embed_dim": 16, "vision_cfg": {"timm_model_name": "tf_efficientnet_lite0", "image_size": 64}}
     path = tmp_path / "own-lite.json"
     path.write_text(json.dumps({**config, "text_cfg": TINY_CLIP["text_cfg"]}))
-    last, before = tower(str(path), layer=-1), tower(str(path), layer=-2)
+    last, before = encoder(str(path), layer=-1), encoder(str(path), layer=-2)
     assert (last.tokens, last.width) == (4, 1280)
     assert before.width == 320
     pixels = torch.randn(1, 3, 64, 64)
     expected = last.visual.trunk.forward_features(pixels).flatten(2).transpose(1, 2)
     torch.testing.assert_close(last(pixels), expected)
     with pytest.raises(ModelError, match="no CLS token"):
-        tower(str(path), layer=-1, cls="keep")
+        encoder(str(path), layer=-1, cls="keep")
 
 
 # timm's smallest of each family that open_clip's models have, and the shape (tokens, width) of its last two layers.
@@ -124,28 +124,33 @@ def test_timm_transformer_tower(tmp_path):
     vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_pool": "token"}
     path = tmp_path / "own-vit.json"
     path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": TINY_CLIP["text_cfg"]}))
-    found = tower(str(path), layer=-2, cls="keep")
+    found = encoder(str(path), layer=-2, cls="keep")
     assert (found.tokens, found.width) == (197, 192)
 
 
 def test_digest_tells_what_changes_features(own, weights):
-    base = tower(own, weights).digest
-    assert tower(own, weights).digest == base
-    others = [tower(own, weights, layer=-1), tower(own, weights, pool=2), tower(own, weights, cls="keep"), tower(own)]
+    base = encoder(own, weights).digest
+    assert encoder(own, weights).digest == base
+    others = [
+        encoder(own, weights, layer=-1),
+        encoder(own, weights, pool=2),
+        encoder(own, weights, cls="keep"),
+        encoder(own),
+    ]
     assert base not in {t.digest for t in others}
 
 
 def test_unknown_models_name_the_nearest(own, tmp_path):
     with pytest.raises(ModelError, match="ViT-B-32"):
-        tower("ViT-B-23")
+        encoder("ViT-B-23")
     with pytest.raises(ModelError, match="no such file"):
-        tower(str(tmp_path / "none.json"))
+        encoder(str(tmp_path / "none.json"))
     with pytest.raises(ModelError, match="laion2b"):
-        tower("ViT-B-32", "nobody")
+        encoder("ViT-B-32", "nobody")
     with pytest.raises(ModelError, match="-3 to -1"):
-        tower(own, layer=-9)
+        encoder(own, layer=-9)
     with pytest.raises(ModelError, match="no light CLIP"):
-        tower("light_clip", "")
+        encoder("light_clip", "")
 
 
 def test_weights_decide_the_activation(monkeypatch):
@@ -159,7 +164,7 @@ def test_weights_decide_the_activation(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model", create)
     for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
         with pytest.raises(ModelError, match="no hub here"):
-            tower("ViT-B-32", tag)
+            encoder("ViT-B-32", tag)
         assert (made["name"], made["pretrained"], made["force_quick_gelu"]) == ("ViT-B-32", tag, quick)
 
 
@@ -172,9 +177,9 @@ def test_quick_gelu_reaches_the_layers(own):
 
 def test_no_weights_are_an_error_and_random_ones_have_a_name(own):
     with pytest.raises(ModelError, match=r"vision\.pretrained says no weights") as error:
-        tower(own, "")
+        encoder(own, "")
     assert "random" in error.value.hint
-    assert tower(own, "random").tokens == 16
+    assert encoder(own, "random").tokens == 16
 
 
 def test_a_warning_about_weights_is_an_error(own, weights, monkeypatch):
@@ -186,7 +191,7 @@ def test_a_warning_about_weights_is_an_error(own, weights, monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model", warns)
     with pytest.raises(ModelError, match="not loaded whole: No pretrained weights"):
-        tower(own, weights)
+        encoder(own, weights)
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
