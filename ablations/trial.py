@@ -105,7 +105,7 @@ def _record(store: TrackingStore, run_id: str, values: Mapping[str, float]) -> N
 
 
 def first_token_s(result: Result, pipeline: Pipeline) -> float:
-    """Seconds from an image file and a question to the first token of the answer, image tower included.
+    """Seconds from an image file and a question to the first token of the answer, vision encoder included.
 
     The median of several, after one that is not counted, of a photograph of 640 x 480 px; 0 where the result is no
     model that sees.

@@ -3,6 +3,10 @@
 >>> model = mmphi.load("RUN, FOLDER or models:/NAME/1")
 >>> model.ask("what is this?", "photo.jpg")
 >>> model.ask("", "photo.jpg", audio="question.mp3")
+
+>>> model = mmphi.join(language="FOLDER or hub name", vision=encoder, preprocess=function)
+>>> model.fit([(image, "a red circle"), ...], steps=60)
+>>> model.save_pretrained("folder")
 """
 
 from __future__ import annotations
@@ -10,18 +14,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from mmphi.models.multimodal import Multimodal
+    from torch import nn
+
+    from mmphi.api import Model
     from mmphi.pipeline.stage import Result
 
 __version__ = "0.1.0"
-__all__ = ["build", "load"]
+__all__ = ["build", "join", "load"]
+
+
+def join(language: Any, vision: Any, **options: Any) -> Model:
+    """Join a vision encoder and a causal language model by a projector; see :func:`mmphi.api.join`."""
+    from mmphi.api import join
+    from mmphi.pipeline.warning_filters import install_filters
+
+    install_filters()
+    return join(language, vision, **options)
 
 
 def load(
-    model: str | Path, *, device: str = "", language: str = "", precision: str = "", whisper: str = ""
-) -> Multimodal:
+    model: str | Path,
+    *,
+    device: str = "",
+    language: str = "",
+    precision: str = "",
+    whisper: str = "",
+    vision: nn.Module | None = None,
+    preprocess: Callable[[Any], Any] | None = None,
+) -> Model:
     """A trained model with all that it is joined from; models of one process share what they have in common.
 
     Args:
@@ -30,7 +53,9 @@ def load(
         language: Folder or hub name of its language model, where that has moved.
         precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit`` for the language model; as it was trained where left out.
         whisper: Size or file of the Whisper that it hears with; the one it was trained with, else tiny.en, where left
-            out. It is loaded when there is a recording to hear.
+            out. It is loaded at the first recording.
+        vision: The vision encoder, where :func:`join` was given a module.
+        preprocess: Its preprocessing.
 
     Raises:
         ModelError: If a part cannot be had, or is not what it was.
@@ -40,7 +65,7 @@ def load(
 
     import torch
 
-    from mmphi.models.checkpoint import load_checkpoint
+    from mmphi.api import load as load_model
     from mmphi.pipeline.process_cache import PROCESS
     from mmphi.pipeline.warning_filters import install_filters
 
@@ -49,9 +74,9 @@ def load(
     if not folder.is_dir():
         folder = _folder_of(str(model))
     place = torch.device(device) if device else None
-    return load_checkpoint(
-        folder, device=place, language=language, precision=precision, whisper=whisper, once=PROCESS.once
-    )
+    parts = {"language": language, "precision": precision, "whisper": whisper}
+    parts = {"language": language, "precision": precision, "whisper": whisper}
+    return load_model(folder, vision=vision, preprocess=preprocess, device=place, **parts, once=PROCESS.once)
 
 
 def _folder_of(model: str) -> Path:

@@ -24,7 +24,7 @@ COSTS_NOTE = (
     "Medians over the seeds. Seconds and memory are those of the training on these machines, with whatever else"
     " they ran; a trial that was interrupted and went on counts its last part only, and is left out of the seconds."
 )
-FIRST_TOKEN = " The first token is that of an answer about a photograph of 640 x 480 px, image tower included."
+FIRST_TOKEN = " The first token is that of an answer about a photograph of 640 x 480 px, vision encoder included."
 
 
 def costs_note(data: StudyData, noisy: Sequence[str] = ()) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from mmphi.config.projector import ProjectorSettings
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages import background_worker
-from mmphi.stages.projector import ProjectorSettings
 
 WAIT_S = 60.0
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"textgen"},
     {"training", "evaluation"},
     {"stages"},
+    {"api"},
     {"serving", "benchmarks", "describe"},
     {"assistant"},  # Former names of modules that stored models name.
     {"cli"},
@@ -123,6 +124,7 @@ def test_few_modules_are_outside_a_package() -> None:
         "__init__",
         "__main__",
         "allocator",
+        "api",
         "cli",
         "describe",
         "errors",

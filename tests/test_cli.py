@@ -31,7 +31,7 @@ def test_stage_help_loads_no_torch_and_lists_every_setting():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    from mmphi.stages.projector import ProjectorSettings
+    from mmphi.config.projector import ProjectorSettings
 
     for key, field in ProjectorSettings.model_fields.items():
         (line,) = [x for x in done.stdout.splitlines() if x.strip().split(" ")[0] == f"--{key}"]

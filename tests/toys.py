@@ -13,10 +13,10 @@ from pathlib import Path
 from forked import Forked
 
 from mmphi.config.corpus import CorpusSettings
+from mmphi.config.projector import ProjectorSettings
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages import load_settings
-from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings
 
 CALLS: list[str] = []

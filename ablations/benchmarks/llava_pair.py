@@ -29,7 +29,7 @@ class Shape:
 
 
 def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
-    """A language model and an image tower with random weights, each as mmphi and as transformers reads it."""
+    """A language model and a vision encoder with random weights, each as mmphi and as transformers reads it."""
     import open_clip
     import torch
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""One training of a projector the usual way: transformers' Llava, padded batches, the image tower in the loop.
+"""One training of a projector the usual way: transformers' Llava, padded batches, the vision encoder in the loop.
 
 Follows transformers' documentation of LLaVA: images and texts are batched, padded to the longest and passed to the
 model with their labels. It is what ``mmphi benchmark ablation`` measures beside a study, a process a training.
@@ -28,7 +28,7 @@ from transformers import (
 
 
 def build(language: str, vision: str, projector: str, image_token: int) -> Any:
-    """A LLaVA of a language model and a vision tower from their folders, frozen but for its projector."""
+    """A LLaVA of a language model and a vision encoder from their folders, frozen but for its projector."""
     causal, encoder = AutoModelForCausalLM.from_pretrained(language), CLIPVisionModel.from_pretrained(vision)
     text = AutoConfig.from_pretrained(language)
     config = LlavaConfig(vision_config=encoder.config, text_config=text, image_token_index=image_token)

@@ -1,4 +1,4 @@
-"""Which image tower: light CLIPs trained here on `tiny`, published ones on `phi2`."""
+"""Which vision encoder: light CLIPs trained here on `tiny`, published ones on `phi2`."""
 
 from dataclasses import replace
 
@@ -51,6 +51,6 @@ PRESETS = {
         nuisance={"projector.learning_rate": [3e-4, 1e-3]},
         tokens=5_000_000,
         leaves_open="Each level is one published set of weights: what is measured is these weights, not their"
-        " architecture, and how far another training of the same tower would differ stays open.",
+        " architecture, and how far another training of the same encoder would differ stays open.",
     )
 }

@@ -57,7 +57,7 @@ def usual_way(
     workers: int = 0,
     watch: Sequence[Any] = (),
 ) -> Clock:
-    """Train under transformers' Trainer: rows padded to the longest, the image tower in the loop.
+    """Train under transformers' Trainer: rows padded to the longest, the vision encoder in the loop.
 
     Args:
         model: A LLaVA, of which something is to be trained.

@@ -137,14 +137,14 @@ def step_flops(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def vision_settings(folder: Path) -> Any:
-    """Of the image tower that :func:`prepare` left."""
+    """Of the vision encoder that :func:`prepare` left."""
     from mmphi.config import VisionSettings
 
     return VisionSettings(model=str(folder / "benchmark-vit.json"), pretrained=str(folder / "vision.safetensors"))
 
 
 def loaded_tower(folder: Path) -> Any:
-    """The image tower."""
+    """The vision encoder."""
     from mmphi.models.vision.vision_encoder import load_vision_encoder
 
     return load_vision_encoder(vision_settings(folder))

@@ -1,6 +1,6 @@
-"""Images embedded per second: the ``embed`` stage beside open_clip, decoding included, and the tower alone.
+"""Images embedded per second: the ``embed`` stage beside open_clip, decoding included, and the encoder alone.
 
-Both have the same tower, batches and loader workers. open_clip's side preprocesses as open_clip does and keeps the
+Both have the same encoder, batches and loader workers. open_clip's side preprocesses as open_clip does and keeps the
 features in memory; the stage's side takes the digest of each file, too, checks what it decodes and writes to disk.
 """
 
@@ -71,7 +71,7 @@ def usual(encoder: VisionEncoder, images: Sequence[ImageRef], batch_size: int, w
 
 
 def alone(encoder: VisionEncoder, images: int, batch_size: int) -> float:
-    """Images per second of the tower itself, on pixels that are there."""
+    """Images per second of the encoder itself, on pixels that are there."""
     size = encoder.preprocess(Image.new("RGB", (8, 8))).shape
     pixels = torch.randn(batch_size, *size).to(next(encoder.parameters()).device)
     encoder(pixels).sum().item()

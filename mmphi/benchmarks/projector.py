@@ -1,7 +1,7 @@
 """Projector steps side by side: the same models, images and conversations, the usual way and here.
 
 - ``padded``: transformers' LLaVA under transformers' Trainer, rows padded to the longest of a batch drawn at random,
-  the image tower in the loop, logits at every position; on a GPU with flash attention where it is installed, and
+  the vision encoder in the loop, logits at every position; on a GPU with flash attention where it is installed, and
   compiled where mmphi's side is;
 - ``sorted``: the same, rows sorted by length, so that little is padded;
 - ``mmphi``: the projector's own training on features read from disk, packed, logits only where a token is learned;
@@ -25,7 +25,7 @@ from mmphi.benchmarks._pretrain_sides import Clock
 from mmphi.benchmarks._side_by_side import OURS, Comparison, Side
 
 RATE, SORTED = 1e-3, f"{OURS}-sorted"
-# In the small one the image tower is as small a part of the work as CLIP's ViT-L/14 is beside Phi-2.
+# In the small one the vision encoder is as small a part of the work as CLIP's ViT-L/14 is beside Phi-2.
 SMALL = Shape(width=512, layers=8, head=64, vision_width=192, vision_layers=6, images=32)
 PHI2 = _conversations.SHAPES["phi2"]
 SHAPES = {

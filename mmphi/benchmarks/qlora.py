@@ -1,8 +1,8 @@
 """Adapter steps side by side: the same models, adapter, images and conversations, the usual way and here.
 
-- ``peft``: PEFT on transformers' LLaVA in NF4 under transformers' Trainer, rows padded to the longest, the image tower
-  in the loop, logits at every position; as PEFT's page on quantisation shows it, but that it recomputes only where the
-  shape says so: it costs a third;
+- ``peft``: PEFT on transformers' LLaVA in NF4 under transformers' Trainer, rows padded to the longest, the vision
+  encoder in the loop, logits at every position; as PEFT's page on quantisation shows it, but that it recomputes only
+  where the shape says so: it costs a third;
 - ``peft-sorted``: the same, rows sorted by length, so that little is padded;
 - ``mmphi``: NF4, the same adapter, stored features, packed rows, logits only where a token is learned;
 - ``mmphi-sorted``: the same on the batches of ``peft-sorted``, so that losses can be compared.

@@ -1,7 +1,7 @@
 """Image features computed by all machines of a cluster, and written by one.
 
-A machine needs neither the images nor the tower on its disk: their contents and the tower's weights are sent. One that
-is lost in the middle costs time: Ray gives its batches to others.
+A machine needs neither the images nor the encoder on its disk: their contents and the encoder's weights are sent. If a
+machine is lost, Ray gives its batches to others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sections that several stages read: data, image tower, language model, and what every training shares."""
+"""The sections that several stages read: data, vision encoder, language model, and what every training shares."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def uses_scenes(data: DataSettings) -> bool:
 
 
 class VisionSettings(Section):
-    """The image tower and which of its tokens the language model sees."""
+    """The vision encoder and which of its tokens the language model sees."""
 
     model: str = setting(
         "light_clip",
@@ -112,7 +112,7 @@ class VisionSettings(Section):
     layer: int = setting(-2, "which transformer block's tokens: -1 is the last, -2 the one before", ge=-64, le=-1)
     cls: Literal["drop", "keep"] = setting("drop", "whether the CLS token stands before the patches")
     pool: int = setting(1, "side of the square of patches averaged into one token", unit="patches", ge=1, le=16)
-    precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the tower")
+    precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the encoder")
 
 
 class LanguageSettings(Section):

@@ -26,7 +26,7 @@ class FeatureWriter:
         tokens: Features per image.
         width: Width of a feature.
         shard_images: Images per file, of files begun from now on.
-        encoder: Digest of the tower.
+        encoder: Digest of the encoder.
 
     Attributes:
         places: File and row of every content written so far, by digest.
@@ -90,7 +90,7 @@ class FeatureWriter:
         self._note(batch)
 
     def take_over(self, earlier: Path) -> int:
-        """Take the features of an earlier store of the same tower over, without copying where the disk allows.
+        """Take the features of an earlier store of the same encoder over, without copying where the disk allows.
 
         Returns:
             How many contents it had that were not here yet.

@@ -14,6 +14,7 @@ from torch import Tensor
 from mmphi.data.augmentation import augmented_image, augmented_name
 from mmphi.data.content_hash import FileDigests
 from mmphi.data.images import open_image
+from mmphi.data.in_memory import pixels_in
 from mmphi.data.lru_cache import LockedLRUCache
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError, StoreError
@@ -35,7 +36,7 @@ class ImageFeatures(Protocol):
 
     @property
     def digest(self) -> str:
-        """Of the tower that they come from."""
+        """Of the encoder that they come from."""
 
     def __contains__(self, image: ImageRef, /) -> bool:
         """Whether an image has features."""
@@ -125,7 +126,7 @@ class FeatureStore:
 
 
 class Embeds(Protocol):
-    """An image tower, as live features need it."""
+    """A vision encoder, as live features need it."""
 
     tokens: int
     width: int
@@ -204,3 +205,55 @@ class LiveFeatures:
     def rows(self, images: Sequence[ImageRef], /) -> Tensor:
         """Features one after the other, (len(images) * tokens, width)."""
         return self.get(images).flatten(0, 1)
+
+
+class CachedFeatures(LiveFeatures):
+    """Features computed once and kept in memory, float16 on the CPU; the least recently used ones go first.
+
+    Args:
+        encoder: Computes them.
+        gigabytes: Memory for features; those beyond it are computed again when they are asked for.
+        batch_size: Images per forward pass.
+    """
+
+    def __init__(self, encoder: Embeds, gigabytes: float = 2.0, batch_size: int = 32) -> None:
+        super().__init__(encoder)
+        self.batch_size = batch_size
+        self._kept: LockedLRUCache[Tensor] = LockedLRUCache(gigabytes * 1e9, lambda features: 2 * features.numel())
+
+    def prepare(self, images: Iterable[ImageRef], /) -> None:
+        """Do nothing: an image that cannot be read is an error when it is used."""
+
+    def _pixels(self, image: ImageRef) -> Tensor:
+        pixels = pixels_in(image.source)
+        return super()._pixels(image) if pixels is None else pixels
+
+    def get(self, images: Sequence[ImageRef], /) -> Tensor:
+        """Features of images, float16 on the CPU, (len(images), tokens, width).
+
+        Raises:
+            ImageError: If an image cannot be read.
+        """
+        names = [f"{self._digests[i.path] if i.content is None else i.id}/{i.view}" for i in images]
+        found = {name: kept for name in names if (kept := self._kept.get(name)) is not None}
+        missing = {name: image for name, image in zip(names, images, strict=True) if name not in found}
+        wanted = list(missing.items())
+        for first in range(0, len(wanted), self.batch_size):
+            part = wanted[first : first + self.batch_size]
+            features = self.encoder(_stacked([self._pixels(image) for _, image in part])).half().cpu()
+            for (name, _), own in zip(part, features, strict=True):
+                found[name] = own.clone()  # Not a view, which would keep the whole batch.
+                self._kept.put(name, found[name])
+        return torch.stack([found[name] for name in names]) if names else torch.zeros(0, self.tokens, self.width).half()
+
+
+def _stacked(pixels: Sequence[Tensor]) -> Tensor:
+    """Pixels of several images as one batch.
+
+    Raises:
+        ImageError: If they have different shapes.
+    """
+    shapes = {tuple(each.shape) for each in pixels}
+    if len(shapes) > 1:
+        raise ImageError("images of several sizes", f"the pixels have the shapes {sorted(shapes)}: preprocess them")
+    return torch.stack(list(pixels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from PIL import Image
 from mmphi.data.images import open_image
 from mmphi.data.phrasing import held_out_phrasing, match
 from mmphi.data.schema import Example
-from mmphi.errors import DataError
+from mmphi.errors import DataError, ImageError
 from mmphi.evaluation.attributes import attribute_accuracy
 from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.grounding import Scores, grounding
@@ -172,7 +173,7 @@ def _captions(
         metrics["exact_match"] = sum(hits) / len(texts)
     rows: list[dict[str, Any]] = [
         {
-            "image": e.image.path if e.image else "",
+            "image": e.image.source if e.image else "",
             "prediction": answer.text,
             "reference": refs[0],
             "correct": "yes" if answer.text in refs else "no",
@@ -225,8 +226,9 @@ def _grid(
     for axes in figure.subplots(lines, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, row in zip(figure.axes, rows, strict=False):
-        image = open_image(row["image"])
-        axes.imshow(image.resize((320, 320 * image.height // image.width), Image.Resampling.LANCZOS))
+        with suppress(ImageError):  # The pixels of a user's own encoder are no picture.
+            image = open_image(row["image"])
+            axes.imshow(image.resize((320, 320 * image.height // image.width), Image.Resampling.LANCZOS))
         text, right = title(row)
         axes.set_title(text, fontsize=9, color="#1a7f37" if right else "#333333")
     return figure

@@ -63,7 +63,7 @@ def measure_long_answers(
         metrics[f"ended/{name}"] = sum(answer.ended for _, answer in pairs) / len(pairs)
     rows: list[Mapping[str, Any]] = [
         {
-            "image": e.image.path if e.image else "",
+            "image": e.image.source if e.image else "",
             "kind": row_kind(e),
             "question": e.turns[0].question,
             "prediction": answer.text,

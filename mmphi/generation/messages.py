@@ -12,6 +12,7 @@ from typing import Any
 
 from mmphi.data.content_hash import content_digest
 from mmphi.data.images import image_bytes
+from mmphi.data.in_memory import image_reference
 from mmphi.data.schema import AudioRef, ImageRef
 from mmphi.errors import DataError
 from mmphi.text.prompt import AUDIO, AUDIO_MARK, MARK, SHOWN
@@ -213,6 +214,8 @@ class _Reading:
 
     def _image(self, part: Mapping[str, Any]) -> ImageRef:
         given = part.get("image")
+        if self.files and given is not None and not isinstance(given, bytes | str | Path):
+            return image_reference(given)  # A PIL image, an array or a tensor.
         if isinstance(given, bytes):
             return image_from_memory(given)
         if isinstance(given, str | Path):

@@ -1,1 +1,1 @@
-"""The language model, the image tower, the projector between them, and the parts joined."""
+"""The language model, the vision encoder, the projector between them, and the parts joined."""

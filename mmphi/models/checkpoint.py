@@ -1,8 +1,8 @@
 """A model as a folder that loads alone: no data, no pipeline, no store.
 
 ``mmphi.json`` says what it is joined from: the language model by name and revision or digest, or, where it was trained
-here, by its files in ``language/``; the image tower by name, tag and digest, or by its files in ``vision/``; how it is
-spoken to; and how long a sequence may be. The projector's files lie beside it, and ``README.md`` is its model card.
+here, by its files in ``language/``; the vision encoder by name, tag and digest, or by its files in ``vision/``; the
+style of its prompts; and the longest sequence. The projector's files lie beside it; ``README.md`` is its model card.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from mmphi.models.audio.transcriber import Audio
 from mmphi.models.device import this_device
 from mmphi.models.language.adapter import ADAPTER, adapter_digest, load_adapter, save_adapter
 from mmphi.models.language.language_model import (
+    IN_MEMORY,
     PRETRAIN,
     STYLE_FILE,
     LanguageModel,
     language_model_digest,
     load_language_model,
+    save_language_model,
 )
 from mmphi.models.multimodal import Multimodal
 from mmphi.models.projector import Projector
 from mmphi.models.vision.vision_encoder import LIGHT_CLIP, VisionEncoder, VisionReference, load_vision_encoder
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Multimodal)
 Once = Callable[[str, str, Callable[[], T]], T]
 BUNDLE, LANGUAGE, VISION = "mmphi.json", "language", "vision"
-FORMAT = 1
+FORMATS = (1, 2)  # 2: the vision encoder was given as a module, and has to be given again.
 CLIP_FILES = ("*.json", "*.safetensors", "*.txt", "text_tower/*")
 
 
@@ -59,19 +62,23 @@ def save_checkpoint(folder: Path, model: Multimodal) -> None:
         model: Its language model's files belong to it, and are linked or copied, where that was trained here.
 
     Raises:
-        ModelError: If it has a projector, and nobody said which image tower that is for.
+        ModelError: If it has a projector, and nobody said which vision encoder that is for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     language, vision = model.language, model.vision
     if model.projector is not None and vision is None:
-        raise ModelError("the model does not say which image tower it has", "give Multimodal its vision")
-    chosen = language.settings.model_dump() | {"prompt": language.prompt.style}
-    if model.own_language and language.local:
+        raise ModelError("the model does not say which vision encoder it has", "give Multimodal its vision")
+    chosen, digest = language.settings.model_dump() | {"prompt": language.prompt.style}, language.digest
+    if digest == IN_MEMORY:
+        save_language_model(language.model, language.prompt, folder / LANGUAGE)
+        digest = language_model_digest(str(folder / LANGUAGE), "")
+        chosen |= {"model": LANGUAGE, "tokenizer": "", "revision": ""}
+    elif model.own_language and language.local:
         if language.local != folder / LANGUAGE:
             _take(language.local, folder / LANGUAGE, ("*",))
         chosen |= {"model": LANGUAGE, "tokenizer": "", "revision": ""}
-    content: dict[str, Any] = {"format": FORMAT, "max_length": model.max_length}
-    content["language"] = {**chosen, "digest": language.digest}
+    content: dict[str, Any] = {"format": 2 if vision and vision.encoder else 1, "max_length": model.max_length}
+    content["language"] = {**chosen, "digest": digest}
     if language.adapter is not None:
         save_adapter(language, folder / ADAPTER)
         content["adapter"] = adapter_digest(folder / ADAPTER)
@@ -82,6 +89,9 @@ def save_checkpoint(folder: Path, model: Multimodal) -> None:
         # What is left open is not written: earlier versions have no such settings.
         stated = {name: value for name, value in chosen.items() if name not in AUTO or value != AUTO[name]}
         content["vision"] = {**stated, "digest": vision.digest}
+        if vision.encoder:
+            own = {"encoder": vision.encoder, "fingerprint": list(vision.fingerprint)}
+            content["vision"] = {**own, "digest": vision.digest}
         if vision.question:
             content["vision"]["question"] = vision.question
     if model.questions:
@@ -118,8 +128,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} holds no model that loads alone: {error}", "give the folder or run of a projector or pretrain"
         ) from error
-    if content.get("format") != FORMAT:
-        raise ModelError(f"{folder / BUNDLE} has format {content.get('format')}, not {FORMAT}", "update mmphi")
+    if content.get("format") not in FORMATS:
+        known = " or ".join(map(str, FORMATS))
+        raise ModelError(f"{folder / BUNDLE} has format {content.get('format')}, not {known}", "update mmphi")
     return content
 
 
@@ -146,7 +157,8 @@ def load_checkpoint(
     whisper: str = "",
     audio_source: AudioFeatureSource | None = None,
     once: Once[Any] = load_without_cache,
-) -> Multimodal:
+    kind: type[M] | None = None,
+) -> M | Multimodal:
     """Load a model with all that it is joined from.
 
     Args:
@@ -154,10 +166,11 @@ def load_checkpoint(
         device: Where it goes; this process's own where left out.
         language: Folder or hub name of its language model, where that has moved.
         precision: Of the language model, where it shall be another.
-        features: Where image features come from; the tower is loaded where left out.
+        features: Where image features come from; the encoder is loaded where left out.
         whisper: Size or file of the Whisper that it hears with, where that is another or has moved.
         audio_source: Where the features of recordings come from; a Whisper is loaded at the first one where left out.
-        once: ``Resources.once``, so that what this process has loaded is shared.
+        once: ``ProcessCache.once``, so that what this process has loaded is shared.
+        kind: Class of the model; :class:`Multimodal` by default.
 
     Raises:
         ModelError: If a part cannot be had, or is not what it was.
@@ -177,7 +190,9 @@ def load_checkpoint(
     config = speech.config if speech else None
     hears = audio_source or (lambda: audio_feature_source(spoken, audio, config, device, once))
     asked = content.get("questions", ())  # Models of earlier versions do not have it.
-    return Multimodal(spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked)
+    return (kind or Multimodal)(
+        spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked
+    )
 
 
 def _language(
@@ -253,17 +268,26 @@ def get_shared_language_model(
 
 
 def _vision(saved: dict[str, Any], folder: Path) -> VisionReference:
-    own = {"digest", "question"}
+    own = {"digest", "question", "encoder", "fingerprint"}
     settings = VisionSettings(**{name: value for name, value in saved.items() if name not in own})
     light_clip = folder / VISION if settings.model == LIGHT_CLIP else None
-    return VisionReference(settings, saved["digest"], light_clip, saved.get("question", ""))
+    encoder, fingerprint = saved.get("encoder", ""), tuple(saved.get("fingerprint", ()))
+    return VisionReference(settings, saved["digest"], light_clip, saved.get("question", ""), encoder, fingerprint)
 
 
 def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> VisionEncoder:
-    """The image tower that a model was trained with.
+    """The vision encoder that a model was trained with.
 
     Earlier versions prepared images for every file of weights as OpenAI does; their models keep that.
+
+    Raises:
+        ModelError: If it was given as a module, or is another one now.
     """
+    if vision.encoder:
+        raise ModelError(
+            f"the model was trained with an encoder that was given as a module, {vision.encoder}",
+            "give it again: mmphi.load(FOLDER, vision=encoder, preprocess=function)",
+        )
 
     def earlier() -> VisionEncoder:
         return load_vision_encoder(vision.settings, vision.folder, earlier=True).to(device)
@@ -277,7 +301,7 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
     if encoder.digest != vision.digest:
         name = f"{vision.settings.model} {vision.settings.pretrained}".strip()
         raise ModelError(
-            f"the image tower {name} is not the one that the model was trained with",
+            f"the vision encoder {name} is not the one that the model was trained with",
             "fetch the weights anew, or install the version of open_clip that it was trained with",
         )
     return encoder
@@ -286,7 +310,7 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
 def get_shared_vision_encoder(
     settings: VisionSettings, light_clip: Path | None, device: torch.device, once: Once[Any], identity: str
 ) -> VisionEncoder:
-    """An image tower that this process may have already.
+    """A vision encoder that this process may have already.
 
     Args:
         settings: Which, and how.

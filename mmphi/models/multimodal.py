@@ -44,7 +44,7 @@ class Multimodal(ChatMixin):
         projector: Fits both sides; ``None`` for text alone.
         features: Where image features come from.
         max_length: Longest sequence, in tokens.
-        vision: The image tower that the features are of; needed to save the model.
+        vision: The vision encoder that the features are of; needed to save the model.
         own_language: Whether the language model was trained here, and is saved with this model.
         audio_source: Where the features of recordings come from, or what makes that at the first recording.
         speech: What is between them and the language model; without it words are taken as they are.
@@ -194,7 +194,7 @@ class Multimodal(ChatMixin):
     def ask(
         self,
         question: str,
-        *images: Path | str,
+        *images: Path | str | ImageRef,
         audio: Path | str | bytes | Sequence[Path | str | bytes] = (),
         max_new_tokens: int = 48,
     ) -> str:
@@ -202,7 +202,7 @@ class Multimodal(ChatMixin):
 
         Args:
             question: What to answer; empty for a caption, or where it is spoken.
-            *images: Image files that it is about.
+            *images: Image files that it is about, or references to images in memory.
             audio: A recording, or several: files of any format, or what they hold. They stand where the question says
                 ``<audio>``, else before it, or in its place where it is empty.
             max_new_tokens: Longest answer, in tokens.
@@ -210,7 +210,7 @@ class Multimodal(ChatMixin):
         Raises:
             AudioError: If a recording cannot be heard.
         """
-        references = [ImageRef(str(path), Path(path)) for path in images]
+        references = [image if isinstance(image, ImageRef) else ImageRef(str(image), Path(image)) for image in images]
         given = [audio] if isinstance(audio, Path | str | bytes) else list(audio)
         spoken = [
             AudioRef(content_digest(each), each) if isinstance(each, bytes) else AudioRef(str(each), Path(each))

@@ -1,4 +1,4 @@
-"""The layers between an image tower and a language model: the only part that learns to see."""
+"""The layers between a vision encoder and a language model: the only part that learns to see."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ProjectorConfig:
 class Standardizer(nn.Module):
     """Takes each channel's mean off features (..., D) and divides by its spread; until it is fitted it changes nothing.
 
-    Channels of some towers differ a hundredfold in size, and few large ones would speak for all.
+    Channels of some encoders differ a hundredfold in size, and few large ones would speak for all.
     """
 
     mean: Tensor

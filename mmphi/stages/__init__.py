@@ -6,6 +6,7 @@ from mmphi.config import DataSettings, LanguageSettings, Section, VisionSettings
 from mmphi.config.audio import AudioSettings
 from mmphi.config.corpus import CorpusSettings
 from mmphi.config.pretrain import PretrainSettings
+from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
 from mmphi.config.speech import SpeechSettings
 from mmphi.config.textgen import StoreSettings, TextgenSettings
@@ -32,7 +33,6 @@ from mmphi.stages.export import ExportSettings
 from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.listen import ListenSettings
 from mmphi.stages.merge import MergeSettings
-from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.scenes import ScenesSettings
 from mmphi.stages.transcribe import TranscribeSettings
 

@@ -1,6 +1,6 @@
 """Stage ``embed``: the features of every image, computed once.
 
-Its key is the tower's alone. A result holds the contents of images that were asked for so far; where more are asked
+Its key is the encoder's alone. A result holds the contents of images that were asked for so far; where more are asked
 for, the next one takes these over and computes what is new.
 """
 
@@ -34,16 +34,16 @@ class EmbedSettings(Section):
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The light CLIP, where it is the tower."""
+    """The light CLIP, where it is the encoder."""
     return ("light_clip",) if settings(VisionSettings).model == "light_clip" else ()
 
 
 def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str, Path]:
     """A file of every image that the data names, and of each view of those to train on, by what it is called."""
+    from mmphi.config.projector import ProjectorSettings
     from mmphi.data.augmentation import augmented_name
     from mmphi.data.content_hash import Digests
     from mmphi.data.dataset_builder import images_of
-    from mmphi.stages.projector import ProjectorSettings
 
     examples, _ = read(settings, upstream)
     paths = [image.path for image in images_of(examples)]
@@ -65,7 +65,7 @@ def covers(settings: SettingsView, upstream: Mapping[str, Result], folder: Path)
 
 def cost(settings: SettingsView) -> Cost:
     """The features of all images, as far as they can be counted; the stage counts them before it starts."""
-    from mmphi.stages.projector import ProjectorSettings
+    from mmphi.config.projector import ProjectorSettings
 
     return Cost(feature_bytes(settings) * settings(ProjectorSettings).views)
 

@@ -52,7 +52,7 @@ def _named(source: SourceSettings) -> int:
 
 
 def feature_shape(settings: SettingsView) -> tuple[int, int]:
-    """Features per image and their width; (0, 0) where only building the tower would tell."""
+    """Features per image and their width; (0, 0) where only building the encoder would tell."""
     vision = settings(VisionSettings)
     if vision.model != "light_clip":
         from mmphi.models.vision.vision_encoder import encoder_output_shape

@@ -8,12 +8,12 @@ from typing import Literal
 
 from mmphi.config import Section, setting
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
 from mmphi.config.shared import TrainingSettings
 from mmphi.config.speech import SpeechSettings
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.listen import COLUMNS
-from mmphi.stages.projector import ProjectorSettings
 from mmphi.stages.shared_models import CONTENT, drop_without_features, read, scenes_if_read, stored_features
 
 KEPT = "save_every", "steps", "keep_checkpoints"
@@ -90,7 +90,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if not split:
         return {}
     if model.features is None:
-        raise DataError("the model has no image tower, and the data has images", "evaluate a projector's model")
+        raise DataError("the model has no vision encoder, and the data has images", "evaluate a projector's model")
     seen = drop_without_features(split, model.features, report)
     ctx.tracker.table("data_read", list(report.rows()))
     measures = EvaluationConfig(**{name: getattr(chosen, name) for name in EvaluationConfig.__dataclass_fields__})

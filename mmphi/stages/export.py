@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from mmphi.config import Section, VisionSettings, setting
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.projector import ProjectorSettings
 from mmphi.errors import ModelError
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.light_clip import LightClipSettings
-from mmphi.stages.projector import ProjectorSettings
 
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
@@ -74,7 +74,7 @@ def check(settings: SettingsView) -> None:
     clip = settings(LightClipSettings)
     if vision.model == "light_clip" and (clip.image_tower or clip.from_nothing != "vit"):
         raise ModelError(
-            f"the image tower is a {clip.image_tower or clip.from_nothing}, and LLaVA's is a CLIP ViT",
+            f"the vision encoder is a {clip.image_tower or clip.from_nothing}, and LLaVA's is a CLIP ViT",
             "train with vision.model = ViT-..., or light_clip.from_nothing = vit",
         )
 

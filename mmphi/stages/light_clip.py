@@ -29,11 +29,11 @@ class LightClipSettings(TrainingSettings):
 
     image_tower: str = setting("", "timm model name; empty trains one from nothing")
     from_nothing: Literal["resnet", "vit"] = setting("resnet", "kind of the tower trained from nothing")
-    image_weights: str = setting("", "safetensors file of the image tower's weights", file="path")
+    image_weights: str = setting("", "safetensors file of the vision encoder's weights", file="path")
     text_tower: str = setting(
         "", "Hugging Face folder of the text tower; empty trains a small transformer from nothing", file="path"
     )
-    lock_image: bool = setting(False, "keep the image tower's weights as they are")
+    lock_image: bool = setting(False, "keep the vision encoder's weights as they are")
     lock_text: bool = setting(False, "keep the text tower's weights as they are")
     image_size: int = setting(64, "side of the input image", unit="px", ge=16, le=1024)
     patch_size: int = setting(8, "side of a patch (ViT)", unit="px", ge=2)

@@ -8,9 +8,10 @@ from typing import Literal
 
 from mmphi.config import LanguageSettings, Section, setting
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.projector import ProjectorSettings
 from mmphi.errors import ModelError
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.stages.projector import ProjectorSettings, image_features
+from mmphi.stages.projector import image_features
 from mmphi.stages.shared_models import CONTENT, drop_without_features, read, scenes_if_read
 
 SCORED = 200  # Held-out conversations that the loss before and after is of.

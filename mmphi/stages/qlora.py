@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmphi.config import DataSettings, LanguageSettings
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
 from mmphi.errors import ModelError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.stages.adapter_comparison import measured_after, measured_before, record_before_and_after
-from mmphi.stages.conversations import Validation, log_packing, training_dataset
-from mmphi.stages.projector import ProjectorSettings, image_features
-from mmphi.stages.shared_models import check_training, drop_without_features, evaluating, read, scenes_if_read
+from mmphi.stages.projector import image_features
+from mmphi.stages.shared_models import (
+    check_training,
+    drop_without_features,
+    evaluating,
+    read,
+    scenes_if_read,
+    tokenized_rows,
+)
 
 if TYPE_CHECKING:
     from mmphi.data.schema import Example
     from mmphi.models.multimodal import Multimodal
-    from mmphi.training.packed_dataset import PackedStepDataset
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -55,24 +61,24 @@ def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     from mmphi.data.mixture import grouped, mixture_indices, parse_weights, sample_by_weight
     from mmphi.data.phrasing import typical_questions
-    from mmphi.models.language.adapter import adapter_parameters
+    from mmphi.training.adapter import train_adapter
+    from mmphi.training.best_checkpoint import remove_kept
+    from mmphi.training.conversation_dataset import training_rows
 
     chosen, data = ctx.settings(QloraSettings), ctx.settings(DataSettings)
     examples, report = read(ctx.settings, ctx.upstream)
     model = joined(ctx, chosen)
     assert model.features is not None
-    assert model.projector is not None
     examples = drop_without_features(examples, model.features, report)
-    questions = asked_of(examples, chosen)
-    for row in questions:
-        report.keep(row.source)
-    examples += questions
-    training = typical_questions(turn.question for row in examples if row.split == "train" for turn in row.turns)
+    made = asked_of(examples, chosen)
+    examples += made
+    training = typical_questions(turn.question for row in training_rows(examples) for turn in row.turns)
     # The projector's own questions count as well: the adapter is trained on its projector.
     model.questions = tuple(dict.fromkeys([*training, *model.questions]))
     weights = parse_weights(chosen.mixture, "qlora.mixture")
     texts = text_rows(ctx) if "text" in weights else []
-    for row in texts:
+    examples += texts
+    for row in [*made, *texts]:
         report.keep(row.source)
 
     def choose(kept: Sequence[Example]) -> list[int]:
@@ -80,16 +86,22 @@ def run(ctx: Context) -> Mapping[str, float]:
             return mixture_indices([e.source for e in kept], data)
         return sample_by_weight(grouped(kept, weights, "qlora.mixture"), weights, data.split_seed)
 
-    log_packing(model, "qlora", ctx.tracker)
-    steps, chosen = training_dataset(ctx, model, chosen, [*examples, *texts], report, choose)
-    adapter = adapter_parameters(model.language)
-    figures = {
-        "parameters": sum(p.numel() for p in adapter.values()),
-        "projector_parameters": sum(p.numel() for p in model.projector.parameters()),
-        "supervised_tokens": steps.supervised(),
-    }
-    ctx.tracker.metrics({f"qlora/{name}": value for name, value in figures.items()})
-    return _trained(ctx, model, chosen, examples, steps)
+    trained = train_adapter(
+        model,
+        examples,
+        chosen,
+        tracker=ctx.tracker,
+        folder=ctx.folder,
+        sequences=tokenized_rows(ctx, model, examples, chosen.max_length, report),
+        choose=choose,
+        text_loss=lambda: plain_text_loss(ctx, model),
+    )
+    if not ctx.first:
+        return {}
+    model.save_pretrained(ctx.folder)
+    remove_kept(ctx.folder)
+    _write_card(ctx, model, chosen, trained.figures)
+    return {"qlora/steps": trained.steps, "qlora/result_step": trained.result_step, **trained.figures}
 
 
 def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
@@ -99,8 +111,7 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
         ModelError: If there is no projector, or it was trained on other features.
     """
     from mmphi.models.checkpoint import load_checkpoint
-    from mmphi.models.language.adapter import AdapterConfig, add_adapter, targets_of
-    from mmphi.models.multimodal import Multimodal
+    from mmphi.training.adapter import with_new_adapter
 
     folder = ctx.models["qlora.model"] if chosen.model else ctx.upstream["projector"].path
     features = image_features(ctx)
@@ -114,24 +125,7 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
             "the projector was trained on other image features than these settings give",
             "give the vision section that it was trained with",
         )
-    shape = {name: getattr(chosen, name) for name in ("rank", "alpha", "rslora", "dropout", "dora", "seed")}
-    names = targets_of(base.language.model, tuple(chosen.targets))
-    language = add_adapter(base.language, AdapterConfig(targets=tuple(names), **shape))
-    ctx.tracker.say(f"qlora: adapters of rank {chosen.rank} on {', '.join(names)}")
-    base.projector.requires_grad_(chosen.projector_learning_rate > 0)
-    if base.speech is not None:  # It goes on to the new model as it is.
-        base.speech.requires_grad_(False)
-    return Multimodal(
-        language,
-        base.projector,
-        features,
-        chosen.max_length,
-        base.vision,
-        own_language=base.own_language,
-        speech=base.speech,
-        audio=base.audio,
-        questions=base.questions,
-    )
+    return with_new_adapter(base, chosen, ctx.tracker)
 
 
 def asked_of(examples: Sequence[Example], chosen: QloraSettings) -> list[Example]:
@@ -153,53 +147,21 @@ def text_rows(ctx: Context) -> list[Example]:
     return list(scene_texts(scenes.path, held=False)) if scenes else []
 
 
-def _trained(
-    ctx: Context, model: Multimodal, chosen: QloraSettings, examples: Sequence[Example], steps: PackedStepDataset
-) -> dict[str, float]:
-    from mmphi.models.language.adapter import adapter_parameters
-    from mmphi.training.best_checkpoint import remove_kept
-    from mmphi.training.callbacks import StepTableCallback
-    from mmphi.training.optimizers import grouped_adamw
-    from mmphi.training.trainer import train
+def plain_text_loss(ctx: Context, model: Multimodal) -> dict[str, float]:
+    """The loss on the text that the settings name, else on scenes as words: it shows whether text is forgotten."""
+    from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
+    from mmphi.stages.pretrain_scenes import scene_texts
 
-    assert model.projector is not None
-    held = [e for e in examples if e.split == "validation"]
-    validation = Validation(model, held, chosen, ctx.tracker) if held else None
-    before = measured_before(ctx, model, validation)
-    groups = [
-        (list(adapter_parameters(model.language).values()), chosen.learning_rate),
-        ([p for p in model.projector.parameters() if p.requires_grad], chosen.projector_learning_rate),
-    ]
-    optimizer = grouped_adamw(groups, weight_decay=chosen.weight_decay, beta2=chosen.beta2, paged=chosen.paged)
-    table = StepTableCallback()
-    with model.packed.recomputing(chosen.gradient_checkpointing):
-        trained = train(
-            model.packed,
-            steps,
-            chosen,
-            folder=ctx.folder,
-            tracker=ctx.tracker,
-            title="qlora",
-            validate=validation,
-            optimizer=optimizer,
-            callbacks=[table],
-            keep_best=chosen.result == "best",
+    path, language = ctx.settings(QloraSettings).plain_text, model.language
+    if path:
+        found = text_loss(
+            language.model, language.tokenizer, Path(path).read_text("utf-8"), PerplexityProtocol(512, 512, True, 32)
         )
-    model.packed.eval()
-    if not ctx.first:
-        return {}
-    figures = {f"before/{name}": value for name, value in before["figures"].items()}
-    figures |= measured_after(ctx, model, validation, trained.best)
-    if table.rows:
-        ctx.tracker.table("steps", table.rows)
-        ctx.tracker.figure("training_loss", table.picture())
-    if validation:
-        both = [{**row, "before": old} for row, old in zip(validation.rows, before["answers"], strict=True)]
-        record_before_and_after(both, ctx.tracker)
-    model.save_pretrained(ctx.folder)
-    remove_kept(ctx.folder)
-    _write_card(ctx, model, chosen, figures)
-    return {"qlora/steps": trained.steps, "qlora/result_step": trained.best, **figures}
+        return {"val/text_loss": found.loss}
+    if "scenes" in ctx.upstream and ctx.settings(LanguageSettings).model == "pretrain":
+        nats, tokens = model.losses(list(scene_texts(ctx.upstream["scenes"].path, held=True)))
+        return {"val/text_loss": nats / max(tokens, 1)}
+    return {}
 
 
 def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures: Mapping[str, float]) -> None:
@@ -222,7 +184,7 @@ def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures:
             f" ({model.language.digest})",
             "adapter": f"rank {chosen.rank}, alpha {chosen.alpha:g}, scaled by {scale}{', DoRA' * chosen.dora}",
             "prompt style": model.language.prompt.style,
-            "image tower": f"{model.vision.settings.model} {model.vision.settings.pretrained}".strip(),
+            "vision encoder": f"{model.vision.settings.model} {model.vision.settings.pretrained}".strip(),
             "projector": shape_text(model.projector.config),
         },
         lineage={name: result.run_id for name, result in ctx.upstream.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,9 @@ from mmphi.errors import DataError, SettingsError
 if TYPE_CHECKING:
     from mmphi.data.features import ImageFeatures
     from mmphi.data.schema import Example, ReadReport
+    from mmphi.data.tokenized_dataset import TokenizedDataset
     from mmphi.models.language.language_model import LanguageModel
+    from mmphi.models.multimodal import Multimodal
     from mmphi.models.vision.vision_encoder import VisionEncoder
     from mmphi.pipeline.stage import Context, Result
     from mmphi.tracking.tracker import Tracker
@@ -99,6 +101,32 @@ def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None
     check_enough_rows(report, data)
 
 
+def tokenized_rows(
+    ctx: Context, model: Multimodal, examples: Sequence[Example], max_length: int, report: ReadReport
+) -> TokenizedDataset:
+    """The training conversations as token sequences, which this process holds once; the report is recorded.
+
+    Args:
+        ctx: Of the stage.
+        model: Gives the prompt and the number of tokens of each image.
+        examples: Conversations of all splits.
+        max_length: Longest sequence, in tokens; longer conversations are counted in the report.
+        report: The account of what was read.
+
+    Raises:
+        DataError: If more rows are unusable than the settings allow, or none is left.
+    """
+    from mmphi.data.tokenized_dataset import count_left_out, tokenization_identity
+    from mmphi.training.conversation_dataset import tokenize_training_rows, training_rows
+
+    training = training_rows(examples)
+    identity = tokenization_identity(training, model.language.prompt, model.length, max_length)
+    sequences = ctx.resources.once("encoded", identity, lambda: tokenize_training_rows(model, training, max_length))
+    count_left_out(sequences, training, max_length, report)
+    log_report(report, ctx.tracker, ctx.settings(DataSettings))
+    return sequences
+
+
 def check_data(settings: SettingsView) -> None:
     """Read small data before anything is built, so that what is wrong with them is reported at once.
 
@@ -142,7 +170,7 @@ def language_of(ctx: Context) -> LanguageModel:
 
 
 def vision_encoder_of(ctx: Context) -> VisionEncoder:
-    """The frozen image tower, as this process has it."""
+    """The frozen vision encoder, as this process has it."""
     from mmphi.models.checkpoint import get_shared_vision_encoder
     from mmphi.models.device import this_device
 

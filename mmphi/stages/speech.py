@@ -11,7 +11,6 @@ from mmphi.config.declared_view import SettingsView
 from mmphi.config.speech import SpeechSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.stages.conversations import log_packing
 from mmphi.stages.shared_models import check_training, evaluating
 from mmphi.stages.speech_data import audio_text_pairs, conversations, speech_model, text_answers, with_readable_audio
 
@@ -63,6 +62,7 @@ def cost(_: SettingsView) -> Cost:
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     from mmphi.data.schema import ReadReport
+    from mmphi.training.conversation_validation import log_packing
     from mmphi.training.distillation import DistillationTask, distillation_dataset
     from mmphi.training.trainer import train
 

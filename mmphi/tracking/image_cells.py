@@ -21,11 +21,11 @@ MARKS = {"yes": "#1a7f37", "no": "#b42318"}  # Colours of predictions that are c
 
 
 def thumbnail(path: Any) -> Image.Image | None:
-    """A picture of at most 256 px; ``None`` where there is none or it cannot be read."""
+    """A picture of at most 256 px, of a file or its content; ``None`` where there is none or it cannot be read."""
     if not path:
         return None
     try:
-        picture = open_image(Path(path))
+        picture = open_image(path if isinstance(path, bytes) else Path(path))
     except ImageError:
         return None
     picture.thumbnail((SIDE, SIDE))

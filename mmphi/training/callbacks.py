@@ -23,12 +23,13 @@ class MetricsCallback(TrainerCallback):
         tracker: The run to record in.
         title: What stands before the bar.
         throughput: Counts tokens; the trainer adds to it.
+        progress: Whether the bar is shown.
     """
 
     NAMES: Mapping[str, str] = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/lr"}
 
-    def __init__(self, tracker: Tracker, title: str, throughput: Throughput) -> None:
-        self.tracker, self.title, self.throughput = tracker, title, throughput
+    def __init__(self, tracker: Tracker, title: str, throughput: Throughput, progress: bool = True) -> None:
+        self.tracker, self.title, self.throughput, self.progress = tracker, title, throughput, progress
         self.bar: Any = None
         self.shown: dict[str, str] = {}
 
@@ -40,7 +41,14 @@ class MetricsCallback(TrainerCallback):
         self.throughput.start()
         if not state.is_world_process_zero:
             return
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", leave=True)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            leave=True,
+            disable=not self.progress,
+        )
         for entry in state.log_history:
             self._record({k: v for k, v in entry.items() if isinstance(v, int | float)}, int(entry["step"]))
 

@@ -35,7 +35,7 @@ class ContrastiveTask(nn.Module):
 
     Args:
         model: An open_clip model.
-        lock_image: Whether the image tower stays as it is.
+        lock_image: Whether the vision encoder stays as it is.
         lock_text: Whether the text tower stays as it is.
         dropout: Share of a locked tower's outputs dropped in training.
         processes: That train together.

@@ -1,4 +1,4 @@
-"""Images as a tower takes them: decoded when they are asked for, or all at once; a small set is decoded once."""
+"""Images as an encoder takes them: decoded when they are asked for, or all at once; a small set is decoded once."""
 
 from __future__ import annotations
 

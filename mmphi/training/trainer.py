@@ -73,6 +73,7 @@ def train(
     ended: Callable[[], bool] = lambda: False,
     beside: ExtraCheckpointState | None = None,
     keep_best: bool = False,
+    progress: bool = True,
 ) -> TrainingResult:
     """Train whatever in ``task`` requires gradients.
 
@@ -94,6 +95,7 @@ def train(
         beside: What else belongs to a checkpoint.
         keep_best: Whether the weights of the best validation are the result, and not the last ones. They are kept below
             ``folder`` until :func:`mmphi.training.best_checkpoint.remove_kept`.
+        progress: Whether a progress bar is shown.
 
     Raises:
         TrainingError: If the loss stops being finite.
@@ -127,7 +129,7 @@ def train(
             data_collator=_only,
             optimizers=(optimizer or make_optimizer(task, settings), None),
             callbacks=[
-                MetricsCallback(tracker, title, throughput),
+                MetricsCallback(tracker, title, throughput, progress),
                 EvaluationCallback(settings.eval_every),
                 stop,
                 *callbacks,

@@ -17,9 +17,9 @@ from ablations.driver import Driver
 from ablations.paths import logs_folder, trial_storages
 from ablations.study import Study
 from ablations.study_run import StudyRun
+from mmphi.config.projector import ProjectorSettings
 from mmphi.errors import TrainingError
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.stages.projector import ProjectorSettings
 from mmphi.tracking.run_writer import TrackingStore
 
 COMMAND = (sys.executable, __file__, "worker")

@@ -16,7 +16,7 @@ from mmphi.generation.messages import image_from_memory
 
 
 class Mean:
-    """A tower whose one feature of an image is its mean colour."""
+    """An encoder whose one feature of an image is its mean colour."""
 
     tokens, width, digest = 1, 3, "mean"
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mmphi.config import DataSettings, SourceSettings, VisionSettings
+from mmphi.config.projector import ProjectorSettings
 from mmphi.data.features import FeatureStore, LiveFeatures
 from mmphi.data.schema import ImageRef
 from mmphi.models.vision.vision_encoder import load_vision_encoder
@@ -16,7 +17,6 @@ from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.stages import STAGES, Settings
 from mmphi.stages.embed import EmbedSettings
-from mmphi.stages.projector import ProjectorSettings
 
 
 @pytest.fixture

@@ -51,10 +51,10 @@ def check_pictures() -> list[Image.Image]:
 def expected_outputs(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[str]) -> list[CheckedOutput]:
     """Logits of every place of an open question.
 
-    Image features are taken as they leave the tower, and not rounded to 16 bits as they are where they are stored.
+    Image features are taken as they leave the encoder, and not rounded to 16 bits as they are where they are stored.
 
     Args:
-        model: With its image tower.
+        model: With its vision encoder.
         images: One for each question.
         questions: Without ``<image>``.
     """

@@ -111,7 +111,7 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
         raise ModelError(f"vision.pool = {model.vision.settings.pool}, and LLaVA averages no patches", UNFIT)
     encoder = getattr(model.features, "encoder", None)
     if encoder is None:
-        raise ModelError("the image tower is not loaded", "load the model without stored features")
+        raise ModelError("the vision encoder is not loaded", "load the model without stored features")
     vision, language = clip_vision(encoder.visual), model.language
     template = llava_template(language.prompt)
     token = image_token(language)

@@ -30,6 +30,7 @@ PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the logits' spread;
 EMBEDDED_AT_ONCE = 8192  # Tokens; the copies in fp32 of a large table would take twice its memory.
 LONG = 96  # Tokens from which sequences in a line are less work for a processor than in rows under a mask.
 STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
+IN_MEMORY = "in memory"  # Digest of a model that was given as an object; saving gives it one.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -194,14 +195,40 @@ def load_language_model(settings: LanguageSettings, pretrained: Path | None, dev
     dequantize_layers_once(apply_patches(model)).requires_grad_(False).eval()
     _check_finite(model, name)
     embedding = model.get_input_embeddings()
+    _check_vocabulary(tokenizer, embedding, name)
+    prompt = Prompt(tokenizer, _style(settings, Path(name)))
+    digest = language_model_digest(name, settings.revision)
+    return LanguageModel(model, tokenizer, prompt, embedding.embedding_dim, name, digest, settings)
+
+
+def wrap_language_model(model: Any, tokenizer: Any, prompt: str = "auto") -> LanguageModel:
+    """A language model that is loaded already; it is frozen in place.
+
+    Args:
+        model: A causal LM of transformers.
+        tokenizer: Its tokenizer.
+        prompt: Style of its prompts: ``plain``, ``phi``, ``chat``, or ``auto``.
+
+    Raises:
+        ModelError: If the tokenizer has more tokens than the model has embeddings, or cannot write the prompts.
+    """
+    embedding = model.requires_grad_(False).eval().get_input_embeddings()
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    _check_vocabulary(tokenizer, embedding, name)
+    precision = "fp32" if embedding.weight.dtype == torch.float32 else "bf16"
+    settings = LanguageSettings.model_validate({"model": name, "prompt": prompt, "precision": precision})
+    style: Any = prompt
+    return LanguageModel(
+        model, tokenizer, Prompt(tokenizer, style), embedding.weight.shape[1], name, IN_MEMORY, settings
+    )
+
+
+def _check_vocabulary(tokenizer: Any, embedding: Any, name: str) -> None:
     if len(tokenizer) > embedding.num_embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, {name} only {embedding.num_embeddings} embeddings",
             "give language.tokenizer the one that the model was trained with",
         )
-    prompt = Prompt(tokenizer, _style(settings, Path(name)))
-    digest = language_model_digest(name, settings.revision)
-    return LanguageModel(model, tokenizer, prompt, embedding.embedding_dim, name, digest, settings)
 
 
 def _style(settings: LanguageSettings, folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Batch norms of a frozen tower as part of the convolutions before them."""
+"""Batch norms of a frozen encoder as part of the convolutions before them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fold_batch_norms(module: nn.Module, image_BCHW: Tensor) -> int:
     afterwards (a convolution that something else reads, too), all stays as it was.
 
     Args:
-        module: A tower in evaluation mode, in fp32; changed in place. Names of modules stay, those of its parameters
+        module: An encoder in evaluation mode, in fp32; changed in place. Names of modules stay, those of its parameters
             do not.
         image_BCHW: What it may be given.
 

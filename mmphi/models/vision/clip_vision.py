@@ -1,4 +1,4 @@
-"""An image tower of open_clip in the classes of transformers: ``CLIPVisionModel`` and its image processor."""
+"""A vision encoder of open_clip in the classes of transformers: ``CLIPVisionModel`` and its image processor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def clip_vision(visual: Any) -> Any:
     """``CLIPVisionModel`` with the weights of an open_clip ViT, in fp32.
 
     Args:
-        visual: The image tower.
+        visual: The vision encoder.
 
     Raises:
         ModelError: If it is no ViT that CLIPVisionModel can be.
@@ -37,11 +37,11 @@ def clip_vision(visual: Any) -> Any:
 
     if type(visual).__name__ != "VisionTransformer" or not hasattr(visual, "conv1"):
         inner = type(getattr(visual, "trunk", visual)).__name__
-        raise ModelError(f"the image tower is a {inner}, and LLaVA's is a CLIP ViT", UNFIT)
+        raise ModelError(f"the vision encoder is a {inner}, and LLaVA's is a CLIP ViT", UNFIT)
     block, weights = visual.transformer.resblocks[0], visual.state_dict()
     heights, widths = visual.image_size, visual.patch_size
     if heights[0] != heights[1] or widths[0] != widths[1]:
-        raise ModelError(f"the image tower reads {heights} pixels in patches of {widths}, LLaVA squares", UNFIT)
+        raise ModelError(f"the vision encoder reads {heights} pixels in patches of {widths}, LLaVA squares", UNFIT)
     config = CLIPVisionConfig(
         hidden_size=block.ln_1.normalized_shape[0],
         intermediate_size=block.mlp.c_fc.out_features,
@@ -53,14 +53,14 @@ def clip_vision(visual: Any) -> Any:
         layer_norm_eps=block.ln_1.eps,
         projection_dim=visual.output_dim,
     )
-    # Before transformers 5.2x the tower stood in a part of its own.
+    # Before transformers 5.2x the encoder stood in a part of its own.
     model = CLIPVisionModel(config).float().eval().requires_grad_(False)
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
     renamed = {prefix + name: tensor for name, tensor in _renamed(weights).items()}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
     if {name: tensor.shape for name, tensor in renamed.items()} != wanted:
         odd = sorted(renamed.keys() ^ wanted.keys()) or sorted(n for n in wanted if renamed[n].shape != wanted[n])
-        raise ModelError(f"the image tower has parts that a CLIP ViT has not: {odd[0]}", UNFIT)
+        raise ModelError(f"the vision encoder has parts that a CLIP ViT has not: {odd[0]}", UNFIT)
     model.load_state_dict(renamed, strict=False)
     return model
 
@@ -71,7 +71,7 @@ def _activation(layer: nn.Module) -> str:
         return "quick_gelu"
     if isinstance(layer, nn.GELU):
         return "gelu" if layer.approximate == "none" else "gelu_pytorch_tanh"
-    raise ModelError(f"the image tower has the activation {name}, which CLIP has not", UNFIT)
+    raise ModelError(f"the vision encoder has the activation {name}, which CLIP has not", UNFIT)
 
 
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def image_processor(visual: Any) -> Any:
     """Transformers' preprocessing of the same images, on PIL as open_clip does it.
 
     Args:
-        visual: The image tower.
+        visual: The vision encoder.
 
     Raises:
         ModelError: If it resizes in a way that CLIP's does not.

@@ -1,4 +1,4 @@
-"""The patch tokens of one layer of an image tower, whichever kind of tower it is."""
+"""The patch tokens of one layer of a vision encoder, whichever kind of encoder it is."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def layer_tokens(visual: Any, pixels_BCHW: Tensor, settings: VisionSettings) -> 
     """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept.
 
     Args:
-        visual: An open_clip image tower.
-        pixels_BCHW: Preprocessed images, where the tower is and as it computes.
+        visual: An open_clip vision encoder.
+        pixels_BCHW: Preprocessed images, where the encoder is and as it computes.
         settings: Layer, CLS policy, pooling.
 
     Raises:
-        ModelError: If the tower has no such layer, no CLS token to keep, or a grid that the pooling does not divide.
+        ModelError: If the encoder has no such layer, no CLS token to keep, or a grid that the pooling does not divide.
     """
     layer_of = _timm_layer if isinstance(visual, TimmModel) else _open_clip_layer
     inner = visual.trunk if isinstance(visual, TimmModel) else visual
@@ -29,7 +29,7 @@ def layer_tokens(visual: Any, pixels_BCHW: Tensor, settings: VisionSettings) -> 
     pooled = _pool(map_BDHW, settings.pool).flatten(2).transpose(1, 2)
     if settings.cls == "keep":
         if cls_BPD is None:
-            raise ModelError("vision.cls = keep, but this tower has no CLS token", "use vision.cls = drop")
+            raise ModelError("vision.cls = keep, but this encoder has no CLS token", "use vision.cls = drop")
         pooled = torch.cat([cls_BPD[:, :1], pooled], dim=1)
     return pooled
 
@@ -83,5 +83,5 @@ def _timm_layer(trunk: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tensor, Te
 
 def _layer_index(depth: int, layer: int) -> list[int]:
     if -layer > depth:
-        raise ModelError(f"vision.layer = {layer}, but the tower has {depth} layers", f"use -{depth} to -1")
+        raise ModelError(f"vision.layer = {layer}, but the encoder has {depth} layers", f"use -{depth} to -1")
     return [depth + layer]

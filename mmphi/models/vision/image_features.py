@@ -41,7 +41,7 @@ def features_async(
 
     def found() -> dict[str, Tensor]:
         if not fit():
-            raise ModelError("the tower's features do not fit in fp16", "use another vision.layer or model")
+            raise ModelError("the encoder's features do not fit in fp16", "use another vision.layer or model")
         return dict(zip(names, features(), strict=True))
 
     return found

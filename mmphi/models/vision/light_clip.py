@@ -26,8 +26,8 @@ class ClipShape:
 
     Attributes:
         image_tower: timm model name; empty builds one from nothing.
-        from_nothing: Kind of the image tower built from nothing.
-        image_weights: safetensors file of the image tower's weights.
+        from_nothing: Kind of the vision encoder built from nothing.
+        image_weights: safetensors file of the vision encoder's weights.
         text_tower: Hugging Face folder of the text tower; empty builds a small transformer from nothing.
         image_size: Side of the input image, in pixels.
         patch_size: Side of a patch (ViT), in pixels.

@@ -1,7 +1,7 @@
 """open_clip's preprocessing in two halves: cutting to size, image by image, and scaling, batch by batch.
 
 An image in bytes is a quarter of one in floats: what loader workers hand over, what is copied to an accelerator and
-what is kept of decoded images. Scaling is arithmetic, which the tower's device does best.
+what is kept of decoded images. Scaling is arithmetic, which the encoder's device does best.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image towers: any open_clip model, cut off at a layer, as a function from pixels to patch tokens."""
+"""Vision encoders: any open_clip model, cut off at a layer, as a function from pixels to patch tokens."""
 
 from __future__ import annotations
 
@@ -32,26 +32,30 @@ LIGHT_CLIP, RANDOM = "light_clip", "random"
 
 @dataclass(frozen=True)
 class VisionReference:
-    """Which image tower a model has, and what it is asked where an image comes without a word.
+    """Which vision encoder a model has, and what it is asked where an image comes without a word.
 
     Attributes:
         settings: Name, tag, layer, pooling.
-        digest: Of the tower: equal digests give equal features.
+        digest: Of the encoder: equal digests give equal features.
         folder: The light CLIP's own, where it was trained here.
         question: By which captions were asked for in training; empty where they came of themselves.
+        encoder: Name of an encoder that was given as a module; it has to be given again when the model is loaded.
+        fingerprint: Some of its outputs on a fixed image.
     """
 
     settings: VisionSettings
     digest: str
     folder: Path | None = None
     question: str = ""
+    encoder: str = ""
+    fingerprint: tuple[float, ...] = ()
 
 
 class VisionEncoder(nn.Module):
     """The image half of a CLIP, frozen, up to one layer.
 
     Args:
-        visual: An open_clip image tower, which becomes this one's own: its batch norms are folded into convolutions.
+        visual: An open_clip vision encoder, which becomes this one's own: its batch norms are folded into convolutions.
         settings: Layer, CLS policy, pooling, precision.
 
     Attributes:
@@ -61,7 +65,7 @@ class VisionEncoder(nn.Module):
         digest: Of weights, layer, CLS policy, pooling, preprocessing and precision; equal digests give equal features.
 
     Raises:
-        ModelError: If the tower has no such layer, no CLS token to keep, or a grid that the pooling does not divide.
+        ModelError: If the encoder has no such layer, no CLS token to keep, or a grid that the pooling does not divide.
     """
 
     def __init__(self, visual: Any, settings: VisionSettings) -> None:
@@ -74,7 +78,7 @@ class VisionEncoder(nn.Module):
         self.preprocess: Callable[[Image.Image], Tensor] = Preprocess(config)
         self.mean: Tensor
         self.std: Tensor
-        for name in ("mean", "std"):  # On the tower's device, so that no batch waits for them.
+        for name in ("mean", "std"):  # On the encoder's device, so that no batch waits for them.
             channels = torch.tensor(getattr(config, name), dtype=torch.float32)
             self.register_buffer(name, channels.view(-1, 1, 1), persistent=False)
         self.digest = _digest(visual, settings, config)
@@ -96,7 +100,7 @@ class VisionEncoder(nn.Module):
         return layer_tokens(self.visual, self.scaled(pixels).to(parameter.dtype), self.settings).float()
 
     def scaled(self, pixels: Tensor) -> Tensor:
-        """Pixels (..., 3, H, W) as the tower's weights take them, in fp32: to the bit what open_clip's transform gives.
+        """Pixels (..., 3, H, W) as the encoder's weights take them, in fp32: bit for bit as open_clip's transform.
 
         Args:
             pixels: In bytes; what is not has been scaled and stays as it is.
@@ -130,7 +134,7 @@ def encoder_output_shape(settings: VisionSettings, light_clip: dict[str, Any] | 
         with open_clip_warnings(), torch.device("meta"):
             visual = open_clip.create_model(name, pretrained=None, pretrained_text=False, device="meta").visual.eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"the tower of {name} cannot be built: {error}", "check the sizes of its towers") from error
+        raise ModelError(f"the encoder of {name} cannot be built: {error}", "check the sizes of its towers") from error
     size = PreprocessCfg(**visual.preprocess_cfg).size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     with torch.inference_mode():
@@ -295,7 +299,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def load_vision_encoder(
     settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False
 ) -> VisionEncoder:
-    """The image tower of a CLIP, cut off at the layer that the settings name.
+    """The vision encoder of a CLIP, cut off at the layer that the settings name.
 
     Args:
         settings: The ``vision`` section.

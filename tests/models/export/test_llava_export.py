@@ -183,7 +183,7 @@ def test_shapes_that_llava_has_not(changes, said_so):
 def test_towers_that_are_no_clip_vit(name: str):
     with torch.device("meta"):
         visual = open_clip.create_model(name, pretrained=None, device="meta").visual
-    with pytest.raises(ModelError, match=r"the image tower is a \w+, and LLaVA's is a CLIP ViT"):
+    with pytest.raises(ModelError, match=r"the vision encoder is a \w+, and LLaVA's is a CLIP ViT"):
         clip_vision(visual)
 
 

@@ -1,63 +1,58 @@
-"""What stage ``projector`` may begin with: features learn to name what images show, before the language model reads."""
+"""Alignment of the projector with the words of captions, before it is trained through the language model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from mmphi.pipeline.stage import Context
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmphi.config.shared import ConversationSettings
-    from mmphi.data.features import ImageFeatures
-    from mmphi.data.schema import Example, ImageRef
-    from mmphi.models.multimodal import Multimodal
-    from mmphi.training.caption_alignment import BagOfWordsAlignmentLoss, CaptionWords
+from mmphi.config.projector import ProjectorSettings
+from mmphi.data.features import ImageFeatures
+from mmphi.data.schema import Example, ImageRef
+from mmphi.models.multimodal import Multimodal
+from mmphi.tracking.tracker import PrefixedTracker, Tracker
+from mmphi.training.caption_alignment import (
+    BagOfWordsAlignmentLoss,
+    CaptionAlignmentDataset,
+    CaptionWords,
+    alignment_loss,
+    caption_words,
+    collate,
+    match_embedding_norm,
+    word_frequencies,
+)
+from mmphi.training.trainer import train
 
 MEASURED = 200  # Validation images at most.
 
 
 def align_to_captions(
-    ctx: Context,
     model: Multimodal,
-    chosen: ConversationSettings,
     examples: Sequence[Example],
+    settings: ProjectorSettings,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    views: int,
+    tracker: Tracker,
+    folder: Path,
+    progress: bool = True,
 ) -> None:
-    """Train a model's projector to name the words of captions, then make its embeddings as large as those of words.
+    """Train the projector to predict the words of captions, then match the norm of its outputs to word embeddings.
 
     Args:
-        ctx: Of the stage.
-        model: Whose projector is trained; its language model gives its embeddings alone.
-        chosen: What else the training goes by.
-        examples: Of all splits.
-        steps: Optimiser steps.
-        batch_size: Images per step.
-        learning_rate: At its peak.
-        views: Of each image, in turn.
+        model: Its projector is trained; of its language model only the embeddings are used.
+        examples: Conversations of all splits.
+        settings: ``align_steps``, ``align_batch_size``, ``align_learning_rate``, ``views`` and the seed are used.
+        tracker: Records metrics under ``align/``.
+        folder: For checkpoints.
+        progress: Whether a progress bar is shown.
     """
-    from mmphi.tracking.tracker import PrefixedTracker
-    from mmphi.training.caption_alignment import (
-        BagOfWordsAlignmentLoss,
-        CaptionAlignmentDataset,
-        alignment_loss,
-        caption_words,
-        collate,
-        match_embedding_norm,
-        word_frequencies,
-    )
-    from mmphi.training.trainer import train
-
     features, projector = model.features, model.projector
     assert features is not None
     assert projector is not None
-    tracker = PrefixedTracker(ctx.tracker, "align")
+    tracker = PrefixedTracker(tracker, "align")
+    steps, batch_size = settings.align_steps, settings.align_batch_size
     known, images = caption_words(model.language, _answers(examples, "train", steps * batch_size))
     if not images:
         tracker.say("there is nothing to name: no training image has an answer")
@@ -65,25 +60,28 @@ def align_to_captions(
     embeddings = model.language.embeddings(known)
     usage = word_frequencies(images, len(known)).to(embeddings.device)
     task = BagOfWordsAlignmentLoss(projector, embeddings, usage)
-    shape = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "accumulation": 1}
-    own = chosen.model_copy(update={**shape, "optimizer": "adamw", "result": "last"})
+    shape = {"steps": steps, "batch_size": batch_size, "learning_rate": settings.align_learning_rate, "accumulation": 1}
+    own = settings.model_copy(update={**shape, "optimizer": "adamw", "result": "last"})
     _, held = caption_words(model.language, _answers(examples, "validation", MEASURED), known)
     usual = -float((task.usual.cpu()[[w for h in held for w in h.words]] * _counts(held)).sum()) if held else 0.0
 
     def measure(step: int) -> Mapping[str, float]:
         loss = alignment_loss(task, held, features)
-        rows = _named(model, task, held[: chosen.sample_images], known, features)
+        rows = _named(model, task, held[: settings.sample_images], known, features)
         tracker.table("words", [{"step": step, **row} for row in rows], image="image")
         return {"val/loss": loss, "val/gain": usual / max(1.0, float(_counts(held).sum())) - loss}
 
     train(
         task,
-        CaptionAlignmentDataset(images, features, steps=steps, batch_size=batch_size, seed=chosen.seed, views=views),
+        CaptionAlignmentDataset(
+            images, features, steps=steps, batch_size=batch_size, seed=settings.seed, views=settings.views
+        ),
         own,
-        folder=ctx.folder / "align",
+        folder=folder / "align",
         tracker=tracker,
         title="align",
         validate=measure if held else None,
+        progress=progress,
     )
     some = collate(images[:batch_size], features)["features"]
     match_embedding_norm(projector, some, float((embeddings.norm(dim=-1) * usage).sum() / usage.sum()))
@@ -102,8 +100,6 @@ def _answers(examples: Sequence[Example], split: str, most: int) -> list[tuple[I
 
 
 def _counts(images: Sequence[CaptionWords]) -> Tensor:
-    import torch
-
     return torch.tensor([count for one in images for count in one.counts], dtype=torch.float32)
 
 
@@ -115,8 +111,6 @@ def _named(
     features: ImageFeatures,
 ) -> list[dict[str, Any]]:
     """What each place of some images is most likely called."""
-    import torch
-
     if not images:
         return []
     seen = features.get([one.image for one in images]).to(task.words.device)
@@ -125,5 +119,5 @@ def _named(
     rows = []
     for one, likeliest in zip(images, above.argmax(dim=-1).tolist(), strict=True):
         words = [model.language.tokenizer.decode([known[place]]).strip() for place in likeliest]
-        rows.append({"image": one.image.path, "words": " ".join(words)})
+        rows.append({"image": one.image.source, "words": " ".join(words)})
     return rows

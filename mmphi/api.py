@@ -1,0 +1,388 @@
+"""The library: a model joined from parts of one's own, trained and asked in memory.
+
+Nothing here reads presets, writes files or opens a tracking store unless it is asked to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from mmphi.config.projector import ProjectorSettings
+from mmphi.config.qlora import QloraSettings
+from mmphi.config.shared import ConversationSettings, LanguageSettings, VisionSettings
+from mmphi.data.features import CachedFeatures, ImageFeatures
+from mmphi.data.in_memory import examples_of, image_reference
+from mmphi.data.llava_row_types import asked_for_captions
+from mmphi.data.phrasing import typical_questions
+from mmphi.errors import ModelError, SettingsError
+from mmphi.models.device import this_device
+from mmphi.models.language.language_model import LanguageModel, load_language_model, wrap_language_model
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector import Projector
+from mmphi.models.vision.custom_encoder import TIMM, CustomEncoder, timm_encoder
+from mmphi.models.vision.vision_encoder import VisionReference, load_vision_encoder
+from mmphi.tracking.tracker import SilentTracker, Tracker
+
+if TYPE_CHECKING:  # Training and evaluation are imported when they are used: answering needs neither.
+    from transformers import TrainerCallback
+
+    from mmphi.training.adapter import AdapterTraining
+    from mmphi.training.projector import ProjectorTraining
+
+S = TypeVar("S", bound=ConversationSettings)
+Metrics = Callable[[Mapping[str, float], int], None]
+SHAPE = ("layers", "width", "parameters", "activation", "norm", "dropout", "whiten")
+
+
+class Model(Multimodal):
+    """A language model that reads images: joined by :func:`join` or loaded by :func:`mmphi.load`."""
+
+    _settings: ProjectorSettings | None = None  # Of a projector that is not trained yet.
+
+    def fit(
+        self,
+        data: Iterable[Any],
+        *,
+        validation: Iterable[Any] = (),
+        adapter: bool = False,
+        logger: str | Metrics | Tracker | None = None,
+        folder: str | Path | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        progress: bool = True,
+        **settings: Any,
+    ) -> ProjectorTraining | AdapterTraining:
+        """Train the projector, or an adapter with it; the language model's own weights stay as they are.
+
+        Args:
+            data: Conversations, as :func:`mmphi.data.in_memory.examples_of` takes them: ``(image, text)``,
+                ``(image, question, answer)``, or rows with ``messages`` or ``conversations``.
+            validation: Conversations that are only measured, every ``eval_every`` steps.
+            adapter: Whether a low-rank adapter is trained on the language model, which this model then has.
+            logger: ``"mlflow"`` for the active run of MLflow, a function of metrics and step, or a
+                :class:`~mmphi.tracking.tracker.Tracker`; nothing is recorded by default.
+            folder: For checkpoints. A training that was interrupted resumes from them.
+            callbacks: Callbacks of transformers' Trainer.
+            progress: Whether progress bars are shown.
+            **settings: Of the training, by their names in ``mmphi projector --help`` (``mmphi qlora --help`` for an
+                adapter): ``steps``, ``batch_size``, ``learning_rate``, ...
+
+        Raises:
+            SettingsError: If there is no such setting, or its value is out of bounds.
+            DataError: If a row cannot be used, or nothing is left to train on.
+            TrainingError: If the loss becomes NaN or infinite.
+        """
+        from mmphi.training.conversation_dataset import training_rows
+
+        if self.features is None or self.projector is None:
+            raise ModelError("this model reads no images", "join one with vision=...")
+        examples = [*examples_of(data), *examples_of(validation, "validation")]
+        common: dict[str, Any] = {"tracker": _tracker(logger), "callbacks": callbacks, "progress": progress}
+        common["folder"] = Path(folder) if folder is not None else None
+        self._engine = None  # It remembers features as the projector gave them before.
+        trained: ProjectorTraining | AdapterTraining
+        if adapter:
+            trained = self._fit_adapter(examples, _checked(QloraSettings, "qlora", settings), common)
+        else:
+            trained = self._fit_projector(examples, settings, common)
+        asked = typical_questions(turn.question for row in training_rows(examples) for turn in row.turns)
+        self.questions = tuple(dict.fromkeys([*asked, *self.questions]))
+        self.packed.eval()
+        return trained
+
+    def _fit_projector(
+        self, examples: Sequence[Any], settings: Mapping[str, Any], common: Mapping[str, Any]
+    ) -> ProjectorTraining:
+        from mmphi.training.conversation_dataset import training_rows
+        from mmphi.training.projector import new_projector, train_projector
+
+        assert self.features is not None
+        shape = {} if self._settings is None else self._settings.model_dump(include=set(SHAPE))
+        checked = _checked(ProjectorSettings, "projector", {"max_length": self.max_length, **shape, **settings})
+        if self._settings is not None:  # Its weights are seeded, and standardised on the training images.
+            self._use(new_projector(self.language, self.features, checked, examples))
+            self._settings = None
+        elif changed := sorted(set(SHAPE) & set(settings)):
+            raise SettingsError(f"{', '.join(changed)}: the projector is there already", "give its shape to join")
+        if self.vision is not None and not self.vision.question:
+            self.vision = _asked_by(self.vision, asked_for_captions(training_rows(examples)))
+        self.max_length = checked.max_length
+        return train_projector(self, examples, checked, **common)
+
+    def _fit_adapter(
+        self, examples: Sequence[Any], settings: QloraSettings, common: Mapping[str, Any]
+    ) -> AdapterTraining:
+        from mmphi.training.adapter import train_adapter, with_new_adapter
+
+        if self.language.adapter is not None:
+            raise ModelError("this model has an adapter already", "load the projector's model anew")
+        if self._settings is not None:
+            raise ModelError("the projector is not trained yet", "call fit without adapter first")
+        with_adapter = with_new_adapter(self, settings, common["tracker"])
+        self.language, self.packed, self.max_length = with_adapter.language, with_adapter.packed, settings.max_length
+        return train_adapter(self, examples, settings, **common)
+
+    def _use(self, projector: nn.Module) -> None:
+        device = next(self.language.model.parameters()).device
+        own: Any = projector.to(device)
+        self.projector = self.packed.projectors["image"] = own
+
+    def ask(self, question: str, *images: Any, audio: Any = (), max_new_tokens: int = 48) -> str:
+        """Answer one question, greedily.
+
+        Args:
+            question: What to answer; empty for a caption.
+            *images: Paths, bytes, PIL images, arrays, or tensors of pixels.
+            audio: Recordings: paths, or the bytes of files.
+            max_new_tokens: Longest answer, in tokens.
+
+        Raises:
+            ImageError: If an image cannot be read.
+        """
+        return super().ask(question, *map(image_reference, images), audio=audio, max_new_tokens=max_new_tokens)
+
+    def evaluate(
+        self, data: Iterable[Any], *, logger: str | Metrics | Tracker | None = None, **how: Any
+    ) -> dict[str, float]:
+        """Metrics of the stage ``evaluate`` on conversations, by name, such as ``test/loss`` in nats per token.
+
+        Args:
+            data: As of :meth:`fit`.
+            logger: As of :meth:`fit`.
+            **how: Of :class:`~mmphi.evaluation.evaluate.EvaluationConfig`.
+
+        Raises:
+            DataError: If a row cannot be used, or there is none.
+        """
+        from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
+
+        return evaluate_model(self, examples_of(data, "test"), EvaluationConfig(**how), _tracker(logger))
+
+    def loss(self, data: Iterable[Any]) -> float:
+        """Mean loss on the answers of conversations, in nats per token."""
+        nats, tokens = self.losses(examples_of(data))
+        return nats / max(tokens, 1)
+
+    def image_features(self, *images: Any) -> Tensor:
+        """Features of images before the projector, float16 (len(images), tokens, width).
+
+        Raises:
+            ModelError: If this model reads no images.
+        """
+        if self.features is None:
+            raise ModelError("this model reads no images", "join one with vision=...")
+        return self.features.get([image_reference(image) for image in images])
+
+
+def join(
+    language: Any,
+    vision: Any,
+    *,
+    tokenizer: Any = None,
+    preprocess: Callable[[Any], Any] | None = None,
+    projector: nn.Module | None = None,
+    prompt: str = "auto",
+    precision: str = "fp32",
+    max_length: int = 512,
+    device: str = "",
+    feature_cache_gb: float = 2.0,
+    **settings: Any,
+) -> Model:
+    """Join a vision encoder and a causal language model by a projector, which :meth:`Model.fit` trains.
+
+    Args:
+        language: Folder or hub name of a causal language model, or such a model of transformers, which is frozen.
+        vision: Name or folder of an open_clip model, ``timm/NAME``, a torch module from pixels (N, C, H, W) to features
+            (N, T, D), which is frozen, or a source of stored features.
+        tokenizer: Of a language model that is given as an object; by default the one of its ``name_or_path``.
+        preprocess: From a PIL image to pixels (C, H, W), of a module; a transform, or an image processor.
+        projector: A module from features (..., D) to embeddings (..., W), in place of an MLP.
+        prompt: ``plain``, ``phi``, ``chat``, or ``auto``: by the tokenizer.
+        precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit``, of a language model that is loaded here.
+        max_length: Longest sequence, in tokens; :meth:`Model.fit` may change it.
+        device: ``cpu`` or ``cuda:0``, of what is loaded here; the accelerator, if there is one, by default.
+        feature_cache_gb: Memory for features of images, so that each is computed once.
+        **settings: Shape of the projector (``layers``, ``width``, ``activation``, ``norm``, ``dropout``, ``whiten``),
+            and of an open_clip model ``pretrained``, ``layer``, ``cls`` and ``pool``, as ``mmphi projector --help`` has
+            them.
+
+    Raises:
+        ModelError: If a part cannot be had, or does not fit.
+        SettingsError: If there is no such setting.
+    """
+    from mmphi.training.projector import new_projector
+
+    place = torch.device(device) if device else this_device()
+    shape = {name: settings.pop(name) for name in SHAPE if name in settings}
+    spoken = _language(language, tokenizer, prompt, precision, place)
+    features, reference = _vision(vision, preprocess, settings, place, feature_cache_gb)
+    chosen = _checked(ProjectorSettings, "projector", {**shape, "max_length": max_length})
+    own: Any = projector if projector is not None else new_projector(spoken, features, chosen, ())
+    if projector is not None:
+        if shape:
+            raise SettingsError(f"{', '.join(shape)} beside projector=...", "give one of them")
+        own = CustomProjector(projector, features.width, spoken.width)
+    model = Model(spoken, own, features, max_length, reference)
+    model._settings = chosen if projector is None else None
+    return model
+
+
+class CustomProjector(Projector):
+    """A module of one's own as a projector; it cannot be saved, because nothing could build it when it is loaded."""
+
+    def __init__(self, module: nn.Module, input_width: int, output_width: int) -> None:
+        from mmphi.models.projector import ProjectorConfig
+
+        super().__init__(ProjectorConfig(input_width, output_width, layers=1))
+        self.layers = nn.Sequential(module)
+        found = module(torch.zeros(2, input_width, device=next(iter(module.parameters())).device))
+        if tuple(found.shape) != (2, output_width):
+            raise ModelError(
+                f"the projector makes {tuple(found.shape)} of features (2, {input_width}), not (2, {output_width})",
+                "its output width is the language model's",
+            )
+
+    def save(self, folder: Path) -> None:
+        """Refuse.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError("a projector of one's own cannot be saved", "save its state_dict, and join it anew")
+
+
+def load(
+    folder: Path, *, vision: nn.Module | None = None, preprocess: Callable[[Any], Any] | None = None, **options: Any
+) -> Model:
+    """A stored model.
+
+    Args:
+        folder: As ``save_pretrained`` or a stage left it.
+        vision: The encoder that was given as a module, where one was.
+        preprocess: Its preprocessing.
+        **options: Of :func:`mmphi.models.checkpoint.load_checkpoint`.
+
+    Raises:
+        ModelError: If a part cannot be had, or is not what it was.
+    """
+    from mmphi.models.checkpoint import load_checkpoint, read_description
+
+    stored = read_description(folder).get("vision", {})
+    if vision is not None and "encoder" not in stored:
+        raise ModelError(f"the model in {folder} has its own vision encoder", "leave vision out")
+    if "encoder" in stored and (vision is not None or str(stored["encoder"]).startswith(TIMM)):
+        encoder = CustomEncoder(vision, preprocess, stored["encoder"]) if vision else timm_encoder(stored["encoder"])
+        encoder.check(stored["encoder"], stored["fingerprint"])
+        options["features"] = CachedFeatures(encoder)
+    model = load_checkpoint(folder, kind=Model, **options)
+    assert isinstance(model, Model)
+    return model
+
+
+def _language(given: Any, tokenizer: Any, prompt: str, precision: str, device: torch.device) -> LanguageModel:
+    if isinstance(given, LanguageModel):
+        return given
+    if isinstance(given, str | Path):
+        chosen = _checked(LanguageSettings, "language", {"model": str(given), "prompt": prompt, "precision": precision})
+        return load_language_model(chosen, None, device)
+    if not hasattr(given, "get_input_embeddings"):
+        raise ModelError(
+            f"language is a {type(given).__name__}", "give a hub name, a folder, or a causal LM of transformers"
+        )
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        name = str(getattr(given, "name_or_path", ""))
+        if not name:
+            raise ModelError("the language model comes without a tokenizer", "give tokenizer=...")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return wrap_language_model(given, tokenizer, prompt)
+
+
+def _vision(
+    given: Any,
+    preprocess: Callable[[Any], Any] | None,
+    settings: dict[str, Any],
+    device: torch.device,
+    gigabytes: float,
+) -> tuple[ImageFeatures, VisionReference]:
+    if isinstance(given, str | Path) and not str(given).startswith(TIMM):
+        chosen = _checked(VisionSettings, "vision", {"model": str(given), **settings})
+        encoder = load_vision_encoder(chosen).to(device)
+        return CachedFeatures(encoder, gigabytes), VisionReference(chosen, encoder.digest)
+    if settings:
+        raise SettingsError(f"{', '.join(settings)}: no such settings of this encoder", "see help(mmphi.join)")
+    if isinstance(given, str | Path):
+        custom = timm_encoder(str(given)).to(device)
+    elif isinstance(given, nn.Module):
+        custom = CustomEncoder(given, preprocess)
+    elif all(hasattr(given, name) for name in ("get", "tokens", "width", "digest")):
+        return given, VisionReference(VisionSettings(), given.digest, encoder=type(given).__name__)
+    else:
+        raise ModelError(
+            f"vision is a {type(given).__name__}", "give the name of an open_clip model, timm/NAME, or a torch module"
+        )
+    reference = VisionReference(VisionSettings(), custom.digest, encoder=custom.name, fingerprint=custom.fingerprint)
+    return CachedFeatures(custom, gigabytes), reference
+
+
+def _asked_by(vision: VisionReference, question: str) -> VisionReference:
+    from dataclasses import replace
+
+    return replace(vision, question=question)
+
+
+def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> Any:
+    """Settings of a section.
+
+    Raises:
+        SettingsError: If there is no such setting, or its value is out of bounds.
+    """
+    if unknown := [name for name in values if name not in kind.model_fields]:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], kind.model_fields, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"`mmphi {section} --help` lists them"
+        raise SettingsError(f"there is no setting {section}.{unknown[0]}", hint)
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise SettingsError(
+            "; ".join(f"{section}.{e['loc'][0] if e['loc'] else ''}: {e['msg']}" for e in error.errors())
+        ) from error
+
+
+class _MetricsTracker(SilentTracker):
+    """Metrics to a function, messages to the logger ``mmphi``."""
+
+    def __init__(self, record: Metrics) -> None:
+        self.record = record
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self.record(values, step)
+
+    def say(self, line: str) -> None:
+        logging.getLogger("mmphi").info(line)
+
+
+def _tracker(logger: str | Metrics | Tracker | None) -> Tracker:
+    if logger is None:
+        return _MetricsTracker(lambda _values, _step: None)
+    if logger == "mlflow":
+        import mlflow
+
+        def record(values: Mapping[str, float], step: int) -> None:
+            mlflow.log_metrics(dict(values), step=step)
+
+        return _MetricsTracker(record)
+    if callable(logger):
+        return _MetricsTracker(logger)
+    if isinstance(logger, str) or not hasattr(logger, "metrics"):
+        raise SettingsError(f"logger is {logger!r}", 'give "mlflow", a function of metrics and step, or a Tracker')
+    return logger

@@ -1,0 +1,38 @@
+"""The section of the projector between image features and language model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmphi.config.section import setting
+from mmphi.config.shared import ConversationSettings
+
+
+class ProjectorSettings(ConversationSettings):
+    """The layers between image features and language model, trained with both frozen."""
+
+    features: Literal["cached", "live"] = setting("cached", "stored features, or computed anew every step")
+    layers: int = setting(2, "linear layers: 1 is linear, 2 is LLaVA-1.5's", unit="layers", ge=1, le=8)
+    width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
+    parameters: int = setting(0, "choose the hidden width that comes nearest to this size; 0 takes `width`", ge=0)
+    activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
+    norm: bool = setting(False, "normalise every feature vector before the first layer")
+    dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
+    compile: Literal["auto", "yes", "no"] = setting(
+        "auto", "let torch compile the frozen language model's layers; auto: on a GPU, in 16 bit", matters=False
+    )
+    views: int = setting(
+        1, "views of each training image in turn: itself, and parts of it, mirrored by half", ge=1, introduced=1
+    )
+    whiten: bool = setting(
+        False, "give every channel of the features mean 0 and spread 1 over the training images", introduced=False
+    )
+    align_steps: int = setting(
+        0,
+        "steps before, in which features learn to name the words of captions; 0 for none",
+        unit="steps",
+        ge=0,
+        introduced=0,
+    )
+    align_batch_size: int = setting(128, "images per such step", unit="images", ge=1, introduced=128)
+    align_learning_rate: float = setting(2e-3, "peak learning rate of these steps", gt=0, le=1, introduced=2e-3)

@@ -1,0 +1,139 @@
+"""Training examples made of Python objects: images in memory or files, with texts or conversations about them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmphi.data.schema import Example, ImageRef, Split, Turn
+from mmphi.data.turns import parse_row
+from mmphi.errors import DataError, ImageError
+
+SOURCE = "memory"
+PIXELS = b"\x93NUMPY"  # How the content of an image begins that is a tensor of pixels.
+FORMS = "(image, text), (image, question, answer), or a row with 'messages' or 'conversations'"
+
+
+def image_reference(image: Any) -> ImageRef:
+    """A reference to an image.
+
+    Args:
+        image: A path, the bytes of an image file, a PIL image, or an array (H, W, 3) or (H, W) of uint8. A torch
+            tensor (C, H, W) is taken as pixels that are preprocessed already.
+
+    Raises:
+        ImageError: If it is none of these.
+    """
+    if isinstance(image, ImageRef):
+        return image
+    if isinstance(image, str | Path):
+        return ImageRef(str(image), Path(image))
+    content = image_content(image)
+    return ImageRef(hashlib.sha256(content).hexdigest(), Path(), content=content)
+
+
+def image_content(image: Any) -> bytes:
+    """The content of an image in memory, without loss.
+
+    Args:
+        image: As of :func:`image_reference`, without paths.
+
+    Raises:
+        ImageError: If it is none of these.
+    """
+    if isinstance(image, bytes | bytearray):
+        return bytes(image)
+    buffer = io.BytesIO()
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 3:
+            raise ImageError("no image", f"pixels have shape (C, H, W), this tensor has {tuple(image.shape)}")
+        np.save(buffer, image.detach().cpu().numpy(), allow_pickle=False)
+        return buffer.getvalue()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ImageError("no image", f"an array of an image is uint8, this one is {image.dtype}")
+        try:
+            image = Image.fromarray(image)
+        except TypeError as error:
+            raise ImageError("no image", f"an array of an image is (H, W, 3), this one is {image.shape}") from error
+    if not isinstance(image, Image.Image):
+        raise ImageError("no image", f"{type(image).__name__} is no path, bytes, PIL image, array or tensor")
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def pixels_in(content: Path | bytes) -> torch.Tensor | None:
+    """The pixels (C, H, W) of a tensor that :func:`image_reference` was given; ``None`` for any other image."""
+    if not isinstance(content, bytes) or not content.startswith(PIXELS):
+        return None
+    return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
+
+
+def examples_of(rows: Iterable[Any], split: Split = "train") -> list[Example]:
+    """Conversations about images.
+
+    Args:
+        rows: Each ``(image, text)`` (a caption), ``(image, question, answer)``, where image may be a list of images or
+            ``None``; a mapping with ``messages`` as OpenAI has them or ``conversations`` as LLaVA has them; or an
+            :class:`~mmphi.data.schema.Example`.
+        split: Split of all rows but those that are examples already.
+
+    Raises:
+        DataError: Naming the row that cannot be used.
+    """
+    examples = []
+    for number, row in enumerate(rows):
+        try:
+            examples.append(row if isinstance(row, Example) else _example(row, str(number), split))
+        except DataError as error:
+            raise DataError(f"row {number}: {error.what}", error.hint) from error
+    return examples
+
+
+def _example(row: Any, name: str, split: Split) -> Example:
+    if isinstance(row, Mapping):
+        return _conversation(row, name, split)
+    if not isinstance(row, Sequence) or isinstance(row, str | bytes) or len(row) not in (2, 3):
+        raise DataError(f"a row is {FORMS}, not a {type(row).__name__}")
+    question, answer = row[1:] if len(row) == 3 else ("", row[1])
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise DataError("questions and answers are texts")
+    if not answer.strip():
+        raise DataError("the answer is empty")
+    return Example(name, _images(row[0]), (Turn(question, answer),), SOURCE, split)
+
+
+def _images(given: Any) -> tuple[ImageRef, ...]:
+    if given is None:
+        return ()
+    return tuple(image_reference(each) for each in (given if isinstance(given, list | tuple) else [given]))
+
+
+def _conversation(row: Mapping[str, Any], name: str, split: Split) -> Example:
+    """A row of LLaVA's or OpenAI's form, whose images may be objects."""
+    objects: dict[str, Any] = {}
+
+    def placed(value: Any) -> Any:
+        """The same row, with a name in place of each image."""
+        if isinstance(value, Mapping):
+            if value.get("type") == "image" and "image" in value:
+                return {**value, "image": placed(value["image"])}
+            return {key: placed(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [placed(each) for each in value]
+        if value is None or isinstance(value, str | int | float | bool):
+            return value
+        key = f"object {len(objects)}"
+        objects[key] = value
+        return key
+
+    parsed = parse_row(placed(row), lambda _: None)
+    images = tuple(image_reference(objects.get(image, image)) for image in parsed.images)
+    return Example(str(row.get("id", name)), images, tuple(parsed.turns), SOURCE, split)

@@ -1,0 +1,70 @@
+"""The training batches of a multimodal model, made of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mmphi.config.shared import ConversationSettings
+from mmphi.data.schema import Example
+from mmphi.data.tokenized_dataset import Subset, TokenizedDataset, tokenized_examples
+from mmphi.errors import DataError
+from mmphi.models.multimodal import Multimodal
+from mmphi.training.packed_dataset import PackedStepDataset, packed_dataset
+
+Choose = Callable[[Sequence[Example]], Sequence[int]]
+S = TypeVar("S", bound=ConversationSettings)
+
+
+def training_rows(examples: Sequence[Example]) -> list[Example]:
+    """The examples of the training split, in order."""
+    return [example for example in examples if example.split == "train"]
+
+
+def tokenize_training_rows(model: Multimodal, examples: Sequence[Example], max_length: int) -> TokenizedDataset:
+    """The conversations of the training split as token sequences.
+
+    Args:
+        model: Gives the prompt, the tokenizer and the number of tokens of each image.
+        examples: Conversations of all splits.
+        max_length: Longest sequence, in tokens; longer conversations are listed in ``left_out``.
+    """
+    return tokenized_examples(training_rows(examples), model.language.prompt, model.length, max_length)
+
+
+def conversation_dataset(
+    model: Multimodal,
+    sequences: TokenizedDataset,
+    settings: S,
+    *,
+    choose: Choose | None = None,
+    views: int = 1,
+) -> tuple[PackedStepDataset, S]:
+    """The batches of a training, in the order of its steps.
+
+    Args:
+        model: Gives the features of images and the layout of packed rows.
+        sequences: Those of :func:`tokenize_training_rows`.
+        settings: Of the training.
+        choose: From the examples to the indices that are trained on, in any number; all of them by default.
+        views: Views of each image, in turn.
+
+    Returns:
+        The batches, and the settings with the number of steps that ``supervised_tokens`` amounts to.
+
+    Raises:
+        DataError: If no conversation is left.
+    """
+    kept = sequences.kept
+    if not len(kept):
+        raise DataError(
+            f"no training conversation fits in {settings.max_length} tokens, or there is none", "raise max_length"
+        )
+    samples = Subset(sequences, choose(kept) if choose is not None else range(len(kept)))
+    how: dict[str, Any] = {"layout": model.packed.layout, "views": views, "together": settings.together}
+    how |= {"contrast": settings.contrast, "contrast_from": settings.contrast_from}
+    dataset = packed_dataset(samples, model.sources, settings, **how)
+    if settings.supervised_tokens:
+        settings = settings.model_copy(update={"steps": dataset.until(settings.supervised_tokens)})
+        dataset = packed_dataset(samples, model.sources, settings, **how)
+    return dataset, settings

@@ -1,0 +1,149 @@
+"""Training of a projector between image features and a frozen language model.
+
+Liu et al. 2023 (arXiv 2304.08485) train this projector first, on captions. The settings are those of
+:class:`mmphi.config.projector.ProjectorSettings`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from mmphi.config.projector import ProjectorSettings
+from mmphi.data.features import ImageFeatures
+from mmphi.data.schema import Example
+from mmphi.data.tokenized_dataset import TokenizedDataset
+from mmphi.errors import DataError
+from mmphi.models.language.compiling import compiled_layers, should_compile
+from mmphi.models.language.language_model import LanguageModel
+from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.tracking.tracker import SilentTracker, Tracker
+from mmphi.training.conversation_dataset import Choose, conversation_dataset, tokenize_training_rows
+from mmphi.training.conversation_validation import ConversationValidation, log_packing
+from mmphi.training.projector_warmup import align_to_captions
+from mmphi.training.trainer import train
+
+FEATURE_BYTES = 2  # They are stored in half precision.
+STATISTICS_IMAGES, STATISTICS_BATCH = 4096, 256  # Images that means and spreads of features are taken from.
+
+
+@dataclass(frozen=True)
+class ProjectorTraining:
+    """The result of a training.
+
+    Attributes:
+        steps: Optimiser steps taken.
+        result_step: Step whose weights are the result.
+        figures: Validation figures of the result; empty without a validation split.
+    """
+
+    steps: int
+    result_step: int
+    figures: Mapping[str, float]
+
+
+def new_projector(
+    language: LanguageModel, features: ImageFeatures, settings: ProjectorSettings, examples: Sequence[Example]
+) -> Projector:
+    """A projector with seeded weights, standardised on the training images where the settings ask for it.
+
+    Args:
+        language: Its width is the output width.
+        features: Their width is the input width.
+        settings: Seed and shape.
+        examples: Conversations of all splits.
+    """
+    torch.manual_seed(settings.seed)
+    shape = {name: getattr(settings, name) for name in ("layers", "width", "activation", "norm", "dropout", "whiten")}
+    config = ProjectorConfig(features.width, language.width, **shape)
+    projector = Projector(config.of_size(settings.parameters) if settings.parameters else config)
+    projector.fit(_training_features(features, examples))
+    return projector
+
+
+def _training_features(features: ImageFeatures, examples: Sequence[Example]) -> Iterator[Tensor]:
+    """Batches (images, tokens, width) of features of training images, of some thousand images at most."""
+    images = list({e.image.id: e.image for e in examples if e.split == "train" and e.image is not None}.values())
+    some = images[:: -(-len(images) // STATISTICS_IMAGES)] if images else []
+    for first in range(0, len(some), STATISTICS_BATCH):
+        yield features.get(some[first : first + STATISTICS_BATCH])
+
+
+def train_projector(
+    model: Multimodal,
+    examples: Sequence[Example],
+    settings: ProjectorSettings,
+    *,
+    tracker: Tracker | None = None,
+    folder: Path | None = None,
+    sequences: TokenizedDataset | None = None,
+    choose: Choose | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+) -> ProjectorTraining:
+    """Train the projector of a model; its language model stays frozen.
+
+    Args:
+        model: Made with the projector of :func:`new_projector`; changed in place.
+        examples: Conversations of all splits; those of the validation split are only measured.
+        settings: Steps, batch size, learning rate, ...
+        tracker: Where metrics, tables and messages go; by default nowhere.
+        folder: For checkpoints, from which a later call resumes; a temporary folder by default.
+        sequences: The training conversations, where they are tokenised already.
+        choose: From training conversations to the indices that are trained on; all of them by default.
+        callbacks: Further callbacks of transformers' Trainer.
+        progress: Whether progress bars are shown.
+
+    Raises:
+        DataError: If no training conversation has an image, or fits in ``max_length``.
+        TrainingError: If the loss becomes NaN or infinite.
+    """
+    tracker = tracker or SilentTracker()
+    projector, features = model.projector, model.features
+    assert projector is not None
+    assert features is not None
+    if not any(e.images for e in examples if e.split == "train"):
+        raise DataError("no training example has an image", "check the data")
+    with ExitStack() as stack:
+        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmphi-")))
+        log_packing(model, "projector", tracker)
+        if settings.align_steps:
+            align_to_captions(model, examples, settings, tracker=tracker, folder=folder, progress=progress)
+            torch.manual_seed(settings.seed)  # The same draws follow whether the alignment was resumed or not.
+        if sequences is None:
+            sequences = tokenize_training_rows(model, examples, settings.max_length)
+        dataset, settings = conversation_dataset(model, sequences, settings, choose=choose, views=settings.views)
+        figures = {
+            "parameters": sum(p.numel() for p in projector.parameters()),
+            "image_tokens": features.tokens,
+            "feature_bytes_per_image": features.tokens * features.width * FEATURE_BYTES,
+            "supervised_tokens": dataset.supervised(),
+        }
+        tracker.metrics({f"projector/{name}": value for name, value in figures.items()})
+        validation = ConversationValidation(model, examples, settings, tracker)
+        compiled = should_compile(settings.compile, model.packed, settings.steps)
+        stack.enter_context(model.packed.recomputing(settings.gradient_checkpointing))
+        stack.enter_context(
+            compiled_layers(model.packed, compiled and not settings.gradient_checkpointing, tracker.say)
+        )
+        trained = train(
+            model.packed,
+            dataset,
+            settings,
+            folder=folder,
+            tracker=tracker,
+            title="projector",
+            validate=validation or None,
+            callbacks=callbacks,
+            keep_best=settings.result == "best",
+            progress=progress,
+        )
+    return ProjectorTraining(trained.steps, trained.best, trained.figures or validation.figures)

@@ -1,0 +1,277 @@
+"""The library: a user's own encoder, language model and data in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import small
+import torch
+from builders import byte_tokenizer, tiny_language
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import mmphi
+from mmphi.api import Model
+from mmphi.config.projector import ProjectorSettings
+from mmphi.data.features import FeatureStore
+from mmphi.data.in_memory import examples_of, image_reference
+from mmphi.errors import DataError, ImageError, ModelError, SettingsError
+from mmphi.models.multimodal import Multimodal
+from mmphi.stages.shared_models import read
+
+COLORS = {"red": (200, 40, 40), "green": (40, 160, 40), "blue": (40, 60, 200), "grey": (120, 120, 120)}
+PAIRS = [(Image.new("RGB", (20, 20), color), name) for name, color in COLORS.items()]
+QUICK: dict[str, Any] = {"steps": 30, "batch_size": 4, "learning_rate": 1e-2, "progress": False}
+
+
+class Patches(nn.Module):
+    """The mean color of each of 2 x 2 patches, scaled: features (N, 4, 3)."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.scale * nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(2).transpose(1, 2)
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1) / 255
+
+
+def joined(**options: Any) -> Model:
+    options = {"vision": Patches(), "preprocess": pixels_of, "max_length": 64, **options}
+    language = tiny_language()
+    return mmphi.join(language.model, tokenizer=byte_tokenizer(), **options)
+
+
+def test_a_module_and_pairs_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, seen = joined(), []
+    before = model.loss(PAIRS)
+    trained = model.fit(PAIRS, validation=PAIRS, eval_every=10, logger=lambda *given: seen.append(given), **QUICK)
+    assert trained.steps == 30
+    assert trained.figures["val/loss"] == pytest.approx(model.loss(PAIRS), rel=1e-3)
+    assert model.loss(PAIRS) < before - 0.5
+    assert {step for values, step in seen if "val/loss" in values} >= {10, 20, 30}
+    answers = {model.ask("", image, max_new_tokens=6) for image, _ in PAIRS}
+    assert len(answers) > 1
+    as_messages = [{"role": "user", "content": [{"type": "image", "image": PAIRS[0][0]}]}]
+    assert model.chat(as_messages, max_tokens=6) == model.ask("", PAIRS[0][0], max_new_tokens=6)
+    assert "".join(model.stream(as_messages, max_tokens=6)) == model.ask("", PAIRS[0][0], max_new_tokens=6)
+    assert model.image_features(PAIRS[0][0], PAIRS[1][0]).shape == (2, 4, 3)
+    assert model.evaluate(PAIRS)["test/loss"] == pytest.approx(model.loss(PAIRS), rel=1e-3)
+    assert list(tmp_path.iterdir()) == []  # Nothing is written unless it is asked for.
+
+
+def test_what_is_saved_loads_in_another_process(tmp_path: Path) -> None:
+    model = joined()
+    model.fit(PAIRS, **QUICK)
+    model.save_pretrained(tmp_path / "saved")
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "import test_api, mmphi\n"
+        "model = mmphi.load(sys.argv[1], vision=test_api.Patches(), preprocess=test_api.pixels_of)\n"
+        "print(model.loss(test_api.PAIRS), model.ask('', test_api.PAIRS[0][0], max_new_tokens=6))"
+    )
+    paths = [str(Path(__file__).parent), str(Path(small.__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "saved"), *paths], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    loss, _, answer = done.stdout.strip().partition(" ")
+    assert float(loss) == pytest.approx(model.loss(PAIRS), rel=1e-3)
+    assert answer == model.ask("", PAIRS[0][0], max_new_tokens=6)
+    with pytest.raises(ModelError, match=r"(?s)Patches.*give it again"):
+        mmphi.load(tmp_path / "saved")
+    with pytest.raises(ModelError, match="its features differ"):
+        mmphi.load(tmp_path / "saved", vision=Patches(2.0), preprocess=pixels_of)
+    (tmp_path / "saved" / "mmphi.json").write_text('{"format": 3}')
+    with pytest.raises(ModelError, match=r"(?s)has format 3, not 1 or 2.*update mmphi"):
+        mmphi.load(tmp_path / "saved")
+
+
+def test_a_loaded_model_goes_on_learning(tmp_path: Path) -> None:
+    model = joined()
+    model.fit(PAIRS, **QUICK | {"steps": 5})
+    model.save_pretrained(tmp_path / "saved")
+    again = mmphi.load(tmp_path / "saved", vision=Patches(), preprocess=pixels_of)
+    before = again.loss(PAIRS)
+    again.fit(PAIRS, **QUICK)
+    assert again.loss(PAIRS) < before
+    with pytest.raises(SettingsError, match="layers: the projector is there already"):
+        again.fit(PAIRS, layers=3)
+
+
+def test_the_stage_and_the_library_train_the_same_weights(small_chain: Path, tmp_path: Path) -> None:
+    with small.built("projector", small_chain, tmp_path / "store") as pipeline:
+        settings = small.settings()
+        stages = {name: pipeline.build(name, settings) for name in ("scenes", "pretrain", "embed", "projector")}
+        language = pipeline.build("pretrain", settings).path / "language"
+    chosen = settings.projector
+    assert isinstance(chosen, ProjectorSettings)
+    examples, _ = read(lambda _: settings.data, {"scenes": stages["scenes"]})  # type: ignore[arg-type]  # Sections alone.
+    torch.set_num_threads(1)
+    own = chosen.model_dump(exclude={"features"})
+    shape = {
+        name: own.pop(name) for name in ("layers", "width", "activation", "norm", "dropout", "whiten", "parameters")
+    }
+    model = mmphi.join(language, FeatureStore(stages["embed"].path), max_length=chosen.max_length, **shape)
+    model.fit(examples, **own)
+    expected = load_file(stages["projector"].path / "projector.safetensors")
+    found = model.projector.state_dict() if model.projector is not None else {}
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_an_adapter_is_trained_on_a_projectors_model() -> None:
+    model = joined()
+    with pytest.raises(ModelError, match="the projector is not trained yet"):
+        model.fit(PAIRS, adapter=True)
+    model.fit(PAIRS, **QUICK | {"steps": 5})
+    before = model.loss(PAIRS)
+    model.fit(PAIRS, adapter=True, rank=4, **QUICK)
+    assert model.loss(PAIRS) < before
+    with pytest.raises(ModelError, match="has an adapter already"):
+        model.fit(PAIRS, adapter=True)
+
+
+def test_forms_of_rows(tmp_path: Path) -> None:
+    image = Image.new("RGB", (9, 9), (1, 2, 3))
+    path = tmp_path / "one.png"
+    image.save(path)
+    user = [{"type": "text", "text": "which?"}, {"type": "image", "image": image}]
+    rows = [
+        (image, "a square"),
+        (path, "which?", "a square"),
+        (None, "two and two?", "four"),
+        ([image, np.array(image)], "both"),
+        {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": "a square"}]},
+        {
+            "image": image,
+            "conversations": [{"from": "human", "value": "<image>\nwhich?"}, {"from": "gpt", "value": "1"}],
+        },
+    ]
+    examples = examples_of(rows)
+    assert [len(e.images) for e in examples] == [1, 1, 0, 2, 1, 1]
+    assert [e.turns[0].answer for e in examples] == ["a square", "a square", "four", "both", "a square", "1"]
+    pictures = {e.images[0].id for e in examples if e.images and e.images[0].content}
+    assert len(pictures) == 1  # One picture is one image, however it comes.
+    assert image_reference(np.array(image)).id in pictures
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (("a",), "row 1: a row is"),
+        ((Image.new("RGB", (9, 9)), ""), "row 1: the answer is empty"),
+        ((3, "three"), "int is no path, bytes, PIL image"),
+        ((np.zeros((4, 4, 3)), "floats"), "uint8, this one is float64"),
+        ({"text": "x"}, "row 1: no list called conversations or messages"),
+    ],
+)
+def test_rows_that_cannot_be_used(row: Any, words: str) -> None:
+    with pytest.raises((DataError, ImageError), match=words):
+        examples_of([PAIRS[0], row])
+
+
+def test_tensors_are_pixels_of_an_encoder_without_preprocessing() -> None:
+    model = joined(preprocess=None)
+    pairs = [(pixels_of(image), name) for image, name in PAIRS]
+    model.fit(pairs, **QUICK)
+    assert model.ask("", pairs[0][0], max_new_tokens=4) == model.ask("", pairs[0][0], max_new_tokens=4)
+    with pytest.raises(ModelError, match=r"Patches has no preprocessing"):
+        model.ask("", PAIRS[0][0])
+    with pytest.raises(ImageError, match="the pixels have the shapes"):
+        model.fit([(torch.rand(3, 8, 8), "one"), (torch.rand(3, 9, 9), "two")], **QUICK)
+
+
+class Odd(nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layer": 3}, "layer: no such settings of this encoder"),
+        ({"vision": Odd()}, r"Odd gives \(1, 3, 8, 8\) for 1 images"),
+        ({"vision": 3}, "vision is a int"),
+        ({"vision": "timm/vit_tinny"}, "did you mean .*vit_tiny"),
+        ({"preprocess": lambda image: torch.zeros(3)}, r"preprocess gives shape \(3,\)"),
+        ({"projector": nn.Linear(3, 5)}, "not .2, 32."),
+        ({"projector": nn.Linear(3, 32), "layers": 2}, "layers beside projector"),
+    ],
+)
+def test_parts_that_do_not_fit(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ModelError, SettingsError), match=words):
+        joined(**options)
+
+
+def test_unknown_settings_and_values_out_of_bounds() -> None:
+    with pytest.raises(SettingsError, match=r"(?s)projector\.step\b.*did you mean steps"):
+        joined().fit(PAIRS, step=3)
+    with pytest.raises(SettingsError, match=r"projector\.steps: Input should be greater"):
+        joined().fit(PAIRS, steps=0)
+    with pytest.raises(SettingsError, match="logger is 'wandb'"):
+        joined().fit(PAIRS, logger="wandb", **QUICK)
+
+
+def test_a_projector_of_ones_own_is_trained_and_not_saved(tmp_path: Path) -> None:
+    model = joined(projector=nn.Linear(3, 32))
+    before = model.loss(PAIRS)
+    model.fit(PAIRS, **QUICK)
+    assert model.loss(PAIRS) < before
+    with pytest.raises(ModelError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "mmphi.json").exists()
+
+
+def test_a_run_of_mlflow_is_recorded_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with mlflow.start_run() as run:
+        joined().fit(PAIRS, logger="mlflow", log_every=1, **QUICK)
+    metrics = mlflow.get_run(run.info.run_id).data.metrics
+    assert {"train/loss", "projector/parameters"} <= set(metrics)
+
+
+def test_a_training_resumes_from_its_folder(tmp_path: Path) -> None:
+    with small.interrupted_after(10):
+        joined().fit(PAIRS, folder=tmp_path / "run", save_every=5, **QUICK)
+    resumed, whole = joined(), joined()
+    resumed.fit(PAIRS, folder=tmp_path / "run", save_every=5, **QUICK)
+    whole.fit(PAIRS, **QUICK)
+    assert resumed.loss(PAIRS) == pytest.approx(whole.loss(PAIRS), abs=1e-6)
+
+
+def test_neither_mlflow_nor_optuna_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "import test_api\n"
+        "for name in ('mlflow', 'optuna', 'mmphi.pipeline.build', 'mmphi.stages', 'mmphi.cli'):\n"
+        "    sys.modules.pop(name, None)\n"
+        "    sys.modules[name] = None\n"  # An import of it fails.
+        "model = test_api.joined(); model.fit(test_api.PAIRS, **test_api.QUICK); print(model.loss(test_api.PAIRS))"
+    )
+    paths = [str(Path(__file__).parent), str(Path(small.__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_model_that_loads_is_one_that_can_be_trained(small_chain: Path, tmp_path: Path) -> None:
+    with small.built("projector", small_chain, tmp_path) as pipeline:
+        folder = pipeline.build("projector", small.settings()).path
+    assert isinstance(mmphi.load(folder), Model)
+    assert isinstance(Model.from_pretrained(folder), Multimodal)
