@@ -25,13 +25,16 @@ def preprocess(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.resize((32, 32)))).permute(2, 0, 1) / 255
 
 
-model = mmphi.join(language=sys.argv[1], vision=Patches(), preprocess=preprocess, max_length=64)
-images = {name: Image.new("RGB", (32, 32), color) for name, color in COLORS.items()}
-pairs = [(image, f"a {name} square") for name, image in images.items()]
-model.fit(pairs, validation=pairs, steps=40, batch_size=4, learning_rate=5e-3, eval_every=40)
-for name, image in images.items():
-    print(f"{name}: {model.ask('', image)}")
-print(f"loss {model.loss(pairs):.3f} nats per token")
-model.save_pretrained("own_encoder")
-again = mmphi.load("own_encoder", vision=Patches(), preprocess=preprocess)
-print(f"loaded: {again.ask('', images['red'])}")
+def main(language: str) -> None:
+    model = mmphi.join(language=language, vision=Patches(), preprocess=preprocess, max_length=64)
+    pairs = [(Image.new("RGB", (32, 32), color), f"a {name} square") for name, color in COLORS.items()]
+    model.fit(pairs, validation=pairs, steps=40, batch_size=4, learning_rate=5e-3, eval_every=40)
+    for image, text in pairs:
+        print(f"{text}: {model.ask('', image, max_new_tokens=8)}")
+    model.save_pretrained("own_encoder")
+    again = mmphi.load("own_encoder", vision=Patches(), preprocess=preprocess)
+    print(f"loss {model.loss(pairs):.3f} nats per token, of the loaded model {again.loss(pairs):.3f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
