@@ -122,6 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # `mmphi ... | head` has read enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except ModuleNotFoundError as error:
+            from mmphi.extras import missing_package
+
+            install = missing_package(error)
+            if not install:
+                raise
+            print(f"error: the package {error.name} is not installed\n  {install}", file=sys.stderr)
+            return USER_ERROR
         except Exception as error:
             from mmphi.tracking.error_messages import store_error
 

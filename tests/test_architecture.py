@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the lowest layer to the highest; a package may import packages of its own layer and of lower ones.
 LAYERS = [
-    {"errors", "allocator"},
+    {"errors", "allocator", "extras"},
     {"config"},
     {"text"},
     {"data"},
@@ -128,4 +128,5 @@ def test_few_modules_are_outside_a_package() -> None:
         "cli",
         "describe",
         "errors",
+        "extras",
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmphi.errors import SettingsError
+from mmphi.extras import source
 
 ANSWER_S = 5.0
 
@@ -47,7 +48,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise SettingsError("Ray is not installed", "pip install 'mmphi[ray]', on every machine") from error
+        raise SettingsError("Ray is not installed", f"pip install '{source()}[ray]', on every machine") from error
     return ray
 
 

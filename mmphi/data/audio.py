@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import av
 import numpy as np
 import numpy.typing as npt
 
@@ -83,7 +82,7 @@ def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, 
                 count += len(piece[0])
                 if count > max_seconds * rate:
                     raise _too_long(name, count / rate, max_seconds)
-        except (av.error.FFmpegError, ValueError) as error:
+        except (_av().error.FFmpegError, ValueError) as error:
             broken.append(_what(error))
     if not count:
         why = f": {broken[0]}" if broken else ""
@@ -111,6 +110,13 @@ def audio_seconds(source: Path | str | bytes) -> float | None:
         return _seconds_said(container, _stream(container, name), source)
 
 
+def _av() -> Any:
+    """PyAV, imported when a recording is opened: the extra ``audio`` installs it."""
+    import av
+
+    return av
+
+
 def _opened(source: Path | str | bytes, name: str) -> Any:
     if not isinstance(source, bytes):
         path = Path(source)
@@ -123,8 +129,8 @@ def _opened(source: Path | str | bytes, name: str) -> Any:
     try:
         given = io.BytesIO(source) if isinstance(source, bytes) else str(source)
         protocols = PROTOCOLS["bytes" if isinstance(source, bytes) else "file"]
-        return av.open(given, mode="r", options={"protocol_whitelist": protocols, "format_whitelist": DEMUXERS})
-    except (av.error.FFmpegError, ValueError, UnicodeError) as error:
+        return _av().open(given, mode="r", options={"protocol_whitelist": protocols, "format_whitelist": DEMUXERS})
+    except (_av().error.FFmpegError, ValueError, UnicodeError) as error:
         raise AudioError(
             "not audio", f"{name} is no recording that can be read: {_what(error)}", "give WAV, FLAC, MP3, OGG or M4A"
         ) from error
@@ -153,7 +159,7 @@ def _seconds_said(container: Any, stream: Any, source: Path | str | bytes) -> fl
         return None
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    return container.duration / av.time_base if container.duration and container.duration > 0 else None
+    return container.duration / _av().time_base if container.duration and container.duration > 0 else None
 
 
 def _mp3_says(source: Path | str | bytes) -> bool:
@@ -177,7 +183,7 @@ def _frames(container: Any, stream: Any, broken: list[str]) -> Iterator[Any]:
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
-        except (av.error.FFmpegError, ValueError) as error:
+        except (_av().error.FFmpegError, ValueError) as error:
             broken.append(_what(error))
             continue
         yield from frames
@@ -196,7 +202,7 @@ def _resampled(frames: Iterator[Any], rate: int, name: str) -> Iterator[tuple[Sa
         if now != before:
             if resampler is not None:
                 yield from _pieces(resampler, None, before[2], name)
-            resampler, before = av.AudioResampler(format="flt", layout=frame.layout, rate=rate), now
+            resampler, before = _av().AudioResampler(format="flt", layout=frame.layout, rate=rate), now
         yield from _pieces(resampler, frame, now[2], name)
     if resampler is not None:
         yield from _pieces(resampler, None, before[2], name)

@@ -16,6 +16,7 @@ from mmphi.data.features import ImageFeatures
 from mmphi.data.schema import AudioRef, Example, ImageRef
 from mmphi.data.tokenized_dataset import image_inputs, tokenize_example
 from mmphi.errors import ModelError
+from mmphi.extras import missing_package
 from mmphi.generation.batch_generate import BAR_AFTER_S, GeneratedAnswer, batch_generate
 from mmphi.generation.chat_mixin import ChatMixin
 from mmphi.models.audio.audio_projector import SpeechProjection, identity_projection
@@ -128,7 +129,13 @@ class Multimodal(ChatMixin):
             ModelError: If this model does not hear.
         """
         if callable(self._audio_source):
-            self._audio_source = self._audio_source()
+            try:
+                self._audio_source = self._audio_source()
+            except ModuleNotFoundError as error:
+                install = missing_package(error)
+                if not install:
+                    raise
+                raise ModelError(f"the package {error.name}, which reads audio, is not installed", install) from error
         if self._audio_source is None:
             raise ModelError("this model was given nothing to hear with", "give Multimodal an audio_source")
         if self.speech is None:

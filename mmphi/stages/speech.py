@@ -109,7 +109,8 @@ def run(ctx: Context) -> Mapping[str, float]:
 def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Sequence[Example]) -> None:
     """Let frames learn to name the words that are said, before the language model takes part."""
     from mmphi.tracking.tracker import PrefixedTracker
-    from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, token_error_rate, token_vocabulary
+    from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, token_error_rate
+    from mmphi.training.token_vocabulary import token_vocabulary
     from mmphi.training.trainer import train
 
     chosen = ctx.settings(SpeechSettings)

@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from mmphi.data.features import ImageFeatures
 from mmphi.data.schema import ImageRef
 from mmphi.models.projector import Projector
-from mmphi.training.ctc_alignment import token_vocabulary
 from mmphi.training.packed_dataset import ShuffledOrder
+from mmphi.training.token_vocabulary import token_vocabulary
 from mmphi.training.training_args import world_size
 
 WORDS = 4096  # Of the language model's tokens, those that captions use most.

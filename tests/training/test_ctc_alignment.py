@@ -20,8 +20,8 @@ from mmphi.training.ctc_alignment import (
     CTCAlignmentLoss,
     collate,
     token_error_rate,
-    token_vocabulary,
 )
+from mmphi.training.token_vocabulary import token_vocabulary
 
 WORDS = [[1, 2], [2, 2], [3], [1, 3, 1]]
 LENGTHS = [4, 5, 2, 3]
