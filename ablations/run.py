@@ -28,7 +28,7 @@ def summary(plan: RevisedStudy) -> str:
     if study.tokens:
         parts.append(f"{study.tokens:,} supervised tokens each")
     section = getattr(study.settings(study.baseline), study.stage, None)
-    if steps := getattr(section, "align_steps", 0):
+    if steps := getattr(section, "alignment_steps", 0):
         parts.append(f"{steps:,} warm-up steps each, which the token budget does not count")
     return ", ".join(parts)
 

@@ -23,7 +23,7 @@ Changes = Mapping[str, Any]
 CURVES: Changes = {
     "projector.eval_every": 50,
     "projector.sample_images": 0,
-    "projector.align_steps": 0,
+    "projector.alignment_steps": 0,
     "evaluate.yes_no": 0,
     "evaluate.held_out_phrasings": False,
 }
@@ -243,7 +243,7 @@ class Study:
         values = dict(leaves(settings))
         for name in self.nuisance:
             section, _, field_name = name.rpartition(".")
-            chosen = {n: values.get(f"{section}.{n}") for n in ("optimizer", "schedule")}
+            chosen = {n: values.get(f"{section}.{n}") for n in ("optimizer", "lr_scheduler")}
             # What is tuned itself has no value yet.
             optimizer, schedule = (None if f"{section}.{n}" in self.nuisance else chosen[n] for n in chosen)
             if field_name == "muon_learning_rate" and optimizer == "adamw":
@@ -263,7 +263,7 @@ class Study:
             if field_name == "decay" and schedule is not None and schedule != "wsd":
                 raise SettingsError(
                     f"{name} is tuned, and the schedule {schedule} does not use it at level {level!r}",
-                    f"fix {section}.schedule = wsd",
+                    f"fix {section}.lr_scheduler = wsd",
                 )
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from ablations.study import BEFORE
-from mmphi.config.fields import field_of
+from mmphi.config.fields import field_of, with_current_names
 from mmphi.errors import SettingsError, StoreError
 from mmphi.stages import Settings
 
@@ -132,7 +132,8 @@ class StudyRun:
             raise StoreError(
                 f"run {self.run_id} of the study {self.name} has no {DECLARATION}", "restore its artifacts"
             )
-        return found
+        current: dict[str, Any] = with_current_names(Settings, found)
+        return current
 
     def changes(self) -> list[StudyChange]:
         """What was changed while it ran, in order."""

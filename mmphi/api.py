@@ -14,8 +14,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mmphi.config.messages import warn_renamed
 from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
+from mmphi.config.section import former_name
 from mmphi.config.shared import ConversationSettings, LanguageSettings, VisionSettings
 from mmphi.data.features import CachedFeatures, ImageFeatures
 from mmphi.data.in_memory import examples_of, image_reference
@@ -38,7 +40,7 @@ if TYPE_CHECKING:  # Training and evaluation are imported when they are used: an
 
 S = TypeVar("S", bound=ConversationSettings)
 Metrics = Callable[[Mapping[str, float], int], None]
-SHAPE = ("layers", "width", "parameters", "activation", "norm", "dropout", "whiten")
+SHAPE = ("layers", "width", "parameters", "activation", "norm", "dropout", "standardize")
 
 
 class Model(Multimodal):
@@ -208,9 +210,9 @@ def join(
         max_length: Longest sequence, in tokens; :meth:`Model.fit` may change it.
         device: ``cpu`` or ``cuda:0``, of what is loaded here; the accelerator, if there is one, by default.
         feature_cache_gb: Memory for features of images, so that each is computed once.
-        **settings: Shape of the projector (``layers``, ``width``, ``activation``, ``norm``, ``dropout``, ``whiten``),
-            and of an open_clip model ``pretrained``, ``layer``, ``cls`` and ``pool``, as ``mmphi projector --help`` has
-            them.
+        **settings: Shape of the projector (``layers``, ``width``, ``activation``, ``norm``, ``dropout``,
+            ``standardize``), and of an open_clip model ``pretrained``, ``layer``, ``cls`` and ``pool``, as ``mmphi
+            projector --help`` has them.
 
     Raises:
         ModelError: If a part cannot be had, or does not fit.
@@ -344,7 +346,10 @@ def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> An
     Raises:
         SettingsError: If there is no such setting, or its value is out of bounds.
     """
-    if unknown := [name for name in values if name not in kind.model_fields]:
+    former = {former_name(info): name for name, info in kind.model_fields.items() if former_name(info)}
+    for name in set(former) & set(values):
+        warn_renamed(f"{section}.{name}", f"{section}.{former[name]}")
+    if unknown := [name for name in values if name not in kind.model_fields and name not in former]:
         import difflib
 
         near = difflib.get_close_matches(unknown[0], kind.model_fields, n=3)

@@ -15,7 +15,10 @@ from reports.verdict import join_names
 
 TARGETS = {"initial-1": "initial - 1", "7": "7 nats", "5": "5 nats", "reference-plus-1": "reference + 1"}
 SHOWN = (
-    *(f"pretrain.{name}" for name in ("size", "context", "batch_tokens", "optimizer", "schedule", "warmup", "decay")),
+    *(
+        f"pretrain.{name}"
+        for name in ("size", "context", "batch_tokens", "optimizer", "lr_scheduler", "warmup_ratio", "decay")
+    ),
     *(f"pretrain.{name}" for name in ("weight_decay", "beta2", "max_grad_norm", "precision", "stop", "seed")),
 )
 PLACES = {"commit": "mmphi.git_commit", "uncommitted changes": "mmphi.git_dirty", "processor": "mmphi.cpu"}

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config.fields import former_names
+from mmphi.config.pretrain import PretrainSettings
 from mmphi.errors import SettingsError
 from mmphi.tracking.run_tracker import params_of
 from reports.scaling import Curve, Schedule
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 REUSES = "mmphi.reuses"
 LOSS, PUBLIC, HELD = "train/step_loss", "public/loss", "val/loss"
+# Settings under the names of earlier versions.
+CURRENT = {f"pretrain.{former}": f"pretrain.{name}" for former, name in former_names(PretrainSettings).items()}
 MARK = "pretrain/initial_loss"  # What every pretraining on a corpus has, and none on scenes.
 
 
@@ -107,8 +111,8 @@ class Pretraining:
     def schedule(self) -> Schedule:
         """Of its learning rate."""
         steps = self.metrics.get("pretrain/schedule_steps", self.params.get("pretrain.steps", 1000))
-        warmup, decay = float(self.params["pretrain.warmup"]), float(self.params.get("pretrain.decay", 0))
-        return Schedule(self.params["pretrain.schedule"], warmup, decay, int(float(steps)))
+        warmup, decay = float(self.params["pretrain.warmup_ratio"]), float(self.params.get("pretrain.decay", 0))
+        return Schedule(self.params["pretrain.lr_scheduler"], warmup, decay, int(float(steps)))
 
     def curve(self) -> Curve:
         """Its training loss, as the law of its outlook needs it."""
@@ -179,7 +183,7 @@ def _pretraining(store: RunStore, run: Run) -> Pretraining:
         name=str(run.info.run_name),
         status=str(run.info.status),
         metrics=run.data.metrics,
-        params=params_of(run),
+        params={CURRENT.get(name, name): value for name, value in params_of(run).items()},
         tags=run.data.tags,
         losses=history(LOSS),
         public=[(step, value) for step, value in history(PUBLIC) if step],

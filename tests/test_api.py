@@ -121,7 +121,8 @@ def test_the_stage_and_the_library_train_the_same_weights(small_chain: Path, tmp
     torch.set_num_threads(1)
     own = chosen.model_dump(exclude={"features"})
     shape = {
-        name: own.pop(name) for name in ("layers", "width", "activation", "norm", "dropout", "whiten", "parameters")
+        name: own.pop(name)
+        for name in ("layers", "width", "activation", "norm", "dropout", "standardize", "parameters")
     }
     model = mmphi.join(language, FeatureStore(stages["embed"].path), max_length=chosen.max_length, **shape)
     model.fit(examples, **own)

@@ -2,9 +2,18 @@
 
 from ablations.study import Study
 
-RECIPE = ("optimizer", "learning_rate", "schedule", "warmup", "beta2", "weight_decay", "batch_tokens", "context")
-ORIGINAL = {"optimizer": "adamw", "learning_rate": 6e-3, "schedule": "cosine", "warmup": 0.1, "beta2": 0.95}
-RULE = {"optimizer": "adamw", "learning_rate": 0.0, "schedule": "wsd", "warmup": 0.02, "beta2": 0.95}
+RECIPE = (
+    "optimizer",
+    "learning_rate",
+    "lr_scheduler",
+    "warmup_ratio",
+    "beta2",
+    "weight_decay",
+    "batch_tokens",
+    "context",
+)
+ORIGINAL = {"optimizer": "adamw", "learning_rate": 6e-3, "lr_scheduler": "cosine", "warmup_ratio": 0.1, "beta2": 0.95}
+RULE = {"optimizer": "adamw", "learning_rate": 0.0, "lr_scheduler": "wsd", "warmup_ratio": 0.02, "beta2": 0.95}
 
 
 def recipe(**changes: object) -> dict[str, object]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mmphi.config.section import Section
+from mmphi.config.section import Section, former_name
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 ITEM = re.compile(r"(?<=\.)(\d+|N)(?=\.|$)")
@@ -34,6 +34,7 @@ class Field:
         names: Values that are names, whatever files there are.
         bounds: ``ge``, ``gt``, ``le``, ``lt``, as far as declared.
         choices: The values allowed, where they are few.
+        key_name: Dotted name by which it stands in keys: that of the version that introduced it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Field:
     names: tuple[str, ...]
     bounds: Mapping[str, float]
     choices: tuple[str, ...]
+    key_name: str
 
     @property
     def type_name(self) -> str:
@@ -121,6 +123,7 @@ def _field(name: str, info: FieldInfo) -> Field:
         names=tuple(map(str, names)) if isinstance(names := extra.get("names"), list) else (),
         bounds={sign: getattr(m, sign) for m in info.metadata for sign in SIGNS if hasattr(m, sign)},
         choices=tuple(map(str, get_args(info.annotation))) if origin is Literal else (),
+        key_name=f"{name.rpartition('.')[0]}.{former_name(info)}" if former_name(info) else name,
     )
 
 
@@ -138,8 +141,28 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
+@cache
+def former_names(root: type[Section]) -> Mapping[str, str]:
+    """Today's dotted name of every setting that had another one in earlier versions."""
+    return {field.key_name: field.name for field in all_fields(root).values() if field.key_name != field.name}
+
+
+def current_name(root: type[Section], name: str) -> str:
+    """Today's dotted name of a setting, which may be that of an earlier version."""
+    return former_names(root).get(name, name)
+
+
+def with_current_names(root: type[Section], tree: Any) -> Any:
+    """The same tree with today's names of settings, as its keys and as its texts."""
+    if isinstance(tree, Mapping):
+        return {current_name(root, str(name)): with_current_names(root, value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [with_current_names(root, value) for value in tree]
+    return current_name(root, tree) if isinstance(tree, str) else tree
+
+
 def field_of(root: type[Section], name: str) -> Field | None:
     """The declaration of a dotted name, ``None`` where there is none; an item of a plain list has its list's."""
-    fields = all_fields(root)
+    fields, name = all_fields(root), current_name(root, name)
     declared = fields.get(canonical(name))
     return declared or fields.get(canonical(name).removesuffix(".N"))

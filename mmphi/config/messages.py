@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -94,3 +95,13 @@ def _nearest_valid(field: Field, value: Any) -> str:
     if valid is None:
         return f"the default is {field.default}"
     return f"the nearest valid value is {str(valid).lower() if field.kind == 'bool' else valid}"
+
+
+def warn_renamed(former: str, current: str) -> None:
+    """Warn, once a process, that a setting has another name than in earlier versions."""
+    if former not in _WARNED:
+        _WARNED.add(former)
+        warnings.warn(f"the setting {former} is called {current} now", FutureWarning, stacklevel=3)
+
+
+_WARNED: set[str] = set()

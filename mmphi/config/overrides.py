@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from mmphi.config import yaml12
-from mmphi.config.fields import Field, all_fields, canonical, field_of
-from mmphi.config.messages import unknown_setting
+from mmphi.config.fields import Field, all_fields, canonical, current_name, field_of
+from mmphi.config.messages import unknown_setting, warn_renamed
 from mmphi.config.section import Section
 from mmphi.errors import SettingsError
 
@@ -47,7 +47,10 @@ def full_name(root: type[Section], key: str, stage: str) -> str:
     key = key.replace("-", "_")
     sources = all_fields(root).get(f"{key}.sources")
     own = [f"{stage}.{key}", key, *([sources.name] if sources and sources.file else [])]
-    for name in (*own, *(f"{section}.{key}" for section in ALSO.get(stage, ()))):
+    for typed in (*own, *(f"{section}.{key}" for section in ALSO.get(stage, ()))):
+        name = current_name(root, typed)
+        if name != typed:
+            warn_renamed(typed, name)
         if canonical(name) in all_fields(root) or (re.fullmatch(r".+\.\d+", name) and field_of(root, name)):
             return name
     raise unknown_setting(root, key, stage)

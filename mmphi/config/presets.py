@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from mmphi.config import yaml12
 from mmphi.config.declared_view import covered
-from mmphi.config.fields import Field, field_of, leaves
-from mmphi.config.messages import did_you_mean, explain_validation_error
+from mmphi.config.fields import Field, field_of, former_names, leaves
+from mmphi.config.messages import did_you_mean, explain_validation_error, warn_renamed
 from mmphi.config.overrides import change, full_name
 from mmphi.config.section import Section
 from mmphi.errors import SettingsError
@@ -101,7 +101,7 @@ def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str,
         raise SettingsError(
             f"{path} holds a {type(content).__name__}, not settings by name", "write `key: value` lines"
         )
-    content = {"name": path.stem, **_nested(content or {})}
+    content = {"name": path.stem, **_current(root, _nested(content or {}))}
     parent = content.pop("extends", None)
     for name, value in list(leaves(content)):
         if value is None and name.rpartition(".")[2].isdigit():
@@ -121,6 +121,18 @@ def _nested(content: Mapping[Any, Any]) -> dict[str, Any]:
         for part in reversed(str(key).split(".")):
             branch = {part: branch}
         tree = _merge(tree, branch)
+    return tree
+
+
+def _current(root: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree in which settings have today's names."""
+    for former, name in former_names(root).items():
+        section, _, last = former.rpartition(".")
+        branch = tree.get(section)
+        if isinstance(branch, dict) and last in branch:
+            warn_renamed(former, name)
+            value = branch.pop(last)
+            branch.setdefault(name.rpartition(".")[2], value)
     return tree
 
 

@@ -21,18 +21,30 @@ class ProjectorSettings(ConversationSettings):
     compile: Literal["auto", "yes", "no"] = setting(
         "auto", "let torch compile the frozen language model's layers; auto: on a GPU, in 16 bit", matters=False
     )
-    views: int = setting(
-        1, "views of each training image in turn: itself, and parts of it, mirrored by half", ge=1, introduced=1
+    num_augmentations: int = setting(
+        1,
+        "views of each training image in turn: itself, and parts of it, mirrored by half",
+        ge=1,
+        introduced=1,
+        formerly="views",
     )
-    whiten: bool = setting(
-        False, "give every channel of the features mean 0 and spread 1 over the training images", introduced=False
+    standardize: bool = setting(
+        False,
+        "give every channel of the features mean 0 and spread 1 over the training images",
+        introduced=False,
+        formerly="whiten",
     )
-    align_steps: int = setting(
+    alignment_steps: int = setting(
         0,
         "steps before, in which features learn to name the words of captions; 0 for none",
         unit="steps",
         ge=0,
         introduced=0,
+        formerly="align_steps",
     )
-    align_batch_size: int = setting(128, "images per such step", unit="images", ge=1, introduced=128)
-    align_learning_rate: float = setting(2e-3, "peak learning rate of these steps", gt=0, le=1, introduced=2e-3)
+    alignment_batch_size: int = setting(
+        128, "images per such step", unit="images", ge=1, introduced=128, formerly="align_batch_size"
+    )
+    alignment_learning_rate: float = setting(
+        2e-3, "peak learning rate of these steps", gt=0, le=1, introduced=2e-3, formerly="align_learning_rate"
+    )

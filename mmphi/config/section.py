@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 File = Literal["", "path", "name", "weights", "model"]
 UNSET: Any = object()
@@ -21,6 +22,7 @@ def setting(
     file: File = "",
     names: Sequence[str] = (),
     introduced: Any = UNSET,
+    formerly: str = "",
     **bounds: Any,
 ) -> Any:
     """A field with its meaning and unit.
@@ -37,9 +39,10 @@ def setting(
         names: Values that are names, whatever files there are.
         introduced: The value that all earlier results were built with, where the default is no longer that one. A
             setting that has this value is left out of keys, so that a new setting does not empty anybody's cache.
+        formerly: Its name in earlier versions: presets and commands may still use it, and keys do.
         **bounds: pydantic's ``ge``, ``gt``, ``le``, ``lt``.
     """
-    extra: JsonDict = {"unit": unit, "matters": matters, "file": file, "names": list(names)}
+    extra: JsonDict = {"unit": unit, "matters": matters, "file": file, "names": list(names), "formerly": formerly}
     if introduced is not UNSET:
         extra["introduced"] = introduced
     if isinstance(default, list | dict):
@@ -47,7 +50,22 @@ def setting(
     return Field(default=default, description=help, json_schema_extra=extra, **bounds)
 
 
+def former_name(info: FieldInfo) -> str:
+    """The name of a field in earlier versions; empty where it had no other."""
+    extra = info.json_schema_extra
+    return str(extra.get("formerly", "")) if isinstance(extra, dict) else ""
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values keep their type."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, values: Any) -> Any:
+        """Settings under the names of earlier versions."""
+        if not isinstance(values, Mapping):
+            return values
+        renamed = {former_name(info): name for name, info in cls.model_fields.items() if former_name(info)}
+        return {renamed.get(name, name) if renamed.get(name) not in values else name: v for name, v in values.items()}

@@ -138,13 +138,15 @@ class TrainingSettings(Section):
     seed: int = setting(0, "seed of weights, data order and dropout", ge=0)
     steps: int = setting(1000, "optimiser steps", unit="steps", ge=1)
     batch_size: int = setting(32, "sequences per optimiser step, over all processes", unit="sequences", ge=1)
-    accumulation: int = setting(1, "forward passes per step and process", unit="passes", ge=1)
+    gradient_accumulation_steps: int = setting(
+        1, "forward passes per step and process", unit="passes", ge=1, formerly="accumulation"
+    )
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon is for inner matrices, beside AdamW for the rest")
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", gt=0, le=1)
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0, le=1)
-    warmup: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
-        "cosine", "learning rate after the warm-up; wsd stays at the peak, then cools down"
+    warmup_ratio: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1, formerly="warmup")
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine", "learning rate after the warm-up; wsd stays at the peak, then cools down", formerly="schedule"
     )
     decay: float = setting(0.2, "share of the steps that cool down at the end (wsd)", ge=0, le=1)
     weight_decay: float = setting(0.0, "AdamW's weight decay, on matrices only", ge=0, le=1)
@@ -166,27 +168,34 @@ class TrainingSettings(Section):
 class ConversationSettings(TrainingSettings):
     """What trainings on conversations share."""
 
-    result: Literal["last", "best"] = setting(
-        "last", "whose weights are the result: the last step's, or the lowest validation loss's", introduced="last"
+    checkpoint_selection: Literal["last", "best"] = setting(
+        "last",
+        "whose weights are the result: the last step's, or the lowest validation loss's",
+        introduced="last",
+        formerly="result",
     )
     supervised_tokens: int = setting(
         0, "train until this many tokens were learned from, whatever `steps` says; 0 counts steps", unit="tokens", ge=0
     )
-    together: int = setting(
+    max_examples_per_image: int = setting(
         1,
         "conversations about an image that follow one another, at most; they share its tokens where rows are packed",
         unit="conversations",
         ge=1,
         introduced=1,
+        formerly="together",
     )
-    contrast: float = setting(
+    contrastive_weight: float = setting(
         0.0,
         "weight of telling the right image from another one of the step: what it should save, up to 1.5 nats a token",
         ge=0,
         le=10,
         introduced=0.0,
+        formerly="contrast",
     )
-    contrast_from: float = setting(0.85, "share of the steps after which contrast begins", ge=0, lt=1, introduced=0.85)
+    contrastive_start: float = setting(
+        0.85, "share of the steps after which contrast begins", ge=0, lt=1, introduced=0.85, formerly="contrast_from"
+    )
     sample_images: int = setting(
         8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
     )

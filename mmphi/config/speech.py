@@ -35,11 +35,19 @@ class SpeechSettings(TrainingSettings, RecordingsSection):
     stack: int = setting(8, "frames of 20 ms laid side by side to one token (encoder)", unit="frames", ge=1, le=50)
     width: int = setting(0, "inner width; 0 takes the language model's", unit="units", ge=0)
     soft_temperature: float = setting(1.0, "what Whisper's logits are divided by (soft)", gt=0)
-    align_steps: int = setting(
-        300, "steps before, in which frames learn to name words (encoder); 0 for none", unit="steps", ge=0
+    alignment_steps: int = setting(
+        300,
+        "steps before, in which frames learn to name words (encoder); 0 for none",
+        unit="steps",
+        ge=0,
+        formerly="align_steps",
     )
-    align_batch_size: int = setting(64, "recordings per such step", unit="recordings", ge=1)
-    align_learning_rate: float = setting(1e-3, "peak learning rate of these steps", gt=0, le=1)
+    alignment_batch_size: int = setting(
+        64, "recordings per such step", unit="recordings", ge=1, formerly="align_batch_size"
+    )
+    alignment_learning_rate: float = setting(
+        1e-3, "peak learning rate of these steps", gt=0, le=1, formerly="align_learning_rate"
+    )
     temperature: float = setting(2.0, "of the predictions that are compared", gt=0)
     end_weight: float = setting(1.0, "how much more the token that ends an answer counts", ge=0)
     question: str = setting("Repeat after me: <audio>", "what the model is asked; the recording stands at <audio>")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmphi.config.declared_view import covered
-from mmphi.config.fields import field_of, leaves
+from mmphi.config.fields import current_name, field_of, leaves
 from mmphi.config.section import Section
 from mmphi.pipeline.stage import Stage
 
@@ -23,7 +23,7 @@ def consumed(stage: Stage, settings: Section) -> dict[str, Any]:
     for name, value in leaves(settings):
         field = field_of(type(settings), name)
         if covered(name, stage.reads) and (field is None or (field.matters and value != field.introduced)):
-            values[name] = value
+            values[name if field is None or field.key_name == field.name else field.key_name] = value
     return values
 
 
@@ -64,7 +64,10 @@ def difference(parts: Mapping[str, Any], before: Mapping[str, Any], settings: Se
         return table.get(name, field.introduced if field else None)
 
     changed = [name for name in {**parts, **before} if value(parts, name) != value(before, name)]
-    words = [f"{name} is {_short(value(parts, name))}, was {_short(value(before, name))}" for name in changed[:shown]]
+    words = [
+        f"{current_name(type(settings), name)} is {_short(value(parts, name))}, was {_short(value(before, name))}"
+        for name in changed[:shown]
+    ]
     return "; ".join(words) + (f" and {len(changed) - shown} more" if len(changed) > shown else "")
 
 

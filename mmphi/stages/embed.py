@@ -50,7 +50,7 @@ def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str
     digests = Digests().of_files(paths, "image digests")
     found = {digest: path for path, digest in digests.items()}
     for image in images_of([e for e in examples if e.split == "train"]):
-        for view in range(1, settings(ProjectorSettings).views):
+        for view in range(1, settings(ProjectorSettings).num_augmentations):
             found[augmented_name(digests[image.path], view)] = image.path
     return found
 
@@ -67,7 +67,7 @@ def cost(settings: SettingsView) -> Cost:
     """The features of all images, as far as they can be counted; the stage counts them before it starts."""
     from mmphi.config.projector import ProjectorSettings
 
-    return Cost(feature_bytes(settings) * settings(ProjectorSettings).views)
+    return Cost(feature_bytes(settings) * settings(ProjectorSettings).num_augmentations)
 
 
 class DecodedImages:
@@ -218,7 +218,7 @@ STAGE = Stage(
     reads=("embed", "vision"),
     run=run,
     upstream=upstream,
-    requests=("data", "scenes", "light_clip", "projector.views"),
+    requests=("data", "scenes", "light_clip", "projector.num_augmentations"),
     request_upstream=scenes_if_read,
     covers=covers,
     cost=cost,

@@ -45,10 +45,12 @@ class LightClipSettings(TrainingSettings):
     )
     steps: int = setting(600, "optimiser steps", unit="steps", ge=1)
     batch_size: int = setting(128, "images per step, over all processes", unit="images", ge=2)
-    accumulation: int = setting(1, "always 1: a contrastive loss needs its whole batch at once", ge=1, le=1)
+    gradient_accumulation_steps: int = setting(
+        1, "always 1: a contrastive loss needs its whole batch at once", ge=1, le=1, formerly="accumulation"
+    )
     captions: int = setting(1, "captions of each image per step", unit="captions", ge=1, le=16)
     weight_decay: float = setting(0.1, "AdamW's weight decay", ge=0, le=1)
-    warmup: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1)
+    warmup_ratio: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1, formerly="warmup")
     beta2: float = setting(0.98, "AdamW's second decay rate", gt=0, lt=1)
     dropout: float = setting(0.0, "share of a locked tower's outputs dropped in training", ge=0, lt=1)
     workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)

@@ -36,7 +36,7 @@ def check(settings: SettingsView) -> None:
         from mmphi.training.stop_criteria import parse_stop
 
         parse_stop(chosen.stop)
-        passes = chosen.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        passes = chosen.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
         rows = chosen.batch_tokens // chosen.context
         if rows % passes:
             near = max(1, round(rows / passes)) * passes * chosen.context

@@ -146,7 +146,7 @@ def train_model(ctx: Context, model: Any, prompt: Prompt, texts: TextSource) -> 
     settings = chosen.model_copy(update={"steps": stop.most_steps(chosen.batch_tokens, chosen.steps)})
     settings = with_learning_rates(settings, parameters.inner, config.hidden_size, chosen.batch_tokens)
     held = windows_of(texts.held(), chosen.context, chosen.validation_tokens)
-    passes = chosen.accumulation * world_size()
+    passes = chosen.gradient_accumulation_steps * world_size()
     steps = texts.steps(chosen.batch_tokens // chosen.context, passes, settings.steps)
     task = task_of(model, settings, say)
     recomputing = PackedVLM(model).recomputing(chosen.gradient_checkpointing)

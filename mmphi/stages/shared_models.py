@@ -54,17 +54,17 @@ def check_training(name: str, chosen: TrainingSettings) -> None:
     Raises:
         SettingsError: Naming the nearest that can.
     """
-    passes = chosen.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    passes = chosen.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     if chosen.batch_size < passes:
         raise SettingsError(
             f"{name}.batch_size = {chosen.batch_size}, but each step makes {passes} forward passes over all processes",
-            f"the nearest batch size is {passes}; or lower {name}.accumulation",
+            f"the nearest batch size is {passes}; or lower {name}.gradient_accumulation_steps",
         )
-    if isinstance(chosen, ConversationSettings) and chosen.contrast and chosen.result == "best":
+    if isinstance(chosen, ConversationSettings) and chosen.contrastive_weight and chosen.checkpoint_selection == "best":
         raise SettingsError(
-            f"{name}.result = best takes the lowest validation loss, and {name}.contrast gives some of it up for what"
-            " the right image saves: the steps with contrast would not be taken",
-            f"{name}.result last, or {name}.contrast 0",
+            f"{name}.checkpoint_selection = best takes the lowest validation loss, and {name}.contrastive_weight raises"
+            " that loss: the steps that it acts on would not be taken",
+            f"{name}.checkpoint_selection last, or {name}.contrastive_weight 0",
         )
 
 

@@ -78,7 +78,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     heard, read = audio_text_pairs(model, training, report)
     ctx.tracker.table("data_read", list(report.rows()))
     _check_report(report, chosen)
-    if chosen.link == "encoder" and chosen.align_steps:
+    if chosen.link == "encoder" and chosen.alignment_steps:
         align(ctx, model, training, held)
     end = model.language.prompt.end[-1]
     steps = distillation_dataset(heard, read, model.sources, chosen, end, layout=model.packed.layout)
@@ -118,8 +118,13 @@ def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Se
     assert model.speech is not None
     task = CTCAlignmentLoss(model.speech, model.language.embeddings(known))
     recordings = [e.audio[0] for e in [*training, *held]]
-    count, own = len(training), {"steps": chosen.align_steps, "batch_size": chosen.align_batch_size}
-    shape = {**own, "learning_rate": chosen.align_learning_rate, "accumulation": 1, "optimizer": "adamw"}
+    count, own = len(training), {"steps": chosen.alignment_steps, "batch_size": chosen.alignment_batch_size}
+    shape = {
+        **own,
+        "learning_rate": chosen.alignment_learning_rate,
+        "gradient_accumulation_steps": 1,
+        "optimizer": "adamw",
+    }
     steps = CTCAlignmentDataset(recordings[:count], words[:count], model.audio_source, **own, seed=chosen.seed)
 
     def measure(_: int) -> Mapping[str, float]:

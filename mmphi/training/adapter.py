@@ -142,7 +142,7 @@ def train_adapter(
                 groups, weight_decay=settings.weight_decay, beta2=settings.beta2, paged=settings.paged
             ),
             callbacks=[table, *callbacks],
-            keep_best=settings.result == "best",
+            keep_best=settings.checkpoint_selection == "best",
             progress=progress,
         )
     model.packed.eval()

@@ -197,7 +197,7 @@ def packed_dataset(
         features,
         steps=settings.steps,
         batch_size=settings.batch_size,
-        packs_per_step=settings.accumulation * world_size(),
+        packs_per_step=settings.gradient_accumulation_steps * world_size(),
         seed=settings.seed,
         layout=layout,
         views=views,

@@ -62,8 +62,8 @@ def new_projector(
         examples: Conversations of all splits.
     """
     torch.manual_seed(settings.seed)
-    shape = {name: getattr(settings, name) for name in ("layers", "width", "activation", "norm", "dropout", "whiten")}
-    config = ProjectorConfig(features.width, language.width, **shape)
+    shape = {name: getattr(settings, name) for name in ("layers", "width", "activation", "norm", "dropout")}
+    config = ProjectorConfig(features.width, language.width, **shape, whiten=settings.standardize)
     projector = Projector(config.of_size(settings.parameters) if settings.parameters else config)
     projector.fit(_training_features(features, examples))
     return projector
@@ -115,12 +115,14 @@ def train_projector(
     with ExitStack() as stack:
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmphi-")))
         log_packing(model, "projector", tracker)
-        if settings.align_steps:
+        if settings.alignment_steps:
             align_to_captions(model, examples, settings, tracker=tracker, folder=folder, progress=progress)
             torch.manual_seed(settings.seed)  # The same draws follow whether the alignment was resumed or not.
         if sequences is None:
             sequences = tokenize_training_rows(model, examples, settings.max_length)
-        dataset, settings = conversation_dataset(model, sequences, settings, choose=choose, views=settings.views)
+        dataset, settings = conversation_dataset(
+            model, sequences, settings, choose=choose, views=settings.num_augmentations
+        )
         figures = {
             "parameters": sum(p.numel() for p in projector.parameters()),
             "image_tokens": features.tokens,
@@ -143,7 +145,7 @@ def train_projector(
             title="projector",
             validate=validation or None,
             callbacks=callbacks,
-            keep_best=settings.result == "best",
+            keep_best=settings.checkpoint_selection == "best",
             progress=progress,
         )
     return ProjectorTraining(trained.steps, trained.best, trained.figures or validation.figures)

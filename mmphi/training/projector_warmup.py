@@ -43,7 +43,8 @@ def align_to_captions(
     Args:
         model: Its projector is trained; of its language model only the embeddings are used.
         examples: Conversations of all splits.
-        settings: ``align_steps``, ``align_batch_size``, ``align_learning_rate``, ``views`` and the seed are used.
+        settings: ``alignment_steps``, ``alignment_batch_size``, ``alignment_learning_rate``, ``num_augmentations`` and
+            the seed are used.
         tracker: Records metrics under ``align/``.
         folder: For checkpoints.
         progress: Whether a progress bar is shown.
@@ -52,7 +53,7 @@ def align_to_captions(
     assert features is not None
     assert projector is not None
     tracker = PrefixedTracker(tracker, "align")
-    steps, batch_size = settings.align_steps, settings.align_batch_size
+    steps, batch_size = settings.alignment_steps, settings.alignment_batch_size
     known, images = caption_words(model.language, _answers(examples, "train", steps * batch_size))
     if not images:
         tracker.say("there is nothing to name: no training image has an answer")
@@ -60,8 +61,13 @@ def align_to_captions(
     embeddings = model.language.embeddings(known)
     usage = word_frequencies(images, len(known)).to(embeddings.device)
     task = BagOfWordsAlignmentLoss(projector, embeddings, usage)
-    shape = {"steps": steps, "batch_size": batch_size, "learning_rate": settings.align_learning_rate, "accumulation": 1}
-    own = settings.model_copy(update={**shape, "optimizer": "adamw", "result": "last"})
+    shape = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": settings.alignment_learning_rate,
+        "gradient_accumulation_steps": 1,
+    }
+    own = settings.model_copy(update={**shape, "optimizer": "adamw", "checkpoint_selection": "last"})
     _, held = caption_words(model.language, _answers(examples, "validation", MEASURED), known)
     usual = -float((task.usual.cpu()[[w for h in held for w in h.words]] * _counts(held)).sum()) if held else 0.0
 
@@ -74,7 +80,7 @@ def align_to_captions(
     train(
         task,
         CaptionAlignmentDataset(
-            images, features, steps=steps, batch_size=batch_size, seed=settings.seed, views=settings.views
+            images, features, steps=steps, batch_size=batch_size, seed=settings.seed, views=settings.num_augmentations
         ),
         own,
         folder=folder / "align",

@@ -38,15 +38,15 @@ def training_arguments(settings: TrainingSettings, folder: Path, epsilon: float)
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
+        lr_scheduler_type=SCHEDULES[settings.lr_scheduler],
         lr_scheduler_kwargs=(
             {"num_decay_steps": round(settings.decay * settings.steps), "decay_type": "1-sqrt"}
-            if settings.schedule == "wsd"
+            if settings.lr_scheduler == "wsd"
             else {}
         ),
-        warmup_steps=round(settings.warmup * settings.steps),
+        warmup_steps=round(settings.warmup_ratio * settings.steps),
         weight_decay=settings.weight_decay,
         adam_beta2=settings.beta2,
         max_grad_norm=settings.max_grad_norm,

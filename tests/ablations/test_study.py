@@ -199,7 +199,7 @@ def test_a_study_file_is_found_from_where_mlflow_run_was_called(
 def test_summary_counts_every_trial_and_names_steps_outside_the_budget() -> None:
     tuned = replace(STUDY, nuisance={"projector.learning_rate": (1e-3, 1e-2)}, tuning_seeds=(1000, 1001))
     text = summary(
-        RevisedStudy(replace(tuned, seeds=6, tokens=3000, fixed={**tuned.fixed, "projector.align_steps": "250"}))
+        RevisedStudy(replace(tuned, seeds=6, tokens=3000, fixed={**tuned.fixed, "projector.alignment_steps": "250"}))
     )
     levels = len(STUDY.levels)
     assert f"{levels} levels x 6 seeds = {6 * levels} judged trials" in text

@@ -101,12 +101,14 @@ def test_a_value_that_fails_is_the_last_one() -> None:
 
 
 def test_two_settings_are_extended_together_and_words_are_not() -> None:
-    study = replace(STUDY, nuisance={RATE: [1e-3, 3e-3], WIDTH: [8, 16], "projector.schedule": ["cosine", "linear"]})
+    study = replace(
+        STUDY, nuisance={RATE: [1e-3, 3e-3], WIDTH: [8, 16], "projector.lr_scheduler": ["cosine", "linear"]}
+    )
     tuning, points = tuned(study, lambda p: abs(math.log(p[RATE] / 9e-3)) + abs(math.log(p[WIDTH] / 32)))
     assert tuning.grid[RATE] == [1e-3, 3e-3, 9e-3, 2.7e-2]
     assert tuning.grid[WIDTH] == [8, 16, 32, 64]
-    assert tuning.grid["projector.schedule"] == ["cosine", "linear"]
-    assert tuning.chosen == {RATE: 9e-3, WIDTH: 32, "projector.schedule": "cosine"}
+    assert tuning.grid["projector.lr_scheduler"] == ["cosine", "linear"]
+    assert tuning.chosen == {RATE: 9e-3, WIDTH: 32, "projector.lr_scheduler": "cosine"}
     assert len(points) == 4 * 4 * 2
 
 
@@ -122,7 +124,7 @@ def test_next_values() -> None:
     [
         ({RATE: [1e-3, 3e-3]}, {"projector.optimizer": "muon"}, "Muon trains the matrices"),
         ({"projector.muon_learning_rate": [0.01, 0.03]}, {"projector.optimizer": "adamw"}, "AdamW does not use it"),
-        ({"projector.decay": [0.1, 0.3]}, {"projector.schedule": "cosine"}, "the schedule cosine does not use it"),
+        ({"projector.decay": [0.1, 0.3]}, {"projector.lr_scheduler": "cosine"}, "the schedule cosine does not use it"),
     ],
 )
 def test_a_setting_that_has_no_effect_is_not_tuned(nuisance: Any, fixed: Any, message: str) -> None:
@@ -189,7 +191,7 @@ def test_a_value_that_a_stage_refuses_is_not_added() -> None:
     """`accumulation` passes share a batch: fewer sequences than passes are refused by the stage, not by the setting."""
     study = replace(
         STUDY,
-        fixed={"projector.optimizer": "adamw", "projector.accumulation": 4},
+        fixed={"projector.optimizer": "adamw", "projector.gradient_accumulation_steps": 4},
         nuisance={"projector.batch_size": [4, 8]},
     )
     tuning, _ = tuned(study, lambda point: point["projector.batch_size"])

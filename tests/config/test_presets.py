@@ -83,7 +83,7 @@ def test_command_line_overrides():
         ({"data.sources": "[{path: captions.csv}]"}, ["data.sources.0", "a source with path needs a kind"]),
         ({"data": "all"}, ["no setting 'data'", "data.sources"]),
         ({"learning_rate": "0"}, ["projector.learning_rate = 0", "> 0", "the default is 0.001"]),
-        ({"projector.warmup": "1.5"}, ["< 1", "the default is 0.03"]),
+        ({"projector.warmup_ratio": "1.5"}, ["< 1", "the default is 0.03"]),
     ],
 )
 def test_mistakes_name_key_value_and_what_is_near(overrides, words):

@@ -36,7 +36,7 @@ SMALL = {
     "light_clip.width": "32",
     "light_clip.workers": "0",
     "embed.workers": "0",
-    "projector.align_steps": "0",
+    "projector.alignment_steps": "0",
     "projector.steps": "8",
     "projector.width": "32",
     "projector.batch_size": "8",

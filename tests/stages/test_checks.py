@@ -20,8 +20,16 @@ from mmphi.tracking.run_writer import TrackingStore
 @pytest.mark.parametrize(
     ("stage", "changes", "words"),
     [
-        ("projector", {"projector.batch_size": "4", "projector.accumulation": "5"}, ["batch_size = 4", "nearest", "5"]),
-        ("projector", {"pretrain.batch_size": "1", "pretrain.accumulation": "2"}, ["pretrain.batch_size = 1"]),
+        (
+            "projector",
+            {"projector.batch_size": "4", "projector.gradient_accumulation_steps": "5"},
+            ["batch_size = 4", "nearest", "5"],
+        ),
+        (
+            "projector",
+            {"pretrain.batch_size": "1", "pretrain.gradient_accumulation_steps": "2"},
+            ["pretrain.batch_size = 1"],
+        ),
         ("projector", {"vision.layer": "-9"}, ["vision.layer = -9", "5 layers"]),
         ("projector", {"vision.pool": "3"}, ["vision.pool = 3 does not divide the grid of 4 x 4", "1, 2, 4"]),
         ("projector", {"vision.cls": "keep"}, ["no CLS token"]),

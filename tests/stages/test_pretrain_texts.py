@@ -119,7 +119,7 @@ def test_two_processes_are_one(tmp_path, read):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"accumulation": 4}])
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"gradient_accumulation_steps": 4}])
 def test_what_saves_memory_changes_nothing(tmp_path, read, straight, changes):
     recorder = Recorder()
     figures = texts.pretrained(tmp_path, read, texts.settings("text.txt", **changes), recorder)

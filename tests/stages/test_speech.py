@@ -32,8 +32,8 @@ from mmphi.training.hf_trainer import ExactLossTrainer
 COLOURS = ["red", "blue", "green", "black", "white", "pink", "grey", "brown"]
 QUICK = {
     "speech.steps": "6",
-    "speech.align_steps": "4",
-    "speech.align_batch_size": "5",
+    "speech.alignment_steps": "4",
+    "speech.alignment_batch_size": "5",
     "speech.batch_size": "4",
     "speech.width": "24",
     "speech.validation": "2",
@@ -250,7 +250,7 @@ def test_more_recordings_are_taken_over_and_bad_ones_counted(trained: Any, tmp_p
         ({"speech.path": ""}, "names no recordings"),
         ({"speech.question": "Say it"}, "does not say where the recording stands"),
         ({"audio.backend": "faster"}, "faster-whisper does not give"),
-        ({"speech.batch_size": "1", "speech.accumulation": "2"}, "nearest batch size is 2"),
+        ({"speech.batch_size": "1", "speech.gradient_accumulation_steps": "2"}, "nearest batch size is 2"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_built(

@@ -21,7 +21,14 @@ from mmphi.stages import Settings, pretrain, tokens
 from mmphi.training.hf_trainer import ExactLossTrainer
 
 SHAPE = {"layers": 2, "width": 32, "heads": 2, "context": 32, "batch_tokens": 512, "stop": "steps 24"}
-REST = {"optimizer": "muon", "schedule": "wsd", "warmup": 0.0, "log_every": 4, "eval_every": 6, "save_every": 1}
+REST = {
+    "optimizer": "muon",
+    "lr_scheduler": "wsd",
+    "warmup_ratio": 0.0,
+    "log_every": 4,
+    "eval_every": 6,
+    "save_every": 1,
+}
 WORDS = "one two three four five six seven eight nine ten eleven twelve and or but then so".split()  # noqa: SIM905
 
 
