@@ -178,14 +178,14 @@ def compare_urls(data: StudyData, base: str, shared: str = "") -> dict[str, str]
     runs = [t.run_id for t in data.trials if t.finished and t.phase != "tuning"][:MOST_COMPARED]
     listed, experiments = quote(json.dumps(runs)), quote(json.dumps([data.experiment]))
     only = quote(f"tags.`mmphi.study` = '{data.name}' AND tags.`mmphi.phase` != 'tuning'")
-    progress_table = f"{base}/#/experiments/{data.experiment}/runs?workflowType=machine_learning&searchFilter={only}"
+    runs_url = f"{base}/#/experiments/{data.experiment}/runs?workflowType=machine_learning&searchFilter={only}"
     if shared:
-        progress_table += f"&{shared}"
+        runs_url += f"&{shared}"
     metric = data.curve or "train/loss"
     curve = f"runs={listed}&metric={quote(json.dumps(metric))}&experiments={experiments}"
     return {
-        "charts": f"{progress_table}&compareRunsMode=CHART",
-        "table": progress_table,
+        "charts": f"{runs_url}&compareRunsMode=CHART",
+        "table": runs_url,
         "curves": f"{base}/#/metric?{curve}&plot_metric_keys={quote(json.dumps([metric]))}&x_axis=step",
         "side by side": f"{base}/#/compare-runs?runs={listed}&experiments={experiments}",
     }

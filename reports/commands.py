@@ -51,9 +51,9 @@ def report(arguments: Sequence[str]) -> int:
     from mmphi.tracking.run_store import RunStore
 
     store = RunStore()
-    study_names = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
-    if study_names:
-        store.record_beside(study_names, f"report {given['study'] or options.kind}")
+    mlflow_run_id = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
+    if mlflow_run_id:
+        store.record_beside(mlflow_run_id, f"report {given['study'] or options.kind}")
     if options.kind == "ablation":
         made = _ablation(store, given["study"])
     else:
@@ -65,7 +65,7 @@ def report(arguments: Sequence[str]) -> int:
         (folder / name).write_bytes(content)
     if not options.no_log:
         for name in files:
-            for run_id in filter(None, (*made.about, study_names)):
+            for run_id in filter(None, (*made.about, mlflow_run_id)):
                 store.client.log_artifact(run_id, str(folder / name), "report")
     values = made.document.values
     print(str(values.get("headline") or values["best"]).replace("**", ""))

@@ -59,9 +59,9 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         options.model = options.model or random_model(Path(name))
         sides = {
-            name: (make_sampler, processes)
-            for name, (make_sampler, processes) in sides_here(options.processes).items()
-            if name not in options.without and make_sampler not in options.without
+            name: (sampler, processes)
+            for name, (sampler, processes) in sides_here(options.processes).items()
+            if name not in options.without and sampler not in options.without
         }
         found: dict[str, list[Figures]] = {side: [] for side in sides}
         for _ in range(options.rounds):

@@ -112,10 +112,10 @@ def parse_value(typed: str, field: Field) -> Any:
         raise SettingsError(f"{field.name} = {typed!r} names nothing", "write a list: '[a, b]'; '[]' is an empty one")
     if not typed.lstrip().startswith(("[", "{", "- ")):
         try:
-            flag_value = yaml12.plain_values(yaml12.load(typed))
+            value = yaml12.plain_values(yaml12.load(typed))
         except yaml.YAMLError:
-            flag_value = typed
-        return [flag_value if isinstance(flag_value, int | float) else typed]
+            value = typed
+        return [value if isinstance(value, int | float) else typed]
     try:
         value = yaml12.plain_values(yaml12.load(typed))
     except yaml.YAMLError as error:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from mmphi.config import yaml12
 from mmphi.config.declared_view import covered
+from mmphi.config.environment import VARIABLES
 from mmphi.config.fields import Field, field_of, former_names, leaves
 from mmphi.config.messages import did_you_mean, explain_validation_error, warn_renamed
 from mmphi.config.overrides import change, full_name
@@ -26,14 +27,6 @@ FILE_ENDINGS = (
     *(".tsv", ".txt", ".xz", ".zip", ".zst"),
 )
 R = TypeVar("R", bound=Section)
-# What the presets that come with mmphi want in them.
-VARIABLES = {
-    "MMPHI_PHOTOS": "a folder with images/ and captions.csv, which begins with the line image,caption",
-    "MMPHI_MODELS": "a folder of pretrained models: `mmphi fetch models FOLDER` fetches them",
-    "MMPHI_LLAVA": "a folder with llava_instruct_150k.json: `mmphi fetch llava FOLDER` fetches it and its images",
-    "MMPHI_TEXT": "a text file, or a folder of texts",
-    "MMPHI_COCO": "a folder with train2017/ of COCO: `mmphi fetch llava FOLDER` fetches the images that are named",
-}
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 

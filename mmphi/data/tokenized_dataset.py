@@ -243,9 +243,9 @@ def append_array(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDA
 
 
 def count_left_out(
-    tokenized_examples: TokenizedDataset, examples: Sequence[Example], max_length: int, report: ReadReport
+    sequences: TokenizedDataset, examples: Sequence[Example], max_length: int, report: ReadReport
 ) -> None:
     """Count the examples that no sequence was made of as dropped."""
-    for index in tokenized_examples.left_out:
+    for index in sequences.left_out:
         example = examples[index]
         report.drop_kept(example.source, example.id, f"over {max_length} tokens")

@@ -94,11 +94,11 @@ def _records(
     from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
     from mmphi.data.scene_text import caption, colors, questions, shapes, yes_no_questions
 
-    drawing_function = questions(scene, question_count, rng)
+    asked = questions(scene, question_count, rng)
     conversations = {
         "caption": [(DESCRIBE, caption(scene))],
         "parts": [(WHICH_SHAPES, shapes(scene)), (WHICH_COLORS, colors(scene))],
-        "questions": [(t.question, t.answer) for t in drawing_function],
+        "questions": [(t.question, t.answer) for t in asked],
         "yes_no": [(t.question, t.answer) for t in yes_no_questions(scene, 2 * question_count, rng)],
     }
     rows = []

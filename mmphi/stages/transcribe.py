@@ -116,14 +116,14 @@ def transcribe_batch(
         batch_size=chosen.batch_size,
     )
     took = time.perf_counter() - begun
-    total_errors = sum(recording.seconds for recording in recordings)
+    seconds_in_all = sum(recording.seconds for recording in recordings)
     return [
         {
             "audio": each.name,
             "text": transcript.text,
             "language": transcript.language,
             "seconds": round(recording.seconds, 3),
-            "took": took * recording.seconds / total_errors if total_errors else 0.0,
+            "took": took * recording.seconds / seconds_in_all if seconds_in_all else 0.0,
             "segments": [[round(s.start, 2), round(s.end, 2), s.text] for s in transcript.segments],
             "told": list(transcript.told),
         }

@@ -115,8 +115,8 @@ def _answer(model, processor, image, question: str) -> str:
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(message, add_generation_prompt=True)
     inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt")
-    expected_outputs = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(expected_outputs, skip_special_tokens=True).strip()
+    answer = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("make", [lambda: phi(), lambda: phi("phi"), llama], ids=["plain", "phi", "chat"])
