@@ -119,6 +119,34 @@ def test_violations_are_found(tmp_path: Path) -> None:
     ]
 
 
+# Packages that know neither the pipeline nor MLflow: they are a library.
+LIBRARY = ("config", "text", "data", "models", "generation", "training", "evaluation")
+
+
+def test_the_library_knows_neither_mlflow_nor_the_pipeline_nor_stages() -> None:
+    forbidden = ("mlflow", "optuna", "mmphi.pipeline", "mmphi.stages", "mmphi.tracking", "mmphi.cli")
+    allowed = "mmphi.tracking.tracker"  # A Protocol without dependencies.
+    found = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for package in LIBRARY
+        for path in sorted((ROOT / "mmphi" / package).rglob("*.py"))
+        for module in imported_modules(path)
+        if module.startswith(forbidden) and not module.startswith(allowed)
+    ]
+    assert found == []
+
+
+def test_serving_uses_stages_and_pipeline_through_load_alone() -> None:
+    found = {
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in sorted((ROOT / "mmphi" / "serving").rglob("*.py"))
+        for module in imported_modules(path)
+        if module.startswith(("mmphi.stages", "mmphi.pipeline", "ablations", "reports"))
+    }
+    # Which stages end in a model that answers.
+    assert found == {"mmphi/serving/model_args.py imports mmphi.stages"}
+
+
 def test_few_modules_are_outside_a_package() -> None:
     assert {path.stem for path in (ROOT / "mmphi").glob("*.py")} == {
         "__init__",

@@ -16,10 +16,10 @@ from mmphi.data.phrasing import held_out_phrasing, match
 from mmphi.data.schema import Example
 from mmphi.errors import DataError, ImageError
 from mmphi.evaluation.attributes import attribute_accuracy
-from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.grounding import Scores, grounding
 from mmphi.evaluation.long_answers import losses_by_kind, measure_long_answers, row_kind, to_answer
 from mmphi.evaluation.mbr import mbr_caption
+from mmphi.evaluation.metrics import caption_scores
 from mmphi.evaluation.yes_no import score_yes_no, yes_no_questions
 from mmphi.generation.batch_generate import GeneratedAnswer
 from mmphi.models.multimodal import Question
@@ -155,11 +155,7 @@ def _captions(
     prompts = [(e.image, e.turns[0].question) for e in firsts]
     answers = _say(model, prompts, chosen)
     texts = [a.text for a in answers]
-    metrics = {
-        "ended": sum(a.ended for a in answers) / len(answers),
-        "cider": cider(texts, references),
-        "bleu4": bleu4(texts, references),
-    }
+    metrics = {"ended": sum(a.ended for a in answers) / len(answers), **caption_scores(texts, references)}
     if all("shape1" in e.attributes for e in firsts):
         attributes = [e.attributes for e in firsts]
         metrics |= attribute_accuracy(texts, attributes)
