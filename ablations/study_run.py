@@ -168,7 +168,7 @@ def comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Map
 
     def is_new(name: str, value: Any) -> bool:
         field = field_of(Settings, name)
-        return name not in known and field is not None and value == field.introduced
+        return name not in known and field is not None and value == field.legacy_default
 
     settings = {name: value for name, value in after.get("settings", {}).items() if not is_new(name, value)}
     return before, {**after, "settings": settings} if "settings" in after else after

@@ -124,7 +124,7 @@ def _rows(section: str, settings: Settings, only: Collection[str], declared: lis
         field, item = fields[name], ".N." in name
         shown = field.default if item else _value(values, name)
         bracket = f"[{_shown(shown)}{f' {field.unit}' if field.unit else ''}]"
-        option = f"--{name.removeprefix(f'{section}.') if own else name}{'' if field.matters else ' *'}"
+        option = f"--{name.removeprefix(f'{section}.') if own else name}{'' if field.affects_key else ' *'}"
         rows.append((option, field.type_name, bracket, field.help))
     return rows
 

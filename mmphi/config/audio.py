@@ -30,4 +30,4 @@ class AudioSettings(Section):
     )
     max_seconds: float = setting(3600.0, "longer recordings are refused by their header", unit="seconds", gt=0)
     beam: int = setting(5, "guesses at a transcript that are followed at once; 1 is greedy", unit="guesses", ge=1)
-    batch_size: int = setting(8, "windows heard at once", unit="windows", matters=False, ge=1)
+    batch_size: int = setting(8, "windows heard at once", unit="windows", affects_key=False, ge=1)

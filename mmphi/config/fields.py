@@ -28,8 +28,8 @@ class Field:
         default: Value where no preset says otherwise.
         help: What it means.
         unit: Unit, empty for plain numbers and names.
-        matters: Whether it stands in keys.
-        introduced: The value that is left out of keys.
+        affects_key: Whether it stands in keys.
+        legacy_default: The value that is left out of keys.
         file: ``path``, ``name``, ``weights``, ``model`` or empty, as :func:`mmphi.config.setting` says.
         names: Values that are names, whatever files there are.
         bounds: ``ge``, ``gt``, ``le``, ``lt``, as far as declared.
@@ -42,8 +42,8 @@ class Field:
     default: Any
     help: str
     unit: str
-    matters: bool
-    introduced: Any
+    affects_key: bool
+    legacy_default: Any
     file: str
     names: tuple[str, ...]
     bounds: Mapping[str, float]
@@ -117,8 +117,8 @@ def _field(name: str, info: FieldInfo) -> Field:
         default=default,
         help=info.description or "",
         unit=str(extra.get("unit", "")),
-        matters=bool(extra.get("matters", True)),
-        introduced=extra.get("introduced", default),
+        affects_key=bool(extra.get("affects_key", True)),
+        legacy_default=extra.get("legacy_default", default),
         file=str(extra.get("file", "")),
         names=tuple(map(str, names)) if isinstance(names := extra.get("names"), list) else (),
         bounds={sign: getattr(m, sign) for m in info.metadata for sign in SIGNS if hasattr(m, sign)},

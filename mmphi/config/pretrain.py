@@ -18,30 +18,32 @@ class PretrainSettings(TrainingSettings):
     source: Literal["files", "store", "stream"] = setting(
         "files",
         "where texts are from: corpus.sources, the store of textgen, or text that is being written",
-        introduced="files",
+        legacy_default="files",
     )
     window_tokens: int = setting(
-        2_000_000, "text at hand to be seen again (stream)", introduced=2_000_000, unit="tokens", ge=1024
+        2_000_000, "text at hand to be seen again (stream)", legacy_default=2_000_000, unit="tokens", ge=1024
     )
-    passes: int = setting(4, "how often a document is seen at most (stream)", introduced=4, unit="times", ge=1)
-    keep: bool = setting(True, "keep the clean part of the text in a store, as textgen does (stream)", matters=False)
+    passes: int = setting(4, "how often a document is seen at most (stream)", legacy_default=4, unit="times", ge=1)
+    keep: bool = setting(
+        True, "keep the clean part of the text in a store, as textgen does (stream)", affects_key=False
+    )
     size: Size = setting("custom", "shape of the model by name; custom takes layers, width and heads")
     layers: int = setting(4, "transformer layers (custom)", unit="layers", ge=1, le=128)
     width: int = setting(128, "hidden width (custom)", unit="units", ge=16)
     heads: int = setting(4, "attention heads (custom)", unit="heads", ge=1)
     tied: bool = setting(False, "whether the output head shares the embedding's weights (custom)")
     partial_rotary_factor: float = setting(
-        0.0, "share of a head's channels that positions rotate (custom); 0 is Phi's own", introduced=0.0, ge=0, le=1
+        0.0, "share of a head's channels that positions rotate (custom); 0 is Phi's own", legacy_default=0.0, ge=0, le=1
     )
     initializer_range: float = setting(
-        0.02, "standard deviation of the weights at first; narrow models want more", introduced=0.02, gt=0, le=1
+        0.02, "standard deviation of the weights at first; narrow models want more", legacy_default=0.02, gt=0, le=1
     )
     context: int = setting(512, "longest context; of a corpus, the tokens of a row", unit="tokens", ge=16)
     learning_rate: float = setting(
-        0.0, "peak learning rate of AdamW; 0 follows size, batch and length", introduced=1e-3, ge=0, le=1
+        0.0, "peak learning rate of AdamW; 0 follows size, batch and length", legacy_default=1e-3, ge=0, le=1
     )
     muon_learning_rate: float = setting(
-        0.0, "peak learning rate of Muon; 0 follows the batch", introduced=0.02, ge=0, le=1
+        0.0, "peak learning rate of Muon; 0 follows the batch", legacy_default=0.02, ge=0, le=1
     )
     batch_tokens: int = setting(8192, "tokens per optimiser step, over all processes (corpus)", unit="tokens", ge=16)
     stop: str = setting(
@@ -56,17 +58,23 @@ class PretrainSettings(TrainingSettings):
         2.273,
         "loss to come near (Phi-2 on WikiText-2), for the time to one nat above",
         unit="nats",
-        matters=False,
+        affects_key=False,
         gt=0,
     )
     validation_tokens: int = setting(65536, "score at most so many tokens kept apart", unit="tokens", ge=512)
     prompts: list[str] = setting(
-        ["The", "In the year", "She looked at him and"], "what samples go on from at each validation", matters=False
+        ["The", "In the year", "She looked at him and"], "what samples go on from at each validation", affects_key=False
     )
-    compile: bool = setting(False, "let torch compile the layers; told where it cannot", matters=False)
-    shard: bool = setting(False, "spread parameters over the processes (FSDP2) instead of copying them", matters=False)
+    compile: bool = setting(False, "let torch compile the layers; told where it cannot", affects_key=False)
+    shard: bool = setting(
+        False, "spread parameters over the processes (FSDP2) instead of copying them", affects_key=False
+    )
     peak_tflops: float = setting(
-        0.0, "what MFU divides by; 0 takes the device's data sheet, or measures", unit="TFLOP/s", matters=False, ge=0
+        0.0,
+        "what MFU divides by; 0 takes the device's data sheet, or measures",
+        unit="TFLOP/s",
+        affects_key=False,
+        ge=0,
     )
     learn: Literal["everything", "answers"] = setting("answers", "which tokens of scenes' texts are learned")
     vocabulary: int = setting(

@@ -19,19 +19,19 @@ class ProjectorSettings(ConversationSettings):
     norm: bool = setting(False, "normalise every feature vector before the first layer")
     dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
     compile: Literal["auto", "yes", "no"] = setting(
-        "auto", "let torch compile the frozen language model's layers; auto: on a GPU, in 16 bit", matters=False
+        "auto", "let torch compile the frozen language model's layers; auto: on a GPU, in 16 bit", affects_key=False
     )
     num_augmentations: int = setting(
         1,
         "views of each training image in turn: itself, and parts of it, mirrored by half",
         ge=1,
-        introduced=1,
+        legacy_default=1,
         formerly="views",
     )
     standardize: bool = setting(
         False,
         "give every channel of the features mean 0 and spread 1 over the training images",
-        introduced=False,
+        legacy_default=False,
         formerly="whiten",
     )
     alignment_steps: int = setting(
@@ -39,12 +39,12 @@ class ProjectorSettings(ConversationSettings):
         "steps before, in which features learn to name the words of captions; 0 for none",
         unit="steps",
         ge=0,
-        introduced=0,
+        legacy_default=0,
         formerly="align_steps",
     )
     alignment_batch_size: int = setting(
-        128, "images per such step", unit="images", ge=1, introduced=128, formerly="align_batch_size"
+        128, "images per such step", unit="images", ge=1, legacy_default=128, formerly="align_batch_size"
     )
     alignment_learning_rate: float = setting(
-        2e-3, "peak learning rate of these steps", gt=0, le=1, introduced=2e-3, formerly="align_learning_rate"
+        2e-3, "peak learning rate of these steps", gt=0, le=1, legacy_default=2e-3, formerly="align_learning_rate"
     )

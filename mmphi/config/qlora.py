@@ -26,7 +26,7 @@ class QloraSettings(ConversationSettings):
     learning_rate: float = setting(2e-4, "peak learning rate of the adapter", gt=0, le=1)
     projector_learning_rate: float = setting(2e-5, "peak learning rate of the projector; 0 freezes it", ge=0, le=1)
     paged: bool = setting(
-        False, "let the optimiser's state move to the CPU where a GPU runs short of memory", matters=False
+        False, "let the optimiser's state move to the CPU where a GPU runs short of memory", affects_key=False
     )
     mixture: str = setting(
         "", "groups to train on and their weights (caption=1, scenes:questions=2, text=1); empty takes data's own"
@@ -38,7 +38,7 @@ class QloraSettings(ConversationSettings):
         ge=0,
     )
     phrasings: Literal["one", "varied"] = setting(
-        "varied", "wordings of these questions: one, or several with varied case and punctuation", introduced="one"
+        "varied", "wordings of these questions: one, or several with varied case and punctuation", legacy_default="one"
     )
     plain_text: str = setting(
         "", "a text whose loss is measured before and after, to see what is forgotten", file="path"

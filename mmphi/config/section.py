@@ -18,10 +18,10 @@ def setting(
     help: str,
     *,
     unit: str = "",
-    matters: bool = True,
+    affects_key: bool = True,
     file: File = "",
     names: Sequence[str] = (),
-    introduced: Any = UNSET,
+    legacy_default: Any = UNSET,
     formerly: str = "",
     **bounds: Any,
 ) -> Any:
@@ -31,20 +31,26 @@ def setting(
         default: Value where no preset says otherwise.
         help: One line for ``--help``.
         unit: Unit of the value, empty for plain numbers and names.
-        matters: Whether the value can change a result, and so belongs in the stage's key.
+        affects_key: Whether the value can change a result, and so belongs in the stage's key.
         file: ``path`` where the value is a file or folder, ``name`` where it may be one or else a name, ``weights``
             where it may be a file or else a name, ``model`` where it is a model's folder, run or registered name. A
             value that may be a name is a path where there is such a file or folder. A path counts from the file it is
             written in, must be there, and stands in the key by its content.
         names: Values that are names, whatever files there are.
-        introduced: The value that all earlier results were built with, where the default is no longer that one. A
+        legacy_default: The value that all earlier results were built with, where the default is no longer that one. A
             setting that has this value is left out of keys, so that a new setting does not empty anybody's cache.
         formerly: Its name in earlier versions: presets and commands may still use it, and keys do.
         **bounds: pydantic's ``ge``, ``gt``, ``le``, ``lt``.
     """
-    extra: JsonDict = {"unit": unit, "matters": matters, "file": file, "names": list(names), "formerly": formerly}
-    if introduced is not UNSET:
-        extra["introduced"] = introduced
+    extra: JsonDict = {
+        "unit": unit,
+        "affects_key": affects_key,
+        "file": file,
+        "names": list(names),
+        "formerly": formerly,
+    }
+    if legacy_default is not UNSET:
+        extra["legacy_default"] = legacy_default
     if isinstance(default, list | dict):
         return Field(default_factory=lambda: default.copy(), description=help, json_schema_extra=extra, **bounds)
     return Field(default=default, description=help, json_schema_extra=extra, **bounds)

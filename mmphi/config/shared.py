@@ -48,7 +48,9 @@ class DataSettings(Section):
     )
     test_images: int = setting(100, "images kept apart for the test (scenes bring their own)", unit="images", ge=0)
     max_images: int = setting(0, "take at most this many images of each source; 0 takes all", unit="images", ge=0)
-    max_bad_share: float = setting(0.05, "stop where more rows than this share are unusable", matters=False, ge=0, le=1)
+    max_bad_share: float = setting(
+        0.05, "stop where more rows than this share are unusable", affects_key=False, ge=0, le=1
+    )
     max_answer_words: int = setting(2000, "drop answers longer than this", unit="words", ge=1)
     split_seed: int = setting(0, "seed of the split by image and of the mixture", ge=0)
     near_duplicates: Literal["keep", "group"] = setting(
@@ -56,7 +58,11 @@ class DataSettings(Section):
     )
 
     reading: int = setting(
-        1, "version of the rules by which files of other people are read; mmphi sets it", introduced=1, ge=1, le=READING
+        1,
+        "version of the rules by which files of other people are read; mmphi sets it",
+        legacy_default=1,
+        ge=1,
+        le=READING,
     )
 
     @model_validator(mode="after")
@@ -154,15 +160,15 @@ class TrainingSettings(Section):
     max_grad_norm: float = setting(1.0, "gradient norm is clipped to this", gt=0)
     max_length: int = setting(512, "longest sequence, image tokens included", unit="tokens", ge=8)
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "autocast; auto is bf16 on a GPU that has it")
-    gradient_checkpointing: bool = setting(False, "recompute activations to save memory", matters=False)
-    eval_every: int = setting(200, "steps between validations", unit="steps", matters=False, ge=1)
-    save_every: int = setting(200, "steps between checkpoints", unit="steps", matters=False, ge=1)
-    log_every: int = setting(10, "steps between logged training losses", unit="steps", matters=False, ge=1)
+    gradient_checkpointing: bool = setting(False, "recompute activations to save memory", affects_key=False)
+    eval_every: int = setting(200, "steps between validations", unit="steps", affects_key=False, ge=1)
+    save_every: int = setting(200, "steps between checkpoints", unit="steps", affects_key=False, ge=1)
+    log_every: int = setting(10, "steps between logged training losses", unit="steps", affects_key=False, ge=1)
     share_checkpoints: bool = setting(
-        False, "send checkpoints to a remote store, so that another host can go on from them", matters=False
+        False, "send checkpoints to a remote store, so that another host can go on from them", affects_key=False
     )
-    workers: int = setting(0, "processes that prepare batches", unit="processes", matters=False, ge=0)
-    keep_checkpoints: int = setting(1, "finished checkpoints kept", unit="checkpoints", matters=False, ge=1)
+    workers: int = setting(0, "processes that prepare batches", unit="processes", affects_key=False, ge=0)
+    keep_checkpoints: int = setting(1, "finished checkpoints kept", unit="checkpoints", affects_key=False, ge=1)
 
 
 class ConversationSettings(TrainingSettings):
@@ -171,7 +177,7 @@ class ConversationSettings(TrainingSettings):
     checkpoint_selection: Literal["last", "best"] = setting(
         "last",
         "whose weights are the result: the last step's, or the lowest validation loss's",
-        introduced="last",
+        legacy_default="last",
         formerly="result",
     )
     supervised_tokens: int = setting(
@@ -182,7 +188,7 @@ class ConversationSettings(TrainingSettings):
         "conversations about an image that follow one another, at most; they share its tokens where rows are packed",
         unit="conversations",
         ge=1,
-        introduced=1,
+        legacy_default=1,
         formerly="together",
     )
     contrastive_weight: float = setting(
@@ -190,15 +196,20 @@ class ConversationSettings(TrainingSettings):
         "weight of telling the right image from another one of the step: what it should save, up to 1.5 nats a token",
         ge=0,
         le=10,
-        introduced=0.0,
+        legacy_default=0.0,
         formerly="contrast",
     )
     contrastive_start: float = setting(
-        0.85, "share of the steps after which contrast begins", ge=0, lt=1, introduced=0.85, formerly="contrast_from"
+        0.85,
+        "share of the steps after which contrast begins",
+        ge=0,
+        lt=1,
+        legacy_default=0.85,
+        formerly="contrast_from",
     )
     sample_images: int = setting(
-        8, "validation images captioned at each evaluation", unit="images", matters=False, ge=0
+        8, "validation images captioned at each evaluation", unit="images", affects_key=False, ge=0
     )
     sample_tokens: int = setting(
-        32, "longest caption at an evaluation during training", unit="tokens", matters=False, ge=1
+        32, "longest caption at an evaluation during training", unit="tokens", affects_key=False, ge=1
     )

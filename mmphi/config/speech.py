@@ -18,7 +18,7 @@ class RecordingsSection(Section):
     answer_column: str = setting("answer", "column of the answer to what is said; without it, it is to be repeated")
     context_column: str = setting("context", "column of a text that the question is about; may be missing")
     max_bad_share: float = setting(
-        0.05, "stop where more recordings than this share are unusable", matters=False, ge=0, le=1
+        0.05, "stop where more recordings than this share are unusable", affects_key=False, ge=0, le=1
     )
 
 

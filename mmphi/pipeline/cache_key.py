@@ -22,7 +22,7 @@ def consumed(stage: Stage, settings: Section) -> dict[str, Any]:
     values = {}
     for name, value in leaves(settings):
         field = field_of(type(settings), name)
-        if covered(name, stage.reads) and (field is None or (field.matters and value != field.introduced)):
+        if covered(name, stage.reads) and (field is None or (field.affects_key and value != field.legacy_default)):
             values[name if field is None or field.key_name == field.name else field.key_name] = value
     return values
 
@@ -61,7 +61,7 @@ def difference(parts: Mapping[str, Any], before: Mapping[str, Any], settings: Se
 
     def value(table: Mapping[str, Any], name: str) -> Any:
         field = field_of(type(settings), name)
-        return table.get(name, field.introduced if field else None)
+        return table.get(name, field.legacy_default if field else None)
 
     changed = [name for name in {**parts, **before} if value(parts, name) != value(before, name)]
     words = [

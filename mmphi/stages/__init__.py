@@ -60,7 +60,7 @@ STAGES: dict[str, Stage] = {
 class Settings(Section):
     """All sections of one experiment."""
 
-    name: str = setting("tiny", "name of the preset or experiment", matters=False)
+    name: str = setting("tiny", "name of the preset or experiment", affects_key=False)
     scenes: ScenesSettings = ScenesSettings()
     data: DataSettings = DataSettings()
     vision: VisionSettings = VisionSettings()

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 class EmbedSettings(Section):
     """Image features computed once and stored."""
 
-    batch_size: int = setting(64, "images per forward pass", unit="images", matters=False, ge=1)
-    workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)
-    shard_images: int = setting(4096, "images per file", unit="images", matters=False, ge=1)
-    ray: str = setting("", "Ray cluster that computes: HOST:PORT, auto or local; empty: this machine", matters=False)
+    batch_size: int = setting(64, "images per forward pass", unit="images", affects_key=False, ge=1)
+    workers: int = setting(2, "processes that decode images", unit="processes", affects_key=False, ge=0)
+    shard_images: int = setting(4096, "images per file", unit="images", affects_key=False, ge=1)
+    ray: str = setting(
+        "", "Ray cluster that computes: HOST:PORT, auto or local; empty: this machine", affects_key=False
+    )
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:

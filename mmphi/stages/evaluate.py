@@ -34,13 +34,13 @@ class EvaluateSettings(Section):
     seed: int = setting(0, "seed of samples, questions and shuffles", ge=0)
     max_images: int = setting(200, "at most this many images, or recordings; 0 takes all", unit="images", ge=0)
     max_new_tokens: int = setting(48, "longest answer", unit="tokens", ge=1)
-    batch_size: int = setting(32, "answers generated at once", unit="answers", matters=False, ge=1)
+    batch_size: int = setting(32, "answers generated at once", unit="answers", affects_key=False, ge=1)
     checkpoint: str = setting("final", "final, or the step of a kept checkpoint")
     yes_no: int = setting(200, "POPE-style yes/no questions; 0 asks none", unit="questions", ge=0)
     held_out_phrasings: bool = setting(
         True,
         "ask the captions of scenes and the yes/no questions a second time, in phrasings that no training contains",
-        introduced=False,
+        legacy_default=False,
     )
     long_answers: int = setting(100, "long answers of each kind (conversation, ...); 0 none", unit="answers", ge=0)
     max_answer_tokens: int = setting(512, "longest of these answers", unit="tokens", ge=1)

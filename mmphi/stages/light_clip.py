@@ -53,7 +53,7 @@ class LightClipSettings(TrainingSettings):
     warmup_ratio: float = setting(0.05, "share of the steps that warm up", ge=0, lt=1, formerly="warmup")
     beta2: float = setting(0.98, "AdamW's second decay rate", gt=0, lt=1)
     dropout: float = setting(0.0, "share of a locked tower's outputs dropped in training", ge=0, lt=1)
-    workers: int = setting(2, "processes that decode images", unit="processes", matters=False, ge=0)
+    workers: int = setting(2, "processes that decode images", unit="processes", affects_key=False, ge=0)
 
 
 def config_of(chosen: LightClipSettings) -> dict[str, Any]:

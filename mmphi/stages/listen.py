@@ -28,7 +28,7 @@ AT_ONCE = 8  # Windows that the encoder is given together.
 class ListenSettings(Section):
     """Frames of recordings computed once and stored."""
 
-    shard_recordings: int = setting(128, "recordings per file", unit="recordings", matters=False, ge=1)
+    shard_recordings: int = setting(128, "recordings per file", unit="recordings", affects_key=False, ge=1)
 
 
 def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Utterance]:

@@ -32,7 +32,7 @@ class ScenesSettings(Section):
     phrasings: Literal["one", "varied"] = setting(
         "varied",
         "wordings of each question in training: one, or several with varied case and punctuation",
-        introduced="one",
+        legacy_default="one",
     )
 
 

@@ -138,7 +138,9 @@ def test_setting_with_the_value_it_was_introduced_with_changes_no_key(monkeypatc
     changed = load_settings("tiny", {"vision.pool": "2"})
     assert key_parts(stage, changed, {}, {})["vision.pool"] == 2
     fields = dict(all_fields(Settings))
-    fields["vision.pool"] = dataclasses.replace(fields["vision.pool"], introduced=2)  # As if 1 were a later default.
+    fields["vision.pool"] = dataclasses.replace(
+        fields["vision.pool"], legacy_default=2
+    )  # As if 1 were a later default.
     monkeypatch.setattr("mmphi.config.fields.all_fields", lambda _: fields)
     assert key_parts(stage, settings, {}, {})["vision.pool"] == 1
     assert "vision.pool" not in key_parts(stage, changed, {}, {})
