@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ablations import study as studies
+from ablations.dry_run import without_tuning
 from ablations.study import Study
 from mmphi.errors import SettingsError
 
@@ -34,10 +35,14 @@ def ablate(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, help="budget of a trial in supervised tokens")
     parser.add_argument("--levels", help="only these levels, separated by commas")
     parser.add_argument("--retries", type=int, default=5, help="how often a worker may die over one trial [5]")
+    parser.add_argument("--no-tuning", action="store_true", help="judge every level at the preset's nuisance values")
+    parser.add_argument("--dry-run", action="store_true", help="show every trial and the time, and train nothing")
     options, rest = parser.parse_known_args(list(arguments))
     options.storage = "" if options.storage == "preset" else options.storage
     name, study = studies.load(options.study, "" if options.preset == "preset" else options.preset)
     study = adjust_study(study, options, rest)
+    if options.dry_run:
+        return _dry_run(options.name or name, study, options.workers)
     from ablations.run import run
 
     return run(
@@ -49,6 +54,20 @@ def ablate(arguments: Sequence[str]) -> int:
         run_id=os.environ.get("MLFLOW_RUN_ID", ""),
         command=shlex.join(["mmphi", "ablate", *arguments]),
     )
+
+
+def _dry_run(name: str, study: Any, workers: int) -> int:
+    from ablations.dry_run import lines
+    from ablations.worker_pool import visible_gpus
+    from mmphi.tracking.run_writer import TrackingStore
+
+    study.check()
+    print(study.question)
+    if isinstance(study, Study):
+        print("\n".join(lines(name, study, TrackingStore(), workers or max(1, len(visible_gpus())))))
+    else:
+        print(study.summary())
+    return 0
 
 
 def adjust_study(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> Any:
@@ -78,6 +97,10 @@ def adjust_study(study: Any, options: argparse.Namespace, rest: Sequence[str]) -
             raise SettingsError("a search has a space, not --levels", "give --trials or --seeds")
         wanted = parse_levels(study, options.levels)
         study = replace(study, levels={level: study.levels[level] for level in wanted})
+    if options.no_tuning:
+        if not isinstance(study, Study):
+            raise SettingsError("a search tunes nothing before it", "leave --no-tuning out")
+        study = without_tuning(study)
     named = {full_name(Settings, key, study.stage): value for key, value in fixed.items()}
     return replace(study, fixed={**study.fixed, **named}) if named else study
 

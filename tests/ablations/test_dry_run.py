@@ -1,0 +1,52 @@
+"""``mmphi ablate --dry-run`` and ``--no-tuning``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from toy_studies import STUDY
+
+from ablations.dry_run import lines, planned_trials, seconds_per_trial, without_tuning
+from ablations.study import Study, load
+from mmphi.cli import main
+from mmphi.errors import SettingsError
+from mmphi.tracking.run_writer import TrackingStore
+
+TUNED = replace(STUDY, nuisance={"projector.learning_rate": (1e-3, 1e-2)}, tuning_seeds=(1000, 1001), seeds=3)
+
+
+def test_every_trial_is_planned_tuning_included() -> None:
+    trials = planned_trials(TUNED)
+    levels = len(TUNED.levels)
+    assert [t.phase for t in trials] == ["tuning"] * (levels * 2 * 2) + ["verdict"] * (levels * 3)
+    assert len({t.name for t in trials}) == len(trials)
+    assert len(planned_trials(without_tuning(TUNED))) == levels * 3
+    with pytest.raises(SettingsError, match="no nuisance settings"):
+        without_tuning(replace(TUNED, nuisance={}))
+
+
+def test_the_time_is_that_of_earlier_trials_or_of_the_stage(empty_store: str) -> None:
+    store, study = TrackingStore(empty_store), replace(TUNED, stage="projector", tokens=500)
+    assert seconds_per_trial(study, store, "toy") is None
+    assert "time: unknown" in lines("toy", study, store, 1)[-1]
+    run = store.begin("projector", {"mmphi.stage": "projector", "mmphi.key": "k"}).run_id
+    for name, value in {"seconds": 100.0, "projector/supervised_tokens": 1000.0}.items():
+        store.client.log_metric(run, name, value)
+    store.client.set_terminated(run, "FINISHED")
+    found = seconds_per_trial(study, store, "toy")
+    assert found is not None
+    assert found[0] == pytest.approx(50)
+    assert "2 worker(s)" in lines("toy", study, store, 2)[-1]
+
+
+def test_the_command_trains_nothing(empty_store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "projector_depth", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    study = load("projector_depth")[1]
+    assert isinstance(study, Study)
+    assert f"{len(planned_trials(study))} trials:" in shown
+    assert shown.count("verdict") == study.seeds * len(study.levels)
+    assert list(TrackingStore(empty_store).search()) == []
+    assert main(["ablate", "projector_depth", "--dry-run", "--no-tuning"]) == 0
+    assert "0 of tuning" in capsys.readouterr().out
