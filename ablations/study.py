@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ablations.studies
-from mmphi.config.fields import leaves
+from mmphi.config.fields import leaves, renamed
+from mmphi.config.former_names import FORMER_NAMES
 from mmphi.config.messages import did_you_mean
 from mmphi.config.presets import from_caller
 from mmphi.errors import SettingsError
@@ -345,6 +346,17 @@ def load(name: str, preset: str = "") -> tuple[str, Any]:
     if study is None:
         raise SettingsError(f"{path} defines no STUDY", "docs/ablations-and-reports.md shows one")
     if not preset or preset == study.preset:
-        return path.stem, study
+        return path.stem, _with_current_names(study)
     there = getattr(module, "PRESETS", {}).get(preset)
-    return f"{path.stem}.{Path(preset).stem}", there or replace(study, preset=preset)
+    return f"{path.stem}.{Path(preset).stem}", _with_current_names(there or replace(study, preset=preset))
+
+
+def _with_current_names(study: Any) -> Any:
+    """A study or search whose file may use the former names of settings."""
+    values = {each.name: getattr(study, each.name) for each in fields(study)}
+    changed = {
+        name: renamed(value, FORMER_NAMES)
+        for name, value in values.items()
+        if isinstance(value, str | Mapping | list | tuple)
+    }
+    return replace(study, **{name: value for name, value in changed.items() if value != values[name]})

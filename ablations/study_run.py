@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from ablations.study import BEFORE
-from mmphi.config.fields import field_of, with_current_names
+from mmphi.config.fields import field_of, renamed
+from mmphi.config.former_names import FORMER_NAMES
 from mmphi.errors import SettingsError, StoreError
 from mmphi.stages import Settings
 
@@ -132,13 +133,14 @@ class StudyRun:
             raise StoreError(
                 f"run {self.run_id} of the study {self.name} has no {DECLARATION}", "restore its artifacts"
             )
-        current: dict[str, Any] = with_current_names(Settings, found)
+        current: dict[str, Any] = renamed(found, FORMER_NAMES)
         return current
 
     def changes(self) -> list[StudyChange]:
         """What was changed while it ran, in order."""
         tags = self.store.run(self.run_id).data.tags
-        return [StudyChange(**json.loads(tags[name])) for name in sorted(tags) if name.startswith(CHANGE)]
+        found = (json.loads(tags[name]) for name in sorted(tags) if name.startswith(CHANGE))
+        return [StudyChange(**renamed(change, FORMER_NAMES)) for change in found]
 
     def change(self, what: str, name: str = "", value: Any = None) -> StudyChange:
         """Note a change; the driver acts on it before its next trial."""

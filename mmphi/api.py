@@ -5,8 +5,12 @@ Nothing here reads presets, writes files or opens a tracking store unless it is 
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,16 +18,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mmphi.config.former_names import FORMER_NAMES
 from mmphi.config.messages import warn_renamed
 from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
-from mmphi.config.section import former_name
 from mmphi.config.shared import ConversationSettings, LanguageSettings, VisionSettings
 from mmphi.data.features import CachedFeatures, ImageFeatures
 from mmphi.data.in_memory import examples_of, image_reference
 from mmphi.data.llava_row_types import asked_for_captions
 from mmphi.data.phrasing import typical_questions
-from mmphi.errors import ModelError, SettingsError
+from mmphi.data.schema import Example
+from mmphi.data.tokenized_dataset import TokenizedDataset
+from mmphi.errors import DataError, ModelError, SettingsError, Stopped, TrainingError
 from mmphi.models.device import this_device
 from mmphi.models.language.language_model import LanguageModel, load_language_model, wrap_language_model
 from mmphi.models.multimodal import Multimodal
@@ -47,6 +53,7 @@ class Model(Multimodal):
     """A language model that reads images: joined by :func:`join` or loaded by :func:`mmphi.load`."""
 
     _settings: ProjectorSettings | None = None  # Of a projector that is not trained yet.
+    _fits = 0  # Trainings that this object has had.
 
     def fit(
         self,
@@ -84,41 +91,59 @@ class Model(Multimodal):
 
         if self.features is None or self.projector is None:
             raise ModelError("this model reads no images", "join one with vision=...")
+        settings = _current_names("qlora" if adapter else "projector", settings)
         examples = [*examples_of(data), *examples_of(validation, "validation")]
+        folder = Path(folder) if folder is not None else None
         common: dict[str, Any] = {"tracker": _tracker(logger), "callbacks": callbacks, "progress": progress}
-        common["folder"] = Path(folder) if folder is not None else None
+        common["folder"] = folder
         self._engine = None  # It remembers features as the projector gave them before.
-        trained: ProjectorTraining | AdapterTraining
-        if adapter:
-            trained = self._fit_adapter(examples, _checked(QloraSettings, "qlora", settings), common)
-        else:
-            trained = self._fit_projector(examples, settings, common)
+        fit = self._fit_adapter if adapter else self._fit_projector
+        try:
+            trained = fit(examples, settings, common)
+        except Stopped as error:
+            if folder is None:
+                raise Stopped("stopped; nothing was kept, because fit had no folder for checkpoints") from error
+            raise
+        finally:
+            self.packed.eval()
+        self._fits += 1
         asked = typical_questions(turn.question for row in training_rows(examples) for turn in row.turns)
         self.questions = tuple(dict.fromkeys([*asked, *self.questions]))
-        self.packed.eval()
         return trained
 
     def _fit_projector(
-        self, examples: Sequence[Any], settings: Mapping[str, Any], common: Mapping[str, Any]
+        self, examples: Sequence[Example], settings: Mapping[str, Any], common: Mapping[str, Any]
     ) -> ProjectorTraining:
         from mmphi.training.conversation_dataset import training_rows
         from mmphi.training.projector import new_projector, train_projector
 
         assert self.features is not None
+        assert self.projector is not None
         shape = {} if self._settings is None else self._settings.model_dump(include=set(SHAPE))
         checked = _checked(ProjectorSettings, "projector", {"max_length": self.max_length, **shape, **settings})
+        if self._settings is None and (changed := sorted(set(SHAPE) & set(settings))):
+            raise SettingsError(f"{', '.join(changed)}: the projector is there already", "give its shape to join")
+        self._resume_same(common["folder"], checked, examples)
         if self._settings is not None:  # Its weights are seeded, and standardised on the training images.
             self._use(new_projector(self.language, self.features, checked, examples))
-            self._settings = None
-        elif changed := sorted(set(SHAPE) & set(settings)):
-            raise SettingsError(f"{', '.join(changed)}: the projector is there already", "give its shape to join")
+        length = self.max_length
+        self._change_length(checked.max_length)
+        self.language.model.requires_grad_(False)  # An adapter on it stays as it is.
+        self.projector.requires_grad_(True)
+        if self.speech is not None:
+            self.speech.requires_grad_(False)
+        try:
+            trained = train_projector(self, examples, checked, sequences=self._tokenized(examples, checked), **common)
+        except BaseException:
+            self._change_length(length)
+            raise
+        self._settings = None
         if self.vision is not None and not self.vision.question:
-            self.vision = _asked_by(self.vision, asked_for_captions(training_rows(examples)))
-        self.max_length = checked.max_length
-        return train_projector(self, examples, checked, **common)
+            self.vision = replace(self.vision, question=asked_for_captions(training_rows(examples)))
+        return trained
 
     def _fit_adapter(
-        self, examples: Sequence[Any], settings: QloraSettings, common: Mapping[str, Any]
+        self, examples: Sequence[Example], settings: Mapping[str, Any], common: Mapping[str, Any]
     ) -> AdapterTraining:
         from mmphi.training.adapter import train_adapter, with_new_adapter
 
@@ -126,9 +151,57 @@ class Model(Multimodal):
             raise ModelError("this model has an adapter already", "load the projector's model anew")
         if self._settings is not None:
             raise ModelError("the projector is not trained yet", "call fit without adapter first")
-        with_adapter = with_new_adapter(self, settings, common["tracker"])
-        self.language, self.packed, self.max_length = with_adapter.language, with_adapter.packed, settings.max_length
-        return train_adapter(self, examples, settings, **common)
+        checked = _checked(QloraSettings, "qlora", {"max_length": self.max_length, **settings})
+        self._resume_same(common["folder"], checked, examples)
+        # Other models may share the language model: its layers are copied, and their weights are not.
+        model = self.language.model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        before = self.language, self.packed, self.max_length
+        self.language = replace(self.language, model=copy.deepcopy(model, shared))
+        try:
+            with_adapter = with_new_adapter(self, checked, common["tracker"])
+            self.language, self.packed = with_adapter.language, with_adapter.packed
+            self._change_length(checked.max_length)
+            return train_adapter(self, examples, checked, sequences=self._tokenized(examples, checked), **common)
+        except BaseException:
+            self.language, self.packed, _ = before
+            self._change_length(before[2])
+            raise
+
+    def _tokenized(self, examples: Sequence[Example], settings: ConversationSettings) -> TokenizedDataset:
+        """The training conversations; a warning says how many are too long."""
+        from mmphi.training.conversation_dataset import tokenize_training_rows
+
+        sequences = tokenize_training_rows(self, examples, settings.max_length)
+        if sequences.left_out:
+            logging.getLogger("mmphi").warning(
+                "%d of %d training conversations have more than %d tokens and are left out",
+                len(sequences.left_out),
+                len(sequences.left_out) + len(sequences.kept),
+                settings.max_length,
+            )
+        return sequences
+
+    def _change_length(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.packed.layout = self.language.layout(max_length)
+
+    def _resume_same(self, folder: Path | None, settings: ConversationSettings, examples: Sequence[Example]) -> None:
+        """Refuse a folder that holds the checkpoints of another training.
+
+        Raises:
+            TrainingError: If its data, its settings or its place among the trainings of this model differ.
+        """
+        if folder is None:
+            return
+        chosen = settings.model_dump(exclude={"save_every", "eval_every", "log_every", "keep_checkpoints", "workers"})
+        rows = [(e.id, e.split, [i.id for i in e.images], [(t.question, t.answer) for t in e.turns]) for e in examples]
+        whole = json.dumps([self._fits, chosen, rows, self.language.prompt.digest], sort_keys=True, default=str)
+        digest, stored = hashlib.sha256(whole.encode()).hexdigest(), folder / "training.json"
+        if stored.exists() and json.loads(stored.read_text()).get("digest") != digest:
+            raise TrainingError(f"{folder} holds another training: its data or settings differ", "give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        stored.write_text(json.dumps({"digest": digest}))
 
     def _use(self, projector: nn.Module) -> None:
         device = next(self.language.model.parameters()).device
@@ -167,9 +240,15 @@ class Model(Multimodal):
         return evaluate_model(self, examples_of(data, "test"), EvaluationConfig(**how), _tracker(logger))
 
     def loss(self, data: Iterable[Any]) -> float:
-        """Mean loss on the answers of conversations, in nats per token."""
+        """Mean loss on the answers of conversations, in nats per token.
+
+        Raises:
+            DataError: If none fits in ``max_length`` tokens, or a row cannot be used.
+        """
         nats, tokens = self.losses(examples_of(data))
-        return nats / max(tokens, 1)
+        if not tokens:
+            raise DataError(f"no conversation has an answer within {self.max_length} tokens", "raise max_length in fit")
+        return nats / tokens
 
     def image_features(self, *images: Any) -> Tensor:
         """Features of images before the projector, float16 (len(images), tokens, width).
@@ -188,6 +267,7 @@ def join(
     *,
     tokenizer: Any = None,
     preprocess: Callable[[Any], Any] | None = None,
+    image_size: int = 224,
     projector: nn.Module | None = None,
     prompt: str = "auto",
     precision: str = "fp32",
@@ -204,6 +284,7 @@ def join(
             (N, T, D), which is frozen, or a source of stored features.
         tokenizer: Of a language model that is given as an object; by default the one of its ``name_or_path``.
         preprocess: From a PIL image to pixels (C, H, W), of a module; a transform, or an image processor.
+        image_size: Side of the pixels of an encoder without ``preprocess``.
         projector: A module from features (..., D) to embeddings (..., W), in place of an MLP.
         prompt: ``plain``, ``phi``, ``chat``, or ``auto``: by the tokenizer.
         precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit``, of a language model that is loaded here.
@@ -221,9 +302,10 @@ def join(
     from mmphi.training.projector import new_projector
 
     place = torch.device(device) if device else this_device()
+    settings = _current_names("projector", settings)
     shape = {name: settings.pop(name) for name in SHAPE if name in settings}
     spoken = _language(language, tokenizer, prompt, precision, place)
-    features, reference = _vision(vision, preprocess, settings, place, feature_cache_gb)
+    features, reference = _vision(vision, preprocess, image_size, settings, place, feature_cache_gb)
     chosen = _checked(ProjectorSettings, "projector", {**shape, "max_length": max_length})
     own: Any = projector if projector is not None else new_projector(spoken, features, chosen, ())
     if projector is not None:
@@ -238,25 +320,25 @@ def join(
 class CustomProjector(Projector):
     """A module of one's own as a projector; it cannot be saved, because nothing could build it when it is loaded."""
 
+    saveable = False
+
     def __init__(self, module: nn.Module, input_width: int, output_width: int) -> None:
         from mmphi.models.projector import ProjectorConfig
 
         super().__init__(ProjectorConfig(input_width, output_width, layers=1))
         self.layers = nn.Sequential(module)
-        found = module(torch.zeros(2, input_width, device=next(iter(module.parameters())).device))
+        parameter = next(iter(module.parameters()), torch.zeros(()))
+        try:
+            found = module.float()(torch.zeros(2, input_width, device=parameter.device))
+        except RuntimeError as error:
+            raise ModelError(
+                f"the projector cannot read features of width {input_width}: {error}", "its input width is theirs"
+            ) from error
         if tuple(found.shape) != (2, output_width):
             raise ModelError(
                 f"the projector makes {tuple(found.shape)} of features (2, {input_width}), not (2, {output_width})",
                 "its output width is the language model's",
             )
-
-    def save(self, folder: Path) -> None:
-        """Refuse.
-
-        Raises:
-            ModelError: Always.
-        """
-        raise ModelError("a projector of one's own cannot be saved", "save its state_dict, and join it anew")
 
 
 def load(
@@ -310,6 +392,7 @@ def _language(given: Any, tokenizer: Any, prompt: str, precision: str, device: t
 def _vision(
     given: Any,
     preprocess: Callable[[Any], Any] | None,
+    image_size: int,
     settings: dict[str, Any],
     device: torch.device,
     gigabytes: float,
@@ -323,7 +406,7 @@ def _vision(
     if isinstance(given, str | Path):
         custom = timm_encoder(str(given)).to(device)
     elif isinstance(given, nn.Module):
-        custom = CustomEncoder(given, preprocess)
+        custom = CustomEncoder(given, preprocess, image_size=image_size)
     elif all(hasattr(given, name) for name in ("get", "tokens", "width", "digest")):
         return given, VisionReference(VisionSettings(), given.digest, encoder=type(given).__name__)
     else:
@@ -334,10 +417,21 @@ def _vision(
     return CachedFeatures(custom, gigabytes), reference
 
 
-def _asked_by(vision: VisionReference, question: str) -> VisionReference:
-    from dataclasses import replace
+def _current_names(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings under today's names.
 
-    return replace(vision, question=question)
+    Raises:
+        SettingsError: If one is given under both names.
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        current = FORMER_NAMES.get(f"{section}.{name}", f"{section}.{name}").removeprefix(f"{section}.")
+        if current != name:
+            warn_renamed(f"{section}.{name}", f"{section}.{current}")
+        if current in found:
+            raise SettingsError(f"{section}.{current} is given twice, as {name} too", "give it once")
+        found[current] = value
+    return found
 
 
 def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> Any:
@@ -346,10 +440,7 @@ def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> An
     Raises:
         SettingsError: If there is no such setting, or its value is out of bounds.
     """
-    former = {former_name(info): name for name, info in kind.model_fields.items() if former_name(info)}
-    for name in set(former) & set(values):
-        warn_renamed(f"{section}.{name}", f"{section}.{former[name]}")
-    if unknown := [name for name in values if name not in kind.model_fields and name not in former]:
+    if unknown := [name for name in values if name not in kind.model_fields]:
         import difflib
 
         near = difflib.get_close_matches(unknown[0], kind.model_fields, n=3)
@@ -388,6 +479,6 @@ def _tracker(logger: str | Metrics | Tracker | None) -> Tracker:
         return _MetricsTracker(record)
     if callable(logger):
         return _MetricsTracker(logger)
-    if isinstance(logger, str) or not hasattr(logger, "metrics"):
+    if isinstance(logger, str) or not all(hasattr(logger, name) for name in ("metrics", "table", "figure", "say")):
         raise SettingsError(f"logger is {logger!r}", 'give "mlflow", a function of metrics and step, or a Tracker')
     return logger

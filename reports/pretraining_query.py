@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmphi.config.fields import former_names
-from mmphi.config.pretrain import PretrainSettings
+from mmphi.config.fields import renamed
+from mmphi.config.former_names import FORMER_NAMES
 from mmphi.errors import SettingsError
 from mmphi.tracking.run_tracker import params_of
 from reports.scaling import Curve, Schedule
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 REUSES = "mmphi.reuses"
 LOSS, PUBLIC, HELD = "train/step_loss", "public/loss", "val/loss"
-# Settings under the names of earlier versions.
-CURRENT = {f"pretrain.{former}": f"pretrain.{name}" for former, name in former_names(PretrainSettings).items()}
 MARK = "pretrain/initial_loss"  # What every pretraining on a corpus has, and none on scenes.
 
 
@@ -183,7 +181,7 @@ def _pretraining(store: RunStore, run: Run) -> Pretraining:
         name=str(run.info.run_name),
         status=str(run.info.status),
         metrics=run.data.metrics,
-        params={CURRENT.get(name, name): value for name, value in params_of(run).items()},
+        params=renamed(params_of(run), FORMER_NAMES),
         tags=run.data.tags,
         losses=history(LOSS),
         public=[(step, value) for step, value in history(PUBLIC) if step],

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mmphi.config.fields import renamed
+from mmphi.config.former_names import FORMER_NAMES
 from mmphi.config.messages import did_you_mean
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.run_tracker import params_of
@@ -245,8 +247,8 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
         name=name,
         run_id=str(record.info.run_id),
         experiment=str(record.info.experiment_id),
-        declaration=declaration,
-        changes=[json.loads(tags[tag]) for tag in sorted(tags) if tag.startswith(CHANGE)],
+        declaration=renamed(declaration, FORMER_NAMES),
+        changes=[renamed(json.loads(tags[t]), FORMER_NAMES) for t in sorted(tags) if t.startswith(CHANGE)],
         trials=runs,
         tags=tags,
         curves=points,
@@ -290,7 +292,7 @@ def trial_of(run: Run) -> Trial:
         status=str(run.info.status),
         reason=tags.get("mmphi.error", ""),
         metrics=run.data.metrics,
-        params=params_of(run),
+        params=renamed(params_of(run), FORMER_NAMES),
         tags=tags,
         started_ms=int(run.info.start_time or 0),
     )

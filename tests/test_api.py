@@ -22,7 +22,7 @@ from mmphi.api import Model
 from mmphi.config.projector import ProjectorSettings
 from mmphi.data.features import FeatureStore
 from mmphi.data.in_memory import examples_of, image_reference
-from mmphi.errors import DataError, ImageError, ModelError, SettingsError
+from mmphi.errors import DataError, ImageError, ModelError, SettingsError, TrainingError
 from mmphi.models.multimodal import Multimodal
 from mmphi.stages.shared_models import read
 
@@ -276,3 +276,171 @@ def test_every_model_that_loads_is_one_that_can_be_trained(small_chain: Path, tm
         folder = pipeline.build("projector", small.settings()).path
     assert isinstance(mmphi.load(folder), Model)
     assert isinstance(Model.from_pretrained(folder), Multimodal)
+
+
+def test_an_adapter_on_a_model_given_as_an_object_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = joined()
+    model.fit(PAIRS, **QUICK | {"steps": 5})
+    model.fit(PAIRS, adapter=True, rank=4, **QUICK | {"steps": 10})
+    model.save_pretrained(tmp_path / "saved")
+    names = load_file(tmp_path / "saved" / "language" / "model.safetensors")
+    assert not any("lora_" in name or "base_layer" in name for name in names)
+    again = mmphi.load(tmp_path / "saved", vision=Patches(), preprocess=pixels_of)
+    assert again.loss(PAIRS) == pytest.approx(model.loss(PAIRS), rel=1e-3)
+
+
+def test_an_adapter_changes_no_other_model_of_the_same_language_model() -> None:
+    language = tiny_language().model
+    one, two = (
+        mmphi.join(language, Patches(), preprocess=pixels_of, tokenizer=byte_tokenizer(), max_length=64) for _ in "ab"
+    )
+    for model in (one, two):
+        model.fit(PAIRS, **QUICK | {"steps": 5})
+    before = two.loss(PAIRS)
+    one.fit(PAIRS, adapter=True, rank=4, **QUICK)
+    assert two.loss(PAIRS) == before
+    assert one.loss(PAIRS) < before
+    shared = {id(p) for p in two.language.model.parameters()}
+    assert {id(p) for n, p in one.language.model.named_parameters() if "lora_" not in n} == shared
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
+    model = joined()
+    model.fit(PAIRS, folder=tmp_path, **QUICK | {"steps": 3})
+    with pytest.raises(TrainingError, match="holds another training"):
+        joined().fit([(image, "other words") for image, _ in PAIRS], folder=tmp_path, **QUICK | {"steps": 3})
+    with pytest.raises(TrainingError, match="holds another training"):
+        joined().fit(PAIRS, folder=tmp_path, **QUICK | {"steps": 4})
+    with pytest.raises(TrainingError, match="holds another training"):
+        model.fit(PAIRS, folder=tmp_path, **QUICK | {"steps": 3})  # It would be taken for finished.
+
+
+def test_fit_after_an_adapter_trains_the_projector_alone() -> None:
+    model = joined()
+    model.fit(PAIRS, **QUICK | {"steps": 5})
+    model.fit(PAIRS, adapter=True, rank=4, projector_learning_rate=0.0, **QUICK | {"steps": 5})
+    assert model.projector is not None
+    adapter = {n: p.clone() for n, p in model.language.model.named_parameters() if "lora_" in n}
+    before = {n: p.clone() for n, p in model.projector.named_parameters()}
+    model.fit(PAIRS, **QUICK | {"steps": 5})
+    assert all(torch.equal(p, adapter[n]) for n, p in model.language.model.named_parameters() if "lora_" in n)
+    assert not any(torch.equal(p, before[n]) for n, p in model.projector.named_parameters())
+
+
+def test_a_fit_that_fails_leaves_the_next_one_as_the_first() -> None:
+    failed, clean = joined(standardize=True), joined(standardize=True)
+    assert np.isfinite(failed.loss(PAIRS))  # Without statistics nothing is standardised yet.
+    with pytest.raises(DataError, match="raise max_length"):
+        failed.fit(PAIRS[:1], max_length=8, seed=1)
+    with pytest.raises(DataError, match="no training example has an image"):
+        failed.fit([(None, "a question", "an answer")])
+    for model in (failed, clean):
+        model.fit(PAIRS, max_length=64, seed=2, **QUICK)
+    assert failed.loss(PAIRS) == clean.loss(PAIRS)
+    with pytest.raises(DataError, match="raise max_length"):
+        clean.fit(PAIRS, adapter=True, max_length=8)
+    clean.fit(PAIRS, adapter=True, rank=4, **QUICK | {"steps": 2})
+
+
+def test_the_argument_decides_the_split() -> None:
+    examples, seen = examples_of(PAIRS), list[str]()
+    joined().fit(examples[:2], validation=examples[2:], logger=lambda values, _: seen.extend(values), **QUICK)
+    assert "val/loss" in seen
+
+
+def test_former_names_of_settings() -> None:
+    with pytest.warns(FutureWarning, match=r"projector\.whiten is called"):
+        model = joined(whiten=True)
+    model.fit(PAIRS, **QUICK | {"steps": 2})
+    assert model.projector is not None
+    assert model.projector.whitening is not None
+    with pytest.raises(SettingsError, match="standardize: the projector is there already"):
+        model.fit(PAIRS, whiten=True)
+    with pytest.warns(FutureWarning, match="warmup_ratio"), pytest.raises(SettingsError, match="given twice"):
+        joined().fit(PAIRS, warmup=0.1, warmup_ratio=0.2)
+
+
+def test_a_model_whose_folder_was_moved_is_saved_whole(tmp_path: Path) -> None:
+    model = joined()
+    model.fit(PAIRS, **QUICK | {"steps": 2})
+    model.save_pretrained(tmp_path / "one")
+    again = mmphi.load(tmp_path / "one", vision=Patches(), preprocess=pixels_of)
+    (tmp_path / "one").rename(tmp_path / "two")
+    again.save_pretrained(tmp_path / "three")
+    third = mmphi.load(tmp_path / "three", vision=Patches(), preprocess=pixels_of)
+    assert third.loss(PAIRS) == pytest.approx(model.loss(PAIRS), rel=1e-3)
+
+
+def test_an_image_in_memory_is_that_of_its_file(tmp_path: Path) -> None:
+    model = joined()
+    picture = Image.effect_mandelbrot((40, 20), (-2, -1, 1, 1), 30).convert("RGB")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # To be turned by 90 degrees.
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    picture.convert("CMYK").save(tmp_path / "print.jpg")
+    for name in ("turned.jpg", "print.jpg"):
+        path = tmp_path / name
+        features = model.image_features(path, path.read_bytes(), Image.open(path))
+        assert torch.equal(features[0], features[1])
+        assert torch.equal(features[0], features[2])
+
+
+def test_augmentations_differ_from_image_to_image() -> None:
+    picture = Image.effect_noise((64, 64), 90).convert("RGB")
+    other = Image.effect_noise((64, 64), 30).convert("RGB")
+    names = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmphi.data.features.augmented_image", lambda image, name: names.append(name) or image)
+        joined().fit([(picture, "one"), (other, "two")], num_augmentations=2, **QUICK | {"steps": 4})
+    assert len(set(names)) == 2
+    with pytest.raises(ImageError, match="cannot be augmented"):
+        joined(preprocess=None).fit([(torch.rand(3, 8, 8), "one")], num_augmentations=2, **QUICK)
+
+
+class Grid(nn.Module):
+    """A feature for each 8 x 8 pixels."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)
+
+
+def test_pixels_of_another_size_than_the_encoder_was_tried_with() -> None:
+    with pytest.raises(ImageError, match="give image_size"):
+        joined(vision=Grid(), preprocess=None).image_features(torch.rand(3, 32, 32))
+    joined(vision=Grid(), preprocess=None, image_size=32).fit([(torch.rand(3, 32, 32), "one")], **QUICK | {"steps": 2})
+
+
+def test_nothing_to_measure_is_an_error_and_long_rows_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    model = joined()
+    for rows in ([], [(PAIRS[0][0], "x" * 500)]):
+        with pytest.raises(DataError, match="no conversation has an answer"):
+            model.loss(rows)
+    with caplog.at_level("WARNING", logger="mmphi"):
+        model.fit([*PAIRS, (PAIRS[0][0], "x" * 500)], **QUICK | {"steps": 2})
+    assert "1 of 5 training conversations have more than 64 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"audio": "x.wav", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]},
+            "audio",
+        ),
+        ({"messages": [{"role": "user", "content": 3.5j}, {"role": "assistant", "content": "a"}]}, "row 0: "),
+        (("nowhere.png", "a"), "row 0: there is no image nowhere.png"),
+    ],
+)
+def test_rows_are_never_trained_on_in_part(row: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        examples_of([row])
+
+
+def test_stored_features_are_no_part_of_a_saved_model(small_chain: Path, tmp_path: Path) -> None:
+    with small.built("embed", small_chain, tmp_path / "store") as pipeline:
+        store = FeatureStore(pipeline.build("embed", small.settings()).path)
+    language = tiny_language()
+    model = mmphi.join(language.model, store, tokenizer=byte_tokenizer())
+    with pytest.raises(ModelError, match="stored features"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -123,7 +123,7 @@ def _field(name: str, info: FieldInfo) -> Field:
         names=tuple(map(str, names)) if isinstance(names := extra.get("names"), list) else (),
         bounds={sign: getattr(m, sign) for m in info.metadata for sign in SIGNS if hasattr(m, sign)},
         choices=tuple(map(str, get_args(info.annotation))) if origin is Literal else (),
-        key_name=f"{name.rpartition('.')[0]}.{former_name(info)}" if former_name(info) else name,
+        key_name="".join(name.rpartition(".")[:2]) + (former_name(info) or name.rpartition(".")[2]),
     )
 
 
@@ -152,13 +152,18 @@ def current_name(root: type[Section], name: str) -> str:
     return former_names(root).get(name, name)
 
 
-def with_current_names(root: type[Section], tree: Any) -> Any:
-    """The same tree with today's names of settings, as its keys and as its texts."""
+def renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    """The same tree of mappings, lists and texts with other names, as its keys and as its texts.
+
+    Args:
+        tree: Such as a study's declaration.
+        names: Former dotted names and today's, as :func:`former_names` gives them.
+    """
     if isinstance(tree, Mapping):
-        return {current_name(root, str(name)): with_current_names(root, value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [with_current_names(root, value) for value in tree]
-    return current_name(root, tree) if isinstance(tree, str) else tree
+        return {names.get(str(name), name): renamed(value, names) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(renamed(value, names) for value in tree)
+    return names.get(tree, tree) if isinstance(tree, str) else tree
 
 
 def field_of(root: type[Section], name: str) -> Field | None:

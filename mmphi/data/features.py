@@ -174,7 +174,8 @@ class LiveFeatures:
     def _pixels(self, image: ImageRef) -> Tensor:
         opened = open_image(image.source, image.name)
         if image.view:
-            opened = augmented_image(opened, augmented_name(self._digests[image.path], image.view))
+            name = image.id if image.content is not None else self._digests[image.path]
+            opened = augmented_image(opened, augmented_name(name, image.view))
         return self.encoder.preprocess(opened)
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
@@ -226,6 +227,8 @@ class CachedFeatures(LiveFeatures):
 
     def _pixels(self, image: ImageRef) -> Tensor:
         pixels = pixels_in(image.source)
+        if pixels is not None and image.view:
+            raise ImageError("no augmentation", "pixels that are preprocessed cannot be augmented: give images")
         return super()._pixels(image) if pixels is None else pixels
 
     def get(self, images: Sequence[ImageRef], /) -> Tensor:
@@ -240,7 +243,14 @@ class CachedFeatures(LiveFeatures):
         wanted = list(missing.items())
         for first in range(0, len(wanted), self.batch_size):
             part = wanted[first : first + self.batch_size]
-            features = self.encoder(_stacked([self._pixels(image) for _, image in part])).half().cpu()
+            pixels = _stacked([self._pixels(image) for _, image in part])
+            features = self.encoder(pixels).half().cpu()
+            if tuple(features.shape[1:]) != (self.tokens, self.width):
+                raise ImageError(
+                    "images of another size",
+                    f"the encoder gives {tuple(features.shape[1:])} features of pixels {tuple(pixels.shape[1:])}, and"
+                    f" {self.tokens, self.width} of those it was tried with: resize in preprocess, or give image_size",
+                )
             for (name, _), own in zip(part, features, strict=True):
                 found[name] = own.clone()  # Not a view, which would keep the whole batch.
                 self._kept.put(name, found[name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mmphi.data.images import as_rgb
 from mmphi.data.schema import Example, ImageRef, Split, Turn
 from mmphi.data.turns import parse_row
 from mmphi.errors import DataError, ImageError
@@ -34,6 +36,8 @@ def image_reference(image: Any) -> ImageRef:
     if isinstance(image, ImageRef):
         return image
     if isinstance(image, str | Path):
+        if not Path(image).is_file():
+            raise ImageError("missing image", f"there is no image {image}")
         return ImageRef(str(image), Path(image))
     content = image_content(image)
     return ImageRef(hashlib.sha256(content).hexdigest(), Path(), content=content)
@@ -54,7 +58,9 @@ def image_content(image: Any) -> bytes:
     if isinstance(image, torch.Tensor):
         if image.ndim != 3:
             raise ImageError("no image", f"pixels have shape (C, H, W), this tensor has {tuple(image.shape)}")
-        np.save(buffer, image.detach().cpu().numpy(), allow_pickle=False)
+        if not image.is_floating_point():
+            raise ImageError("no pixels", f"preprocessed pixels are floating point, this tensor is {image.dtype}")
+        np.save(buffer, image.detach().float().cpu().numpy(), allow_pickle=False)
         return buffer.getvalue()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
@@ -65,7 +71,7 @@ def image_content(image: Any) -> bytes:
             raise ImageError("no image", f"an array of an image is (H, W, 3), this one is {image.shape}") from error
     if not isinstance(image, Image.Image):
         raise ImageError("no image", f"{type(image).__name__} is no path, bytes, PIL image, array or tensor")
-    image.save(buffer, "PNG", compress_level=1)
+    as_rgb(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -76,14 +82,14 @@ def pixels_in(content: Path | bytes) -> torch.Tensor | None:
     return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
 
 
-def examples_of(rows: Iterable[Any], split: Split = "train") -> list[Example]:
+def examples_of(rows: Iterable[Any], split: Split | None = None) -> list[Example]:
     """Conversations about images.
 
     Args:
         rows: Each ``(image, text)`` (a caption), ``(image, question, answer)``, where image may be a list of images or
             ``None``; a mapping with ``messages`` as OpenAI has them or ``conversations`` as LLaVA has them; or an
             :class:`~mmphi.data.schema.Example`.
-        split: Split of all rows but those that are examples already.
+        split: Split of the rows. By default ``train``, and that of rows that are examples already.
 
     Raises:
         DataError: Naming the row that cannot be used.
@@ -91,7 +97,8 @@ def examples_of(rows: Iterable[Any], split: Split = "train") -> list[Example]:
     examples = []
     for number, row in enumerate(rows):
         try:
-            examples.append(row if isinstance(row, Example) else _example(row, str(number), split))
+            example = row if isinstance(row, Example) else _example(row, str(number), split or "train")
+            examples.append(replace(example, split=split) if split else example)
         except DataError as error:
             raise DataError(f"row {number}: {error.what}", error.hint) from error
     return examples
@@ -117,7 +124,13 @@ def _images(given: Any) -> tuple[ImageRef, ...]:
 
 
 def _conversation(row: Mapping[str, Any], name: str, split: Split) -> Example:
-    """A row of LLaVA's or OpenAI's form, whose images may be objects."""
+    """A row of LLaVA's or OpenAI's form, whose images may be objects.
+
+    Raises:
+        DataError: If it cannot be used.
+    """
+    if odd := sorted({"audio", "audios"} & set(map(str, row))):
+        raise DataError(f"rows with {odd[0]} are read by the stage `speech`, and not here")
     objects: dict[str, Any] = {}
 
     def placed(value: Any) -> Any:
@@ -134,6 +147,11 @@ def _conversation(row: Mapping[str, Any], name: str, split: Split) -> Example:
         objects[key] = value
         return key
 
-    parsed = parse_row(placed(row), lambda _: None)
+    notes: list[str] = []
+    parsed = parse_row(placed(row), notes.append)
+    if notes:
+        raise DataError(notes[0])
+    if unused := sorted(set(objects) - set(parsed.images)):
+        raise DataError(f"a {type(objects[unused[0]]).__name__} stands where a text belongs")
     images = tuple(image_reference(objects.get(image, image)) for image in parsed.images)
     return Example(str(row.get("id", name)), images, tuple(parsed.turns), SOURCE, split)

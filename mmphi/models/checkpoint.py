@@ -64,12 +64,11 @@ def save_checkpoint(folder: Path, model: Multimodal) -> None:
     Raises:
         ModelError: If it has a projector, and nobody said which vision encoder that is for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     language, vision = model.language, model.vision
-    if model.projector is not None and vision is None:
-        raise ModelError("the model does not say which vision encoder it has", "give Multimodal its vision")
+    _check_can_be_loaded(model)
+    folder.mkdir(parents=True, exist_ok=True)
     chosen, digest = language.settings.model_dump() | {"prompt": language.prompt.style}, language.digest
-    if digest == IN_MEMORY:
+    if digest == IN_MEMORY or (model.own_language and not language.local):  # Or its folder is gone.
         save_language_model(language.model, language.prompt, folder / LANGUAGE)
         digest = language_model_digest(str(folder / LANGUAGE), "")
         chosen |= {"model": LANGUAGE, "tokenizer": "", "revision": ""}
@@ -102,6 +101,30 @@ def save_checkpoint(folder: Path, model: Multimodal) -> None:
         model.speech.save(folder)
         content["audio"] = {**model.audio.settings.model_dump(), "digest": model.audio.digest}
     (folder / BUNDLE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _check_can_be_loaded(model: Multimodal) -> None:
+    """Refuse, before anything is written, a model that could not be loaded.
+
+    Raises:
+        ModelError: Naming the part.
+    """
+    language, vision = model.language, model.vision
+    if model.projector is not None:
+        if vision is None:
+            raise ModelError("the model does not say which vision encoder it has", "give Multimodal its vision")
+        if not model.projector.saveable:
+            raise ModelError("a projector of one's own cannot be saved", "save its state_dict, and join it anew")
+        if vision.encoder and not vision.fingerprint:
+            raise ModelError(
+                "the model reads stored features, which are no part of it", "join it with the encoder they are of"
+            )
+    unsaved = language.digest == IN_MEMORY or (model.own_language and not language.local)
+    if unsaved and language.settings.precision in ("4bit", "8bit"):
+        raise ModelError(
+            f"the language model of {language.name} is quantised, and its folder is not there",
+            "load it from where its weights are",
+        )
 
 
 def _take(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

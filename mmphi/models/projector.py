@@ -99,6 +99,8 @@ class Standardizer(nn.Module):
         for part in features:
             rows = part.reshape(-1, part.shape[-1]).double()
             count, sums, squares = count + len(rows), sums + rows.sum(0), squares + rows.square().sum(0)
+        if not count:
+            return
         mean = sums / count
         spread = (squares / count - mean.square()).clamp(min=0).sqrt()
         self.mean.copy_(mean)
@@ -114,6 +116,8 @@ class Projector(nn.Module):
 
     fp32 and never quantised: a projector in half precision loses small updates (LLaVA #433).
     """
+
+    saveable = True
 
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()

@@ -217,3 +217,13 @@ def test_too_few_seeds_for_any_verdict_are_warned_about() -> None:
     assert f"{fewest} seeds are the fewest" in too_few_seeds(few)
     assert not too_few_seeds(RevisedStudy(replace(few.study, seeds=fewest)))
     assert "3 draws" in too_few_seeds(RevisedStudy(replace(few.study, seeds=12, replicates=3)))
+
+
+def test_a_study_file_with_former_names_is_that_with_current_ones(tmp_path: Path) -> None:
+    code = "from ablations.study import Study\nSTUDY = Study(question='q', factor='projector.{}', baseline='a',"
+    code += " levels={{'a': 1, 'b': 2}}, nuisance={{'projector.{}': [0.1, 0.2]}}, replicate=('projector.seed',))"
+    for name, words in {"former": ("views", "warmup"), "current": ("num_augmentations", "warmup_ratio")}.items():
+        (tmp_path / f"{name}.py").write_text(code.format(*words))
+    former, current = (load(str(tmp_path / f"{name}.py"))[1] for name in ("former", "current"))
+    assert former == current
+    assert former.declaration() == current.declaration()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mmphi.config import messages
-from mmphi.config.fields import all_fields, former_names, with_current_names
+from mmphi.config.fields import all_fields, former_names, renamed
+from mmphi.config.former_names import FORMER_NAMES
 from mmphi.config.projector import ProjectorSettings
 from mmphi.pipeline.cache_key import consumed
 from mmphi.stages import STAGES, Settings, load_settings
@@ -24,6 +25,7 @@ def nothing_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_setting_has_the_former_name_of_another() -> None:
     assert len(FORMER) > 25
     assert not set(FORMER) & set(all_fields(Settings))
+    assert FORMER == FORMER_NAMES
     assert {"projector.whiten", "pretrain.warmup", "qlora.accumulation", "speech.align_steps"} <= set(FORMER)
 
 
@@ -67,7 +69,7 @@ def test_sections_are_read_under_former_names() -> None:
 
 def test_stored_declarations_of_studies_get_current_names() -> None:
     stored = {"factor": "projector.views", "fixed": {"projector.align_steps": 0}, "seed_settings": ["projector.seed"]}
-    assert with_current_names(Settings, stored) == {
+    assert renamed(stored, FORMER_NAMES) == {
         "factor": "projector.num_augmentations",
         "fixed": {"projector.alignment_steps": 0},
         "seed_settings": ["projector.seed"],

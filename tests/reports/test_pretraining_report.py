@@ -36,7 +36,12 @@ PARAMS = {
 }
 
 
-def run(name: str, status: str = "FINISHED", steps: int = 400, public: float = 4.3, **metrics: float) -> str:
+EARLIER = {"pretrain.lr_scheduler": "pretrain.schedule", "pretrain.warmup_ratio": "pretrain.warmup"}
+
+
+def run(
+    name: str, status: str = "FINISHED", steps: int = 400, public: float = 4.3, earlier: bool = False, **metrics: float
+) -> str:
     """A pretraining of a planted law."""
     store, made = TrackingStore(), curve("constant", steps=steps)
     tags = {"mmphi.stage": "pretrain", "mmphi.key": name, "mmphi.git_commit": "c0ffee", "mmphi.cpu": "a | cpu"}
@@ -64,7 +69,7 @@ def run(name: str, status: str = "FINISHED", steps: int = 400, public: float = 4
     points += [Metric(name, value, 2, steps) for name, value in values.items()]
     for first in range(0, len(points), 500):
         store.client.log_batch(tracker.run_id, metrics=points[first : first + 500])
-    params = [Param(name, value) for name, value in PARAMS.items()]
+    params = [Param(EARLIER.get(name, name) if earlier else name, value) for name, value in PARAMS.items()]
     store.client.log_batch(tracker.run_id, params=params, tags=[RunTag("mmphi.peak", "2 threads")])
     tracker.table(
         "samples",
@@ -299,3 +304,10 @@ def test_what_a_model_wrote_is_shown_as_text(empty_store):
     assert "http://x/y.png&quot;" not in page
     assert '<img src="http' not in page
     assert "<em>&lt;b&gt;</em>: &lt;script&gt;alert(1)&lt;/script&gt; ![x](http://x/y.png) | *a*" in page
+
+
+def test_a_run_of_an_earlier_version_has_its_schedule(empty_store: str) -> None:
+    (one,) = load_pretrainings(TrackingStore(), [run("now")])
+    (two,) = load_pretrainings(TrackingStore(), [run("earlier", earlier=True)])
+    assert one.schedule == two.schedule
+    assert one.params == two.params

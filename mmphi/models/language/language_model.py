@@ -152,7 +152,9 @@ def disable_bnb_repacking(model: Any) -> Any:
 
 def save_language_model(model: Any, prompt: Prompt, folder: Path) -> None:
     """Write a model trained here in Hugging Face's format, with its tokenizer and how it was spoken to."""
-    model.save_pretrained(folder)
+    # Layers with an adapter keep their own weights below `base_layer`; the adapter is saved by itself.
+    own = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
+    model.save_pretrained(folder, state_dict=own)
     prompt.tokenizer.save_pretrained(folder)
     (folder / STYLE_FILE).write_text(json.dumps({"style": prompt.style}) + "\n")
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mmphi.errors import ModelError
 
 TIMM = "timm/"
-SIDE = 224  # Of the fixed image that a module is tried with.
 SHOWN_OUTPUTS, TOLERANCE = 16, 0.02  # Outputs on it that are recorded, and how far another machine's may be from them.
 
 
@@ -27,6 +26,7 @@ class CustomEncoder(nn.Module):
         preprocess: From a PIL image in RGB to pixels (C, H, W): a function, a transform, or an image processor of
             transformers. Left out, images have to be given as tensors of pixels.
         name: Recorded with the models that are trained on it; its class by default.
+        image_size: Side of the pixels that a module without ``preprocess`` takes.
 
     Attributes:
         tokens: Features per image, T.
@@ -38,21 +38,25 @@ class CustomEncoder(nn.Module):
         ModelError: If it does not give such features.
     """
 
-    def __init__(self, module: nn.Module, preprocess: Callable[[Any], Any] | None = None, name: str = "") -> None:
+    def __init__(
+        self, module: nn.Module, preprocess: Callable[[Any], Any] | None = None, name: str = "", image_size: int = 224
+    ) -> None:
         super().__init__()
         self.module = module.eval().requires_grad_(False)
         self._given, self.name = preprocess, name or type(module).__name__
         self.preprocess: Callable[[Any], Tensor] = self._pixels
         self.tokens: int
         self.width: int
-        image = Image.fromarray(_gradient())
-        pixels = self._pixels(image) if preprocess else torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        # Wide, so that cutting and squeezing to a square differ.
+        shape = (image_size, image_size * 3 // 2) if preprocess else (image_size, image_size)
+        image = _gradient(*shape)
+        pixels = self._pixels(Image.fromarray(image)) if preprocess else torch.from_numpy(image).permute(2, 0, 1) / 255
         try:
             found = self(pixels[None])
         except ModelError:
             raise
         except Exception as error:  # Whatever the module's own code raises.
-            hint = "check preprocess" if preprocess else "give preprocess: a function from a PIL image to pixels"
+            hint = "check preprocess" if preprocess else "give preprocess, or the image_size that it takes"
             raise ModelError(
                 f"{self.name} cannot read pixels of shape {tuple(pixels.shape)}: {_line(error)}", hint
             ) from error
@@ -165,9 +169,9 @@ class TimmTokens(nn.Module):
         return found.flatten(1, 2) if found.ndim == 4 else found
 
 
-def _gradient() -> Any:
-    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
-    return np.stack([rows, columns, (rows * 3 + columns * 5) % 256], axis=-1).astype(np.uint8)
+def _gradient(height: int, width: int) -> Any:
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows, columns, rows * 3 + columns * 5], axis=-1).astype(np.uint8)
 
 
 def _some(values: Tensor) -> list[float]:
