@@ -126,6 +126,8 @@ def _made_by(run: Pretraining) -> str:
     words += [
         f"--{name} '{run.params[f'pretrain.{name}']}'" for name in ("size", "stop") if f"pretrain.{name}" in run.params
     ]
+    if public := run.params.get("pretrain.public_text", "").rpartition("/")[2]:
+        words.append(f"--public_text '{public}'")
     return "mmphi pretrain " + " ".join(words)
 
 

@@ -64,7 +64,12 @@ def measure_peak_flops(dtype: torch.dtype) -> PeakFlops:
         if cuda:
             torch.cuda.synchronize()
         best = max(best, 2 * SIDE**3 / (time.perf_counter() - begun))
-    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads of this CPU"
+    device = torch.cuda.get_device_name() if cuda else _threads()
     return PeakFlops(
         best, f"{device}, {best / 1e12:.3g} TFLOP/s {str(dtype).removeprefix('torch.')} in a product measured here"
     )
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)} of this CPU"
