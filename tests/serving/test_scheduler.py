@@ -52,7 +52,7 @@ class Asked:
         self.pieces: list[str] = []
         self.ended = threading.Event()
         self.queued = QueuedRequest(parse_messages(messages), SamplingParams(max_tokens=tokens), self.tell)
-        scheduler.submit(self.queued)
+        worker.submit(self.queued)
 
     def tell(self, piece: str | None) -> None:
         if piece is None:

@@ -52,7 +52,7 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch):
         checked(text, stop="when done")
     assert "initial-1" in caught.value.hint
     with pytest.raises(SettingsError, match="cannot be spread evenly over 3") as caught:
-        checked(text, accumulation="3")
+        checked(text, gradient_accumulation_steps="3")
     assert "7680" in caught.value.hint
     with pytest.raises(SettingsError, match="no multiple of context"):
         checked(text, batch_tokens="1000")

@@ -187,7 +187,7 @@ def test_mixtures_take_groups(pipeline):
         ({"qlora__rank": "33"}, ModelError, "rank 33 is above the width"),
         ({"qlora__targets": "[q_proj, w_proj]"}, ModelError, "no linear layer 'w_proj'"),
         ({"qlora__optimizer": "muon"}, SettingsError, "trained with AdamW"),
-        ({"qlora__batch_size": "2", "qlora__accumulation": "3"}, SettingsError, "qlora.batch_size = 2"),
+        ({"qlora__batch_size": "2", "qlora__gradient_accumulation_steps": "3"}, SettingsError, "qlora.batch_size = 2"),
         ({"qlora__dora": "true", "qlora__rslora": "true"}, SettingsError, "both on"),
     ],
 )

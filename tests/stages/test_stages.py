@@ -125,7 +125,7 @@ def test_kept_checkpoints_can_be_evaluated(pipeline: Pipeline) -> None:
         pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="3"))
 
 
-RESUMED = {"projector__seed": "2", "projector__dropout": "0.2", "projector__align_steps": "3"}
+RESUMED = {"projector__seed": "2", "projector__dropout": "0.2", "projector__alignment_steps": "3"}
 
 
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
@@ -166,7 +166,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_features_may_learn_to_name_words_first(pipeline: Pipeline) -> None:
-    own = {"projector__align_steps": "6", "projector__align_batch_size": "16", "projector__eval_every": "3"}
+    own = {"projector__alignment_steps": "6", "projector__alignment_batch_size": "16", "projector__eval_every": "3"}
     result = pipeline.build("projector", small.settings(**own), after=False)
     loss, gain = (
         {m.step: m.value for m in pipeline.store.client.get_metric_history(result.run_id, f"align/val/{name}")}

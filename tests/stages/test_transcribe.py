@@ -46,7 +46,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "openai", Fake)
     monkeypatch.setattr(
         transcription,
-        "speech",
+        "detect_speech",
         lambda each, **_: [SpeechInterval(0, each.seconds)] if np.abs(each.samples).max() > 0.05 else [],
     )
 

@@ -104,7 +104,7 @@ def test_packs_of_a_step_are_the_step(tmp_path: Path) -> None:
     task = DistillationTask(model.packed, 2.0, 1.0)
 
     def losses(accumulation: int, alone: bool = False) -> list[float]:
-        settings = TrainingSettings(steps=3, batch_size=4, accumulation=accumulation, seed=5)
+        settings = TrainingSettings(steps=3, batch_size=4, gradient_accumulation_steps=accumulation, seed=5)
         steps = distillation_dataset(
             heard, read, model.sources, settings, end, layout=Layout("alone" if alone else "rows")
         )

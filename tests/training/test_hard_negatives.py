@@ -184,6 +184,6 @@ def test_losses_of_positions_may_be_weighed(learned: bool) -> None:
 
 def test_the_lowest_loss_is_not_looked_for_where_some_of_it_is_given_up() -> None:
     check_training("qlora", ConversationSettings(result="best"))
-    check_training("qlora", ConversationSettings(contrast=0.5))
+    check_training("qlora", ConversationSettings(contrastive_weight=0.5))
     with pytest.raises(SettingsError, match=r"qlora\.contrast"):
-        check_training("qlora", ConversationSettings(contrast=0.5, result="best"))
+        check_training("qlora", ConversationSettings(contrastive_weight=0.5, checkpoint_selection="best"))

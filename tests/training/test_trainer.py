@@ -57,8 +57,8 @@ def test_every_step_is_validated_once(tmp_path):
 
 def test_accumulated_equals_whole(tmp_path):
     whole, parts = Recorder(), Recorder()
-    one = weights(run(tmp_path / "a", whole, accumulation=1))
-    four = weights(run(tmp_path / "b", parts, accumulation=4))
+    one = weights(run(tmp_path / "a", whole, gradient_accumulation_steps=1))
+    four = weights(run(tmp_path / "b", parts, gradient_accumulation_steps=4))
     torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
     for step, loss in whole.series("train/loss").items():
         assert parts.series("train/loss")[step] == pytest.approx(loss, rel=1e-5)
@@ -102,7 +102,7 @@ def test_resumed_equals_straight_to_the_bit(tmp_path, dropout):
 
 def test_incomplete_checkpoint_is_not_resumed_from(tmp_path):
     expected = run(tmp_path / "a")
-    run(tmp_path / "b", steps=2, schedule="constant")
+    run(tmp_path / "b", steps=2, lr_scheduler="constant")
     torn = tmp_path / "b" / "checkpoint-4"
     torn.mkdir()
     (torn / "trained.safetensors").write_bytes(b"torn")
@@ -177,7 +177,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
 
 WORKER = """
 from test_trainer import run, weights
-projector = run(RUN, recorder, accumulation=2 // int(os.environ.get("WORLD_SIZE", "1")))
+projector = run(RUN, recorder, gradient_accumulation_steps=2 // int(os.environ.get("WORLD_SIZE", "1")))
 saved = {"weights": weights(projector), "losses": recorder.series("train/loss")}
 """
 

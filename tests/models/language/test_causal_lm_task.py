@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PhiConfig, PhiForCausalLM
 
+from mmphi.models.language import linear_cross_entropy as lce
 from mmphi.models.language.causal_lm_task import CausalTask, isolation_error, probe, smoke_test
-from mmphi.models.language.language_model import linear_cross_entropy as lce
 from mmphi.models.language.phi import SIZES, count_parameters, phi_config, size_config, training_flops
 from mmphi.models.patches.varlen_attention import varlen_attention_applied
 

@@ -16,8 +16,9 @@ from torchvision.transforms import Compose
 
 from mmphi.config import VisionSettings
 from mmphi.errors import ModelError
+from mmphi.models.vision import preprocess
 from mmphi.models.vision.feature_extraction import layer_tokens
-from mmphi.models.vision.vision_encoder import VisionEncoder, encoder_output_shape, load_vision_encoder, preprocess
+from mmphi.models.vision.vision_encoder import VisionEncoder, encoder_output_shape, load_vision_encoder
 
 
 def encoder(model: str, pretrained: str = "random", **changes):
