@@ -37,7 +37,7 @@ class CorpusStopCriteria:
 def parse_corpus_stop(text: str) -> CorpusStopCriteria:
     """Conditions as typed.
 
-    >>> parse_enough("documents 1k, time 20m")
+    >>> parse_corpus_stop("documents 1k, time 20m")
     Enough(documents=1000.0, tokens=inf, seconds=1200.0)
 
     Raises:

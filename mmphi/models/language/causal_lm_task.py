@@ -40,7 +40,7 @@ class CausalTask(nn.Module):
             output = body(ids, position_ids=positions, attention_mask=mask, use_cache=False)
         else:
             if self.model.config._attn_implementation != NAME:
-                raise RuntimeError("the model must be attending_inside_documents")
+                raise RuntimeError("the model must be inside varlen_attention_applied")
             output = body(
                 ids.reshape(1, -1),
                 position_ids=positions.reshape(1, -1),
