@@ -42,20 +42,20 @@ def test_a_freed_tensor_is_the_next_ones_memory() -> None:
 
 GIVEN_BACK = """
 import json, os, psutil, torch
-from mmphi.allocator import give_back, keep_freed_memory
+from mmphi.allocator import release_memory, keep_freed_memory
 def resident():
     return psutil.Process().memory_info().rss
 assert keep_freed_memory()
-give_back()
+release_memory()
 block = 2**28  # Bytes.
 tensor, above = torch.ones(block // 4), torch.ones(1000)
 del tensor
 found = [resident()]
 os.environ["LD_PRELOAD"] = "another.so"
-give_back()
+release_memory()
 found.append(resident())
 del os.environ["LD_PRELOAD"]
-give_back()
+release_memory()
 print(json.dumps([*found, resident(), float(above.sum())]))
 """
 

@@ -237,8 +237,8 @@ def test_artifacts_are_fetched_by_one_process_at_a_time(server: str, tmp_path: P
     first = Pipeline(toys.TOYS).build("train", settings)
     shutil.rmtree(tmp_path / "cache")
     code = (
-        "import sys; from mmphi.tracking.run_writer import Store\n"
-        "store = Store(); print(store.fetch(store.run(sys.argv[1])))"
+        "import sys; from mmphi.tracking.run_writer import TrackingStore\n"
+        "store = TrackingStore(); print(store.fetch(store.run(sys.argv[1])))"
     )
     fetching = [
         subprocess.Popen([sys.executable, "-c", code, first.run_id], stdout=subprocess.PIPE, text=True)

@@ -83,13 +83,13 @@ WORKER = """
 import test_adapter
 from mmphi.config import TrainingSettings
 from mmphi.training.optimizers import grouped_adamw
-from mmphi.training.packed_dataset import packed_steps
+from mmphi.training.packed_dataset import packed_dataset
 from mmphi.training.trainer import train
 packed = test_adapter.model()
 settings = TrainingSettings(steps=4, batch_size=4, log_every=1, eval_every=10, save_every=10)
 learned = {name: p for name, p in packed.named_parameters() if p.requires_grad}
 optimizer = grouped_adamw([(list(learned.values()), 1e-3)], weight_decay=0.0, beta2=0.999)
-steps = packed_steps(test_adapter.samples(), {"image": test_adapter.RandomFeatures()}, settings)
+steps = packed_dataset(test_adapter.samples(), {"image": test_adapter.RandomFeatures()}, settings)
 train(packed, steps, settings, folder=RUN, tracker=recorder, title="test", optimizer=optimizer)
 saved = {name: p.detach().clone() for name, p in learned.items()}
 """
