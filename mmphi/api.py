@@ -148,7 +148,7 @@ class Model(Multimodal):
         from mmphi.training.adapter import train_adapter, with_new_adapter
 
         if self.language.adapter is not None:
-            raise ModelError("this model has an adapter already", "load the projector's model anew")
+            raise ModelError("this model has an adapter already", "load the projector's model again")
         if self._settings is not None:
             raise ModelError("the projector is not trained yet", "call fit without adapter first")
         checked = _checked(QloraSettings, "qlora", {"max_length": self.max_length, **settings})

@@ -11,7 +11,7 @@ from mmphi.config.shared import ConversationSettings
 class ProjectorSettings(ConversationSettings):
     """The layers between image features and language model, trained with both frozen."""
 
-    features: Literal["cached", "live"] = setting("cached", "stored features, or computed anew every step")
+    features: Literal["cached", "live"] = setting("cached", "stored features, or computed in every step")
     layers: int = setting(2, "linear layers: 1 is linear, 2 is LLaVA-1.5's", unit="layers", ge=1, le=8)
     width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
     parameters: int = setting(0, "choose the hidden width that comes nearest to this size; 0 takes `width`", ge=0)

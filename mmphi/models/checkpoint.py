@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, model: Multimodal) -> None:
         model: Its language model's files belong to it, and are linked or copied, where that was trained here.
 
     Raises:
-        ModelError: If it has a projector, and nobody said which vision encoder that is for.
+        ModelError: If it has a projector, and its vision encoder is not known.
     """
     language, vision = model.language, model.vision
     _check_can_be_loaded(model)
@@ -114,7 +114,7 @@ def _check_can_be_loaded(model: Multimodal) -> None:
         if vision is None:
             raise ModelError("the model does not say which vision encoder it has", "give Multimodal its vision")
         if not model.projector.saveable:
-            raise ModelError("a projector of one's own cannot be saved", "save its state_dict, and join it anew")
+            raise ModelError("a projector of one's own cannot be saved", "save its state_dict, and join again")
         if vision.encoder and not vision.fingerprint:
             raise ModelError(
                 "the model reads stored features, which are no part of it", "join it with the encoder they are of"

@@ -60,7 +60,7 @@ class TranscriptFeatures:
 
     Args:
         language: Whose embeddings.
-        transcriber: Who hears.
+        transcriber: The ASR model with its cache.
     """
 
     link: Link = "transcript"
@@ -98,7 +98,7 @@ class SoftTranscriptFeatures(TranscriptFeatures):
 
     Args:
         language: Whose embeddings; its token ids must be Whisper's.
-        transcriber: Who hears: an openai-whisper that knows English alone.
+        transcriber: An openai-whisper for English alone.
         temperature: What Whisper's logits are divided by.
         kept_bytes: Most that is kept of what was computed.
 
@@ -246,7 +246,7 @@ def live_encoder_frames(transcriber: CachedTranscriber, kept_bytes: float = KEPT
     """Frames computed when they are first asked for.
 
     Args:
-        transcriber: Who hears: an openai-whisper.
+        transcriber: An openai-whisper.
         kept_bytes: Most that is kept of them.
 
     Raises:

@@ -39,7 +39,7 @@ class CachedTranscriber:
     """A Whisper, and what it has heard in this process: every recording is decoded, gated and transcribed once.
 
     Args:
-        asr_model: Who hears.
+        asr_model: The ASR model.
         settings: How.
         memory: Transcripts of files, kept from process to process. Those of recordings in memory, which somebody sent,
             are not stored there.

@@ -101,7 +101,7 @@ def transcribe(
     of a recording is that of its first window, unless it is given.
 
     Args:
-        asr_model: Who hears it.
+        asr_model: The ASR model.
         recordings: At 16 kHz.
         language: Code of the language; empty finds it out for every recording.
         prompt: Put before every window.

@@ -37,7 +37,7 @@ def _one_thread_at_a_time(method: Method) -> Method:
         with self.lock:
             return method(self, *arguments, **options)
 
-    return locked  # type: ignore[return-value]
+    return locked  # type: ignore[return-value]  # A wrapper has the signature of what it wraps.
 
 
 def stored_whisper(size: str) -> Path | None:
