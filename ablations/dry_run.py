@@ -10,6 +10,8 @@ from ablations.trials import TrialSpec
 from ablations.tuning import grid_points
 from mmphi.describe import duration
 from mmphi.errors import SettingsError
+from mmphi.pipeline.graph import StageGraph
+from mmphi.stages import STAGES
 from mmphi.tracking.run_writer import TrackingStore
 
 
@@ -51,6 +53,15 @@ def seconds_per_trial(study: Study, store: TrackingStore, name: str) -> tuple[fl
     return None
 
 
+def missing_upstream(study: Study, store: TrackingStore) -> list[str]:
+    """Stages that the first trial has to build before it trains; empty where a file that they read is missing."""
+    settings = study.settings(study.baseline)
+    try:
+        return StageGraph(STAGES, store).missing(study.stage, settings)[:-1]
+    except SettingsError:
+        return []  # The trial itself explains it.
+
+
 def lines(name: str, study: Study, store: TrackingStore, workers: int) -> Sequence[str]:
     """What would be trained, a line each.
 
@@ -69,6 +80,8 @@ def lines(name: str, study: Study, store: TrackingStore, workers: int) -> Sequen
     ]
     tuning = sum(trial.phase == "tuning" for trial in trials)
     text = f"{len(trials)} trials: {tuning} of tuning and {len(trials) - tuning} that are judged"
+    if upstream := missing_upstream(study, store):
+        text += f"\nbuilt before them, because no run has them yet: {', '.join(upstream)}"
     known = seconds_per_trial(study, store, name)
     if known is None:
         return [*rows, text, f"time: unknown, because this store has no finished run of {study.stage}"]

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 
 from ablations.driver import Driver, RevisedStudy, revise_study
+from ablations.dry_run import missing_upstream
 from ablations.paths import logs_folder, search_storage, storage_url, trial_storages
 from ablations.search import Search
 from ablations.search_driver import SearchDriver
@@ -104,6 +105,11 @@ def run(
     print(f"{study.question}\n{name}: {what}; {count} worker(s)")
     if warning:
         print(warning)
+    if isinstance(study, Study) and (shared := missing_upstream(study, store)):
+        print(
+            f"built by the first trial, because no run has them yet: {', '.join(shared)}. Until then the bar stands;\n"
+            f"progress is in {logs_folder(store, name)}"
+        )
     print(f"watch it: mmphi studies {name} --watch\n{_dashboard(storage_url(store, storage))}", flush=True)
     try:
         driver.run(count, logs_folder(store, name), **worker_options)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
 LABEL_CHARACTERS = 80
+ALL = "true"  # The value of a flag that stands alone.
 FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # In any case of letters.
 # Commands that read their own options; imported when they are called.
 OWN = {
@@ -45,7 +46,8 @@ GENERATORS = "generators"
 BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
 
 USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-build]
-       mmphi STAGE --help             the settings of a stage that are changed most; --help-all lists all
+       mmphi STAGE --help             the settings of a stage that are changed most
+       mmphi STAGE --help-all [TEXT]  all of them, or those whose name or description contains a text
        mmphi status [--preset NAME]   what is built, what is missing, what it would cost
        mmphi ask --image x.jpg "..."  a question to a trained model, typed or spoken
        mmphi chat                     a conversation with a trained model in the terminal
@@ -189,7 +191,14 @@ def _command(words: list[str]) -> int:
 
         # Help must not need the files and variables that a run needs.
         settings = load_settings(preset, overrides, name, expand=False)
-        print(STATUS_HELP if name == "status" else stage_help(name, settings, everything="help_all" in options))
+        filter_text = options.get("help_all", "")
+        print(
+            STATUS_HELP
+            if name == "status"
+            else stage_help(
+                name, settings, everything=bool(filter_text), only="" if filter_text == ALL else filter_text
+            )
+        )
         return 0
     if name == "status":
         from mmphi.describe import status
@@ -239,20 +248,24 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         key = key.removeprefix("__")
         flag = key in ("force", "no_build", "help", "help_all", "smoke")
         if not equals:
-            if flag:
-                value = words.pop(0) if words and words[0].lower() in FLAGS else "true"
+            if key == "help_all" and words and not words[0].startswith("--"):
+                value = words.pop(0)  # Only settings that contain this text.
+            elif flag:
+                value = words.pop(0) if words and words[0].lower() in FLAGS else ALL
             elif not words or words[0].startswith("--"):
                 if key == "preset":
                     raise SettingsError("--preset has no value", "give one: --preset tiny")
                 value = flag_value(word)
             else:
                 value = words.pop(0)
-        if not flag:
+        if key == "help_all" and value.lower() not in FLAGS:
+            options[key] = value
+        elif not flag:
             (options if key == "preset" else overrides)[key] = value
         elif value.lower() not in FLAGS:
             raise SettingsError(f"{word}: {value!r} is neither true nor false", f"give {word.partition('=')[0]} alone")
         elif FLAGS[value.lower()]:
-            options[key] = "true"
+            options[key] = ALL
         else:
             options.pop(key, None)
     return options, overrides
@@ -286,7 +299,10 @@ def _stage(name: str, settings: Settings, overrides: Mapping[str, str], *, force
     from mmphi.describe import ending
     from mmphi.pipeline.build import Pipeline
     from mmphi.stages import STAGES
+    from mmphi.stages.advice import advice
 
+    if os.environ.get("RANK", "0") == "0":
+        print("".join(f"{line}\n" for line in advice(name, settings)), end="", file=sys.stderr)
     label = " ".join(f"{key}={value}" for key, value in overrides.items() if value != AS_PRESET)
     pipeline = Pipeline(STAGES, helper="mmphi.stages.background_worker")
     result = pipeline.build(

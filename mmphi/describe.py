@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmphi.config.declared_view import covered
+from mmphi.config.declared_view import SettingsView, covered
 from mmphi.config.fields import all_fields, canonical, leaves
 from mmphi.errors import SettingsError
 from mmphi.pipeline.graph import StageGraph
@@ -69,13 +69,17 @@ MOST_CHANGED: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def stage_help(name: str, settings: Settings, *, everything: bool = False) -> str:
+def stage_help(name: str, settings: Settings, *, everything: bool = False, only: str = "") -> str:
     """The settings of a stage, with type, value, unit and meaning.
 
     Args:
         name: Of the stage.
         settings: Whose values are shown.
         everything: Every setting that the stage or what it is built on may read, in place of those changed most.
+        only: Of these, a section, or the ones whose name or description contains this text.
+
+    Raises:
+        SettingsError: If no setting contains it.
     """
     stage, plan = STAGES[name], StageGraph(STAGES)
     order = plan.order(name, settings)
@@ -93,13 +97,25 @@ def stage_help(name: str, settings: Settings, *, everything: bool = False) -> st
         wanted = MOST_CHANGED[name]
         rows = _rows(name, settings, wanted, declared)
         count = sum(len(_rows(section, settings, (), declared, section == name)) for section in sections)
-        others = f"{count - len(rows)} further settings: mmphi {name} --help-all"
+        others = (
+            f"{count - len(rows)} further settings: mmphi {name} --help-all;"
+            f" those about some text: mmphi {name} --help-all TEXT"
+        )
         return "\n".join([*lines, "", "changed most:", *_aligned(rows), "", others])
+    count = 0
     for section in sections:
         own = section == name
-        if rows := _rows(section, settings, (), declared, own):  # Not every stage has a section of its own.
+        rows = [
+            row
+            for row in _rows(section, settings, (), declared, own)
+            if only.lower() == section or only.lower() in f"{row[0].rpartition('.')[2]} {row[3]}".lower()
+        ]
+        count += len(rows)
+        if rows:  # Not every stage has a section of its own.
             title = f"{section}, its own section, which may be left out:" if own else f"{section}:"
             lines += ["", title, *_aligned(rows)]
+    if only and not count:
+        raise SettingsError(f"no setting of {name} contains {only!r}", f"`mmphi {name} --help-all` lists all")
     return "\n".join(lines)
 
 
@@ -211,13 +227,16 @@ class StageState:
 def _state(
     plan: StageGraph, looked: StatusReader, name: str, settings: Settings, missing: dict[str, str]
 ) -> StageState:
-    cost = STAGES[name].cost(plan.view(name, settings))
+    cost = STAGES[name].cost(SettingsView(settings, type(settings).model_fields))  # In no key: it may read all.
     try:
+        for each in plan.order(name, settings):  # Missing files are found before the hub is asked for revisions.
+            plan.input_digests(STAGES[each], settings)
         key = plan.key(name, settings)
     except SettingsError as error:
         setting, _, what = error.what.partition(" = ")
         missing.setdefault(setting, what or error.what)
-        return StageState(f"missing {_would_take(cost)}, needs {setting}", False, cost.disk_bytes, cost.seconds)
+        text = _joined("missing", _would_take(cost, f"needs {setting}"))
+        return StageState(text, False, cost.disk_bytes, cost.seconds)
     result = looked.result(key)
     if result:
         disk = f", {size(total_bytes(result.folder))}" if result.folder else ""
@@ -226,8 +245,8 @@ def _state(
         return StageState(text, True, 0, 0.0)
     past, begun = looked.seconds(name, settings.name), looked.begun(key)
     seconds = past if past is not None else cost.seconds
-    took = f", about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
-    text = f"{'begun' if begun else 'missing':<8}{_would_take(cost)}{took}"
+    took = f"about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
+    text = _joined("begun" if begun else "missing", _would_take(cost, took))
     return StageState(text, begun, cost.disk_bytes, seconds)
 
 
@@ -266,8 +285,15 @@ def total(states: Sequence[StageState]) -> str:
     return f"in all: {size(sum(state.disk_bytes for state in states))} of disk, {time_text}{more}"
 
 
-def _would_take(cost: Cost) -> str:
-    return f"  would take {size(cost.disk_bytes)}"
+def _joined(state: str, cost: str) -> str:
+    return f"{state:<8}  {cost}".rstrip()
+
+
+def _would_take(cost: Cost, more: str) -> str:
+    """Disk, GPU memory and what else is known of a stage that is not built."""
+    parts = [f"would take {size(cost.disk_bytes)} of disk"] if cost.disk_bytes else []
+    parts += [f"GPU memory up to {size(cost.memory_bytes)}"] if cost.memory_bytes else []
+    return ", ".join([*parts, *([more] if more else [])])
 
 
 def ago(milliseconds: int) -> str:

@@ -117,6 +117,27 @@ def test_mistakes_end_with_two_and_a_hint(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_two_mistakes_are_two_lines_each_with_its_hint(capsys):
+    assert main(["projector", "--layers", "99", "--steps", "0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: 2 settings are wrong:"
+    assert "projector.steps = 0" in lines[1] + lines[2]
+    assert "projector.layers = 99" in lines[1] + lines[2]
+    assert all("the nearest valid value is" in line for line in lines[1:])
+
+
+def test_help_all_of_a_text_lists_only_settings_about_it(capsys):
+    assert main(["projector", "--help-all", "Learning"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert any("--learning_rate" in row for row in rows)
+    assert any("--lr_scheduler" in row for row in rows)  # By its description.
+    assert all("learning" in row.lower() for row in rows)
+    assert main(["projector", "--help-all", "vision"]) == 0
+    assert "--vision.pool" in capsys.readouterr().out  # By its section.
+    assert main(["projector", "--help-all", "zzz"]) == 2
+    assert "no setting of projector contains 'zzz'" in capsys.readouterr().err
+
+
 def test_status_draws_the_graph(empty_store, capsys):
     assert main(["scenes", "--train_images", "8", "--test_images", "2", "--texts", "5"]) == 0
     assert "mmphi ui" in capsys.readouterr().out
@@ -126,6 +147,7 @@ def test_status_draws_the_graph(empty_store, capsys):
     assert "scenes" in out
     assert "finished  run " in out
     assert "missing   would take" in out
+    assert "would take 0 B" not in out
     assert out.index("evaluate") < out.index("projector") < out.index("embed")
 
 

@@ -64,7 +64,8 @@ def explain_validation_error(root: type[Section], error: ValidationError) -> Set
     errors = [_one(root, e) for e in error.errors()]
     if len(errors) == 1:
         return errors[0]
-    return SettingsError("; ".join(e.what for e in errors), "; ".join(dict.fromkeys(e.hint for e in errors if e.hint)))
+    lines = [f"{e.what}{f' ({e.hint})' if e.hint else ''}" for e in errors]
+    return SettingsError("\n  ".join([f"{len(errors)} settings are wrong:", *lines]))
 
 
 def _one(root: type[Section], error: Any) -> SettingsError:

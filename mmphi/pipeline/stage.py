@@ -67,11 +67,13 @@ class Cost:
 
     Attributes:
         disk_bytes: Bytes written.
-        seconds: Time on this machine; ``None`` where nothing honest can be said.
+        seconds: Time on this machine; ``None`` where it cannot be known.
+        memory_bytes: GPU memory, at most; 0 where it cannot be known or is small.
     """
 
     disk_bytes: int
     seconds: float | None = None
+    memory_bytes: int = 0
 
 
 def _nothing(_: SettingsView) -> tuple[str, ...]:
@@ -95,7 +97,7 @@ class Stage:
         request_upstream: Stages whose results say how much is asked for: not in the key either.
         covers: Whether a finished result of the key holds all that is asked for; ``None`` where it always does.
         check: Raises where the settings cannot work together; called before anything is built.
-        cost: Estimate of what running it takes.
+        cost: Estimate of what running it takes, from all settings, because it stands in no key.
         then: Stages asked for at its end, such as its evaluation.
         asking: From the settings to those that the stages at its end are asked for with.
         verifies: Whether it checks each file that it finds in its folder, and so may go on from a damaged result.

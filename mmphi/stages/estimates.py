@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,8 @@ def feature_shape(settings: SettingsView) -> tuple[int, int]:
     """Features per image and their width; (0, 0) where only building the encoder would tell."""
     vision = settings(VisionSettings)
     if vision.model != "light_clip":
+        if vision.pretrained and (shape := vit_shape(vision)):
+            return shape
         from mmphi.models.vision.vision_encoder import encoder_output_shape
 
         return encoder_output_shape(vision) if vision.pretrained else (0, 0)
@@ -65,6 +68,24 @@ def feature_shape(settings: SettingsView) -> tuple[int, int]:
         return (clip.image_size // clip.patch_size // vision.pool) ** 2, clip.width
     stride, width = 32 >> (-vision.layer - 1), 8 * clip.width >> (-vision.layer - 1)
     return (clip.image_size // max(stride, 4) // vision.pool) ** 2, width
+
+
+def vit_shape(vision: VisionSettings) -> tuple[int, int] | None:
+    """Features per image and their width of one of open_clip's own ViTs, from its configuration file.
+
+    Importing open_clip takes seconds; None leaves the answer to it.
+    """
+    package = importlib.util.find_spec("open_clip")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        try:
+            config = json.loads((Path(folder) / "model_configs" / f"{vision.model}.json").read_bytes())["vision_cfg"]
+            width, size, patch = int(config["width"]), int(config["image_size"]), int(config["patch_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if "timm_model_name" in config or size % patch or (size // patch) % vision.pool:
+            return None
+        return (size // patch // vision.pool) ** 2 + (vision.cls == "keep"), width
+    return None
 
 
 def feature_bytes(settings: SettingsView) -> int:

@@ -78,8 +78,10 @@ def check_prompt(chosen: LanguageSettings) -> None:
 
 
 def cost(settings: SettingsView) -> Cost:
-    """A projector and its optimiser are small: four copies of at most a few matrices."""
-    return Cost(disk_bytes=4 * 4 * settings(ProjectorSettings).layers * 4096 * 4096)
+    """The projector with its checkpoint, and the memory that the frozen language model needs under it."""
+    from mmphi.stages.memory_estimates import projector_disk, projector_memory
+
+    return Cost(projector_disk(settings), memory_bytes=projector_memory(settings))
 
 
 def run(ctx: Context) -> Mapping[str, float]:

@@ -53,8 +53,10 @@ def check(settings: SettingsView) -> None:
 
 
 def cost(settings: SettingsView) -> Cost:
-    """An adapter is small: four copies of at most a hundredth of the base for every 16 of rank."""
-    return Cost(disk_bytes=4 * 4 * settings(QloraSettings).rank * 10_000_000)
+    """The adapter with its checkpoint, and the memory that the quantised language model needs under it."""
+    from mmphi.stages.memory_estimates import adapter_disk, adapter_memory
+
+    return Cost(adapter_disk(settings), memory_bytes=adapter_memory(settings))
 
 
 def run(ctx: Context) -> Mapping[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from toy_studies import STUDY
 
-from ablations.dry_run import lines, planned_trials, seconds_per_trial, without_tuning
+from ablations.dry_run import lines, missing_upstream, planned_trials, seconds_per_trial, without_tuning
 from ablations.study import Study, load
 from mmphi.cli import main
 from mmphi.errors import SettingsError
@@ -50,3 +50,12 @@ def test_the_command_trains_nothing(empty_store: str, capsys: pytest.CaptureFixt
     assert list(TrackingStore(empty_store).search()) == []
     assert main(["ablate", "projector_depth", "--dry-run", "--no-tuning"]) == 0
     assert "0 of tuning" in capsys.readouterr().out
+
+
+def test_what_the_first_trial_builds_is_named(empty_store: str) -> None:
+    study = load("projector_depth")[1]
+    assert isinstance(study, Study)
+    store = TrackingStore()
+    assert missing_upstream(study, store) == ["scenes", "pretrain", "light_clip", "embed"]
+    changes = {"data.sources": [{"kind": "captions", "path": "nowhere.csv"}]}
+    assert missing_upstream(replace(study, fixed={**study.fixed, **changes}), store) == []  # The trial explains it.

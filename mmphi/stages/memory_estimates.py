@@ -1,0 +1,156 @@
+"""Disk and GPU memory of a training, from the sizes of its parts alone: nothing is loaded or fetched."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmphi.config import LanguageSettings
+from mmphi.config.declared_view import SettingsView
+from mmphi.config.pretrain import PretrainSettings
+from mmphi.config.projector import ProjectorSettings
+from mmphi.config.qlora import QloraSettings
+from mmphi.config.shared import ConversationSettings
+from mmphi.models.language.phi import SIZES, PhiSize, parameters_of
+from mmphi.stages.estimates import feature_shape
+
+CHECKPOINT_BYTES = 16  # Of a trained parameter in fp32: result, checkpoint, and AdamW's two moments.
+TRAINED_BYTES = 16  # In memory: weight, gradient, and two moments, all fp32.
+WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": 0.5}
+# Bytes kept for the backward pass, of a token, layer and unit of width in 16 bits. Measured at Phi-2's shape
+# (docs/benchmarks.md): 23.7 GB for a projector under a frozen model, 46 GB for an adapter on all linear layers.
+FROZEN_ACTIVATION_BYTES, ADAPTER_ACTIVATION_BYTES = 19, 46
+UNKNOWN_FEATURE_WIDTH = 1024  # Of an encoder that would have to be built first; CLIP's ViT-L has it.
+BLOCK_INPUT_BYTES = 2  # With gradient checkpointing, only the input of each layer is kept.
+
+
+@dataclass(frozen=True)
+class LanguageSize:
+    """The sizes of a language model that decide what a training takes.
+
+    Attributes:
+        layers: Transformer layers.
+        width: Hidden width.
+        ffn: Width inside the feed-forward layers.
+        matrices: Matrices of a feed-forward layer: 2, or 3 where it is gated.
+        vocabulary: Rows of the embedding.
+        tied: Whether the output head shares the embedding's weights.
+    """
+
+    layers: int
+    width: int
+    ffn: int
+    matrices: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def linear(self) -> int:
+        """Parameters of the linear layers, counted with as many key and value heads as query heads."""
+        return self.layers * (4 * self.width**2 + self.matrices * self.width * self.ffn)
+
+    @property
+    def embeddings(self) -> int:
+        """Parameters of embedding and output head."""
+        return self.vocabulary * self.width * (1 if self.tied else 2)
+
+    def weight_bytes(self, precision: str) -> float:
+        """Bytes of the weights; quantisation leaves embedding and output head in 16 bits."""
+        of_embeddings = max(WEIGHT_BYTES[precision], 2.0)
+        return WEIGHT_BYTES[precision] * self.linear + of_embeddings * self.embeddings
+
+    def lora_parameters(self, rank: int) -> int:
+        """Parameters of a low-rank adapter on all linear layers."""
+        return self.layers * rank * (8 * self.width + self.matrices * (self.width + self.ffn))
+
+
+def language_size(settings: SettingsView) -> LanguageSize | None:
+    """The language model's sizes: of the one trained here, of Phi-2, or from a config.json; else None."""
+    name = settings(LanguageSettings).model
+    if name == "pretrain":
+        chosen = settings(PretrainSettings)
+        shape = SIZES.get(chosen.size) or PhiSize(chosen.layers, chosen.width, chosen.heads, chosen.tied)
+        embedding = parameters_of(shape, *([chosen.vocabulary] if chosen.vocabulary else [])).embedding
+        return LanguageSize(shape.layers, shape.width, 4 * shape.width, 2, embedding // shape.width, shape.tied)
+    if name == "microsoft/phi-2":
+        shape = SIZES["phi-2"]
+        rows = parameters_of(shape).embedding // shape.width
+        return LanguageSize(shape.layers, shape.width, 4 * shape.width, 2, rows, shape.tied)
+    file = Path(name) if name.endswith(".json") else Path(name) / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+        width = int(config["hidden_size"])
+        return LanguageSize(
+            int(config["num_hidden_layers"]),
+            width,
+            int(config.get("intermediate_size") or 4 * width),
+            2 if config.get("model_type", "").startswith("phi") else 3,
+            int(config["vocab_size"]),
+            bool(config.get("tie_word_embeddings", False)),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # Whoever loads it explains what is wrong with it.
+
+
+def projector_parameters(settings: SettingsView) -> int:
+    """Parameters of the projector; 0 where the language model's size is not known."""
+    chosen, language = settings(ProjectorSettings), language_size(settings)
+    if chosen.parameters:
+        return chosen.parameters
+    _, features = feature_shape(settings)
+    if language is None:
+        return 0
+    hidden = chosen.width or language.width
+    widths = [features or UNKNOWN_FEATURE_WIDTH, *[hidden] * (chosen.layers - 1), language.width]
+    return sum(before * after + after for before, after in itertools.pairwise(widths))
+
+
+def saved_language_bytes(settings: SettingsView) -> int:
+    """Bytes of the language model in a result's folder: one that was trained here is copied into it."""
+    language = language_size(settings)
+    if settings(LanguageSettings).model != "pretrain" or language is None:
+        return 0
+    return 4 * (language.linear + language.embeddings)
+
+
+def projector_disk(settings: SettingsView) -> int:
+    """Bytes that a projector's training writes."""
+    return CHECKPOINT_BYTES * projector_parameters(settings) + saved_language_bytes(settings)
+
+
+def adapter_disk(settings: SettingsView) -> int:
+    """Bytes that an adapter's training writes, its copy of the projector included."""
+    language = language_size(settings)
+    lora = language.lora_parameters(settings(QloraSettings).rank) if language else 0
+    return CHECKPOINT_BYTES * (lora + projector_parameters(settings)) + saved_language_bytes(settings)
+
+
+def projector_memory(settings: SettingsView) -> int:
+    """GPU memory of a projector's training, in bytes, at most; 0 where the language model's size is not known."""
+    language, chosen = language_size(settings), settings(ProjectorSettings)
+    if language is None:
+        return 0
+    weights = language.weight_bytes(settings(LanguageSettings).precision)
+    activations = _activation_bytes(language, chosen, FROZEN_ACTIVATION_BYTES)
+    return round(weights + activations + TRAINED_BYTES * projector_parameters(settings))
+
+
+def adapter_memory(settings: SettingsView) -> int:
+    """GPU memory of an adapter's training, in bytes, at most; 0 where the language model's size is not known."""
+    language, chosen = language_size(settings), settings(QloraSettings)
+    if language is None:
+        return 0
+    trained = language.lora_parameters(chosen.rank) + projector_parameters(settings)
+    activations = _activation_bytes(language, chosen, ADAPTER_ACTIVATION_BYTES)
+    return round(language.weight_bytes(chosen.base) + activations + TRAINED_BYTES * trained)
+
+
+def _activation_bytes(language: LanguageSize, chosen: ConversationSettings, each: int) -> float:
+    """Bytes kept for one backward pass, if every sequence of it is as long as the settings allow."""
+    tokens = chosen.batch_size // chosen.gradient_accumulation_steps * chosen.max_length
+    one_layer = tokens * language.width * each * (2 if chosen.precision == "fp32" else 1)
+    if not chosen.gradient_checkpointing:
+        return language.layers * one_layer
+    return one_layer + tokens * language.width * language.layers * BLOCK_INPUT_BYTES
