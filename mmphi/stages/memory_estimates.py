@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmphi.config import LanguageSettings
+from mmphi.config import LanguageSettings, VisionSettings
 from mmphi.config.declared_view import SettingsView
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.config.projector import ProjectorSettings
@@ -107,24 +107,29 @@ def projector_parameters(settings: SettingsView) -> int:
     return sum(before * after + after for before, after in itertools.pairwise(widths))
 
 
-def saved_language_bytes(settings: SettingsView) -> int:
-    """Bytes of the language model in a result's folder: one that was trained here is copied into it."""
-    language = language_size(settings)
-    if settings(LanguageSettings).model != "pretrain" or language is None:
-        return 0
-    return 4 * (language.linear + language.embeddings)
+def copied_bytes(settings: SettingsView) -> int:
+    """Bytes of the language model and the light CLIP in a result's folder, where they are trained here."""
+    from mmphi.stages.light_clip import cost as light_clip_cost
+
+    language, copied = language_size(settings), 0.0
+    if settings(LanguageSettings).model == "pretrain" and language is not None:
+        copied += WEIGHT_BYTES["fp32"] * (language.linear + language.embeddings)
+    if settings(VisionSettings).model == "light_clip":
+        copied += light_clip_cost(settings).disk_bytes * WEIGHT_BYTES["fp32"] / CHECKPOINT_BYTES
+    return round(copied)
 
 
 def projector_disk(settings: SettingsView) -> int:
-    """Bytes that a projector's training writes."""
-    return CHECKPOINT_BYTES * projector_parameters(settings) + saved_language_bytes(settings)
+    """Bytes that a projector's training writes: weights and a checkpoint, and a checkpoint of the warm-up."""
+    warm_up = settings(ProjectorSettings).alignment_steps > 0
+    return CHECKPOINT_BYTES * (1 + warm_up) * projector_parameters(settings) + copied_bytes(settings)
 
 
 def adapter_disk(settings: SettingsView) -> int:
     """Bytes that an adapter's training writes, its copy of the projector included."""
     language = language_size(settings)
     lora = language.lora_parameters(settings(QloraSettings).rank) if language else 0
-    return CHECKPOINT_BYTES * (lora + projector_parameters(settings)) + saved_language_bytes(settings)
+    return CHECKPOINT_BYTES * (lora + projector_parameters(settings)) + copied_bytes(settings)
 
 
 def projector_memory(settings: SettingsView) -> int:

@@ -146,3 +146,10 @@ def test_small_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_nothing_to_fetch_for_tiny() -> None:
     assert list(to_fetch(Pipeline(STAGES).view("projector", load_settings("tiny")))) == []
+
+
+def test_disk_of_a_projector_is_of_the_order_of_what_it_writes(pipeline: Pipeline) -> None:
+    settings = small.settings()
+    result = pipeline.build("projector", settings, after=False)
+    written = sum(file.stat().st_size for file in result.path.rglob("*") if file.suffix in (".safetensors", ".pt"))
+    assert projector_disk(all_sections(settings)) == pytest.approx(written, rel=0.5)
