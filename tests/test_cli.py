@@ -24,6 +24,15 @@ def test_help_loads_nothing_heavy():
         assert f"  {name} " in done.stdout
 
 
+@pytest.mark.parametrize("words", ["'ask', '--image', 'no.jpg', 'hi'", "'chat', '--image', 'no.jpg'"])
+def test_an_image_that_is_not_there_is_reported_without_torch(words):
+    code = (
+        f"import sys; from mmphi.cli import main; assert main([{words}]) == 2;"
+        "sys.exit(bool({'torch', 'mlflow', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_stage_help_loads_no_torch_and_lists_every_setting():
     code = (
         "import sys; from mmphi.cli import main; main(['projector', '--help-all']);"

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mmphi.data.images import as_rgb
 from mmphi.data.schema import Example, ImageRef, Split, Turn
 from mmphi.data.turns import parse_row
 from mmphi.errors import DataError, ImageError
+
+if TYPE_CHECKING:
+    import torch
 
 SOURCE = "memory"
 PIXELS = b"\x93NUMPY"  # How the content of an image begins that is a tensor of pixels.
@@ -55,7 +58,8 @@ def image_content(image: Any) -> bytes:
     if isinstance(image, bytes | bytearray):
         return bytes(image)
     buffer = io.BytesIO()
-    if isinstance(image, torch.Tensor):
+    torch = sys.modules.get("torch")  # Importing it takes seconds; without it there is no tensor.
+    if torch is not None and isinstance(image, torch.Tensor):
         if image.ndim != 3:
             raise ImageError("no image", f"pixels have shape (C, H, W), this tensor has {tuple(image.shape)}")
         if not image.is_floating_point():
@@ -79,6 +83,8 @@ def pixels_in(content: Path | bytes) -> torch.Tensor | None:
     """The pixels (C, H, W) of a tensor that :func:`image_reference` was given; ``None`` for any other image."""
     if not isinstance(content, bytes) or not content.startswith(PIXELS):
         return None
+    import torch
+
     return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
 
 

@@ -76,9 +76,8 @@ def _answer(options: argparse.Namespace) -> int:
             "for example: mmphi ask --image photo.jpg 'what is this?'\n  or: mmphi ask --audio question.mp3",
         )
     messages.append({"role": "user", "content": parts})
+    asked = parse_messages(messages)  # Before torch is imported, which takes seconds.
     sampling = sampling_of(options)
-
-    asked = parse_messages(messages)  # Before anything heavy: what is wrong with it is said at once.
 
     import mmphi
     from mmphi.generation.engine import Engine

@@ -6,6 +6,7 @@ import argparse
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from mmphi.errors import MmphiError
 from mmphi.serving.ask import sampling_of, sampling_options
@@ -32,7 +33,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """``mmphi chat``."""
+    from mmphi.generation.messages import parse_messages
+
     options = parser().parse_args(list(arguments))
+    if options.image:  # Before torch is imported and a model is loaded, which take seconds.
+        images = [{"type": "image", "image": Path(path).expanduser()} for path in options.image]
+        parse_messages([{"role": "user", "content": images}])
     sampling = sampling_of(options)
 
     import mmphi
