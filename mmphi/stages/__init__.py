@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from mmphi.config import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
 from mmphi.config.audio import AudioSettings
 from mmphi.config.corpus import CorpusSettings
+from mmphi.config.light_clip import LightClipSettings
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
@@ -30,7 +31,6 @@ from mmphi.stages import (
 from mmphi.stages.embed import EmbedSettings
 from mmphi.stages.evaluate import EvaluateSettings
 from mmphi.stages.export import ExportSettings
-from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.listen import ListenSettings
 from mmphi.stages.merge import MergeSettings
 from mmphi.stages.scenes import ScenesSettings

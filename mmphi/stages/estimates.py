@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mmphi.config import DataSettings, LanguageSettings, SourceSettings, VisionSettings
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.light_clip import LightClipSettings
 from mmphi.config.shared import sources_of
-from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.scenes import ScenesSettings
 
 FEATURE_BYTES = 2  # fp16

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from mmphi.config import Section, VisionSettings, setting
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.light_clip import LightClipSettings
 from mmphi.config.projector import ProjectorSettings
 from mmphi.errors import ModelError
 from mmphi.pipeline.stage import Context, Stage
-from mmphi.stages.light_clip import LightClipSettings
 
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal

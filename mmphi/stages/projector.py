@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from mmphi.config import DataSettings, LanguageSettings, VisionSettings
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.light_clip import LightClipSettings
 from mmphi.config.projector import ProjectorSettings
 from mmphi.errors import DataError, SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
-from mmphi.stages.light_clip import LightClipSettings, config_of
+from mmphi.stages.light_clip import config_of
 from mmphi.stages.shared_models import (
     check_data,
     check_training,

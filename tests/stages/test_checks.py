@@ -9,11 +9,12 @@ import pytest
 import small
 
 from mmphi.config import VisionSettings
+from mmphi.config.light_clip import LightClipSettings
 from mmphi.errors import MmphiError
 from mmphi.models.vision.vision_encoder import encoder_output_shape, load_vision_encoder
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import STAGES
-from mmphi.stages.light_clip import LightClipSettings, config_of
+from mmphi.stages.light_clip import config_of
 from mmphi.tracking.run_writer import TrackingStore
 
 

@@ -11,12 +11,12 @@ from builders import Recorder, context
 from safetensors.torch import load_file
 
 from mmphi.config import SourceSettings, VisionSettings
+from mmphi.config.light_clip import LightClipSettings
 from mmphi.errors import ModelError, Stopped
 from mmphi.evaluation.retrieval import recall
 from mmphi.models.vision.vision_encoder import load_saved_clip, load_vision_encoder
 from mmphi.pipeline.stage import Result
 from mmphi.stages import Settings, light_clip, scenes
-from mmphi.stages.light_clip import LightClipSettings
 from mmphi.stages.scenes import ScenesSettings
 
 SMALL = {"width": 32, "layers": 2, "image_size": 32, "embed_dim": 16, "steps": 6, "batch_size": 8, "save_every": 2}
@@ -158,3 +158,18 @@ def test_over_pretrained_towers(tmp_path, real_models, real_photos):
     assert model.visual.trunk.num_features == 1280
     encoder = load_vision_encoder(VisionSettings(layer=-1), tmp_path)
     assert (encoder.tokens, encoder.width) == (49, 1280)
+
+
+def test_the_function_trains_what_the_stage_trains(tmp_path, drawn):
+    from mmphi.stages.shared_models import read
+    from mmphi.tracking.tracker import SilentTracker
+    from mmphi.training.light_clip import train_light_clip
+
+    train(tmp_path / "stage", drawn)
+    chosen = LightClipSettings(**SMALL)
+    view = context(light_clip.STAGE, tmp_path, Settings(light_clip=chosen), upstream={"scenes": drawn})
+    examples, _ = read(view.settings, view.upstream)
+    (tmp_path / "function").mkdir()
+    train_light_clip(examples, chosen, folder=tmp_path / "function", tracker=SilentTracker())
+    ours, stages = (load_file(tmp_path / name / "open_clip_model.safetensors") for name in ("function", "stage"))
+    assert all(torch.equal(ours[key], stages[key]) for key in stages)
