@@ -107,7 +107,8 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     from mmphi.errors import DataError
     from mmphi.evaluation.speech import SpokenMeasures, measure_speech
     from mmphi.models.checkpoint import load_checkpoint
-    from mmphi.stages.speech_data import conversations, untranscribed_source, with_audio_input, with_readable_audio
+    from mmphi.stages.speech_data import conversations, untranscribed_source, with_audio_input
+    from mmphi.training.audio_conversations import with_readable_audio
 
     chosen, report = ctx.settings(EvaluateSettings), ReadReport()
     model = load_checkpoint(folder, once=ctx.resources.once)

@@ -1,24 +1,21 @@
-"""Stage ``speech``: what is between recordings and the frozen language model, trained on what it says when it reads."""
+"""Stage ``speech``: the projector between recordings and the frozen language model, trained by distillation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from mmphi.config import LanguageSettings
 from mmphi.config.audio import AudioSettings
 from mmphi.config.declared_view import SettingsView
 from mmphi.config.speech import SpeechSettings
-from mmphi.errors import DataError, SettingsError
+from mmphi.errors import SettingsError
 from mmphi.pipeline.stage import Context, Cost, Stage
 from mmphi.stages.shared_models import check_training, evaluating
-from mmphi.stages.speech_data import audio_text_pairs, conversations, speech_model, text_answers, with_readable_audio
+from mmphi.stages.speech_data import conversations, speech_model
 
 if TYPE_CHECKING:
-    from mmphi.data.schema import Example, ReadReport
     from mmphi.models.multimodal import Multimodal
-
-AT_ONCE = 16  # Held-out conversations whose logits are in memory at once.
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -62,119 +59,16 @@ def cost(_: SettingsView) -> Cost:
 def run(ctx: Context) -> Mapping[str, float]:
     """Train, and save a model that loads alone."""
     from mmphi.data.schema import ReadReport
-    from mmphi.training.conversation_validation import log_packing
-    from mmphi.training.distillation import DistillationTask, distillation_dataset
-    from mmphi.training.trainer import train
+    from mmphi.training.audio_projector import train_audio_projector
 
     chosen, report = ctx.settings(SpeechSettings), ReadReport()
     examples = conversations(ctx, report)
     model = speech_model(ctx)
-    examples = with_readable_audio(model, examples, report)
-    training = [e for e in examples if e.split == "train"]
-    held = [e for e in examples if e.split == "validation"]
-    if chosen.answers == "own":
-        training, held = (text_answers(model, some, chosen.answer_tokens) for some in (training, held))
-    log_packing(model, "speech", ctx.tracker)
-    heard, read = audio_text_pairs(model, training, report)
-    ctx.tracker.table("data_read", list(report.rows()))
-    _check_report(report, chosen)
-    if chosen.link == "encoder" and chosen.alignment_steps:
-        align(ctx, model, training, held)
-    end = model.language.prompt.end[-1]
-    steps = distillation_dataset(heard, read, model.sources, chosen, end, layout=model.packed.layout)
-    assert model.speech is not None
-    figures: dict[str, float] = {
-        "speech/parameters": sum(p.numel() for p in model.speech.parameters()),
-        "speech/supervised_tokens": steps.supervised(),
-        "speech/recordings": len(heard),
-    }
-    ctx.tracker.metrics(figures)
-    task = DistillationTask(model.packed, chosen.temperature, chosen.end_weight)
-    with model.packed.recomputing(chosen.gradient_checkpointing):
-        trained = train(
-            task,
-            steps,
-            chosen,
-            folder=ctx.folder,
-            tracker=ctx.tracker,
-            title="speech",
-            validate=_validation(model, task, held, end) if held else None,
-        )
+    figures = train_audio_projector(model, examples, chosen, folder=ctx.folder, tracker=ctx.tracker, report=report)
     if ctx.first:
         model.save_pretrained(ctx.folder)
         _write_card(ctx, model)
-    return {**figures, "speech/steps": trained.steps}
-
-
-def align(ctx: Context, model: Multimodal, training: Sequence[Example], held: Sequence[Example]) -> None:
-    """Let frames learn to name the words that are said, before the language model takes part."""
-    from mmphi.tracking.tracker import PrefixedTracker
-    from mmphi.training.ctc_alignment import CTCAlignmentDataset, CTCAlignmentLoss, token_error_rate
-    from mmphi.training.token_vocabulary import token_vocabulary
-    from mmphi.training.trainer import train
-
-    chosen = ctx.settings(SpeechSettings)
-    known, words = token_vocabulary(model.language, [e.attributes["said"] for e in [*training, *held]])
-    assert model.speech is not None
-    task = CTCAlignmentLoss(model.speech, model.language.embeddings(known))
-    recordings = [e.audio[0] for e in [*training, *held]]
-    count, own = len(training), {"steps": chosen.alignment_steps, "batch_size": chosen.alignment_batch_size}
-    shape = {
-        **own,
-        "learning_rate": chosen.alignment_learning_rate,
-        "gradient_accumulation_steps": 1,
-        "optimizer": "adamw",
-    }
-    steps = CTCAlignmentDataset(recordings[:count], words[:count], model.audio_source, **own, seed=chosen.seed)
-
-    def measure(_: int) -> Mapping[str, float]:
-        return {"val/token_error_rate": token_error_rate(task, recordings[count:], words[count:], model.audio_source)}
-
-    train(
-        task,
-        steps,
-        chosen.model_copy(update=shape),
-        folder=ctx.folder / "align",
-        tracker=PrefixedTracker(ctx.tracker, "align"),
-        title="align",
-        validate=measure if held else None,
-    )
-
-
-def _check_report(report: ReadReport, chosen: SpeechSettings) -> None:
-    if report.bad_share > chosen.max_bad_share or not report.kept.total():
-        raise DataError(
-            f"{report.bad_share:.1%} of the recordings cannot be used; at most {chosen.max_bad_share:.1%} may be\n"
-            + report.table(),
-            "mend them, or raise speech.max_bad_share",
-        )
-
-
-def _validation(
-    model: Multimodal, task: Any, held: Sequence[Example], end: int
-) -> Callable[[int], Mapping[str, float]]:
-    """Loss on held-out recordings, and what the right recording is worth."""
-    import numpy as np
-    import torch
-
-    from mmphi.evaluation.speech import audio_gain
-    from mmphi.text.packing import to_device
-    from mmphi.training.distillation import collate_pairs
-
-    heard, read = audio_text_pairs(model, held)
-
-    def measure(_: int) -> Mapping[str, float]:
-        measured = audio_gain(model, held)
-        nats, tokens = 0.0, 0
-        with torch.no_grad():
-            for first in range(0, len(heard), AT_ONCE):
-                some = np.s_[first : first + AT_ONCE]
-                batch = collate_pairs(heard[some], read[some], model.sources, end, layout=model.packed.layout)
-                nats += float(task(**to_device(batch, model.device)))
-                tokens += len(batch["ends"])
-        return {"val/divergence": nats / max(tokens, 1), "val/loss": measured.loss, "val/hearing_gain": measured.gain}
-
-    return measure
+    return figures
 
 
 def _write_card(ctx: Context, model: Multimodal) -> None:

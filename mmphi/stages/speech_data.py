@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmphi.config.audio import AudioSettings
 from mmphi.config.speech import SpeechSettings
-from mmphi.errors import AudioError, ModelError, StoreError
+from mmphi.errors import ModelError
 from mmphi.pipeline.stage import Context
 from mmphi.stages.listen import recordings_of
 from mmphi.stages.shared_models import language_of
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from mmphi.models.audio.transcriber import Audio
     from mmphi.models.language.language_model import LanguageModel
     from mmphi.models.multimodal import Multimodal
-    from mmphi.text.tokenized_example import TokenizedExample
 
 
 def conversations(ctx: Context, report: ReadReport) -> list[Example]:
@@ -160,53 +158,3 @@ def with_audio_input(ctx: Context, model: Multimodal, link: Link | Literal[""]) 
         )
     audio_source, audio = source_for(ctx, model.language, "soft" if link == "soft" else "transcript")
     return with_audio_source(model, audio_source, None, audio)
-
-
-def with_readable_audio(model: Multimodal, examples: Sequence[Example], report: ReadReport) -> list[Example]:
-    """The conversations whose recordings can be heard; the others are counted."""
-    return [e for e in examples if _can_hear(model, e, report)]
-
-
-def _can_hear(model: Multimodal, example: Example, report: ReadReport) -> bool:
-    try:
-        model.inputs(example.audio)
-    except AudioError as error:
-        report.drop_kept(example.source, example.id, error.reason)
-    except StoreError:
-        report.drop_kept(example.source, example.id, "unreadable recording")
-    else:
-        return True
-    return False
-
-
-def text_answers(model: Multimodal, examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The same recordings as questions, and what the model answers where they are typed."""
-    prompts = [(None, transcript_conversation(e).turns[0].question) for e in examples]
-    answers = model.generate(prompts, tokens)
-    return [
-        replace(e, turns=(replace(e.turns[0], answer=answer.text),))
-        for e, answer in zip(examples, answers, strict=True)
-        if answer.text
-    ]
-
-
-def transcript_conversation(example: Example) -> Example:
-    """A conversation about a recording with what is said typed in its place."""
-    (turn,) = example.turns
-    said = example.attributes.get("said", turn.answer)
-    return replace(example, audio=(), turns=(replace(turn, question=turn.question.replace("<audio>", said)),))
-
-
-def audio_text_pairs(
-    model: Multimodal, examples: Sequence[Example], report: ReadReport | None = None
-) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """Conversations as they are heard, and as they are read; those too long for either are counted and left out."""
-    heard, read = [], []
-    for example in examples:
-        ours, theirs = model.encode(example), model.encode(transcript_conversation(example))
-        if ours is not None and theirs is not None:
-            heard.append(ours)
-            read.append(theirs)
-        elif report is not None:
-            report.drop_kept(example.source, example.id, f"over {model.max_length} tokens")
-    return heard, read

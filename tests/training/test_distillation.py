@@ -13,9 +13,9 @@ from mmphi.data.schema import AudioRef, Example, Turn
 from mmphi.models.audio.audio_features import EncoderFeatures
 from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
 from mmphi.models.multimodal import Multimodal
-from mmphi.stages.speech_data import audio_text_pairs
 from mmphi.text.packing import Layout
 from mmphi.text.tokenized_example import TokenizedExample
+from mmphi.training.audio_conversations import audio_text_pairs
 from mmphi.training.distillation import DistillationDataset, DistillationTask, collate_pairs, distillation_dataset
 
 WORDS = ["a dog", "two cats in a tree", "snow", "a man who sings to a horse", "rain on the sea", "who knows"]
