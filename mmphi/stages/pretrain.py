@@ -75,11 +75,11 @@ def cost(settings: SettingsView) -> Cost:
 def run(ctx: Context) -> Mapping[str, float]:
     """Train from scratch, and save in Hugging Face's format with the tokenizer."""
     if ctx.settings(PretrainSettings).source == "stream":
-        from mmphi.stages.pretrain_texts import train_on_stream as train_on
+        from mmphi.stages.pretrain_texts import pretrain_on_stream as train_on
     elif "tokens" in ctx.upstream:
-        from mmphi.stages.pretrain_texts import train_on_texts as train_on
+        from mmphi.stages.pretrain_texts import pretrain_on_shards as train_on
     else:
-        from mmphi.stages.pretrain_scenes import train_on_scenes as train_on
+        from mmphi.stages.pretrain_scenes import pretrain_on_scenes as train_on
 
     model, prompt, figures = train_on(ctx)
     if ctx.first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,33 +12,23 @@ from mmphi.data.schema import Example, Turn
 from mmphi.pipeline.stage import Context
 
 if TYPE_CHECKING:
-    from mmphi.models.packed_vlm import PackedVLM
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenized_example import TokenizedExample
 
 VALIDATION = 200  # Texts kept apart.
 
 
-def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
+def pretrain_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     """Train on the scenes of the stage ``scenes``.
 
     Returns:
         The model, its prompt, and its figures.
     """
-    import torch
-    from transformers import PhiForCausalLM
-
-    from mmphi.models.device import this_device
-    from mmphi.models.language.phi import PHI2_VOCABULARY, count_parameters
-    from mmphi.models.packed_vlm import PackedVLM
-    from mmphi.models.patches.module_patches import apply_patches
-    from mmphi.stages.pretrain_texts import shape_of
-    from mmphi.text.packing import Layout
+    from mmphi.models.language.phi import PHI2_VOCABULARY
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenizer import phi2_tokenizer, train_bpe
-    from mmphi.training.lr_scaling import with_learning_rates
-    from mmphi.training.packed_dataset import packed_dataset
-    from mmphi.training.trainer import train
+    from mmphi.training.conversation_pretraining import pretrain_on_conversations
+    from mmphi.training.pretraining import model_config
 
     chosen = ctx.settings(PretrainSettings)
     rows = list(_scene_rows(ctx.upstream["scenes"].path))
@@ -51,30 +41,19 @@ def train_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     prompt = Prompt(tokenizer, "plain")
     answers_only = chosen.learn == "answers"
     samples = list(scene_samples(rows[:-VALIDATION], prompt, chosen, answers_only=answers_only))
-    held = {
+    held_out = {
         "val/loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen, answers_only=answers_only)),
         "val/answer_loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen, answers_only=True)),
     }
-    torch.manual_seed(chosen.seed)
-    shape = shape_of(chosen, vocabulary, tokenizer.eos_token_id)
-    model = apply_patches(PhiForCausalLM(shape).to(this_device()))
-    parameters, tokens = count_parameters(shape), sum(map(len, samples))
-    ctx.tracker.metrics({"pretrain/parameters": parameters.total, "pretrain/corpus_tokens": tokens})
-    packed = PackedVLM(model, layout=Layout(width=chosen.width))
-    validate = validator(packed, held)
-    batch_tokens = chosen.batch_size * tokens // max(1, len(samples))
-    with packed.recomputing(chosen.gradient_checkpointing):
-        train(
-            packed,
-            packed_dataset(samples, {}, chosen, layout=packed.layout),
-            with_learning_rates(chosen, parameters.inner, chosen.width, batch_tokens),
-            folder=ctx.folder,
-            tracker=ctx.tracker,
-            title="pretrain",
-            validate=validate,
-        )
-    packed.eval()
-    return model, prompt, validate(chosen.steps)
+    model, figures = pretrain_on_conversations(
+        samples,
+        held_out,
+        chosen,
+        model_config(chosen, vocabulary, tokenizer.eos_token_id),
+        folder=ctx.folder,
+        tracker=ctx.tracker,
+    )
+    return model, prompt, figures
 
 
 def _scene_rows(scenes: Path) -> Iterator[dict[str, Any]]:
@@ -113,25 +92,3 @@ def scene_samples(
             if not answers_only:
                 sample.supervised[1:] = True
             yield sample
-
-
-def validator(packed: PackedVLM, held: Mapping[str, Sequence[TokenizedExample]]) -> Callable[[int], dict[str, float]]:
-    """Loss per supervised token of each set of samples kept apart."""
-    import torch
-
-    from mmphi.text.packing import packs, to_device
-
-    device = next(packed.parameters()).device
-
-    @torch.inference_mode()
-    def loss(samples: Sequence[TokenizedExample]) -> float:
-        nats, tokens = 0.0, 0
-        for pack in packs(samples, {}, 4096, layout=packed.layout):
-            nats += float(packed(**to_device(pack, device)))
-            tokens += len(pack["targets"])
-        return nats / tokens
-
-    def validate(_: int) -> dict[str, float]:
-        return {name: loss(samples) for name, samples in held.items()}
-
-    return validate

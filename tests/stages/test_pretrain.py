@@ -12,8 +12,8 @@ from mmphi.models.language.language_model import load_language_model
 from mmphi.pipeline.stage import Result
 from mmphi.stages import Settings, pretrain, scenes
 from mmphi.stages.pretrain_scenes import scene_samples
-from mmphi.stages.pretrain_texts import shape_of
 from mmphi.stages.scenes import ScenesSettings
+from mmphi.training.pretraining import model_config
 
 SMALL = {"layers": 2, "width": 32, "heads": 2, "steps": 8, "batch_size": 8, "max_length": 128, "vocabulary": 320}
 
@@ -61,5 +61,5 @@ def test_a_model_begins_as_it_is_asked_to(tmp_path, drawn):
     model = load_language_model(LanguageSettings(), tmp_path, torch.device("cpu")).model
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.1, rel=0.05)
     assert model.config.rope_parameters["partial_rotary_factor"] == 1.0
-    usual = shape_of(PretrainSettings(**SMALL), 100, 0)
+    usual = model_config(PretrainSettings(**SMALL), 100, 0)
     assert (usual.initializer_range, usual.rope_parameters["partial_rotary_factor"]) == (0.02, 0.5)

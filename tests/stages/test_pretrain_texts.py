@@ -17,7 +17,7 @@ from mmphi.config import LanguageSettings
 from mmphi.models.language.language_model import load_language_model
 from mmphi.models.patches.module_patches import remove_patches
 from mmphi.pipeline.stage import Result
-from mmphi.stages import pretrain_texts
+from mmphi.training import pretraining
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_compile_that_fails_is_told(tmp_path, read, monkeypatch):
 
 @pytest.mark.slow
 def test_walls_that_do_not_hold_are_replaced(tmp_path, read, straight, monkeypatch):
-    monkeypatch.setattr(pretrain_texts, "WALLS_TOLERANCE", -1.0)
+    monkeypatch.setattr(pretraining, "ISOLATION_TOLERANCE", -1.0)
     recorder = Recorder()
     figures = texts.pretrained(tmp_path, read, texts.settings("text.txt"), recorder)
     assert any("masked rows are used" in line for line in recorder.said)
