@@ -46,7 +46,9 @@ if TYPE_CHECKING:  # Training and evaluation are imported when they are used: an
 
 S = TypeVar("S", bound=ConversationSettings)
 Metrics = Callable[[Mapping[str, float], int], None]
-SHAPE = ("layers", "width", "parameters", "activation", "norm", "dropout", "standardize")
+SHAPE = (
+    *("kind", "merge", "queries", "layers", "width", "parameters", "activation", "norm", "dropout", "standardize"),
+)
 
 
 class Model(Multimodal):
@@ -291,9 +293,9 @@ def join(
         max_length: Longest sequence, in tokens; :meth:`Model.fit` may change it.
         device: ``cpu`` or ``cuda:0``, of what is loaded here; the accelerator, if there is one, by default.
         feature_cache_gb: Memory for features of images, so that each is computed once.
-        **settings: Shape of the projector (``layers``, ``width``, ``activation``, ``norm``, ``dropout``,
-            ``standardize``), and of an open_clip model ``pretrained``, ``layer``, ``cls`` and ``pool``, as ``mmphi
-            projector --help`` has them.
+        **settings: Shape of the projector (``kind``, ``merge``, ``queries``, ``layers``, ``width``, ``activation``,
+            ``norm``, ``dropout``, ``standardize``), and of an open_clip model ``pretrained``, ``layer``, ``cls`` and
+            ``pool``, as ``mmphi projector --help`` has them.
 
     Raises:
         ModelError: If a part cannot be had, or does not fit.
@@ -326,7 +328,7 @@ class CustomProjector(Projector):
         from mmphi.models.projector import ProjectorConfig
 
         super().__init__(ProjectorConfig(input_width, output_width, layers=1))
-        self.layers = nn.Sequential(module)
+        self.layers = module
         parameter = next(iter(module.parameters()), torch.zeros(()))
         try:
             found = module.float()(torch.zeros(2, input_width, device=parameter.device))
@@ -339,6 +341,15 @@ class CustomProjector(Projector):
                 f"the projector makes {tuple(found.shape)} of features (2, {input_width}), not (2, {output_width})",
                 "its output width is the language model's",
             )
+
+    def scale_output(self, factor: float) -> None:
+        """Refused: which weights of a module scale its outputs is not known.
+
+        Raises:
+            ModelError: Always.
+        """
+        del factor
+        raise ModelError("the warm-up scales outputs, which a projector of your own does not let", "alignment_steps=0")
 
 
 def load(

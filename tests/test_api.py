@@ -24,6 +24,7 @@ from mmphi.data.features import FeatureStore
 from mmphi.data.in_memory import examples_of, image_reference
 from mmphi.errors import DataError, ImageError, ModelError, SettingsError, TrainingError
 from mmphi.models.multimodal import Multimodal
+from mmphi.models.projector_kinds import KINDS
 from mmphi.stages.shared_models import read
 
 COLORS = {"red": (200, 40, 40), "green": (40, 160, 40), "blue": (40, 60, 200), "grey": (120, 120, 120)}
@@ -444,3 +445,28 @@ def test_stored_features_are_no_part_of_a_saved_model(small_chain: Path, tmp_pat
     with pytest.raises(ModelError, match="stored features"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+class FourByFour(nn.Module):
+    """The mean color of each of 4 x 4 patches: features (N, 16, 3)."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_projector_trains_answers_and_is_saved(kind: str, tmp_path: Path) -> None:
+    model = joined(vision=FourByFour(), kind=kind, queries=3)
+    before = model.loss(PAIRS)
+    model.fit(PAIRS, contrastive_weight=0.2, contrastive_start=0.5, **QUICK)
+    assert model.loss(PAIRS) < before - 0.5
+    # Two images in one prompt: the engine, which reads prompts in parts, says what generating in one pass says.
+    parts = [{"type": "image", "image": image} for image, _ in PAIRS[:2]]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "x"}]}]
+    alone = [model.ask("x", image, max_new_tokens=6) for image, _ in PAIRS]
+    batched = [answer.text for answer in model.generate([(image_reference(i), "x") for i, _ in PAIRS], 6)]
+    assert alone == batched
+    model.save_pretrained(tmp_path / "model")
+    again = mmphi.load(tmp_path / "model", vision=FourByFour(), preprocess=pixels_of)
+    assert again.loss(PAIRS) == pytest.approx(model.loss(PAIRS), rel=1e-5)
+    assert again.chat(messages, max_tokens=6) == model.chat(messages, max_tokens=6)

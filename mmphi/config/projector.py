@@ -7,15 +7,28 @@ from typing import Literal
 from mmphi.config.section import setting
 from mmphi.config.shared import ConversationSettings
 
+Activation = Literal["gelu", "relu", "silu"]
+ProjectorKind = Literal["mlp", "pixel_shuffle", "ldp_v2", "resampler"]  # Of mmphi/models/projector_kinds.py.
+
 
 class ProjectorSettings(ConversationSettings):
     """The layers between image features and language model, trained with both frozen."""
 
     features: Literal["cached", "live"] = setting("cached", "stored features, or computed in every step")
-    layers: int = setting(2, "linear layers: 1 is linear, 2 is LLaVA-1.5's", unit="layers", ge=1, le=8)
+    kind: ProjectorKind = setting(
+        "mlp",
+        "mlp keeps the tokens of an image; pixel_shuffle and ldp_v2 make one of each square of them, resampler a fixed"
+        " number",
+        legacy_default="mlp",
+    )
+    merge: int = setting(2, "side of the square (pixel_shuffle, ldp_v2)", unit="patches", ge=1, le=16, legacy_default=2)
+    queries: int = setting(16, "tokens of an image (resampler)", unit="tokens", ge=1, le=1024, legacy_default=16)
+    layers: int = setting(
+        2, "linear layers: 1 is linear, 2 is LLaVA-1.5's; blocks of attention of a resampler", unit="layers", ge=1, le=8
+    )
     width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
     parameters: int = setting(0, "choose the hidden width that comes nearest to this size; 0 takes `width`", ge=0)
-    activation: Literal["gelu", "relu", "silu"] = setting("gelu", "between the layers")
+    activation: Activation = setting("gelu", "between the layers")
     norm: bool = setting(False, "normalise every feature vector before the first layer")
     dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
     compile: Literal["auto", "yes", "no"] = setting(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -218,12 +218,18 @@ class Engine:
         features, places = {}, {}
         for kind, rows in answering.features.items():
             own = [span for span in prompt.spans if span.kind == kind]
-            before = sum(span.length for span in own if span.start < start)
+            rows_of = self._feature_rows(kind)
+            before = rows_of(sum(span.length for span in own if span.start < start))
             inside = [torch.arange(s.start, s.start + s.length) - start for s in own if start <= s.start < end]
             places[kind] = torch.cat([*inside, torch.zeros(0, dtype=torch.long)])
-            features[kind] = rows[before : before + len(places[kind])]
+            features[kind] = rows[before : before + rows_of(len(places[kind]))]
         embeddings: Tensor = self.model.packed.embed(ids, to_device(features, device), to_device(places, device))
         return embeddings
+
+    def _feature_rows(self, kind: str) -> Callable[[int], int]:
+        """From a number of tokens of whole images or recordings to that of their features."""
+        projector = self.model.projector
+        return projector.feature_rows if kind == "image" and projector is not None else int
 
     def _say(self) -> None:
         """Say one more token of every answer; an error ends the answer that it belongs to, and no other."""

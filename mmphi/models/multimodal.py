@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,28 @@ if TYPE_CHECKING:
 
 Shown = ImageRef | Sequence[ImageRef] | None
 Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]] | tuple[Shown, str, Sequence[AudioRef], str]
+
+
+@dataclass(frozen=True)
+class ProjectedFeatures:
+    """Features whose projector gives another number of tokens per image.
+
+    Attributes:
+        features: Before the projector.
+        length: Tokens of an image after it.
+    """
+
+    features: ImageFeatures
+    length: Callable[[ImageRef], int]
+
+    @property
+    def width(self) -> int:
+        """Width of a feature."""
+        return self.features.width
+
+    def rows(self, images: Sequence[ImageRef], /) -> Tensor:
+        """Features of images one after the other, (N * T, width)."""
+        return self.features.rows(images)
 
 
 class Multimodal(ChatMixin):
@@ -116,7 +138,10 @@ class Multimodal(ChatMixin):
     @property
     def sources(self) -> dict[str, SpanFeatures]:
         """Where the features of each kind of span come from."""
-        own: dict[str, SpanFeatures] = {} if self.features is None else {"image": self.features}
+        own: dict[str, SpanFeatures] = {}
+        if self.features is not None:
+            reduces = self.projector is not None and self.projector.config.kind != "mlp"
+            own["image"] = ProjectedFeatures(self.features, self.length) if reduces else self.features
         if self._audio_source is not None and not callable(self._audio_source):
             own["audio"] = self._audio_source
         return own
@@ -163,7 +188,10 @@ class Multimodal(ChatMixin):
 
     def length(self, image: ImageRef) -> int:
         """Places that an image takes in a prompt."""
-        return self.features.length(image) if self.features is not None else 0
+        if self.features is None:
+            return 0
+        count = self.features.length(image)
+        return count if self.projector is None else self.projector.output_tokens(count)
 
     def can_see(self, example: Example) -> bool:
         """Whether the example's images, if it has any, have features."""

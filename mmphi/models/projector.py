@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmphi.config.projector import Activation, ProjectorKind
 from mmphi.errors import ModelError
+from mmphi.models.projector_kinds import KINDS, MLP, ProjectorShape
 
-Activation = Literal["gelu", "relu", "silu"]
+KIND_FIELDS = ("kind", "input_tokens", "merge", "queries")
 LEAST = 1e-4  # Of the largest spread: less is noise of half precision.
-ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,17 @@ class ProjectorConfig:
     Attributes:
         input_width: Width D of the image features.
         output_width: Width W of the language model's embeddings.
-        layers: Linear layers; 1 is LLaVA's linear projector, 2 LLaVA-1.5's MLP.
+        layers: Linear layers; 1 is LLaVA's linear projector, 2 LLaVA-1.5's MLP. Of a resampler, blocks of attention.
         width: Width of the layers between; 0 takes ``output_width``.
         activation: Between the layers.
         norm: Whether every feature vector is normalised first (towers without a final norm).
         dropout: Share of each linear layer's inputs dropped in training.
         whiten: Whether every channel's mean is taken off first and its spread made 1, as :meth:`Projector.fit` found
             them.
+        kind: One of :data:`mmphi.models.projector_kinds.KINDS`.
+        input_tokens: Features per image; only ``mlp`` needs no number.
+        merge: Side of the square of patches that become one token (``pixel_shuffle``, ``ldp_v2``).
+        queries: Tokens per image (``resampler``).
     """
 
     input_width: int
@@ -45,13 +49,31 @@ class ProjectorConfig:
     norm: bool = False
     dropout: float = 0.0
     whiten: bool = False
+    kind: ProjectorKind = "mlp"
+    input_tokens: int = 0
+    merge: int = 2
+    queries: int = 16
+
+    @property
+    def shape(self) -> ProjectorShape:
+        """What the layers are built from."""
+        return ProjectorShape(
+            self.input_width,
+            self.output_width,
+            self.layers,
+            self.width or self.output_width,
+            self.activation,
+            self.dropout,
+            self.input_tokens,
+            self.merge,
+            self.queries,
+        )
 
     def size(self) -> int:
         """Trained parameters."""
-        hidden = self.width or self.output_width
-        widths = [self.input_width, *[hidden] * (self.layers - 1), self.output_width]
-        linear = sum((before + 1) * after for before, after in pairwise(widths))
-        return linear + (2 * self.input_width if self.norm else 0)
+        with torch.device("meta"):
+            layers: nn.Module = KINDS[self.kind](self.shape)
+        return sum(p.numel() for p in layers.parameters()) + (2 * self.input_width if self.norm else 0)
 
     def of_size(self, parameters: int) -> ProjectorConfig:
         """The same with the hidden width that comes nearest to a number of parameters.
@@ -59,7 +81,7 @@ class ProjectorConfig:
         Raises:
             ModelError: If there is no hidden layer whose width could be chosen, or none of that size.
         """
-        if self.layers == 1:
+        if self.layers == 1 and self.kind != "resampler":
             raise ModelError(
                 f"a projector of one layer has {self.size()} parameters, and no hidden width to give it {parameters}",
                 "give it two layers or more, or leave projector.parameters at 0",
@@ -112,7 +134,7 @@ class Standardizer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Maps features (..., D) of any float type to embeddings (..., W); weights and arithmetic are fp32.
+    """Maps features of images, of any float type, to embeddings; weights and arithmetic are fp32.
 
     fp32 and never quantised: a projector in half precision loses small updates (LLaVA #433).
     """
@@ -122,16 +144,13 @@ class Projector(nn.Module):
     def __init__(self, config: ProjectorConfig) -> None:
         super().__init__()
         self.config = config
-        hidden = config.width or config.output_width
-        widths = [config.input_width, *[hidden] * (config.layers - 1), config.output_width]
-        modules: list[nn.Module] = [nn.LayerNorm(config.input_width)] if config.norm else []
-        for i in range(config.layers):
-            if i:
-                modules.append(ACTIVATIONS[config.activation]())
-            if config.dropout:
-                modules.append(nn.Dropout(config.dropout))
-            modules.append(nn.Linear(widths[i], widths[i + 1]))
-        self.layers = nn.Sequential(*modules)
+        norm = nn.LayerNorm(config.input_width) if config.norm else None
+        self.norm: nn.Module | None = None
+        self.layers: Any
+        if config.kind == "mlp":  # The norm is one of its layers, as earlier versions named its weights.
+            self.layers = MLP(config.shape, [norm] if norm else [])
+        else:
+            self.layers, self.norm = KINDS[config.kind](config.shape), norm
         self.whitening = Standardizer(config.input_width) if config.whiten else None
 
     def fit(self, features: Iterable[Tensor]) -> None:
@@ -139,20 +158,61 @@ class Projector(nn.Module):
         if self.whitening is not None:
             self.whitening.fit(features)
 
+    def output_tokens(self, features: int) -> int:
+        """Tokens of an image that has so many features.
+
+        Raises:
+            ModelError: If the projector was built for another number.
+        """
+        if self.config.kind == "mlp":
+            return features
+        if features != self.config.input_tokens:
+            raise ModelError(
+                f"the projector was trained for {self.config.input_tokens} features per image, not {features}",
+                "use the vision settings that it was trained with",
+            )
+        return int(KINDS[self.config.kind].output_tokens(self.config.shape))
+
+    def feature_rows(self, tokens: int) -> int:
+        """Features that so many tokens of whole images are projected from; the inverse of :meth:`output_tokens`."""
+        if self.config.kind == "mlp":
+            return tokens
+        return tokens // self.output_tokens(self.config.input_tokens) * self.config.input_tokens
+
     def forward(self, features: Tensor) -> Tensor:
-        """Project features (..., D) to embeddings (..., W)."""
+        """Project features to embeddings.
+
+        Args:
+            features: Of images (N, T, D), or of whole images one after the other (N * T, D).
+
+        Returns:
+            Embeddings (N, T', W), or (N * T', W).
+        """
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             if self.whitening is not None:
                 features = self.whitening(features)
-            projected: Tensor = self.layers(features)
+            if self.norm is not None:
+                features = self.norm(features)
+            projected: Tensor
+            if self.config.kind == "mlp" or features.dim() == 3:
+                projected = self.layers(features)
+            else:
+                projected = self.layers(features.view(-1, self.config.input_tokens, features.shape[-1])).flatten(0, 1)
         return projected
+
+    def scale_output(self, factor: float) -> None:
+        """Multiply every output by a factor, by changing the weights."""
+        self.layers.scale_output(factor)
 
     def save(self, folder: Path) -> None:
         """Write ``projector.safetensors`` and ``projector.json``, all that :meth:`load` needs."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "projector.safetensors")
-        (folder / "projector.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        shape = asdict(self.config)
+        if self.config.kind == "mlp":  # As earlier versions wrote it, so that they can read it and its digest stays.
+            shape = {name: value for name, value in shape.items() if name not in KIND_FIELDS}
+        (folder / "projector.json").write_text(json.dumps(shape, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Projector:

@@ -68,7 +68,9 @@ def check(settings: SettingsView) -> None:
     if settings(ExportSettings).model:
         return
     projector, vision = settings(ProjectorSettings), settings(VisionSettings)
-    check_projector(ProjectorConfig(1, projector.width, projector.layers, projector.width, norm=projector.norm))
+    check_projector(
+        ProjectorConfig(1, projector.width, projector.layers, projector.width, norm=projector.norm, kind=projector.kind)
+    )
     if vision.pool != 1:
         raise ModelError(f"vision.pool = {vision.pool}, and LLaVA averages no patches", UNFIT)
     clip = settings(LightClipSettings)

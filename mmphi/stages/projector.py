@@ -53,7 +53,15 @@ def check(settings: SettingsView) -> None:
     check_training("projector", chosen)
     check_data(settings)
     light_clip = config_of(settings(LightClipSettings)) if vision.model == LIGHT_CLIP else None
-    tokens, _ = encoder_output_shape(vision, light_clip)
+    tokens, width = encoder_output_shape(vision, light_clip)
+    if chosen.kind != "mlp":
+        from mmphi.models.projector import ProjectorConfig
+        from mmphi.models.projector_kinds import KINDS
+
+        config = ProjectorConfig(
+            width, width, kind=chosen.kind, input_tokens=tokens, merge=chosen.merge, queries=chosen.queries
+        )
+        tokens = KINDS[chosen.kind].output_tokens(config.shape)
     if chosen.max_length < tokens + ROOM:
         raise SettingsError(
             f"projector.max_length = {chosen.max_length} holds no image of {tokens} tokens and {ROOM} of text",

@@ -218,10 +218,8 @@ def alignment_loss(
 @torch.no_grad()
 def match_embedding_norm(projector: Projector, features: Tensor, size: float) -> None:
     """Scale a projector's last layer so that what it makes of features (N, P, D) is of such a mean norm."""
-    last = next(layer for layer in reversed(list(projector.layers)) if isinstance(layer, nn.Linear))
-    training = projector.training
+    training, device = projector.training, next(projector.parameters()).device
     projector.eval()
-    scale = size / float(projector(features.to(last.weight.device)).norm(dim=-1).mean().clamp(min=1e-9))
+    norm = projector(features.to(device)).norm(dim=-1).mean().clamp(min=1e-9)
     projector.train(training)
-    last.weight.mul_(scale)
-    last.bias.mul_(scale)
+    projector.scale_output(size / float(norm))

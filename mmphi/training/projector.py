@@ -62,8 +62,10 @@ def new_projector(
         examples: Conversations of all splits.
     """
     torch.manual_seed(settings.seed)
-    shape = {name: getattr(settings, name) for name in ("layers", "width", "activation", "norm", "dropout")}
-    config = ProjectorConfig(features.width, language.width, **shape, whiten=settings.standardize)
+    names = ("layers", "width", "activation", "norm", "dropout", "kind", "merge", "queries")
+    shape = {name: getattr(settings, name) for name in names}
+    tokens = 0 if settings.kind == "mlp" else features.tokens
+    config = ProjectorConfig(features.width, language.width, **shape, whiten=settings.standardize, input_tokens=tokens)
     projector = Projector(config.of_size(settings.parameters) if settings.parameters else config)
     projector.fit(_training_features(features, examples))
     return projector

@@ -43,7 +43,9 @@ def test_every_study_that_comes_with_mmphi_can_be_run(
     assert study.declaration()["settings"]["language.model"] == "pretrain"
 
 
-@pytest.mark.parametrize("name", ["clip_variant", "data_mixture", "image_tokens", "lora_rank", "projector_depth"])
+@pytest.mark.parametrize(
+    "name", ["clip_variant", "data_mixture", "image_tokens", "lora_rank", "projector_depth", "projector_kind"]
+)
 def test_studies_on_another_preset(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in ("MMPHI_LLAVA", "MMPHI_COCO"):
         monkeypatch.setenv(variable, str(tmp_path))

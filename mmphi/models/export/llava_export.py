@@ -32,6 +32,8 @@ def check_projector(config: ProjectorConfig) -> None:
     Raises:
         ModelError: With the reason.
     """
+    if config.kind != "mlp":
+        raise ModelError(f"the projector is of kind {config.kind}, LLaVA's is an MLP", UNFIT)
     if config.layers != 2:
         raise ModelError(f"the projector has {config.layers} layers, LLaVA's has 2", UNFIT)
     if config.norm:
