@@ -30,8 +30,8 @@ OWN = {
     "demo": "mmphi.serving.demo:main",
     "fetch": "mmphi.data.fetch:main",
     "register": "mmphi.tracking.register:main",
-    "say": "mmphi.data.tts:main",
     "serve": "mmphi.serving.serve:main",
+    "tts": "mmphi.data.tts:main",
     "ui": "mmphi.tracking.ui:main",
 }
 # What the packages above this one bring; named and not imported, because nothing here may know them.
@@ -42,6 +42,7 @@ COMMANDS = {
     "report": "reports.commands:report",
     "reference": "reports.reference_command:reference",
 }
+FORMER_COMMANDS = {"say": "tts"}
 GENERATORS = "generators"
 BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
 
@@ -65,7 +66,7 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi reference --lm X --text Y   the loss of any model on any text, stored for reports
        mmphi evaluate --harness lmms-eval --tasks pope --model RUN   published benchmarks, where lmms-eval is installed
        mmphi fetch llava|models FOLDER  data and models that presets name
-       mmphi say TEXTS.csv FOLDER     sentences read aloud by espeak-ng in many voices, to train on
+       mmphi tts TEXTS.csv FOLDER     sentences read aloud by espeak-ng in many voices, to train on
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 
 stages (each builds what it needs, and reuses what is built):
@@ -163,6 +164,7 @@ def _command(words: list[str]) -> int:
         print(usage())
         return 0
     name, *rest = words
+    name = FORMER_COMMANDS.get(name, name)
     if name == "benchmark":
         return _benchmark(rest)
     if name == "evaluate" and any(word.partition("=")[0] == "--harness" for word in rest):

@@ -42,11 +42,11 @@ MOST_CHANGED: Mapping[str, tuple[str, ...]] = {
     ),
     "qlora": (
         *("qlora.rank", "qlora.alpha", "qlora.steps", "qlora.batch_size", "qlora.learning_rate", "qlora.seed"),
-        *("qlora.base", "qlora.questions", "qlora.model", "evaluate.max_images"),
+        *("qlora.base_precision", "qlora.questions", "qlora.model", "evaluate.max_images"),
     ),
     "pretrain": (
         *("pretrain.size", "pretrain.stop", "pretrain.steps", "pretrain.batch_tokens", "pretrain.optimizer"),
-        *("pretrain.learning_rate", "pretrain.seed", "pretrain.source", "pretrain.public_text"),
+        *("pretrain.learning_rate", "pretrain.seed", "pretrain.source", "pretrain.eval_text"),
         "corpus.sources.N.path",
     ),
     "evaluate": (
@@ -59,7 +59,14 @@ MOST_CHANGED: Mapping[str, tuple[str, ...]] = {
         *("light_clip.from_nothing", "light_clip.width", "light_clip.layers", "data.max_images"),
     ),
     "speech": (
-        *("speech.path", "speech.link", "speech.model", "speech.steps", "speech.batch_size", "speech.learning_rate"),
+        *(
+            "speech.path",
+            "speech.audio_input",
+            "speech.model",
+            "speech.steps",
+            "speech.batch_size",
+            "speech.learning_rate",
+        ),
         *("speech.seed", "audio.whisper", "language.model"),
     ),
     "textgen": (

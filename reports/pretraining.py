@@ -82,9 +82,9 @@ def pretraining_report(runs: Sequence[Pretraining], reference: Reference) -> Rep
 
 def _protocol(runs: Sequence[Pretraining], reference: Reference) -> str:
     if not any(run.scored_on(reference.text) for run in runs):
-        return f"No run was scored on {reference.text}: `--public_text FILE` of `mmphi pretrain` does so."
+        return f"No run was scored on {reference.text}: `--eval_text FILE` of `mmphi pretrain` does so."
     contexts = sorted({int(run.params["pretrain.context"]) for run in runs})
-    windows = sorted({int(run.params.get("pretrain.public_windows", "0")) for run in runs})
+    windows = sorted({int(run.params.get("pretrain.eval_windows", "0")) for run in runs})
     own = f"windows of {join_names([f'{min(c, 2048):,}' for c in contexts])} tokens, the longest that these models read"
     few = "" if windows == [0] else f", the first {join_names([str(w) for w in windows])} of them"
     same = contexts == [2048] and windows == [0]
@@ -126,8 +126,8 @@ def _made_by(run: Pretraining) -> str:
     words += [
         f"--{name} '{run.params[f'pretrain.{name}']}'" for name in ("size", "stop") if f"pretrain.{name}" in run.params
     ]
-    if public := run.params.get("pretrain.public_text", "").rpartition("/")[2]:
-        words.append(f"--public_text '{public}'")
+    if public := run.params.get("pretrain.eval_text", "").rpartition("/")[2]:
+        words.append(f"--eval_text '{public}'")
     return "mmphi pretrain " + " ".join(words)
 
 

@@ -100,7 +100,7 @@ class Pretraining:
 
         Where the text is a split (``WikiText-2 (raw, test split)``), the file's name has to say which one it is.
         """
-        *_, folder, file = ["", "", *self.params.get("pretrain.public_text", "").lower().split("/")]
+        *_, folder, file = ["", "", *self.params.get("pretrain.eval_text", "").lower().split("/")]
         name, here = (re.sub(r"[^a-z0-9]", "", part) for part in (text.partition(" ")[0].lower(), f"{folder}{file}"))
         split = next((split for split in SPLITS if f"{split} split" in text), "")
         return "public/loss" in self.metrics and name in here and split in file

@@ -17,7 +17,7 @@ COSTS = {
 
 STUDY = Study(
     question="How should the language model hear: by Whisper's words, all that they may be, or its encoder's frames?",
-    factor="speech.link",
+    factor="speech.audio_input",
     levels={"transcript": "transcript", "soft": "soft", "encoder": "encoder"},
     baseline="transcript",
     preset="spoken-scenes",

@@ -11,7 +11,7 @@ VARIABLES: Mapping[str, str] = {
     "MMPHI_LLAVA": "a folder with llava_instruct_150k.json: `mmphi fetch llava FOLDER` fetches it and its images",
     "MMPHI_TEXT": "a text file, or a folder of texts",
     "MMPHI_COCO": "a folder with train2017/ of COCO: `mmphi fetch llava FOLDER` fetches the images that are named",
-    "MMPHI_SPOKEN": "a CSV of recordings (audio, transcript): `mmphi say` makes one",
+    "MMPHI_SPOKEN": "a CSV of recordings (audio, transcript): `mmphi tts` makes one",
     # Stores and machines.
     "MMPHI_UI": "address of MLflow's pages in links; http://127.0.0.1:5000 by default",
     "MMPHI_OPTUNA": "URL of Optuna's storage of studies; a database beside MLflow's by default",

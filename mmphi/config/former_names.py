@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mmphi.config.audio import AudioSettings
 from mmphi.config.fields import former_names
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.config.projector import ProjectorSettings
@@ -11,6 +12,7 @@ from mmphi.config.qlora import QloraSettings
 from mmphi.config.section import Section
 from mmphi.config.shared import TrainingSettings
 from mmphi.config.speech import SpeechSettings
+from mmphi.config.textgen import StoreSettings
 
 SECTIONS: Mapping[str, type[Section]] = {
     "pretrain": PretrainSettings,
@@ -18,6 +20,8 @@ SECTIONS: Mapping[str, type[Section]] = {
     "projector": ProjectorSettings,
     "qlora": QloraSettings,
     "speech": SpeechSettings,
+    "audio": AudioSettings,
+    "store": StoreSettings,
 }
 # Today's dotted name of each.
 FORMER_NAMES: Mapping[str, str] = {

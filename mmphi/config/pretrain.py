@@ -23,7 +23,9 @@ class PretrainSettings(TrainingSettings):
     window_tokens: int = setting(
         2_000_000, "text at hand to be seen again (stream)", legacy_default=2_000_000, unit="tokens", ge=1024
     )
-    passes: int = setting(4, "how often a document is seen at most (stream)", legacy_default=4, unit="times", ge=1)
+    max_epochs: int = setting(
+        4, "how often a document is seen at most (stream)", legacy_default=4, unit="times", ge=1, formerly="passes"
+    )
     keep: bool = setting(
         True, "keep the clean part of the text in a store, as textgen does (stream)", affects_key=False
     )
@@ -52,8 +54,12 @@ class PretrainSettings(TrainingSettings):
     supervised_tokens: int = setting(
         0, "end after so many tokens, whatever stop says (corpus); 0 leaves it to stop", unit="tokens", ge=0
     )
-    public_text: str = setting("", "a text that others report, such as WikiText-2's test split", file="path")
-    public_windows: int = setting(0, "score at most so many windows of it at each validation; 0 scores all", ge=0)
+    eval_text: str = setting(
+        "", "a text that others report, such as WikiText-2's test split", file="path", formerly="public_text"
+    )
+    eval_windows: int = setting(
+        0, "score at most so many windows of it at each validation; 0 scores all", ge=0, formerly="public_windows"
+    )
     reference: float = setting(
         2.273,
         "loss to come near (Phi-2 on WikiText-2), for the time to one nat above",
@@ -76,7 +82,9 @@ class PretrainSettings(TrainingSettings):
         affects_key=False,
         ge=0,
     )
-    learn: Literal["everything", "answers"] = setting("answers", "which tokens of scenes' texts are learned")
+    loss_on: Literal["everything", "answers"] = setting(
+        "answers", "which tokens of scenes' texts are learned", formerly="learn"
+    )
     vocabulary: int = setting(
         512, "size of an own byte-level BPE for scenes; 0 takes Phi-2's", unit="tokens", ge=0, le=200000
     )

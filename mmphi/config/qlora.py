@@ -16,7 +16,9 @@ class QloraSettings(ConversationSettings):
     model: str = setting(
         "", "folder or run of the projector to take over; empty takes that of these settings", file="model"
     )
-    base: Precision = setting("4bit", "weights of the frozen language model: 4bit is NF4, quantised doubly")
+    base_precision: Precision = setting(
+        "4bit", "weights of the frozen language model: 4bit is NF4, quantised doubly", formerly="base"
+    )
     rank: int = setting(16, "inner width of the adapter", unit="units", ge=1, le=4096)
     alpha: float = setting(32.0, "the adapter is scaled by alpha / rank, or alpha / sqrt(rank) with rslora", gt=0)
     rslora: bool = setting(False, "rank-stabilised scaling")

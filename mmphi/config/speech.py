@@ -25,14 +25,16 @@ class RecordingsSection(Section):
 class SpeechSettings(TrainingSettings, RecordingsSection):
     """The projection between what is heard and the frozen language model, trained on what that says when it reads."""
 
-    link: Literal["encoder", "transcript", "soft"] = setting(
-        "encoder", "what is heard: frames of Whisper's encoder, its transcript, or all that it may be"
+    audio_input: Literal["encoder", "transcript", "soft"] = setting(
+        "encoder", "what is heard: frames of Whisper's encoder, its transcript, or all that it may be", formerly="link"
     )
     model: str = setting(
         "", "folder or run of a model that shall hear; empty takes the language model alone", file="model"
     )
     features: Literal["cached", "live"] = setting("cached", "stored frames, or computed anew (encoder)")
-    stack: int = setting(8, "frames of 20 ms laid side by side to one token (encoder)", unit="frames", ge=1, le=50)
+    stack_factor: int = setting(
+        8, "frames of 20 ms laid side by side to one token (encoder)", unit="frames", ge=1, le=50, formerly="stack"
+    )
     width: int = setting(0, "inner width; 0 takes the language model's", unit="units", ge=0)
     soft_temperature: float = setting(1.0, "what Whisper's logits are divided by (soft)", gt=0)
     alignment_steps: int = setting(

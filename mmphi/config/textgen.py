@@ -76,6 +76,6 @@ class StoreSettings(Section):
     """What of generated text is kept: clean, without copies, of limited size."""
 
     megabytes: float = setting(100.0, "most that the store has, compressed", unit="MB", gt=0)
-    shortest: int = setting(50, "shortest document", unit="words", ge=1)
-    longest: int = setting(100_000, "longest document", unit="words", ge=1)
+    min_words: int = setting(50, "shortest document", unit="words", ge=1, formerly="shortest")
+    max_words: int = setting(100_000, "longest document", unit="words", ge=1, formerly="longest")
     language: str = setting("eng", "language of the documents, by its ISO 639-3 code")

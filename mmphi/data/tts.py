@@ -1,4 +1,4 @@
-"""``mmphi say``: sentences read aloud by espeak-ng in many voices, as recordings to train on."""
+"""``mmphi tts``: sentences read aloud by espeak-ng in many voices, as recordings to train on."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def synthesize_sentences(
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         spoken = workers.map(lambda each: synthesize(each, folder), chosen)
-        for _ in tqdm(spoken, total=len(chosen), desc="say", unit="sentence"):
+        for _ in tqdm(spoken, total=len(chosen), desc="tts", unit="sentence"):
             pass
     further = [name for name in FURTHER if rows and name in rows[0]]
     lines = [
@@ -192,8 +192,8 @@ def synthesize_sentences(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi say``."""
-    parser = argparse.ArgumentParser(prog="mmphi say", description=__doc__.partition("\n")[0])
+    """``mmphi tts``."""
+    parser = argparse.ArgumentParser(prog="mmphi tts", description=__doc__.partition("\n")[0])
     parser.add_argument("texts", type=Path, help="CSV of sentences, or JSON lines with turns")
     parser.add_argument("folder", type=Path, help="where the recordings and spoken.csv go")
     parser.add_argument("--column", default="caption", help="column of the sentence [caption]")

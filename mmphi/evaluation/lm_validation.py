@@ -74,15 +74,15 @@ class LMValidation:
     ) -> None:
         self.task, self.prompt, self.chosen, self.tracker = task, prompt, chosen, tracker
         self.held = held
-        self.public = self._public() if self.chosen.public_text else []
+        self.public = self._public() if self.chosen.eval_text else []
         self._last: tuple[int, dict[str, float]] = (-1, {})
 
     def _public(self) -> list[Any]:
         """Windows of the public text, as the protocol has them."""
-        text = Path(self.chosen.public_text).read_text(encoding="utf-8")
+        text = Path(self.chosen.eval_text).read_text(encoding="utf-8")
         ids = np.asarray(self.prompt.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         window = min(PUBLIC_WINDOW, self.chosen.context)
-        protocol = PerplexityProtocol(window, window, most_windows=self.chosen.public_windows)
+        protocol = PerplexityProtocol(window, window, most_windows=self.chosen.eval_windows)
         return [ids[begin:end] for begin, end, _ in protocol.windows(len(ids))]
 
     def __call__(self, step: int) -> dict[str, float]:

@@ -111,7 +111,7 @@ def _check_speech(model: Multimodal, conversation: Conversation) -> None:
             raise AudioError(
                 "no speech",
                 f"no speech was found in {which}",
-                "check its volume, or lower audio.threshold of the model's settings",
+                "check its volume, or lower audio.vad_threshold of the model's settings",
             )
 
 

@@ -63,7 +63,7 @@ def stored(settings: SettingsView) -> tuple[str, ...]:
     chosen = settings(EvaluateSettings)
     if chosen.stage == "speech":
         heard = settings(SpeechSettings)
-        return ("listen",) if heard.link == "encoder" and heard.features == "cached" and not chosen.model else ()
+        return ("listen",) if heard.audio_input == "encoder" and heard.features == "cached" and not chosen.model else ()
     cached = settings(ProjectorSettings).features == "cached"
     return ("embed",) if cached and not chosen.model else ()
 

@@ -149,7 +149,7 @@ def adapter_memory(settings: SettingsView) -> int:
         return 0
     trained = language.lora_parameters(chosen.rank) + projector_parameters(settings)
     activations = _activation_bytes(language, chosen, ADAPTER_ACTIVATION_BYTES)
-    return round(language.weight_bytes(chosen.base) + activations + TRAINED_BYTES * trained)
+    return round(language.weight_bytes(chosen.base_precision) + activations + TRAINED_BYTES * trained)
 
 
 def _activation_bytes(language: LanguageSize, chosen: ConversationSettings, each: int) -> float:

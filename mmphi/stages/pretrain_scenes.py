@@ -39,7 +39,7 @@ def pretrain_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     else:
         tokenizer, vocabulary = phi2_tokenizer(), PHI2_VOCABULARY
     prompt = Prompt(tokenizer, "plain")
-    answers_only = chosen.learn == "answers"
+    answers_only = chosen.loss_on == "answers"
     samples = list(scene_samples(rows[:-VALIDATION], prompt, chosen, answers_only=answers_only))
     held_out = {
         "val/loss": list(scene_samples(rows[-VALIDATION:], prompt, chosen, answers_only=answers_only)),

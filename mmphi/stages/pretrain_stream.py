@@ -116,7 +116,7 @@ class GeneratedStream:
     def steps(self, rows: int, passes: int, steps: int) -> StreamingDataset:
         """The batches of the training."""
         chosen = self.chosen
-        window = ReplayBuffer(chosen.window_tokens, chosen.passes, chosen.seed)
+        window = ReplayBuffer(chosen.window_tokens, chosen.max_epochs, chosen.seed)
         self._steps = StreamingDataset(
             self.reader,
             self.encode,
@@ -197,7 +197,7 @@ class GeneratedStream:
 def advice(trainer_busy: float, generators_waited_s: float, times_seen: float) -> str:
     """What would make better use of the machines."""
     if trainer_busy < ENOUGH:
-        return "more generators would keep it busy, or more passes over the same text (pretrain.passes)"
+        return "more generators would keep it busy, or more passes over the same text (pretrain.max_epochs)"
     if generators_waited_s > 0:
         return "fewer generators would do, or a larger model"
     if times_seen > FEW:

@@ -46,8 +46,8 @@ def check(settings: SettingsView) -> None:
     parse_weights(chosen.mixture, "qlora.mixture")
     if chosen.optimizer != "adamw":
         raise SettingsError(f"qlora.optimizer = {chosen.optimizer}, but adapters are trained with AdamW", "use adamw")
-    if chosen.dora and chosen.base == "8bit":  # PEFT 0.21 leaves bitsandbytes' layers without their scales.
-        raise SettingsError("qlora.dora does not work on qlora.base = 8bit", "use 4bit or bf16")
+    if chosen.dora and chosen.base_precision == "8bit":  # PEFT 0.21 leaves bitsandbytes' layers without their scales.
+        raise SettingsError("qlora.dora does not work on qlora.base_precision = 8bit", "use 4bit or bf16")
     if chosen.dora and chosen.rslora:
         raise SettingsError("qlora.dora and qlora.rslora are both on", "DoRA learns the scale itself: take rslora off")
 
@@ -117,7 +117,7 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
 
     folder = ctx.models["qlora.model"] if chosen.model else ctx.upstream["projector"].path
     features = image_features(ctx)
-    base = load_checkpoint(folder, precision=chosen.base, features=features)
+    base = load_checkpoint(folder, precision=chosen.base_precision, features=features)
     if base.projector is None or base.vision is None:
         raise ModelError(f"{folder} has no projector", "train one first, and give its run or folder in qlora.model")
     if base.language.adapter is not None:
@@ -182,7 +182,7 @@ def _write_card(ctx: Context, model: Multimodal, chosen: QloraSettings, figures:
         run_id=ctx.tracker.run_id,
         figures=figures,
         parts={
-            "language model": f"{language_part(ctx.settings(LanguageSettings).model)}, in {chosen.base}"
+            "language model": f"{language_part(ctx.settings(LanguageSettings).model)}, in {chosen.base_precision}"
             f" ({model.language.digest})",
             "adapter": f"rank {chosen.rank}, alpha {chosen.alpha:g}, scaled by {scale}{', DoRA' * chosen.dora}",
             "prompt style": model.language.prompt.style,

@@ -53,7 +53,7 @@ AT_MOST: Mapping[str, int] = {
 AT_MOST_OF_ALL: Mapping[str, int] = {
     "data.max_images": 32,
     "evaluate.max_images": 8,
-    "pretrain.public_windows": 2,
+    "pretrain.eval_windows": 2,
 }
 # Budgets that would outweigh the bounds above.
 INSTEAD: Mapping[str, Any] = {

@@ -23,7 +23,7 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
     chosen, needed = settings(SpeechSettings), []
     if settings(LanguageSettings).model == "pretrain" and not chosen.model:
         needed.append("pretrain")
-    if chosen.link == "encoder" and chosen.features == "cached":
+    if chosen.audio_input == "encoder" and chosen.features == "cached":
         needed.append("listen")
     return tuple(needed)
 
@@ -45,9 +45,10 @@ def check(settings: SettingsView) -> None:
             "speech.question does not say where the recording stands",
             'write <audio> in it once: --question "Repeat after me: <audio>"',
         )
-    if chosen.link != "transcript" and settings(AudioSettings).backend != "openai":
+    if chosen.audio_input != "transcript" and settings(AudioSettings).backend != "openai":
         raise SettingsError(
-            f"faster-whisper does not give what the link {chosen.link} needs", "set audio.backend to openai"
+            f"faster-whisper does not give what the audio input {chosen.audio_input} needs",
+            "set audio.backend to openai",
         )
 
 

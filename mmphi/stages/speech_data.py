@@ -49,11 +49,11 @@ def speech_model(ctx: Context) -> Multimodal:
     else:
         own = "pretrain" in ctx.upstream
         base = Multimodal(language_of(ctx), None, None, chosen.max_length, own_language=own)
-    audio_source, audio = source_for(ctx, base.language, chosen.link)
+    audio_source, audio = source_for(ctx, base.language, chosen.audio_input)
     torch.manual_seed(chosen.seed)
-    stack = chosen.stack if chosen.link == "encoder" else 1
+    stack = chosen.stack_factor if chosen.audio_input == "encoder" else 1
     config = SpeechConfig(
-        chosen.link, audio_source.width, base.language.width, chosen.width, stack, chosen.soft_temperature
+        chosen.audio_input, audio_source.width, base.language.width, chosen.width, stack, chosen.soft_temperature
     )
     speech = SpeechProjection(config, scale=float(base.language.embeddings().square().mean().sqrt()))
     return with_audio_source(base, audio_source, speech, audio)
@@ -93,7 +93,7 @@ def untranscribed_source(ctx: Context, language: LanguageModel, link: Link) -> A
     transcriber = CachedTranscriber(asr_model_of(settings, this_device(), ctx.resources.once), settings)
     if link == "encoder":
         return EncoderFeatures(
-            live_encoder_frames(transcriber), openai_whisper_of(transcriber, link).width, chosen.stack
+            live_encoder_frames(transcriber), openai_whisper_of(transcriber, link).width, chosen.stack_factor
         )
     return (
         TranscriptFeatures(language, transcriber)
@@ -132,7 +132,7 @@ def source_for(ctx: Context, language: LanguageModel, link: Link) -> tuple[Audio
         listened = ctx.upstream["listen"]
         store = ctx.resources.once("frames", listened.run_id, lambda: RaggedStore(listened.path))
         frames = stored_encoder_frames(store, FileDigests())
-    return EncoderFeatures(frames, whisper.width, chosen.stack), Audio(settings, whisper.digest)
+    return EncoderFeatures(frames, whisper.width, chosen.stack_factor), Audio(settings, whisper.digest)
 
 
 def with_audio_input(ctx: Context, model: Multimodal, link: Link | Literal[""]) -> Multimodal:
@@ -154,7 +154,8 @@ def with_audio_input(ctx: Context, model: Multimodal, link: Link | Literal[""]) 
         return with_audio_source(model, audio_source, model.speech, model.audio or audio)
     if link == "encoder":
         raise ModelError(
-            f"the model was trained for the link {own}, and knows nothing of frames", "train it: --speech.link encoder"
+            f"the model was trained for the audio input {own}, and knows nothing of frames",
+            "train it: --speech.audio_input encoder",
         )
     audio_source, audio = source_for(ctx, model.language, "soft" if link == "soft" else "transcript")
     return with_audio_source(model, audio_source, None, audio)

@@ -60,7 +60,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     manifest = store.manifest
     if not manifest.documents:
         why = max(manifest.dropped, key=lambda reason: manifest.dropped[reason], default="nothing was written")
-        raise DataError(f"no document was worth keeping: {why}", "see store.shortest and store.language")
+        raise DataError(f"no document was worth keeping: {why}", "see store.min_words and store.language")
     return write_datasheet(ctx, manifest, time.monotonic() - begun)
 
 
@@ -69,7 +69,7 @@ def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) ->
     from mmphi.textgen.corpus_store import CorpusStore
     from mmphi.textgen.quality import Quality
 
-    quality = Quality(chosen.shortest, chosen.longest, chosen.language)
+    quality = Quality(chosen.min_words, chosen.max_words, chosen.language)
     return CorpusStore(folder, int(chosen.megabytes * 1e6), quality, chosen.language, say)
 
 

@@ -111,8 +111,8 @@ def transcribe_batch(
         recordings,
         language=chosen.language,
         prompt=chosen.prompt,
-        threshold=chosen.threshold,
-        window=chosen.window,
+        threshold=chosen.vad_threshold,
+        window=chosen.max_chunk_s,
         batch_size=chosen.batch_size,
     )
     took = time.perf_counter() - begun

@@ -63,7 +63,7 @@ def train_audio_projector(
     with_audio, with_text = audio_text_pairs(model, training, report)
     tracker.table("data_read", list(report.rows()))
     _check_report(report, settings)
-    if settings.link == "encoder" and settings.alignment_steps:
+    if settings.audio_input == "encoder" and settings.alignment_steps:
         align_to_transcripts(model, training, held_out, settings, folder=folder / "align", tracker=tracker)
     end = model.language.prompt.end[-1]
     steps = distillation_dataset(with_audio, with_text, model.sources, settings, end, layout=model.packed.layout)

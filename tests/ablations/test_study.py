@@ -62,7 +62,7 @@ def test_links_on_models_that_are_pretrained(preset: str, monkeypatch: pytest.Mo
     called, study = load("audio_link", preset)
     assert called == f"audio_link.{preset}"
     for level in study.levels:
-        assert study.settings(level).speech.link == level
+        assert study.settings(level).speech.audio_input == level
     assert ("soft" in study.levels) == (preset == "speech-phi2")  # Only Phi-2's token ids are Whisper's.
 
 

@@ -109,18 +109,18 @@ def test_voices_differ_and_are_the_seeds() -> None:
 
 def test_voices_can_be_chosen(tmp_path: Path, spoken: list[list[str]]) -> None:
     out = str(tmp_path / "out")
-    assert main(["say", str(captions(tmp_path)), out, "--accents", "en-gb", "--voices", ",+m1"]) == 0
+    assert main(["tts", str(captions(tmp_path)), out, "--accents", "en-gb", "--voices", ",+m1"]) == 0
     assert {command[2] for command in spoken} == {"en-gb", "en-gb+m1"}
 
 
 def test_questions_of_conversations_keep_their_answers(tmp_path: Path, spoken: list[list[str]]) -> None:
     lines = ['{"context": "a b", "turns": [["is it red?", "no"], ["what is it?", "a dog"]]}', '{"turns": [["", "x"]]}']
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    assert main(["say", str(tmp_path / "corpus.jsonl"), str(tmp_path / "out")]) == 0
+    assert main(["tts", str(tmp_path / "corpus.jsonl"), str(tmp_path / "out")]) == 0
     found = {row["transcript"]: (row["answer"], row["context"], row["split"]) for row in rows(tmp_path / "out")}
     assert found == {"is it red?": ("no", "a b", ""), "what is it?": ("a dog", "a b", "")}
     (tmp_path / "corpus.jsonl").write_text("[]")
-    assert main(["say", str(tmp_path / "corpus.jsonl"), str(tmp_path / "out")]) == 2
+    assert main(["tts", str(tmp_path / "corpus.jsonl"), str(tmp_path / "out")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_questions_of_conversations_keep_their_answers(tmp_path: Path, spoken: l
 def test_what_cannot_be_read_is_told(
     tmp_path: Path, spoken: list[list[str]], capsys: Any, texts: list[str], column: str, message: str
 ) -> None:
-    assert main(["say", str(captions(tmp_path, texts)), str(tmp_path / "out"), "--column", column]) == 2
+    assert main(["tts", str(captions(tmp_path, texts)), str(tmp_path / "out"), "--column", column]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "spoken.csv").exists()
 
 
 def test_without_the_program_it_says_where_to_get_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda _: None)
-    assert main(["say", str(captions(tmp_path)), str(tmp_path / "out")]) == 2
+    assert main(["tts", str(captions(tmp_path)), str(tmp_path / "out")]) == 2
     assert "apt install espeak-ng" in capsys.readouterr().err
 
 

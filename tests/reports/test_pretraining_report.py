@@ -30,7 +30,7 @@ PARAMS = {
     "pretrain.warmup_ratio": "0.02",
     "pretrain.decay": "0.2",
     "pretrain.stop": "tokens 3M",
-    "pretrain.public_text": "/somewhere/wikitext2-raw-test.txt",
+    "pretrain.eval_text": "/somewhere/wikitext2-raw-test.txt",
     "corpus.sources.0.path": "/somewhere/book.txt",
     "corpus.sources.1.path": "/somewhere/b/",
 }
@@ -174,7 +174,7 @@ def test_an_answer_comes_with_time_and_money(empty_store):
 
 @pytest.mark.slow
 def test_another_text_is_not_taken_for_the_references(empty_store, monkeypatch):
-    monkeypatch.setitem(PARAMS, "pretrain.public_text", "/somewhere/lambada.txt")
+    monkeypatch.setitem(PARAMS, "pretrain.eval_text", "/somewhere/lambada.txt")
     run("mine", public=1.0)
     found = load_pretrainings(TrackingStore())
     distance = ReferenceDistance(found[0], reference_of(), Outlook.of(found[0].curve()))
@@ -288,7 +288,7 @@ def test_a_run_that_points_at_an_earlier_one_is_that_one(empty_store):
     ],
 )
 def test_only_the_same_split_is_compared(empty_store, monkeypatch, path, same):
-    monkeypatch.setitem(PARAMS, "pretrain.public_text", path)
+    monkeypatch.setitem(PARAMS, "pretrain.eval_text", path)
     run("mine")
     (found,) = load_pretrainings(TrackingStore())
     assert found.scored_on("WikiText-2 (raw, test split)") is same

@@ -86,7 +86,7 @@ def test_what_saves_memory_lowers_the_estimate() -> None:
         assert memory(**{f"{stage}__gradient_accumulation_steps": "32"})[which] < before
         assert memory(**{f"{stage}__max_length": "1024"})[which] < before
     assert memory(language__precision="4bit")[0] < projector - 3e9
-    assert memory(qlora__base="bf16")[1] > adapter + 3e9
+    assert memory(qlora__base_precision="bf16")[1] > adapter + 3e9
     assert memory(qlora__rank="16")[1] < adapter - 2e9
 
 

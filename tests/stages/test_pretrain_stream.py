@@ -26,7 +26,7 @@ SMALL = {
     "pretrain.batch_tokens": "64",
     "pretrain.stop": "steps 12",
     "pretrain.validation_tokens": "512",
-    "pretrain.passes": "2",
+    "pretrain.max_epochs": "2",
     "pretrain.window_tokens": "1024",
     "pretrain.eval_every": "6",
     "pretrain.save_every": "4",

@@ -176,7 +176,7 @@ def test_public_text_is_scored_by_the_protocol(tmp_path, read, straight):
 
     public = tmp_path / "public.txt"
     public.write_text("two three four five " * 100)
-    figures = texts.pretrained(tmp_path / "run", read, texts.settings("text.txt", public_text=str(public)))
+    figures = texts.pretrained(tmp_path / "run", read, texts.settings("text.txt", eval_text=str(public)))
     language = load_language_model(LanguageSettings(), tmp_path / "run", torch.device("cpu"))
     wanted = text_loss(language.model, language.tokenizer, public.read_text(), PerplexityProtocol(32, 32))
     assert figures["public/loss"] == pytest.approx(wanted.loss, abs=1e-5)

@@ -296,7 +296,7 @@ def test_every_kind_of_adapter_merges(pipeline, how, base):
     """Beside PEFT's own forward pass, after a step of training."""
     if base == "8bit" and "dora" in how:
         with pytest.raises(SettingsError, match="does not work on"):
-            pipeline.build("qlora", small.settings(qlora__dora="true", qlora__base="8bit"))
+            pipeline.build("qlora", small.settings(qlora__dora="true", qlora__base_precision="8bit"))
         return
     folder = pipeline.result("projector", small.settings()).path
     language = load_checkpoint(folder, precision=base).language

@@ -115,7 +115,7 @@ def test_frames_are_stored_once_and_cached_is_live(trained: Any) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
-    other = build(pipeline, "speech", changes, speech__stack="4", speech__seed="1")
+    other = build(pipeline, "speech", changes, speech__stack_factor="4", speech__seed="1")
     assert other.run_id != cached.run_id
     listened = build(pipeline, "listen", changes)
     assert listened.metrics["listen/recordings"] == 12
@@ -152,16 +152,16 @@ def test_resumed_is_straight_to_the_bit(trained: Any, monkeypatch: pytest.Monkey
 def test_the_words_can_be_trained_on_too(trained: Any) -> None:
     """They say here what is typed, so that there is nothing to learn but rounding; and frames they know nothing of."""
     pipeline, changes = trained
-    result = build(pipeline, "speech", changes, speech__link="transcript", speech__steps="2")
+    result = build(pipeline, "speech", changes, speech__audio_input="transcript", speech__steps="2")
     assert json.loads((result.path / "speech.json").read_text())["link"] == "transcript"
     assert load_file(result.path / "speech.safetensors")["out.weight"].abs().max() < 0.1
-    with pytest.raises(ModelError, match="trained for the link transcript, and knows nothing of frames"):
+    with pytest.raises(ModelError, match="trained for the audio input transcript, and knows nothing of frames"):
         build(
             pipeline,
             "evaluate",
             changes,
             evaluate__stage="speech",
-            speech__link="transcript",
+            speech__audio_input="transcript",
             speech__steps="2",
             evaluate__links='["encoder"]',
         )
@@ -170,7 +170,7 @@ def test_the_words_can_be_trained_on_too(trained: Any) -> None:
 def test_a_model_with_tokens_of_its_own_has_no_soft_link(trained: Any) -> None:
     pipeline, changes = trained
     with pytest.raises(ModelError, match="whose token ids are Whisper's"):
-        build(pipeline, "speech", changes, speech__link="soft")
+        build(pipeline, "speech", changes, speech__audio_input="soft")
 
 
 def test_all_links_are_measured_side_by_side(trained: Any) -> None:
@@ -190,7 +190,7 @@ def test_questions_that_have_answers_are_answered(trained: Any, tmp_path: Path) 
     answers = ["yes" if number % 2 else "no" for number in range(12)]
     contexts = [f"{COLOURS[number % 8]} . square {number}" for number in range(12)]
     path = recordings(tmp_path, answer=answers, context=contexts)
-    own = {**changes, "speech.path": str(path), "speech.question": "<audio>", "speech.link": "transcript"}
+    own = {**changes, "speech.path": str(path), "speech.question": "<audio>", "speech.audio_input": "transcript"}
     build(pipeline, "speech", own)
     measured = build(pipeline, "evaluate", own, evaluate__stage="speech")
     assert "test/wer" not in measured.metrics

@@ -76,7 +76,7 @@ def test_planted_copies_spam_binary_and_foreign_texts_are_all_found(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows) + "no json\n")
     settings = load_settings(
-        "tiny", {"textgen.store_only": "true", "corpus.sources": f'["{path}"]', "store.shortest": "20"}
+        "tiny", {"textgen.store_only": "true", "corpus.sources": f'["{path}"]', "store.min_words": "20"}
     )
     ctx = context(STAGE, tmp_path / "run", settings)
     STAGE.check(ctx.settings)
@@ -224,7 +224,7 @@ def test_a_language_model_is_trained_on_the_store(tmp_path):
         "corpus.sources": f'["{path}"]',
         "corpus.vocabulary": "300",
         "corpus.validation_share": "0.1",
-        "store.shortest": "20",
+        "store.min_words": "20",
     }
     settings = load_settings("tiny", changes)
     view = context(STAGE, tmp_path / "textgen", settings)

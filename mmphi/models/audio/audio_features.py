@@ -224,7 +224,7 @@ def encoder_frames(
     for first in range(0, len(sounds), batch_size):
         some = sounds[first : first + batch_size]
         for (place, _), frames in zip(
-            some, whisper.encode([sound for _, sound in some], transcriber.settings.fill), strict=True
+            some, whisper.encode([sound for _, sound in some], transcriber.settings.pad_multiple_s), strict=True
         ):
             found[place].append(frames.half().cpu())
     return [torch.cat(own) for own in found]
@@ -312,9 +312,9 @@ def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:
 
     if not whisper.english:
         raise ModelError(
-            f"the link soft needs a Whisper whose tokens are GPT-2's; {whisper.name} knows many languages and has"
-            " tokens of its own",
-            "take tiny.en, base.en, small.en or medium.en, or the link transcript",
+            f"the audio input soft needs a Whisper whose tokens are GPT-2's; {whisper.name} is multilingual and has"
+            " other tokens",
+            "take tiny.en, base.en, small.en or medium.en, or the audio input transcript",
         )
     letters = bytes_to_unicode()
     for token, spelled in whisper.tokens():
@@ -322,7 +322,7 @@ def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:
         theirs = "".join(letters[byte] for byte in spelled)
         if own != theirs:
             raise ModelError(
-                f"the link soft needs a language model whose token ids are Whisper's; token {token} is {own!r} to"
-                f" {language.name}, and {theirs!r} to {whisper.name}",
-                "take a model with GPT-2's tokenizer, such as Phi-2, or the link transcript",
+                f"the audio input soft needs a language model whose token IDs are Whisper's; token {token} is {own!r}"
+                f" for {language.name}, and {theirs!r} to {whisper.name}",
+                "take a model with GPT-2's tokenizer, such as Phi-2, or the audio input transcript",
             )

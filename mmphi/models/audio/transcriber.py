@@ -81,8 +81,8 @@ class CachedTranscriber:
                 [self.recording(audio) for _, audio in some],
                 language=chosen.language,
                 prompt=chosen.prompt,
-                threshold=chosen.threshold,
-                window=chosen.window,
+                threshold=chosen.vad_threshold,
+                window=chosen.max_chunk_s,
                 batch_size=chosen.batch_size,
                 check=check,
             )
@@ -95,8 +95,8 @@ class CachedTranscriber:
 
     def parts(self, recording: Recording) -> list[SpeechInterval]:
         """The stretches that are heard at once, silence left out."""
-        longest = self.settings.window
-        spoken = detect_speech(recording, threshold=self.settings.threshold, longest=longest)
+        longest = self.settings.max_chunk_s
+        spoken = detect_speech(recording, threshold=self.settings.vad_threshold, longest=longest)
         return merge_intervals(spoken, longest, pad=PAD_S, end=recording.seconds)
 
 
@@ -121,9 +121,9 @@ def asr_model_of(settings: AudioSettings, device: torch.device, once: Once) -> A
     """
 
     def load() -> ASRModel:
-        return BACKENDS[settings.backend](settings.whisper, device, settings.beam)
+        return BACKENDS[settings.backend](settings.whisper, device, settings.beam_size)
 
-    asr_model: ASRModel = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam}/{device}", load)
+    asr_model: ASRModel = once("whisper", f"{settings.backend}/{settings.whisper}/{settings.beam_size}/{device}", load)
     return asr_model
 
 

@@ -14,7 +14,11 @@ from mmphi.data.content_hash import cache_folder
 from mmphi.models.audio.transcription import Segment, Transcript
 
 FORMAT = 1  # Raised whenever the same Whisper would be asked in another way.
-DECIDES = "backend", "language", "prompt", "threshold", "window", "beam"
+# Settings that change a transcript, under the names that keys have.
+KEY_SETTINGS = {
+    **{name: name for name in ("backend", "language", "prompt")},
+    **{"threshold": "vad_threshold", "window": "max_chunk_s", "beam": "beam_size"},
+}
 AT_ONCE = 500
 
 
@@ -28,7 +32,7 @@ class TranscriptCache:
     """
 
     def __init__(self, whisper: str, settings: AudioSettings, path: Path | None = None) -> None:
-        how = {name: getattr(settings, name) for name in DECIDES}
+        how = {key: getattr(settings, name) for key, name in KEY_SETTINGS.items()}
         self._whose = hashlib.sha256(json.dumps([FORMAT, whisper, how]).encode()).hexdigest()
         self._path = path or cache_folder() / "transcripts.sqlite"
 
