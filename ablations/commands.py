@@ -18,10 +18,10 @@ EPILOG = "Any setting may be changed for all levels alike: --projector.batch_siz
 
 
 def ablate(arguments: Sequence[str]) -> int:
-    """``mmphi ablate STUDY``: run a study, or go on with it."""
+    """``mmphi ablate STUDY``: run a study, or resume it."""
     parser = argparse.ArgumentParser(
         prog="mmphi ablate",
-        description="Run a study or a search, or go on with it.",
+        description="Run a study or a search, or resume it.",
         epilog=EPILOG,
         allow_abbrev=False,  # `--seed` is no short form of `--seeds`.
     )

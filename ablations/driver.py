@@ -27,7 +27,7 @@ POLL_S = 1.0
 
 
 class TrialError(MmphiError):
-    """A trial that cannot work until a person mends something."""
+    """A trial that cannot work until a person fixes something."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Driver:
             **worker_options: Further arguments of :class:`WorkerPool`.
 
         Raises:
-            TrialError: If a trial met what a person must mend; the others' results stay.
+            TrialError: If a trial met what a person must fix; the others' results stay.
         """
         with ExitStack() as held:
             for storage in self.storages.values():
@@ -205,7 +205,7 @@ class Driver:
         else:
             storage.fail(trial, answer.reason, final=False)
             if answer.kind == "broken":
-                raise TrialError(f"{cell.name} cannot be run: {answer.reason}", "mend that; what is finished stays")
+                raise TrialError(f"{cell.name} cannot be run: {answer.reason}", "fix that; what is finished stays")
 
     def _died(self, worker: WorkerProcess) -> None:
         """Ask again for the cell that a worker died over, unless that happened too often."""

@@ -45,7 +45,7 @@ class TrialResponse:
         number: The job's.
         kind: ``done``; ``failed``, which is a result with a reason; ``pruned``; ``stopped``, because it was asked to;
             ``crashed``, by an error that nobody foresaw; ``broken``, because something is wrong that a person must
-            mend; ``report`` while it runs.
+            fix; ``report`` while it runs.
         metrics: Of its run; of a report, the value and its step.
         run_id: Its run, where there is one.
         reason: Why there is no result.

@@ -70,7 +70,7 @@ def run(
     command: str = "",
     **worker_options: object,
 ) -> int:
-    """Run a study, or go on with it.
+    """Run a study, or resume it.
 
     Args:
         name: What it is called in the store.
@@ -85,7 +85,7 @@ def run(
     Raises:
         SettingsError: If it cannot be a comparison, or was begun as something else.
         StoreError: If another driver runs it.
-        Stopped: If a signal asked to stop; the same command goes on from there.
+        Stopped: If a signal asked to stop; the same command resumes from there.
     """
     check_name(name)
     study.check()
@@ -115,7 +115,7 @@ def run(
         driver.run(count, logs_folder(store, name), **worker_options)
     except KeyboardInterrupt as error:
         record.finish("KILLED")
-        raise Stopped(f"stopped; `{command or f'mmphi ablate {name}'}` goes on from there") from error
+        raise Stopped(f"stopped; `{command or f'mmphi ablate {name}'}` resumes from there") from error
     except BaseException:
         record.finish("FAILED")
         raise

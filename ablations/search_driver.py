@@ -83,7 +83,7 @@ class SearchDriver:
             **worker_options: Further arguments of :class:`WorkerPool`.
 
         Raises:
-            TrialError: If a trial met what a person must mend; the others' results stay.
+            TrialError: If a trial met what a person must fix; the others' results stay.
         """
         with self.storage.owned(), WorkerPool(workers, logs, **worker_options) as team:
             self._ask_again()
@@ -181,7 +181,7 @@ class SearchDriver:
             self._end(active, f"no result: {answer.reason}")
             self.storage.fail(active.trial, answer.reason, final=answer.kind == "failed")
             if answer.kind == "broken":
-                raise TrialError(f"trial {active.origin} cannot be run: {answer.reason}", "mend that")
+                raise TrialError(f"trial {active.origin} cannot be run: {answer.reason}", "fix that")
 
     def _measured(self, active: ActiveTrial, answer: TrialResponse) -> None:
         lacking = [name for name in self.search.objectives if name not in answer.metrics]

@@ -123,7 +123,7 @@ def record_change_of_study(store: Any, name: str, stop: str | None, add: str | N
                 f"give the new value a name of its own: --add '{level} (2)={typed}'",
             )
         record.change("add", level, value)
-        print(f"{level}: {json.dumps(value)} goes on with the others")
+        print(f"{level}: {json.dumps(value)} continues with the others")
     if seeds is not None:
         if seeds < 1:
             raise SettingsError(f"{seeds} seeds: nothing would be run", "give one at least")

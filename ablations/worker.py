@@ -53,7 +53,7 @@ def main(descriptor: int) -> None:
 
 
 def _stop(*_: object) -> None:
-    raise Stopped("stopped; the same command goes on from there")
+    raise Stopped("stopped; the same command resumes from there")
 
 
 def _die_with_parent() -> None:

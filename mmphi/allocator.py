@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-# glibc's malloc.h. A tensor of more than 32 MB is otherwise mapped anew and given back each time, and the kernel
+# glibc's malloc.h. A tensor of more than 32 MB is otherwise mapped again and given back each time, and the kernel
 # clears its pages again: half of what a convolutional tower took on a virtual machine.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MAPPED_FROM = 1024**3  # Bytes from which a block is mapped by itself: weights, which stay, and no activations.

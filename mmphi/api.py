@@ -125,6 +125,7 @@ class Model(Multimodal):
         checked = _checked(ProjectorSettings, "projector", {"max_length": self.max_length, **shape, **settings})
         if self._settings is None and (changed := sorted(set(SHAPE) & set(settings))):
             raise SettingsError(f"{', '.join(changed)}: the projector is there already", "give its shape to join")
+        _check_kind(checked, settings)
         self._resume_same(common["folder"], checked, examples)
         if self._settings is not None:  # Its weights are seeded, and standardised on the training images.
             self._use(new_projector(self.language, self.features, checked, examples))
@@ -309,6 +310,7 @@ def join(
     spoken = _language(language, tokenizer, prompt, precision, place)
     features, reference = _vision(vision, preprocess, image_size, settings, place, feature_cache_gb)
     chosen = _checked(ProjectorSettings, "projector", {**shape, "max_length": max_length})
+    _check_kind(chosen, shape)
     own: Any = projector if projector is not None else new_projector(spoken, features, chosen, ())
     if projector is not None:
         if shape:
@@ -317,6 +319,21 @@ def join(
     model = Model(spoken, own, features, max_length, reference)
     model._settings = chosen if projector is None else None
     return model
+
+
+def _check_kind(settings: ProjectorSettings, given: Mapping[str, Any]) -> None:
+    """Refuse settings that a kind of projector does not have.
+
+    Raises:
+        SettingsError: Naming the kinds that have it.
+    """
+    from mmphi.models.projector_kinds import KINDS
+
+    for name in ("merge", "queries"):
+        changed = given.get(name) not in (None, ProjectorSettings.model_fields[name].default)
+        if changed and name not in KINDS[settings.kind].uses:
+            kinds = [f"kind={kind!r}" for kind, layers in KINDS.items() if name in layers.uses]
+            raise SettingsError(f"{name}: a projector of kind {settings.kind} has none", f"give {' or '.join(kinds)}")
 
 
 class CustomProjector(Projector):
@@ -455,7 +472,7 @@ def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> An
         import difflib
 
         near = difflib.get_close_matches(unknown[0], kind.model_fields, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"`mmphi {section} --help` lists them"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"`mmphi {section} --help-all` lists them"
         raise SettingsError(f"there is no setting {section}.{unknown[0]}", hint)
     try:
         return kind(**values)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import mmphi.benchmarks
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import MmphiError, SettingsError, Stopped
+from mmphi.logs import show_log
 from mmphi.pipeline.warning_filters import install_filters
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi generators --spool URL   text by a language model, into a spool that others read
        mmphi register RUN NAME        a run's model under a name: models:/NAME/1, here and for `mlflow models serve`
        mmphi ui                       MLflow's pages, opened on the training runs
-       mmphi ablate STUDY             run an ablation, or go on with it
+       mmphi ablate STUDY             run an ablation, or resume it
        mmphi studies [STUDY]          what studies there are, how far they are; change them while they run
        mmphi compare STUDY            MLflow's pages of exactly these runs
        mmphi report ablation --study STUDY   what the study says, as markdown and html
@@ -75,7 +76,7 @@ stages (each builds what it needs, and reuses what is built):
 options:
   --preset NAME    a file in experiments/ (tiny, small, phi2, ...) or the path of a YAML file [tiny]
   --KEY VALUE      any setting: --learning_rate 1e-3, --vision.pool 2
-  --force          build the stage anew, though it is there
+  --force          build the stage again, though it is there
   --no-build       build nothing; say what is missing
   --smoke          every stage and the evaluation in a few steps, to see whether the whole run works
 
@@ -108,10 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 after an error that a person can mend; 130 after Ctrl-C; 143 after SIGTERM.
+        0; 2 after an error that a person can fix; 130 after Ctrl-C; 143 after SIGTERM.
     """
     keep_freed_memory()
     install_filters()
+    show_log()
     words = list(sys.argv[1:] if arguments is None else arguments)
     with _terminable() as terminated:
         try:
@@ -150,7 +152,7 @@ def _terminable() -> Iterator[list[int]]:
 
     def stop(number: int, _: object) -> None:
         terminated.append(number)
-        raise Stopped("stopped; the same command goes on from there")
+        raise Stopped("stopped; the same command resumes from there")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

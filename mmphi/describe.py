@@ -37,7 +37,8 @@ CAPTIONS = "Captions of held-out images (=: as the reference; otherwise the refe
 # The settings of each stage that are changed most; of other stages, those of their own section.
 MOST_CHANGED: Mapping[str, tuple[str, ...]] = {
     "projector": (
-        *("projector.layers", "projector.steps", "projector.batch_size", "projector.learning_rate", "projector.seed"),
+        *("projector.kind", "projector.layers", "projector.steps", "projector.batch_size"),
+        *("projector.learning_rate", "projector.seed"),
         *("vision.model", "vision.pool", "language.model", "data.max_images", "evaluate.max_images"),
     ),
     "qlora": (

@@ -152,7 +152,7 @@ def budget(data: StudyData, metric: JudgedMetric) -> str:
     counts = {level: mean_of(of, name) for level, of in data.results("verdict", metric.name).items() if of}
     known = {level: count for level, count in counts.items() if count is not None}
     if not known:
-        return "Budgets were not checked: no run says how many tokens it learned from."
+        return "Budgets were not checked: no run records its supervised tokens."
     least, most = min(known.values()), max(known.values())
     if most - least > SAME_TOKENS * most:
         return f"**Budgets differ**: from {least:,.0f} to {most:,.0f} supervised tokens a trial."
@@ -165,7 +165,7 @@ def held_fixed(data: StudyData) -> str:
     shared = ", ".join(f"`{name}` = {value}" for name, value in fixed.items())
     fields = data.declaration.get("fields") or [data.declaration["factor"]]
     return (
-        f"Between levels differ: {join_names([f'`{f}`' for f in fields])}. Held fixed beside the preset"
+        f"Between levels differ: {join_names([f'`{f}`' for f in fields])}. Held fixed in addition to the preset"
         f" `{data.declaration['preset']}`: {shared or 'nothing'}. All settings of a run stand in its `settings.yaml`."
     )
 

@@ -75,7 +75,7 @@ def published(folder: Path = FOLDER) -> Mapping[str, Any]:
         for entry in content["published"]:
             _ = entry["model"], entry["source"], entry["what"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"{folder}/benchmarks.yaml cannot be read: {error}", "mend the file there") from error
+        raise DataError(f"{folder}/benchmarks.yaml cannot be read: {error}", "fix the file there") from error
     return content
 
 

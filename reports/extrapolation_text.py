@@ -91,7 +91,7 @@ class ReferenceDistance:
             if self.comparable and self.loss <= target:
                 rows.append([f"{name} ({target:.3f})", "reached", "-", "-", "-"])
             elif answer.refusal:
-                rows.append([f"{name} ({target:.3f})", f"cannot be said: {answer.refusal}", "-", "-", "-"])
+                rows.append([f"{name} ({target:.3f})", f"is not known: {answer.refusal}", "-", "-", "-"])
             else:
                 rows.append([f"{name} ({target:.3f})", *self._costs(answer)])
         return ReportTable(

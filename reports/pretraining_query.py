@@ -38,7 +38,7 @@ class Pretraining:
         tags: All of them.
         losses: Update and loss of its batch before that update, from 1.
         public: Update and loss on the public text.
-        held: Update and loss on what was kept apart.
+        held: Update and loss on what was held out.
         rates: Update and tokens per second.
         samples: What it wrote, newest last.
         link: To MLflow's pages.
@@ -69,7 +69,7 @@ class Pretraining:
 
     @property
     def floor(self) -> float | None:
-        """Loss of the generators on their own text, kept apart; nothing where none wrote, or not as they are."""
+        """Loss of the generators on their own text, held out; nothing where none wrote, or not as they are."""
         return self.metrics.get("floor/loss") if self.held else None
 
     @property

@@ -54,7 +54,7 @@ def references(folder: Path = FOLDER) -> list[Reference]:
             *(_reference(entry, entry["source"], measured=False) for entry in published),
         ]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise DataError(f"the references in {folder} cannot be read: {error}", "mend the file there") from error
+        raise DataError(f"the references in {folder} cannot be read: {error}", "fix the file there") from error
 
 
 def _reference(entry: Mapping[str, Any], source: str, *, measured: bool) -> Reference:

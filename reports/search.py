@@ -85,7 +85,9 @@ def search_report(data: StudyData) -> ReportDocument:
     trials = search_trials(data)
     whole = [t for t in trials if not t.pruned and all(t.values[o] for o in objectives)]
     if not whole:
-        raise StoreError(f"no trial of the search {data.name} is finished", f"mmphi ablate {data.name} goes on with it")
+        raise StoreError(
+            f"no trial of the search {data.name} is finished", f"mmphi ablate {data.name} continues with it"
+        )
     first = next(iter(objectives))
     sign = 1.0 if objectives[first] == "minimize" else -1.0
     ranked = sorted(whole, key=lambda t: sign * t.mean(first))

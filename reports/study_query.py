@@ -152,7 +152,7 @@ class StudyData:
         """Seeds of every level whose run ended without a number: it diverged, or it ran out of memory.
 
         Where the driver has seen the end of the study, those are all that have none: it asks for what was interrupted,
-        and for what a person has mended, until that has ended. Before, those whose run says that it gave no number.
+        and for what a person has fixed, until that has ended. Before, those whose run says that it gave no number.
         """
         metric = self.declaration.get("metric", "")
         there = self.results("verdict", metric)

@@ -109,6 +109,8 @@ def _some(data: StudyData, metric: JudgedMetric, values: Mapping[str, Mapping[in
         return
     finished = [t for t in data.trials if t.phase == "verdict" and t.finished]
     if not finished:
-        raise StoreError(f"no trial of the study {data.name} is finished", f"mmphi ablate {data.name} goes on with it")
+        raise StoreError(
+            f"no trial of the study {data.name} is finished", f"mmphi ablate {data.name} continues with it"
+        )
     there = sorted({name for t in finished for name in t.metrics if "/" in name and not name.startswith("system/")})
     raise StoreError(f"no run of the study {data.name} has the metric {metric.name}", f"they have {', '.join(there)}")

@@ -94,7 +94,7 @@ def format_verdict(comparison: Comparison, baseline: str, metric: JudgedMetric) 
     level, n, baseline = quote_name(comparison.level), comparison.n, quote_name(baseline)
     if n == 0:
         pairs = "no pair of runs gave a number" if any(comparison.lost) else f"it has no seed in common with {baseline}"
-        return f"Nothing can be said of {level}: {pairs}.{excluded_note(comparison, baseline)}"
+        return f"No statement is possible about {level}: {pairs}.{excluded_note(comparison, baseline)}"
     return _verdict(comparison, baseline, metric) + excluded_note(comparison, baseline)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record-golden", action="store_true", help="write the values of tests/golden anew")
+    parser.addoption("--record-golden", action="store_true", help="write the values of tests/golden again")
 
 
 LONGEST = (

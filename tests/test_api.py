@@ -456,7 +456,7 @@ class FourByFour(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_projector_trains_answers_and_is_saved(kind: str, tmp_path: Path) -> None:
-    model = joined(vision=FourByFour(), kind=kind, queries=3)
+    model = joined(vision=FourByFour(), kind=kind, **{"resampler": {"queries": 3}}.get(kind, {}))
     before = model.loss(PAIRS)
     model.fit(PAIRS, contrastive_weight=0.2, contrastive_start=0.5, **QUICK)
     assert model.loss(PAIRS) < before - 0.5
@@ -470,3 +470,16 @@ def test_every_kind_of_projector_trains_answers_and_is_saved(kind: str, tmp_path
     again = mmphi.load(tmp_path / "model", vision=FourByFour(), preprocess=pixels_of)
     assert again.loss(PAIRS) == pytest.approx(model.loss(PAIRS), rel=1e-5)
     assert again.chat(messages, max_tokens=6) == model.chat(messages, max_tokens=6)
+
+
+def test_settings_of_another_kind_and_another_number_of_features_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"queries: a projector of kind mlp has none(.|\n)*kind='resampler'"):
+        joined(vision=FourByFour(), queries=5)
+    model = joined(vision=FourByFour(), kind="pixel_shuffle")
+    with pytest.raises(SettingsError, match="queries: a projector of kind pixel_shuffle has none"):
+        model.fit(PAIRS, queries=5, **QUICK)
+    with pytest.raises(ModelError, match="trained for 16 features per image, not 4"):
+        Multimodal(model.language, model.projector, joined().features, 64)
+    seen: dict[str, float] = {}
+    model.fit(PAIRS, logger=lambda values, step: seen.update(values), **QUICK | {"steps": 2})
+    assert seen["projector/image_tokens"] == 4

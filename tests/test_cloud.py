@@ -134,8 +134,8 @@ def test_pretraining_goes_on_on_another_machine(tmp_path):
     first.wait()
     shutil.rmtree(tmp_path / "disk")  # The next machine's own disk is empty.
     output = ended(begin("pretrain", tmp_path, MMPHI_PORT="29517", **environment))
-    assert "going on from what run" in output
-    assert "pretrain: going on from step" in output
+    assert "resuming from what run" in output
+    assert "pretrain: resuming from step" in output
     runs = list(store(tmp_path).search(stage="pretrain"))
     assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
     finished = next(run for run in runs if run.info.status == "FINISHED")

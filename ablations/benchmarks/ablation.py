@@ -127,7 +127,7 @@ def report(found: Mapping[str, Any], shape: Shape) -> None:
     for side in ("study", "cold", "script"):
         apart = furthest(losses["study"], losses[side])
         print(f"{side:<8}{seconds[side]:>10.1f}{seconds[side] / seconds['study']:>12.2f}{apart:>32.2g}")
-    print(f"embedding all images once, which the script does anew every step: {found['embedding']:.1f} s")
+    print(f"embedding all images once, which the script does again every step: {found['embedding']:.1f} s")
     for number in range(trials):
         ends = ", ".join(f"{side} {losses[side][number][-1]:.5f}" for side in ("study", "cold", "script"))
         print(f"trial {number}: test loss {ends}")

@@ -90,6 +90,6 @@ def _reached(address: str) -> None:
 
 def error_reason(error: Exception) -> str:
     """Why a piece of work ended, in a line: of an error there, its own last line; of a machine's end, what Ray says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it wrote nothing"]
     there = type(error).__name__ == "RayTaskError" or hasattr(error, "cause")
     return f"{type(error).__name__}: {lines[-1] if there else lines[0]}"

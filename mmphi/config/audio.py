@@ -1,4 +1,4 @@
-"""The section of how recordings are heard."""
+"""The section of speech recognition."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ SIZES = (
 
 
 class AudioSettings(Section):
-    """Which Whisper hears recordings, and how."""
+    """Which Whisper transcribes recordings, and how."""
 
     whisper: str = setting("tiny.en", "Whisper's size by name, or the path of its weights", file="name", names=SIZES)
     backend: Literal["openai", "faster"] = setting("openai", "openai-whisper, or faster-whisper where it is installed")
-    language: str = setting("", "code of the language, such as de; empty finds it out for every recording")
-    prompt: str = setting("", "put before every window: how names are spelled, what was said before")
+    language: str = setting("", "code of the language, such as de; empty detects it for every recording")
+    prompt: str = setting("", "text put before every chunk, such as the spelling of names")
     vad_threshold: float = setting(
-        0.5, "how sure the voice gate must be that somebody speaks", ge=0, le=1, formerly="threshold"
+        0.5,
+        "speech probability above which the voice activity detection keeps a frame",
+        ge=0,
+        le=1,
+        formerly="threshold",
     )
-    max_chunk_s: float = setting(30.0, "longest stretch heard at once", unit="seconds", ge=2, le=30, formerly="window")
+    max_chunk_s: float = setting(
+        30.0, "longest chunk that is transcribed at once", unit="seconds", ge=2, le=30, formerly="window"
+    )
     pad_multiple_s: float = setting(
         5.0,
-        "frames: windows are filled up with silence to a multiple of this; Whisper learned on 30",
+        "encoder frames: chunks are padded with silence to a multiple of this; Whisper was trained on 30",
         unit="seconds",
         ge=1,
         le=30,
         formerly="fill",
     )
     max_seconds: float = setting(3600.0, "longer recordings are refused by their header", unit="seconds", gt=0)
-    beam_size: int = setting(
-        5, "guesses at a transcript that are followed at once; 1 is greedy", unit="guesses", ge=1, formerly="beam"
-    )
-    batch_size: int = setting(8, "windows heard at once", unit="windows", affects_key=False, ge=1)
+    beam_size: int = setting(5, "hypotheses of beam search; 1 is greedy", unit="hypotheses", ge=1, formerly="beam")
+    batch_size: int = setting(8, "chunks transcribed at once", unit="chunks", affects_key=False, ge=1)

@@ -37,8 +37,8 @@ class CorpusSettings(Section):
     vocabulary: int = setting(
         0, "size of an own byte-level BPE; 0 takes Phi-2's tokenizer", unit="tokens", ge=0, le=200000
     )
-    validation_share: float = setting(0.01, "share of the text kept apart for validation", gt=0, lt=0.5)
-    split_seed: int = setting(0, "seed of what is kept apart", ge=0)
+    validation_share: float = setting(0.01, "share of the text held out for validation", gt=0, lt=0.5)
+    split_seed: int = setting(0, "seed of what is held out", ge=0)
 
     @field_validator("sources", mode="before")
     @classmethod

@@ -55,7 +55,7 @@ def unknown_setting(root: type[Section], key: str, stage: str = "") -> SettingsE
     elif similar := did_you_mean(key, [*own, *known]):
         hint = f"did you mean {similar}?"
     else:
-        hint = f"`mmphi {stage or 'STAGE'} --help` lists them"
+        hint = f"`mmphi {stage or 'STAGE'} --help-all` lists them"
     return SettingsError(f"there is no setting {key!r}", hint)
 
 

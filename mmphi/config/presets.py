@@ -89,7 +89,7 @@ def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str,
     try:
         content = yaml12.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}", "mend the YAML there") from error
+        raise SettingsError(f"{path} cannot be read: {error}", "fix the YAML there") from error
     if not isinstance(content or {}, dict):
         raise SettingsError(
             f"{path} holds a {type(content).__name__}, not settings by name", "write `key: value` lines"

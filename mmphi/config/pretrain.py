@@ -52,7 +52,7 @@ class PretrainSettings(TrainingSettings):
         "initial-1", "when to end (corpus): initial-1, loss 5, tokens 2M, steps 100, time 20m; the first of several"
     )
     supervised_tokens: int = setting(
-        0, "end after so many tokens, whatever stop says (corpus); 0 leaves it to stop", unit="tokens", ge=0
+        0, "end after so many tokens, in place of `stop` (corpus); 0 uses `stop`", unit="tokens", ge=0
     )
     eval_text: str = setting(
         "", "a text that others report, such as WikiText-2's test split", file="path", formerly="public_text"
@@ -67,11 +67,11 @@ class PretrainSettings(TrainingSettings):
         affects_key=False,
         gt=0,
     )
-    validation_tokens: int = setting(65536, "score at most so many tokens kept apart", unit="tokens", ge=512)
+    validation_tokens: int = setting(65536, "score at most so many tokens held out", unit="tokens", ge=512)
     prompts: list[str] = setting(
         ["The", "In the year", "She looked at him and"], "what samples go on from at each validation", affects_key=False
     )
-    compile: bool = setting(False, "let torch compile the layers; told where it cannot", affects_key=False)
+    compile: bool = setting(False, "let torch compile the layers; a message tells where it cannot", affects_key=False)
     shard: bool = setting(
         False, "spread parameters over the processes (FSDP2) instead of copying them", affects_key=False
     )

@@ -30,7 +30,9 @@ class ProjectorSettings(ConversationSettings):
     parameters: int = setting(0, "choose the hidden width that comes nearest to this size; 0 takes `width`", ge=0)
     activation: Activation = setting("gelu", "between the layers")
     norm: bool = setting(False, "normalise every feature vector before the first layer")
-    dropout: float = setting(0.0, "share of each layer's inputs dropped in training", ge=0, lt=1)
+    dropout: float = setting(
+        0.0, "share of each layer's inputs (resampler: attention weights) dropped in training", ge=0, lt=1
+    )
     compile: Literal["auto", "yes", "no"] = setting(
         "auto", "let torch compile the frozen language model's layers; auto: on a GPU, in 16 bit", affects_key=False
     )

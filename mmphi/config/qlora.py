@@ -35,16 +35,14 @@ class QloraSettings(ConversationSettings):
     )
     questions: int = setting(
         0,
-        "yes/no questions of each image, made of its captions, to learn beside them; half are to be answered with no",
+        "yes/no questions of each image, made from its captions, to train on as well; half have the answer no",
         unit="questions",
         ge=0,
     )
     phrasings: Literal["one", "varied"] = setting(
         "varied", "wordings of these questions: one, or several with varied case and punctuation", legacy_default="one"
     )
-    plain_text: str = setting(
-        "", "a text whose loss is measured before and after, to see what is forgotten", file="path"
-    )
+    plain_text: str = setting("", "a text whose loss is measured before and after, to measure forgetting", file="path")
 
     @model_validator(mode="after")
     def _phrasings_of_questions(self) -> QloraSettings:

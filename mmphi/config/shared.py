@@ -44,9 +44,9 @@ class DataSettings(Section):
 
     sources: list[SourceSettings] = setting([], "datasets of the mixture; none means scenes")
     validation_images: int = setting(
-        100, "images kept apart for validation (scenes bring their own)", unit="images", ge=0
+        100, "images held out for validation (scenes bring their own)", unit="images", ge=0
     )
-    test_images: int = setting(100, "images kept apart for the test (scenes bring their own)", unit="images", ge=0)
+    test_images: int = setting(100, "images held out for the test (scenes bring their own)", unit="images", ge=0)
     max_images: int = setting(0, "take at most this many images of each source; 0 takes all", unit="images", ge=0)
     max_bad_share: float = setting(
         0.05, "stop where more rows than this share are unusable", affects_key=False, ge=0, le=1
@@ -147,7 +147,7 @@ class TrainingSettings(Section):
     gradient_accumulation_steps: int = setting(
         1, "forward passes per step and process", unit="passes", ge=1, formerly="accumulation"
     )
-    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon is for inner matrices, beside AdamW for the rest")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: Muon for inner matrices, AdamW for the rest")
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", gt=0, le=1)
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon", gt=0, le=1)
     warmup_ratio: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1, formerly="warmup")
@@ -181,7 +181,7 @@ class ConversationSettings(TrainingSettings):
         formerly="result",
     )
     supervised_tokens: int = setting(
-        0, "train until this many tokens were learned from, whatever `steps` says; 0 counts steps", unit="tokens", ge=0
+        0, "train on this many supervised tokens, in place of `steps`; 0 uses `steps`", unit="tokens", ge=0
     )
     max_examples_per_image: int = setting(
         1,

@@ -1,4 +1,4 @@
-"""The sections of recordings: which there are, and how a language model learns to hear them."""
+"""The sections of recordings, and of the projector between recordings and a language model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mmphi.config.shared import TrainingSettings
 
 
 class RecordingsSection(Section):
-    """Recordings, and what is said in them."""
+    """Recordings and their transcripts."""
 
     path: str = setting("", "CSV of recordings, with a header", file="path")
     recordings: str = setting("", "folder that their paths are relative to; empty takes that of the CSV", file="path")
     audio_column: str = setting("audio", "column of the recording")
-    text_column: str = setting("transcript", "column of what is said")
-    answer_column: str = setting("answer", "column of the answer to what is said; without it, it is to be repeated")
+    text_column: str = setting("transcript", "column of the transcript")
+    answer_column: str = setting("answer", "column of the answer; without it, the answer is the transcript")
     context_column: str = setting("context", "column of a text that the question is about; may be missing")
     max_bad_share: float = setting(
         0.05, "stop where more recordings than this share are unusable", affects_key=False, ge=0, le=1
@@ -23,23 +23,23 @@ class RecordingsSection(Section):
 
 
 class SpeechSettings(TrainingSettings, RecordingsSection):
-    """The projection between what is heard and the frozen language model, trained on what that says when it reads."""
+    """The projector between recordings and the frozen language model, trained by distillation."""
 
     audio_input: Literal["encoder", "transcript", "soft"] = setting(
-        "encoder", "what is heard: frames of Whisper's encoder, its transcript, or all that it may be", formerly="link"
+        "encoder", "encoder frames of Whisper, its transcript, or its token probabilities (soft)", formerly="link"
     )
     model: str = setting(
-        "", "folder or run of a model that shall hear; empty takes the language model alone", file="model"
+        "", "folder or run of a model that is to take audio; empty takes the language model alone", file="model"
     )
-    features: Literal["cached", "live"] = setting("cached", "stored frames, or computed anew (encoder)")
+    features: Literal["cached", "live"] = setting("cached", "stored frames, or computed in every step (encoder)")
     stack_factor: int = setting(
-        8, "frames of 20 ms laid side by side to one token (encoder)", unit="frames", ge=1, le=50, formerly="stack"
+        8, "frames of 20 ms concatenated to one token (encoder)", unit="frames", ge=1, le=50, formerly="stack"
     )
     width: int = setting(0, "inner width; 0 takes the language model's", unit="units", ge=0)
     soft_temperature: float = setting(1.0, "what Whisper's logits are divided by (soft)", gt=0)
     alignment_steps: int = setting(
         300,
-        "steps before, in which frames learn to name words (encoder); 0 for none",
+        "steps of CTC alignment before, without the language model (encoder); 0 for none",
         unit="steps",
         ge=0,
         formerly="align_steps",
@@ -54,14 +54,12 @@ class SpeechSettings(TrainingSettings, RecordingsSection):
     end_weight: float = setting(1.0, "how much more the token that ends an answer counts", ge=0)
     question: str = setting("Repeat after me: <audio>", "what the model is asked; the recording stands at <audio>")
     answers: Literal["repeat", "own"] = setting(
-        "repeat", "answers to learn from: what is said, or what the model itself answers to it (own)"
+        "repeat", "answers to learn from: the transcript, or what the model itself answers to it (own)"
     )
     answer_tokens: int = setting(32, "longest of the model's own answers", unit="tokens", ge=1)
-    validation: int = setting(8, "recordings kept apart for validation", unit="recordings", ge=0)
-    test: int = setting(16, "recordings kept apart for the test", unit="recordings", ge=0)
-    split_column: str = setting(
-        "split", "column that says train, validation or test; where it is missing they are drawn"
-    )
+    validation: int = setting(8, "recordings held out for validation", unit="recordings", ge=0)
+    test: int = setting(16, "recordings held out for the test", unit="recordings", ge=0)
+    split_column: str = setting("split", "column with train, validation or test; without it, splits are drawn")
     split_seed: int = setting(0, "seed of the split", ge=0)
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW", gt=0, le=1)
     batch_size: int = setting(16, "conversations per optimiser step, over all processes", unit="sequences", ge=1)

@@ -123,7 +123,7 @@ def _opened(source: Path | str | bytes, name: str) -> Any:
         if not path.is_file():
             raise AudioError("missing", f"there is no recording {name}", "check the path")
         if not path.stat().st_size:
-            raise AudioError("empty", f"{name} is empty", "record it anew, or copy it again")
+            raise AudioError("empty", f"{name} is empty", "record it again, or copy it again")
     elif not source:
         raise AudioError("empty", f"{name} is empty", "give the bytes of an audio file")
     try:
@@ -143,7 +143,7 @@ def _stream(container: Any, name: str) -> Any:
     stream = container.streams.audio[0]
     context = stream.codec_context
     if context is None or not context.sample_rate or context.sample_rate < 0:
-        raise AudioError("no sample rate", f"{name} says a sample rate of 0", "save it anew: its header is damaged")
+        raise AudioError("no sample rate", f"{name} says a sample rate of 0", "save it again: its header is damaged")
     if not 0 < context.channels <= MAX_CHANNELS:
         raise AudioError(
             "too many channels",
@@ -215,7 +215,7 @@ def _pieces(resampler: Any, frame: Any, channels: int, name: str) -> Iterator[tu
             raise AudioError(
                 "samples are not finite",
                 f"{name} holds samples that are no numbers (NaN or infinite)",
-                "export it anew",
+                "export it again",
             )
         mean: Samples = samples.mean(axis=1, dtype=np.float32)
         yield mean, mean if channels == 1 else samples[:, 0].copy()

@@ -120,7 +120,7 @@ class Digests:
         try:
             with self._open() as connection:
                 connection.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", rows)
-        except sqlite3.DatabaseError:  # Spoilt, or no database at all: begin anew next time.
+        except sqlite3.DatabaseError:  # Spoilt, or no database at all: start again next time.
             with contextlib.suppress(OSError):
                 self._memory.unlink()
         except OSError:
@@ -165,7 +165,7 @@ class FileDigests:
     """Digests of the files that one process works with.
 
     Files of a dataset are prepared: looked up together once, because they do not change while it is used. Any other
-    file is looked at anew whenever its digest is asked for, because it may have been overwritten.
+    file is looked at again whenever its digest is asked for, because it may have been overwritten.
 
     Args:
         digests: Where they are remembered.

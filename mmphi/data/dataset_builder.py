@@ -118,7 +118,7 @@ def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]
 
     Args:
         examples: Of one source.
-        data: Says how many images are kept apart, and the seed.
+        data: Says how many images are held out, and the seed.
 
     Raises:
         DataError: If there are fewer images than the splits ask for.

@@ -140,7 +140,7 @@ class FeatureWriter:
         except OSError as error:
             raise StoreError(
                 f"features cannot be written to {self.folder}: {error.strerror}",
-                f"make room and run the same command: it goes on after {len(self.places)} images",
+                f"make room and run the same command: it resumes after {len(self.places)} images",
             ) from error
 
     def _free_name(self) -> str:

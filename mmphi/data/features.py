@@ -1,4 +1,4 @@
-"""Image features, stored once and read by many processes, or computed anew; both are found by the image's content."""
+"""Image features, stored once and read by many processes, or computed again; both are found by the image's content."""
 
 from __future__ import annotations
 

@@ -54,10 +54,10 @@ def download(url: str, path: Path) -> None:
             reason = error
         except OSError as error:
             raise DataError(
-                f"{part} cannot be written: {error.strerror}", "make room; the same call goes on"
+                f"{part} cannot be written: {error.strerror}", "make room; the same call resumes"
             ) from error
         time.sleep(PAUSE_S * attempt)
-    raise DataError(f"{url} cannot be fetched: {reason}", "check the network; the same command goes on from there")
+    raise DataError(f"{url} cannot be fetched: {reason}", "check the network; the same command resumes from there")
 
 
 def _go_on(url: str, part: Path) -> None:
@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> int:
     """``mmphi fetch``."""
     parser = argparse.ArgumentParser(prog="mmphi fetch", description=__doc__.partition("; ")[0])
     parser.add_argument("what", choices=["llava", "models"], help="LLaVA-Instruct-150k with its images; photos' models")
-    parser.add_argument("folder", type=Path, help="where to; the same command goes on from what is there")
+    parser.add_argument("folder", type=Path, help="where to; the same command resumes from what is there")
     parser.add_argument("--max-images", type=int, default=0, help="fetch at most this many images [all]")
     parser.add_argument("--workers", type=int, default=16, help="images fetched at once [16]")
     parser.add_argument("--instruct-url", default=HUB, help="address of the folder of the JSON file")

@@ -51,7 +51,7 @@ def load_rows(name: str, split: str, revision: str) -> Any:
         hint = "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"
         raise DataError(
             f"the dataset {name!r}, split {split!r}, cannot be loaded: {reason[0]}",
-            "mend the folder, or name another split" if folder.exists() else hint,
+            "fix the folder, or name another split" if folder.exists() else hint,
         ) from error
 
 

@@ -104,7 +104,7 @@ class RaggedWriter:
         except OSError as error:
             raise StoreError(
                 f"features cannot be written to {self.folder}: {error.strerror}",
-                f"make room and run the same command: it goes on after {len(self.places)} recordings",
+                f"make room and run the same command: it resumes after {len(self.places)} recordings",
             ) from error
 
     def _free_name(self) -> str:

@@ -124,8 +124,8 @@ def spoken_examples(
         spoken: With what is said; those without are counted and left out.
         report: Counts them.
         question: The recording stands where it says ``<audio>``.
-        validation: Recordings kept apart for validation, where the CSV does not say which.
-        test: Recordings kept apart for the test, likewise.
+        validation: Recordings held out for validation, where the CSV does not say which.
+        test: Recordings held out for the test, likewise.
         seed: Of the draw.
 
     Raises:

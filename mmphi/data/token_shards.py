@@ -2,7 +2,7 @@
 
 A document is ``end, t1, ..., tn, end``: its first token is given, all others are predicted. It is kept in *stretches*
 of at most :data:`STRETCH` predictions, each with the token before its first, so that every token is predicted once; a
-stretch is what is shuffled, and what is kept apart for validation. A shard is two files: the ids (uint16 where the
+stretch is what is shuffled, and what is held out for validation. A shard is two files: the ids (uint16 where the
 vocabulary allows) and its stretches.
 """
 
@@ -23,7 +23,7 @@ from mmphi.data.content_hash import file_digest
 from mmphi.data.text_sources import TextPiece
 
 STRETCH = 16384  # Predictions that stay together in the shuffled order; far more than a row has.
-APART = 512  # Predictions of what is kept apart as one.
+APART = 512  # Predictions of what is held out as one.
 SHARD_TOKENS = 1 << 26
 BATCH_CHARACTERS = 1 << 23  # What the tokenizer is given at once, to spread over the cores.
 INDEX, SHARDS = "tokens.json", "shards.jsonl"
@@ -189,7 +189,7 @@ class ShardTokenizer:
         self.encoder, self.kept_apart = BatchTokenizer(tokenizer, tokenizer.eos_token_id), kept_apart
         self.done = {shard.pieces[0]: shard for shard in whole_shards(folder, say)}
         self.shards: list[Shard] = []
-        self.context = -1  # The last id before what comes next, where that goes on with a document.
+        self.context = -1  # The last id before what comes next, where that continues with a document.
         self._begin(0)
 
     def _begin(self, piece: int) -> None:

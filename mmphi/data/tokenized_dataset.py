@@ -120,7 +120,7 @@ def tokenize_example(
     inputs = image_inputs(example.images, length)
     if example.audio:
         if audio_inputs is None:
-            raise ModelError(f"{example.source}/{example.id} has recordings, and nothing hears them")
+            raise ModelError(f"{example.source}/{example.id} has recordings, but the model takes no audio")
         inputs += audio_inputs(example.audio)
     name = f"{example.source}/{example.id}"
     return tokenize_conversation(example.questions, inputs, prompt, max_length, name, example.context)

@@ -142,7 +142,7 @@ def synthesize_sentences(
         column: Of the sentence.
         count: At most so many, drawn; 0 takes all.
         seed: Of the draw and of the voices.
-        apart: CSV of real recordings (audio, transcript) beside them: they are copied, and kept apart: a fifth for
+        apart: CSV of real recordings (audio, transcript) beside them: they are copied, and held out: a fifth for
             validation, the others for the test. No sentence of theirs, and where both CSVs have a column ``image`` none
             about the same image, is read aloud.
         accents: espeak-ng's voices.

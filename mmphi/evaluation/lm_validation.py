@@ -1,4 +1,4 @@
-"""How a pretraining stands: losses on what was kept apart and on a public text, and what the model writes."""
+"""How a pretraining stands: losses on what was held out and on a public text, and what the model writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 40, 0.8
 
 
 def validation_windows(tokens: TokenShards, sources: int, context: int, most: int) -> list[Ids]:
-    """Windows of what was kept apart of a corpus, in a fixed order.
+    """Windows of what was held out of a corpus, in a fixed order.
 
     Args:
         tokens: Of the corpus.
@@ -54,11 +54,11 @@ def windows_of(documents: Iterable[Ids], context: int, most: int) -> list[Ids]:
 
 
 class LMValidation:
-    """Losses on what was kept apart and on a public text, and samples.
+    """Losses on what was held out and on a public text, and samples.
 
     Args:
         task: What is trained.
-        held: What was kept apart: ids of each window, one more than are predicted.
+        held: What was held out: ids of each window, one more than are predicted.
         prompt: With the tokenizer.
         chosen: What is scored, and how much of it.
         tracker: Where samples go; ``None`` writes none.

@@ -2,7 +2,7 @@
 
 coco-caption runs Stanford's PTBTokenizer in lower case and drops punctuation. nltk's Treebank tokenizer has the same
 rules (``man 's``, ``do n't``) but for a few: it splits off a full stop at the end of a text alone, and leaves an
-opening single quote on its word. With these mended, 4,000 captions of Flickr8k come out as from the Java program.
+opening single quote on its word. With these fixed, 4,000 captions of Flickr8k come out as from the Java program.
 """
 
 from __future__ import annotations

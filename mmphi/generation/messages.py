@@ -128,7 +128,7 @@ class _Reading:
             self._ask(*self._parts(content))  # An empty text, or null, is a question: OpenAI takes the text.
         elif role == "assistant":
             if message.get("tool_calls") or message.get("function_call"):
-                raise MessageError("calls of tools are not supported", "send what was said")
+                raise MessageError("calls of tools are not supported", "send the transcript")
             self._answer(self._text_alone(content))
         else:
             raise MessageError(f"the role {_short(role)} is not supported", "system, developer, user or assistant")

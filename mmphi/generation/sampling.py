@@ -22,7 +22,7 @@ class SamplingParams:
         max_tokens: Longest answer, in tokens.
         temperature: The logits are divided by it; below :data:`GREEDY_BELOW`, as at 0, the likeliest token is taken.
         top_p: Only the likeliest tokens that together have this share are drawn from (Holtzman et al. 2020).
-        seed: Equal seeds give equal answers; drawn anew where there is none.
+        seed: Equal seeds give equal answers; drawn again where there is none.
         stop: Texts before which an answer ends.
     """
 

@@ -238,7 +238,7 @@ def _language(
         return get_shared_language_model(settings, None, device, once, digest, str(folder))
     found = adapter_digest(folder / ADAPTER)
     if found != content["adapter"]:
-        raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it anew")
+        raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it again")
 
     def load() -> LanguageModel:
         # On layers that nobody else has: those of a shared model would be wrapped for all.
@@ -325,7 +325,7 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
         name = f"{vision.settings.model} {vision.settings.pretrained}".strip()
         raise ModelError(
             f"the vision encoder {name} is not the one that the model was trained with",
-            "fetch the weights anew, or install the version of open_clip that it was trained with",
+            "fetch the weights again, or install the version of open_clip that it was trained with",
         )
     return encoder
 

@@ -107,4 +107,5 @@ def language_part(model: str) -> str:
 
 def shape_text(config: Any) -> str:
     """The fields of a dataclass in a line, such as ``layers 2, width 512, activation gelu``."""
-    return ", ".join(f"{each.name} {str(getattr(config, each.name)).lower()}" for each in fields(config))
+    names = [each.name for each in fields(config) if each.name not in getattr(config, "unused", ())]
+    return ", ".join(f"{name} {str(getattr(config, name)).lower()}" for name in names)

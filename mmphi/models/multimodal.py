@@ -93,7 +93,7 @@ class Multimodal(ChatMixin):
     ) -> None:
         if projector is not None:
             if features is not None:
-                projector.check_fits(features.width, language.width)
+                projector.check_fits(features.width, language.width, features.tokens)
             projector.to(device=next(language.model.parameters()).device)
         self.language, self.features, self.max_length, self.projector = language, features, max_length, projector
         self.vision, self.own_language = vision, own_language
@@ -162,7 +162,7 @@ class Multimodal(ChatMixin):
                     raise
                 raise ModelError(f"the package {error.name}, which reads audio, is not installed", install) from error
         if self._audio_source is None:
-            raise ModelError("this model was given nothing to hear with", "give Multimodal an audio_source")
+            raise ModelError("this model has no audio input", "give Multimodal an audio_source")
         if self.speech is None:
             self.speech = identity_projection(self.language.width, self._audio_source.link).to(self.device)
             self.packed.projectors["audio"] = self.speech.eval()

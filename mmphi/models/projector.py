@@ -13,11 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmphi.config.projector import Activation, ProjectorKind
+from mmphi.config.projector import Activation, ProjectorKind, ProjectorSettings
 from mmphi.errors import ModelError
 from mmphi.models.projector_kinds import KINDS, MLP, ProjectorShape
 
-KIND_FIELDS = ("kind", "input_tokens", "merge", "queries")
 LEAST = 1e-4  # Of the largest spread: less is noise of half precision.
 
 
@@ -81,7 +80,7 @@ class ProjectorConfig:
         Raises:
             ModelError: If there is no hidden layer whose width could be chosen, or none of that size.
         """
-        if self.layers == 1 and self.kind != "resampler":
+        if replace(self, width=64).size() == replace(self, width=128).size():
             raise ModelError(
                 f"a projector of one layer has {self.size()} parameters, and no hidden width to give it {parameters}",
                 "give it two layers or more, or leave projector.parameters at 0",
@@ -92,9 +91,23 @@ class ProjectorConfig:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if replace(self, width=middle).size() <= parameters else (low, middle)
-        return min(
+        nearest = min(
             (replace(self, width=width) for width in (low, high)), key=lambda config: abs(config.size() - parameters)
         )
+        if nearest.size() > 2 * parameters:
+            raise ModelError(
+                f"the smallest projector of kind {self.kind} has {replace(self, width=1).size()} parameters here, more"
+                f" than {parameters}",
+                "raise projector.parameters",
+            )
+        return nearest
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Fields that have no effect on a projector of this kind."""
+        uses = KINDS[self.kind].uses
+        names = () if self.kind != "mlp" else ("kind", "input_tokens")  # As in projectors of earlier versions.
+        return (*names, *(name for name in ("merge", "queries") if name not in uses))
 
 
 class Standardizer(nn.Module):
@@ -194,6 +207,12 @@ class Projector(nn.Module):
                 features = self.whitening(features)
             if self.norm is not None:
                 features = self.norm(features)
+            count = self.config.input_tokens
+            if count and (features.shape[-2] % count if features.dim() == 2 else features.shape[-2] != count):
+                raise ModelError(
+                    f"the projector was trained for {count} features per image, not {features.shape[-2]}",
+                    "use the vision settings that it was trained with",
+                )
             projected: Tensor
             if self.config.kind == "mlp" or features.dim() == 3:
                 projected = self.layers(features)
@@ -210,8 +229,8 @@ class Projector(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "projector.safetensors")
         shape = asdict(self.config)
-        if self.config.kind == "mlp":  # As earlier versions wrote it, so that they can read it and its digest stays.
-            shape = {name: value for name, value in shape.items() if name not in KIND_FIELDS}
+        # An MLP's as earlier versions wrote it: they can read it, and its digest stays.
+        shape = {name: value for name, value in shape.items() if name not in self.config.unused}
         (folder / "projector.json").write_text(json.dumps(shape, indent=2) + "\n")
 
     @classmethod
@@ -223,20 +242,22 @@ class Projector(nn.Module):
         """
         try:
             config = ProjectorConfig(**json.loads((folder / "projector.json").read_text()))
+            if config.kind not in KINDS:
+                raise ModelError(f"{folder}: projectors of kind {config.kind} are not known here", "update mmphi")
             weights = load_file(folder / "projector.safetensors")
             projector = cls(config)
             projector.load_state_dict(weights)
         except (OSError, TypeError, ValueError, SafetensorError, RuntimeError) as error:
             raise ModelError(
-                f"no projector can be read from {folder}: {error}", "train it anew with --force"
+                f"no projector can be read from {folder}: {error}", "train it again with --force"
             ) from error
         for name, weight in weights.items():
             if not weight.isfinite().all():
-                raise ModelError(f"{folder}/projector.safetensors: {name} is not finite", "train it anew with --force")
+                raise ModelError(f"{folder}/projector.safetensors: {name} is not finite", "train it again with --force")
         return projector
 
-    def check_fits(self, input_width: int, output_width: int) -> None:
-        """Refuse features or a language model of another width.
+    def check_fits(self, input_width: int, output_width: int, tokens: int = 0) -> None:
+        """Refuse features or a language model of another width, or another number of features per image.
 
         Raises:
             ModelError: Naming both widths.
@@ -250,3 +271,31 @@ class Projector(nn.Module):
                     f"the projector was trained for {what} of width {want}, not {have}",
                     "use the settings it was trained with, or train a projector for these",
                 )
+        if tokens:
+            self.output_tokens(tokens)
+
+
+def projector_config(
+    settings: ProjectorSettings, input_width: int, output_width: int, input_tokens: int
+) -> ProjectorConfig:
+    """The projector that settings describe.
+
+    Args:
+        settings: Kind and shape.
+        input_width: Width of the image features.
+        output_width: Width of the language model's embeddings.
+        input_tokens: Features per image.
+
+    Raises:
+        ModelError: If the features or the wanted size do not fit the kind.
+    """
+    names = ("layers", "width", "activation", "norm", "dropout", "kind", "merge", "queries")
+    config = ProjectorConfig(
+        input_width,
+        output_width,
+        **{name: getattr(settings, name) for name in names},
+        whiten=settings.standardize,
+        input_tokens=0 if settings.kind == "mlp" else input_tokens,
+    )
+    KINDS[config.kind].output_tokens(config.shape)  # Refuses features that it cannot read.
+    return config.of_size(settings.parameters) if settings.parameters else config

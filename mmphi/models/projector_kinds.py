@@ -1,7 +1,7 @@
 """Kinds of projectors: layers from the features of whole images to embeddings, with as many or fewer tokens.
 
-A new kind is one class with the methods of :class:`MLP` and one line in :data:`KINDS`; its name also has to stand in
-:data:`mmphi.config.projector.ProjectorKind`.
+A new kind is one class with the methods of :class:`ProjectorLayers` and one line in :data:`KINDS`. Its name also has to
+stand in :data:`mmphi.config.projector.ProjectorKind`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +54,15 @@ class ProjectorShape:
             ModelError: If the features are no square grid that ``merge`` divides.
         """
         side = isqrt(self.input_tokens)
+        if self.input_tokens == 1:
+            raise ModelError("an image has one feature, and there is nothing to merge", "use kind mlp")
         if side * side != self.input_tokens or not side:
             raise ModelError(
-                f"{self.input_tokens} features per image are no square grid of patches", "set vision.cls to drop"
+                f"{self.input_tokens} features per image are no square grid of patches",
+                "leave CLS and register tokens out of the features (vision.cls = drop), or use kind resampler",
             )
         if side % self.merge:
-            fits = ", ".join(str(n) for n in range(2, side + 1) if side % n == 0)
+            fits = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
             raise ModelError(
                 f"projector.merge = {self.merge} does not divide the grid of {side} x {side}", f"use {fits}"
             )
@@ -67,7 +70,13 @@ class ProjectorShape:
 
 
 class ProjectorLayers(Protocol):
-    """What a kind of projector provides."""
+    """What a kind of projector provides.
+
+    Attributes:
+        uses: Settings that only this and few other kinds have.
+    """
+
+    uses: tuple[str, ...]
 
     def __init__(self, shape: ProjectorShape) -> None: ...
 
@@ -84,6 +93,8 @@ class ProjectorLayers(Protocol):
 
 class MLP(nn.Sequential):
     """Linear layers, applied to every feature (..., D) by itself: LLaVA's projector with one, LLaVA-1.5's with two."""
+
+    uses: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: ProjectorShape, before: Sequence[nn.Module] = ()) -> None:
         widths = [shape.input_width, *[shape.width] * (shape.layers - 1), shape.output_width]
@@ -112,8 +123,11 @@ class MLP(nn.Sequential):
 class PixelShuffleMLP(nn.Module):
     """The features of each square of patches side by side, then an MLP: fewer tokens, and nothing is averaged away.
 
-    Used by InternVL 1.5 (Chen et al. 2024, arXiv 2404.16821) and SmolVLM (Marafioti et al. 2025, arXiv 2504.05299).
+    Features are a square grid, row by row. Used by InternVL 1.5 (Chen et al. 2024, arXiv 2404.16821) and SmolVLM
+    (Marafioti et al. 2025, arXiv 2504.05299).
     """
+
+    uses: ClassVar[tuple[str, ...]] = ("merge",)
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()
@@ -141,8 +155,10 @@ class PixelShuffleMLP(nn.Module):
 class LDPv2(nn.Module):
     """MobileVLM V2's projector (Chu et al. 2024, arXiv 2402.03766): MLP, average pooling, and a residual convolution.
 
-    The depthwise 3 x 3 convolution tells neighbouring tokens apart by their position.
+    Features are a square grid, row by row. The depthwise 3 x 3 convolution encodes positions.
     """
+
+    uses: ClassVar[tuple[str, ...]] = ("merge",)
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()
@@ -175,7 +191,10 @@ class Resampler(nn.Module):
     """Learned queries that attend to the features of an image: as many tokens as there are queries, for any grid.
 
     As the perceiver resampler of Flamingo (Alayrac et al. 2022, arXiv 2204.14198), with learned positions of features.
+    Dropout is applied to the attention weights.
     """
+
+    uses: ClassVar[tuple[str, ...]] = ("queries",)
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from mmphi.config.section import Section
+from mmphi.logs import LOGGER
 from mmphi.pipeline.graph import StageGraph
 
 SWITCH = "MMPHI_BESIDE"  # 0: one after the other.
@@ -88,7 +89,7 @@ class BackgroundBuilder:
         self._threads = threads
         torch.set_num_threads(threads - threads // 2)
         self._helper = self._start(names, threads // 2)
-        print(f"{', '.join(self._names)}: begun beside {name}, by process {self._helper.pid}", flush=True)
+        LOGGER.info(f"{', '.join(self._names)}: started in parallel with {name}, by process {self._helper.pid}")
 
     def _start(self, names: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
         own = {"OMP_NUM_THREADS": str(threads), "MLFLOW_TRACKING_URI": self._plan.store.uri, "PYTHONUNBUFFERED": "1"}
@@ -115,13 +116,13 @@ class BackgroundBuilder:
         if self._helper is None or name not in self._names:
             return
         if self._helper.poll() is None:
-            print(f"{name}: process {self._helper.pid} is building it; waiting for it", flush=True)
+            LOGGER.info(f"{name}: process {self._helper.pid} is building it; waiting for it")
             self._said.aloud()
         code = self._helper.wait()
         self._said.join()
         if code:
             line = self._said.last()
-            print(f"{name}: the process beside this one ended with code {code}: {line}; going on here", flush=True)
+            LOGGER.info(f"{name}: the parallel process ended with code {code}: {line}; continuing here")
         self._end()
 
     def _end(self) -> None:
@@ -167,7 +168,7 @@ class _Said(threading.Thread):
     def last(self) -> str:
         """The last line that is not empty."""
         lines = self._kept.decode(errors="replace").replace("\r", "\n").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
 def worker_request(stream: IO[str]) -> tuple[list[str], Mapping[str, object]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmphi.allocator import release_memory
 from mmphi.config.section import Section
 from mmphi.errors import MmphiError, Stopped, StoreError, disk_is_full
+from mmphi.logs import LOGGER, show_log
 from mmphi.pipeline.background_build import BackgroundBuilder
 from mmphi.pipeline.cache_key import difference, key_of
 from mmphi.pipeline.graph import KEY, METRICS, StageGraph
@@ -94,7 +95,7 @@ class Pipeline(StageGraph):
         Args:
             name: The stage.
             settings: All settings.
-            force: Build it anew even if it is there; what it is built on is reused.
+            force: Build it again even if it is there; what it is built on is reused.
             no_build: Build nothing.
             label: Stands in the run's name after stage and preset.
             title: The run's whole name, in place of these.
@@ -109,9 +110,10 @@ class Pipeline(StageGraph):
         Raises:
             SettingsError: If a file that the settings name is missing; before anything is built.
             StoreError: If something is missing under ``no_build``, or the store cannot be used.
-            Stopped: If a signal asked to stop; the same call goes on from there.
+            Stopped: If a signal asked to stop; the same call resumes from there.
         """
         install_filters()
+        show_log()
         ranks = RankCoordinator()
         if not ranks.first:
             return run_follower(ranks, self.stages[name], settings, self.resources)
@@ -133,7 +135,7 @@ class Pipeline(StageGraph):
             self.input_digests(self.stages[each], settings)
         result = None if request.force else self.result(name, settings)
         if result:
-            _print(f"{name}: reusing run {result.run_id}, which has the same settings, data and code version")
+            LOGGER.info(f"{name}: reusing run {result.run_id}, which has the same settings, data and code version")
             self.store.note_use(result.run_id, own=STUDY not in request.tags)
             request.ranks.tell({"result": as_json(result)})
         elif no_build:
@@ -155,7 +157,7 @@ class Pipeline(StageGraph):
         return result
 
     def _followed(self, result: Result, settings: Section, request: Request, no_build: bool) -> Result:
-        """The same result with the metrics of the stages that are asked for at its end; of a forced one, anew."""
+        """The same result with the metrics of the stages that are asked for at its end; of a forced one, again."""
         metrics, results = dict(result.metrics), []
         stage = self.stages[result.stage]
         for name in stage.then if request.after else ():
@@ -175,7 +177,7 @@ class Pipeline(StageGraph):
             beside.wait(name)
             result = self.result(name, settings)
             if result:
-                _print(f"{name}: reusing run {result.run_id}")
+                LOGGER.info(f"{name}: reusing run {result.run_id}")
                 self.store.note_use(result.run_id)
             else:
                 upstream = self._ready(self.upstream(name, settings), settings, beside, tags)
@@ -190,18 +192,18 @@ class Pipeline(StageGraph):
         key = key_of(parts)
 
         def waiting(holder: str) -> None:
-            _print(f"{name}: {holder} is building the same; waiting for it (Ctrl-C to leave it alone)")
+            LOGGER.info(f"{name}: {holder} is building the same; waiting for it (Ctrl-C to leave it alone)")
 
         tags = {"mmphi.stage": name, "mmphi.key": key, "mmphi.preset": settings_name(settings), **request.tags}
         title = request.title or title_of(name, settings, request.label)
         with self.store.building(key, title, tags, request.run, waiting) as (tracker, waited):
             ready = self.result(name, settings) if waited and not request.force else None
             if ready:
-                _print(f"{name}: reusing run {ready.run_id}, finished meanwhile")
+                LOGGER.info(f"{name}: reusing run {ready.run_id}, finished meanwhile")
                 self.store.discard(tracker, request.run)
                 request.ranks.tell({"result": as_json(ready)})
                 return ready
-            _print(f"{name}: building{' anew, as asked' if request.force else self._why(name, parts, settings)}")
+            LOGGER.info(f"{name}: building{' again, as asked' if request.force else self._why(name, parts, settings)}")
             tracker.watch = request.watch
             with _recorded(self.store, tracker):
                 return self._work(stage, settings, parts, upstream, tracker, request)
@@ -221,7 +223,7 @@ class Pipeline(StageGraph):
         if request.force:
             self.store.clear(tracker)
         elif source := self.store.adopt(tracker, key, damaged=stage.verifies):
-            _print(f"{stage.name}: going on from what run {source} left")
+            LOGGER.info(f"{stage.name}: resuming from what run {source} left")
         provenance.record_provenance(tracker, stage, settings, parts, upstream)
         earlier = () if request.force or stage.covers is None else tuple(self.results(stage.name, settings))
         context = Context(
@@ -288,7 +290,7 @@ def _recorded(store: TrackingStore, tracker: RunTracker) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         store.fail(tracker, "KILLED", str(error) or "interrupted")
-        raise Stopped(str(error) or "interrupted; the same command goes on from there") from error
+        raise Stopped(str(error) or "interrupted; the same command resumes from there") from error
     except BaseException as error:
         store.fail(tracker, "FAILED", f"{type(error).__name__}: {error}")
         if disk_is_full(error) and not isinstance(error, StoreError):
@@ -301,9 +303,5 @@ def full_disk_message(folder: Path) -> StoreError:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     return StoreError(
-        f"the disk of {folder} is full: {free / 1e6:.0f} MB are free", "make room; the same command goes on from there"
+        f"the disk of {folder} is full: {free / 1e6:.0f} MB are free", "make room; the same command resumes from there"
     )
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mmphi.logs import LOGGER
+
 if TYPE_CHECKING:
     from mmphi.tracking.run_tracker import RunTracker
     from mmphi.tracking.run_writer import TrackingStore
@@ -32,9 +34,8 @@ def restore_thread_count(store: TrackingStore, tracker: RunTracker, source: str)
     now = torch.get_num_threads()
     before = int(store.run(source).data.tags.get(THREADS, now)) if source else now
     if before > (os.cpu_count() or 1):
-        print(
-            f"run {source} had {before} threads, and this machine has {os.cpu_count()} cores: the last bits may differ",
-            flush=True,
+        LOGGER.warning(
+            f"run {source} had {before} threads, and this machine has {os.cpu_count()} cores: the last bits may differ"
         )
         before = now
     tracker.tags({THREADS: str(before)})

@@ -201,7 +201,7 @@ def _check(left: threading.Event, born: float, limit_s: float) -> None:
         TooSlow: If its time is over.
     """
     if left.is_set():
-        raise ClientDisconnectedError("nobody waits for the answer")
+        raise ClientDisconnectedError("the client is gone")
     if limit_s and time.monotonic() - born > limit_s:
         raise RequestTimeoutError(
             f"the answer took more than {limit_s:g} s", "send the images themselves, as data: URIs"

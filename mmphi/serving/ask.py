@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     model_options(made)
     made.add_argument("--image", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
     made.add_argument("--audio", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
-    made.add_argument("--system", default="", help="what the model shall be")
+    made.add_argument("--system", default="", help="system message")
     made.add_argument("--json", action="store_true", help="print the answer and how it came about as JSON")
     sampling_options(made)
     return made

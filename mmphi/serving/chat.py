@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         prog="mmphi chat", description="Talk to a trained model in the terminal; /help lists what can be typed there."
     )
     model_options(made)
-    made.add_argument("--system", default="", help="what the model shall be")
+    made.add_argument("--system", default="", help="system message")
     made.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="show an image with the first question"
     )

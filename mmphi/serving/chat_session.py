@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 HELP = {
     "/image PATH": "show an image with the next question",
     "/audio PATH": "play a recording with the next question; alone it is the question (an empty line sends it)",
-    "/system TEXT": "say what the model shall be; begins anew",
+    "/system TEXT": "set the system message; starts again",
     "/set NAME VALUE": "max_tokens, temperature, top_p, seed or stop of the answers that follow",
     "/undo": "take the last question and its answer back",
-    "/reset": "forget what was said",
+    "/reset": "forget the conversation",
     "/save FILE": "write the conversation as JSON",
     "/load FILE": "go on with one that was saved",
     "/help": "this list",
@@ -133,7 +133,7 @@ class ChatSession:
     def _system(self, text: str) -> str:
         self._reset("")
         self.messages = [{"role": "system", "content": text}] if text else []
-        return "what the model shall be is set; the conversation begins anew"
+        return "the system message is set; the conversation starts again"
 
     def _set(self, words: str) -> str:
         name, _, value = words.partition(" ")

@@ -25,13 +25,15 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"Beyond this machine only with a password, which is read from the variable {KEY}; the user is {USER}.",
     )
     model_options(made)
-    made.add_argument("--beside", default="", metavar="MODEL", help="another that answers beside it")
+    made.add_argument(
+        "--beside", default="", metavar="MODEL", help="a second model, whose answers are shown next to the first one's"
+    )
     made.add_argument("--examples", default="", metavar="FOLDER", help="images, recordings, questions (.txt) at hand")
     made.add_argument("--host", default=HOST, help=f"where to listen [{HOST}]")
     made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
     made.add_argument("--open", action="store_true", help="open it in the browser")
     made.add_argument("--slots", type=int, default=4, help="answers of a model at once [4]")
-    made.add_argument("--waiting", type=int, default=32, help="questions that may wait beside them [32]")
+    made.add_argument("--waiting", type=int, default=32, help="questions that may wait in addition [32]")
     made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
     made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest photo or recording [67108864]")
     sampling_options(made)

@@ -210,7 +210,7 @@ class Scheduler:
         if self._stopping.is_set():
             raise ServerStoppingError("the server ends", "ask again when it is back")
         if queued.gone or queued.ended:
-            raise ClientDisconnectedError("nobody waits for the answer")
+            raise ClientDisconnectedError("the client is gone")
         if self.limit_s and time.monotonic() - queued.born > self.limit_s:
             raise RequestTimeoutError(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
 

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--host", default=HOST, help=f"where to listen; beyond this machine only with a key [{HOST}]")
     made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
     made.add_argument("--slots", type=int, default=8, help="answers at once [8]")
-    made.add_argument("--waiting", type=int, default=64, help="questions that may wait beside them, else 429 [64]")
+    made.add_argument("--waiting", type=int, default=64, help="questions that may wait in addition, else 429 [64]")
     made.add_argument("--audio-seconds", type=float, default=600.0, help="longest recordings of a request [600]")
     made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
     made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest request [67108864]")

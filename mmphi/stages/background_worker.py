@@ -19,7 +19,7 @@ USER_ERROR, TERMINATED = 2, 143
 
 
 def _stop(_: int, __: object) -> None:
-    raise Stopped("stopped; the same command goes on from there")
+    raise Stopped("stopped; the same command resumes from there")
 
 
 def _until_alone() -> None:
@@ -36,7 +36,7 @@ def main(stages: Mapping[str, Stage] = STAGES) -> int:
         stages: By name.
 
     Returns:
-        0; 2 after an error that a person can mend; 143 where it was stopped.
+        0; 2 after an error that a person can fix; 143 where it was stopped.
     """
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)

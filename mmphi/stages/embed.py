@@ -129,7 +129,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if bad > allowed:
         raise DataError(
             f"{bad:.1%} of the images cannot be read; at most {allowed:.1%} may be",
-            "the run's table `unreadable` lists them; mend them, or raise data.max_bad_share",
+            "the run's table `unreadable` lists them; fix them, or raise data.max_bad_share",
         )
     return {
         "embed/images": len(writer.places),

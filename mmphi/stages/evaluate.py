@@ -47,7 +47,7 @@ class EvaluateSettings(Section):
     candidates: int = setting(1, "captions sampled, of which the most agreed on is taken; 1 is greedy", ge=1)
     temperature: float = setting(0.5, "of sampled candidates", gt=0)
     links: list[Literal["encoder", "transcript", "soft"]] = setting(
-        [], "links from recordings to measure, of a model that hears; none takes the one it was trained for"
+        [], "audio inputs to measure, of a model that takes audio; none takes the one it was trained for"
     )
 
 

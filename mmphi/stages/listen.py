@@ -120,7 +120,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if len(bad) / max(1, len(wanted)) > ctx.settings(SpeechSettings).max_bad_share:
         raise DataError(
             f"{len(bad)} of {len(wanted)} recordings cannot be read",
-            "the run's table `unreadable` lists them; mend them, or raise speech.max_bad_share",
+            "the run's table `unreadable` lists them; fix them, or raise speech.max_bad_share",
         )
     return {
         "listen/recordings": len(writer.places),

@@ -13,6 +13,7 @@ from mmphi.config.pretrain import PretrainSettings
 from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
 from mmphi.config.shared import ConversationSettings
+from mmphi.errors import ModelError
 from mmphi.models.language.phi import SIZES, PhiSize, parameters_of
 from mmphi.stages.estimates import feature_shape
 
@@ -102,9 +103,18 @@ def projector_parameters(settings: SettingsView) -> int:
     _, features = feature_shape(settings)
     if language is None:
         return 0
+    if chosen.kind != "mlp":
+        from mmphi.models.projector import projector_config  # It imports torch, which takes seconds.
+
+        tokens, width = feature_shape(settings)
+        try:
+            return projector_config(chosen, width or UNKNOWN_FEATURE_WIDTH, language.width, tokens).size()
+        except ModelError:
+            return 0  # The check of the stage explains it.
     hidden = chosen.width or language.width
     widths = [features or UNKNOWN_FEATURE_WIDTH, *[hidden] * (chosen.layers - 1), language.width]
-    return sum(before * after + after for before, after in itertools.pairwise(widths))
+    norm = 2 * widths[0] if chosen.norm else 0
+    return norm + sum(before * after + after for before, after in itertools.pairwise(widths))
 
 
 def copied_bytes(settings: SettingsView) -> int:

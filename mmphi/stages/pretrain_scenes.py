@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmphi.text.prompt import Prompt
     from mmphi.text.tokenized_example import TokenizedExample
 
-VALIDATION = 200  # Texts kept apart.
+VALIDATION = 200  # Texts held out.
 
 
 def pretrain_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
@@ -67,7 +67,7 @@ def scene_texts(scenes: Path, *, held: bool) -> Iterator[Example]:
 
     Args:
         scenes: Folder of the stage ``scenes``.
-        held: Those kept apart, or the others.
+        held: Those held out, or the others.
     """
     rows = list(_scene_rows(scenes))
     for number, row in enumerate(rows[-VALIDATION:] if held else rows[:-VALIDATION]):

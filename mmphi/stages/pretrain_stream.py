@@ -67,7 +67,7 @@ class GeneratedStream:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.pool.stop()
-        if kind is None:  # Else the same command goes on from what is there.
+        if kind is None:  # Else the same command resumes from what is there.
             self.reader.let_go_before(self.reader.position)
             for name in (SPOOL, FLEET, HELD):
                 path = self.folder / name
@@ -79,7 +79,7 @@ class GeneratedStream:
         return np.asarray([self.end, *ids, *[self.end] * document.ended], np.int64)
 
     def held(self) -> list[Ids]:
-        """The first documents to come, which are kept apart; waits until there are enough of them."""
+        """The first documents to come, which are held out; waits until there are enough of them."""
         path = self.folder / HELD
         if not path.exists():
             self.reader.go_on({})  # Nothing that was taken before counts.
@@ -99,7 +99,7 @@ class GeneratedStream:
         return [self.encode(document) for document in documents]
 
     def _first(self) -> list[Document]:
-        self.say(f"waiting for {self.chosen.validation_tokens:,} tokens, which are kept apart for validation")
+        self.say(f"waiting for {self.chosen.validation_tokens:,} tokens, which are held out for validation")
         found: list[Document] = []
         tokens = 0
         while tokens < self.chosen.validation_tokens:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from mmphi.models.projector import Projector
     from mmphi.models.vision.vision_encoder import VisionReference
 
-ROOM = 8  # Tokens of text beside an image, at the least.
+ROOM = 8  # Tokens of text with an image, at the least.
+# How an image takes fewer tokens.
+FEWER_TOKENS = {"mlp": "raise vision.pool", "resampler": "lower projector.queries"}
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
@@ -54,18 +56,17 @@ def check(settings: SettingsView) -> None:
     check_data(settings)
     light_clip = config_of(settings(LightClipSettings)) if vision.model == LIGHT_CLIP else None
     tokens, width = encoder_output_shape(vision, light_clip)
-    if chosen.kind != "mlp":
-        from mmphi.models.projector import ProjectorConfig
+    if chosen.kind != "mlp" or chosen.parameters:
+        from mmphi.models.projector import projector_config
         from mmphi.models.projector_kinds import KINDS
 
-        config = ProjectorConfig(
-            width, width, kind=chosen.kind, input_tokens=tokens, merge=chosen.merge, queries=chosen.queries
-        )
-        tokens = KINDS[chosen.kind].output_tokens(config.shape)
+        # The least width, because the language model's is not known here: nothing is refused that would fit.
+        config = projector_config(chosen, width, 1, tokens)
+        tokens = tokens if chosen.kind == "mlp" else KINDS[chosen.kind].output_tokens(config.shape)
     if chosen.max_length < tokens + ROOM:
         raise SettingsError(
             f"projector.max_length = {chosen.max_length} holds no image of {tokens} tokens and {ROOM} of text",
-            f"the nearest is {tokens + ROOM}; or raise vision.pool",
+            f"the nearest is {tokens + ROOM}; or {FEWER_TOKENS.get(chosen.kind, 'raise projector.merge')}",
         )
     check_prompt(settings(LanguageSettings))
 

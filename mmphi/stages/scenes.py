@@ -23,11 +23,11 @@ class ScenesSettings(Section):
 
     seed: int = setting(0, "seed of drawing and of what is held out", ge=0)
     train_images: int = setting(3000, "images to train on", unit="images", ge=8)
-    validation_images: int = setting(100, "images of seen combinations kept apart", unit="images", ge=1)
+    validation_images: int = setting(100, "images of seen combinations held out", unit="images", ge=1)
     test_images: int = setting(200, "images of combinations training never saw", unit="images", ge=1)
     held_out: float = setting(0.15, "share of colour-shape-relation combinations kept for the test", gt=0, lt=0.9)
     image_size: int = setting(96, "side of the drawn images", unit="px", ge=32, le=1024)
-    questions: int = setting(2, "question-answer turns beside each caption", unit="turns", ge=0, le=8)
+    questions: int = setting(2, "question-answer turns for each caption", unit="turns", ge=0, le=8)
     texts: int = setting(20000, "scenes written as words for the language model to read", unit="texts", ge=0)
     phrasings: Literal["one", "varied"] = setting(
         "varied",

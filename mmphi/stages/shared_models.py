@@ -155,7 +155,7 @@ def check_enough_rows(report: ReadReport, data: DataSettings) -> None:
         raise DataError(
             f"{report.bad_share:.1%} of the rows cannot be used; at most {data.max_bad_share:.1%} may be\n"
             + report.table(),
-            "mend the data, or raise data.max_bad_share",
+            "fix the data, or raise data.max_bad_share",
         )
 
 

@@ -61,7 +61,7 @@ def cost(settings: SettingsView) -> Cost:
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Tokenise all texts; goes on with the shards that are there."""
+    """Tokenise all texts; continues with the shards that are there."""
     from tqdm.auto import tqdm
 
     from mmphi.data.text_sources import TextReport
@@ -91,7 +91,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if empty is not None:
         raise DataError(f"{empty} has no text to train on", "see the table texts_read of the run, or leave it out")
     if not any(held for _, held in counts.values()):
-        raise DataError("no text was kept apart for validation", "give more, or a larger corpus.validation_share")
+        raise DataError("no text was held out for validation", "give more, or a larger corpus.validation_share")
     index = {
         "vocabulary": _rows_of(tokenizer),
         "end": tokenizer.eos_token_id,
@@ -127,7 +127,7 @@ def is_validation(seed: int, share: float, source: int, piece: int, place: int) 
 
 
 def reader(source: TextSourceSettings, report: TextReport) -> Callable[[], Iterable[TextPiece]]:
-    """What reads a source, anew at every call; the report is of the last."""
+    """What reads a source, again at every call; the report is of the last."""
     from mmphi.data.text_sources import TextReport, read_texts
 
     def read() -> Iterable[TextPiece]:

@@ -57,7 +57,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     done = finished_rows(ctx.folder / LINES)
     left = [each for each in spoken if each.name not in done]
     if done and left:
-        ctx.tracker.say(f"transcribe: going on after {len(done)} of {len(spoken)} recordings")
+        ctx.tracker.say(f"transcribe: resuming after {len(done)} of {len(spoken)} recordings")
     asr_model = asr_model_of(chosen, this_device(), ctx.resources.once) if left else None
     with (ctx.folder / LINES).open("a") as lines, tqdm(total=len(left), desc="transcribe", unit="recording") as bar:
         for first in range(0, len(left), AT_ONCE):
@@ -70,7 +70,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     if report.bad_share > given.max_bad_share:
         raise DataError(
             f"{len(report.dropped)} recordings cannot be used\n{report.table()}",
-            "mend them, or raise transcribe.max_bad_share",
+            "fix them, or raise transcribe.max_bad_share",
         )
     return measure_transcripts(ctx, [each for each in spoken if each.name in done], done)
 
@@ -166,7 +166,7 @@ def measure_transcripts(
 STAGE = Stage(
     name="transcribe",
     version=2,
-    help="hear what is said in recordings, and how far it is from what was written down",
+    help="transcribe recordings, and measure the word error rate",
     reads=("transcribe", "audio"),
     run=run,
     check=check,

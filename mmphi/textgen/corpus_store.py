@@ -75,7 +75,7 @@ class CorpusStore:
     """Keeps documents that are clean and new.
 
     Args:
-        folder: Where; goes on with what is there.
+        folder: Where; continues with what is there.
         limit: Bytes, compressed.
         quality: Says what is not worth keeping.
         language: ISO 639-3 code of the words.

@@ -1,4 +1,4 @@
-"""The generators that a command runs: started, watched, started anew when they die, and ended."""
+"""The generators that a command runs: started, watched, started again when they die, and ended."""
 
 from __future__ import annotations
 

@@ -144,4 +144,4 @@ def _tail(log: Path) -> str:
         lines = log.read_text(errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return f"{lines[-1][:300]} (all of it is in {log})" if lines else "it said nothing"
+    return f"{lines[-1][:300]} (all of it is in {log})" if lines else "it wrote nothing"

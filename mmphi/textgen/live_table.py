@@ -1,4 +1,4 @@
-"""What is going on, as a table that is drawn anew in a terminal, and as a line now and then elsewhere."""
+"""What is going on, as a table that is drawn again in a terminal, and as a line now and then elsewhere."""
 
 from __future__ import annotations
 

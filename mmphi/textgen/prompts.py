@@ -66,7 +66,7 @@ def topics() -> list[str]:
 
 
 class Prompts:
-    """Numbered prompts: no two of the first :meth:`__len__` are the same, then the order begins anew.
+    """Numbered prompts: no two of the first :meth:`__len__` are the same, then the order starts again.
 
     Args:
         seed: Of the order.

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from mmphi.data.content_hash import cache_folder
 from mmphi.errors import StoreError
+from mmphi.logs import LOGGER
 from mmphi.pipeline.manifest import MANIFEST, manifest_holds
 from mmphi.tracking.artifacts import fetch_result
 from mmphi.tracking.connect import connect
@@ -58,10 +58,7 @@ class RunStore:
         self.locks.mkdir(parents=True, exist_ok=True)
         with FileLock(self.locks / "database.lock"):  # Two processes must not both make its tables.
             for before in relocate(file) if file else ():
-                print(
-                    f"{self.uri} was in {before} before: its artifacts are now expected in its own folder",
-                    file=sys.stderr,
-                )
+                LOGGER.warning(f"{self.uri} was in {before} before: its artifacts are now expected in its own folder")
             self.client = connect(self.uri)
 
     def run(self, run_id: str) -> Run:

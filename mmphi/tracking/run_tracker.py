@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Metric, Param, RunTag
-from tqdm.auto import tqdm
 
+from mmphi.logs import LOGGER
 from mmphi.tracking.artifacts import remove_artifacts
 from mmphi.tracking.image_cells import image_cell, image_grid
 from mmphi.tracking.tables import Tables, json_row
@@ -122,7 +122,7 @@ class RunTracker:
         """Record rows as ``name.json``, the form that MLflow's pages show as a table.
 
         Rows of later calls follow those of earlier ones. A run that goes on from a dead one's files takes its place in
-        them: rows of the same or a later ``step``, and tables without steps, are written anew.
+        them: rows of the same or a later ``step``, and tables without steps, are written again.
 
         Args:
             name: Of the table.
@@ -179,8 +179,8 @@ class RunTracker:
         self._checkpoint = folder.name
 
     def say(self, line: str) -> None:
-        """Print a line without tearing a progress bar."""
-        tqdm.write(line)
+        """Log a line for the person at the terminal."""
+        LOGGER.info(line)
 
     def _write(self, name: str, content: bytes) -> None:
         path = self.folder / name

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import socket
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlflow.entities import Param, Run
 from mlflow.exceptions import MlflowException
 
 from mmphi.errors import StoreError
+from mmphi.logs import LOGGER
 from mmphi.pipeline.manifest import MANIFEST, write_manifest
 from mmphi.tracking.artifacts import download
 from mmphi.tracking.lease import HELD, Lease
@@ -191,7 +191,7 @@ class TrackingStore(RunStore):
         try:
             log_model(self.client, self.run(result.run_id), result.path, result.stage)
         except (MlflowException, OSError) as error:
-            print(f"run {result.run_id} is finished, but not among MLflow's models: {error}", file=sys.stderr)
+            LOGGER.warning(f"run {result.run_id} is finished, but not among MLflow's models: {error}")
 
     def fail(self, tracker: RunTracker, status: str, why: str) -> None:
         """Mark a run FAILED or KILLED, with the reason; the reason itself must not be lost to a store that is gone."""

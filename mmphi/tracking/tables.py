@@ -29,7 +29,7 @@ class Tables:
         """Add rows to a table, and give the whole of it as JSON.
 
         The first rows of a table decide what of a dead run's stays: rows of the same or a later ``step``, and tables
-        without steps, are written anew.
+        without steps, are written again.
         """
         before = self._rows[name] if name in self._rows else self._left(name, rows[0].get("step"))
         self._rows[name] = [*before, *rows]

@@ -18,6 +18,7 @@ import webbrowser
 from collections.abc import Sequence
 
 from mmphi.errors import StoreError
+from mmphi.logs import LOGGER
 from mmphi.tracking.uri import absolute_uri, database
 
 HOST, TRAINING = "127.0.0.1", "workflowType=machine_learning"
@@ -77,7 +78,7 @@ def shared_view(uri: str, experiment: str, first: Sequence[str] = (), key: str =
     try:
         return share(connect(uri), experiment, first, key)
     except MlflowException as error:
-        print(f"MLflow's own order of charts is used: {error}", file=sys.stderr)
+        LOGGER.warning(f"MLflow's own order of charts is used: {error}")
         return ""
 
 

@@ -19,7 +19,7 @@ FOLDER, NOTE, BY = "best", "best.json", "val/loss"
 class BestCheckpoint:
     """Keeps what was trained where the validation loss is lowest so far.
 
-    Written whole or not at all, so that a killed training goes on with the best that it had.
+    Written whole or not at all, so that a killed training continues with the best that it had.
 
     Args:
         folder: Of the training; the weights are kept below it, until :meth:`remove_kept`.

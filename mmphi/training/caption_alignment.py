@@ -91,7 +91,7 @@ class BagOfWordsAlignmentLoss(nn.Module):
         def mean(part: Tensor) -> Tensor:
             return torch.logsumexp(self._scores(part), dim=1) - math.log(part.shape[1])
 
-        # Scores of all places are computed anew in the backward pass: they are a thousand times what they come from.
+        # Scores of all places are computed again in the backward pass: they are a thousand times what they come from.
         return torch.cat([checkpoint(mean, part, use_reentrant=False) for part in torch.split(projected, some)])
 
     def forward(self, features: Tensor, words: Tensor, counts: Tensor, lengths: Tensor, **_: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def load_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor]
     tensors = checkpoint_tensors(model, state)
     wrong = sorted(saved.keys() ^ tensors.keys()) or [n for n, t in saved.items() if t.shape != tensors[n].shape]
     if wrong:
-        raise ModelError(f"{checkpoint} was written by another model: {wrong[0]} differs", "start anew with --force")
+        raise ModelError(f"{checkpoint} was written by another model: {wrong[0]} differs", "start again with --force")
     with torch.no_grad():
         for name, tensor in saved.items():
             tensors[name].copy_(shard_like(tensor, tensors[name]))

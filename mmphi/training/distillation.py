@@ -114,7 +114,7 @@ def collate_pairs(
     ours = pack(heard, features, step_tokens, layout=layout, rows=rows)
     theirs = pack(read, features, step_tokens, layout=layout, rows=rows)
     if not torch.equal(ours["targets"], theirs["targets"]):
-        raise ValueError("what is heard and what is read have different answers")
+        raise ValueError("the audio and the text form have different answers")
     segments = torch.cat([ours["segments"].flatten(), theirs["segments"].flatten()])
     return DistillationPair(
         heard=ours, read=theirs, ends=ours["targets"] == end, segments=segments, step_tokens=ours["step_tokens"]

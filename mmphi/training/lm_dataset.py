@@ -1,6 +1,6 @@
 """The order in which pretraining meets its tokens.
 
-A row is ``context`` predictions of one source's stream: its stretches laid end to end in a seeded order, drawn anew
+A row is ``context`` predictions of one source's stream: its stretches laid end to end in a seeded order, drawn again
 each time all were seen. Rows end where they end, so that there is no padding and every token is predicted once an
 epoch; attention stays inside what of a document is in the row. Whose turn it is to fill a row follows the weights, so
 that at any moment every source has had its share.

@@ -59,7 +59,7 @@ class FiniteLoss:
         save_file(dict(_flat(inputs)), where)
         raise TrainingError(
             f"the loss at step {step} is {loss}; the batch is saved as {where}",
-            "a lower learning rate, a longer warm-up or fp32 usually mends this",
+            "a lower learning rate, a longer warm-up or fp32 usually fixes this",
         )
 
 

@@ -25,7 +25,7 @@ from mmphi.training.training_args import world_size
 
 
 class ShuffledOrder:
-    """Which of some things each optimiser step takes: all of them in turn, shuffled anew each time all were seen.
+    """Which of some things each optimiser step takes: all of them in turn, shuffled again each time all were seen.
 
     Args:
         count: How many things there are.
@@ -55,7 +55,7 @@ class ShuffledOrder:
 class PackedStepDataset(Dataset[PackedBatch]):
     """The packs of every optimiser step of a training, by index: a pure function of samples, seed and step.
 
-    Pack ``i`` belongs to step ``i // packs_per_step``. Samples are shuffled anew each time all were seen. Nothing is
+    Pack ``i`` belongs to step ``i // packs_per_step``. Samples are shuffled again each time all were seen. Nothing is
     drawn while fetching, so resuming at step k needs nothing but k.
 
     Args:

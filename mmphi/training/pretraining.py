@@ -230,7 +230,7 @@ def _task(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) -> C
         smoke_test(compiled, chosen.context)
     except Exception as problem:  # Whatever a compiler's tool chain may lack; torch names no common ancestor.
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
-        say(f"torch.compile does not work here ({lines[0][:120]}): going on without it")
+        say(f"torch.compile does not work here ({lines[0][:120]}): continuing without it")
         return task
     return compiled
 

@@ -24,7 +24,7 @@ from mmphi.errors import DataError
 from mmphi.models.language.compiling import compiled_layers, should_compile
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.projector import Projector, ProjectorConfig
+from mmphi.models.projector import Projector, projector_config
 from mmphi.tracking.tracker import SilentTracker, Tracker
 from mmphi.training.conversation_dataset import Choose, conversation_dataset, tokenize_training_rows
 from mmphi.training.conversation_validation import ConversationValidation, log_packing
@@ -62,11 +62,7 @@ def new_projector(
         examples: Conversations of all splits.
     """
     torch.manual_seed(settings.seed)
-    names = ("layers", "width", "activation", "norm", "dropout", "kind", "merge", "queries")
-    shape = {name: getattr(settings, name) for name in names}
-    tokens = 0 if settings.kind == "mlp" else features.tokens
-    config = ProjectorConfig(features.width, language.width, **shape, whiten=settings.standardize, input_tokens=tokens)
-    projector = Projector(config.of_size(settings.parameters) if settings.parameters else config)
+    projector = Projector(projector_config(settings, features.width, language.width, features.tokens))
     projector.fit(_training_features(features, examples))
     return projector
 
@@ -127,7 +123,7 @@ def train_projector(
         )
         figures = {
             "parameters": sum(p.numel() for p in projector.parameters()),
-            "image_tokens": features.tokens,
+            "image_tokens": projector.output_tokens(features.tokens),
             "feature_bytes_per_image": features.tokens * features.width * FEATURE_BYTES,
             "supervised_tokens": dataset.supervised(),
         }

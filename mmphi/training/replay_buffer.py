@@ -89,7 +89,7 @@ class ReplayBuffer:
         if seen >= self.passes:
             return
         order = number
-        if seen:  # Fresh text comes in its order, old text in one that is drawn anew each time.
+        if seen:  # Fresh text comes in its order, old text in one that is drawn again each time.
             text = f"{self.seed}/{seen}/{self._group(number).name}/{place}"
             order = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
         heapq.heappush(self._queue, (seen, order, number, place))

@@ -39,7 +39,7 @@ class TrainingResult:
 
     Attributes:
         steps: Optimiser steps done in all.
-        resumed_from: Step it went on from; 0 where it began anew.
+        resumed_from: Step it went on from; 0 where it began from scratch.
         best: Step that the weights are of, where those of the best validation were taken; else the last one.
         figures: Of that validation; empty where the last weights stayed.
     """
@@ -138,14 +138,14 @@ def train(
         for default in (PrinterCallback, ProgressCallback):
             loop.remove_callback(default)
         if done:
-            tracker.say(f"{title}: going on from step {step_of(done[-1])}")
+            tracker.say(f"{title}: resuming from step {step_of(done[-1])}")
         try:
             loop.train(resume_from_checkpoint=str(done[-1]) if done else None)
             loop.finite.look()
         finally:
             loop.callback_handler.call_event("on_train_end", loop.args, loop.state, loop.control)
     if stop.stopped:
-        raise Stopped(f"stopped after step {loop.state.global_step}; the same command goes on from there")
+        raise Stopped(f"stopped after step {loop.state.global_step}; the same command resumes from there")
     taken, resumed = loop.state.global_step, step_of(done[-1]) if done else 0
     if best is None or best.step < 0 or world_rank() != 0:
         return TrainingResult(taken, resumed, taken, {})

@@ -111,7 +111,7 @@ def test_missing_file_and_server_are_told(server: Server, tmp_path: Path) -> Non
     server.server_close()
     with pytest.raises(DataError, match="cannot be fetched") as caught:
         fetch.download(f"{address}/a", tmp_path / "a")
-    assert "goes on from there" in caught.value.hint
+    assert "resumes from there" in caught.value.hint
 
 
 def test_llava_with_its_images_as_the_command_fetches_them(

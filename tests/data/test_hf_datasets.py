@@ -174,7 +174,7 @@ def test_what_is_wrong_is_said(tmp_path):
     with pytest.raises(DataError, match="cannot be loaded"):
         read(folder, split="nosuch")
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "caption"')
-    with pytest.raises(DataError, match="mend the folder"):
+    with pytest.raises(DataError, match="fix the folder"):
         read(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="cannot be loaded"):

@@ -89,7 +89,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         patched.setattr(ragged_features.np, "save", full)
         with pytest.raises(StoreError, match="No space left on device") as caught:
             writer.write({"b": rows(2)}, {})
-    assert "goes on after 1 recordings" in caught.value.hint
+    assert "resumes after 1 recordings" in caught.value.hint
     again = RaggedWriter(tmp_path, 6, "w")
     again.write({"b": rows(2)}, {})
     again.finish()

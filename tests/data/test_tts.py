@@ -1,4 +1,4 @@
-"""Sentences are read aloud once, in voices that a seed decides, and none that is kept apart is among them."""
+"""Sentences are read aloud once, in voices that a seed decides, and none that is held out is among them."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_images_that_cannot_be_used_and_models_that_do_not_see_are_told(model: M
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
     with pytest.raises(ModelError, match="sees nothing"):
         open_prompt(blind, parse_messages([user({"type": "image", "image": buffer.getvalue()})]), 200)
-    with pytest.raises(ModelError, match="hear"):
+    with pytest.raises(ModelError, match="no audio input"):
         open_prompt(blind, parse_messages([user({"type": "audio", "audio": b"x"})]), 200)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SIDE, WIDTH, EMBEDDING = 4, 6, 10
 TOKENS = {"mlp": 16, "pixel_shuffle": 4, "ldp_v2": 4, "resampler": 5}
 
 
-def config(kind: ProjectorKind, **changes: object) -> ProjectorConfig:
+def config(kind: Any, **changes: object) -> ProjectorConfig:
     options: dict[str, object] = {"width": 8, "input_tokens": SIDE * SIDE, "merge": 2, "queries": 5, **changes}
     return ProjectorConfig(WIDTH, EMBEDDING, kind=kind, **options)  # type: ignore[arg-type]  # Of every type.
 
@@ -96,11 +96,38 @@ def test_ldp_v2_without_its_convolution_is_the_mean_of_each_square() -> None:
 def test_what_is_no_grid_is_refused(kind: ProjectorKind) -> None:
     with pytest.raises(ModelError, match="17 features per image are no square grid"):
         Projector(config(kind, input_tokens=17))
-    with pytest.raises(ModelError, match=r"merge = 3 does not divide the grid of 4 x 4(.|\n)*use 2, 4"):
+    with pytest.raises(ModelError, match=r"merge = 3 does not divide the grid of 4 x 4(.|\n)*use 1, 2, 4"):
         Projector(config(kind, merge=3))
+    with pytest.raises(ModelError, match=r"nothing to merge(.|\n)*use kind mlp"):
+        Projector(config(kind, input_tokens=1))
 
 
 def test_another_number_of_features_is_refused() -> None:
     with pytest.raises(ModelError, match="trained for 16 features per image, not 25"):
         Projector(config("resampler")).output_tokens(25)
     assert Projector(config("mlp")).output_tokens(25) == 25
+    for features in (torch.zeros(2, 8, WIDTH), torch.zeros(40, WIDTH)):
+        with pytest.raises(ModelError, match="trained for 16 features per image"):
+            Projector(config("resampler"))(features)
+
+
+def test_a_size_below_the_smallest_is_refused() -> None:
+    with pytest.raises(ModelError, match="the smallest projector of kind ldp_v2 has"):
+        config("ldp_v2").of_size(10)
+    for kind in ("mlp", "pixel_shuffle", "ldp_v2"):
+        with pytest.raises(ModelError, match="no hidden width"):
+            config(kind, layers=1).of_size(500)
+
+
+def test_a_kind_of_a_newer_version_is_named(tmp_path: Path) -> None:
+    Projector(config("resampler")).save(tmp_path)
+    file = tmp_path / "projector.json"
+    file.write_text(file.read_text().replace('"resampler"', '"of_tomorrow"'))
+    with pytest.raises(ModelError, match=r"kind of_tomorrow are not known(.|\n)*update mmphi"):
+        Projector.load(tmp_path)
+
+
+@pytest.mark.parametrize("page", ["library", "glossary"])
+def test_every_kind_is_documented(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text()
+    assert all(f"`{kind}`" in text for kind in KINDS)

@@ -68,7 +68,7 @@ def test_branches_are_built_at_once(
     assert built.metrics == figures["goal"]
     assert torch.get_num_threads() == 4
     said = capsys.readouterr().out
-    assert "right, further: begun beside left, by process" in said
+    assert "right, further: started in parallel with left, by process" in said
     assert f"further: reusing run {result(pipeline, 'further').run_id}" in said
     assert len(list(pipeline.store.search())) == len(BRANCHES)
 
@@ -124,7 +124,7 @@ def test_what_a_helper_fails_at_is_built_here(
     # The helper's run is resumed, with the number of threads that it began with.
     assert result(pipeline, "right").metrics["threads"] == 2
     assert torch.get_num_threads() == 4
-    assert "ended with code 1: ValueError: not in this process; going on here" in capsys.readouterr().out
+    assert "ended with code 1: ValueError: not in this process; continuing here" in capsys.readouterr().out
     failed = [run for run in pipeline.store.search(stage="right") if run.info.status == "FAILED"]
     assert len(failed) == 1
 

@@ -74,7 +74,7 @@ def test_a_level_that_lost_all_its_runs_is_said_so() -> None:
     levels = {"base": {n: 1.0 + n / 9 for n in range(8)}, "other": {}}
     (found,) = compare(levels, "base", judging=Judging(failed={"other": set(range(8))}))
     said = format_verdict(found, "base", JudgedMetric("test/loss", "nats/token", less=True))
-    assert said.startswith("Nothing can be said of other: no pair of runs gave a number. Left out")
+    assert said.startswith("No statement is possible about other: no pair of runs gave a number. Left out")
     assert "8 runs of other and 0 of base (exact McNemar test, p = 0.008)" in said
 
 

@@ -122,7 +122,7 @@ def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path:
     assert "1 runs ended without a result. 1 runs were interrupted" in text
     assert "| verdict | 3 layers | 1 | FAILED | TrainingError: the loss at step 3 is nan |" in text
     assert "| 2026-11-25 01:00:00 | stop | odd \\| one | - |" in text
-    assert "Nothing can be said of odd | one" in text
+    assert "No statement is possible about odd | one" in text
     data = load_study(TrackingStore(), "gaps")
     assert data.values("test/loss")["3 layers"] == {0: 0.9}
 

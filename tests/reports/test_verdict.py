@@ -56,7 +56,7 @@ def test_too_few_seeds_in_words() -> None:
     (none,) = compare({"2 layers": {0: 1.0}, "three": {}}, "2 layers")
     assert (
         format_verdict(none, "2 layers", LOSS)
-        == "Nothing can be said of three: it has no seed in common with 2 layers."
+        == "No statement is possible about three: it has no seed in common with 2 layers."
     )
 
 

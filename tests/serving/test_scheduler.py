@@ -1,4 +1,4 @@
-"""The threads behind a server: errors end single requests, and a state that only a restart mends is reported."""
+"""The threads behind a server: errors end single requests, and a state that only a restart fixes is reported."""
 
 from __future__ import annotations
 

@@ -45,6 +45,21 @@ from mmphi.tracking.run_writer import TrackingStore
         ("projector", {"light_clip.lock_text": "true"}, ["random weights", "text_tower"]),
         ("projector", {"vision.model": "ViT-B-32"}, ["says no weights", "laion2b_s34b_b79k"]),
         ("projector", {"vision.model": "ViT-B-23", "vision.pretrained": "openai"}, ["ViT-B-32"]),
+        (
+            "projector",
+            {"projector.kind": "resampler", "projector.queries": "1024"},
+            ["1024 tokens", "lower projector.queries"],
+        ),
+        (
+            "projector",
+            {"projector.kind": "pixel_shuffle", "projector.merge": "3"},
+            ["does not divide the grid of 4 x 4"],
+        ),
+        (
+            "projector",
+            {"projector.kind": "pixel_shuffle", "projector.layers": "1", "projector.parameters": "5000"},
+            ["no hidden width"],
+        ),
         ("projector", {"pretrain.context": "64"}, ["pretrain.max_length = 96", "64"]),
         ("evaluate", {"evaluate.checkpoint": "3"}, ["that step is not kept", "there are final, 8"]),
     ],

@@ -108,7 +108,7 @@ def test_views_of_training_images_are_stored_beside_them_and_live_ones_are_the_s
 
     assert embed(1).metrics["embed/computed"] == 8
     result = embed(3)
-    assert result.metrics["embed/computed"] == 2 * 6  # Those kept apart are seen as they are.
+    assert result.metrics["embed/computed"] == 2 * 6  # Those held out are seen as they are.
     assert embed(2).run_id == result.run_id
     store = FeatureStore(result.path)
     live = LiveFeatures(load_vision_encoder(vision, torch.device("cpu")))

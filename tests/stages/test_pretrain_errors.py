@@ -33,7 +33,7 @@ def test_what_was_not_read_is_told(tmp_path):
     with pytest.raises(DataError, match=r"bad\.txt has no text"):
         texts.tokenised(tmp_path / "one", texts.settings(str(good), str(tmp_path / "bad.txt")), recorder)
     assert any("binary" in line for line in recorder.said)
-    with pytest.raises(DataError, match="kept apart"):
+    with pytest.raises(DataError, match="held out"):
         texts.tokenised(tmp_path / "two", texts.settings(str(good), corpus={"validation_share": 1e-9}))
 
 

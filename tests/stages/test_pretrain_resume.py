@@ -126,7 +126,7 @@ def test_a_full_disk_loses_nothing(tmp_path, read, straight, monkeypatch):
     assert disk_is_full(caught.value)
     recorder = Recorder()
     texts.pretrained(tmp_path, read, texts.settings("text.txt"), recorder)
-    assert any("going on from step 8" in line for line in recorder.said)
+    assert any("resuming from step 8" in line for line in recorder.said)
     assert texts.same(tmp_path, straight)
 
 

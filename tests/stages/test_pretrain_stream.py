@@ -118,7 +118,7 @@ def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_pat
         trained(tmp_path, "killed", other, Kill())
     assert (tmp_path / "killed/checkpoint-4/stream.json").exists()
     resumed, figures = trained(tmp_path, "killed", other)
-    assert any("going on from step 4" in line for line in resumed.tracker.said)
+    assert any("resuming from step 4" in line for line in resumed.tracker.said)
     one, two = losses(straight.tracker), losses(resumed.tracker)
     assert {step: two[step] for step in range(5, 13)} == pytest.approx({step: one[step] for step in range(5, 13)})
     assert figures["stream/times_seen"] == expected["stream/times_seen"]
@@ -128,7 +128,7 @@ def test_killed_between_checkpoints_it_goes_on_to_the_same_losses(spool, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before a checkpoint is noted", "two checkpoints kept"])
 def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monkeypatch, moment):
-    """Killed in the middle, too; what is kept apart for validation is not in the store."""
+    """Killed in the middle, too; what is held out for validation is not in the store."""
     monkeypatch.setattr("mmphi.stages.pretrain_stream.GeneratorPool", Nobody)
     draw = random.Random(3)  # Words of letters: near copies are looked for with all numbers alike.
     words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(900)]
@@ -167,7 +167,7 @@ def test_what_leaves_the_disk_is_kept_where_it_is_clean_and_once(tmp_path, monke
     seen = texts[: 160 - 4 * len(spool.held())]
     assert len(seen) > 80
     first = texts.index(kept[0])
-    assert 0 < first < 30  # Those before are kept apart.
+    assert 0 < first < 30  # Those before are held out.
     assert kept == [text for number, text in enumerate(seen) if number >= first and number != 70]
     assert figures["textgen/documents"] == len(kept)
     assert ctx.tracker.tables["dropped"][0]["reason"] == "the same text"

@@ -151,7 +151,7 @@ def test_killed_it_goes_on_to_the_same(pipeline):
     died = run(command, {**os.environ, "SMALL_DIE_AT": "4"})
     assert died.returncode == -signal.SIGKILL
     resumed = run(command)
-    assert "going on from step 4" in resumed.stderr + resumed.stdout
+    assert "resuming from step 4" in resumed.stderr + resumed.stdout
     path = Path(json.loads(resumed.stdout.splitlines()[-1])["path"])
     straight = Pipeline(STAGES).build("qlora", small.settings(qlora__seed="7", qlora__dropout="0.1"), force=True)
     one, other = adapter(path), adapter(straight.path)
@@ -245,7 +245,7 @@ def test_weights_that_are_no_longer_numbers_end_the_training_and_lose_nothing(pi
         with pytest.raises(TrainingError, match="the loss at step 5 is nan"):
             pipeline.build("qlora", settings)
     resumed = pipeline.build("qlora", settings, after=False)
-    assert "going on from step 4" in "".join(capsys.readouterr())
+    assert "resuming from step 4" in "".join(capsys.readouterr())
     straight = pipeline.build("qlora", settings, after=False, force=True)
     one, other = adapter(resumed.path), adapter(straight.path)
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -169,7 +169,7 @@ def test_the_words_can_be_trained_on_too(trained: Any) -> None:
 
 def test_a_model_with_tokens_of_its_own_has_no_soft_link(trained: Any) -> None:
     pipeline, changes = trained
-    with pytest.raises(ModelError, match="whose token ids are Whisper's"):
+    with pytest.raises(ModelError, match="whose token IDs are Whisper's"):
         build(pipeline, "speech", changes, speech__audio_input="soft")
 
 

@@ -135,7 +135,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     with small.interrupted_after(4):
         pipeline.build("projector", small.settings(**RESUMED))
     resumed = pipeline.build("projector", small.settings(**RESUMED), after=False)
-    assert "going on from step 4" in "".join(capsys.readouterr())
+    assert "resuming from step 4" in "".join(capsys.readouterr())
     straight = pipeline.build("projector", small.settings(**RESUMED), after=False, force=True)
     assert resumed.run_id != straight.run_id
     after, expected = (losses(pipeline, run.run_id)[-4:] for run in (resumed, straight))
@@ -151,7 +151,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(pipeline: Pipeline) 
     killed = script("projector", *given, SMALL_DIE_AT="4")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = script("projector", *given)
-    assert "going on from step 4" in resumed.stdout + resumed.stderr
+    assert "resuming from step 4" in resumed.stdout + resumed.stderr
     straight = pipeline.build("projector", small.settings(**own), force=True)
     ended = json.loads(resumed.stdout.splitlines()[-1])
     assert ended["run_id"] != straight.run_id

@@ -52,7 +52,7 @@ def test_neighbours_that_see_the_same_are_bundled() -> None:
     given = [*samples(), text("one"), text("two")]
     bundles = group_by_shared_prefix(given)
     assert [b.members for b in bundles] == [(0, 1, 2), (3,), (4,), (5,), (6,), (7,)]  # Texts see nothing to share.
-    assert bundles[0].alike == 5  # The first token and four of the image: one of the three goes on with a question.
+    assert bundles[0].alike == 5  # The first token and four of the image: one of the three continues with a question.
     assert group_by_shared_prefix(given[:2])[0].alike == int(given[0].supervised.argmax())
     assert bundles[0].length(given) == 5 + sum(len(s) - 5 for s in given[:3])
     assert [b.members for b in group_by_shared_prefix(given, share=False)] == [(i,) for i in range(8)]

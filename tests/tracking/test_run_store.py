@@ -197,7 +197,7 @@ def test_live_run_of_another_host_is_waited_for_and_a_dead_one_taken_over(server
     first.kill()
     first.wait()
     output += second.communicate(timeout=60)[0]
-    assert "going on from what run" in output
+    assert "resuming from what run" in output
     ended = json.loads(output.splitlines()[-1])
     assert ended["metrics"]["begun_at"] == 3  # What the first had shared of its work.
     runs = {run.data.tags["mmphi.host"]: run for run in TrackingStore().search(stage="train")}

@@ -103,11 +103,11 @@ class SpeechProjection(nn.Module):
             projection.load_state_dict(weights)
         except (OSError, TypeError, ValueError, SafetensorError, RuntimeError) as error:
             raise ModelError(
-                f"no speech projection can be read from {folder}: {error}", "train it anew with --force"
+                f"no speech projection can be read from {folder}: {error}", "train it again with --force"
             ) from error
         for name, weight in weights.items():
             if not weight.isfinite().all():
-                raise ModelError(f"{folder / WEIGHTS}: {name} is not finite", "train it anew with --force")
+                raise ModelError(f"{folder / WEIGHTS}: {name} is not finite", "train it again with --force")
         return projection
 
 

@@ -70,7 +70,7 @@ class TranscriptCache:
         try:
             with self._open() as connection:
                 connection.executemany("INSERT OR REPLACE INTO transcripts VALUES (?, ?)", rows)
-        except sqlite3.DatabaseError:  # Spoilt, or no database at all: begin anew next time.
+        except sqlite3.DatabaseError:  # Spoilt, or no database at all: start again next time.
             with contextlib.suppress(OSError):
                 self._path.unlink()
         except OSError:

@@ -196,7 +196,7 @@ class OpenAIWhisper:
         ]
 
     def _decoded(self, audio: torch.Tensor, language: str, prompt: str) -> list[Any]:
-        """The likeliest, and decoded anew what is repeated or unlikely."""
+        """The likeliest, and decoded again what is repeated or unlikely."""
         import whisper
 
         results: list[Any] = [None] * len(audio)

@@ -129,7 +129,7 @@ def load_adapter(language: LanguageModel, folder: Path) -> LanguageModel:
             f"{folder} holds no adapter: {error}", "give a folder that PEFT or `mmphi qlora` wrote"
         ) from error
     if not finite:
-        raise ModelError(f"the adapter in {folder} is not finite", "train it anew with a lower learning rate")
+        raise ModelError(f"the adapter in {folder} is not finite", "train it again with a lower learning rate")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # PEFT only warns of weights that find no layer.

@@ -20,7 +20,7 @@ class CausalTask(nn.Module):
 
     Args:
         model: A ``PhiForCausalLM``; whatever has a plain linear head over ``model.model``.
-        walls: How documents of one row are kept apart: by attention inside each, for which the model must be
+        walls: How documents of one row are kept separate: by attention inside each, for which the model must be
             :func:`~mmphi.models.patches.varlen_attention.varlen_attention_applied`, or by a mask over the row.
         compiled: Whether torch compiles the layers.
     """

@@ -50,7 +50,7 @@ def compiled_layers(packed: PackedVLM, wanted: bool, say: Callable[[str], None])
             _smoke_test(packed)
         except Exception as problem:  # Whatever a compiler's tool chain may lack; torch names no common ancestor.
             lines = [line for line in str(problem).split("\n") if line.strip()] or [type(problem).__name__]
-            say(f"torch.compile does not work here ({lines[0][:120]}): going on without it")
+            say(f"torch.compile does not work here ({lines[0][:120]}): continuing without it")
             packed.compiled = []
     try:
         yield

@@ -336,4 +336,4 @@ def _quantize(model: Any, precision: str, device: torch.device) -> Any:
 def _check_finite(model: Any, name: str) -> None:
     for key, tensor in model.named_parameters():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"{name}: the weights {key} are not finite", "fetch or train the model anew")
+            raise ModelError(f"{name}: the weights {key} are not finite", "fetch or train the model again")

@@ -26,7 +26,7 @@ def features_of(pixels: Mapping[str, Tensor], encoder: VisionEncoder) -> dict[st
 def features_async(
     names: Sequence[str], pixels_BCHW: Tensor, encoder: VisionEncoder
 ) -> Callable[[], dict[str, Tensor]]:
-    """Begin to compute features; an accelerator goes on with them until they are asked for.
+    """Begin to compute features; an accelerator continues with them until they are asked for.
 
     Args:
         names: Digest of each image.

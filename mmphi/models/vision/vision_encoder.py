@@ -271,7 +271,7 @@ def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any
                 **_activation(quick_gelu_of(settings) if settings else None),
             )
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ModelError(f"no CLIP can be read from {folder}: {error}", "train it anew with --force") from error
+        raise ModelError(f"no CLIP can be read from {folder}: {error}", "train it again with --force") from error
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     run_id, address = record(options, figures, results.get("n-samples", {}))
     for name, value in figures.items():
         print(f"{name:<48} {value:.4f}")
-    print(f"run {run_id}\npage at {address}\n`mmphi report benchmarks` sets it beside published figures")
+    print(f"run {run_id}\npage at {address}\n`mmphi report benchmarks` compares it with published figures")
     return 0
 
 

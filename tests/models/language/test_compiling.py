@@ -86,7 +86,7 @@ def test_where_it_does_not_work_that_is_told(monkeypatch):
     model = packed_model(language)
     with compiled_layers(model, True, said.append):
         learned(model, language)
-    assert said == ["torch.compile does not work here (no C++ compiler): going on without it"]
+    assert said == ["torch.compile does not work here (no C++ compiler): continuing without it"]
 
 
 def test_it_is_worth_it_where_it_was_measured():

@@ -96,7 +96,7 @@ def test_resumed_equals_straight_to_the_bit(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", real)
     recorder = Recorder()
     train(tmp_path / "cut", drawn, recorder)
-    assert "going on from step 3" in recorder.said[0]
+    assert "resuming from step 3" in recorder.said[0]
     one, two = (load_file(tmp_path / n / "open_clip_model.safetensors") for n in ("straight", "cut"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[k], two[k]) for k in one)
