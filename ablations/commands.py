@@ -27,7 +27,9 @@ def ablate(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("study", help=f"{', '.join(studies.names())}, or a Python file that defines STUDY")
     parser.add_argument("--preset", default="", help="another preset than the study's own")
-    parser.add_argument("--name", default="", help="what it is called in the store [the study's name]")
+    parser.add_argument(
+        "--name", default="", help="what it is called in the store [the study's name; with --preset NAME.PRESET]"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that train [one a GPU, else 1]")
     parser.add_argument("--storage", default="", help="Optuna's storage: postgresql+psycopg://... [beside MLflow's]")
     parser.add_argument("--seeds", type=int, help="how many paired seeds")

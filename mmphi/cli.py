@@ -43,6 +43,7 @@ COMMANDS = {
     "report": "reports.commands:report",
     "reference": "reports.reference_command:reference",
 }
+INTERACTIVE = ("ask", "chat", "demo", "serve", "ui")  # They have nothing to resume.
 FORMER_COMMANDS = {"say": "tts"}
 GENERATORS = "generators"
 BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
@@ -115,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     install_filters()
     show_log()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with _terminable() as terminated:
+    resumes = not words or words[0] not in INTERACTIVE
+    with _terminable("stopped; the same command resumes from there" if resumes else "stopped") as terminated:
         try:
             return _command(words)
         except MmphiError as error:
@@ -146,13 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[list[int]]:
+def _terminable(message: str) -> Iterator[list[int]]:
     """Make SIGTERM an interruption that the run can record; yields a list that it is noted in."""
     terminated: list[int] = []
 
     def stop(number: int, _: object) -> None:
         terminated.append(number)
-        raise Stopped("stopped; the same command resumes from there")
+        raise Stopped(message)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 STATUS_HELP = """usage: mmphi status [--preset NAME] [--KEY VALUE ...]
 
-The stages as a graph: finished with run, time and size, or missing with what building would cost."""
+The stages as a graph: finished with run, time and size; or running, stopped (the same command resumes it) or missing,
+with what building would cost."""
 
 
 CAPTIONS = "Captions of held-out images (=: as the reference; otherwise the reference follows in brackets):"
@@ -251,11 +252,11 @@ def _state(
         took = f", took {duration(result.seconds)}" if result.seconds is not None else ""
         text = f"finished  run {result.run_id}, {ago(result.ended_ms)}{disk}{took}"
         return StageState(text, True, 0, 0.0)
-    past, begun = looked.seconds(name, settings.name), looked.begun(key)
+    past, run_status = looked.seconds(name, settings.name), looked.run_status(key)
     seconds = past if past is not None else cost.seconds
     took = f"about {duration(seconds)}{' as last time' if past is not None else ''}" if seconds is not None else ""
-    text = _joined("begun" if begun else "missing", _would_take(cost, took))
-    return StageState(text, begun, cost.disk_bytes, seconds)
+    text = _joined({"": "missing", "RUNNING": "running"}.get(run_status, "stopped"), _would_take(cost, took))
+    return StageState(text, bool(run_status), cost.disk_bytes, seconds)
 
 
 def relevant(plan: StageGraph, settings: Settings, states: Mapping[str, StageState]) -> list[str]:
@@ -337,7 +338,8 @@ def ending(result: Result, store: Store) -> str:
     opens = [] if server else [f"pages      {command} ui"]
     asks = []
     if STAGES[result.stage].talks and (image := test_image(result, store)):
-        asks = [f"ask it     {command} ask --model {result.run_id} --image {shlex.quote(str(image))} 'what is this?'"]
+        question = shlex.quote(trained_question(result.path))
+        asks = [f"ask it     {command} ask --model {result.run_id} --image {shlex.quote(str(image))} {question}"]
     return "\n".join(
         [
             *lines,
@@ -349,6 +351,15 @@ def ending(result: Result, store: Store) -> str:
             *asks,
         ]
     )
+
+
+def trained_question(folder: Path) -> str:
+    """A question that a model was trained on; empty where images came without a question."""
+    try:
+        questions = json.loads((folder / "mmphi.json").read_text()).get("questions", ())
+    except (OSError, ValueError):
+        return ""
+    return str(questions[0]) if questions else ""
 
 
 def program() -> str:

@@ -118,12 +118,29 @@ def test_a_setting_that_is_true_or_false_may_stand_alone():
         (["projecto"], "did you mean projector?"),
         (["projector", "--layers", "0"], "nearest valid value is 1"),
         (["projector", "--preset", "tinny"], "did you mean tiny"),
+        (["projector", "--steps", "many"], "must be a whole number"),
         (["benchmark", "nothing"], "there is no benchmark 'nothing'"),
     ],
 )
 def test_mistakes_end_with_two_and_a_hint(arguments, words, capsys):
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_a_port_that_is_none_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--port", "99999"])
+    assert caught.value.code == 2
+    assert "'99999' is no port: a number from 0 to 65535" in capsys.readouterr().err
+
+
+def test_a_file_may_extend_the_preset_of_its_name(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("extends: small\nprojector: {steps: 7}\n")
+    settings = load_settings(str(path), {}, "projector", expand=False)
+    assert settings.projector.steps == 7
+    assert settings.light_clip.image_tower  # Of the preset.
 
 
 def test_two_mistakes_are_two_lines_each_with_its_hint(capsys):

@@ -103,7 +103,12 @@ def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str,
             _drop(content, name)
         else:
             _put(content, name, _from_file(root, name, value, path.parent))
-    return _merge(_read(root, _find(str(parent), path.parent), (*above, path)), content) if parent else content
+    if not parent:
+        return content
+    found = _find(str(parent), path.parent)
+    if found == path and "/" not in str(parent):  # my/small.yaml may extend the preset small.
+        found = _find(str(parent), presets_folder())
+    return _merge(_read(root, found, (*above, path)), content)
 
 
 def _nested(content: Mapping[Any, Any]) -> dict[str, Any]:

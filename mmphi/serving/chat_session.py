@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = {
     "/image PATH": "show an image with the next question",
-    "/audio PATH": "play a recording with the next question; alone it is the question (an empty line sends it)",
+    "/audio PATH": "send a recording with the next question; alone it is the question (an empty line sends it)",
     "/system TEXT": "set the system message; starts again",
     "/set NAME VALUE": "max_tokens, temperature, top_p, seed or stop of the answers that follow",
     "/undo": "take the last question and its answer back",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmphi.errors import SettingsError
 from mmphi.serving.ask import sampling_of, sampling_options
-from mmphi.serving.model_args import model_options
+from mmphi.serving.model_args import model_options, port_number
 from mmphi.serving.serve import HOST, KEY, key_for
 
 PORT = 7860
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--examples", default="", metavar="FOLDER", help="images, recordings, questions (.txt) at hand")
     made.add_argument("--host", default=HOST, help=f"where to listen [{HOST}]")
-    made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
+    made.add_argument("--port", type=port_number, default=PORT, help=f"[{PORT}]")
     made.add_argument("--open", action="store_true", help="open it in the browser")
     made.add_argument("--slots", type=int, default=4, help="answers of a model at once [4]")
     made.add_argument("--waiting", type=int, default=32, help="questions that may wait in addition [32]")

@@ -12,6 +12,18 @@ from mmphi.tracking.status_reader import ModelRun, status_reader
 
 TEXT_ONLY, SMOKE = "pretrain", "smoke"
 MOST_LOOKED_AT = 50  # Models of each stage among which the newest is chosen.
+LAST_PORT = 65535
+
+
+def port_number(text: str) -> int:
+    """A TCP port as typed.
+
+    Raises:
+        ArgumentTypeError: If it is none.
+    """
+    if not text.isdigit() or int(text) > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 0 to {LAST_PORT}")
+    return int(text)
 
 
 def model_options(made: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mmphi.errors import SettingsError
-from mmphi.serving.model_args import model_options
+from mmphi.serving.model_args import model_options, port_number
 
 if TYPE_CHECKING:
     import uvicorn
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     model_options(made)
     made.add_argument("--name", default="", help="what the model is called to those who ask [its run or folder]")
     made.add_argument("--host", default=HOST, help=f"where to listen; beyond this machine only with a key [{HOST}]")
-    made.add_argument("--port", type=int, default=PORT, help=f"[{PORT}]")
+    made.add_argument("--port", type=port_number, default=PORT, help=f"[{PORT}]")
     made.add_argument("--slots", type=int, default=8, help="answers at once [8]")
     made.add_argument("--waiting", type=int, default=64, help="questions that may wait in addition, else 429 [64]")
     made.add_argument("--audio-seconds", type=float, default=600.0, help="longest recordings of a request [600]")

@@ -79,8 +79,8 @@ class StatusReader(Protocol):
     def result(self, key: str) -> FinishedRun | None:
         """The newest run that is a result of a key."""
 
-    def begun(self, key: str) -> bool:
-        """Whether any run was begun for a key."""
+    def run_status(self, key: str) -> str:
+        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty without a run."""
 
     def seconds(self, stage: str, preset: str) -> float | None:
         """How long the newest finished run of a stage took under a preset's name."""
@@ -118,9 +118,11 @@ class SqliteStatusReader:
                 return FinishedRun(run_id, ended_ms, folder, self._seconds(run_id))
         return None
 
-    def begun(self, key: str) -> bool:
-        """Whether any run was begun for a key."""
-        return next(self._rows(NEWEST.format(condition=""), "mmphi.key", key), None) is not None
+    def run_status(self, key: str) -> str:
+        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty without a run."""
+        query = NEWEST.format(condition="").replace("runs.artifact_uri", "runs.status", 1)
+        newest = next(self._rows(query, "mmphi.key", key), None)
+        return newest[2] if newest else ""
 
     def seconds(self, stage: str, preset: str) -> float | None:
         """How long the newest finished run of a stage took under a preset's name."""
@@ -171,9 +173,10 @@ class ClientStatusReader:
         seconds = run.data.metrics.get("seconds")
         return FinishedRun(str(run.info.run_id), run.info.end_time, self._store.local_folder(run), seconds)
 
-    def begun(self, key: str) -> bool:
-        """Whether any run was begun for a key."""
-        return next(self._store.search(key=key), None) is not None
+    def run_status(self, key: str) -> str:
+        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty without a run."""
+        newest = next(self._store.search(key=key), None)
+        return str(newest.info.status) if newest else ""
 
     def seconds(self, stage: str, preset: str) -> float | None:
         """How long the newest finished run of a stage took under a preset's name."""
@@ -200,7 +203,7 @@ def status_reader() -> StatusReader:
     looked = SqliteStatusReader(uri, file)
     try:
         looked.seconds("scenes", "tiny")
-        looked.begun("none")
+        looked.run_status("none")
     except sqlite3.Error:
         return ClientStatusReader()
     return looked

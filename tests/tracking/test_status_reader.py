@@ -23,9 +23,9 @@ def test_a_look_at_the_tables_is_what_mlflow_says(empty_store: str, monkeypatch:
     assert isinstance(quick, SqliteStatusReader)
     for key in (first.key, pipeline.key("draw", settings), pipeline.key("train", failed), "none"):
         assert quick.result(key) == slow.result(key)
-        assert quick.begun(key) == slow.begun(key)
+        assert quick.run_status(key) == slow.run_status(key)
     assert quick.result(first.key).run_id == first.run_id  # type: ignore[union-attr]
-    assert quick.begun(pipeline.key("train", failed))
+    assert quick.run_status(pipeline.key("train", failed)) == "FAILED"
     assert quick.result(pipeline.key("train", failed)) is None
     for stage, preset in (("train", "tiny"), ("train", "small"), ("none", "tiny")):
         assert quick.seconds(stage, preset) == slow.seconds(stage, preset)
@@ -33,7 +33,7 @@ def test_a_look_at_the_tables_is_what_mlflow_says(empty_store: str, monkeypatch:
     (first.path / "step-3").unlink()
     assert quick.result(first.key) is None
     pipeline.store.client.delete_run(first.run_id)
-    assert not quick.begun(first.key)
+    assert quick.run_status(first.key) == ""
 
 
 def test_tables_of_another_form_are_left_to_mlflow(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
