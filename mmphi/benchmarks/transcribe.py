@@ -1,6 +1,6 @@
 """Two Whispers side by side on the same recordings: openai-whisper and faster-whisper, of one size.
 
-Both hear the same windows behind the same voice gate, with as many beams and the same rules of what is decoded again.
+Both transcribe the same windows after the same voice activity detection, with equal beams and fallback rules.
 Shown are word error rate, real-time factor and how many recordings both hear as the same text; each side runs in a
 process of its own, so that its peak memory is its own.
 """

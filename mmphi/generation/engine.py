@@ -184,7 +184,7 @@ class Engine:
 
     def _seat(self, answering: GenerationRequest, free: list[int]) -> None:
         common = {slot: _common(self._held[slot], answering.memory) for slot in free}
-        for slot in free:  # Of another conversation that only begins alike: better kept for whoever continues with it.
+        for slot in free:  # A slot of another conversation that only begins alike is kept for its own next request.
             if 2 * common[slot] < len(self._held[slot]):
                 common[slot] = 0
         slot = max(free, key=lambda s: (common[s], -self._used[s]))

@@ -92,7 +92,7 @@ def language_size(settings: SettingsView) -> LanguageSize | None:
             bool(config.get("tie_word_embeddings", False)),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # Whoever loads it explains what is wrong with it.
+        return None  # The stage that loads it reports the error.
 
 
 def projector_parameters(settings: SettingsView) -> int:

@@ -67,7 +67,7 @@ class GeneratedStream:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.pool.stop()
-        if kind is None:  # Else the same command resumes from what is there.
+        if kind is None:  # Otherwise the same command resumes from these files.
             self.reader.let_go_before(self.reader.position)
             for name in (SPOOL, FLEET, HELD):
                 path = self.folder / name

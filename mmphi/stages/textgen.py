@@ -65,7 +65,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> CorpusStore:
-    """The store that the settings describe; continues with what is there."""
+    """The store that the settings describe; existing results are kept."""
     from mmphi.textgen.corpus_store import CorpusStore
     from mmphi.textgen.quality import Quality
 

@@ -75,7 +75,7 @@ class CorpusStore:
     """Keeps documents that are clean and new.
 
     Args:
-        folder: Where; continues with what is there.
+        folder: Where it is written; existing results are kept.
         limit: Bytes, compressed.
         quality: Says what is not worth keeping.
         language: ISO 639-3 code of the words.
