@@ -11,7 +11,9 @@ from typing import Any
 
 from ablations import study as studies
 from ablations.dry_run import without_tuning
+from ablations.smoke import smoke_study
 from ablations.study import Study
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import SettingsError
 
 EPILOG = "Any setting may be changed for all levels alike: --projector.batch_size 64"
@@ -19,11 +21,10 @@ EPILOG = "Any setting may be changed for all levels alike: --projector.batch_siz
 
 def ablate(arguments: Sequence[str]) -> int:
     """``mmphi ablate STUDY``: run a study, or resume it."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="mmphi ablate",
         description="Run a study or a search, or resume it.",
         epilog=EPILOG,
-        allow_abbrev=False,  # `--seed` is no short form of `--seeds`.
     )
     parser.add_argument("study", help=f"{', '.join(studies.names())}, or a Python file that defines STUDY")
     parser.add_argument("--preset", default="", help="another preset than the study's own")
@@ -39,16 +40,20 @@ def ablate(arguments: Sequence[str]) -> int:
     parser.add_argument("--retries", type=int, default=5, help="how often a worker may die over one trial [5]")
     parser.add_argument("--no-tuning", action="store_true", help="judge every level at the preset's nuisance values")
     parser.add_argument("--dry-run", action="store_true", help="show every trial and the time, and train nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two seeds of a few steps, under another name, to see whether all works"
+    )
     options, rest = parser.parse_known_args(list(arguments))
     options.storage = "" if options.storage == "preset" else options.storage
     name, study = studies.load(options.study, "" if options.preset == "preset" else options.preset)
     study = adjust_study(study, options, rest)
+    name = options.name or (f"{name}.smoke" if options.smoke else name)
     if options.dry_run:
-        return _dry_run(options.name or name, study, options.workers)
+        return _dry_run(name, study, options.workers)
     from ablations.run import run
 
     return run(
-        options.name or name,
+        name,
         study,
         workers=options.workers,
         storage=options.storage,
@@ -104,7 +109,10 @@ def adjust_study(study: Any, options: argparse.Namespace, rest: Sequence[str]) -
             raise SettingsError("a search tunes nothing before it", "leave --no-tuning out")
         study = without_tuning(study)
     named = {full_name(Settings, key, study.stage): value for key, value in fixed.items()}
-    return replace(study, fixed={**study.fixed, **named}) if named else study
+    study = replace(study, fixed={**study.fixed, **named}) if named else study
+    if options.smoke and not isinstance(study, Study):
+        raise SettingsError("a search has no smoke run", "give --trials 2 and few --tokens")
+    return smoke_study(study) if options.smoke else study
 
 
 def parse_levels(study: Study, text: str) -> list[str]:

@@ -8,6 +8,7 @@ from statistics import median
 from ablations.study import Study
 from ablations.trials import TrialSpec
 from ablations.tuning import grid_points
+from mmphi.config.smoke import is_smoke
 from mmphi.describe import duration
 from mmphi.errors import SettingsError
 from mmphi.pipeline.graph import StageGraph
@@ -47,6 +48,8 @@ def seconds_per_trial(study: Study, store: TrackingStore, name: str) -> tuple[fl
     counted = f"{study.stage}/supervised_tokens"
     for run in store.search("FINISHED", stage=study.stage):
         metrics = run.data.metrics
+        if is_smoke(run.data.tags.get("mmphi.preset", "")):
+            continue  # Start-up dominates its time.
         if metrics.get("seconds") and metrics.get(counted) and study.tokens:
             own = metrics["seconds"] * study.tokens / metrics[counted]
             return own, f"run {run.info.run_id[:8]} of {study.stage}, in proportion to its supervised tokens"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import webbrowser
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ MOST_COMPARED = 100  # Runs that one address can hold.
 
 def studies(arguments: Sequence[str]) -> int:
     """``mmphi studies [STUDY]``: what there is, how far it is, and what to change."""
-    parser = argparse.ArgumentParser(
-        prog="mmphi studies", description="List studies; look at one; change one while it runs."
-    )
+    parser = CommandParser(prog="mmphi studies", description="List studies; look at one; change one while it runs.")
     parser.add_argument("study", nargs="?", help="its name in the store")
     parser.add_argument("--watch", action="store_true", help="show it until it is done")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks [5]")
@@ -141,7 +139,7 @@ def record_change(level: str, value: Any) -> Any:
 
 def compare(arguments: Sequence[str]) -> int:
     """``mmphi compare STUDY``: MLflow's pages of exactly the runs of a study."""
-    parser = argparse.ArgumentParser(prog="mmphi compare", description=compare.__doc__)
+    parser = CommandParser(prog="mmphi compare", description=compare.__doc__)
     parser.add_argument("study", help="its name in the store")
     parser.add_argument("--port", type=int, default=5000, help="of the pages on 127.0.0.1 [5000]")
     parser.add_argument("--no-browser", action="store_true", help="only print the addresses")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mmphi.config.former_names import FORMER_NAMES
-from mmphi.config.messages import warn_renamed
+from mmphi.config.messages import did_you_mean, explain_validation_error, warn_renamed
 from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
 from mmphi.config.shared import ConversationSettings, LanguageSettings, VisionSettings
@@ -426,11 +426,16 @@ def _vision(
     gigabytes: float,
 ) -> tuple[ImageFeatures, VisionReference]:
     if isinstance(given, str | Path) and not str(given).startswith(TIMM):
+        unknown = next((name for name in settings if name not in VisionSettings.model_fields), None)
+        if unknown is not None and (near := did_you_mean(unknown, [*SHAPE, *VisionSettings.model_fields])):
+            raise SettingsError(f"there is no setting {unknown!r}", f"did you mean {near}?")
         chosen = _checked(VisionSettings, "vision", {"model": str(given), **settings})
         encoder = load_vision_encoder(chosen).to(device)
         return CachedFeatures(encoder, gigabytes), VisionReference(chosen, encoder.digest)
     if settings:
-        raise SettingsError(f"{', '.join(settings)}: no such settings of this encoder", "see help(mmphi.join)")
+        near = did_you_mean(next(iter(settings)), SHAPE)
+        hint = f"did you mean {near}?" if near else "help(mmphi.join) lists the settings"
+        raise SettingsError(f"there is no setting {next(iter(settings))!r} for this encoder or for the projector", hint)
     if isinstance(given, str | Path):
         custom = timm_encoder(str(given)).to(device)
     elif isinstance(given, nn.Module):
@@ -469,17 +474,13 @@ def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> An
         SettingsError: If there is no such setting, or its value is out of bounds.
     """
     if unknown := [name for name in values if name not in kind.model_fields]:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], kind.model_fields, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"`mmphi {section} --help-all` lists them"
-        raise SettingsError(f"there is no setting {section}.{unknown[0]}", hint)
+        near = did_you_mean(unknown[0], kind.model_fields)
+        hint = f"did you mean {near}?" if near else f"`mmphi {section} --help-all` lists them"
+        raise SettingsError(f"there is no setting {unknown[0]!r}", hint)
     try:
         return kind(**values)
     except ValidationError as error:
-        raise SettingsError(
-            "; ".join(f"{section}.{e['loc'][0] if e['loc'] else ''}: {e['msg']}" for e in error.errors())
-        ) from error
+        raise explain_validation_error(kind, error) from error
 
 
 class _MetricsTracker(SilentTracker):

@@ -216,16 +216,15 @@ def _command(words: list[str]) -> int:
     settings = load_settings(preset, overrides, name)
     if "smoke" in options:
         settings = _smoke(settings, overrides, name)
-    status_code = _stage(name, settings, overrides, force="force" in options, no_build="no_build" in options)
-    if "smoke" in options and os.environ.get("RANK", "0") == "0":
-        print("smoke      every step of this run works; its figures and answers mean nothing after so few steps")
-    return status_code
+    return _stage(
+        name, settings, overrides, force="force" in options, no_build="no_build" in options, smoke="smoke" in options
+    )
 
 
 def _smoke(settings: Settings, overrides: Mapping[str, str], name: str) -> Settings:
     """Settings at the size of a smoke run; those of the command line stay."""
     from mmphi.config.overrides import full_name
-    from mmphi.stages.smoke import smoke
+    from mmphi.config.smoke import smoke
 
     return smoke(settings, {full_name(type(settings), key, name) for key in overrides})
 
@@ -300,7 +299,9 @@ def _benchmark(rest: list[str]) -> int:
     return run(rest[1:]) or 0
 
 
-def _stage(name: str, settings: Settings, overrides: Mapping[str, str], *, force: bool, no_build: bool) -> int:
+def _stage(
+    name: str, settings: Settings, overrides: Mapping[str, str], *, force: bool, no_build: bool, smoke: bool
+) -> int:
     from mmphi.config.presets import AS_PRESET
     from mmphi.describe import ending
     from mmphi.pipeline.build import Pipeline
@@ -320,6 +321,8 @@ def _stage(name: str, settings: Settings, overrides: Mapping[str, str], *, force
         run=os.environ.get("MLFLOW_RUN_ID", ""),  # Set by `mlflow run`.
     )
     if os.environ.get("RANK", "0") == "0":
+        if smoke:
+            print("\nsmoke run: every step works; its figures and answers mean nothing after so few steps")
         print(ending(result, pipeline.store))
     return 0
 

@@ -124,7 +124,15 @@ def stage_help(name: str, settings: Settings, *, everything: bool = False, only:
             title = f"{section}, its own section, which may be left out:" if own else f"{section}:"
             lines += ["", title, *_aligned(rows)]
     if only and not count:
-        raise SettingsError(f"no setting of {name} contains {only!r}", f"`mmphi {name} --help-all` lists all")
+        elsewhere = dict.fromkeys(
+            key.partition(".")[0]
+            for key, field in all_fields(type(settings)).items()
+            if only.lower() in f"{key} {field.help}".lower() and key.partition(".")[0] in STAGES
+        )
+        hint = f"`mmphi {name} --help-all` lists all"
+        if elsewhere:
+            hint = "; ".join(f"see `mmphi {each} --help-all {only}`" for each in elsewhere)
+        raise SettingsError(f"no setting of {name} contains {only!r}", hint)
     return "\n".join(lines)
 
 

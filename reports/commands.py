@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class WrittenReport:
 
 def report(arguments: Sequence[str]) -> int:
     """``mmphi report``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="mmphi report", description="Write a report from the tracking store alone; no model is loaded."
     )
     parser.add_argument("kind", nargs="?", default="ablation", choices=KINDS, help="what it is about [ablation]")

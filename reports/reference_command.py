@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import DataError
 from reports.references import FOLDER, WIKITEXT2
 
 
 def reference(arguments: Sequence[str]) -> int:
     """``mmphi reference``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="mmphi reference",
         description="Measure a language model's loss on a text, and store it with its protocol for reports.",
     )

@@ -204,7 +204,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"layer": 3}, "layer: no such settings of this encoder"),
+        ({"layer": 3}, "no setting 'layer' for this encoder"),
         ({"vision": Odd()}, r"Odd gives \(1, 3, 8, 8\) for 1 images"),
         ({"vision": 3}, "vision is a int"),
         ({"vision": "timm/vit_tinny"}, "did you mean .*vit_tiny"),
@@ -219,9 +219,9 @@ def test_parts_that_do_not_fit(options: dict[str, Any], words: str) -> None:
 
 
 def test_unknown_settings_and_values_out_of_bounds() -> None:
-    with pytest.raises(SettingsError, match=r"(?s)projector\.step\b.*did you mean steps"):
+    with pytest.raises(SettingsError, match=r"(?s)no setting 'step'.*did you mean steps"):
         joined().fit(PAIRS, step=3)
-    with pytest.raises(SettingsError, match=r"projector\.steps: Input should be greater"):
+    with pytest.raises(SettingsError, match=r"(?s)steps = 0, but it must be .*nearest valid value is 1"):
         joined().fit(PAIRS, steps=0)
     with pytest.raises(SettingsError, match="logger is 'wandb'"):
         joined().fit(PAIRS, logger="wandb", **QUICK)
@@ -483,3 +483,11 @@ def test_settings_of_another_kind_and_another_number_of_features_are_refused() -
     seen: dict[str, float] = {}
     model.fit(PAIRS, logger=lambda values, step: seen.update(values), **QUICK | {"steps": 2})
     assert seen["projector/image_tokens"] == 4
+
+
+def test_misspelt_settings_of_join_name_the_nearest_one() -> None:
+    for vision in (Patches(), "RN50"):
+        with pytest.raises(SettingsError, match=r"(?s)no setting 'querys'.*did you mean queries"):
+            joined(vision=vision, kind="resampler", querys=4)
+    with pytest.raises(SettingsError, match=r"(?s)kind = 'resampelr'.*did you mean resampler"):
+        joined(kind="resampelr")

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from mmphi.cli import main, parse
+from mmphi.config.smoke import smoke
 from mmphi.describe import MOST_CHANGED
 from mmphi.errors import SettingsError
 from mmphi.stages import STAGES, load_settings
-from mmphi.stages.smoke import smoke
 
 
 def test_help_loads_nothing_heavy():
@@ -125,6 +125,27 @@ def test_a_setting_that_is_true_or_false_may_stand_alone():
 def test_mistakes_end_with_two_and_a_hint(arguments, words, capsys):
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_an_unknown_option_of_a_command_names_the_nearest_one(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["ask", "what is this?", "--imgae", "photo.jpg"])
+    assert caught.value.code == 2
+    assert "there is no option --imgae; did you mean --image?" in capsys.readouterr().err
+
+
+def test_help_of_a_text_names_the_stage_that_has_such_settings(capsys):
+    assert main(["scenes", "--help-all", "lora"]) == 2
+    assert "see `mmphi qlora --help-all lora`" in capsys.readouterr().err
+
+
+def test_a_tab_in_yaml_is_explained_with_the_name_of_the_file(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("projector:\n\tsteps: 3\n")
+    assert main(["projector", "--preset", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert 'in "mine.yaml", line 2' in shown
+    assert "indent with spaces" in shown
 
 
 @pytest.mark.parametrize("command", ["serve", "demo"])

@@ -91,7 +91,8 @@ def _must(field: Field, problem: str) -> str:
 
 def _nearest_valid(field: Field, value: Any) -> str:
     if field.choices:
-        return f"the nearest valid value is {did_you_mean(str(value), field.choices).split(' or ')[0] or field.default}"
+        near = difflib.get_close_matches(str(value), field.choices, n=1)
+        return f"did you mean {near[0]}?" if near else f"the default is {field.default}"
     valid = field.nearest(value)
     if valid is None:
         return f"the default is {field.default}"

@@ -87,9 +87,10 @@ def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str,
         circle = " -> ".join(p.name for p in (*above, path))
         raise SettingsError(f"{path} extends itself: {circle}", "take one `extends` out")
     try:
-        content = yaml12.load(path.read_text(encoding="utf-8"))
+        content = yaml12.load(path.read_text(encoding="utf-8"), path.name)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}", "fix the YAML there") from error
+        hint = "indent with spaces: YAML takes no tabs" if "'\\t'" in str(error) else "fix the YAML there"
+        raise SettingsError(f"{path} cannot be read: {error}", hint) from error
     if not isinstance(content or {}, dict):
         raise SettingsError(
             f"{path} holds a {type(content).__name__}, not settings by name", "write `key: value` lines"

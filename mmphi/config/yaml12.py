@@ -84,13 +84,22 @@ Loader.add_constructor("tag:yaml.org,2002:int", _int)
 Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
-def load(text: str) -> Any:
-    """What a text in YAML says.
+def load(text: str, name: str = "value") -> Any:
+    """The value of a text in YAML.
+
+    Args:
+        text: YAML.
+        name: Of the file, for error messages.
 
     Raises:
-        yaml.YAMLError: If it is malformed, or a key stands twice.
+        yaml.YAMLError: If it is malformed, or a key occurs twice; names the line and column.
     """
-    return yaml.load(text, Loader)  # A safe loader.
+    loader = Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def plain_values(value: Any) -> Any:

@@ -117,13 +117,21 @@ def _av() -> Any:
     return av
 
 
+def check_recording_file(path: Path) -> None:
+    """Refuse a path at which there is no file, or an empty one.
+
+    Raises:
+        AudioError: Naming the path.
+    """
+    if not path.is_file():
+        raise AudioError("missing", f"there is no recording {path}", "check the path")
+    if not path.stat().st_size:
+        raise AudioError("empty", f"{path} is empty", "record it again, or copy it again")
+
+
 def _opened(source: Path | str | bytes, name: str) -> Any:
     if not isinstance(source, bytes):
-        path = Path(source)
-        if not path.is_file():
-            raise AudioError("missing", f"there is no recording {name}", "check the path")
-        if not path.stat().st_size:
-            raise AudioError("empty", f"{name} is empty", "record it again, or copy it again")
+        check_recording_file(Path(source))
     elif not source:
         raise AudioError("empty", f"{name} is empty", "give the bytes of an audio file")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mmphi.config.arguments import CommandParser
 from mmphi.data.images import open_image
 from mmphi.data.json_rows import load_json
 from mmphi.errors import DataError, ImageError, ModelError
@@ -177,7 +177,7 @@ def wanted_models() -> str:
 
 def main(arguments: list[str]) -> int:
     """``mmphi fetch``."""
-    parser = argparse.ArgumentParser(prog="mmphi fetch", description=__doc__.partition("; ")[0])
+    parser = CommandParser(prog="mmphi fetch", description=__doc__.partition("; ")[0])
     parser.add_argument("what", choices=["llava", "models"], help="LLaVA-Instruct-150k with its images; photos' models")
     parser.add_argument("folder", type=Path, help="where to; the same command resumes from what is there")
     parser.add_argument("--max-images", type=int, default=0, help="fetch at most this many images [all]")

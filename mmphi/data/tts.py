@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
@@ -16,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmphi.config.arguments import CommandParser
 from mmphi.data.content_hash import file_digest
 from mmphi.errors import DataError
 
@@ -193,7 +193,7 @@ def synthesize_sentences(
 
 def main(arguments: Sequence[str]) -> int:
     """``mmphi tts``."""
-    parser = argparse.ArgumentParser(prog="mmphi tts", description=__doc__.partition("\n")[0])
+    parser = CommandParser(prog="mmphi tts", description=__doc__.partition("\n")[0])
     parser.add_argument("texts", type=Path, help="CSV of sentences, or JSON lines with turns")
     parser.add_argument("folder", type=Path, help="where the recordings and spoken.csv go")
     parser.add_argument("--column", default="caption", help="column of the sentence [caption]")

@@ -65,10 +65,18 @@ def difference(parts: Mapping[str, Any], before: Mapping[str, Any], settings: Se
 
     changed = [name for name in {**parts, **before} if value(parts, name) != value(before, name)]
     words = [
-        f"{current_name(type(settings), name)} is {_short(value(parts, name))}, was {_short(value(before, name))}"
-        for name in changed[:shown]
+        _change(current_name(type(settings), name), value(parts, name), value(before, name)) for name in changed[:shown]
     ]
     return "; ".join(words) + (f" and {len(changed) - shown} more" if len(changed) > shown else "")
+
+
+def _change(name: str, value: Any, before: Any) -> str:
+    """One difference of two keys; digests are not shown, because nobody can read them."""
+    if name.startswith("upstream."):
+        return f"the {name.removeprefix('upstream.')} that it uses is another one"
+    if any(str(each).startswith("sha256:") for each in (value, before)):
+        return f"the content of {name} is different"
+    return f"{name} is {_short(value)}, was {_short(before)}"
 
 
 def _short(value: Any) -> str:

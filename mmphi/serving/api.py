@@ -99,7 +99,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
     async def measured() -> PlainTextResponse:
         return PlainTextResponse(metrics.text(), media_type=metrics.media_type)
 
-    model = {"id": rules.name, "object": "model", "created": 0, "owned_by": "mmphi"}
+    model = {"id": rules.name, "object": "model", "created": int(time.time()), "owned_by": "mmphi"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

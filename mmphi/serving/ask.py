@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import MmphiError
 from mmphi.serving.model_args import model_options
 
@@ -18,7 +19,7 @@ STDIN = "-"
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="mmphi ask",
         description="Ask a trained model a question about images and recordings, typed or spoken.",
         epilog="mmphi ask --image photo.jpg 'what is this?'    mmphi ask --image photo.jpg --audio question.mp3",
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _answer(options: argparse.Namespace) -> int:
+    from mmphi.data.audio import check_recording_file
     from mmphi.generation.messages import MessageError, parse_messages
 
     question = sys.stdin.read().strip() if options.question == STDIN else options.question
@@ -76,7 +78,9 @@ def _answer(options: argparse.Namespace) -> int:
             "for example: mmphi ask --image photo.jpg 'what is this?'\n  or: mmphi ask --audio question.mp3",
         )
     messages.append({"role": "user", "content": parts})
-    asked = parse_messages(messages)  # Before torch is imported, which takes seconds.
+    asked = parse_messages(messages)  # Before torch is imported and a transcriber is loaded, which take seconds.
+    for path in options.audio:
+        check_recording_file(path)
     sampling = sampling_of(options)
 
     import mmphi

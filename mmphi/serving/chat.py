@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import MmphiError
 from mmphi.serving.ask import sampling_of, sampling_options
 from mmphi.serving.chat_session import COMMANDS, ChatSession, EndSession
@@ -18,7 +19,7 @@ PROMPT = "> "
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="mmphi chat", description="Talk to a trained model in the terminal; /help lists what can be typed there."
     )
     model_options(made)

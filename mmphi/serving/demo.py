@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import SettingsError
 from mmphi.serving.ask import sampling_of, sampling_options
 from mmphi.serving.model_args import model_options, port_number
@@ -19,7 +20,7 @@ USER = "mmphi"
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="mmphi demo",
         description="A page in the browser: type, speak or show a photo to a trained model, or to two side by side.",
         epilog=f"Beyond this machine only with a password, which is read from the variable {KEY}; the user is {USER}.",

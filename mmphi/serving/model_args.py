@@ -10,7 +10,7 @@ from pathlib import Path
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.status_reader import ModelRun, status_reader
 
-TEXT_ONLY, SMOKE = "pretrain", "smoke"
+TEXT_ONLY = "pretrain"
 MOST_LOOKED_AT = 50  # Models of each stage among which the newest is chosen.
 LAST_PORT = 65535
 
@@ -57,14 +57,16 @@ def _finished(preset: str, most: int) -> list[ModelRun]:
     Language models from scratch come after all others, because most are a part of the model that is built over them;
     models of smoke runs come last.
     """
+    from mmphi.config.smoke import is_smoke, smoke_name
     from mmphi.stages import STAGES
 
     store = status_reader()
     found = [
-        (SMOKE not in run.name.split(), stage.name != TEXT_ONLY, run.ended_ms, run)
+        (not is_smoke(run.name), stage.name != TEXT_ONLY, run.ended_ms, run)
         for stage in STAGES.values()
         if stage.talks
-        for run in store.models(stage.name, preset, most)
+        for name in ((preset, smoke_name(preset)) if preset else ("",))
+        for run in store.models(stage.name, name, most)
     ]
     return [run for *_, run in sorted(found, key=lambda each: each[:3], reverse=True)]
 

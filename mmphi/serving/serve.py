@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import SettingsError
 from mmphi.serving.model_args import model_options, port_number
 
@@ -27,7 +28,7 @@ GRACE_S, END_S = 2, 9.0  # After SIGTERM: seconds that open answers may take, an
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    made = argparse.ArgumentParser(
+    made = CommandParser(
         prog="mmphi serve",
         description="Serve a trained model by OpenAI's HTTP interface: /v1/chat/completions (text, images, audio),"
         " /v1/models, /health, /ready, /metrics.",

@@ -195,8 +195,9 @@ def drop_without_features(examples: list[Example], features: ImageFeatures, repo
     features.prepare(images_of(examples))
     seen = []
     for example in examples:
-        if all(image in features for image in example.images):
+        missing = next((image for image in example.images if image not in features), None)
+        if missing is None:
             seen.append(example)
         else:
-            report.drop_kept(example.source, example.id, "unreadable image")
+            report.drop_kept(example.source, f"{example.id}: {missing.id}", "unreadable image")
     return seen

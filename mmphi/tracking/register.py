@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from mlflow.exceptions import MlflowException
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import StoreError
 from mmphi.tracking.logged_model import MLMODEL, log_model, logged_model
 from mmphi.tracking.run_writer import TrackingStore
@@ -44,7 +44,7 @@ def register(store: TrackingStore, run_id: str, name: str, alias: str = "") -> s
 
 def main(arguments: Sequence[str]) -> int:
     """``mmphi register``."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="mmphi register",
         description="Register a run's model: `mlflow models serve -m models:/NAME/1 --env-manager local` serves it, and"
         " every --model takes that name.",

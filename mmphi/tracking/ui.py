@@ -5,7 +5,6 @@ By itself MLflow 3 opens on its pages for agents, where there is nothing of ours
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import socket
@@ -17,6 +16,7 @@ import time
 import webbrowser
 from collections.abc import Sequence
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import StoreError
 from mmphi.logs import LOGGER
 from mmphi.tracking.uri import absolute_uri, database
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         StoreError: If the port is taken, or the store is a server that has pages of its own.
     """
-    parser = argparse.ArgumentParser(prog="mmphi ui", description="MLflow's pages, opened on the training runs")
+    parser = CommandParser(prog="mmphi ui", description="MLflow's pages, opened on the training runs")
     parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 [5000]")
     parser.add_argument("--no-browser", action="store_true", help="only say where the pages are")
     options = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ import pytest
 from toy_studies import STUDY
 
 from ablations.dry_run import lines, missing_upstream, planned_trials, seconds_per_trial, without_tuning
+from ablations.smoke import smoke_study
 from ablations.study import Study, load
 from mmphi.cli import main
 from mmphi.errors import SettingsError
@@ -59,3 +60,33 @@ def test_what_the_first_trial_builds_is_named(empty_store: str) -> None:
     assert missing_upstream(study, store) == ["scenes", "pretrain", "light_clip", "embed"]
     changes = {"data.sources": [{"kind": "captions", "path": "nowhere.csv"}]}
     assert missing_upstream(replace(study, fixed={**study.fixed, **changes}), store) == []  # The trial explains it.
+
+
+def test_a_smoke_run_is_no_measure_of_time(empty_store: str) -> None:
+    store, study = TrackingStore(empty_store), replace(TUNED, stage="projector", tokens=500)
+    tags = {"mmphi.stage": "projector", "mmphi.key": "k", "mmphi.preset": "tiny smoke"}
+    run = store.begin("projector", tags).run_id
+    for name, value in {"seconds": 100.0, "projector/supervised_tokens": 1000.0}.items():
+        store.client.log_metric(run, name, value)
+    store.client.set_terminated(run, "FINISHED")
+    assert seconds_per_trial(study, store, "toy") is None
+
+
+def test_a_smoke_study_keeps_its_factor_and_shrinks_the_rest() -> None:
+    study = load("projector_depth")[1]
+    assert isinstance(study, Study)
+    small = smoke_study(study)
+    small.check()
+    settings = small.settings(small.baseline)
+    assert settings.projector.steps <= 4
+    assert settings.pretrain.steps <= 4
+    assert settings.name == "tiny smoke"
+    assert settings.projector.supervised_tokens == 0
+    assert small.levels == study.levels
+    assert (small.seeds, len(small.tuning_seeds)) == (2, 1)
+    assert len(planned_trials(small)) < len(planned_trials(study)) / 3
+
+
+def test_the_smoke_study_has_a_name_of_its_own(empty_store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "projector_depth", "--smoke", "--dry-run"]) == 0
+    assert f"{2 * len(load('projector_depth')[1].levels)} that are judged" in capsys.readouterr().out

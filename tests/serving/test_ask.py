@@ -88,6 +88,13 @@ def test_a_store_without_models_says_what_to_do(empty_store: str, capsys: pytest
     assert "mmphi projector" in capsys.readouterr().err
 
 
+def test_a_missing_recording_is_named_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "--model", str(tmp_path), "--audio", "nope.mp3"]) == 2
+    assert "there is no recording nope.mp3" in capsys.readouterr().err
+
+
 def test_files_that_are_no_images_are_told(
     projector: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_language_model_is_chosen_only_where_there_is_no_other(store: Tracking
 def test_a_smoke_run_is_the_last_choice(store: TrackingStore) -> None:
     add(store, 30_000_000, preset="tiny smoke")
     assert newest().label.startswith("projector tiny smoke")
+    assert newest("tiny").label.startswith("projector tiny smoke")
     trained = add(store, 10_000_000)
     assert newest().name == trained
 

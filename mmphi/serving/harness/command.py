@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmphi.config.arguments import CommandParser
 from mmphi.errors import MmphiError, SettingsError
 
 STAGE = "harness"
@@ -17,7 +18,7 @@ INSTALL = "pip install 'lmms-eval>=0.7' (it brings 59 packages and an older av: 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a harness."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="mmphi evaluate --harness lmms-eval",
         description="Run published benchmarks of lmms-eval on a model, and record what they say.",
     )

@@ -13,6 +13,7 @@ from mmphi.config.fields import leaves
 from mmphi.config.section import Section
 
 S = TypeVar("S", bound=Section)
+SMOKE = "smoke"  # The last word of the preset name of every smoke run.
 
 # Upper bounds; a smaller value stays.
 AT_MOST: Mapping[str, int] = {
@@ -93,5 +94,15 @@ def smoke(settings: S, given: AbstractSet[str] = frozenset()) -> S:
     for name, value in small.items():
         section, _, field = name.partition(".")
         content[section][field] = value
-    content["name"] = f"{content['name']} smoke"
+    content["name"] = smoke_name(content["name"])
     return type(settings).model_validate(content)
+
+
+def smoke_name(preset: str) -> str:
+    """The preset name that runs of a smoke run carry."""
+    return preset if is_smoke(preset) else f"{preset} {SMOKE}"
+
+
+def is_smoke(preset: str) -> bool:
+    """Whether a preset name is that of a smoke run."""
+    return SMOKE in preset.split()
