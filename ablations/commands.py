@@ -1,4 +1,4 @@
-"""``mmphi ablate``, ``mmphi studies``, ``mmphi compare``."""
+"""``mmphi ablate``: runs or resumes a study or a search."""
 
 from __future__ import annotations
 
@@ -78,10 +78,15 @@ def _dry_run(name: str, study: Any, workers: int) -> int:
 
 
 def adjust_study(study: Any, options: argparse.Namespace, rest: Sequence[str]) -> Any:
-    """A study as the command line changes it before it begins.
+    """Apply the command line's options and settings to a study or search.
+
+    Args:
+        study: Study or search as its file declares it.
+        options: Parsed options of ``mmphi ablate``.
+        rest: Arguments that are settings, such as ``--projector.batch_size 64``.
 
     Raises:
-        SettingsError: If it has no such level.
+        SettingsError: If an option is unknown, does not apply, or names a level that does not exist.
     """
     from mmphi.cli import parse
     from mmphi.config.overrides import full_name
@@ -116,14 +121,14 @@ def adjust_study(study: Any, options: argparse.Namespace, rest: Sequence[str]) -
 
 
 def parse_levels(study: Study, text: str) -> list[str]:
-    """Levels that are separated by commas, which names of levels may have, too.
+    """Parse comma-separated level names; a name may itself contain commas.
 
     Raises:
-        SettingsError: If a study does not have one; names those there are.
+        SettingsError: If a level does not exist.
     """
     parts, found = [part.strip() for part in text.split(",")], []
     while parts:
-        # The longest name that the next parts make.
+        # The longest match wins.
         names = [", ".join(parts[:end]) for end in range(len(parts), 0, -1)]
         name = next((name for name in names if name in study.levels), None)
         if name is None:

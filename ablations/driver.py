@@ -1,4 +1,4 @@
-"""The driver: decides which cell is next, hands it to a worker, and records how it ended."""
+"""The driver of a study: chooses the next trial, sends it to a worker, and records its outcome."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ POLL_S = 1.0
 
 
 class TrialError(MmphiError):
-    """A trial that cannot work until a person fixes something."""
+    """A trial that fails until a user fixes its cause."""
 
 
 @dataclass(frozen=True)
 class RevisedStudy:
-    """A study with what was changed while it ran.
+    """A study after the changes that were made while it ran.
 
     Attributes:
-        study: With the levels that were added and the seeds as they are now.
+        study: The study with added levels and the current number of seeds.
         stopped: Levels that get no more trials.
     """
 
@@ -44,12 +44,12 @@ class RevisedStudy:
 
     @property
     def levels(self) -> list[str]:
-        """Those that go on."""
+        """Levels that are not stopped."""
         return [level for level in self.study.levels if level not in self.stopped]
 
 
 def revise_study(study: Study, changes: list[StudyChange]) -> RevisedStudy:
-    """A study after changes."""
+    """Apply changes to a study."""
     stopped: set[str] = set()
     for change in changes:
         if change.what == "stop":
@@ -63,14 +63,14 @@ def revise_study(study: Study, changes: list[StudyChange]) -> RevisedStudy:
 
 
 class Driver:
-    """Runs the cells of a study on workers.
+    """Runs the trials of a study on workers.
 
     Args:
-        study: As it was declared.
-        record: Its run in MLflow's store.
-        storages: Its trials in Optuna, by phase.
-        retries: How often a worker may die over a cell.
-        say: Prints a line.
+        study: The study as declared.
+        record: The study run in MLflow.
+        storages: Trial storages by phase.
+        retries: How many times a trial is repeated after it crashes or its worker dies.
+        say: Function that prints a line.
     """
 
     def __init__(
@@ -89,9 +89,10 @@ class Driver:
         self._given = 0
 
     def wanted(self) -> list[TrialSpec]:
-        """Cells that somebody must still run, the first first.
+        """Trials that have not ended, in the order in which they run.
 
-        Nothing is judged while anything is being tuned: else the level that is tuned first would be rounds ahead.
+        Verdict trials follow only after all tuning has ended; otherwise the level that is tuned first would be rounds
+        ahead of the others.
         """
         study, levels = self.plan.study, self.plan.levels
         outcomes = self.storages["tuning"].outcomes()
@@ -102,15 +103,15 @@ class Driver:
         return tuning or _without(judged, self.storages["verdict"].outcomes())
 
     def run(self, workers: int, logs: Path, **worker_options: Any) -> None:
-        """Run until nothing is wanted any more.
+        """Run all trials that have not ended.
 
         Args:
-            workers: How many.
-            logs: Folder of what they print.
+            workers: Number of worker processes.
+            logs: Folder of the worker logs.
             **worker_options: Further arguments of :class:`WorkerPool`.
 
         Raises:
-            TrialError: If a trial met what a person must fix; the others' results stay.
+            TrialError: If a trial fails until a user fixes its cause; finished results are kept.
         """
         with ExitStack() as held:
             for storage in self.storages.values():
@@ -157,7 +158,7 @@ class Driver:
         team.give(worker, self.job(self._given, got))
 
     def job(self, number: int, cell: TrialSpec) -> TrialRequest:
-        """What a worker is told of a cell."""
+        """Build the request for a trial."""
         study = self.plan.study
         tuning = cell.phase == "tuning"
         tokens = study.tuning_tokens if tuning and study.tuning_tokens else study.tokens
@@ -208,7 +209,7 @@ class Driver:
                 raise TrialError(f"{cell.name} cannot be run: {answer.reason}", "fix that; what is finished stays")
 
     def _died(self, worker: WorkerProcess) -> None:
-        """Ask again for the cell that a worker died over, unless that happened too often."""
+        """Fail the trial of a worker that died; the trial is repeated unless its retries are used up."""
         if worker.job is None:
             return
         storage, trial, cell = self._trials.pop(worker.job.number)
@@ -216,7 +217,7 @@ class Driver:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if worker.ready:
             self._again(storage, trial, cell, "its worker died", how)
-        else:  # It never came to work: no fault of the cell's.
+        else:  # The worker died before it started the trial, so this does not count as a retry.
             storage.fail(trial, f"its worker did not start: {how}", final=False)
 
     def _again(self, storage: TrialStorage, trial: optuna.trial.Trial, cell: TrialSpec, what: str, how: str) -> None:
@@ -228,21 +229,21 @@ class Driver:
 
 
 def _without(cells: Iterable[TrialSpec], outcomes: Sequence[TrialResult]) -> list[TrialSpec]:
-    """Cells that have not ended."""
+    """Trials that have not ended."""
     ended = {outcome.cell.name for outcome in outcomes}
     return [cell for cell in cells if cell.name not in ended]
 
 
 def level_value(study: Study, name: str, typed: str) -> Any:
-    """The value of a level that is added, as typed.
+    """Parse the value of an added level from the command line.
 
     Args:
-        study: It is added to.
-        name: Of the level.
-        typed: ``value``, or ``setting=value,setting=value`` where the factor has several fields.
+        study: Study that the level is added to.
+        name: Name of the level.
+        typed: ``value``, or ``setting=value,setting=value`` if the factor has several fields.
 
     Raises:
-        SettingsError: If the factor has other fields.
+        SettingsError: If the factor has several fields and a part of ``typed`` is not ``setting=value``.
     """
     if not study.fields:
         return typed

@@ -1,4 +1,4 @@
-"""``mmphi ablate STUDY --dry-run``: every trial of a study and what they would take, without training anything."""
+"""``mmphi ablate STUDY --dry-run``: lists the trials of a study and estimates their time, without training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mmphi.tracking.run_writer import TrackingStore
 
 
 def planned_trials(study: Study) -> list[TrialSpec]:
-    """The trials in the order of their rounds: all tuning trials of the declared values, then the judged ones.
+    """Trials in the order in which they run: the tuning trials of the declared values, then the verdict trials.
 
-    Which nuisance values the judged ones have is known after tuning; more tuning trials follow where the best value is
-    the first or the last one.
+    The nuisance values of verdict trials are empty, because tuning chooses them. If the best value is the first or the
+    last one, a study runs more tuning trials than these.
     """
     points = grid_points(study.nuisance) if study.nuisance else []
     tuning = [
@@ -33,12 +33,12 @@ def planned_trials(study: Study) -> list[TrialSpec]:
 
 
 def seconds_per_trial(study: Study, store: TrackingStore, name: str) -> tuple[float, str] | None:
-    """The time of a trial on the machines of this store, and what it is known from; ``None`` where nothing is known.
+    """Estimate the seconds of a trial from earlier runs, and name the source; ``None`` without a suitable run.
 
     Args:
-        study: Its stage and its budget.
-        store: Where earlier runs are.
-        name: Of the study.
+        study: Study whose stage and token budget are used.
+        store: Tracking store with earlier runs.
+        name: Name of the study.
     """
     earlier = [
         run.data.metrics["seconds"] for run in store.search("FINISHED", study=name) if "seconds" in run.data.metrics
@@ -57,22 +57,22 @@ def seconds_per_trial(study: Study, store: TrackingStore, name: str) -> tuple[fl
 
 
 def missing_upstream(study: Study, store: TrackingStore) -> list[str]:
-    """Stages that the first trial has to build before it trains; empty where a file that they read is missing."""
+    """Upstream stages without a result, which the first trial builds; empty if an input file is missing."""
     settings = study.settings(study.baseline)
     try:
         return StageGraph(STAGES, store).missing(study.stage, settings)[:-1]
     except SettingsError:
-        return []  # The trial itself explains it.
+        return []  # The first trial raises the same error with its explanation.
 
 
 def lines(name: str, study: Study, store: TrackingStore, workers: int) -> Sequence[str]:
-    """What would be trained, a line each.
+    """Lines that list the planned trials, their number and the estimated time.
 
     Args:
-        name: Of the study in the store.
-        study: What it is.
-        store: Where earlier runs are.
-        workers: Processes that would train.
+        name: Name of the study in the store.
+        study: Study to plan.
+        store: Tracking store with earlier runs.
+        workers: Number of worker processes.
     """
     trials = planned_trials(study)
     width = max(len(trial.level) for trial in trials)
@@ -94,10 +94,10 @@ def lines(name: str, study: Study, store: TrackingStore, workers: int) -> Sequen
 
 
 def without_tuning(study: Study) -> Study:
-    """The same study, with every level judged at the values of the preset.
+    """Copy of a study without tuning: every level uses the preset's nuisance values.
 
     Raises:
-        SettingsError: If it has no nuisance settings.
+        SettingsError: If the study has no nuisance settings.
     """
     from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which results of a study are still in MLflow's store: a run may have been deleted since its trial ended."""
+"""Detects results of a study that are no longer in MLflow's store, because a run was deleted after its trial ended."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from reports.study_query import JUDGED
 if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore
 
-AGAIN_S = 60.0  # Runs may be deleted while a study runs.
+AGAIN_S = 60.0  # Time after which the store is queried again, because runs may be deleted while a study runs.
 
 
 class FinishedTrials:
-    """The runs of a study.
+    """Existing and deleted runs of a study.
 
     Args:
-        store: MLflow's.
-        name: Of the study.
+        store: Tracking store.
+        name: Name of the study.
     """
 
     def __init__(self, store: RunStore, name: str) -> None:
@@ -29,7 +29,7 @@ class FinishedTrials:
         self._at = float("-inf")
 
     def gone(self, run_ids: Iterable[str]) -> set[str]:
-        """Those of some runs that were deleted, or whose evaluation was."""
+        """Ids among ``run_ids`` whose run, or the evaluation that judged it, was deleted."""
         asked = {run_id for run_id in run_ids if run_id}
         if not asked <= self._there | self._gone or time.monotonic() - self._at > AGAIN_S:
             self._there = set(self._found())

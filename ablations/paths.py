@@ -1,4 +1,4 @@
-"""Where a study's trials and its workers' logs are."""
+"""Locations of a study's trial storages and worker logs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def storage_url(store: RunStore, given: str = "") -> str:
-    """Optuna's storage: as given, else ``MMPHI_OPTUNA``, else a database beside MLflow's."""
+    """URL of Optuna's storage: ``given``, else ``MMPHI_OPTUNA``, else a SQLite file next to MLflow's database."""
     named = given or os.environ.get("MMPHI_OPTUNA", "")
     if named:
         return named
@@ -26,12 +26,12 @@ def storage_url(store: RunStore, given: str = "") -> str:
 
 
 def logs_folder(store: RunStore, name: str) -> Path:
-    """Where the workers of a study print to."""
+    """Folder of the worker logs of a study."""
     return store.locks.parent / ".logs" / name.replace("/", "_")
 
 
 def trial_storages(store: RunStore, name: str, study: Study, storage: str) -> dict[str, TrialStorage]:
-    """The trials of a study, by phase: those that are judged, and those that find nuisance values."""
+    """Trial storages of a study by phase: ``verdict`` and ``tuning``."""
     from ablations.trial_storage import TrialStorage
 
     url, results, record = storage_url(store, storage), FinishedTrials(store, name), _record(store, name)
@@ -42,16 +42,16 @@ def trial_storages(store: RunStore, name: str, study: Study, storage: str) -> di
 
 
 def _record(store: RunStore, name: str) -> str:
-    """Id of the run of a study's record; empty where it was not begun."""
+    """Id of the study run in MLflow; empty if the study does not exist."""
     found = next(store.search(study_record=name), None)
     return str(found.info.run_id) if found is not None else ""
 
 
 def search_storage(store: RunStore, name: str, search: Search, storage: str) -> TrialStorage:
-    """The trials of a search."""
+    """Trial storage of a search."""
     from ablations.trial_storage import TrialStorage
 
     url = storage_url(store, storage)
     directions, record = list(search.objectives.values()), _record(store, name)
-    # A search has tried what it has tried: a run that was deleted since is not trained again.
+    # Without ``results``: the sampler has used each result, so trials whose runs were deleted are not repeated.
     return TrialStorage(url, name, directions, search.made_sampler(), search.made_pruner(), record=record)

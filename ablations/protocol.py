@@ -1,4 +1,4 @@
-"""What a worker is given and what it gives back; JSON between two processes."""
+"""Messages between the driver and its worker processes, encoded as JSON."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class TrialRequest:
     """One training to run.
 
     Attributes:
-        number: What its answer is known by.
-        stage: To build.
-        settings: All of them.
-        title: The run's name.
-        tags: Of its run.
-        params: Of its run, beside the settings: what MLflow's charts can show as an axis.
-        metric: What is judged.
-        after: Whether what is asked for at the stage's end is built too; tuning never touches the test split.
-        costs: Whether costs that no stage measures are measured.
-        reports: Name of the metric that is told while training runs, so that it may be pruned; empty tells none.
+        number: Identifier of the request, repeated in its responses.
+        stage: Stage to build.
+        settings: All settings of the pipeline.
+        title: Name of the MLflow run.
+        tags: Tags of the MLflow run.
+        params: Parameters of the MLflow run in addition to the settings, for the axes of MLflow's charts.
+        metric: Name of the judged metric.
+        after: Whether to build the follow-up stages too; tuning trials do not, so they never use the test split.
+        costs: Whether to measure the costs that no stage measures.
+        reports: Name of the metric to report during training, for pruning; empty reports none.
     """
 
     number: int
@@ -39,17 +39,17 @@ class TrialRequest:
 
 @dataclass(frozen=True)
 class TrialResponse:
-    """How a job went.
+    """Outcome or progress report of a request.
 
     Attributes:
-        number: The job's.
-        kind: ``done``; ``failed``, which is a result with a reason; ``pruned``; ``stopped``, because it was asked to;
-            ``crashed``, by an error that nobody foresaw; ``broken``, because something is wrong that a person must
-            fix; ``report`` while it runs.
-        metrics: Of its run; of a report, the value and its step.
-        run_id: Its run, where there is one.
+        number: Number of the request; -1 in a worker's ready message and in the driver's replies.
+        kind: ``done``; ``failed``, a final result without a value; ``pruned``; ``stopped`` by a signal; ``crashed`` by
+            an unexpected exception; ``broken`` by an error that requires manual intervention; ``report`` during
+            training.
+        metrics: Metrics of the run; for a report, the value and its step.
+        run_id: Id of the MLflow run; empty without a result.
         reason: Why there is no result.
-        seconds: That it took.
+        seconds: Duration of the job in seconds; 0 if it was not measured.
     """
 
     number: int
@@ -61,15 +61,15 @@ class TrialResponse:
 
 
 def encode(message: TrialRequest | TrialResponse) -> bytes:
-    """A message as bytes."""
+    """Encode a message as JSON bytes."""
     return json.dumps(asdict(message)).encode()
 
 
 def decode_request(content: bytes) -> TrialRequest:
-    """What the driver sent."""
+    """Decode a request of the driver."""
     return TrialRequest(**json.loads(content))
 
 
 def decode_response(content: bytes) -> TrialResponse:
-    """What the worker sent."""
+    """Decode a response of a worker."""
     return TrialResponse(**json.loads(content))

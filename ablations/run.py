@@ -1,4 +1,4 @@
-"""A study from its declaration to its last trial."""
+"""Runs a study or search: validation, study run in MLflow, driver and workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reports.paired_tests import ALPHA, smallest_p
 
 
 def summary(plan: RevisedStudy) -> str:
-    """How many trials a study has, and what each is trained on."""
+    """One-line summary of a study: numbers of trials and budget of each."""
     study, levels, seeds = plan.study, len(plan.levels), plan.study.seeds
     parts = [f"{levels} levels x {seeds} seeds = {levels * seeds} judged trials"]
     if study.nuisance:
@@ -35,7 +35,7 @@ def summary(plan: RevisedStudy) -> str:
 
 
 def too_few_seeds(plan: RevisedStudy) -> str:
-    """A warning where no difference can be shown, whatever the results are; empty where one can."""
+    """Warning if the study has too few seeds to show any difference, whatever its results; empty otherwise."""
     study, comparisons = plan.study, len(plan.levels) - 1
     units = min(study.replicates or study.seeds, study.seeds)
     least = min(1.0, smallest_p(units) * comparisons)
@@ -49,13 +49,13 @@ def too_few_seeds(plan: RevisedStudy) -> str:
 
 
 def _dashboard(url: str) -> str:
-    """How to see the trials in Optuna's own pages."""
+    """Hint with the command that opens Optuna's dashboard."""
     install = "" if find_spec("optuna_dashboard") else "pip install optuna-dashboard; "
     return f"Optuna's pages: {install}optuna-dashboard {url}"
 
 
 def fewest_seeds(comparisons: int) -> int:
-    """The fewest seeds with which any p value can be below 0.05 after Holm's correction."""
+    """Smallest number of seeds whose smallest possible p value is below 0.05 after Holm's correction."""
     return next(n for n in range(2, 64) if smallest_p(n) * comparisons < ALPHA)
 
 
@@ -70,22 +70,25 @@ def run(
     command: str = "",
     **worker_options: object,
 ) -> int:
-    """Run a study, or resume it.
+    """Run or resume a study or search.
 
     Args:
-        name: What it is called in the store.
-        study: What it is.
-        workers: Processes that train; 0 takes one a GPU, else one.
-        storage: Optuna's.
-        retries: How often a worker may die over a cell.
-        run_id: A run that was begun for it.
-        command: What was typed.
+        name: Name of the study in the store.
+        study: Study or search to run.
+        workers: Number of worker processes; 0 uses one per GPU, or one without GPUs.
+        storage: URL of Optuna's storage; see :func:`ablations.paths.storage_url` for the default.
+        retries: How many times a trial is repeated after it crashes or its worker dies.
+        run_id: Id of an MLflow run that already exists for the study, such as one of ``mlflow run``; empty creates one.
+        command: Command line that started the study, recorded with it.
         **worker_options: Further arguments of :class:`ablations.worker_pool.WorkerPool`.
 
+    Returns:
+        Exit code 0.
+
     Raises:
-        SettingsError: If it cannot be a comparison, or was begun as something else.
-        StoreError: If another driver runs it.
-        Stopped: If a signal asked to stop; the same command resumes from there.
+        SettingsError: If the study is invalid, or the store has a study of this name with another declaration.
+        StoreError: If another driver runs the study.
+        Stopped: On Ctrl-C; the same command resumes the study.
     """
     check_name(name)
     study.check()

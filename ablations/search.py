@@ -1,4 +1,4 @@
-"""What a search is: a space of settings in which Optuna looks for good ones. It finds, and proves nothing."""
+"""Searches: Optuna samples settings from a space to find good ones. A search gives no verdict."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Direction = Literal["minimize", "maximize"]
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, both included.
+    """Numbers between two bounds, both included.
 
     Attributes:
-        low: The least.
-        high: The most.
-        log: Whether factors count rather than differences.
+        low: Lower bound.
+        high: Upper bound.
+        log: Whether to sample on a log scale.
     """
 
     low: float
@@ -43,25 +43,25 @@ Space = Mapping[str, Range | Sequence[Any]]
 
 @dataclass(frozen=True)
 class Search:
-    """A search.
+    """A search for settings.
 
     Attributes:
-        question: In a sentence.
-        space: Settings by dotted name: a range, or the values to choose from.
-        objectives: Metrics by name, and whether less or more of each is better; several give a Pareto front.
-        trials: How many.
-        seeds: Of every trial; with several it is judged by its mean over them.
-        sampler: Optuna's: ``tpe``, ``random``, or ``nsga2`` for several objectives.
-        pruner: ``wilcoxon`` ends a trial after the first seeds when a signed-rank test says that the best one so far is
+        question: The question of the search, one sentence.
+        space: Range or choices of each searched setting, by dotted name.
+        objectives: Direction of each objective metric, by name; several objectives give a Pareto front.
+        trials: Number of trials.
+        seeds: Seeds of every trial; the value of a trial is its mean over them.
+        sampler: Optuna sampler: ``tpe``, ``random``, or ``nsga2`` for several objectives.
+        pruner: ``wilcoxon`` ends a trial after its first seeds when a signed-rank test finds the best trial so far
             better at them; ``hyperband`` ends a training early by its validation curve; empty ends none.
-        reports: The metric that ``hyperband`` looks at.
-        sampler_seed: What the sampler draws from.
-        preset: What all trials are changes of.
-        stage: What is trained.
-        fixed: Settings that differ from the preset in all trials alike.
-        seed_settings: The settings that a seed is put in.
-        tokens: Budget of one training in supervised tokens; 0 trains as many steps as the preset says.
-        unit: Of the first objective.
+        reports: Metric that ``hyperband`` uses.
+        sampler_seed: Random seed of the sampler.
+        preset: Preset that all trials modify.
+        stage: Stage that is trained.
+        fixed: Settings that differ from the preset, the same in all trials.
+        seed_settings: Settings that are set to the seed of a training.
+        tokens: Budget of one training in supervised tokens; 0 uses the preset's number of steps.
+        unit: Unit of the first objective.
     """
 
     question: str
@@ -81,15 +81,15 @@ class Search:
     unit: str = "nats/token"
 
     def summary(self) -> str:
-        """What it looks through, in a line."""
+        """One-line description: number of trials, searched settings and pruner."""
         how = f", pruned by {self.pruner}" if self.pruner else ""
         return f"search of {self.trials} trials over {', '.join(self.space)}{how}"
 
     def check(self) -> None:
-        """Refuse what cannot be searched, before anything is trained.
+        """Validate the search before anything is trained.
 
         Raises:
-            SettingsError: Naming what is wrong, and what to do.
+            SettingsError: If the search is invalid.
         """
         if self.trials < 1 or not self.seeds:
             raise SettingsError("a search of no trials finds nothing", "give one trial and one seed at least")
@@ -108,12 +108,12 @@ class Search:
         return int(choices.low) if self.whole(name) else choices.low
 
     def whole(self, name: str) -> bool:
-        """Whether a setting takes whole numbers only."""
+        """Whether a setting is an integer."""
         declared = all_fields(Settings).get(name)
         return declared is not None and declared.kind == "int"
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """The space in Optuna's terms."""
+        """Optuna distribution of each searched setting."""
         found: dict[str, BaseDistribution] = {}
         for name, values in self.space.items():
             if not isinstance(values, Range):
@@ -125,7 +125,7 @@ class Search:
         return found
 
     def made_sampler(self) -> optuna.samplers.BaseSampler:
-        """Optuna's sampler."""
+        """Create the Optuna sampler."""
         if self.sampler == "random":
             return optuna.samplers.RandomSampler(seed=self.sampler_seed)
         if self.sampler == "nsga2":
@@ -133,29 +133,29 @@ class Search:
         return optuna.samplers.TPESampler(seed=self.sampler_seed)
 
     def made_pruner(self) -> optuna.pruners.BasePruner:
-        """Optuna's pruner."""
+        """Create the Optuna pruner."""
         if self.pruner == "hyperband":
             return optuna.pruners.HyperbandPruner()
         if self.pruner == "wilcoxon":
             import warnings
 
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # It is marked experimental.
+                warnings.simplefilter("ignore")  # Optuna marks WilcoxonPruner as experimental.
                 return optuna.pruners.WilcoxonPruner(n_startup_steps=2)
         return optuna.pruners.NopPruner()
 
     def settings(self, values: Changes, seed: int) -> Settings:
-        """Settings of a training.
+        """Settings of one training.
 
         Raises:
-            SettingsError: If there is no such setting, or it cannot have that value.
+            SettingsError: If a setting does not exist or its value is invalid.
         """
         budget = {f"{self.stage}.supervised_tokens": self.tokens} if self.tokens else {}
         changes = {**self.fixed, **budget, **values, **dict.fromkeys(self.seed_settings, seed)}
         return settings_of(self.preset, changes, self.stage)
 
     def declaration(self) -> dict[str, Any]:
-        """All that makes the search what it is, as JSON."""
+        """Full declaration as JSON types: the search, the settings held equal, and the versions of the stages."""
         settings = self.settings({name: self._first(name) for name in self.space}, self.seeds[0])
         versions = {name: STAGES[name].version for name in plan_order(self.stage, settings)}
         varied = {*self.space, *self.seed_settings}

@@ -1,4 +1,4 @@
-"""The driver of a search: Optuna suggests settings, each is trained at one seed after the other while that pays."""
+"""The driver of a search: Optuna suggests settings; each trial trains them at one seed after another until pruned."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 @dataclass
 class ActiveTrial:
-    """A trial that is being run.
+    """A trial that has not ended.
 
     Attributes:
-        trial: Optuna's.
-        origin: Number it is known by: its own, or that of the trial that it goes on from.
-        found: Values of the objectives, one list a seed.
-        runs: Ids of its runs.
-        running: Whether a worker has it.
-        died: How often a worker died over it.
+        trial: The Optuna trial.
+        origin: Displayed number: that of the trial, or of the dead trial that it repeats.
+        found: Values of the objectives, one list per finished seed.
+        runs: Ids of the MLflow runs.
+        running: Whether a worker is training it.
+        died: How many times it crashed or its worker died.
     """
 
     trial: optuna.trial.Trial
@@ -50,11 +50,11 @@ class SearchDriver:
     """Runs a search on workers.
 
     Args:
-        search: As it was declared.
-        record: Its run in MLflow's store.
-        storage: Its trials in Optuna.
-        retries: How often a worker may die over a trial.
-        say: Prints a line.
+        search: The search as declared.
+        record: The study run in MLflow.
+        storage: Trial storage of the search.
+        retries: How many times a trial is repeated after it crashes or its worker dies.
+        say: Function that prints a line.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class SearchDriver:
         self.active: dict[int, ActiveTrial] = {}
 
     def done(self) -> int:
-        """Trials that have ended, whatever came of them."""
+        """Number of trials that are complete, pruned or finally failed."""
         ended = self.storage.trials(*ENDED)
         return sum(t.state != TrialState.FAIL or t.user_attrs.get("final", False) for t in ended)
 
     def run(self, workers: int, logs: Path, **worker_options: Any) -> None:
-        """Run until as many trials as were asked for have ended.
+        """Run until the declared number of trials has ended.
 
         Args:
-            workers: How many.
-            logs: Folder of what they print.
+            workers: Number of worker processes.
+            logs: Folder of the worker logs.
             **worker_options: Further arguments of :class:`WorkerPool`.
 
         Raises:
-            TrialError: If a trial met what a person must fix; the others' results stay.
+            TrialError: If a trial fails until a user fixes its cause; finished results are kept.
         """
         with self.storage.owned(), WorkerPool(workers, logs, **worker_options) as team:
             self._ask_again()
@@ -96,11 +96,11 @@ class SearchDriver:
                         self._heard(team, worker, answer)
                     self.storage.beat()
                     if self.storage.shared:
-                        self._ask_again()  # What drivers that fell silent had.
+                        self._ask_again()  # Trials of drivers whose heartbeats stopped.
                 bar.update(self.done() - bar.n)
 
     def _ask_again(self) -> None:
-        """Put the trials that a dead driver left at the head of the queue, with the same settings and number."""
+        """Enqueue the trials that a dead driver left unfinished, with the same settings and displayed number."""
         again = {t.user_attrs.get("again_of") for t in self.storage.trials()}
         for trial in self.storage.trials(TrialState.FAIL):
             known = trial.number in again or trial.user_attrs.get("twice") or trial.user_attrs.get("final")
@@ -127,13 +127,13 @@ class SearchDriver:
         team.give(worker, self.job(waiting))
 
     def _twice(self, trial: optuna.trial.Trial) -> bool:
-        """Whether another driver has put the same dead trial in the queue before."""
+        """Whether an earlier trial repeats the same dead trial, enqueued by another driver."""
         again = trial.user_attrs.get("again_of")
         before = (t for t in self.storage.trials() if t.number < trial.number)
         return again is not None and any(t.user_attrs.get("again_of") == again for t in before)
 
     def job(self, active: ActiveTrial) -> TrialRequest:
-        """What a worker is told of the next seed of a trial."""
+        """Build the request for the next seed of a trial."""
         place = len(active.found)
         seed = self.search.seeds[place]
         name = f"trial {active.origin}"
@@ -194,7 +194,8 @@ class SearchDriver:
         if self.search.pruner == "wilcoxon":
             active.trial.report(active.found[-1][0], self.search.seeds[len(active.found) - 1])
             if not over and active.trial.should_prune():
-                # Optuna's own advice: a pruned trial is told its mean, which says more than its last seed.
+                # As Optuna recommends, a pruned trial completes with its mean, which is more informative than the value
+                # of its last seed.
                 self.storage.storage.set_trial_user_attr(active.trial._trial_id, "pruned_after", len(active.found))
                 over = True
         if over:

@@ -1,4 +1,4 @@
-"""What a study is: one question, one factor, its levels, and what is held equal while they are compared."""
+"""Studies: one question, one factor, its levels, and the settings that are held equal across them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmphi.errors import SettingsError
 from mmphi.stages import STAGES, Settings, load_settings
 
 Changes = Mapping[str, Any]
-# Validation often enough for a curve, without the captions that cost more than the loss; and no naming of words before,
-# whose steps no budget of tokens counts.
+# Validates often enough for a curve, without generated captions, which cost more than the loss. No alignment warm-up,
+# because the token budget does not count its steps.
 CURVES: Changes = {
     "projector.eval_every": 50,
     "projector.sample_images": 0,
@@ -28,7 +28,7 @@ CURVES: Changes = {
     "evaluate.yes_no": 0,
     "evaluate.held_out_phrasings": False,
 }
-# Costs that every trial records; none of them decides a verdict.
+# Costs of every trial, by metric name: title in the report. No verdict depends on them.
 COSTS: Mapping[str, str] = {
     "projector/parameters": "parameters",
     "seconds": "training seconds",
@@ -37,7 +37,7 @@ COSTS: Mapping[str, str] = {
     "cost/first_token_s": "seconds to the first token",
 }
 LISTS = ("fields", "tuning_seeds", "seed_settings", "looks", "replicate")
-# What a study was before these could be declared.
+# Values of studies that were declared before these attributes existed.
 BEFORE: Mapping[str, Any] = {"tuning_extensions": 0, "looks": [], "replicate": [], "replicates": 0, "also": {}}
 
 
@@ -46,38 +46,38 @@ class Study:
     """A comparison of the levels of one factor, over paired seeds.
 
     Attributes:
-        question: In a sentence.
-        factor: The setting that differs (dotted), or a name for several settings that only mean something together.
-        levels: By name: the value of the factor, or of each of ``fields``.
-        baseline: The level that all others are compared with.
-        fields: The settings that the levels give, where the factor is not a setting itself.
-        preset: What all levels are changes of.
-        stage: What is trained.
-        fixed: Settings that differ from the preset in all levels alike.
-        nuisance: Settings whose best value may differ from level to level: the values tried. Each level is judged at
-            its own best, found on the validation split with seeds that no verdict uses.
-        tuning_seeds: These seeds.
-        tuning_extensions: How many values may be added beyond each end of a nuisance setting's values, in geometric
-            order, while the best one lies there.
-        tuning_tokens: Budget of a tuning trial in supervised tokens; 0 takes ``tokens``.
-        tuning_metric: What is least at the best value.
-        tokens: Budget of a trial in supervised tokens, the same for all; 0 trains as many steps as the preset says.
-        seeds: How many; 0, 1, 2, ... are paired over the levels. More seeds than these are exploratory.
-        looks: Numbers of seeds, fewer than ``seeds``, at which the study may be judged before its end; p values are
-            corrected for them.
-        seed_settings: The settings that a seed is put in.
-        replicate: Settings of what all levels are built on (``pretrain.seed``, ``data.split_seed``) that are drawn
-            again over the seeds, so that a verdict is not about one draw of them alone.
-        replicates: How many draws of these; 0 takes one for every seed. With fewer than seeds a draw is the unit that
-            is judged.
-        shifts: Added to the seeds of a level, so that its trials share nothing with their pairs.
-        metric: What is judged, as the stage or its evaluation names it.
-        unit: Of the metric.
-        direction: Whether less or more of it is better.
-        margin: The smallest difference that would matter to anybody; a verdict of equivalence is made against it.
-        costs: Further metrics by name: what they are.
-        also: Metrics of quality that are not judged, by name: what they are.
-        leaves_open: What the study cannot answer, in a sentence; stands in its report.
+        question: The question of the study, one sentence.
+        factor: Dotted name of the setting that differs, or a label for several settings that vary together.
+        levels: Value of the factor, or of each of ``fields``, by level name.
+        baseline: Level that all others are compared with.
+        fields: Settings that the levels change, if the factor is not itself a setting.
+        preset: Preset that all levels modify.
+        stage: Stage that is trained.
+        fixed: Settings that differ from the preset, the same at all levels.
+        nuisance: Values to try for settings whose best value may differ between levels, by dotted name. Each level is
+            judged at its own best value, chosen on the validation split with seeds that no verdict uses.
+        tuning_seeds: Seeds of the tuning trials.
+        tuning_extensions: Maximum number of values added beyond each end of a nuisance setting's values, in geometric
+            progression, while the best value is at that end.
+        tuning_tokens: Budget of a tuning trial in supervised tokens; 0 uses ``tokens``.
+        tuning_metric: Metric that the best value minimises.
+        tokens: Budget of a trial in supervised tokens, the same for all; 0 uses the preset's number of steps.
+        seeds: Number of seeds; 0, 1, 2, ... are paired across the levels. Seeds added later are exploratory.
+        looks: Numbers of seeds, below ``seeds``, at which the study may be judged early; p values are corrected for
+            them.
+        seed_settings: Settings that are set to the seed of a trial.
+        replicate: Upstream settings (``pretrain.seed``, ``data.split_seed``) that also vary over the seeds, so that a
+            verdict is not about one draw of them alone.
+        replicates: Number of draws of ``replicate``; 0 uses one per seed. With fewer draws than seeds, the draw is the
+            unit of the tests.
+        shifts: Offset added to the seeds of a level, by level, so that its trials share nothing with their pairs.
+        metric: Name of the judged metric, as recorded by the stage or its evaluation.
+        unit: Unit of the metric.
+        direction: Whether a lower or a higher value is better.
+        margin: Smallest difference of practical relevance, in ``unit``; margin of the equivalence test. 0 for none.
+        costs: Titles of the cost metrics, by metric name.
+        also: Titles of quality metrics that are not judged, by metric name.
+        leaves_open: Limitations of the study, one or two sentences; shown in its report.
     """
 
     question: str
@@ -109,10 +109,10 @@ class Study:
     leaves_open: str = ""
 
     def changes(self, level: str) -> dict[str, Any]:
-        """What a level changes: settings by dotted name.
+        """Settings that a level changes, by dotted name.
 
         Raises:
-            SettingsError: If it gives more or fewer settings than the factor has.
+            SettingsError: If the level changes settings outside the factor.
         """
         value = self.levels[level]
         if not self.fields:
@@ -132,15 +132,15 @@ class Study:
         return given
 
     def seed(self, level: str, number: int) -> int:
-        """The seed of a level in a round."""
+        """Seed of a level in a round."""
         return number + self.shifts.get(level, 0)
 
     def draw(self, number: int) -> int:
-        """The draw of ``replicate`` that a round is built on."""
+        """Draw of the ``replicate`` settings in a round."""
         return number % self.replicates if self.replicates else number
 
     def overrides(self, level: str, seed: int, nuisance: Changes, tokens: int, draw: int = 0) -> dict[str, Any]:
-        """All that a trial changes on the preset."""
+        """All settings of a trial that differ from the preset, by dotted name."""
         budget = {f"{self.stage}.supervised_tokens": tokens} if tokens else {}
         seeds = dict.fromkeys(self.seed_settings, seed)
         return {
@@ -158,16 +158,16 @@ class Study:
         """Settings of a trial.
 
         Raises:
-            SettingsError: If there is no such setting, or it cannot have that value.
+            SettingsError: If a setting does not exist or its value is invalid.
         """
         changes = self.overrides(level, seed, nuisance or {}, tokens or self.tokens, draw)
         return settings_of(self.preset, changes, self.stage)
 
     def check(self) -> None:
-        """Refuse what cannot be a comparison, before anything is trained.
+        """Validate the study before anything is trained.
 
         Raises:
-            SettingsError: Naming what is wrong, and what to do.
+            SettingsError: If the study is not a valid comparison.
         """
         if self.stage not in STAGES:
             raise SettingsError(f"there is no stage {self.stage!r}", f"there are {', '.join(STAGES)}")
@@ -229,10 +229,10 @@ class Study:
             self.check_stages(settings)
 
     def check_stages(self, settings: Settings) -> None:
-        """Refuse settings that the stage, or what it is built on, cannot work with.
+        """Run the settings checks of the stage, its upstream stages and its follow-up stages.
 
         Raises:
-            MmphiError: As the stage says it.
+            MmphiError: If a stage rejects the settings.
         """
         from mmphi.config.declared_view import SettingsView
 
@@ -240,12 +240,12 @@ class Study:
             STAGES[name].check(SettingsView(settings, STAGES[name].declared))
 
     def _check_nuisance(self, level: str, settings: Settings) -> None:
-        """Refuse a nuisance setting that has no effect at a level."""
+        """Reject nuisance settings that have no effect at a level."""
         values = dict(leaves(settings))
         for name in self.nuisance:
             section, _, field_name = name.rpartition(".")
             chosen = {n: values.get(f"{section}.{n}") for n in ("optimizer", "lr_scheduler")}
-            # What is tuned itself has no value yet.
+            # An optimizer or schedule that is itself tuned has no fixed value.
             optimizer, schedule = (None if f"{section}.{n}" in self.nuisance else chosen[n] for n in chosen)
             if field_name == "muon_learning_rate" and optimizer == "adamw":
                 raise SettingsError(
@@ -269,14 +269,14 @@ class Study:
 
     @classmethod
     def declared(cls, declaration: Mapping[str, Any]) -> Study:
-        """A study as its declaration has it; one of an earlier version is what it was then."""
+        """Create a study from its declaration; attributes that an older one lacks get the values of ``BEFORE``."""
         names = {each.name for each in fields(cls)}
         whole = {name: value for name, value in {**BEFORE, **declaration}.items() if name in names}
         given: dict[str, Any] = {name: tuple(v) if name in LISTS else v for name, v in whole.items()}
         return cls(**given)
 
     def declaration(self) -> dict[str, Any]:
-        """All that makes the study what it is, as JSON: itself, and every setting of its baseline."""
+        """Full declaration as JSON types: the study, all settings of its baseline, and the versions of the stages."""
         settings = self.settings(self.baseline)
         versions = {name: STAGES[name].version for name in plan_order(self.stage, settings)}
         whole = {**asdict(self), "settings": dict(leaves(settings)), "versions": versions}
@@ -284,17 +284,17 @@ class Study:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name of a study or level that a query of MLflow's cannot hold.
+    """Validate the name of a study or level, which must fit into an MLflow filter string.
 
     Raises:
-        SettingsError: If it is empty or has quotes in it.
+        SettingsError: If the name is empty or contains quotes or line breaks.
     """
     if not name.strip() or any(mark in name for mark in "'\"`\n"):
         raise SettingsError(f"{name!r} is no name: it is empty or has quotes in it", "leave the quotes out")
 
 
 def plan_order(stage: str, settings: Settings) -> list[str]:
-    """A stage, what it is built on, and what is asked for at its end."""
+    """Names of a stage's upstream stages, the stage, and its follow-up stages, in build order."""
     from mmphi.pipeline.graph import StageGraph
 
     plan = StageGraph(STAGES)
@@ -302,28 +302,28 @@ def plan_order(stage: str, settings: Settings) -> list[str]:
 
 
 def settings_of(preset: str, changes: Changes, stage: str) -> Settings:
-    """A preset with settings changed."""
+    """Load the settings of a preset with changes, by dotted name."""
     typed = {name: v if isinstance(v, str) else json.dumps(v) for name, v in changes.items()}
     return load_settings(preset, typed, stage)
 
 
 def names() -> list[str]:
-    """The studies that come with mmphi."""
+    """Names of the studies that come with mmphi."""
     return sorted(module.name for module in pkgutil.iter_modules(ablations.studies.__path__))
 
 
 def load(name: str, preset: str = "") -> tuple[str, Any]:
-    """A study by its name or file.
+    """Load a study or search by name or file.
 
     Args:
-        name: Of a file in ``ablations/studies/``, or the path of a Python file that defines ``STUDY``.
-        preset: Another preset than the study's own; the file's ``PRESETS`` may say what the study is there.
+        name: Name of a file in ``ablations/studies/``, or the path of a Python file that defines ``STUDY``.
+        preset: Preset other than the study's own; the file's ``PRESETS`` may define a variant of the study for it.
 
     Returns:
-        What it is called in the store, and the study or search.
+        Name in the store, and the study or search.
 
     Raises:
-        SettingsError: If there is none of that name.
+        SettingsError: If the study does not exist or its file defines no ``STUDY``.
     """
     path = from_caller(Path(name).expanduser())
     if path.suffix == ".py":
@@ -352,7 +352,7 @@ def load(name: str, preset: str = "") -> tuple[str, Any]:
 
 
 def _with_current_names(study: Any) -> Any:
-    """A study or search whose file may use the former names of settings."""
+    """Replace former names of settings in a study or search."""
     values = {each.name: getattr(study, each.name) for each in fields(study)}
     changed = {
         name: renamed(value, FORMER_NAMES)

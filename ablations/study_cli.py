@@ -1,4 +1,4 @@
-"""``mmphi studies`` and ``mmphi compare``: look at studies, change them while they run, open their pages."""
+"""``mmphi studies`` and ``mmphi compare``: show studies, change them while they run, open their MLflow pages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore
     from reports.study_query import StudyData
 
-MOST_COMPARED = 100  # Runs that one address can hold.
+MOST_COMPARED = 100  # Maximum number of runs in one URL.
 
 
 def studies(arguments: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def studies(arguments: Sequence[str]) -> int:
 
 
 def list_studies(store: RunStore) -> str:
-    """The studies that there are, and how far those are that were begun."""
+    """Text that lists the available studies, and the progress of those in the store."""
     from ablations.study import Study, load, names
     from ablations.watch import progress_line
     from reports.study_query import load_study, study_names
@@ -68,26 +68,34 @@ def list_studies(store: RunStore) -> str:
 
 
 def study_run_of(store: Any, name: str) -> StudyRun:
-    """The record of a study that was begun.
+    """Study run of a study in the store.
 
     Raises:
-        SettingsError: If there is none of that name; names those there are.
+        SettingsError: If the store has no study of that name.
     """
     from ablations.study_run import StudyRun
     from reports.study_query import load_study
 
     found = StudyRun.find(store, name)
     if found is None:
-        load_study(store, name)  # Says what there is instead.
+        load_study(store, name)  # Raises an error that suggests existing names.
         raise AssertionError
     return found
 
 
 def record_change_of_study(store: Any, name: str, stop: str | None, add: str | None, seeds: int | None) -> None:
-    """Note changes to a study; its driver acts on them before its next trial.
+    """Record changes to a study; its driver applies them before its next trial.
+
+    Args:
+        store: Tracking store.
+        name: Name of the study.
+        stop: Level that gets no more trials; ``None`` for none.
+        add: ``NAME=VALUE`` for a new level, or the name of a stopped level to resume; ``None`` for none.
+        seeds: New number of seeds; ``None`` keeps it.
 
     Raises:
-        SettingsError: If there is no such level, a new one has no value, or the seeds are fewer than one.
+        SettingsError: If the study is a search, a level does not exist or is the baseline, a new level has no value, or
+            ``seeds`` is less than 1.
     """
     from ablations.driver import level_value, revise_study
     from ablations.study import Study, check_name
@@ -114,7 +122,7 @@ def record_change_of_study(store: Any, name: str, stop: str | None, add: str | N
         value = level_value(plan.study, level, typed) if equals else plan.study.levels[level]
         asked = revise_study(plan.study, [record_change(level, value)]).study.settings(
             level
-        )  # Refuses what cannot be set.
+        )  # Raises if the value is invalid.
         if level in plan.study.levels and asked != plan.study.settings(level):
             raise SettingsError(
                 f"the level {level!r} is {json.dumps(plan.study.levels[level])} already, and its results are of that",
@@ -131,7 +139,7 @@ def record_change_of_study(store: Any, name: str, stop: str | None, add: str | N
 
 
 def record_change(level: str, value: Any) -> Any:
-    """A change that adds a level, not yet noted."""
+    """Create a change that adds a level, without recording it."""
     from ablations.study_run import StudyChange
 
     return StudyChange("add", level, value, "")
@@ -166,12 +174,12 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def compare_urls(data: StudyData, base: str, shared: str = "") -> dict[str, str]:
-    """The addresses of MLflow's pages that show the judged trials of a study, the charts of its metric first.
+    """URLs of MLflow's pages that show the trials of a study without tuning trials, by page name.
 
     Args:
         data: The study.
-        base: Address of the pages.
-        shared: What :func:`mmphi.tracking.view_state.share` returns.
+        base: Base URL of the MLflow server.
+        shared: URL parameters from :func:`mmphi.tracking.view_state.share`.
     """
     runs = [t.run_id for t in data.trials if t.finished and t.phase != "tuning"][:MOST_COMPARED]
     listed, experiments = quote(json.dumps(runs)), quote(json.dumps([data.experiment]))

@@ -1,4 +1,4 @@
-"""A study in MLflow's store: one run that holds its declaration, and what was changed while it ran."""
+"""Study run: the MLflow run that holds a study's declaration and the changes made while it ran."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 STUDY, RECORD, CHANGE = "mmphi.study", "mmphi.study_record", "mmphi.change."
 DECLARATION = "study.json"
 SHOWN, NONE = ("costs", "also", "leaves_open"), object()
-TUNING = ("tuning_seeds", "tuning_extensions", "tuning_tokens", "tuning_metric")  # Of no effect without nuisance.
+TUNING = ("tuning_seeds", "tuning_extensions", "tuning_tokens", "tuning_metric")  # No effect without `nuisance`.
 
 
 @dataclass(frozen=True)
 class StudyChange:
-    """Something that a person changed while the study ran.
+    """A change that a user made while the study ran.
 
     Attributes:
-        what: ``stop`` a level, ``add`` one, or the number of ``seeds``.
-        name: Of the level.
-        value: Of the level, or the number.
-        at: When, in UTC.
+        what: ``stop`` or ``add`` for a level, or ``seeds`` for the number of seeds.
+        name: Name of the level; empty for ``seeds``.
+        value: Value of the level, or the number of seeds.
+        at: Time of the change in UTC, as ``YYYY-MM-DD HH:MM:SS``.
     """
 
     what: str
@@ -46,12 +46,12 @@ class StudyChange:
 
 
 class StudyRun:
-    """The run of a study.
+    """The MLflow run that holds a study's declaration.
 
     Args:
-        store: MLflow's.
-        name: Of the study.
-        run: It.
+        store: Tracking store.
+        name: Name of the study.
+        run: The MLflow run.
     """
 
     def __init__(self, store: TrackingStore, name: str, run: Run) -> None:
@@ -59,7 +59,7 @@ class StudyRun:
 
     @classmethod
     def find(cls, store: TrackingStore, name: str) -> StudyRun | None:
-        """The record of a study that was begun, the newest of its name."""
+        """The newest study run of a name; ``None`` if the store has none."""
         found = next(store.search(study_record=name), None)
         return cls(store, name, found) if found else None
 
@@ -67,17 +67,17 @@ class StudyRun:
     def open(
         cls, store: TrackingStore, name: str, declaration: Mapping[str, Any], run: str = "", command: str = ""
     ) -> StudyRun:
-        """The record of a study, begun now where there is none.
+        """Find the study run of a name, or create it.
 
         Args:
-            store: MLflow's.
-            name: Of the study.
-            declaration: What it is now.
-            run: Id of a run that was begun for it, or empty.
-            command: What began it, for whoever wants to do so again.
+            store: Tracking store.
+            name: Name of the study.
+            declaration: Current declaration of the study.
+            run: Id of an MLflow run that already exists for the study; empty creates one.
+            command: Command line that started the study, recorded so that it can be repeated.
 
         Raises:
-            SettingsError: If the study was begun as something else; says in what it differs.
+            SettingsError: If the existing study has a different declaration; the message lists the differences.
         """
         with FileLock(store.locks / f"study-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"):
             known = cls.find(store, name)
@@ -103,7 +103,7 @@ class StudyRun:
     def _begun(
         cls, store: TrackingStore, name: str, declaration: Mapping[str, Any], run: str, command: str
     ) -> StudyRun | None:
-        """A new record; nothing where a driver on another machine began the study a moment earlier."""
+        """Create a study run; ``None`` if a driver on another machine created one at the same time, but earlier."""
         described = {"mmphi.question": str(declaration["question"]), "mmphi.command": command}
         tracker = store.begin(f"study {name}", {RECORD: name, **described}, run)
         tracker.text(DECLARATION, json.dumps(declaration, indent=1))
@@ -123,10 +123,10 @@ class StudyRun:
         return cls(store, name, own)
 
     def declaration(self) -> dict[str, Any]:
-        """What the study was begun as.
+        """Declaration with which the study was started, with current names of settings.
 
         Raises:
-            StoreError: If its record is damaged.
+            StoreError: If the run has no declaration.
         """
         found = self.store.json_of(self.store.run(self.run_id), DECLARATION)
         if not found:
@@ -137,30 +137,30 @@ class StudyRun:
         return current
 
     def changes(self) -> list[StudyChange]:
-        """What was changed while it ran, in order."""
+        """Changes made while the study ran, in order."""
         tags = self.store.run(self.run_id).data.tags
         found = (json.loads(tags[name]) for name in sorted(tags) if name.startswith(CHANGE))
         return [StudyChange(**renamed(change, FORMER_NAMES)) for change in found]
 
     def change(self, what: str, name: str = "", value: Any = None) -> StudyChange:
-        """Note a change; the driver acts on it before its next trial."""
+        """Record a change; the driver applies it before its next trial."""
         made = StudyChange(what, name, value, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()))
         number = len(self.changes())
         self.store.client.set_tag(self.run_id, f"{CHANGE}{number:04d}", json.dumps(made.__dict__))
-        if self.store.run(self.run_id).info.status == "FINISHED":  # There is more to do now.
+        if self.store.run(self.run_id).info.status == "FINISHED":  # The change may add trials.
             self.store.client.update_run(self.run_id, status="SCHEDULED")
         return made
 
     def finish(self, status: str) -> None:
-        """Mark its run ``FINISHED``, ``KILLED`` or ``FAILED``."""
+        """Set the status of the run: ``FINISHED``, ``KILLED`` or ``FAILED``."""
         self.store.client.set_terminated(self.run_id, status)
 
 
 def comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Two declarations without what does not decide whether the later one can go on with the earlier one's results.
+    """Reduce two declarations to the parts that must agree for the later one to reuse the earlier one's results.
 
-    That is what only the report shows, and what did not exist yet when the study was begun: a setting or a part of a
-    declaration that has the value which earlier results were built with.
+    Left out are attributes that only the report shows, tuning attributes of studies without nuisance settings, and
+    settings and attributes that are newer than the study and have the value that earlier results were built with.
     """
     idle = TUNING if not before.get("nuisance") and not after.get("nuisance") else ()
     before = {name: value for name, value in before.items() if name not in (*SHOWN, *idle)}
@@ -177,7 +177,7 @@ def comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Map
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """In what two declarations differ, in words."""
+    """Differences between two declarations, one message per setting or attribute."""
     one, other = _flat(before), _flat(after)
     return [
         f"{name} is {other.get(name, 'not there')}, was {one.get(name, 'not there')}"

@@ -1,4 +1,4 @@
-"""One trial: a stage built with given settings, as a flat run that says which cell of which study it is."""
+"""Runs one trial: builds a stage with given settings, and tags its MLflow run with the study and the trial."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from mmphi.tracking.run_writer import TrackingStore
 
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
-FIRST_TOKENS = 5  # The median of so many; the first of all is left out.
+FIRST_TOKENS = 5  # Measurements that the median is taken of, after one warm-up.
 
 
 class Pruned(Exception):  # noqa: N818  # A request of the driver, not an error.
-    """The driver does not want the rest of a training."""
+    """The driver pruned a training."""
 
 
 def run_trial(
     job: TrialRequest, pipeline: Pipeline, told: Callable[[str, float, int], bool] | None = None
 ) -> TrialResponse:
-    """Run a job to its end, whatever that is.
+    """Run a request and return its outcome; exceptions become responses.
 
     Args:
-        job: What to run.
-        pipeline: With what this process has loaded.
-        told: Given each reported metric, its value and step, says whether to go on.
+        job: Request to run.
+        pipeline: Pipeline with the models and data that this process has loaded.
+        told: Callback that reports a metric's name, value and step to the driver; returns whether to continue.
     """
     begun = time.perf_counter()
     watch = _reporting(job, told) if job.reports and told else None
@@ -84,7 +84,8 @@ def _trained(job: TrialRequest, pipeline: Pipeline, watch: Watch | None) -> tupl
     if job.costs and "cost/first_token_s" not in run.data.metrics:
         _record(store, run_id, {"cost/first_token_s": first_token_s(result, pipeline)})
     data = store.run(run_id).data
-    # Of its own evaluation: the run shows the figures of every evaluation of the model, the latest of each name.
+    # The values of this build take precedence: the run holds the latest value of each metric over all evaluations of
+    # the model.
     metrics = dict(data.metrics) | dict(result.metrics)
     judging = next((after.run_id for after in result.after if job.metric in after.metrics), "")
     if judging:
@@ -105,10 +106,10 @@ def _record(store: TrackingStore, run_id: str, values: Mapping[str, float]) -> N
 
 
 def first_token_s(result: Result, pipeline: Pipeline) -> float:
-    """Seconds from an image file and a question to the first token of the answer, vision encoder included.
+    """Seconds from an image file and an empty question to the first token of the answer, vision encoder included.
 
-    The median of several, after one that is not counted, of a photograph of 640 x 480 px; 0 where the result is no
-    model that sees.
+    The median of :data:`FIRST_TOKENS` measurements after one warm-up, with a noise image of 640 x 480 px; 0 if the
+    result has no projector.
     """
     from mmphi.models.checkpoint import load_checkpoint
 

@@ -1,8 +1,8 @@
-"""The Optuna study: which cells were asked for, by whom they are being run, and how they ended.
+"""Trial storage: the Optuna study that holds the queued, running and ended trials of a study.
 
-One driver owns a SQLite study. Several drivers, on several machines, may share one in PostgreSQL: Optuna hands a
-waiting trial to one of them only, each sends heartbeats for its trials, and the trials of a driver that fell silent are
-failed by the others and asked for again.
+A SQLite study has exactly one driver. Several drivers, on several machines, may share a study in PostgreSQL: Optuna
+gives each queued trial to one driver only, each driver sends heartbeats for its trials, and trials whose heartbeats
+stop are failed by the other drivers and queued again.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from mmphi.errors import StoreError
 from mmphi.tracking.lease import lease_s
 from mmphi.tracking.uri import SQLITE, database
 
-MOST = 100_000  # Levels and seeds are numbered below this.
-RECORD = "record"  # Attribute of a study: the run of its record in MLflow.
-WAIT_S = 60  # For a SQLite database that another process is writing to.
+MOST = 100_000  # Upper bound of the numbers of levels and seeds.
+RECORD = "record"  # User attribute of the Optuna study: id of the study run in MLflow.
+WAIT_S = 60  # Timeout for a SQLite database that another process is writing to.
 
 
 def connect(url: str) -> RDBStorage:
-    """Optuna's storage at a URL.
+    """Open Optuna's storage at a URL.
 
     Raises:
-        StoreError: If it cannot be opened.
+        StoreError: If the storage cannot be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sqlite = url.startswith(SQLITE)
@@ -45,7 +45,7 @@ def connect(url: str) -> RDBStorage:
     heartbeat = None if sqlite else max(1, int(lease_s() / 3))
     arguments = {"connect_args": {"timeout": WAIT_S}} if sqlite else {"pool_pre_ping": True}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Heartbeats are marked experimental.
+        warnings.simplefilter("ignore")  # Optuna marks heartbeats as experimental.
         try:
             return RDBStorage(
                 url,
@@ -53,7 +53,7 @@ def connect(url: str) -> RDBStorage:
                 heartbeat_interval=heartbeat,
                 grace_period=heartbeat and max(2, int(lease_s())),
             )
-        except Exception as error:  # Whatever the database's own driver raises.
+        except Exception as error:  # The exceptions depend on the database driver.
             first = str(error).splitlines()[0]
             hint = "pip install 'psycopg[binary]'" if isinstance(error, ImportError) else "check --storage"
             raise StoreError(f"the study's storage {_without_password(url)} cannot be used: {first}", hint) from error
@@ -65,21 +65,21 @@ def _without_password(url: str) -> str:
 
 
 class TrialStorage:
-    """One study's trials in Optuna.
+    """The trials of one study in Optuna.
 
     Args:
-        url: Of Optuna's storage.
-        name: Of the study.
-        directions: Of its values.
-        sampler: Suggests what a search tries next.
-        pruner: Ends what is not worth more.
-        record: Id of the study's run in MLflow. Trials that belong to an earlier study of the same name, whose run was
-            deleted, are left alone, under that name; the new ones get another name in Optuna.
-        results: Knows which runs of the study were deleted; their cells have no result.
+        url: URL of Optuna's storage.
+        name: Name of the study.
+        directions: Direction of each value.
+        sampler: Optuna sampler of a search.
+        pruner: Optuna pruner of a search.
+        record: Id of the study run in MLflow. If an earlier study of the same name, whose study run was deleted, has
+            trials in Optuna, they are kept under that name and the new study gets another name in Optuna.
+        results: Detects deleted runs; trials whose run was deleted count as having no result.
 
     Attributes:
-        name: Of the study in Optuna.
-        shared: Whether other drivers may work on the same study at the same time.
+        name: Name of the study in Optuna.
+        shared: Whether other drivers may run the same study at the same time.
     """
 
     def __init__(
@@ -109,23 +109,24 @@ class TrialStorage:
         self.mine: dict[int, optuna.trial.Trial] = {}
 
     def _own_name(self, name: str, record: str) -> str:
-        """The name, or another one where trials of an earlier study have it."""
+        """The name, or a derived one if trials of an earlier study use it."""
         if not record or name not in optuna.get_all_study_names(self.storage):
             return name
         known = optuna.load_study(study_name=name, storage=self.storage)
         if owner := known.user_attrs.get(RECORD):
             return name if owner == record else f"{name} {record[:8]}"
-        # Of an earlier version of mmphi, which did not note the record: its runs are there, or it is another study's.
+        # Earlier versions of mmphi did not store the id. Such an Optuna study counts as an earlier, deleted study only
+        # if all of its runs were deleted.
         runs = {t.user_attrs.get("run_id", "") for t in known.get_trials(deepcopy=False)} - {""}
         deleted = self._results.gone(runs) if self._results is not None else set()
         return f"{name} {record[:8]}" if runs and runs == deleted else name
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Be the only driver of a SQLite study; trials that a dead driver left running are failed.
+        """Hold the lock of a SQLite study, and fail the trials that a dead driver left running.
 
         Raises:
-            StoreError: If another driver runs it.
+            StoreError: If another driver holds the lock.
         """
         file = database(self.url)
         if file is None:
@@ -147,11 +148,11 @@ class TrialStorage:
             lock.release()
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """The trials in these states, in order of number."""
+        """Optuna trials in the given states (all states if empty), in order of number."""
         return list(self.study.get_trials(deepcopy=False, states=states or None))
 
     def outcomes(self) -> list[TrialResult]:
-        """How cells ended, each once; without results whose run was deleted."""
+        """Results of the ended trials, one per trial name, without those whose run was deleted."""
         found: dict[str, TrialResult] = {}
         ended = self.trials(TrialState.COMPLETE, TrialState.FAIL)
         runs = [t.user_attrs.get("run_id", "") for t in ended if t.state == TrialState.COMPLETE]
@@ -166,31 +167,31 @@ class TrialStorage:
         return list(found.values())
 
     def running(self) -> set[str]:
-        """Names of the cells that anybody is running."""
+        """Names of the trials that any driver is running."""
         return {trial_spec_of(trial).name for trial in self.trials(TrialState.RUNNING)}
 
     def deaths(self, cell: TrialSpec) -> int:
-        """How often a worker died over a cell."""
+        """Number of times a trial crashed or its worker died."""
         failed = self.trials(TrialState.FAIL)
         return sum(t.user_attrs.get("died", False) and trial_spec_of(t).name == cell.name for t in failed)
 
     def take(self, cell: TrialSpec, level: int) -> optuna.trial.Trial | None:
-        """Ask for a cell; nothing where another driver was faster.
+        """Queue a trial and take one from the queue; ``None`` if another driver took it.
 
-        What comes may be another cell, one that a driver put there before it died: it is as good.
+        The returned trial may be another one that a driver queued before it died.
 
         Args:
-            cell: Which.
-            level: Its level's place, which Optuna's pages show.
+            cell: Trial to queue.
+            level: Index of its level, a parameter of the Optuna trial.
         """
         self.study.enqueue_trial({"level": level, "seed": cell.number}, user_attrs={"cell": asdict(cell)})
         place = IntDistribution(0, MOST)
         spaces: dict[str, BaseDistribution] = {"level": place, "seed": place}
         while True:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Heartbeats are sent here, without Study.optimize.
+                warnings.simplefilter("ignore")  # Optuna warns that ask() sends no heartbeats; `beat` sends them.
                 trial = self.study.ask(spaces)
-            if "cell" not in trial.user_attrs:  # Nothing waited any more: Optuna made one up.
+            if "cell" not in trial.user_attrs:  # The queue was empty, so Optuna sampled a new trial.
                 self._fail(trial, "another driver was faster", final=False)
                 return None
             if not self._elsewhere(trial):
@@ -200,30 +201,35 @@ class TrialStorage:
             self._fail(trial, "this cell is run, or was run, by another trial", final=False)
 
     def _elsewhere(self, trial: optuna.trial.Trial) -> bool:
-        """Whether the cell of a trial has a result, or is being run by an earlier trial."""
+        """Whether the same trial has a result, or is being run by an earlier Optuna trial."""
         name = trial_spec_of(trial).name
         ended = any(o.cell.name == name for o in self.outcomes())
         earlier = (t for t in self.trials(TrialState.RUNNING) if t.number < trial.number)
         return ended or any(trial_spec_of(t).name == name for t in earlier)
 
     def tell(self, trial: optuna.trial.Trial, values: Sequence[float], run_id: str) -> None:
-        """Record a result.
+        """Record the result of a trial.
 
-        Where this driver was silent for so long that another one failed the trial, the cell is asked for again. Its run
-        is found in MLflow then, and nothing is trained twice.
+        If another driver has failed the trial because heartbeats were missing, the trial is queued again. Its finished
+        run is then found in MLflow, so nothing is trained twice.
+
+        Args:
+            trial: Optuna trial.
+            values: Value of each objective.
+            run_id: Id of the MLflow run, or several separated by commas.
         """
         self._note(trial, run_id=run_id)
         self.study.tell(trial, list(values), skip_if_finished=True)
         self.mine.pop(trial.number, None)
 
     def fail(self, trial: optuna.trial.Trial, reason: str, *, final: bool, died: bool = False) -> None:
-        """Record that there is no result.
+        """Record that a trial ended without a result.
 
         Args:
-            trial: Which.
-            reason: Why.
-            final: Whether that is a result itself; else the cell is asked for again.
-            died: Whether the worker died over it.
+            trial: Optuna trial.
+            reason: Why there is no result.
+            final: Whether the failure is final; otherwise the trial is queued again.
+            died: Whether it crashed or its worker died.
         """
         if died:
             self._note(trial, died=True)
@@ -235,13 +241,13 @@ class TrialStorage:
         self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _note(self, trial: Any, **values: Any) -> None:
-        """Write attributes of a trial, unless another driver ended it."""
+        """Set user attributes of a trial, unless another driver has ended it."""
         with contextlib.suppress(UpdateFinishedTrialError):
             for name, value in values.items():
                 self.storage.set_trial_user_attr(trial._trial_id, name, value)
 
     def beat(self) -> None:
-        """Show that this driver lives, and fail the trials of drivers that do not."""
+        """Send heartbeats for this driver's trials, and fail trials whose heartbeats stopped; no-op with SQLite."""
         if not self.shared:
             return
         for trial in self.mine.values():
@@ -252,6 +258,6 @@ class TrialStorage:
 
 
 def trial_spec_of(trial: FrozenTrial | optuna.trial.Trial) -> TrialSpec:
-    """The cell that a trial is."""
+    """The trial spec that an Optuna trial stores."""
     stored: Mapping[str, Any] = trial.user_attrs.get("cell", {"phase": "search", "level": "", "number": trial.number})
     return TrialSpec(**stored)

@@ -1,4 +1,4 @@
-"""What a study is made of: cells, each a level at a seed, and the order they come in."""
+"""Trials of a study, each a level at a seed, and the order in which they run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ Phase = Literal["tuning", "verdict", "search"]
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One trial that a study asks for.
+    """Specification of one trial.
 
     Attributes:
-        phase: ``tuning`` finds nuisance values, ``verdict`` is judged.
-        level: Of the factor.
-        number: The round: which of the paired seeds.
-        nuisance: Values of the nuisance settings.
+        phase: ``tuning`` for trials that choose nuisance values, ``verdict`` for judged trials, ``search`` for trials
+            of a search.
+        level: Level of the factor.
+        number: Number of the round, which is the index of the paired seed; for tuning trials, the tuning seed.
+        nuisance: Values of the nuisance settings, by dotted name.
     """
 
     phase: Phase
@@ -27,20 +28,20 @@ class TrialSpec:
 
     @property
     def name(self) -> str:
-        """What it is found by; of one name there is one result."""
-        # Without the quotes of a text, which a filter of MLflow cannot hold.
+        """Unique name of the trial; there is one result per name."""
+        # Strings are written without quotes, because MLflow filters do not support them.
         values = ", ".join(f"{k}={v}" for k, v in sorted(self.nuisance.items())) if self.phase == "tuning" else ""
         return "/".join(filter(None, (self.phase, self.level, str(self.number), values)))
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a cell ended.
+    """Result of a trial.
 
     Attributes:
-        cell: Which.
-        value: What is judged, or nothing where there is no result.
-        reason: Why there is none.
+        cell: The trial.
+        value: Value of the judged or tuned metric; ``None`` without a result.
+        reason: Why there is no result.
     """
 
     cell: TrialSpec
@@ -49,11 +50,11 @@ class TrialResult:
 
 
 def verdict_trials(levels: Mapping[str, Mapping[str, Any]], seeds: int) -> Iterator[TrialSpec]:
-    """The trials that are judged, in rounds: one seed of all levels before the next.
+    """Verdict trials in rounds: all levels at one seed before the next seed.
 
     Args:
-        levels: Those whose nuisance values are known: these.
-        seeds: How many.
+        levels: Chosen nuisance values by level, of the levels whose tuning has ended.
+        seeds: Number of seeds.
     """
     for number in range(seeds):
         for level, nuisance in levels.items():

@@ -1,7 +1,8 @@
-"""Which values of the nuisance settings are tried at each level, and which of them the level is judged at.
+"""Tuning: which nuisance values are tried at each level, and which of them the level is judged at.
 
-The values of a study are where the search begins. Where the best one is the smallest or the largest that was tried, the
-next value in geometric order is tried too, until the best one lies between two others or the study's limit is reached.
+Tuning starts with the values that the study declares. If the best value is the smallest or the largest one tried, the
+next value of the geometric progression is tried too, until the best value is an inner one or the study's limit is
+reached.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from ablations.study import Study
 from ablations.trials import TrialResult, TrialSpec
 from mmphi.errors import MmphiError
 
-DIGITS = 2  # Significant ones of a value that is added.
+DIGITS = 2  # Significant digits of an added value.
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How far the tuning of a level is.
+    """State of the tuning of a level.
 
     Attributes:
-        level: Of the factor.
-        grid: Values of each nuisance setting, those that were added included, in order where they are numbers.
-        missing: Trials that have not ended, the first first.
-        chosen: The values with the least mean; nothing while trials are missing, or where all failed.
+        level: Level of the factor.
+        grid: Declared and added values of each nuisance setting, sorted if they are numbers.
+        missing: Trials that have not ended, in the order in which they run.
+        chosen: Values with the lowest mean of the tuning metric; ``None`` while trials are missing, or if all failed.
     """
 
     level: str
@@ -36,9 +37,9 @@ class Tuning:
 
 
 def tuning_of(study: Study, level: str, outcomes: Iterable[TrialResult]) -> Tuning:
-    """What is tried at a level, given how earlier trials ended.
+    """State of the tuning of a level, given the results of earlier trials.
 
-    Values that failed at any seed are not chosen.
+    Values that failed at any tuning seed are not chosen.
     """
     ended = {outcome.cell.name: outcome for outcome in outcomes}
     grid = {name: _ordered(values) for name, values in study.nuisance.items()}
@@ -65,19 +66,19 @@ def tuning_of(study: Study, level: str, outcomes: Iterable[TrialResult]) -> Tuni
 
 
 def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination of values; one empty one where there is no setting."""
+    """All combinations of values; one empty combination if the grid is empty."""
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def tuning_trials(tunings: Iterable[Tuning]) -> Iterator[TrialSpec]:
-    """The trials that are missing: all levels at a seed before the next seed."""
+    """Missing tuning trials: all levels at one seed before the next seed."""
     yield from sorted((cell for tuning in tunings for cell in tuning.missing), key=lambda cell: cell.number)
 
 
 def _extended(
     study: Study, level: str, grid: dict[str, list[Any]], best: Mapping[str, Any], added: dict[tuple[str, int], int]
 ) -> bool:
-    """Add the value beyond every end that the best point lies at; whether there was one to add."""
+    """Extend the grid beyond each end at which the best point is; returns whether a value was added."""
     found = False
     for name, values in grid.items():
         if not is_extendable(values):
@@ -96,13 +97,21 @@ def _extended(
 
 
 def is_extendable(values: Sequence[Any]) -> bool:
-    """Whether values are two or more positive numbers, which have a next one in geometric order."""
+    """Whether values are at least two distinct positive numbers, so that a geometric progression continues them."""
     numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
     return len(set(values)) > 1 and len(numbers) == len(values)
 
 
 def next_value(before: float, end: float) -> float:
-    """The value after the last one: as many times larger or smaller as that is than the one before it."""
+    """Next value of the geometric progression ``before``, ``end``, rounded to :data:`DIGITS` significant digits.
+
+    Args:
+        before: Second-last value.
+        end: Last value.
+
+    Returns:
+        The value; an integer if both arguments are.
+    """
     value = float(f"{end * end / before:.{DIGITS}g}")
     return round(value) if isinstance(before, int) and isinstance(end, int) else value
 
@@ -112,7 +121,7 @@ def _ordered(values: Sequence[Any]) -> list[Any]:
 
 
 def _allowed(study: Study, level: str, point: Mapping[str, Any]) -> bool:
-    """Whether settings and stages take a point."""
+    """Whether the settings and the stages' checks accept a point."""
     try:
         study.check_stages(study.settings(level, nuisance=point))
     except MmphiError:

@@ -1,4 +1,4 @@
-"""How far a study is: means so far, their intervals, differences to the baseline, seeds done, time left."""
+"""Progress of a study: means so far, intervals, differences to the baseline, finished seeds, time left."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore
 
 CLEAR = "\x1b[H\x1b[2J"
-LAST = 12  # Trials that the pace is taken from.
+LAST = 12  # Number of latest trials that the remaining time is estimated from.
 
 
 def progress_table(data: StudyData) -> str:
-    """A study or search so far, as lines."""
+    """Text table of the results of a study or search so far."""
     if data.declaration.get("kind") == "search":
         return _search_table(data)
     metric, baseline = data.declaration["metric"], data.declaration["baseline"]
@@ -64,7 +64,7 @@ def _search_table(data: StudyData) -> str:
 
 
 def progress_line(data: StudyData) -> str:
-    """What is done, what runs, and how long the rest takes at the pace of the last trials."""
+    """One line with finished, running and missing trials, and the time left at the rate of the last trials."""
     if data.declaration.get("kind") == "search":
         return f"{len(search_trials(data))} of {data.declaration['trials']} trials begun"
     running = [t for t in data.trials if t.status == "RUNNING"]
@@ -81,7 +81,7 @@ def progress_line(data: StudyData) -> str:
 
 
 def watch(store: RunStore, name: str, every_s: float = 5.0) -> None:
-    """Show a study until all of it is done or a person has seen enough."""
+    """Print the progress table every ``every_s`` seconds until the study is complete."""
     while True:
         data = load_study(store, name)
         shown = progress_table(data)

@@ -1,4 +1,4 @@
-"""A worker: a process that runs one job after the other, and keeps models, features and encoded data between them."""
+"""Worker process: runs requests one at a time, and keeps models, features and tokenized data loaded between them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ablations.protocol import TrialResponse, decode_request, decode_response, e
 from mmphi.allocator import keep_freed_memory
 from mmphi.errors import Stopped
 
-ALIVE_S = 0.5  # How often it looks whether its driver still lives.
+ALIVE_S = 0.5  # Interval between checks that the driver process exists.
 
 
 def main(descriptor: int) -> None:
-    """Run what comes through a pipe until it is closed.
+    """Run the requests of a pipe until it is closed.
 
     Args:
-        descriptor: The pipe's file descriptor.
+        descriptor: File descriptor of the pipe.
     """
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's matter.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The driver handles Ctrl-C.
     _die_with_parent()
     from ablations.trial import run_trial
     from mmphi.pipeline.build import Pipeline
@@ -48,7 +48,7 @@ def main(descriptor: int) -> None:
         answer = run_trial(job, pipeline, told)
         try:
             connection.send_bytes(encode(answer))
-        except OSError:  # Nobody listens any more: what is finished is found by its key.
+        except OSError:  # The driver has ended; a later one finds the finished run by its cache key.
             return
 
 
@@ -57,7 +57,7 @@ def _stop(*_: object) -> None:
 
 
 def _die_with_parent() -> None:
-    """End this process when its driver is gone: what it was building is gone on with by the next one."""
+    """Exit when the driver process is gone; the next driver resumes the unfinished build."""
     parent = os.getppid()
 
     def look() -> None:

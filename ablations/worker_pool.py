@@ -1,4 +1,4 @@
-"""The workers of one driver: started, given jobs, listened to, replaced when they die."""
+"""The worker processes of one driver: starts them, exchanges messages with them, and replaces those that die."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ablations.protocol import TrialRequest, TrialResponse, decode_response, enc
 from mmphi.errors import StoreError
 
 COMMAND = (sys.executable, "-m", "ablations.worker")
-PATIENCE = 3  # Times that every worker may fail to start.
-PATIENCE_S = 60.0  # A worker that was asked to stop finishes its step and saves.
+PATIENCE = 3  # Consecutive failed starts allowed, per worker.
+PATIENCE_S = 60.0  # Timeout after SIGTERM, in which a worker finishes its step and saves a checkpoint.
 GO_ON, ENOUGH = TrialResponse(-1, "report"), TrialResponse(-1, "pruned")
 
 
 @dataclass
 class WorkerProcess:
-    """One process.
+    """One worker process.
 
     Attributes:
-        process: It.
-        connection: To speak with it.
-        job: What it is running.
+        process: The process.
+        connection: Pipe to the process.
+        job: Request that it is running; ``None`` while it is idle.
         ready: Whether it has loaded its libraries.
     """
 
@@ -40,20 +40,20 @@ class WorkerProcess:
 
 
 class WorkerPool:
-    """Workers, each with a device or a share of the cores of its own.
+    """Worker processes, each assigned one GPU, or an equal share of the CPU cores without GPUs.
 
     Args:
-        count: How many.
-        logs: Folder of what they print.
-        command: That starts one.
+        count: Number of workers.
+        logs: Folder of the worker logs.
+        command: Command line that starts a worker; a file descriptor is appended.
 
     Raises:
-        StoreError: When listened to, if none of them can start.
+        StoreError: From :meth:`listen`, if no worker can start.
     """
 
     def __init__(self, count: int, logs: Path, command: Sequence[str] = COMMAND) -> None:
         self.count, self.logs, self.command = count, logs, command
-        self.barren = 0  # Workers that died one after the other before they were ready.
+        self.barren = 0  # Consecutive workers that died before they were ready.
         self.workers: list[WorkerProcess] = []
 
     def __enter__(self) -> WorkerPool:
@@ -71,27 +71,34 @@ class WorkerPool:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # A Ctrl-C reaches the driver alone, which then asks its workers to stop.
+                start_new_session=True,  # Ctrl-C reaches only the driver, which then terminates its workers.
             )
         theirs.close()
         return WorkerProcess(process, ours)
 
     def idle(self) -> list[WorkerProcess]:
-        """Those that wait for work."""
+        """Workers without a request."""
         return [w for w in self.workers if w.job is None]
 
     def busy(self) -> list[WorkerProcess]:
-        """Those that work."""
+        """Workers that are running a request."""
         return [w for w in self.workers if w.job is not None]
 
     def give(self, worker: WorkerProcess, job: TrialRequest) -> None:
-        """Give a worker work; one that has died meanwhile is noticed when listened to."""
+        """Send a request to a worker; if the worker has died, :meth:`listen` reports it."""
         worker.job = job
         with contextlib.suppress(OSError):
             worker.connection.send_bytes(encode(job))
 
     def listen(self, seconds: float) -> list[tuple[WorkerProcess, TrialResponse | None]]:
-        """What workers say within a time; ``None`` of one that died, which is replaced by the next one at its place."""
+        """Collect the responses that arrive within a time, and replace workers that died.
+
+        Args:
+            seconds: Timeout in seconds.
+
+        Returns:
+            Worker and response; the response is ``None`` for a worker that died.
+        """
         heard: list[tuple[WorkerProcess, TrialResponse | None]] = []
         speaking = wait([w.connection for w in self.workers], seconds)
         for place, worker in enumerate(self.workers):
@@ -112,24 +119,24 @@ class WorkerPool:
         return heard
 
     def _buried(self, worker: WorkerProcess, place: int) -> None:
-        """Give up where no worker can even start.
+        """Count a failed start.
 
         Raises:
-            StoreError: Saying where their last words are.
+            StoreError: If too many workers in a row died before they were ready; names the log.
         """
         self.barren = 0 if worker.ready else self.barren + 1
         if self.barren > PATIENCE * self.count:
             raise StoreError("no worker can start", f"its last words are in {self.logs / f'worker{place}.log'}")
 
     def reply(self, worker: WorkerProcess, go_on: bool) -> None:
-        """Tell a worker that reported whether to go on."""
+        """Answer a report: whether the worker continues its training."""
         with contextlib.suppress(OSError):
             worker.connection.send_bytes(encode(GO_ON if go_on else ENOUGH))
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         for worker in self.workers:
             worker.process.terminate()
-            worker.connection.close()  # Whoever waits for work need not wait any longer.
+            worker.connection.close()  # Idle workers exit when their pipe closes.
         for worker in self.workers:
             try:
                 worker.process.wait(PATIENCE_S)
@@ -139,7 +146,7 @@ class WorkerPool:
 
 
 def environment(place: int, count: int) -> dict[str, str]:
-    """What a worker's libraries are told: its GPU where there is one, else its share of the cores."""
+    """Environment variables that assign a worker its GPU, or its share of the CPU cores without GPUs."""
     cards = visible_gpus()
     if cards:
         return {"CUDA_VISIBLE_DEVICES": cards[place % len(cards)]}
@@ -148,7 +155,7 @@ def environment(place: int, count: int) -> dict[str, str]:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs this process may use, without opening any."""
+    """Ids of the GPUs that this process may use, without initialising CUDA."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name.strip() not in ("", "-1")]

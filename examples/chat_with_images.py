@@ -1,4 +1,4 @@
-"""A conversation about an image, streamed.
+"""A streamed conversation about an image.
 
 python examples/chat_with_images.py MODEL IMAGE QUESTION...      MODEL is a folder, a run ID or models:/NAME/1
 """

@@ -1,4 +1,4 @@
-"""A projector of your own beside the built-in one, compared by their validation loss.
+"""A custom projector, compared with the built-in one by the loss on the training images.
 
 python examples/own_projector.py FOLDER_OR_HUB_NAME      a causal language model
 """

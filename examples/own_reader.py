@@ -1,8 +1,8 @@
-"""A reader of your own: any iterable of rows is a data set.
+"""A custom reader: any iterable of rows is a data set.
 
 python examples/own_reader.py MODEL FOLDER      a folder of mmphi with an open_clip encoder, and a folder of images
 
-The names of the files are the captions: `red-square_01.png` is "red square".
+The file names are the captions: the caption of `red-square_01.png` is "red square".
 """
 
 import re

@@ -1,4 +1,4 @@
-"""mmphi makes a causal language model read images and audio, one tracked experiment at a time.
+"""mmphi adds image and audio input to causal language models, with every experiment tracked in MLflow.
 
 >>> model = mmphi.load("RUN, FOLDER or models:/NAME/1")
 >>> model.ask("what is this?", "photo.jpg")
@@ -45,21 +45,21 @@ def load(
     vision: nn.Module | None = None,
     preprocess: Callable[[Any], Any] | None = None,
 ) -> Model:
-    """A trained model with all that it is joined from; models of one process share what they have in common.
+    """Load a trained model with its components; models in one process share equal components.
 
     Args:
-        model: Folder, id of a run, or registered model (``models:/NAME/VERSION``) of a stage that ends in a model.
-        device: Where it goes, ``cpu`` or ``cuda:0``; this process's accelerator where left out, else the CPU.
-        language: Folder or hub name of its language model, where that has moved.
-        precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit`` for the language model; as it was trained where left out.
-        whisper: Size or file of the Whisper that it hears with; the one it was trained with, else tiny.en, where left
-            out. It is loaded at the first recording.
-        vision: The vision encoder, where :func:`join` was given a module.
-        preprocess: Its preprocessing.
+        model: Folder, run id, or registered model (``models:/NAME/VERSION``) of a stage that produces a model.
+        device: ``cpu`` or ``cuda:0``; by default this process's accelerator, else the CPU.
+        language: Folder or hub name of the language model, if it has moved.
+        precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit`` for the language model; by default as in training.
+        whisper: Size or file of the Whisper model for audio; by default that of the training, else tiny.en. It is
+            loaded at the first recording.
+        vision: Vision encoder, if :func:`join` was given a module.
+        preprocess: Preprocessing of ``vision``.
 
     Raises:
-        ModelError: If a part cannot be had, or is not what it was.
-        StoreError: If there is no such run or registered model.
+        ModelError: If a component is missing, or differs from the one in training.
+        StoreError: If the run or registered model does not exist.
     """
     from pathlib import Path
 
@@ -80,7 +80,7 @@ def load(
 
 
 def _folder_of(model: str) -> Path:
-    """The files of a run or registered model; those of a run in a local SQLite store are found without mlflow."""
+    """Folder of a run or registered model; a local SQLite store is read without importing mlflow."""
     from mmphi.tracking.status_reader import status_reader
 
     found = status_reader().folder(model.removeprefix("runs:/").partition("/")[0])
@@ -92,12 +92,12 @@ def _folder_of(model: str) -> Path:
 
 
 def build(stage: str, preset: str = "tiny", **settings: Any) -> Result:
-    """Build a stage, or take its finished result from the store.
+    """Build a stage, or return its finished result from the store.
 
     Args:
         stage: ``projector``, ``evaluate``, ...
         preset: Name of a file in ``experiments/``, or a path.
-        **settings: Settings to change; a dot is written as two underscores: ``vision__pool=2``.
+        **settings: Settings to change, with two underscores in place of a dot: ``vision__pool=2``.
     """
     from mmphi.pipeline.build import Pipeline
     from mmphi.stages import STAGES, load_settings

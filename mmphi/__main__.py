@@ -1,4 +1,4 @@
-"""``python -m mmphi``, which MLproject's entry points run."""
+"""Entry point of ``python -m mmphi``, which MLproject's entry points run."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 if any(find_spec(package) is None for package in ("mlflow", "pydantic", "torch")):
-    # `.venv/bin/mlflow run` leaves PATH as it is, and the Python found there need not be the one that has the packages.
+    # `.venv/bin/mlflow run` does not change PATH, and the Python found there may lack the packages.
     made = Path(__file__).resolve().parents[1] / ".venv" / "bin" / "python"
     if not made.exists() or Path(sys.executable) == made:
         sys.exit(

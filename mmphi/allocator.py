@@ -1,25 +1,25 @@
-"""Memory that a process frees stays with it, for the next tensor of that size."""
+"""Settings of glibc's allocator: a process keeps freed memory for the next tensor of that size."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
-# glibc's malloc.h. A tensor of more than 32 MB is otherwise mapped again and given back each time, and the kernel
-# clears its pages again: half of what a convolutional tower took on a virtual machine.
+# Constants of glibc's malloc.h. By default, a tensor of more than 32 MB is mapped and unmapped each time, and the
+# kernel clears its pages: half of the time of a convolutional vision encoder on a virtual machine.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-MAPPED_FROM = 1024**3  # Bytes from which a block is mapped by itself: weights, which stay, and no activations.
-KEPT = 2**31 - 1  # Bytes at the end of the heap that stay: the most that mallopt can be told.
-SWITCH = "MMPHI_KEEP_MEMORY"  # 0: as the system has it.
+MAPPED_FROM = 1024**3  # Bytes from which a block is mapped separately: long-lived weights, but no activations.
+KEPT = 2**31 - 1  # Free bytes that stay at the end of the heap: the maximum of mallopt.
+SWITCH = "MMPHI_KEEP_MEMORY"  # 0 keeps the system's defaults.
 OWN = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def keep_freed_memory() -> bool:
-    """Let this process, and those that fork from it, keep what they free; only glibc's allocator can be told to.
+    """Make this process and its forks keep freed memory; only glibc's allocator supports this.
 
     Returns:
-        Whether it was told: not where ``MMPHI_KEEP_MEMORY`` is 0, nor where one of ``MALLOC_MMAP_THRESHOLD_``,
-        ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` and ``LD_PRELOAD`` chooses an allocator or its ways.
+        Whether the allocator was configured: not if ``MMPHI_KEEP_MEMORY`` is 0, or if one of
+        ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` and ``LD_PRELOAD`` is set.
     """
     libc = _glibc()
     if libc is None:
@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
 
 
 def release_memory() -> None:
-    """Give the system what this process keeps and does not use: what comes now needs tensors of other sizes."""
+    """Return unused memory to the system, before work that needs tensors of other sizes."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

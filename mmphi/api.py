@@ -1,6 +1,6 @@
-"""The library: a model joined from parts of one's own, trained and asked in memory.
+"""Library interface: join a model from components, train it and query it in memory.
 
-Nothing here reads presets, writes files or opens a tracking store unless it is asked to.
+Nothing here reads presets, writes files or opens a tracking store unless requested.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ SHAPE = (
 
 
 class Model(Multimodal):
-    """A language model that reads images: joined by :func:`join` or loaded by :func:`mmphi.load`."""
+    """A language model with image input, created by :func:`join` or :func:`mmphi.load`."""
 
-    _settings: ProjectorSettings | None = None  # Of a projector that is not trained yet.
-    _fits = 0  # Trainings that this object has had.
+    _settings: ProjectorSettings | None = None  # Settings of a projector that is not trained yet.
+    _fits = 0  # Number of trainings of this object.
 
     def fit(
         self,
@@ -69,25 +69,26 @@ class Model(Multimodal):
         progress: bool = True,
         **settings: Any,
     ) -> ProjectorTraining | AdapterTraining:
-        """Train the projector, or an adapter with it; the language model's own weights stay as they are.
+        """Train the projector, or the projector with an adapter; the weights of the language model are frozen.
 
         Args:
-            data: Conversations, as :func:`mmphi.data.in_memory.examples_of` takes them: ``(image, text)``,
+            data: Conversations in a form of :func:`mmphi.data.in_memory.examples_of`: ``(image, text)``,
                 ``(image, question, answer)``, or rows with ``messages`` or ``conversations``.
-            validation: Conversations that are only measured, every ``eval_every`` steps.
-            adapter: Whether a low-rank adapter is trained on the language model, which this model then has.
+            validation: Conversations for validation, every ``eval_every`` steps.
+            adapter: Whether to add a low-rank adapter (LoRA) to the language model, and train it.
             logger: ``"mlflow"`` for the active run of MLflow, a function of metrics and step, or a
-                :class:`~mmphi.tracking.tracker.Tracker`; nothing is recorded by default.
-            folder: For checkpoints. A training that was interrupted resumes from them.
+                :class:`~mmphi.tracking.tracker.Tracker`; by default, nothing is recorded.
+            folder: Folder for checkpoints, from which an interrupted training resumes.
             callbacks: Callbacks of transformers' Trainer.
-            progress: Whether progress bars are shown.
-            **settings: Of the training, by their names in ``mmphi projector --help`` (``mmphi qlora --help`` for an
-                adapter): ``steps``, ``batch_size``, ``learning_rate``, ...
+            progress: Whether to show progress bars.
+            **settings: Settings of the training, with their names in ``mmphi projector --help`` (``mmphi qlora --help``
+                for an adapter): ``steps``, ``batch_size``, ``learning_rate``, ...
 
         Raises:
-            SettingsError: If there is no such setting, or its value is out of bounds.
-            DataError: If a row cannot be used, or nothing is left to train on.
-            TrainingError: If the loss becomes NaN or infinite.
+            ModelError: If the model has no image input, or has an adapter already.
+            SettingsError: If a setting does not exist, or its value is out of bounds.
+            DataError: If a row cannot be used, or no training data is left.
+            TrainingError: If the loss becomes NaN or infinite, or ``folder`` holds another training.
         """
         from mmphi.training.conversation_dataset import training_rows
 
@@ -98,7 +99,7 @@ class Model(Multimodal):
         folder = Path(folder) if folder is not None else None
         common: dict[str, Any] = {"tracker": _tracker(logger), "callbacks": callbacks, "progress": progress}
         common["folder"] = folder
-        self._engine = None  # It remembers features as the projector gave them before.
+        self._engine = None  # Its caches hold outputs of the projector before training.
         fit = self._fit_adapter if adapter else self._fit_projector
         try:
             trained = fit(examples, settings, common)
@@ -127,11 +128,11 @@ class Model(Multimodal):
             raise SettingsError(f"{', '.join(changed)}: the projector is there already", "give its shape to join")
         _check_kind(checked, settings)
         self._resume_same(common["folder"], checked, examples)
-        if self._settings is not None:  # Its weights are seeded, and standardised on the training images.
+        if self._settings is not None:  # The new projector is seeded, and standardised on the training images.
             self._use(new_projector(self.language, self.features, checked, examples))
         length = self.max_length
         self._change_length(checked.max_length)
-        self.language.model.requires_grad_(False)  # An adapter on it stays as it is.
+        self.language.model.requires_grad_(False)  # Includes an existing adapter.
         self.projector.requires_grad_(True)
         if self.speech is not None:
             self.speech.requires_grad_(False)
@@ -156,7 +157,7 @@ class Model(Multimodal):
             raise ModelError("the projector is not trained yet", "call fit without adapter first")
         checked = _checked(QloraSettings, "qlora", {"max_length": self.max_length, **settings})
         self._resume_same(common["folder"], checked, examples)
-        # Other models may share the language model: its layers are copied, and their weights are not.
+        # Other models may share the language model, so its modules are copied; the copies share the weights.
         model = self.language.model
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         before = self.language, self.packed, self.max_length
@@ -172,7 +173,7 @@ class Model(Multimodal):
             raise
 
     def _tokenized(self, examples: Sequence[Example], settings: ConversationSettings) -> TokenizedDataset:
-        """The training conversations; a warning says how many are too long."""
+        """Tokenized training conversations; logs a warning with the number of those that are too long."""
         from mmphi.training.conversation_dataset import tokenize_training_rows
 
         sequences = tokenize_training_rows(self, examples, settings.max_length)
@@ -190,10 +191,10 @@ class Model(Multimodal):
         self.packed.layout = self.language.layout(max_length)
 
     def _resume_same(self, folder: Path | None, settings: ConversationSettings, examples: Sequence[Example]) -> None:
-        """Refuse a folder that holds the checkpoints of another training.
+        """Check that a folder does not hold the checkpoints of another training.
 
         Raises:
-            TrainingError: If its data, its settings or its place among the trainings of this model differ.
+            TrainingError: If data, settings or the number of previous trainings of this model differ.
         """
         if folder is None:
             return
@@ -212,13 +213,13 @@ class Model(Multimodal):
         self.projector = self.packed.projectors["image"] = own
 
     def ask(self, question: str, *images: Any, audio: Any = (), max_new_tokens: int = 48) -> str:
-        """Answer one question, greedily.
+        """Answer one question by greedy decoding.
 
         Args:
-            question: What to answer; empty for a caption.
+            question: Question; empty for a caption.
             *images: Paths, bytes, PIL images, arrays, or tensors of pixels.
             audio: Recordings: paths, or the bytes of files.
-            max_new_tokens: Longest answer, in tokens.
+            max_new_tokens: Maximum length of the answer, in tokens.
 
         Raises:
             ImageError: If an image cannot be read.
@@ -228,25 +229,25 @@ class Model(Multimodal):
     def evaluate(
         self, data: Iterable[Any], *, logger: str | Metrics | Tracker | None = None, **how: Any
     ) -> dict[str, float]:
-        """Metrics of the stage ``evaluate`` on conversations, by name, such as ``test/loss`` in nats per token.
+        """Returns metrics of the stage ``evaluate`` by name, such as ``test/loss`` in nats per token.
 
         Args:
-            data: As of :meth:`fit`.
-            logger: As of :meth:`fit`.
-            **how: Of :class:`~mmphi.evaluation.evaluate.EvaluationConfig`.
+            data: Conversations, as in :meth:`fit`.
+            logger: As in :meth:`fit`.
+            **how: Fields of :class:`~mmphi.evaluation.evaluate.EvaluationConfig`.
 
         Raises:
-            DataError: If a row cannot be used, or there is none.
+            DataError: If a row cannot be used, or there are no rows.
         """
         from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
 
         return evaluate_model(self, examples_of(data, "test"), EvaluationConfig(**how), _tracker(logger))
 
     def loss(self, data: Iterable[Any]) -> float:
-        """Mean loss on the answers of conversations, in nats per token.
+        """Returns the mean loss on the answers of conversations, in nats per token.
 
         Raises:
-            DataError: If none fits in ``max_length`` tokens, or a row cannot be used.
+            DataError: If no conversation fits in ``max_length`` tokens, or a row cannot be used.
         """
         nats, tokens = self.losses(examples_of(data))
         if not tokens:
@@ -254,10 +255,10 @@ class Model(Multimodal):
         return nats / tokens
 
     def image_features(self, *images: Any) -> Tensor:
-        """Features of images before the projector, float16 (len(images), tokens, width).
+        """Returns the input features of the projector, float16 (len(images), tokens, width).
 
         Raises:
-            ModelError: If this model reads no images.
+            ModelError: If the model has no image input.
         """
         if self.features is None:
             raise ModelError("this model reads no images", "join one with vision=...")
@@ -279,28 +280,28 @@ def join(
     feature_cache_gb: float = 2.0,
     **settings: Any,
 ) -> Model:
-    """Join a vision encoder and a causal language model by a projector, which :meth:`Model.fit` trains.
+    """Join a vision encoder and a causal language model with a projector, which :meth:`Model.fit` trains.
 
     Args:
-        language: Folder or hub name of a causal language model, or such a model of transformers, which is frozen.
+        language: Folder or hub name of a causal language model, or a causal LM of transformers; it is frozen.
         vision: Name or folder of an open_clip model, ``timm/NAME``, a torch module from pixels (N, C, H, W) to features
-            (N, T, D), which is frozen, or a source of stored features.
-        tokenizer: Of a language model that is given as an object; by default the one of its ``name_or_path``.
-        preprocess: From a PIL image to pixels (C, H, W), of a module; a transform, or an image processor.
-        image_size: Side of the pixels of an encoder without ``preprocess``.
+            (N, T, D), or a source of stored features; it is frozen.
+        tokenizer: Tokenizer of a language model object; by default that of its ``name_or_path``.
+        preprocess: Function from a PIL image to pixels (C, H, W) for a torch module: a transform or an image processor.
+        image_size: Side of the input images in pixels, for a torch module without ``preprocess``.
         projector: A module from features (..., D) to embeddings (..., W), in place of an MLP.
-        prompt: ``plain``, ``phi``, ``chat``, or ``auto``: by the tokenizer.
+        prompt: ``plain``, ``phi``, ``chat``, or ``auto``, which depends on the tokenizer.
         precision: ``fp32``, ``bf16``, ``8bit`` or ``4bit``, of a language model that is loaded here.
-        max_length: Longest sequence, in tokens; :meth:`Model.fit` may change it.
-        device: ``cpu`` or ``cuda:0``, of what is loaded here; the accelerator, if there is one, by default.
-        feature_cache_gb: Memory for features of images, so that each is computed once.
+        max_length: Maximum length of a sequence, in tokens; :meth:`Model.fit` may change it.
+        device: ``cpu`` or ``cuda:0``, for components that are loaded here; by default the accelerator, if there is one.
+        feature_cache_gb: Size of the cache of image features, in GB.
         **settings: Shape of the projector (``kind``, ``merge``, ``queries``, ``layers``, ``width``, ``activation``,
-            ``norm``, ``dropout``, ``standardize``), and of an open_clip model ``pretrained``, ``layer``, ``cls`` and
-            ``pool``, as ``mmphi projector --help`` has them.
+            ``norm``, ``dropout``, ``standardize``), and for an open_clip model ``pretrained``, ``layer``, ``cls`` and
+            ``pool``, as in ``mmphi projector --help``.
 
     Raises:
-        ModelError: If a part cannot be had, or does not fit.
-        SettingsError: If there is no such setting.
+        ModelError: If a component is missing or does not fit.
+        SettingsError: If a setting does not exist.
     """
     from mmphi.training.projector import new_projector
 
@@ -322,10 +323,10 @@ def join(
 
 
 def _check_kind(settings: ProjectorSettings, given: Mapping[str, Any]) -> None:
-    """Refuse settings that a kind of projector does not have.
+    """Check that the kind of projector has the given settings.
 
     Raises:
-        SettingsError: Naming the kinds that have it.
+        SettingsError: If it lacks one; the message names the kinds that have it.
     """
     from mmphi.models.projector_kinds import KINDS
 
@@ -337,7 +338,7 @@ def _check_kind(settings: ProjectorSettings, given: Mapping[str, Any]) -> None:
 
 
 class CustomProjector(Projector):
-    """A module of one's own as a projector; it cannot be saved, because nothing could build it when it is loaded."""
+    """A user-defined module as a projector; it cannot be saved, because loading could not rebuild it."""
 
     saveable = False
 
@@ -360,7 +361,7 @@ class CustomProjector(Projector):
             )
 
     def scale_output(self, factor: float) -> None:
-        """Refused: which weights of a module scale its outputs is not known.
+        """Not supported, because it is unknown which weights of a module scale its outputs.
 
         Raises:
             ModelError: Always.
@@ -372,16 +373,16 @@ class CustomProjector(Projector):
 def load(
     folder: Path, *, vision: nn.Module | None = None, preprocess: Callable[[Any], Any] | None = None, **options: Any
 ) -> Model:
-    """A stored model.
+    """Load a stored model.
 
     Args:
-        folder: As ``save_pretrained`` or a stage left it.
-        vision: The encoder that was given as a module, where one was.
-        preprocess: Its preprocessing.
-        **options: Of :func:`mmphi.models.checkpoint.load_checkpoint`.
+        folder: Folder that ``save_pretrained`` or a stage has written.
+        vision: Vision encoder, if :func:`join` was given a module.
+        preprocess: Preprocessing of ``vision``.
+        **options: Options of :func:`mmphi.models.checkpoint.load_checkpoint`.
 
     Raises:
-        ModelError: If a part cannot be had, or is not what it was.
+        ModelError: If a component is missing, or differs from the stored one.
     """
     from mmphi.models.checkpoint import load_checkpoint, read_description
 
@@ -451,10 +452,10 @@ def _vision(
 
 
 def _current_names(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings under today's names.
+    """The settings under their current names.
 
     Raises:
-        SettingsError: If one is given under both names.
+        SettingsError: If a setting is given under both names.
     """
     found: dict[str, Any] = {}
     for name, value in settings.items():
@@ -468,10 +469,10 @@ def _current_names(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> Any:
-    """Settings of a section.
+    """Validated settings of a section.
 
     Raises:
-        SettingsError: If there is no such setting, or its value is out of bounds.
+        SettingsError: If a setting does not exist, or its value is out of bounds.
     """
     if unknown := [name for name in values if name not in kind.model_fields]:
         near = did_you_mean(unknown[0], kind.model_fields)
@@ -484,7 +485,7 @@ def _checked(kind: type[S] | Any, section: str, values: Mapping[str, Any]) -> An
 
 
 class _MetricsTracker(SilentTracker):
-    """Metrics to a function, messages to the logger ``mmphi``."""
+    """Passes metrics to a function and messages to the logger ``mmphi``."""
 
     def __init__(self, record: Metrics) -> None:
         self.record = record

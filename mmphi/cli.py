@@ -1,4 +1,4 @@
-"""``mmphi STAGE --key value``: the command line; answers for help without loading what is heavy."""
+"""The command line ``mmphi STAGE --key value``; help does not import heavy packages."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 TERMINATED, INTERRUPTED, USER_ERROR = 143, 130, 2  # Exit codes.
 LABEL_CHARACTERS = 80
-ALL = "true"  # The value of a flag that stands alone.
-FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # In any case of letters.
-# Commands that read their own options; imported when they are called.
+ALL = "true"  # Value of a flag that is given without one.
+FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # Case-insensitive.
+# Commands that parse their own options; imported when they are called.
 OWN = {
     "ask": "mmphi.serving.ask:main",
     "chat": "mmphi.serving.chat:main",
@@ -35,7 +35,7 @@ OWN = {
     "tts": "mmphi.data.tts:main",
     "ui": "mmphi.tracking.ui:main",
 }
-# What the packages above this one bring; named and not imported, because nothing here may know them.
+# Commands of packages that depend on this one; they are imported by name, because this package must not depend on them.
 COMMANDS = {
     "ablate": "ablations.commands:ablate",
     "studies": "ablations.study_cli:studies",
@@ -43,7 +43,7 @@ COMMANDS = {
     "report": "reports.commands:report",
     "reference": "reports.reference_command:reference",
 }
-INTERACTIVE = ("ask", "chat", "demo", "serve", "ui")  # They have nothing to resume.
+INTERACTIVE = ("ask", "chat", "demo", "serve", "ui")  # Commands with nothing to resume.
 FORMER_COMMANDS = {"say": "tts"}
 GENERATORS = "generators"
 BENCHMARKS = {"ablation": "ablations.benchmarks.ablation:main"}
@@ -86,7 +86,7 @@ Results are kept in MLflow's store: MLFLOW_TRACKING_URI, else mlflow.db in this 
 
 
 def usage() -> str:
-    """What ``mmphi --help`` prints."""
+    """Returns the text of ``mmphi --help``."""
     from mmphi.stages import STAGES
 
     stages = "\n".join(f"  {stage.name:<12} {stage.help}" for stage in STAGES.values())
@@ -94,13 +94,13 @@ def usage() -> str:
 
 
 def benchmarks() -> list[str]:
-    """Names of the benchmarks there are."""
+    """Returns the names of all benchmarks."""
     names = (module.name for module in pkgutil.iter_modules(mmphi.benchmarks.__path__))
     return sorted([*(name for name in names if not name.startswith("_")), *BENCHMARKS])
 
 
 def function(name: str) -> Callable[[list[str]], int | None]:
-    """A function by its module and name."""
+    """Returns a function, given as ``module:name``."""
     module, _, attribute = name.partition(":")
     found: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), attribute)
     return found
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 after an error that a person can fix; 130 after Ctrl-C; 143 after SIGTERM.
+        0 on success; 2 after an error that the user can fix; 130 after Ctrl-C; 143 after SIGTERM.
     """
     keep_freed_memory()
     install_filters()
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as error:
             print(f"\n{error or 'interrupted'}", file=sys.stderr)
             return TERMINATED if terminated else INTERRUPTED
-        except BrokenPipeError:  # `mmphi ... | head` has read enough.
+        except BrokenPipeError:  # The reader has closed the pipe, as in `mmphi ... | head`.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except ModuleNotFoundError as error:
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _terminable(message: str) -> Iterator[list[int]]:
-    """Make SIGTERM an interruption that the run can record; yields a list that it is noted in."""
+    """Raise an exception on SIGTERM, so that the run can record it; yields a list to which the signal is appended."""
     terminated: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -195,7 +195,7 @@ def _command(words: list[str]) -> int:
     if "help" in options or "help_all" in options:
         from mmphi.describe import STATUS_HELP, stage_help
 
-        # Help must not need the files and variables that a run needs.
+        # Help must work without the files and environment variables of a run.
         settings = load_settings(preset, overrides, name, expand=False)
         filter_text = options.get("help_all", "")
         print(
@@ -209,7 +209,7 @@ def _command(words: list[str]) -> int:
     if name == "status":
         from mmphi.describe import status
 
-        # What is missing is what a status is for.
+        # Status reports missing files, so they must not raise an error.
         settings = load_settings(preset, overrides, name, expand=False)
         print(status(_smoke(settings, overrides, name) if "smoke" in options else settings))
         return 0
@@ -222,7 +222,7 @@ def _command(words: list[str]) -> int:
 
 
 def _smoke(settings: Settings, overrides: Mapping[str, str], name: str) -> Settings:
-    """Settings at the size of a smoke run; those of the command line stay."""
+    """Settings reduced to a smoke run; those of the command line are kept."""
     from mmphi.config.overrides import full_name
     from mmphi.config.smoke import smoke
 
@@ -230,13 +230,13 @@ def _smoke(settings: Settings, overrides: Mapping[str, str], name: str) -> Setti
 
 
 def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Options of the command line itself, and settings to change.
+    """Returns the options of the command line itself, and the settings to change.
 
-    A flag may stand alone or with ``true`` or ``false``, because MLflow passes every parameter with a value. So may a
-    setting that is true or false; which ones are is not known here.
+    A flag may be given alone or with ``true`` or ``false``, because MLflow passes every parameter with a value. So may
+    a boolean setting; which settings are boolean is not known here.
 
     Raises:
-        SettingsError: If a word stands alone that is no key.
+        SettingsError: If a word is not a key, or an option has no value or an invalid one.
     """
     from mmphi.config.overrides import flag_value
 

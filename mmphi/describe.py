@@ -1,4 +1,4 @@
-"""What the command line says: every setting of a stage, the graph of stages, how a stage ended."""
+"""Output of the command line: the settings of a stage, the graph of stages, and the summary of a finished stage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ with what building would cost."""
 
 CAPTIONS = "Captions of held-out images (=: as the reference; otherwise the reference follows in brackets):"
 
-# The settings of each stage that are changed most; of other stages, those of their own section.
+# The most frequently changed settings of some stages; for other stages, help lists all settings.
 MOST_CHANGED: Mapping[str, tuple[str, ...]] = {
     "projector": (
         *("projector.kind", "projector.layers", "projector.steps", "projector.batch_size"),
@@ -79,20 +79,21 @@ MOST_CHANGED: Mapping[str, tuple[str, ...]] = {
 
 
 def stage_help(name: str, settings: Settings, *, everything: bool = False, only: str = "") -> str:
-    """The settings of a stage, with type, value, unit and meaning.
+    """Returns the settings of a stage, with type, value, unit and meaning.
 
     Args:
-        name: Of the stage.
-        settings: Whose values are shown.
-        everything: Every setting that the stage or what it is built on may read, in place of those changed most.
-        only: Of these, a section, or the ones whose name or description contains this text.
+        name: Name of the stage.
+        settings: Settings whose values are shown.
+        everything: Whether to list all settings that the stage or its upstream stages may read, in place of those
+            changed most.
+        only: Filter of these: a section, or a text in the name or description.
 
     Raises:
-        SettingsError: If no setting contains it.
+        SettingsError: If no setting matches ``only``.
     """
     stage, plan = STAGES[name], StageGraph(STAGES)
     order = plan.order(name, settings)
-    # The stages at its end, such as its evaluation, are built with these settings, too.
+    # Follow-up stages, such as the evaluation, are built with these settings, too.
     declared = [*stage.declared, *(d for each in (*reversed(order), *stage.then) for d in STAGES[each].declared)]
     sections = dict.fromkeys([name, *(d.partition(".")[0] for d in declared)])
     lines = [
@@ -120,7 +121,7 @@ def stage_help(name: str, settings: Settings, *, everything: bool = False, only:
             if only.lower() == section or only.lower() in f"{row[0].rpartition('.')[2]} {row[3]}".lower()
         ]
         count += len(rows)
-        if rows:  # Not every stage has a section of its own.
+        if rows:  # Some stages have no section.
             title = f"{section}, its own section, which may be left out:" if own else f"{section}:"
             lines += ["", title, *_aligned(rows)]
     if only and not count:
@@ -140,14 +141,14 @@ Row = tuple[str, str, str, str]  # An option, its type, its value, its meaning.
 
 
 def _rows(section: str, settings: Settings, only: Collection[str], declared: list[str], own: bool = True) -> list[Row]:
-    """The settings of a section, or those that are named, in their order.
+    """The settings of a section, or the named ones, in order.
 
     Args:
-        section: Whose names may be left out of its own options.
-        settings: Whose values are shown.
-        only: Full names; none takes those of the section.
+        section: Section to list; if ``own``, its name is omitted from the options.
+        settings: Settings whose values are shown.
+        only: Full names; if empty, the settings of the section.
         declared: Names that the stage may read.
-        own: Whether it is the stage's own section.
+        own: Whether it is the stage's section.
     """
     values, fields = settings.model_dump(), all_fields(type(settings))
     rows = []
@@ -188,11 +189,11 @@ def _shown(value: Any) -> str:
 
 
 def status(settings: Settings) -> str:
-    """The stages as a graph: finished with run and time, or missing with what building would cost."""
+    """Returns the stages as a graph: finished ones with run and time, others with the cost of building them."""
     plan, looked = StageGraph(STAGES), status_reader()
     drawn: set[str] = set()
     rows: list[tuple[str, str]] = []
-    missing: dict[str, str] = {}  # What the settings name and is not there, by setting.
+    missing: dict[str, str] = {}  # Missing files, by the setting that names them.
     states = {name: _state(plan, looked, name, settings, missing) for name in STAGES}
     shown = relevant(plan, settings, states)
 
@@ -226,13 +227,13 @@ def status(settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class StageState:
-    """What a status says of a stage.
+    """Status of a stage.
 
     Attributes:
-        text: In a line.
-        begun: Whether the store has a run of it.
-        disk_bytes: What building it would take on the disk; 0 where it is finished.
-        seconds: How long that would take; None where it cannot be known, 0 where it is finished.
+        text: Description in a line.
+        begun: Whether the store has a run of the stage.
+        disk_bytes: Estimated disk space for building the stage; 0 if it is finished.
+        seconds: Estimated time for building the stage; None if unknown, 0 if it is finished.
     """
 
     text: str
@@ -244,9 +245,9 @@ class StageState:
 def _state(
     plan: StageGraph, looked: StatusReader, name: str, settings: Settings, missing: dict[str, str]
 ) -> StageState:
-    cost = STAGES[name].cost(SettingsView(settings, type(settings).model_fields))  # In no key: it may read all.
+    cost = STAGES[name].cost(SettingsView(settings, type(settings).model_fields))  # Part of no key: may read all.
     try:
-        for each in plan.order(name, settings):  # Missing files are found before the hub is asked for revisions.
+        for each in plan.order(name, settings):  # Detects missing files before the hub is queried for revisions.
             plan.input_digests(STAGES[each], settings)
         key = plan.key(name, settings)
     except SettingsError as error:
@@ -268,12 +269,12 @@ def _state(
 
 
 def relevant(plan: StageGraph, settings: Settings, states: Mapping[str, StageState]) -> list[str]:
-    """The stages that a preset is about: those that train and measure a model of its data, and those with runs.
+    """Returns the stages of a preset: those that train and evaluate its models, and those with runs.
 
     Args:
-        plan: The stages.
+        plan: Graph of all stages.
         settings: All settings.
-        states: Of every stage.
+        states: State of every stage.
     """
     named = [name for name in ("speech", "transcribe") if getattr(settings, name).path]
     if settings.corpus.sources or settings.pretrain.size != "custom":
@@ -286,13 +287,13 @@ def relevant(plan: StageGraph, settings: Settings, states: Mapping[str, StageSta
 
 
 def _unset(text: str) -> str:
-    """Which environment variables that a text names are not set."""
+    """Note on the environment variables in a text that are not set; empty if there are none."""
     names = [name for name in dict.fromkeys(re.findall(r"\$\{(\w+)\}", text)) if name not in os.environ]
     return f" ({', '.join(names)} is not set)" if names else ""
 
 
 def total(states: Sequence[StageState]) -> str:
-    """What building everything that is missing would take."""
+    """Returns the total cost of building all missing stages, as text."""
     unknown = sum(state.seconds is None for state in states)
     known = sum(state.seconds or 0 for state in states)
     if not any(state.disk_bytes or state.seconds is None or state.seconds for state in states):
@@ -307,19 +308,19 @@ def _joined(state: str, cost: str) -> str:
 
 
 def _would_take(cost: Cost, more: str) -> str:
-    """Disk, GPU memory and what else is known of a stage that is not built."""
+    """Disk space, GPU memory and other known costs of a stage that is not built, as text."""
     parts = [f"would take {size(cost.disk_bytes)} of disk"] if cost.disk_bytes else []
     parts += [f"GPU memory up to {size(cost.memory_bytes)}"] if cost.memory_bytes else []
     return ", ".join([*parts, *([more] if more else [])])
 
 
 def ago(milliseconds: int) -> str:
-    """How long ago a time of the store was."""
+    """Returns how long ago a time was, given in milliseconds since the epoch."""
     return f"{duration(max(0.0, time.time() - milliseconds / 1000))} ago"
 
 
 def duration(seconds: float) -> str:
-    """A duration in words."""
+    """Returns a duration as text."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -327,7 +328,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """Returns a number of bytes as text."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -336,7 +337,7 @@ def size(count: float) -> str:
 
 
 def ending(result: Result, store: Store) -> str:
-    """How a stage ended: its metrics, what it predicts, its run, and where to look at it."""
+    """Returns the summary of a finished stage: metrics, predictions, run, and commands to view and use it."""
     lines = ["", *(f"  {name:<34} {value:.4g}" for name, value in sorted(result.metrics.items()))]
     tables = [each.path / "test_predictions.json" for each in (result, *result.after)]
     for table in (path for path in tables if path.exists()):
@@ -362,7 +363,7 @@ def ending(result: Result, store: Store) -> str:
 
 
 def trained_question(folder: Path) -> str:
-    """A question that a model was trained on; empty where images came without a question."""
+    """Returns a question that a model was trained on; empty if images had no question."""
     try:
         questions = json.loads((folder / "mmphi.json").read_text()).get("questions", ())
     except (OSError, ValueError):
@@ -371,7 +372,7 @@ def trained_question(folder: Path) -> str:
 
 
 def program() -> str:
-    """How mmphi is called in this environment, also where it is not on the PATH."""
+    """Returns the command that runs mmphi in this environment, even if it is not on the PATH."""
     if shutil.which("mmphi"):
         return "mmphi"
     own = Path(sys.executable).with_name("mmphi")
@@ -382,7 +383,7 @@ def program() -> str:
 
 
 def test_image(result: Result, store: Store) -> Path | None:
-    """A held-out image of a trained model's data: of the drawn scenes, else one that its evaluation has shown."""
+    """Returns a held-out image of a model's data: from the drawn scenes, else from the table of its evaluation."""
     scenes = store.run(result.run_id).data.tags.get("mmphi.upstream.scenes", "")
     run = store.run_if_there(scenes) if scenes else None
     folder = store.local_folder(run) if run else None
@@ -399,7 +400,7 @@ def test_image(result: Result, store: Store) -> Path | None:
 
 
 def predictions(table: dict[str, Any], count: int = 6) -> list[str]:
-    """What a table of predictions says, as lines; ``=`` marks those equal to their reference."""
+    """Returns the lines of a table of predictions; ``=`` marks those equal to their reference."""
     columns = table["columns"]
     prediction, reference = columns.index("prediction"), columns.index("reference")
     lines = []

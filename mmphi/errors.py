@@ -1,4 +1,4 @@
-"""Errors meant for people: what is wrong, where, and what to do about it."""
+"""Errors with a message for users: what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FULL = ("No space left on device", "database or disk is full", "PytorchStreamWri
 
 
 class MmphiError(Exception):
-    """A failure the user can act on; the command line prints it without a traceback.
+    """An error that the user can fix; the command line prints it without a traceback.
 
     Args:
         what: What is wrong and where, in one sentence.
@@ -58,15 +58,15 @@ class AudioError(DataError):
 
 
 class ModelError(MmphiError):
-    """A model that cannot be found, loaded or joined to another."""
+    """A model that cannot be found, loaded or joined with another."""
 
 
 class PartMissingError(ModelError):
-    """A part of a model that this machine does not have, such as a Whisper; no request can change that."""
+    """A part of a model that this machine does not have, such as Whisper; no request can change that."""
 
 
 class GenerationError(MmphiError):
-    """An answer that broke off because of the model, and not because of the question."""
+    """An answer that failed because of the model, and not because of the request."""
 
 
 class StoreError(MmphiError):
@@ -74,13 +74,13 @@ class StoreError(MmphiError):
 
 
 class TrainingError(MmphiError):
-    """Training that must not go on, such as a loss that is no longer finite."""
+    """Training that must not continue, for example because the loss is not finite."""
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it followed from, is that of a full disk, whatever library raised it.
+    """Whether an error, or one of its causes, is that of a full disk, whichever library raised it.
 
-    SQLite has its own words, and torch says of a file that it could not write no more than that.
+    SQLite has its own message, and torch reports only that it could not write a file.
     """
     while error is not None:
         text = str(error)
@@ -91,4 +91,4 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 
 class Stopped(KeyboardInterrupt):
-    """Asked to stop by a signal; a complete checkpoint was written first, and the same command goes on from it."""
+    """A stop requested by a signal; a training with a checkpoint folder first saves a checkpoint, to resume from."""

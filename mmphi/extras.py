@@ -1,4 +1,4 @@
-"""Packages that only some commands need: which extra of mmphi installs them."""
+"""Optional packages, which only some commands need, and the extras of mmphi that install them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
-# Names by which packages are imported, where they differ from their names on PyPI.
+# Import names of packages that differ from their names on PyPI.
 IMPORTED_AS = {"whisper": "openai-whisper", "faster_whisper": "faster-whisper", "markdown_it": "markdown-it-py"}
 EXTRA = re.compile(r"extra == ['\"](\w+)['\"]")
-INNER = ("dev", "all", "cluster")  # Extras that are made of other extras.
+INNER = ("dev", "all", "cluster")  # Extras that include other extras.
 
 
 def extras() -> dict[str, str]:
-    """The extra of each optional package, by its name on PyPI in lower case with hyphens."""
+    """Returns the extra of each optional package, by its name on PyPI in lower case with hyphens."""
     try:
         declared = requires("mmphi") or []
     except PackageNotFoundError:  # Run from a folder without an installation.
@@ -28,7 +28,7 @@ def extras() -> dict[str, str]:
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """What to install where a module is missing; empty where no extra of mmphi has it."""
+    """Returns the command that installs a missing module; empty if no extra of mmphi has it."""
     module = (error.name or "").partition(".")[0]
     package = IMPORTED_AS.get(module, module).lower().replace("_", "-")
     extra = extras().get(package)
@@ -36,6 +36,6 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def source() -> str:
-    """What pip installs mmphi from: its checkout, where there is one."""
+    """Returns what pip can install mmphi from: its checkout if there is one, else its name."""
     root = Path(__file__).resolve().parents[1]
     return str(root) if (root / "pyproject.toml").is_file() else "mmphi"

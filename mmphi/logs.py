@@ -13,7 +13,7 @@ LOGGER = logging.getLogger("mmphi")
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes information to standard output and warnings to standard error, without tearing a progress bar."""
+    """Writes information to standard output and warnings to standard error, without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record as a line without decoration."""
@@ -23,12 +23,12 @@ class ConsoleHandler(logging.Handler):
             stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
             tqdm.write(self.format(record), file=stream)
             stream.flush()
-        except (OSError, ValueError):  # The stream is closed, as that of `mmphi ... | head`.
+        except (OSError, ValueError):  # The stream is closed, as in `mmphi ... | head`.
             self.handleError(record)
 
 
 def show_log() -> None:
-    """Show what the package logs on the console; a logger that has handlers of its own stays as it is."""
+    """Show what the package logs on the console; a logger that already has handlers is not changed."""
     if LOGGER.handlers:
         return
     LOGGER.addHandler(ConsoleHandler())

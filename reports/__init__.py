@@ -1,1 +1,1 @@
-"""Reports, written from the tracking store alone: queries, statistics, words, figures."""
+"""Reports, written from the tracking store alone: queries, statistics, text and figures."""

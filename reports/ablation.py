@@ -1,4 +1,4 @@
-"""The report of an ablation, from the tracking store alone."""
+"""The ablation report, from the tracking store alone."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from reports.study_results import StudyResults
 from reports.tables import is_noise, median_of, report_tables
 from reports.verdict import format_verdict, headline
 
-CURVES = "val/loss", "train/loss"  # The second where the first was hardly measured on the way.
-# Against these the metric is drawn.
+CURVES = "val/loss", "train/loss"  # In order of preference; the second if the first has too few values.
+# Costs that the metric is plotted against.
 SHOWN_COSTS = ("projector/parameters", "qlora/parameters", "val/text_loss", "cost/first_token_s")
 
 
-FEWEST_POINTS = 3  # Of a curve that is worth a figure.
+FEWEST_POINTS = 3  # Minimum number of points of a curve for a figure.
 
 
 def ablation_report(data: StudyData) -> ReportDocument:
-    """The report of a study.
+    """Create the report of a study.
 
     Args:
-        data: As the store has it, with one of :data:`CURVES`.
+        data: The study, loaded with curves of one of :data:`CURVES`.
 
     Raises:
-        StoreError: If no trial has what is judged; says what the trials do have.
+        StoreError: If no trial has the judged metric; the message lists the metrics that exist.
     """
     found = StudyResults.of(data)
     metric, baseline, comparisons = found.metric, found.baseline, found.comparisons
@@ -64,18 +64,18 @@ def ablation_report(data: StudyData) -> ReportDocument:
 
 
 def titles(data: StudyData) -> dict[str, str]:
-    """Names for readers of the costs and other metrics that a study declares."""
+    """Titles of the costs and other metrics that a study declares, by metric name."""
     return {**data.declaration["costs"], **data.declaration.get("also", {})}
 
 
 def noisy_costs(found: StudyResults) -> list[str]:
-    """Titles of the costs that would be drawn but do not differ beyond their noise."""
+    """Titles of the costs that are not plotted because levels do not differ in them beyond the noise."""
     named = titles(found.data)
     return [named[name] for name in SHOWN_COSTS if name in named and is_noise(found.results.values(), name)]
 
 
 def draw_figures(found: StudyResults) -> dict[str, bytes]:
-    """The figures, by name."""
+    """PNG figures of the report, by name."""
     data, metric, baseline, results = found.data, found.metric, found.baseline, found.results
     made = {}
     with_pairs = [c for c in found.comparisons if c.n]

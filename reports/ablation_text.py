@@ -1,4 +1,4 @@
-"""What an ablation's report says beside its verdict: how it was made, and what a reader must know."""
+"""Text of an ablation report apart from its verdicts: design, budgets, costs, warnings and notes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reports.study_results import StudyResults
 from reports.tables import failed_at, mean_of, order_of, tried_at, used_at
 from reports.verdict import JudgedMetric, join_names
 
-SAME_TOKENS = 0.02  # Budgets that differ by more than this share are told.
+SAME_TOKENS = 0.02  # Budgets that differ by more than this share are reported.
 EDGE = "the best value lies at the edge of what was tried: a better one may lie beyond"
 STATISTICS = (
     "Intervals are 95 % intervals of the mean: Student's t of fewer than 12 values, else scipy's bootstrap (9,999"
@@ -28,11 +28,11 @@ FIRST_TOKEN = " The first token is that of an answer about a photograph of 640 x
 
 
 def costs_note(data: StudyData, noisy: Sequence[str] = ()) -> str:
-    """How costs were measured.
+    """Note on how costs were measured.
 
     Args:
         data: The study.
-        noisy: Titles of the costs by which levels do not differ beyond the spread over their seeds.
+        noisy: Titles of the costs in which levels do not differ beyond their noise.
     """
     note = COSTS_NOTE + FIRST_TOKEN * ("cost/first_token_s" in data.declaration["costs"])
     if noisy:
@@ -43,7 +43,7 @@ def costs_note(data: StudyData, noisy: Sequence[str] = ()) -> str:
 
 
 def design(data: StudyData) -> str:
-    """How the comparison was made, in a few sentences."""
+    """Description of the design: seeds, budget, metric, and what is and is not repeated over seeds."""
     declared = data.declaration
     settings = declared["seed_settings"]
     shifted = [level for level, shift in declared.get("shifts", {}).items() if shift]
@@ -80,7 +80,7 @@ def design(data: StudyData) -> str:
 
 
 def _split_of(data: StudyData) -> str:
-    """What the judged metric is measured on, as far as its name says."""
+    """Phrase about the split of the judged metric, derived from its prefix; empty for other prefixes."""
     metric = data.declaration["metric"]
     if metric.startswith("test/"):
         return " on the test split, which neither training nor tuning used"
@@ -91,7 +91,7 @@ def _split_of(data: StudyData) -> str:
 
 
 def seeds_of(data: StudyData) -> str:
-    """At how many seeds the levels were run."""
+    """Phrase about the number of paired seeds of the levels."""
     counts = {level: len(of) for level, of in data.results("verdict", data.declaration["metric"]).items()}
     fewest, most = min(counts.values()), max(counts.values())
     if fewest == most:
@@ -100,7 +100,7 @@ def seeds_of(data: StudyData) -> str:
 
 
 def missing_trials(data: StudyData) -> str:
-    """That trials are missing, where some are; empty where all that was asked for has ended."""
+    """Sentence about trials that have not ended; empty if there are none."""
     lost = data.lost()
     missing = [(level, n) for level, n in data.missing() if n not in lost[level]]
     if not missing:
@@ -110,7 +110,7 @@ def missing_trials(data: StudyData) -> str:
 
 
 def exploratory(found: StudyResults) -> str:
-    """What the seeds beyond the declared ones are worth; empty where there are none."""
+    """Explanation of results over more seeds than declared; empty if there are none."""
     if not found.exploratory:
         return ""
     return (
@@ -120,7 +120,7 @@ def exploratory(found: StudyResults) -> str:
 
 
 def warnings(data: StudyData, metric: JudgedMetric) -> Iterator[str]:
-    """What a reader must know before believing any of it."""
+    """Warnings that limit the validity of the results."""
     if data.seeds < data.looks[0]:
         yield (
             f"The seeds were lowered to {data.seeds} while it ran, and it is judged at {data.looks[0]}: there is no"
@@ -147,7 +147,7 @@ def warnings(data: StudyData, metric: JudgedMetric) -> Iterator[str]:
 
 
 def budget(data: StudyData, metric: JudgedMetric) -> str:
-    """Whether all trials learned from the same number of tokens."""
+    """Sentence on whether all levels were trained on the same number of supervised tokens."""
     name = f"{data.declaration['stage']}/supervised_tokens"
     counts = {level: mean_of(of, name) for level, of in data.results("verdict", metric.name).items() if of}
     known = {level: count for level, count in counts.items() if count is not None}
@@ -160,7 +160,7 @@ def budget(data: StudyData, metric: JudgedMetric) -> str:
 
 
 def held_fixed(data: StudyData) -> str:
-    """What all levels share beyond the preset."""
+    """Sentences about the settings that differ between levels, and those held fixed in addition to the preset."""
     fixed = data.declaration["fixed"]
     shared = ", ".join(f"`{name}` = {value}" for name, value in fixed.items())
     fields = data.declaration.get("fields") or [data.declaration["factor"]]
@@ -171,7 +171,7 @@ def held_fixed(data: StudyData) -> str:
 
 
 def failures(data: StudyData) -> str:
-    """How many runs have no result, and how many were interrupted and gone on with."""
+    """Numbers of runs without a result, and of interrupted runs that were resumed, in words."""
     failed, went_on = data.failed(), [t for t in data.trials if t.went_on]
     first = f"{len(failed)} runs ended without a result." if failed else "None: every trial begun has a result."
     resumed = f" {len(went_on)} runs were interrupted, and others went on from their checkpoints." if went_on else ""
@@ -179,7 +179,7 @@ def failures(data: StudyData) -> str:
 
 
 def importance_text(factor: float, seed: float, rest: float) -> str:
-    """The shares of the variance in words."""
+    """Sentence about the shares of the variance."""
     return (
         f"Of the variance between all trials the factor explains {factor:.0%}, the seed alone {seed:.0%}, and"
         f" {rest:.0%} is how differently the levels take the seeds (functional ANOVA, exact on a full grid)."
@@ -187,7 +187,7 @@ def importance_text(factor: float, seed: float, rest: float) -> str:
 
 
 def command(data: StudyData) -> str:
-    """What repeats study and report."""
+    """Command lines that repeat the study and its report."""
     base, _, preset = data.name.partition(".")
     extra = f" --preset {preset}" if preset else ""
     many = (
@@ -200,14 +200,14 @@ def command(data: StudyData) -> str:
 
 
 def tuning_notes(data: StudyData) -> Iterator[str]:
-    """Levels whose nuisance value lies at the edge of what was tried, or of which several were used."""
+    """Notes on levels whose nuisance value is at the edge of the tried values, or that used several values."""
     limit = int(data.declaration.get("tuning_extensions", 0))
     for level in data.levels:
         tried, used = tried_at(data, level), used_at(data, level)
         if len(used) > 1:
             yield f"{level}: {len(used)} values were used, {join_names([', '.join(values) for values in used])}."
         for place, (name, declared) in enumerate(data.declaration["nuisance"].items()):
-            # A value that failed was tried, too: the best value next to it does not lie at an edge.
+            # Failed values count as tried: the best value next to one is not at an edge.
             everything = {values[place] for values, _ in tried} | {values[place] for values in failed_at(data, level)}
             values = sorted(everything, key=lambda v: order_of([v]))
             numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in declared)

@@ -1,4 +1,4 @@
-"""The report of published benchmarks: what runs reach on them, beside what others published."""
+"""The report of published benchmarks: results of this store compared with published results."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ COMMAND = "mmphi evaluate --harness lmms-eval --tasks {tasks} --model {model}{li
 
 @dataclass(frozen=True)
 class Benchmarked:
-    """What a harness found of a model.
+    """Benchmark results of a model from an evaluation harness.
 
     Attributes:
-        run_id: Of the run that it is kept in.
-        link: The run's page.
-        model: The model as it was named.
-        figures: By ``task/metric``.
-        questions: How many were asked, by task.
-        limit: At most this many of each task; 0 where all were asked.
+        run_id: Id of the MLflow run.
+        link: URL of the run in MLflow.
+        model: Model as given on the command line.
+        figures: Values by ``task/metric``.
+        questions: Number of questions by task.
+        limit: Maximum number of questions per task; 0 for all.
     """
 
     run_id: str
@@ -41,10 +41,10 @@ class Benchmarked:
 
 
 def load_benchmarked(store: RunStore) -> list[Benchmarked]:
-    """All that the store has, newest first.
+    """Load all benchmark results of the store, newest first.
 
     Raises:
-        DataError: If it has none.
+        DataError: If the store has none.
     """
     found = [
         Benchmarked(
@@ -65,10 +65,10 @@ def load_benchmarked(store: RunStore) -> list[Benchmarked]:
 
 
 def published(folder: Path = FOLDER) -> Mapping[str, Any]:
-    """Figures of others, and which task is which benchmark.
+    """Published results, and the tasks of each benchmark.
 
     Raises:
-        DataError: If the file cannot be read.
+        DataError: If the file cannot be read or is malformed.
     """
     try:
         content = dict(yaml.safe_load((folder / "benchmarks.yaml").read_text()))
@@ -80,11 +80,11 @@ def published(folder: Path = FOLDER) -> Mapping[str, Any]:
 
 
 def benchmarks(runs: Sequence[Benchmarked], known: Mapping[str, Any]) -> ReportDocument:
-    """The report.
+    """Create the benchmark report.
 
     Args:
-        runs: At least one, newest first.
-        known: As :func:`published` gives it.
+        runs: At least one result, newest first.
+        known: Result of :func:`published`.
     """
     names = list(known["tasks"])
     rows = [
@@ -124,7 +124,7 @@ def _asked(run: Benchmarked) -> str:
 
 
 def _reached(run: Benchmarked, known: Mapping[str, Any], name: str) -> str:
-    """A run's figure on a benchmark in percent; lmms-eval gives shares, and of some tasks percentages already."""
+    """Value of a run on a benchmark in percent; lmms-eval reports shares, but percentages for some tasks."""
     value = next((run.figures[task] for task in known["tasks"][name] if task in run.figures), None)
     if value is not None and value <= 1:
         value *= 100

@@ -1,4 +1,4 @@
-"""``mmphi report KIND``: a report from the store, into a folder and into MLflow."""
+"""``mmphi report KIND``: writes a report from the tracking store to a folder and to MLflow."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from reports.render import ReportDocument
 
 KINDS = ("ablation", "pretraining", "benchmarks")
-AS_PRESET = "preset"  # What MLproject's parameters say where nothing is said.
+AS_PRESET = "preset"  # Default of MLproject's parameters, the same as an empty value.
 
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """A report that was made.
+    """A report to write.
 
     Attributes:
-        document: It.
-        name: Of its folder.
-        about: Runs that it is about, by id, each with its address.
+        document: The report.
+        name: Name of its folder.
+        about: Address of each MLflow run that the report is stored with, by run id.
     """
 
     document: ReportDocument
@@ -95,7 +95,7 @@ def _pretraining(store: RunStore, chosen: str) -> WrittenReport:
     from reports.references import reference_of
 
     runs = load_pretrainings(store, [name.strip() for name in chosen.split(",") if name.strip()])
-    # It is kept with the run that its verdict is about.
+    # The report is stored with the run that its headline is about.
     return WrittenReport(pretraining_report(runs, reference_of()), "pretraining", {runs[0].run_id: runs[0].link})
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of the levels of a study with its baseline: over which seeds, and with what uncertainty."""
+"""Paired comparisons of the levels of a study with its baseline."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from reports.paired_tests import ALPHA, Interval, combined_p, equivalence, hodge
 
 @dataclass(frozen=True)
 class Comparison:
-    """A level compared with the baseline, over the seeds that both have.
+    """Comparison of a level with the baseline, over the seeds that both have.
 
     Attributes:
-        level: Which.
-        n: Pairs of seeds; pairs of draws where a study has fewer draws than seeds.
+        level: Name of the level.
+        n: Number of pairs of seeds, or of draws if the study has fewer draws than seeds.
         difference: Mean of level minus baseline.
-        hodges_lehmann: Hodges-Lehmann estimate of it, which outliers hardly move.
-        interval: Of the mean.
-        without_one: From where to where the mean lies if any one pair is left out.
+        hodges_lehmann: Hodges-Lehmann estimate of the difference, which is robust to outliers.
+        interval: Interval of the mean difference.
+        without_one: Range of the mean difference if any single pair is left out.
         deviation: Standard deviation of the differences.
-        p: Of no difference, the larger of two tests, corrected for looks and by Holm.
-        p_equivalence: Of a difference as large as the margin, corrected likewise; 1 where there is no margin.
-        comparisons: Of the study, which Holm corrected for: all but levels that can get no pair.
-        looks: Numbers of seeds that p was corrected for; empty for one look.
-        interim: Whether the study has not come to a look yet, so that nothing is judged.
-        lost: Runs of the level and of the baseline that diverged or gave no number.
-        p_lost: That they do so equally often, by Holm.
-        unit: What a pair is of: ``seed``, or ``draw``.
+        p: P value of the null hypothesis of no difference: the larger of two tests, corrected for looks and by Holm.
+        p_equivalence: P value of the null hypothesis of a difference of at least the margin, corrected likewise; 1
+            without a margin.
+        comparisons: Number of comparisons that Holm's method corrects for: all except levels that cannot get a pair.
+        looks: Numbers of seeds of the looks that p is corrected for; empty for one look.
+        interim: Whether the study has not reached its first look, so that there is no verdict.
+        lost: Numbers of runs of the level and of the baseline that diverged or have no value.
+        p_lost: P value of the null hypothesis that both lose runs equally often, corrected by Holm.
+        unit: Unit of the pairs: ``seed`` or ``draw``.
     """
 
     level: str
@@ -64,7 +65,7 @@ class Comparison:
 
     @property
     def small(self) -> bool:
-        """Whether there is a difference, and one that is shown to lie within the margin."""
+        """Whether the difference is significant and also significantly within the margin."""
         return self.p < ALPHA and self.p_equivalence < ALPHA
 
 
@@ -73,14 +74,14 @@ class Judging:
     """How a study is judged.
 
     Attributes:
-        margin: The smallest difference that would matter; 0 for none.
-        less: Whether less is better.
-        looks: Numbers of seeds at which it is judged, the last one included; empty judges what there is.
-        until: Of each level how many of the first seeds are judged; nothing where it has come to no look. A level that
-            is not among them is judged at all.
-        draw: The draw that a seed was built on, where draws are the units.
-        failed: Seeds of each level whose run gave no number.
-        empty: Levels that can get no pair any more: stopped, or all of their runs ended without a number.
+        margin: Smallest difference of practical relevance; 0 for none.
+        less: Whether lower values are better.
+        looks: Numbers of seeds at which the study is judged, including the final one; empty for no correction.
+        until: Number of leading seeds that are judged, by level; ``None`` for a level that has not reached a look. All
+            seeds are judged for levels that are not in the mapping.
+        draw: Function from a seed to its draw, if draws are the unit of the tests.
+        failed: Seeds whose run has no value, by level.
+        empty: Levels that cannot get a pair any more: stopped, or all of their runs ended without a value.
     """
 
     margin: float = 0.0
@@ -95,18 +96,18 @@ class Judging:
 def compare(
     levels: Mapping[str, Mapping[int, float]], baseline: str, margin: float = 0.0, judging: Judging | None = None
 ) -> list[Comparison]:
-    """Every level compared with the baseline.
+    """Compare every other level with the baseline.
 
-    Runs that diverged are left out of the differences, and counted.
+    Diverged runs are left out of the differences and counted.
 
     Args:
         levels: Value by seed, by level.
-        baseline: The one the others are compared with.
-        margin: The smallest difference that would matter; 0 for none.
-        judging: How else the study is judged.
+        baseline: Name of the baseline.
+        margin: Smallest difference of practical relevance; 0 for none. Ignored if ``judging`` is given.
+        judging: How the study is judged; the default is all seeds and no correction for looks.
 
     Raises:
-        ValueError: If a value is not finite.
+        ValueError: If a difference is not finite.
     """
     how = judging or Judging(margin=margin)
     others = [level for level in levels if level != baseline]
@@ -114,8 +115,8 @@ def compare(
     interim = {level: bool(how.until) and level in (how.until or {}) and until[level] is None for level in others}
     lost = lost_runs(levels, how)
     pairs = {level: _differences(levels, level, baseline, until[level], lost, how.draw) for level in others}
-    # A level that can get no pair is no test, and must not make the others harder. One whose runs are still to come is:
-    # else the verdicts of an unfinished study would hang on the order of its trials.
+    # Levels that cannot get a pair do not count for Holm's correction. Levels whose runs are pending do; otherwise the
+    # verdicts of an unfinished study would depend on the order of its trials.
     tested = [level for level in others if len(pairs[level]) or level not in how.empty]
     ps = dict.fromkeys(others, 1.0)
     ps |= zip(tested, holm([correct_for_looks(combined_p(pairs[level]), how.looks) for level in tested]), strict=True)
@@ -148,7 +149,7 @@ def compare(
 
 
 def lost_runs(levels: Mapping[str, Mapping[int, float]], how: Judging) -> dict[str, set[int]]:
-    """Seeds of every level whose run diverged or gave no number, among those that are judged."""
+    """Seeds whose run diverged or has no value, by level; seeds beyond the last look are left out."""
     found = diverged(levels, how.less)
     for level, seeds in (how.failed or {}).items():
         found.setdefault(level, set()).update(seeds)
@@ -164,7 +165,7 @@ def _lost_of_both(
     until: int | None,
     lost: Mapping[str, set[int]],
 ) -> tuple[set[int], set[int]]:
-    """Seeds that a level and the baseline lost, of those at which both have ended and that are judged."""
+    """Lost seeds of a level and of the baseline, among the judged seeds at which both have ended."""
     own, other = lost.get(level, set()), lost.get(baseline, set())
     ended = (set(levels[level]) | own) & (set(levels.get(baseline, {})) | other)
     judged = {n for n in ended if until is None or n < until}

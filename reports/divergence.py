@@ -1,4 +1,4 @@
-"""Runs that diverged: a result of their own, which no mean of the others shall hide or be moved by."""
+"""Detects diverged runs, which are counted separately so that they neither move the means nor go unnoticed."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from collections.abc import Mapping
 import numpy as np
 from scipy import stats
 
-# Standard deviations, as the better half of the runs shows them. Those of few runs are known so badly that the fence is
-# further out, by FEW / runs: of studies of 4 to 24 seeds with normal noise at most 3 % have a run beyond it.
+# Fence in standard deviations, estimated from the better half of the runs. With few runs the estimate is poor, so the
+# fence is widened by the factor 1 + FEW / runs: at most 3 % of studies of 4 to 24 seeds with normal noise have a run
+# beyond it.
 FENCE, FEW = 10.0, 6.0
-FEWEST = 4  # Runs of a level; of fewer it is not known which of them is the outlier.
-# Of the better half of normal values: its median lies 0.6745 standard deviations from that of all, and the median
-# distance from it is 0.4 of them.
+FEWEST = 4  # Minimum number of runs of a level; with fewer, the outlier cannot be identified.
+# For the better half of normal values: its median is 0.6745 standard deviations from the median of all, and the median
+# distance from it is 0.4 standard deviations.
 HALF_MEDIAN, HALF_DISTANCE = 0.6745, 0.4
 
 
 def diverged(levels: Mapping[str, Mapping[int, float]], less: bool = True) -> dict[str, set[int]]:
-    """Seeds whose run ended far worse than the others of its level.
+    """Seeds whose run ended far worse than the other runs of its level, by level.
 
-    The noise is that of the better half of a level, or of all levels together where that is more, so that up to half of
-    a level's runs may diverge without hiding one another. Where more do, diverging is what the level does, and its runs
-    are judged as they are.
+    The noise is that of the better half of a level, or of all levels together if that is larger, so up to half of a
+    level's runs may diverge without masking each other. If more diverge, divergence is typical of the level, and no
+    run is excluded.
 
     Args:
         levels: Value by seed, by level.
-        less: Whether less is better.
+        less: Whether lower values are better.
     """
     sign = 1.0 if less else -1.0
     worse: dict[str, dict[int, float]] = {}
@@ -49,11 +50,11 @@ def _deviation(distances: list[float]) -> float:
 
 
 def p_of_rates(level: set[int], baseline: set[int]) -> float:
-    """Exact two-sided p of McNemar's test that runs of two levels diverge equally often.
+    """Exact two-sided p of McNemar's test; the null hypothesis is that runs of two levels diverge equally often.
 
     Args:
-        level: Seeds at which its run diverged or gave no number.
-        baseline: Those of the other level, at the same seeds.
+        level: Seeds at which the level's run diverged or has no value.
+        baseline: Seeds at which the baseline's run diverged or has no value, among the same seeds.
     """
     only, other = len(level - baseline), len(baseline - level)
     return float(stats.binomtest(only, only + other).pvalue) if only + other else 1.0

@@ -1,4 +1,4 @@
-"""The distance to a reference in words and figures: what was reached, and what the rest would take."""
+"""Text and tables about the distance to a reference: the loss reached, and the extrapolated cost of the rest."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from reports.references import Reference, phi2_budget, prices
 from reports.render import ReportTable
 from reports.scaling import Extrapolation, Outlook
 
-ASSUMED_MFU = 0.4  # On the accelerators of the price list: llm-foundry's tables have 0.44 for 3B on H100.
+ASSUMED_MFU = 0.4  # For the accelerators of the price list; llm-foundry's tables have 0.44 for 3B on H100.
 YEAR_S = 365.25 * 24 * 3600
 
 
 @dataclass(frozen=True)
 class ReferenceDistance:
-    """How far a pretraining is from a reference.
+    """Distance of a pretraining to a reference.
 
     Attributes:
         run: The pretraining.
-        reference: What it is compared with.
-        outlook: The law of its curve.
+        reference: Reference that it is compared with.
+        outlook: Law of its training loss curve.
     """
 
     run: Pretraining
@@ -31,32 +31,32 @@ class ReferenceDistance:
 
     @property
     def loss(self) -> float:
-        """On the reference's text; the training's own where that was not scored."""
+        """Loss on the reference's text in nats per token; the last training loss if that text was not scored."""
         if self.comparable:
             return self.run.metrics["public/loss"]
         return self.run.losses[-1][1] if self.run.losses else math.nan
 
     @property
     def comparable(self) -> bool:
-        """Whether it was scored on the reference's text."""
+        """Whether the run was scored on the reference's text."""
         return self.run.scored_on(self.reference.text)
 
     @property
     def gap(self) -> float:
-        """Nats by which the public text is harder than the training's, at the end."""
+        """Loss on the reference's text minus training loss (mean of the last 20), in nats; 0 if it was not scored."""
         recent = [loss for _, loss in self.run.losses[-20:]]
         return self.loss - sum(recent) / len(recent) if recent and self.comparable else 0.0
 
     def targets(self) -> dict[str, float]:
-        """Losses on the reference's text that are asked about, by name."""
+        """Target losses on the reference's text in nats per token, by name."""
         return {"reference + 1": self.reference.loss + 1, "the reference": self.reference.loss}
 
     def answers(self) -> dict[str, Extrapolation]:
-        """What each target would take: the law is that of the training loss, moved by the gap."""
+        """Extrapolation for each target, by name; the law is that of the training loss, shifted by the gap."""
         return {name: self.outlook.answer(target - self.gap) for name, target in self.targets().items()}
 
     def verdict(self) -> str:
-        """The report's first sentence."""
+        """First sentences of the report: loss reached, first milestone, and remaining training."""
         run, to = self.run, self.reference
         name = run.title[0].upper() + run.title[1:]
         if self.comparable:
@@ -74,7 +74,7 @@ class ReferenceDistance:
         return f"{there} {began}. How much more: {self.more()}"
 
     def more(self) -> str:
-        """How much more training the reference would take, or why that cannot be said."""
+        """Remaining training until the reference loss, or why it cannot be extrapolated."""
         answer = self.answers()["the reference"]
         if self.comparable and self.loss <= self.reference.loss:
             return "none."
@@ -84,7 +84,7 @@ class ReferenceDistance:
         return f"{extra:,.0f} tokens more ({answer.low:,.0f} to {answer.high:,.0f} in all, 95 %)."
 
     def table(self) -> ReportTable:
-        """What each target would take, in tokens, time and money."""
+        """Table of the tokens, time and money that each target takes."""
         rows = []
         for name, answer in self.answers().items():
             target = self.targets()[name]
@@ -110,7 +110,7 @@ class ReferenceDistance:
         return [_between(list(amounts)), _between(hours), "; ".join(gpu_hours), "; ".join(dollars)]
 
     def phi2(self) -> str:
-        """Phi-2's own budget at this run's speed."""
+        """Time that Phi-2's training budget takes at this run's speed."""
         budget, run = phi2_budget(), self.run
         per_token = run.metrics.get("pretrain/flops_per_token", math.nan)
         speed = run.tokens_per_s * per_token
@@ -129,7 +129,7 @@ class ReferenceDistance:
         )
 
     def notes(self) -> Iterator[str]:
-        """What a reader must know of the figures above."""
+        """Notes on how the figures were obtained and what limits them."""
         if self.outlook.law is not None:
             law = self.outlook.law
             missed = (

@@ -1,4 +1,4 @@
-"""Figures of a study: readable at 800 px, in colours that the colour-blind can tell apart (Okabe and Ito 2008)."""
+"""Figures of reports: 800 px wide, in the colour-blind-safe palette of Okabe and Ito (2008)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 MARKERS = "osD^vPX*"
 WIDTH, HEIGHT, DPI = 8.0, 4.0, 100  # 800 px.
 GREY, BAND = "#666666", "#dddddd"
-LABEL_CHARACTERS, LOG_FROM = 18, 5  # Longest name beside its point; ratio from which an axis is logarithmic.
+LABEL_CHARACTERS, LOG_FROM = 18, 5  # Longest name drawn next to its point; ratio from which an axis is logarithmic.
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG, the same bytes for the same figure."""
+    """Render a figure to PNG; equal figures give equal bytes."""
     content = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
@@ -49,7 +49,7 @@ def _label(metric: JudgedMetric) -> str:
 
 
 def effects(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMetric) -> Figure:
-    """Differences to the baseline with their intervals, and the margin within which a difference does not matter."""
+    """Plot the differences to the baseline with their intervals, and the margin of equivalence."""
     figure, (axes,) = _figure(1.6 + 0.5 * len(comparisons))
     if metric.margin:
         axes.axvspan(-metric.margin, metric.margin, color=BAND, label=f"within {metric.margin:g}: no matter")
@@ -81,7 +81,7 @@ def effects(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMetr
 def seeds(
     values: Mapping[str, Mapping[int, float]], intervals: Mapping[str, Interval | None], metric: JudgedMetric
 ) -> Figure:
-    """Every seed's point, joined over the levels, and each level's mean with its interval."""
+    """Plot the value of each seed, joined across levels, and the mean of each level with its interval."""
     figure, (axes,) = _figure()
     levels = list(values)
     numbers = sorted({seed for of_level in values.values() for seed in of_level})
@@ -106,9 +106,9 @@ def seeds(
 def curves(
     curves_of: Mapping[str, Sequence[Sequence[tuple[int, float]]]], baseline: str, name: str, unit: str
 ) -> Figure:
-    """A metric over the training: each level's mean over its seeds, the baseline drawn black and thick.
+    """Plot a metric over the training: mean and range over the seeds of each level, the baseline black and thick.
 
-    Where levels take different numbers of steps for the same tokens, the axis is the share of the training.
+    If levels take different numbers of steps for the same tokens, the x axis is the share of the training in percent.
     """
     figure, (axes,) = _figure()
     ends = [max(dict(run)) for runs in curves_of.values() for run in runs if run]
@@ -140,11 +140,11 @@ def curves(
 
 
 def front(points: Mapping[str, tuple[float, float]], less: bool) -> list[str]:
-    """The levels that no other beats in both cost and metric (the Pareto front), cheapest first.
+    """Levels on the Pareto front of cost and metric, cheapest first.
 
     Args:
-        points: Cost and metric by level; less cost is better.
-        less: Whether less of the metric is better.
+        points: Cost and metric by level; lower cost is better.
+        less: Whether lower values of the metric are better.
     """
     sign = 1.0 if less else -1.0
     kept = [
@@ -159,15 +159,15 @@ def front(points: Mapping[str, tuple[float, float]], less: bool) -> list[str]:
 
 
 def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: JudgedMetric) -> Figure:
-    """The metric against each cost, and the Pareto front.
+    """Plot the metric against each cost, with the Pareto front.
 
     Args:
-        costs: By name of the cost: cost and metric of every level.
-        metric: What was measured.
+        costs: Cost and metric of every level, by title of the cost.
+        metric: The judged metric.
     """
     figure, all_axes = _figure(columns=max(1, len(costs)))
     names = list(dict.fromkeys(name for points in costs.values() for name in points))
-    beside = max(map(len, names)) > LABEL_CHARACTERS  # Long names would lie over one another.
+    beside = max(map(len, names)) > LABEL_CHARACTERS  # Long names would overlap.
     for axes, (cost, points) in zip(all_axes, costs.items(), strict=False):
         best = front(points, metric.less)
         axes.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[2], linewidth=1.5, zorder=1)
@@ -196,7 +196,7 @@ def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: Ju
 
 
 def importance(parts: VarianceShares) -> Figure:
-    """How the variance divides between factor, seed and the rest."""
+    """Plot the shares of the variance: factor, seed and rest."""
     figure, (axes,) = _figure(1.9)
     begun = 0.0
     for share, name, colour in (
@@ -214,7 +214,7 @@ def importance(parts: VarianceShares) -> Figure:
 
 
 def history(trials: Sequence[tuple[str, float]], name: str, less: bool) -> Figure:
-    """What each trial reached, in their order, and the best so far."""
+    """Plot the value of each trial in order, and the best so far."""
     figure, (axes,) = _figure()
     values = np.array([value for _, value in trials])
     best = np.minimum.accumulate(values) if less else np.maximum.accumulate(values)
@@ -229,7 +229,15 @@ def history(trials: Sequence[tuple[str, float]], name: str, less: bool) -> Figur
 def pareto(
     points: Mapping[str, tuple[float, float]], best: Sequence[str], across: str, up: str, signs: Mapping[str, float]
 ) -> Figure:
-    """Two objectives of all trials, and those that no other beats in both."""
+    """Plot two objectives of all trials, with the Pareto front.
+
+    Args:
+        points: Values of the objectives on the x and y axes, by name of the trial.
+        best: Names of the trials on the front, in the order in which they are joined.
+        across: Name of the objective on the x axis.
+        up: Name of the objective on the y axis.
+        signs: 1 for objectives that are minimised and -1 for those that are maximised, by name.
+    """
     figure, (axes,) = _figure()
     axes.plot(*zip(*points.values(), strict=True), "o", color="#aaaaaa", markersize=6, linestyle="none", label="trials")
     front_points = [points[name] for name in best]
@@ -243,7 +251,7 @@ def pareto(
 
 
 def losses_over_tokens(runs: Mapping[str, Pretraining], reference: Reference) -> Figure:
-    """Training losses over tokens on a log axis, what was scored on the public text, and what is to be reached."""
+    """Plot training losses over tokens on a log axis, with losses on public and generated text, and the targets."""
     figure, (axes,) = _figure(4.6)
     for place, (name, run) in enumerate(runs.items()):
         colour = COLOURS[place % 6]
@@ -276,7 +284,7 @@ def losses_over_tokens(runs: Mapping[str, Pretraining], reference: Reference) ->
 
 
 def losses_over_updates(runs: Mapping[str, Pretraining], original: Sequence[Mapping[str, float]]) -> Figure:
-    """Training losses over updates, beside the original run's log."""
+    """Plot training losses over updates, together with the original run's."""
     figure, (axes,) = _figure()
     there = [(row["optimizer_step"], row["loss_nats_per_token"]) for row in original]
     axes.plot(*zip(*there, strict=True), "o-", color=GREY, markersize=4, linewidth=1, label="the original run")
@@ -289,7 +297,7 @@ def losses_over_updates(runs: Mapping[str, Pretraining], original: Sequence[Mapp
 
 
 def law(outlook: Outlook) -> Figure:
-    """The binned curve that a law was fitted to, and the law, over the sum of the learning rates."""
+    """Plot a binned loss curve and the law fitted to it, over the sum of the learning rates."""
     figure, (axes,) = _figure()
     total, cooled, losses, _ = outlook.curve.points()
     axes.plot(total, losses, "o", color=COLOURS[0], markersize=5, label="training loss, binned")

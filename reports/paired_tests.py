@@ -1,12 +1,12 @@
-"""Paired differences with few seeds: intervals, exact tests, equivalence, shares of the variance.
+"""Statistics of paired differences with few seeds: intervals, exact tests, equivalence, shares of the variance.
 
-Everything here is about differences between two levels at the same seeds. Intervals are scipy's bootstrap, tests are
-exact sign-flip permutations of their mean and of their signed ranks (Wilcoxon 1945), several comparisons of one study
+The differences are between two levels at the same seeds. Intervals are Student's t or scipy's bootstrap; tests are
+exact sign-flip permutation tests of the mean and of the signed ranks (Wilcoxon 1945); several comparisons of one study
 are corrected by Holm's method.
 
-The tests assume that differences are symmetric about their centre. No test of a few values can do without: of eight
-runs, of which one in eight diverges, a third show no sign of it. So runs that diverged are counted and judged apart
-(:mod:`reports.divergence`), and levels are called different only where both tests agree.
+The tests assume that differences are symmetric about their centre. With few values no test can avoid this assumption:
+if one run in eight diverges, a third of samples of eight runs contain no diverged run. Therefore diverged runs are
+counted and tested separately (:mod:`reports.divergence`), and levels are different only if both tests agree.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from scipy import stats
 
 ALPHA, CONFIDENCE = 0.05, 0.95
 RESAMPLES = 9999
-EXACT_UP_TO = 16  # 2^16 sign patterns; beyond, as many at random.
-FEW = 12  # With fewer values resampling hardly leaves their range (6 to 8 values: 91 %), and Student's t is used.
+EXACT_UP_TO = 16  # Values up to which all sign patterns are used; beyond, 2^16 random ones.
+FEW = 12  # Below, Student's t is used: resampling hardly leaves the range of few values (6 to 8 values: 91 % coverage).
 
 Values = Sequence[float] | NDArray[np.float64]
 
 
 def _sample(values: Values) -> NDArray[np.float64]:
-    """Values as an array.
+    """Convert values to an array.
 
     Raises:
-        ValueError: If one is NaN or infinite: it is no result that could be compared.
+        ValueError: If a value is NaN or infinite.
     """
     sample = np.asarray(values, dtype=float)
     if not np.isfinite(sample).all():
@@ -41,29 +41,29 @@ def _sample(values: Values) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a mean lies, with 95 % confidence."""
+    """Confidence interval."""
 
     low: float
     high: float
 
     def holds(self, value: float) -> bool:
-        """Whether a value lies in it."""
+        """Whether the interval contains a value."""
         return self.low <= value <= self.high
 
 
 def interval(values: Values, confidence: float = CONFIDENCE) -> Interval | None:
-    """Interval of a mean, by scipy's percentile bootstrap, expanded for small samples.
+    """Confidence interval of a mean, by scipy's percentile bootstrap, expanded for small samples.
 
-    A plain percentile interval of 8 values covers 89 % where it says 95: it takes no account of the variance being
-    estimated too. Its level is raised as Hesterberg does (What Teachers Should Know About the Bootstrap, The American
-    Statistician 69, 2015, section 4.3). Below :data:`FEW` values it is Student's t.
+    A plain 95 % percentile interval of 8 values covers 89 %, because it ignores that the variance is estimated too. The
+    level is raised as in Hesterberg (What Teachers Should Know About the Bootstrap, The American Statistician 69, 2015,
+    section 4.3). Below :data:`FEW` values the interval is Student's t.
 
     Args:
-        values: One a seed.
-        confidence: That the interval holds the mean.
+        values: One value per seed.
+        confidence: Confidence level.
 
     Returns:
-        The interval; nothing of fewer than two values.
+        The interval; ``None`` for fewer than two values.
 
     Raises:
         ValueError: If a value is not finite.
@@ -91,14 +91,14 @@ def interval(values: Values, confidence: float = CONFIDENCE) -> Interval | None:
 
 
 def sign_flip(differences: Values, alternative: str = "two-sided") -> float:
-    """P of the exact sign-flip test that paired differences are symmetric about 0.
+    """P value of the exact sign-flip test; the null hypothesis is that paired differences are symmetric about 0.
 
     Args:
-        differences: One a seed.
+        differences: One difference per seed.
         alternative: ``two-sided``, ``less`` or ``greater``.
 
     Returns:
-        p; the smallest possible with n seeds is ``2 / 2**n`` (two-sided). 1 of fewer than two.
+        The p value; the smallest possible with n seeds is ``2 / 2**n`` (two-sided). 1 for fewer than two differences.
 
     Raises:
         ValueError: If a difference is not finite.
@@ -106,7 +106,7 @@ def sign_flip(differences: Values, alternative: str = "two-sided") -> float:
     sample = _sample(differences)
     if len(sample) < 2 or not np.any(sample):
         return 1.0
-    # Equal means of different patterns must count as equal, whatever order they were summed in.
+    # Sums that are equal up to rounding must count as equal.
     means, seen = sign_patterns(len(sample)) @ sample, sample.sum()
     close = 1e-12 * np.abs(sample).sum()
     greater, less = np.mean(means >= seen - close), np.mean(means <= seen + close)
@@ -116,9 +116,9 @@ def sign_flip(differences: Values, alternative: str = "two-sided") -> float:
 
 
 def signed_rank_values(differences: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks of the sizes of differences, with their signs; of differences of one size the mean rank, of 0 none.
+    """Signed ranks of the absolute differences; ties get their mean rank, and differences of 0 get 0.
 
-    Their sign-flip test is Wilcoxon's signed-rank test, exact with ties, too.
+    The sign-flip test of the signed ranks is Wilcoxon's signed-rank test, exact also with ties.
 
     Args:
         differences: Shape (..., n).
@@ -128,16 +128,17 @@ def signed_rank_values(differences: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def hodges_lehmann(differences: Values) -> float:
-    """The Hodges-Lehmann estimate: the median of all means of two differences, which outliers hardly move."""
+    """Hodges-Lehmann estimate: the median of the means of all pairs of differences, which is robust to outliers."""
     sample = _sample(differences)
     first, second = np.triu_indices(len(sample))
     return float(np.median((sample[first] + sample[second]) / 2))
 
 
 def combined_p(differences: Values, alternative: str = "two-sided") -> float:
-    """The larger p of the sign-flip tests of the differences and of their signed ranks; 1 where their signs differ.
+    """Larger p of the sign-flip tests of the differences and of their signed ranks.
 
-    A few values that lie far off decide the first alone, so that no verdict rests on them.
+    A few outliers decide only the first test, so no verdict depends on them alone. A two-sided p is 1 if the sums of
+    the differences and of their signed ranks have opposite signs.
     """
     sample = _sample(differences)
     if len(sample) < 2:
@@ -150,7 +151,7 @@ def combined_p(differences: Values, alternative: str = "two-sided") -> float:
 
 @cache
 def sign_patterns(n: int) -> NDArray[np.float64]:
-    """All patterns of n signs, shape (2^n, n); for many values as many at random, the pattern that was seen first."""
+    """All patterns of n signs, shape (2^n, n), the identity first; above :data:`EXACT_UP_TO`, 2^16 random ones."""
     if n <= EXACT_UP_TO:
         bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
     else:
@@ -161,18 +162,18 @@ def sign_patterns(n: int) -> NDArray[np.float64]:
 
 
 def smallest_p(n: int) -> float:
-    """The smallest two-sided p that n pairs can give."""
+    """Smallest possible two-sided p of n pairs."""
     return float(min(1.0, 2.0 ** (1 - n)))
 
 
 def equivalence(differences: Values, margin: float) -> float:
-    """P that a difference is as large as a margin: the larger of two one-sided sign-flip tests (TOST).
+    """P value of equivalence: the larger p of two one-sided tests (TOST) against differences of plus or minus a margin.
 
-    Each is the larger of those of the differences and of their signed ranks.
+    Each one-sided p is that of :func:`combined_p`.
 
     Args:
-        differences: One a seed.
-        margin: The smallest difference that would matter.
+        differences: One difference per seed.
+        margin: Smallest difference of practical relevance; the p value is 1 if it is not positive.
 
     Raises:
         ValueError: If a difference is not finite.
@@ -195,12 +196,12 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class VarianceShares:
-    """How the variance of a full grid divides: functional ANOVA, which is exact there.
+    """Shares of the variance of a full grid of levels and seeds, by functional ANOVA, which is exact for it.
 
     Attributes:
-        factor: Share that the levels' means explain.
-        seed: Share that the seeds' means explain.
-        rest: What is left: how differently the levels take the seeds.
+        factor: Share explained by the means of the levels.
+        seed: Share explained by the means of the seeds.
+        rest: Remaining share, the interaction of level and seed.
     """
 
     factor: float
@@ -211,7 +212,8 @@ class VarianceShares:
 def variance_components(levels: Mapping[str, Mapping[int, float]]) -> VarianceShares | None:
     """Shares of the variance, over the seeds that all levels have.
 
-    Nothing where there is no variance, or fewer than two levels or seeds: one seed explains nothing, whatever it gives.
+    Returns:
+        The shares; ``None`` without variance, or with fewer than two levels or common seeds.
     """
     if len(levels) < 2:
         return None

@@ -1,4 +1,4 @@
-"""How likely a study is to show an effect, and how many seeds it would need: simulated with the test that is used."""
+"""Statistical power of a study, and the number of seeds that it needs, simulated with the same test."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from reports.paired_tests import ALPHA, sign_patterns, signed_rank_values, small
 
 POWER = 0.8
 MOST_SEEDS = 10_000
-EXACT_UP_TO = 12  # Pairs whose patterns of signs are all counted; of more, as many at random.
+EXACT_UP_TO = 12  # Pairs up to which all sign patterns are counted; beyond, as many random ones.
 SIMULATED_UP_TO = 24
-DRAWS, AT_ONCE = 4000, 2**22  # Simulated samples, and numbers of them that are in memory at once.
-RANK_EFFICIENCY = 3 / np.pi  # Of Wilcoxon's test relative to the t test, for many normal values.
+DRAWS, AT_ONCE = 4000, 2**22  # Simulated samples; numbers in memory at once.
+RANK_EFFICIENCY = 3 / np.pi  # Asymptotic efficiency of Wilcoxon's test relative to the t test, for normal values.
 
 
 def power(effect: float, deviation: float, n: int, alpha: float = ALPHA) -> float:
-    """Chance that a comparison of n pairs is called different, if differences are normal.
+    """Probability that a comparison of n pairs has the verdict ``different``, for normal differences.
 
-    That is, that the sign-flip tests of the differences and of their signed ranks both are below alpha. Up to
-    :data:`SIMULATED_UP_TO` pairs it is simulated: the p values of so few pairs are so coarse that Student's t would
-    promise more (0.83 for 0.66 with 6 pairs). With more pairs the noncentral t distribution is near enough.
+    That is, that the p values of the sign-flip tests of the differences and of their signed ranks are both below alpha.
+    Up to :data:`SIMULATED_UP_TO` pairs it is simulated: the p values of few pairs are so coarse that Student's t would
+    overestimate the power (0.83 instead of 0.66 with 6 pairs). With more pairs the noncentral t distribution is
+    accurate enough.
 
     Args:
-        effect: The true mean difference.
+        effect: True mean difference.
         deviation: Standard deviation of the paired differences.
-        n: Pairs.
-        alpha: Of the two-sided test. With so few pairs that no sign-flip test can reach it, the chance is 0.
+        n: Number of pairs.
+        alpha: Significance level of the two-sided test. The power is 0 if n pairs cannot give a p value this small.
     """
     if n < 2 or smallest_p(n) > alpha:
         return 0.0
@@ -45,13 +46,13 @@ def power(effect: float, deviation: float, n: int, alpha: float = ALPHA) -> floa
 
 @lru_cache(1024)
 def _simulated(ratio: float, n: int, alpha: float) -> float:
-    """Share of samples of n normal differences, of mean ``ratio`` and deviation 1, that are called different."""
+    """Share of simulated samples of n normal differences (mean ``ratio``, deviation 1) with p below alpha."""
     drawn = np.random.default_rng(n).normal(ratio, 1.0, (DRAWS, n))
     return float(np.mean(p_values(drawn) < alpha))
 
 
 def p_values(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    """:func:`reports.paired_tests.combined_p` of many samples, shape (samples, n), at once."""
+    """:func:`reports.paired_tests.combined_p` of many samples at once: shape (samples, n) to shape (samples,)."""
     signs = _half(samples.shape[1])
     found = []
     for part in np.array_split(samples, -(-len(samples) * len(signs) // AT_ONCE)):
@@ -65,7 +66,7 @@ def p_values(samples: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @lru_cache(64)
 def _half(n: int) -> NDArray[np.float64]:
-    """Patterns of signs, the one without a change first; the other half has all signs turned, and the same sums."""
+    """Half of the sign patterns, the identity first; the other half negates them and gives the same absolute sums."""
     if n <= EXACT_UP_TO:
         return sign_patterns(n)[: 2 ** (n - 1)]
     bits = np.random.default_rng(0).integers(0, 2, (2 ** (EXACT_UP_TO - 1), n))
@@ -75,7 +76,7 @@ def _half(n: int) -> NDArray[np.float64]:
 
 
 def seeds_needed(effect: float, deviation: float, alpha: float = ALPHA, wanted: float = POWER) -> int | None:
-    """The fewest pairs that show an effect with the power wanted; nothing beyond 10,000."""
+    """Smallest number of pairs that shows an effect with the wanted power; ``None`` above 10,000."""
     if effect <= 0:
         return None
     low, high = 1, 2

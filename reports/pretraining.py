@@ -1,4 +1,4 @@
-"""The report of pretrainings, from the store alone: how far each is from a reference, and what the rest would take."""
+"""The pretraining report, from the tracking store alone: distance of each run to a reference, and extrapolated cost."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ PLACES |= {
 
 
 def pretraining_report(runs: Sequence[Pretraining], reference: Reference) -> ReportDocument:
-    """The report.
+    """Create the pretraining report.
 
     Args:
-        runs: At least one; the first is what the verdict is about.
-        reference: What they are compared with.
+        runs: At least one run; the headline is about the first.
+        reference: Reference that the runs are compared with.
     """
     distances = [ReferenceDistance(run, reference, Outlook.of(run.curve())) for run in runs]
     chosen = ",".join(run.run_id[:12] for run in runs)
@@ -114,7 +114,7 @@ def _original() -> str:
 
 
 def _made_by(run: Pretraining) -> str:
-    """What trains such a run; its texts, or the model that wrote them, by their names."""
+    """Command line that repeats a run; file and model paths are shortened to their last part."""
     paths = [run.params[name] for name in sorted(run.params) if name.endswith(".path") and name.startswith("corpus.")]
     texts = ", ".join(path.rstrip("/").rpartition("/")[2] for path in paths)
     words, source = [f"--preset {run.tags.get('mmphi.preset', 'text')}"], run.params.get("pretrain.source", "files")
@@ -138,7 +138,7 @@ def _samples(run: Pretraining) -> list[dict[str, str]]:
 
 
 def _generated(run: Pretraining) -> str:
-    """How a run on text that was being written stands to those who wrote it."""
+    """Comparison of a run on generated text with the models that generated it."""
     of = run.metrics
     held = of.get("val/loss", math.nan)
     said = f"{run.title}: {held:.3f} nats per token on generated text that it did not see; "

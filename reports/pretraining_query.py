@@ -1,4 +1,4 @@
-"""What the tracking store says of pretrainings: their curves, what they reached when, and where they ran."""
+"""Loads pretrainings from the tracking store: loss curves, milestones, settings and hardware."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 REUSES = "mmphi.reuses"
 LOSS, PUBLIC, HELD = "train/step_loss", "public/loss", "val/loss"
-MARK = "pretrain/initial_loss"  # What every pretraining on a corpus has, and none on scenes.
+MARK = "pretrain/initial_loss"  # Metric of every pretraining on a corpus, and of none on scenes.
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Pretraining:
     """A run of the stage ``pretrain`` on a corpus.
 
     Attributes:
-        run_id: The run.
-        name: Its name in MLflow.
-        status: MLflow's.
-        metrics: The last value of each.
+        run_id: Id of the MLflow run.
+        name: Name of the MLflow run.
+        status: Status of the MLflow run.
+        metrics: Last value of each metric.
         params: Settings by dotted name.
-        tags: All of them.
-        losses: Update and loss of its batch before that update, from 1.
-        public: Update and loss on the public text.
-        held: Update and loss on what was held out.
+        tags: Tags of the MLflow run.
+        losses: Update, from 1, and loss of its batch before that update, in nats per token.
+        public: Update and loss on the public text, in nats per token.
+        held: Update and loss on held-out text, in nats per token.
         rates: Update and tokens per second.
-        samples: What it wrote, newest last.
-        link: To MLflow's pages.
+        samples: Generated samples, newest last.
+        link: URL of the run in MLflow.
     """
 
     run_id: str
@@ -59,46 +59,46 @@ class Pretraining:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of an update."""
+        """Tokens per update."""
         return int(self.params["pretrain.batch_tokens"])
 
     @property
     def initial(self) -> float:
-        """The first loss."""
+        """Initial loss, in nats per token."""
         return self.metrics.get(MARK, self.losses[0][1] if self.losses else math.nan)
 
     @property
     def floor(self) -> float | None:
-        """Loss of the generators on their own text, held out; nothing where none wrote, or not as they are."""
+        """Loss of the generators on their own held-out text, in nats per token; ``None`` if it was not measured."""
         return self.metrics.get("floor/loss") if self.held else None
 
     @property
     def tokens(self) -> float:
-        """Trained on."""
+        """Number of training tokens."""
         return self.metrics.get("pretrain/tokens", (self.losses[-1][0] if self.losses else 0) * self.batch_tokens)
 
     @property
     def seconds(self) -> float:
-        """Of training, without validations and checkpoints."""
+        """Training time in seconds, without validations and checkpoints."""
         return self.metrics.get("pretrain/seconds", self.metrics.get("train/seconds", math.nan))
 
     @property
     def tokens_per_s(self) -> float:
-        """Over the whole training."""
+        """Tokens per second over the whole training."""
         return self.tokens / self.seconds if self.seconds else math.nan
 
     @property
     def title(self) -> str:
-        """What it is called in a report: its size, and the beginning of its id."""
+        """Title in reports: size of the model and the first characters of the run id."""
         size = self.params.get("pretrain.size", "custom")
         if size == "custom":
             size = f"{self.metrics.get('pretrain/parameters', math.nan) / 1e6:.3g}M"
         return f"the {size} Phi of run {self.run_id[:6]}"
 
     def scored_on(self, text: str) -> bool:
-        """Whether its public text is one of this name, as far as the names of its file and folder say.
+        """Whether the public text is the named one, judged by the names of its file and folder.
 
-        Where the text is a split (``WikiText-2 (raw, test split)``), the file's name has to say which one it is.
+        If ``text`` is a split (``WikiText-2 (raw, test split)``), the file name must contain the name of that split.
         """
         *_, folder, file = ["", "", *self.params.get("pretrain.eval_text", "").lower().split("/")]
         name, here = (re.sub(r"[^a-z0-9]", "", part) for part in (text.partition(" ")[0].lower(), f"{folder}{file}"))
@@ -107,18 +107,18 @@ class Pretraining:
 
     @property
     def schedule(self) -> Schedule:
-        """Of its learning rate."""
+        """Learning rate schedule."""
         steps = self.metrics.get("pretrain/schedule_steps", self.params.get("pretrain.steps", 1000))
         warmup, decay = float(self.params["pretrain.warmup_ratio"]), float(self.params.get("pretrain.decay", 0))
         return Schedule(self.params["pretrain.lr_scheduler"], warmup, decay, int(float(steps)))
 
     def curve(self) -> Curve:
-        """Its training loss, as the law of its outlook needs it."""
+        """Training loss curve for :class:`reports.scaling.Outlook`."""
         steps, losses = zip(*self.losses, strict=True) if self.losses else ((), ())
         return Curve(steps, losses, self.batch_tokens, self.schedule, self.initial)
 
     def reached(self, name: str) -> tuple[float, float, float] | None:
-        """Tokens, seconds and updates at which something was reached; nothing where it was not."""
+        """Tokens, seconds and updates at which a milestone was reached; ``None`` if it was not."""
         of, tokens, seconds, steps = (
             self.metrics,
             *(f"reached/{name}/{what}" for what in ("tokens", "seconds", "steps")),
@@ -127,17 +127,18 @@ class Pretraining:
 
 
 def load_pretrainings(store: RunStore, chosen: Sequence[str] = ()) -> list[Pretraining]:
-    """Pretrainings from the store.
+    """Load pretrainings from the store.
 
     Args:
-        store: MLflow's.
-        chosen: Ids of runs, or beginnings of them; none takes the newest that finished, ``all`` all that did.
+        store: Tracking store.
+        chosen: Run ids or prefixes of them; empty for the newest finished run, ``all`` for all finished runs.
 
     Raises:
-        SettingsError: If one is not there, or nothing was pretrained on a corpus.
+        SettingsError: If a run does not exist or is ambiguous, no run is finished, or the store has no pretraining on a
+            corpus.
     """
     there = [r for r in store.search(stage="pretrain") if MARK in r.data.metrics or LOSS in r.data.metrics]
-    # A run of `mlflow run` that found the result of an earlier one points at it, and has no curve of its own.
+    # A run of `mlflow run` that reuses an earlier result refers to the earlier run, and has no curve itself.
     pointing = {str(r.info.run_id): r.data.tags[REUSES] for r in there if REUSES in r.data.tags}
     runs = [r for r in there if str(r.info.run_id) not in pointing]
     chosen = list(dict.fromkeys(_original_of(name, pointing) for name in chosen))
@@ -156,7 +157,7 @@ def load_pretrainings(store: RunStore, chosen: Sequence[str] = ()) -> list[Pretr
 
 
 def _original_of(name: str, pointing: Mapping[str, str]) -> str:
-    """The run that a run points at; a name of another one as it is."""
+    """Id of the run that a reusing run refers to; other names are returned unchanged."""
     return next((target for run_id, target in pointing.items() if run_id.startswith(name)), name)
 
 

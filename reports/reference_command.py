@@ -1,4 +1,4 @@
-"""``mmphi reference``: the loss of a model on a text, stored where reports find it."""
+"""``mmphi reference``: measures the loss of a model on a text, and stores it for reports."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ def reference(arguments: Sequence[str]) -> int:
 
 
 def measure_reference(options: argparse.Namespace) -> dict[str, Any]:
-    """The figures, and all that repeats them.
+    """Measure the loss; returns it with its protocol, hardware and command.
+
+    Args:
+        options: Parsed options of ``mmphi reference``.
 
     Raises:
-        DataError: If the text cannot be read or the window is not one.
+        DataError: If the text cannot be read, or the window or stride is invalid.
     """
     if options.window < 2 or not 0 <= options.stride <= options.window:
         raise DataError(
@@ -77,7 +80,7 @@ def measure_reference(options: argparse.Namespace) -> dict[str, Any]:
         found = text_loss(language.model, language.tokenizer, text, protocol, bar.update)
     named = options.name or (WIKITEXT2 if options.text.name == "wikitext2-raw-test.txt" else options.text.name)
     local = Path(options.lm)
-    model = local.name if local.is_dir() else options.lm  # No path of this machine goes into a file that is kept.
+    model = local.name if local.is_dir() else options.lm  # Stored files must not contain local paths.
     command = f"mmphi reference --lm {model} --text {options.text.name} --window {window} --stride {protocol.stride}"
     return {
         "model": model,

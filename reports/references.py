@@ -1,4 +1,4 @@
-"""What reports compare with: published and measured losses, Phi-2's own budget, prices, the original run."""
+"""Reference data of reports: published and measured losses, Phi-2's training budget, prices, the original run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Reference:
     """The loss of a model on a text.
 
     Attributes:
-        model: Its name.
-        text: Of the text.
-        protocol: How it was read.
-        loss: Nats per token.
-        source: Address of a publication, or the command that measured it.
-        measured: Whether it was measured here.
+        model: Name of the model.
+        text: Name of the text.
+        protocol: Windows and strides with which the text was scored.
+        loss: Loss in nats per token.
+        source: URL of a publication, or the command that measured it.
+        measured: Whether it was measured with ``mmphi reference``.
     """
 
     model: str
@@ -41,10 +41,10 @@ class Reference:
 
 
 def references(folder: Path = FOLDER) -> list[Reference]:
-    """All losses that are known; what was measured here before what was published.
+    """All reference losses; measured ones before published ones.
 
     Raises:
-        DataError: If a file is malformed.
+        DataError: If a file cannot be read or is malformed.
     """
     try:
         published = yaml.safe_load((folder / "losses.yaml").read_text()) or []
@@ -63,10 +63,10 @@ def _reference(entry: Mapping[str, Any], source: str, *, measured: bool) -> Refe
 
 
 def reference_of(model: str = PHI2, text: str = WIKITEXT2, folder: Path = FOLDER) -> Reference:
-    """The loss of a model on a text: measured where it was, else published.
+    """Reference loss of a model on a text: the measured one if it exists, else the published one.
 
     Raises:
-        DataError: If neither is there.
+        DataError: If neither exists.
     """
     found = next((r for r in references(folder) if (r.model, r.text) == (model, text)), None)
     if found is None:
@@ -76,20 +76,20 @@ def reference_of(model: str = PHI2, text: str = WIKITEXT2, folder: Path = FOLDER
 
 @cache
 def phi2_budget() -> Mapping[str, Any]:
-    """What Phi-2's own training took."""
+    """Training budget of Phi-2: tokens, FLOPs, GPUs, days and source."""
     loaded: Mapping[str, Any] = yaml.safe_load((FOLDER / "phi2.yaml").read_text())
     return {**loaded, "tokens": float(loaded["tokens"]), "flops": float(loaded["flops"])}
 
 
 @cache
 def prices() -> Mapping[str, Any]:
-    """Dollars an hour of accelerators, with their date and source."""
+    """Prices of accelerators in dollars per hour and their bf16 peaks in TFLOP/s, with date and source."""
     loaded: Mapping[str, Any] = yaml.safe_load((FOLDER / "prices.yaml").read_text())
     return loaded
 
 
 @cache
 def original_run() -> Sequence[Mapping[str, float]]:
-    """The log of the original run's pretraining, row by row."""
+    """Log of the original run's pretraining, one mapping per row."""
     with (FOLDER / "original_run.csv").open() as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]

@@ -1,4 +1,4 @@
-"""A report as files: markdown with figures, csv of every table, one HTML page that holds all."""
+"""Renders a report to files: markdown with figures, a csv per table, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ IMAGE = re.compile(r'<img src="([^"]+\.png)"')
 
 
 def plain(text: str) -> str:
-    """Text that a model or a file wrote, as one line of markdown that shows it as it is."""
+    """Escape untrusted text to one line of markdown that renders verbatim."""
     return MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """Rows under columns.
+    """A table.
 
     Attributes:
-        columns: Their names.
-        rows: Values, written as they are; links as ``[text](address)``.
+        columns: Names of the columns.
+        rows: Values; links as ``[text](address)``.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
     def markdown(self) -> str:
-        """As a table of markdown; what would end a cell is escaped."""
+        """The table as markdown; pipes are escaped and line breaks become spaces."""
         head = [self._line(self.columns), self._line(["---"] * len(self.columns))]
         return "\n".join([*head, *(self._line(row) for row in self.rows)])
 
@@ -48,7 +48,7 @@ class ReportTable:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     def csv(self) -> bytes:
-        """As csv."""
+        """The table as csv."""
         content = io.StringIO()
         pd.DataFrame(list(self.rows), columns=list(self.columns)).to_csv(content, index=False, lineterminator="\n")
         return content.getvalue().encode()
@@ -59,11 +59,11 @@ class ReportDocument:
     """A report.
 
     Attributes:
-        template: Name of its file in ``templates/``.
-        title: Of the page.
-        values: What the template is filled with.
-        tables: By name; each also a csv.
-        figures: PNG by name.
+        template: File name of the template in ``templates/``.
+        title: Title of the page.
+        values: Variables of the template.
+        tables: Tables by name; each is also written as csv.
+        figures: PNG files by name.
     """
 
     template: str
@@ -73,7 +73,7 @@ class ReportDocument:
     figures: dict[str, bytes] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """The report as markdown, its figures beside it."""
+        """The report as markdown, which refers to its figures as separate files."""
         text = (
             environment()
             .get_template(self.template)
@@ -82,8 +82,8 @@ class ReportDocument:
         return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
     def page(self) -> str:
-        """The report as one page of HTML that needs no other file."""
-        # Samples, names of levels and messages may hold HTML, which is text here.
+        """The report as one self-contained HTML page."""
+        # Samples, names of levels and messages may contain HTML, which must be shown as text.
         body = MarkdownIt("commonmark", {"html": False}).enable("table").render(self.markdown())
 
         def held(match: re.Match[str]) -> str:
@@ -94,7 +94,7 @@ class ReportDocument:
         return page.render(title=html.escape(self.title), body=IMAGE.sub(held, body)) + "\n"
 
     def files(self) -> dict[str, bytes]:
-        """All files of the report, by name; the same report gives the same bytes."""
+        """Contents of all files of the report by name; equal reports give equal bytes."""
         return {
             "report.md": self.markdown().encode(),
             "report.html": self.page().encode(),
@@ -105,12 +105,12 @@ class ReportDocument:
 
 @cache
 def environment() -> jinja2.Environment:
-    """The templates; a name that is not there is an error, not nothing."""
+    """Jinja environment of the templates; undefined variables raise an error."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown is no HTML; the page takes what markdown-it has escaped.
+        autoescape=False,  # The templates are markdown; markdown-it escapes HTML for the page.
     )

@@ -1,19 +1,18 @@
-"""How much more training would take: the law of one run's own curve, and when it can carry no answer.
+"""Extrapolates a training loss curve: fits a law to the curve of one run, and decides when it supports no answer.
 
 After updates whose learning rates sum to ``S`` (as shares of the peak), and with the rate cooled down by ``g`` from its
 peak (0 to 1), the loss is one of
 
     loss = (1 - g) E + g E' + A S^-a                    the gain of cooling down is fixed
-    loss = E + ((1 - g) A + g A') S^-a                  it is a share of the reducible loss
+    loss = E + ((1 - g) A + g A') S^-a                  the gain is a share of the reducible loss
 
-with all coefficients non-negative, ``E' <= E`` and ``A' <= A``: what cooling down gains is bounded by what was seen of
-it, and no loss is predicted below 0. (The sum of the learning rates is the progress of Tissue et al. 2024, arXiv
-2408.11029; its annealing term grows without limit with the length of the schedule.) Nothing is borrowed from other
-models: coefficients of published laws differ by a nat this early (Hoffmann et al. 2022 against its refit, arXiv
-2404.10102).
+with all coefficients non-negative, ``E' <= E`` and ``A' <= A``: the gain of cooling down is bounded by the observed
+gain, and no predicted loss is below 0. (The sum of the learning rates measures progress as in Tissue et al. 2024, arXiv
+2408.11029; their annealing term grows without limit with the length of the schedule.) No coefficients of other models
+are used: published laws differ by a nat this early (Hoffmann et al. 2022 against its refit, arXiv 2404.10102).
 
-The interval of an answer comes from simulated curves: laws of both kinds that explain the curve, with its noise, are
-fitted as the curve was, and the error of their answers is taken for that of the answer.
+The interval of an answer comes from simulated curves: laws of both kinds that explain the curve, plus its noise, are
+fitted in the same way, and the errors of their answers estimate the error of the answer.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 LEAST_UPDATES, LEAST_POINTS, MOST_POINTS, COOLING_POINTS = 60, 15, 60, 12
-REACH = 30.0  # Times the tokens seen that an answer may lie away.
-BACKTEST_SHARE, BACKTEST_NATS = 0.6, 0.1  # The law of so much of the curve must foretell the rest so well.
+REACH = 30.0  # Maximum extrapolation, as a multiple of the tokens seen.
+BACKTEST_SHARE, BACKTEST_NATS = 0.6, 0.1  # Share of the curve that is fitted; largest error allowed on the rest.
 RESAMPLES, BLOCK = 120, 4
-WIDER = 1.25  # Errors of simulated curves are taken so many times as large: their truths are known too well.
-FAILED_SHARE = 0.1  # Of the simulated curves that may say never, or too far.
+WIDER = 1.25  # Factor on the errors of simulated curves, which underestimate the error of the answer.
+FAILED_SHARE = 0.1  # Largest share of simulated curves that may give no answer or one too far away.
 EXPONENTS, FINER = np.geomspace(0.03, 2.0, 30), 9
 AS_GOOD = 6.0  # Difference of the weighted squares, in units of the noise, up to which both kinds explain a curve.
-COOLED = 0.02  # Of the rate: less is no cooling down that could be fitted.
+COOLED = 0.02  # Smallest decrease of the rate, as a share of the peak, that cooling down can be fitted to.
 CONFIDENCE = 0.95
 
 Kind = Literal["fixed", "proportional"]
@@ -46,13 +45,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate goes.
+    """Learning rate schedule.
 
     Attributes:
         kind: ``wsd``, ``cosine``, ``linear`` or ``constant``.
-        warmup: Share of the steps.
+        warmup: Share of the steps that warm up.
         decay: Share of the steps that cool down (wsd).
-        steps: In all.
+        steps: Total number of steps.
     """
 
     kind: str
@@ -61,11 +60,11 @@ class Schedule:
     steps: int
 
     def rates(self, upto: int | None = None, steps: int | None = None) -> Floats:
-        """Shares of the peak, step by step: as transformers' schedulers have them.
+        """Learning rates as shares of the peak, per step, as transformers' schedulers compute them.
 
         Args:
-            upto: Only the first so many.
-            steps: Of the whole schedule, where it is stretched to another length.
+            upto: Number of leading steps to return; ``None`` for all.
+            steps: Total number of steps, if the schedule is stretched to another length.
         """
         total = steps or self.steps
         warm = round(self.warmup * total)
@@ -85,9 +84,9 @@ class Schedule:
 
 
 def state_before(rates: Floats) -> tuple[Floats, Floats]:
-    """The sum of the learning rates before each update, and by how much the last one had cooled down from its peak.
+    """Sum of the learning rates before each update, and the decrease of the previous rate from its peak.
 
-    The loss of a batch is measured before the update that it is for, so the first entries are 0.
+    The loss of a batch is measured before its update, so the first entries are 0.
     """
     total = np.concatenate([[0.0], np.cumsum(rates)])[:-1]
     cooled = np.concatenate([[0.0], np.maximum.accumulate(rates) - rates])[:-1]
@@ -99,12 +98,12 @@ class LawCoefficients:
     """Coefficients of one of the laws above.
 
     Attributes:
-        kind: Which.
+        kind: Kind of the law.
         floor: E, the irreducible loss at the peak of the learning rate, in nats per token.
-        scale: A, likewise.
+        scale: A, at the peak of the learning rate, in nats per token.
         exponent: a.
-        cooled_floor: E', when the rate is 0; that of the peak where nothing cooled down.
-        cooled_scale: A', likewise.
+        cooled_floor: E', the floor at rate 0; equal to E if nothing cooled down.
+        cooled_scale: A', the scale at rate 0; equal to A if nothing cooled down.
     """
 
     kind: Kind
@@ -115,14 +114,14 @@ class LawCoefficients:
     cooled_scale: float
 
     def __call__(self, total: Floats, cooled: Floats) -> Floats:
-        """The loss, in nats per token."""
+        """Loss in nats per token, for arrays of the sum of rates and of the cooling."""
         floor = (1 - cooled) * self.floor + cooled * self.cooled_floor
         scale = (1 - cooled) * self.scale + cooled * self.cooled_scale
         return floor + scale * np.maximum(total, 1e-9) ** -self.exponent
 
     def updates(self, target: float, schedule: Schedule) -> float:
-        """Updates of the shortest stretched schedule that ends at a loss; infinite where none does."""
-        whole = schedule.rates(steps=10_000)  # Shares of its length are all that matters.
+        """Length in updates of the shortest stretched schedule that ends at a loss; infinite if none does."""
+        whole = schedule.rates(steps=10_000)  # Any length works: only shares of it are used.
         cooled = float(whole.max() - whole[-1])
         floor = (1 - cooled) * self.floor + cooled * self.cooled_floor
         scale = (1 - cooled) * self.scale + cooled * self.cooled_scale
@@ -136,14 +135,14 @@ class LawCoefficients:
 
 @dataclass(frozen=True)
 class LawFit:
-    """A law and how well it explains a curve: the sum of its weighted squares."""
+    """A law fitted to a curve, and the weighted sum of its squared residuals."""
 
     law: LawCoefficients
     squares: float
 
 
 def fit_laws(total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> list[LawFit]:
-    """The law of each kind of least weighted squares, the better one first; one alone where nothing cooled down."""
+    """Weighted least-squares fits of both kinds of law, the better one first; one fit if nothing cooled down."""
     kinds: tuple[Kind, ...] = ("fixed", "proportional") if np.ptp(cooled) > COOLED else ("fixed",)
     found = [_fit(kind, total, cooled, losses, weights) for kind in kinds]
     return sorted(found, key=lambda fit: fit.squares)
@@ -160,7 +159,7 @@ def _fit(kind: Kind, total: Floats, cooled: Floats, losses: Floats, weights: Flo
 
 
 def _best(kind: Kind, exponents: Floats, total: Floats, cooled: Floats, losses: Floats, weights: Floats) -> LawFit:
-    """The best law of some exponents: with one given, the other coefficients are a problem of least squares."""
+    """Best law over the given exponents; with the exponent fixed, the coefficients are a least-squares problem."""
     best = LawFit(LawCoefficients(kind, 0.0, 0.0, 1.0, 0.0, 0.0), math.inf)
     seen, target = np.ptp(cooled) > COOLED, losses * weights
     for exponent in exponents:
@@ -169,7 +168,7 @@ def _best(kind: Kind, exponents: Floats, total: Floats, cooled: Floats, losses: 
         split, whole = (np.ones_like(power), power) if kind == "fixed" else (power, np.ones_like(power))
         columns = [part * split for part in parts if part is not None] + [whole]
         found, rest = nnls(np.stack(columns, axis=1) * weights[:, None], target)
-        if seen and found[1] > found[0]:  # Cooling down cannot cost anything.
+        if seen and found[1] > found[0]:  # Enforce E' <= E or A' <= A.
             (both, other), rest = nnls(np.stack([split, whole], axis=1) * weights[:, None], target)
             found = np.array([both, both, other])
         at_peak, cold, other = (found[0], found[1], found[2]) if seen else (found[0], found[0], found[1])
@@ -182,14 +181,14 @@ def _best(kind: Kind, exponents: Floats, total: Floats, cooled: Floats, losses: 
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """How many tokens reach a loss, or why nothing honest can be said.
+    """Number of tokens that reach a loss, or why it cannot be extrapolated.
 
     Attributes:
-        target: The loss, in nats per token.
-        refusal: Why not; empty where there is an answer.
-        tokens: In all, from nothing, on the same schedule stretched.
-        low: End of the 95 % interval of it.
-        high: Other end.
+        target: Target loss, in nats per token.
+        refusal: Why there is no answer; empty if there is one.
+        tokens: Total tokens of a training from scratch, with the same schedule stretched; NaN without an answer.
+        low: Lower end of the 95 % interval of ``tokens``.
+        high: Upper end of the interval.
     """
 
     target: float
@@ -201,15 +200,15 @@ class Extrapolation:
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of a run.
+    """Training loss curve of a run.
 
     Attributes:
-        steps: The update that each loss was recorded at, from 1. A loss is the mean of those of the batches since the
-            record before, each measured before the update that it is for.
-        losses: Nats per token.
-        tokens_per_step: Of an update.
-        schedule: Of its learning rate.
-        initial: The first loss.
+        steps: Update at which each loss was recorded, from 1. A loss is the mean over the batches since the previous
+            record, each measured before its update.
+        losses: Losses in nats per token.
+        tokens_per_step: Tokens per update.
+        schedule: Learning rate schedule.
+        initial: Initial loss in nats per token.
     """
 
     steps: Sequence[int]
@@ -219,9 +218,10 @@ class Curve:
     initial: float
 
     def points(self) -> tuple[Floats, Floats, Floats, Floats]:
-        """Sum of rates, cooling, mean loss and weight of bins, once learning is past its first nat and its warm-up.
+        """Sum of rates, cooling, mean loss and weight of bins, each of shape (bins,).
 
-        Bins are even on a log scale of the updates, and finer where the rate cools down at the end.
+        Bins start after the warm-up and after the loss has fallen by one nat. They are even on a log scale of the
+        updates, with additional ones where the rate cools down at the end.
         """
         steps, losses = np.asarray(self.steps), np.asarray(self.losses, dtype=np.float64)
         total, cooled = state_before(self.schedule.rates(upto=int(steps.max())))
@@ -246,20 +246,20 @@ class Curve:
 
 
 def _means(values: Floats, steps: NDArray[np.int64], counts: NDArray[np.int64]) -> Floats:
-    """Mean of values, one an update, over the updates that each record is of."""
+    """Mean of per-update values over the updates of each record."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return np.asarray((sums[steps] - sums[steps - counts]) / counts)
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """The law of a curve, and how far it can be trusted.
+    """Law of a curve, with a test of its extrapolation.
 
     Attributes:
-        curve: Whose it is.
-        fits: Its laws, the better one first; none where there is too little of it.
-        backtest: Nats by which the law of the first part misses the rest.
-        refusal: Why no answer can be had at all.
+        curve: The loss curve.
+        fits: Fitted laws, the better one first; empty if the curve is too short.
+        backtest: Mean absolute error, in nats, of the law of the first part on the rest; NaN if not tested.
+        refusal: Why the curve supports no extrapolation; empty if it does.
     """
 
     curve: Curve
@@ -269,19 +269,19 @@ class Outlook:
 
     @property
     def law(self) -> LawCoefficients | None:
-        """The law that explains the curve best."""
+        """Best-fitting law; ``None`` without fits."""
         return self.fits[0].law if self.fits else None
 
     @classmethod
     def of(cls, curve: Curve) -> Outlook:
-        """Fit a curve, and try the fit on its own end."""
+        """Fit laws to a curve, and backtest the fit of its first part on the rest."""
         if not curve.steps or max(curve.steps) < LEAST_UPDATES:
             return cls(curve, (), math.nan, f"it has fewer than {LEAST_UPDATES} updates")
         total, cooled, losses, weights = curve.points()
         if len(losses) < LEAST_POINTS:
             return cls(curve, (), math.nan, "hardly any of it lies below its first nat")
         found = fit_laws(total, cooled, losses, weights)
-        # A cooling down that the first part has not seen cannot be foretold from it: it is no part of the test.
+        # The cooled part is excluded from the test, because the first part has no data to predict it from.
         tried = cooled < COOLED if curve.schedule.kind == "wsd" else np.ones(len(total), dtype=bool)
         early = tried & (total <= BACKTEST_SHARE * total[tried].max()) if tried.any() else tried
         late = tried & ~early
@@ -300,9 +300,9 @@ class Outlook:
 
     @cached_property
     def simulated(self) -> list[tuple[LawCoefficients, LawCoefficients]]:
-        """Laws that explain the curve, each with the law that is fitted to a curve simulated from it.
+        """Laws that explain the curve, each paired with the law fitted to a curve simulated from it.
 
-        The noise is that of moving blocks of the residuals (Künsch 1989).
+        The noise is drawn as moving blocks of the residuals (Künsch 1989).
         """
         if not self.fits:
             return []
@@ -328,11 +328,11 @@ class Outlook:
 
     @property
     def resampled(self) -> list[LawCoefficients]:
-        """The laws that are fitted to simulated curves."""
+        """Laws fitted to the simulated curves."""
         return [found for _, found in self.simulated]
 
     def answer(self, target: float) -> Extrapolation:
-        """How many tokens reach a loss, with its interval, or why there is no answer."""
+        """Tokens that reach a target loss in nats per token, with their interval, or why there is no answer."""
         if self.law is None or self.refusal:
             return Extrapolation(target, self.refusal)
         seen = max(self.curve.steps) * self.curve.tokens_per_step
@@ -362,7 +362,7 @@ class Outlook:
         return Extrapolation(target, "", middle, low, high)
 
     def _tokens(self, law: LawCoefficients, target: float) -> float:
-        """Tokens of the shortest schedule that ends at a loss; infinite where none does."""
+        """Tokens of the shortest schedule that ends at a loss; infinite if none does."""
         return law.updates(target, self.curve.schedule) * self.curve.tokens_per_step
 
 

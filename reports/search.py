@@ -1,4 +1,4 @@
-"""The report of a search, from the tracking store alone: what was found, and why that is no verdict."""
+"""The report of a search, from the tracking store alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reports.tables import environment, run_link
 from reports.verdict import format_number, interval_text, join_names
 
 PRUNED = "Pruned:"
-SHOWN = 8  # Trials in the table of the best.
+SHOWN = 8  # Number of trials in the table of the best.
 NO_VERDICT = (
     "A search looks for good settings: trials that look poor are ended early, so that budgets differ, the best of many"
     " is flattered by its luck, and what it was chosen by is the validation split. What it proposes is to be compared"
@@ -29,14 +29,14 @@ NO_VERDICT = (
 
 @dataclass(frozen=True)
 class SearchTrial:
-    """One trial of a search: settings, and what they gave at each seed.
+    """One trial of a search: its settings and its objective values.
 
     Attributes:
-        name: Of the trial.
-        params: Its settings, as written.
-        values: Of every objective, by seed; of seeds that finished.
-        runs: All of its runs.
-        pruned: Why it was ended early, or empty.
+        name: Name of the trial.
+        params: Searched settings, as strings.
+        values: Values of each objective in order of seed, for the finished seeds.
+        runs: MLflow runs of the trial.
+        pruned: Why the trial ended early or failed; empty otherwise.
     """
 
     name: str
@@ -46,13 +46,13 @@ class SearchTrial:
     pruned: str = ""
 
     def mean(self, objective: str) -> float:
-        """Mean over its seeds; not a number where none finished."""
+        """Mean of an objective over the finished seeds; NaN if there are none."""
         found = self.values[objective]
         return float(np.mean(found)) if found else float("nan")
 
 
 def search_trials(data: StudyData) -> list[SearchTrial]:
-    """The trials of a search, in order of number."""
+    """Trials of a search with at least one ended run, in order of number."""
     objectives, space = list(data.declaration["objectives"]), list(data.declaration["space"])
     seeds = len(data.declaration["seeds"])
     runs: dict[str, list[Trial]] = {}
@@ -73,13 +73,13 @@ def search_trials(data: StudyData) -> list[SearchTrial]:
 
 
 def search_report(data: StudyData) -> ReportDocument:
-    """The report of a search.
+    """Create the report of a search.
 
     Args:
-        data: As the store has it.
+        data: The search.
 
     Raises:
-        StoreError: If no trial has a result.
+        StoreError: If no trial has ended normally with all objectives.
     """
     objectives: dict[str, str] = data.declaration["objectives"]
     trials = search_trials(data)
@@ -126,7 +126,7 @@ def search_report(data: StudyData) -> ReportDocument:
 
 
 def pareto(trials: Sequence[SearchTrial], objectives: Mapping[str, str]) -> list[SearchTrial]:
-    """The trials that no other beats in all objectives."""
+    """Pareto-optimal trials: no other trial is at least as good in all objectives and better in one."""
     signs = np.array([1.0 if direction == "minimize" else -1.0 for direction in objectives.values()])
     points = np.array([[t.mean(o) for o in objectives] for t in trials]) * signs
     kept = []
@@ -164,10 +164,13 @@ def _table(data: StudyData, trials: Sequence[SearchTrial], objectives: Mapping[s
 
 
 def importance(trials: Sequence[SearchTrial], data: StudyData, objective: str) -> tuple[str, ReportTable | None]:
-    """How much each setting and the seed explain of what the trials reached.
+    """Importance of each setting and of the seed, as a sentence and a table.
 
-    Settings by fANOVA (Hutter, Hoos, Leyton-Brown 2014) as Optuna has it, on the trials' means; the seed by the share
-    of the variance of all runs that lies within trials.
+    Settings by Optuna's fANOVA (Hutter, Hoos, Leyton-Brown 2014) on the means of the trials; the seed by the share of
+    the variance of all runs that is within trials.
+
+    Returns:
+        The sentence, and the table; ``None`` for the table if there are too few trials.
     """
     import optuna
 

@@ -1,4 +1,4 @@
-"""What the tracking store says of a study: its record, its trials, their curves. Loads no model."""
+"""Loads a study from the tracking store: its study run, trials and curves. Loads no model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from mmphi.tracking.run_store import RunStore
 
 CURVE_POINTS = 3
-FINAL = ("TrainingError", "MemoryError", "OutOfMemoryError", "out of memory")  # Reasons that are results themselves.
+FINAL = ("TrainingError", "MemoryError", "OutOfMemoryError", "out of memory")  # Prefixes of final failures' reasons.
 NOT_FINITE = "mmphi.not_finite"
-JUDGED = "mmphi.judged_by"  # Tag of a trial: the run of the evaluation that its study asked for.
-STUDY_RUN = "mmphi.study_run"  # Tag of a trial: the run of its study's record.
+JUDGED = "mmphi.judged_by"  # Tag of a trial: id of the evaluation run with its judged metric.
+STUDY_RUN = "mmphi.study_run"  # Tag of a trial: id of its study run.
 RECORD, CHANGE, DECLARATION = "study_record", "mmphi.change.", "study.json"
 
 
 def not_finite(tags: Mapping[str, str], metric: str) -> str:
-    """What a run's tags say about values of a metric that were NaN or infinite; empty where none was.
+    """Entry of a run's tags about a NaN or infinite value of a metric; empty if there is none.
 
-    Such values are no metrics of the run (:meth:`mmphi.tracking.run_tracker.RunTracker.metrics`), so that an earlier
-    finite value of the same metric would be taken for the result.
+    Such values are not logged as metrics (:meth:`mmphi.tracking.run_tracker.RunTracker.metrics`), so without this check
+    an earlier finite value of the metric would be used as the result.
     """
     entries = tags.get(NOT_FINITE, "").split("; ")
     return next((entry for entry in entries if entry.startswith(f"{metric} = ")), "")
@@ -39,19 +39,19 @@ def not_finite(tags: Mapping[str, str], metric: str) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a study.
+    """One MLflow run of a study's trial.
 
     Attributes:
-        run_id: The run.
+        run_id: Id of the MLflow run.
         phase: ``tuning``, ``verdict`` or ``search``.
-        level: Of the factor.
-        seed: Its number among the paired seeds.
-        status: MLflow's.
+        level: Level of the factor.
+        seed: Index of the paired seed.
+        status: Status of the MLflow run.
         reason: Why there is no result.
-        metrics: The last value of each.
+        metrics: Last value of each metric.
         params: Settings by dotted name.
-        tags: All of them.
-        started_ms: When, since 1970.
+        tags: Tags of the MLflow run.
+        started_ms: Start time, in milliseconds since 1970.
     """
 
     run_id: str
@@ -67,40 +67,40 @@ class Trial:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the run has not ended."""
         return self.status in ("RUNNING", "SCHEDULED")
 
     @property
     def finished(self) -> bool:
-        """Whether it has a result."""
+        """Whether the run is finished."""
         return self.status == "FINISHED"
 
     def has(self, metric: str) -> bool:
-        """Whether it has a result of a metric that can be compared."""
+        """Whether the run is finished with a finite value of a metric."""
         return self.finished and metric in self.metrics and not not_finite(self.tags, metric)
 
     @property
     def went_on(self) -> bool:
-        """Whether another run went on from it after it was killed."""
+        """Whether another run resumed this one after it was interrupted."""
         return "mmphi.continued_by" in self.tags
 
 
 @dataclass(frozen=True)
 class StudyData:
-    """A study as the store has it.
+    """A study in the tracking store.
 
     Attributes:
-        name: In the store.
-        run_id: Of its record.
-        experiment: Id of the experiment it is in.
-        declaration: What it was begun as.
-        changes: What was changed while it ran, in order.
-        trials: All of its runs, oldest first.
-        tags: Of its record: commit, machine.
-        curves: Values of a metric by step, by run id.
-        curve: That metric.
-        address: Of MLflow's pages.
-        status: Of its record: whether a driver saw its end.
+        name: Name of the study in the store.
+        run_id: Id of the study run.
+        experiment: Id of the MLflow experiment.
+        declaration: Declaration with which the study was started.
+        changes: Changes made while the study ran, in order.
+        trials: Runs of all trials, oldest first.
+        tags: Tags of the study run, such as commit and machine.
+        curves: Steps and values of the metric ``curve``, by run id.
+        curve: Name of the metric of ``curves``.
+        address: Base URL of the MLflow server.
+        status: Status of the study run; ``FINISHED`` after its driver ran all trials.
     """
 
     name: str
@@ -117,42 +117,42 @@ class StudyData:
 
     @property
     def levels(self) -> list[str]:
-        """All levels that it has or had, in order."""
+        """Declared and added levels in order, including stopped ones."""
         added = [c["name"] for c in self.changes if c["what"] == "add"]
         return list(dict.fromkeys([*self.declaration.get("levels", {}), *added]))
 
     @property
     def stopped(self) -> list[str]:
-        """Levels that were stopped and not added again."""
+        """Stopped levels that were not added again."""
         state: dict[str, str] = {c["name"]: c["what"] for c in self.changes if c["what"] in ("stop", "add")}
         return [level for level, what in state.items() if what == "stop"]
 
     @property
     def seeds(self) -> int:
-        """How many seeds are asked for now."""
+        """Current number of seeds."""
         numbers = [int(c["value"]) for c in self.changes if c["what"] == "seeds"]
         return numbers[-1] if numbers else int(self.declaration["seeds"])
 
     @property
     def planned(self) -> int:
-        """How many seeds were declared before the first result; more are exploratory."""
+        """Number of seeds declared before the first result; further seeds are exploratory."""
         return int(self.declaration["seeds"])
 
     @property
     def looks(self) -> list[int]:
-        """Numbers of seeds at which the study is judged, the last one included."""
+        """Numbers of seeds at which the study is judged, including the final one."""
         return [*map(int, self.declaration.get("looks", [])), self.planned]
 
     def draw(self) -> Callable[[int], int] | None:
-        """The draw that a seed was built on, where a study has fewer draws than seeds."""
+        """Function from a seed to its draw, if the study limits the number of draws; ``None`` otherwise."""
         draws = int(self.declaration.get("replicates", 0)) if self.declaration.get("replicate") else 0
         return (lambda number: number % draws) if draws else None
 
     def lost(self) -> dict[str, set[int]]:
-        """Seeds of every level whose run ended without a number: it diverged, or it ran out of memory.
+        """Seeds whose run ended without a value, because it diverged or ran out of memory, by level.
 
-        Where the driver has seen the end of the study, those are all that have none: it asks for what was interrupted,
-        and for what a person has fixed, until that has ended. Before, those whose run says that it gave no number.
+        After the driver finished the study, these include all seeds without a result, because the driver repeats
+        interrupted trials until they end. Before that, only seeds whose run records a final failure count.
         """
         metric = self.declaration.get("metric", "")
         there = self.results("verdict", metric)
@@ -169,12 +169,12 @@ class StudyData:
         return found
 
     def ended(self, level: str) -> int:
-        """At how many of the first seeds a level has ended, with a number or without."""
+        """Number of leading seeds at which a level's trial has ended, with or without a value."""
         there = set(self.results("verdict", self.declaration["metric"])[level]) | self.lost()[level]
         return next(n for n in itertools.count() if n not in there)
 
     def results(self, phase: str = "verdict", metric: str = "") -> dict[str, dict[int, Trial]]:
-        """The finished trials that have a metric, by level and seed; of several of one cell the oldest."""
+        """Finished trials of a phase that have a metric, by level and seed; the oldest run of each."""
         found: dict[str, dict[int, Trial]] = {level: {} for level in self.levels}
         for trial in self.trials:
             if trial.phase == phase and (trial.has(metric) if metric else trial.finished):
@@ -182,46 +182,46 @@ class StudyData:
         return found
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """A metric of the judged trials, by level and seed."""
+        """Values of a metric of the verdict trials, by level and seed."""
         results = self.results("verdict", metric)
         return {level: {n: t.metrics[metric] for n, t in sorted(of.items())} for level, of in results.items()}
 
     def missing(self) -> list[tuple[str, int]]:
-        """Cells that were asked for and have no finished run."""
+        """Level and seed of the verdict trials without a result; stopped levels are left out."""
         there = self.results("verdict", self.declaration["metric"])
         going = [level for level in self.levels if level not in self.stopped]
         return [(level, n) for level in going for n in range(self.seeds) if n not in there[level]]
 
     def failed(self) -> list[Trial]:
-        """Runs without a result that no other run went on from, and runs whose metric is not a number."""
+        """Failed or killed runs that no other run resumed, and finished verdict runs whose metric is not finite."""
         metric = self.declaration.get("metric", "")
         ended = [t for t in self.trials if t.status in ("FAILED", "KILLED") and not t.went_on]
         without = [(t, not_finite(t.tags, metric)) for t in self.trials if t.finished and t.phase == "verdict"]
         return ended + [replace(trial, reason=reason) for trial, reason in without if reason]
 
     def link(self, run_id: str) -> str:
-        """Where MLflow's pages show a run."""
+        """URL of a run in MLflow."""
         return f"{self.address}/#/experiments/{self.experiment}/runs/{run_id}"
 
 
 def training_curve(history: Sequence[Metric]) -> list[tuple[int, float]]:
-    """Steps and values of a metric, without the figure that a stage leaves at its end, which has no step."""
+    """Steps and values of a metric, without the final value that a stage logs at its end, which has no step."""
     last = max((m.timestamp for m in history if m.step), default=None)
     return sorted((m.step, m.value) for m in history if m.step or last is None or m.timestamp < last)
 
 
 def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyData:
-    """A study from the store.
+    """Load a study from the store.
 
     Args:
-        store: MLflow's.
-        name: Of the study.
-        curves: Metrics whose values over the training are worth loading; the first that was measured
-            :data:`CURVE_POINTS` times is.
+        store: Tracking store.
+        name: Name of the study.
+        curves: Metrics to load as curves, in order of preference; the first with :data:`CURVE_POINTS` values in a run
+            is used, else the one with the most values.
 
     Raises:
-        SettingsError: If there is none of that name; names those there are.
-        StoreError: If its record has no declaration.
+        SettingsError: If the store has no study of this name; the message suggests existing names.
+        StoreError: If the study run has no declaration.
     """
     record = next(store.search(**{RECORD: name}), None)
     if record is None:
@@ -259,17 +259,17 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
 
 
 def _trials(store: RunStore, name: str, record: str) -> Iterator[Trial]:
-    """The trials of a study, without those of an earlier one of the same name whose record was deleted."""
+    """Trials of a study, without those of an earlier study of the same name whose study run was deleted."""
     for run in store.search(study=name):
         if run.info.lifecycle_stage == "active" and run.data.tags.get(STUDY_RUN, record) == record:
             yield _judged(store, trial_of(run))
 
 
 def _judged(store: RunStore, trial: Trial) -> Trial:
-    """A trial with the figures of the evaluation that its study asked for.
+    """A trial with the metrics of the evaluation that its study requested.
 
-    The trial's run shows those of the latest evaluation of each metric: another study, or a person, may have evaluated
-    the same model with other settings since. Trials of earlier versions do not name their evaluation.
+    The trial's run holds the values of the latest evaluation of each metric, and the same model may have been evaluated
+    again with other settings. Trials of earlier versions have no tag with their evaluation.
     """
     if JUDGED not in trial.tags:
         return trial
@@ -282,7 +282,7 @@ def _judged(store: RunStore, trial: Trial) -> Trial:
 
 
 def trial_of(run: Run) -> Trial:
-    """A run as a trial."""
+    """Convert an MLflow run to a trial."""
     tags = run.data.tags
     return Trial(
         run_id=str(run.info.run_id),
@@ -299,7 +299,7 @@ def trial_of(run: Run) -> Trial:
 
 
 def study_names(store: RunStore) -> list[str]:
-    """Names of the studies that the store has."""
+    """Sorted names of the studies in the store."""
     experiments = [str(e.experiment_id) for e in store.client.search_experiments()]
     found = store.client.search_runs(experiments, f"tags.`mmphi.{RECORD}` != ''", max_results=1000)
     return sorted({run.data.tags[f"mmphi.{RECORD}"] for run in found})

@@ -1,4 +1,4 @@
-"""What the trials of a study come to: values, means, intervals, comparisons; worked out once for words and pictures."""
+"""Results of a study: values, means, intervals and comparisons, computed once for text, tables and figures."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from reports.verdict import JudgedMetric
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What a study found.
+    """Results of a study.
 
     Attributes:
         data: The study.
-        metric: What was judged.
-        baseline: The level that the others are compared with.
-        judging: How it is judged, and over which seeds.
-        results: Its trials, by level and seed.
-        values: The metric of all of them, by level and seed.
-        lost: Seeds whose run diverged or gave no number, by level.
-        judged: The metric of those that are judged: without seeds beyond the look, and without runs that diverged.
-        means: Of these by level; of levels that have any.
-        intervals: Of the means, by level.
-        comparisons: Of every other level with the baseline.
-        exploratory: The same over all seeds, where there are more than the study declared; never a verdict.
+        metric: The judged metric.
+        baseline: Level that the others are compared with.
+        judging: How the study is judged, and over which seeds.
+        results: Finished verdict trials, by level and seed.
+        values: Value of the metric of all of them, by level and seed.
+        lost: Seeds whose run diverged or has no value, by level.
+        judged: Value of the metric by level and seed, without seeds beyond the look and without diverged runs.
+        means: Mean of ``judged`` by level; only levels with values.
+        intervals: Interval of the mean, by level.
+        comparisons: Comparison of every other level with the baseline.
+        exploratory: Comparisons over all seeds, if there are more than the study declared; not used for verdicts.
     """
 
     data: StudyData
@@ -49,10 +49,10 @@ class StudyResults:
 
     @classmethod
     def of(cls, data: StudyData) -> StudyResults:
-        """Work them out.
+        """Compute the results of a study.
 
         Raises:
-            StoreError: If no trial has what is judged; says what the trials do have.
+            StoreError: If no trial has the judged metric; the message lists the metrics that exist.
         """
         declared = data.declaration
         metric = JudgedMetric(
@@ -86,7 +86,7 @@ class StudyResults:
 
 
 def judging_of(data: StudyData, metric: JudgedMetric) -> Judging:
-    """How a study is judged, and over which of the seeds that it has by now."""
+    """How a study is judged, and over which of its current seeds."""
     baseline = str(data.declaration["baseline"])
     ended = {level: data.ended(level) for level in data.levels}
     until = {level: looks_reached(min(ended[level], ended.get(baseline, 0)), data.looks) for level in data.levels}
@@ -94,7 +94,7 @@ def judging_of(data: StudyData, metric: JudgedMetric) -> Judging:
 
 
 def _without_results(data: StudyData) -> set[str]:
-    """Levels that have no result and get none any more: stopped, or with a run without a number for every seed."""
+    """Levels that cannot get a result: they have none, and are stopped or lost the run of every seed."""
     values, lost = data.results("verdict", data.declaration["metric"]), data.lost()
     none = {level for level in data.levels if not values[level]}
     return {level for level in none if level in data.stopped or len(lost[level]) >= data.seeds}

@@ -1,4 +1,4 @@
-"""The tables of an ablation's report."""
+"""Tables of an ablation report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from reports.study_query import StudyData, Trial
 from reports.study_results import StudyResults
 from reports.verdict import format_interval, format_number, format_p
 
-# Of every level: the interval of its mean, then what is to be said of it beside the baseline.
+# Columns of each level: interval of its mean, then its comparison with the baseline.
 LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval of it", "p (Holm)", "verdict", "tokens")
 
 
 def report_tables(found: StudyResults) -> dict[str, ReportTable]:
-    """All tables of the report, by name."""
+    """Tables of the report, by name."""
     data, metric, declared = found.data, found.metric, found.data.declaration
     beside = {c.level: c for c in found.comparisons}
     rows, costs = [], []
@@ -61,7 +61,7 @@ def report_tables(found: StudyResults) -> dict[str, ReportTable]:
 
 
 def robustness(found: StudyResults) -> ReportTable:
-    """What the verdicts rest on: other estimates of the differences, and runs that are not among them."""
+    """Table of alternative estimates of the differences, and of the runs excluded from them."""
     rows = [
         [
             c.level,
@@ -79,7 +79,7 @@ def robustness(found: StudyResults) -> ReportTable:
 
 
 def _also(found: StudyResults) -> dict[str, ReportTable]:
-    """Metrics of quality that are not judged: means and intervals, and differences to the baseline."""
+    """Table of quality metrics that are not judged: means and intervals."""
     also, rows = found.data.declaration.get("also", {}), []
     for level in found.data.levels:
         row: list[Any] = [level]
@@ -94,19 +94,19 @@ def _also(found: StudyResults) -> dict[str, ReportTable]:
 
 
 def _exploratory(found: StudyResults) -> dict[str, ReportTable]:
-    """All seeds, where there are more than the study declared."""
+    """Table of the differences over all seeds, if there are more than the study declared."""
     rows = [[c.level, c.n, format_number(c.difference), format_interval(c.interval)] for c in found.exploratory]
     columns = [found.data.declaration["factor"], "pairs", "minus the baseline", "95 % interval"]
     return {"exploratory": ReportTable(columns, rows)} if rows else {}
 
 
 def run_link(data: StudyData, trial: Trial) -> str:
-    """A short link to a run."""
+    """Markdown link to a run, titled with the first 8 characters of its id."""
     return f"[{trial.run_id[:8]}]({data.link(trial.run_id)})"
 
 
 def seed_table(found: StudyResults) -> ReportTable:
-    """The metric of every trial, a seed a row, each a link to its run."""
+    """Table of the metric of each trial, one seed per row, linked to the runs."""
     data, metric, results = found.data, found.metric, found.results
     numbers = sorted({n for of in results.values() for n in of})
 
@@ -149,21 +149,21 @@ def _tuning(data: StudyData) -> dict[str, ReportTable]:
 
 
 def used_at(data: StudyData, level: str) -> list[tuple[str, ...]]:
-    """Nuisance values that the judged trials of a level were run with: one, unless it was tuned again since."""
+    """Distinct nuisance values of the verdict trials of a level; several only if the level was tuned again."""
     names = list(data.declaration["nuisance"])
     trials = data.results("verdict")[level].values()
     return sorted({tuple(str(trial.params.get(name, "?")) for name in names) for trial in trials})
 
 
 def failed_at(data: StudyData, level: str) -> list[tuple[str, ...]]:
-    """Nuisance values that gave no number at a level, at one tuning seed at least."""
+    """Nuisance values at a level of which at least one tuning trial failed."""
     names = list(data.declaration["nuisance"])
     ended = [t for t in data.trials if t.phase == "tuning" and t.level == level and t.status == "FAILED"]
     return [tuple(str(trial.params.get(name, "?")) for name in names) for trial in ended]
 
 
 def tried_at(data: StudyData, level: str) -> list[tuple[tuple[str, ...], list[float]]]:
-    """Nuisance values tried at a level, and what each of them gave at the tuning seeds, in order of the values."""
+    """Nuisance values tried at a level, each with the tuning metric at its seeds, in order of the values."""
     names, metric = list(data.declaration["nuisance"]), data.declaration["tuning_metric"]
     found: dict[tuple[str, ...], list[float]] = {}
     for trial in data.trials:
@@ -173,7 +173,7 @@ def tried_at(data: StudyData, level: str) -> list[tuple[tuple[str, ...], list[fl
 
 
 def order_of(values: Sequence[Any]) -> tuple[Any, ...]:
-    """What sorts values of settings: as numbers where all are."""
+    """Sort key of values of settings: numeric if all are numbers, else alphabetical."""
     try:
         return tuple(float(v) for v in values)
     except ValueError:
@@ -181,7 +181,7 @@ def order_of(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def environment(data: StudyData) -> ReportTable:
-    """Commit, machines and data of the trials."""
+    """Table of the commits, machines and data of the trials."""
     trials = [t for t in data.trials if t.finished]
     hours = sum(t.metrics.get("seconds", 0.0) for t in trials) / 3600
     rows = [["trials", f"{len(trials)} finished, {hours:.2f} hours of training"]]
@@ -215,11 +215,11 @@ def environment(data: StudyData) -> ReportTable:
 
 
 def is_noise(levels: Iterable[Mapping[int, Trial]], name: str) -> bool:
-    """Whether levels differ in a cost by less than twice its spread over their seeds, as measured times do.
+    """Whether levels differ in a cost by less than twice its standard deviation over seeds.
 
     Args:
         levels: Trials of each level by seed.
-        name: Of the cost; one that is the same at all seeds of a level, such as parameters, is no noise.
+        name: Name of the cost. A cost that is equal at all seeds of a level, such as parameters, is not noise.
     """
     values = [[t.metrics[name] for t in of.values() if name in t.metrics] for of in levels]
     variances = [float(np.var(of, ddof=1)) for of in values if len(of) > 1]
@@ -228,13 +228,13 @@ def is_noise(levels: Iterable[Mapping[int, Trial]], name: str) -> bool:
 
 
 def mean_of(trials: Mapping[int, Trial], name: str) -> float | None:
-    """Mean of a metric over trials."""
+    """Mean of a metric over the trials that have it; ``None`` if none has."""
     found = [t.metrics[name] for t in trials.values() if name in t.metrics]
     return float(np.mean(found)) if found else None
 
 
 def median_of(trials: Mapping[int, Trial], name: str) -> float | None:
-    """Median of a cost over trials, because times have outliers; of seconds without trials that were continued."""
+    """Median of a cost over trials, because times have outliers; ``seconds`` without resumed trials."""
     continued = name == "seconds"
     found = [
         t.metrics[name]

@@ -1,4 +1,4 @@
-"""What a study says, in words, with its uncertainty."""
+"""Verdicts of a study as sentences, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from reports.power import POWER, seeds_needed
 
 @dataclass(frozen=True)
 class JudgedMetric:
-    """What is judged.
+    """The metric that a study judges.
 
     Attributes:
-        name: As runs name it.
-        unit: Of it.
-        less: Whether less of it is better.
-        margin: The smallest difference that would matter; 0 for none.
+        name: Name of the metric in MLflow.
+        unit: Unit of the metric.
+        less: Whether lower values are better.
+        margin: Smallest difference of practical relevance, in ``unit``; 0 for none.
     """
 
     name: str
@@ -30,12 +30,17 @@ class JudgedMetric:
     margin: float = 0.0
 
     def better(self, difference: float) -> bool:
-        """Whether a difference to the baseline is an improvement."""
+        """Whether a difference (level minus baseline) is an improvement."""
         return (difference < 0) == self.less
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """A number as a person would write it, with a minus sign that is one."""
+    """Format a number with a typographic minus sign; ``-`` if it is not finite.
+
+    Args:
+        value: The number.
+        digits: Significant digits below 1; one more from 1, and whole numbers with thousands separators from 1,000.
+    """
     if not np.isfinite(value):
         return "-"
     text = f"{value:.{digits}g}" if abs(value) < 1 else f"{value:.{digits + 1}g}"
@@ -47,7 +52,7 @@ def format_number(value: float, digits: int = 3) -> str:
 
 
 def format_interval(interval: Interval | None, sign: float = 1.0) -> str:
-    """An interval as a cell of a table."""
+    """Format an interval as a table cell, after multiplication of its ends by ``sign``."""
     if interval is None:
         return "-"
     low, high = sorted((sign * interval.low, sign * interval.high))
@@ -55,17 +60,17 @@ def format_interval(interval: Interval | None, sign: float = 1.0) -> str:
 
 
 def interval_text(interval: Interval | None, sign: float = 1.0) -> str:
-    """An interval in words."""
+    """Format an interval for a sentence, after multiplication of its ends by ``sign``."""
     return f"95 % interval {format_interval(interval, sign)}" if interval else "no interval: one seed"
 
 
 def format_p(p: float) -> str:
-    """A p value, with as many digits as it deserves."""
+    """Format a p value: three decimals below 0.1, else two; ``p < 0.001`` below that."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def holm_note(comparison: Comparison) -> str:
-    """What a p value was corrected for."""
+    """Text that names the corrections of a p value: Holm's method and interim looks."""
     many = comparison.comparisons
     looks = f" for looks at {join_names([str(look) for look in comparison.looks])} seeds" if comparison.looks else ""
     holm = f" after Holm over {many} comparisons" if many > 1 else ""
@@ -73,7 +78,7 @@ def holm_note(comparison: Comparison) -> str:
 
 
 def excluded_note(comparison: Comparison, baseline: str) -> str:
-    """How many runs are not among the pairs; empty where there are none."""
+    """Sentence about the runs excluded from the pairs; empty if there are none."""
     own, other = comparison.lost
     if not own and not other:
         return ""
@@ -84,12 +89,12 @@ def excluded_note(comparison: Comparison, baseline: str) -> str:
 
 
 def format_verdict(comparison: Comparison, baseline: str, metric: JudgedMetric) -> str:
-    """The verdict on one level.
+    """The verdict on one level, as a sentence.
 
     Args:
-        comparison: Of the level with the baseline.
-        baseline: Its name.
-        metric: What was measured.
+        comparison: Comparison of the level with the baseline.
+        baseline: Name of the baseline.
+        metric: The judged metric.
     """
     level, n, baseline = quote_name(comparison.level), comparison.n, quote_name(baseline)
     if n == 0:
@@ -110,7 +115,7 @@ def _verdict(comparison: Comparison, baseline: str, metric: JudgedMetric) -> str
         )
     if comparison.verdict == "different":
         better = metric.better(comparison.difference)
-        what = "beat" if better else "did worse than"  # In the past all numbers agree.
+        what = "beat" if better else "did worse than"  # The past tense fits singular and plural names.
         sign = 1.0 if comparison.difference > 0 else -1.0
         small = (
             f"; yet shown to lie within {format_number(metric.margin)}, too little to matter"
@@ -132,7 +137,7 @@ def _verdict(comparison: Comparison, baseline: str, metric: JudgedMetric) -> str
 
 
 def _why_not(comparison: Comparison, metric: JudgedMetric) -> str:
-    """What kept a comparison from a verdict, and how many seeds would not be kept."""
+    """Why a comparison shows no difference, and how many seeds would show one."""
     least = min(1.0, smallest_p(comparison.n) * comparison.comparisons)
     parts = [f" {format_p(comparison.p)}{holm_note(comparison)}"]
     if least >= ALPHA:
@@ -147,12 +152,12 @@ def _why_not(comparison: Comparison, metric: JudgedMetric) -> str:
 
 
 def headline(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMetric) -> str:
-    """The whole study in a sentence or two.
+    """Summary of the study in a few sentences.
 
     Args:
-        comparisons: Of every level with the baseline.
-        baseline: Its name.
-        metric: What was measured.
+        comparisons: Comparisons of all other levels with the baseline.
+        baseline: Name of the baseline.
+        metric: The judged metric.
     """
     if comparisons and all(c.interim for c in comparisons):
         return "**No verdict yet: the study has not come to the number of seeds at which it is judged.**"
@@ -163,7 +168,7 @@ def headline(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMet
     waiting = [quote_name(c.level) for c in comparisons if c.verdict == "interim"]
     parts = []
     if better:
-        # By the differences at the seeds of the baseline: means of levels with other seeds do not compare.
+        # By differences, which are paired with the baseline; means of levels with different seeds are not comparable.
         best = min(better, key=lambda c: c.difference if metric.less else -c.difference)
         parts.append(format_verdict(best, baseline, metric))
         others = [quote_name(c.level) for c in better if c is not best]
@@ -187,12 +192,12 @@ def headline(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMet
 
 
 def quote_name(name: str) -> str:
-    """A name of a level in a sentence: in quotes where it is longer than two words, as *better than none* is."""
+    """Name of a level for use in a sentence, in quotes if it has more than two words, such as *better than none*."""
     return f"“{name}”" if len(re.findall(r"[^\W_]+", name)) > 2 and "`" not in name and ", " not in name else name
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Names as prose lists them; in quotes where one has a comma of its own."""
+    """Join names as an enumeration with "and"; in quotes if one of them contains a comma."""
     if len(names) > 1 and any(", " in name for name in names):
         names = [f"“{name}”" for name in names]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,1 +1,1 @@
-"""Side by side with other ways to run many trainings."""
+"""Benchmarks against other ways to run many trainings."""

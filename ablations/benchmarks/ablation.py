@@ -1,12 +1,12 @@
-"""``mmphi benchmark ablation``: a study of eight trials, beside eight cold runs, beside eight runs of a usual script.
+"""``mmphi benchmark ablation``: times a study of eight trials against eight cold runs and eight runs of a usual script.
 
-All three train the same projectors: the same frozen models, images, texts, order, first weights and steps.
+All three train the same projectors: the same frozen models, images, texts, order, initial weights and steps.
 
-- ``study``: `mmphi ablate` with one worker, which keeps models, features and encoded texts from trial to trial;
-- ``cold``: `mmphi projector --force`, a process a training;
-- ``script``: transformers' LLaVA as documented (`llava_script.py` beside this file), a process a training.
+- ``study``: `mmphi ablate` with one worker, which keeps models, features and tokenized texts loaded between trials;
+- ``cold``: `mmphi projector --force`, one process per training;
+- ``script``: transformers' LLaVA as documented (`llava_script.py` in this folder), one process per training.
 
-What all of them stand on (drawn images, stored features) is made before; the study's own time to embed is told.
+Shared inputs (drawn images, stored features) are built beforehand; the time of the embedding is reported separately.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ SHAPES = {
 
 
 def timed(command: Sequence[str], log: Path) -> float:
-    """Seconds that a command takes.
+    """Run a command and return its duration in seconds.
+
+    Args:
+        command: Command line to run.
+        log: File that its output is appended to.
 
     Raises:
-        RuntimeError: If it fails, with the end of what it said.
+        RuntimeError: If the command fails; the message ends with the tail of the log.
     """
     begun = time.perf_counter()
     with log.open("ab") as out:
@@ -50,7 +54,7 @@ def timed(command: Sequence[str], log: Path) -> float:
 
 
 def curves(metric: str = "train/loss") -> list[list[float]]:
-    """Losses of the newest finished run of every trial, seed by seed, rate by rate."""
+    """Per-step losses and the final test loss of the newest finished run of each trial, by seed, then learning rate."""
     from mmphi.tracking.run_writer import TrackingStore
 
     store, found = TrackingStore(), []
@@ -69,7 +73,7 @@ def curves(metric: str = "train/loss") -> list[list[float]]:
 
 
 def measure(folder: Path, shape: Shape) -> dict[str, Any]:
-    """Run all three sides, one after the other; seconds and losses of each."""
+    """Run the three sides; returns their seconds and losses, and the seconds of the embedding."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
     os.environ.pop("MLFLOW_RUN_ID", None)
     log, fixed = folder / "log.txt", fixed_settings(folder, shape)
@@ -96,7 +100,7 @@ def measure(folder: Path, shape: Shape) -> dict[str, Any]:
 
 
 def furthest(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> float:
-    """The largest difference between losses of the same step of the same trial."""
+    """Largest absolute difference between losses of the same step of the same trial."""
     pairs = zip(one, other, strict=True)
     return max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 
@@ -119,7 +123,7 @@ def main(arguments: list[str]) -> int:
 
 
 def report(found: Mapping[str, Any], shape: Shape) -> None:
-    """Print the three sides, their ratios, and how far their losses lie apart."""
+    """Print the seconds of the three sides, their ratios, and the largest differences of their losses."""
     seconds, losses = found["seconds"], found["losses"]
     trials = len(RATES) * SEEDS
     print(f"{trials} trainings of {shape.steps} steps of {shape.batch_size} images, and the test loss of each")

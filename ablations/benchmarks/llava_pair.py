@@ -1,4 +1,4 @@
-"""The same models and the same trainings twice: as mmphi reads them, and as a script of transformers does."""
+"""The same models and trainings in two formats: for mmphi, and for a script with transformers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RATES, SEEDS = ("0.001", "0.003"), 4  # Of the trainings: each rate at each seed.
-IMAGE_TOKEN, PAD = 50300, 50301  # Rows of Phi-2's embedding that no text uses.
+RATES, SEEDS = ("0.001", "0.003"), 4  # Learning rates, each trained at this number of seeds.
+IMAGE_TOKEN, PAD = 50300, 50301  # Rows of Phi-2's embedding that its tokenizer does not use.
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of models and trainings."""
+    """Sizes of the models, trainings and data; image and patch sizes in pixels."""
 
     width: int = 256
     layers: int = 4
@@ -29,7 +29,15 @@ class Shape:
 
 
 def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
-    """A language model and a vision encoder with random weights, each as mmphi and as transformers reads it."""
+    """Save a language model and a vision encoder with random weights, in the formats of mmphi and of transformers.
+
+    Args:
+        folder: Folder to write to.
+        shape: Sizes of the models.
+
+    Returns:
+        Preprocessing configuration of the vision encoder (open_clip's ``preprocess_cfg``).
+    """
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -58,7 +66,7 @@ def make_models(folder: Path, shape: Shape) -> dict[str, Any]:
 
 
 def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:
-    """What all trainings have in common, as settings of mmphi."""
+    """Settings of mmphi that all trainings share, by dotted name."""
     return {
         "scenes.train_images": shape.images,
         "scenes.validation_images": 2,
@@ -86,7 +94,7 @@ def fixed_settings(folder: Path, shape: Shape) -> dict[str, Any]:
 
 
 def write_work(folder: Path, fixed: Mapping[str, Any], preprocess: Mapping[str, Any], shape: Shape) -> list[Path]:
-    """What the script is to train, a file a training, in the order of the study's trials."""
+    """Write the input files of the script, one per training, by seed, then learning rate; returns their paths."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,7 +1,7 @@
-"""One training of a projector the usual way: transformers' Llava, padded batches, the vision encoder in the loop.
+"""Trains one projector the usual way: transformers' Llava, padded batches, the vision encoder run at every step.
 
 Follows transformers' documentation of LLaVA: images and texts are batched, padded to the longest and passed to the
-model with their labels. It is what ``mmphi benchmark ablation`` measures beside a study, a process a training.
+model with their labels. ``mmphi benchmark ablation`` compares a study with it, one process per training.
 
     python llava_script.py WORK.json
 """
@@ -28,7 +28,17 @@ from transformers import (
 
 
 def build(language: str, vision: str, projector: str, image_token: int) -> Any:
-    """A LLaVA of a language model and a vision encoder from their folders, frozen but for its projector."""
+    """Build a LLaVA from a language model and a vision encoder; all parameters except the projector's are frozen.
+
+    Args:
+        language: Folder of the language model.
+        vision: Folder of the CLIP vision encoder.
+        projector: Safetensors file with the initial weights of the projector.
+        image_token: Token id of image positions.
+
+    Raises:
+        ValueError: If the head of the language model has a non-zero bias, which transformers' Llava does not support.
+    """
     causal, encoder = AutoModelForCausalLM.from_pretrained(language), CLIPVisionModel.from_pretrained(vision)
     text = AutoConfig.from_pretrained(language)
     config = LlavaConfig(vision_config=encoder.config, text_config=text, image_token_index=image_token)
@@ -48,7 +58,17 @@ def build(language: str, vision: str, projector: str, image_token: int) -> Any:
 
 
 def batch(rows: list[dict[str, Any]], preprocess: Any, image_token: int, pad: int) -> dict[str, torch.Tensor]:
-    """Rows padded to the longest, with their images and labels."""
+    """Collate rows into model inputs, padded to the longest row.
+
+    Args:
+        rows: Rows with token ids, supervision mask, image path and image span.
+        preprocess: Image transform.
+        image_token: Token id of image positions.
+        pad: Token id of padding.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels`` of shape (rows, longest), and ``pixel_values``.
+    """
     longest = max(len(row["ids"]) for row in rows)
     ids = torch.full((len(rows), longest), pad)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -65,7 +85,7 @@ def batch(rows: list[dict[str, Any]], preprocess: Any, image_token: int, pad: in
 
 
 def main(path: str) -> None:
-    """Train as a file says, and write the losses beside it."""
+    """Train as specified in a JSON file, and write the losses to ``.out.json`` next to it."""
     work = json.loads(Path(path).read_text())
     image_token, pad = work["image_token"], work["pad"]
     model = build(work["language"], work["vision"], work["projector"], image_token)

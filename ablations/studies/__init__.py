@@ -1,1 +1,1 @@
-"""The studies that come with mmphi, one small file each."""
+"""The studies that come with mmphi, one file each."""

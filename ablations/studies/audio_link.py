@@ -1,4 +1,4 @@
-"""How a language model should hear: Whisper's words, all words that it may be, or the frames of Whisper's encoder."""
+"""Which audio input: Whisper's transcript, its token probabilities, or the frames of its encoder."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ STUDY = Study(
 )
 
 PRESETS = {
-    # Its token ids are not Whisper's.
+    # No level `soft`: the language model's token ids differ from Whisper's.
     "speech": replace(
         STUDY,
         preset="speech",

@@ -1,4 +1,4 @@
-"""Which vision encoder: light CLIPs trained here on `tiny`, published ones on `phi2`."""
+"""Which vision encoder: light CLIPs trained by mmphi with preset `tiny`, published CLIPs with preset `phi2`."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ STUDY = Study(
         "ViT 64": {"light_clip.from_nothing": "vit", "light_clip.width": 64, "vision.pool": 2},  # 16 tokens, too
     },
     baseline="ResNet 64",
-    seed_settings=("projector.seed", "light_clip.seed"),  # A CLIP of its own for every trial.
+    seed_settings=("projector.seed", "light_clip.seed"),  # Every seed trains its own CLIP.
     fixed={
         "projector.optimizer": "adamw",
         **CURVES,

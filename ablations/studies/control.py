@@ -1,4 +1,4 @@
-"""A factor that changes nothing: what the suite must call no difference."""
+"""Negative control: the levels have the same settings, so no difference may be found."""
 
 from ablations.study import CURVES, Study
 

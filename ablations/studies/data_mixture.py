@@ -1,4 +1,4 @@
-"""Captions, questions and text-only rows: what an adapter should be trained on, and what it forgets."""
+"""Which mixture of captions, questions and text-only examples to train an adapter on, and what it forgets."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""How many image tokens: patches averaged before the projector."""
+"""How many image tokens: patch features are average-pooled before the projector."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which LoRA rank, with plain and rank-stabilised scaling, each at its own learning rate."""
+"""Which LoRA rank, with plain and rank-stabilised scaling, each at its own tuned learning rate."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ ADAPTER_COSTS = {
     "train/memory_gb": "peak memory, GB",
 }
 ADAPTER_QUALITY = {"val/text_loss": "loss on text, nats/token", "test/exact_match": "exact answers"}
-# Validation often enough for a curve, without the answers that cost more than the loss.
+# Validates often enough for a curve, without generated answers, which cost more than the loss.
 ADAPTER_CURVES = {
     "qlora.eval_every": 50,
     "qlora.sample_images": 0,

@@ -1,4 +1,4 @@
-"""The original run's mistake, at small scale: its learning rate and its tiny batch, beside recipes that learn."""
+"""Why the original pretraining failed, at small scale: its learning rate and batch size against recipes that learn."""
 
 from ablations.study import Study
 

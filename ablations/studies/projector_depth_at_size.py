@@ -1,4 +1,4 @@
-"""Projector depth at equal parameters: what is deeper is narrower."""
+"""Projector depth at an equal number of parameters: deeper projectors are narrower."""
 
 from dataclasses import replace
 

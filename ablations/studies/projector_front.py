@@ -1,4 +1,4 @@
-"""A search for projectors that are small and good: a Pareto front."""
+"""A search for the Pareto front of projector size and validation loss."""
 
 from ablations.search import Range, Search
 from ablations.study import CURVES

@@ -1,4 +1,4 @@
-"""Which kind of projector, at equal parameters and, but for the MLP without merging, at an equal number of tokens."""
+"""Which projector kind, at equal parameters and, except for the MLP without pooling, at equal image tokens."""
 
 from dataclasses import replace
 

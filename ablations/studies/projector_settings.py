@@ -1,4 +1,4 @@
-"""A search for the settings of the projector, pruned over paired seeds."""
+"""A search for projector settings, pruned over paired seeds."""
 
 from ablations.search import Range, Search
 from ablations.study import CURVES

@@ -1,1 +1,1 @@
-"""Module names in models that earlier versions have stored; nothing else is here."""
+"""Former module names, which models stored by earlier versions refer to."""

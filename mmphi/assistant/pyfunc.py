@@ -1,4 +1,4 @@
-"""The loader that ``MLmodel`` files of earlier versions name: :mod:`mmphi.serving.pyfunc` under its former name."""
+"""Loader of ``MLmodel`` files of earlier versions: :mod:`mmphi.serving.pyfunc` under its former name."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Side-by-side measurements against other implementations."""
+"""Benchmarks that compare mmphi with other implementations."""

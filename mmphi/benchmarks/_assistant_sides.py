@@ -1,4 +1,4 @@
-"""Servers of ``mmphi benchmark assistant``, each in a process of its own, and what they are asked."""
+"""Servers of ``mmphi benchmark assistant``, each in a separate process, and their requests."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mmphi.benchmarks._load import Body, Seen
 
 START_S = 300.0
 QUESTIONS = ("what is this?", "describe the picture", "who is there, and what do they do?", "which colours are there?")
-LENGTHS = (16, 48, 24, 32)  # Tokens of an answer: those who ask do not all want as much.
+LENGTHS = (16, 48, 24, 32)  # Length limits of the answers, in tokens; users do not all want equally long ones.
 
 
 def bodies(images: Sequence[Path], count: int, model: str) -> list[Body]:
-    """What is asked: pictures and questions in turn.
+    """Bodies of requests, which cycle through the images and :data:`QUESTIONS`.
 
     Args:
         images: PNG or JPEG files.
-        count: Of requests.
-        model: As the server calls it.
+        count: Number of requests.
+        model: Name of the model in the requests.
     """
     made = []
     for number in range(count):
@@ -48,7 +48,7 @@ def bodies(images: Sequence[Path], count: int, model: str) -> list[Body]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -56,13 +56,13 @@ def free_port() -> int:
 
 @contextmanager
 def serving(command: Callable[[int], list[str]]) -> Iterator[tuple[str, int]]:
-    """A server in a process of its own; yields its address and the process.
+    """Run a server in a separate process; yields its address and its process ID.
 
     Args:
-        command: Starts it on a port.
+        command: Returns the command that starts the server on a port.
 
     Raises:
-        RuntimeError: If it ends, or is not there after :data:`START_S` seconds.
+        RuntimeError: If the server ends, or does not respond within :data:`START_S` seconds.
     """
     port = free_port()
     address = f"http://127.0.0.1:{port}"
@@ -92,24 +92,27 @@ def _is_there(address: str) -> bool:
 
 
 def mmphi_server(model: str, slots: int) -> Callable[[int], list[str]]:
-    """``mmphi serve``."""
+    """Command of ``mmphi serve``, by port."""
     here = [sys.executable, "-m", "mmphi", "serve", "--model", model, "--slots", str(slots), "--port"]
     return lambda port: [*here, str(port)]
 
 
 def transformers_server(folder: Path) -> Callable[[int], list[str]]:
-    """``transformers serve`` with that model alone."""
+    """Command of ``transformers serve`` for one model, by port."""
     there = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "auto"]
     return lambda port: [*there, "--host", "127.0.0.1", "--port", str(port)]
 
 
 def generate(folder: Path, asked: Sequence[Body], batch: int) -> tuple[list[Seen], float]:
-    """``LlavaForConditionalGeneration.generate``, so many at once, all of a batch waiting for its longest answer.
+    """Answer with ``LlavaForConditionalGeneration.generate``; a batch runs until its longest answer ends.
 
     Args:
-        folder: The exported model.
-        asked: As a server is asked.
-        batch: Questions at once.
+        folder: Folder of the exported model.
+        asked: Bodies of the requests.
+        batch: Number of requests in a batch.
+
+    Returns:
+        Measurements of each answer, in order, and the total time in seconds.
     """
     import io
 
@@ -148,14 +151,14 @@ def generate(folder: Path, asked: Sequence[Body], batch: int) -> tuple[list[Seen
             seen.append(Seen(said, int(ended[0]) + 1 if len(ended) else len(own), watch.first_s, took))
         return seen
 
-    answers(asked[:batch])  # What is compiled and reserved at first is not timed.
+    answers(asked[:batch])  # Warm-up: compilation and memory allocation are not timed.
     begun = time.perf_counter()
     found = [each for i in range(0, len(asked), batch) for each in answers(asked[i : i + batch])]
     return found, time.perf_counter() - begun
 
 
 class _First:
-    """Notes when the logits of the first token are there."""
+    """Logits processor that records the time of the first token."""
 
     def __init__(self, begun: float) -> None:
         self.begun, self.first_s = begun, 0.0
@@ -166,7 +169,7 @@ class _First:
 
 
 def in_process(folder: Path, count: int, images: Path, batch: int) -> dict[str, Any]:
-    """:func:`generate` in a process of its own."""
+    """Run :func:`generate` in a separate process."""
     command = [sys.executable, "-m", "mmphi", "benchmark", "assistant", "--side", "generate", "--folder", str(folder)]
     command += ["--requests", str(count), "--images", str(images), "--users", str(batch)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The two ways of training on conversations about images that ``mmphi benchmark projector`` and ``qlora`` compare."""
+"""Training on conversations about images, with transformers and with mmphi, for the benchmarks of both."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Batches = Sequence[Sequence[Row]]
 
 
 def loaded_llava(folder: Path, dtype: torch.dtype, *, quantised: bool) -> Any:
-    """Transformers' LLaVA, on this machine's accelerator; its language model in NF4 where it is asked for.
+    """Load transformers' LLaVA on this machine's accelerator; if ``quantised``, its language model in NF4.
 
-    On a GPU it attends with flash attention where the package flash-attn is installed, otherwise with torch's SDPA.
+    On a GPU it uses flash attention if the package flash-attn is installed, otherwise torch's SDPA.
     """
     import torch
     from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
@@ -33,7 +33,7 @@ def loaded_llava(folder: Path, dtype: torch.dtype, *, quantised: bool) -> Any:
     from mmphi.models.device import this_device
 
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": this_device()}}
-    if torch.cuda.is_available() and is_flash_attn_2_available():  # As LLaVA's own script.
+    if torch.cuda.is_available() and is_flash_attn_2_available():  # As LLaVA's own script does.
         options["attn_implementation"] = "flash_attention_2"
     if quantised:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -57,17 +57,17 @@ def usual_way(
     workers: int = 0,
     watch: Sequence[Any] = (),
 ) -> Clock:
-    """Train under transformers' Trainer: rows padded to the longest, the vision encoder in the loop.
+    """Train under transformers' Trainer; rows are padded to the longest, and the vision encoder runs in every step.
 
     Args:
-        model: A LLaVA, of which something is to be trained.
-        folder: As ``prepare`` left it.
-        shape: Of the models and the batch.
+        model: A LLaVA with trainable parameters.
+        folder: Folder that ``prepare`` wrote.
+        shape: Sizes of the models and the batch.
         batches: Rows of each step.
         rate: Learning rate.
-        compiled: Whether torch compiles the model; the first step does, which is not timed.
-        workers: Processes that open and preprocess images and pad.
-        watch: Callbacks of the Trainer beside the clock.
+        compiled: Whether torch compiles the model, in the first step, which is not timed.
+        workers: Number of processes that preprocess images and pad rows.
+        watch: Further callbacks of the Trainer.
     """
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -103,7 +103,7 @@ def usual_way(
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             clock.ends = [time.perf_counter()]
 
-    flat: Any = [row for batch in batches for row in batch]  # A list is no Dataset by its type, and one for the loader.
+    flat: Any = [row for batch in batches for row in batch]  # `Any`, because a list is not typed as a Dataset.
 
     class InOrder(Trainer):
         def get_train_dataloader(self) -> Any:
@@ -146,18 +146,18 @@ def our_way(
     workers: int = 0,
     watch: Sequence[Any] = (),
 ) -> Clock:
-    """Train as the stages do, on features that were stored before.
+    """Train as the stages do, on stored features.
 
     Args:
-        language: What has an adapter on it trains that too.
-        projector: Is trained.
-        folder: As ``prepare`` left it.
-        shape: Of the models and the batch.
+        language: Language model; an adapter on it is trained too.
+        projector: Projector to train.
+        folder: Folder that ``prepare`` wrote.
+        shape: Sizes of the models and the batch.
         batches: Rows of each step.
         rate: Learning rate.
-        compiled: Whether torch compiles the language model's layers, before the clock.
-        workers: Processes that read features and pack.
-        watch: Callbacks of transformers' Trainer beside the clock.
+        compiled: Whether torch compiles the language model's layers, before the timed steps.
+        workers: Number of processes that read features and pack rows.
+        watch: Further callbacks of transformers' Trainer.
     """
     import numpy as np
     import torch
@@ -197,7 +197,7 @@ def our_way(
         workers=workers,
     )
     taken = packed_dataset(samples, model.sources, settings, layout=model.packed.layout)
-    # In the order of the other side, not shuffled.
+    # Not shuffled, so that the order is that of the other side.
     taken.chosen = lambda step: list(range(step * shape.batch_size, (step + 1) * shape.batch_size))
     optimizer = grouped_adamw(
         [([p for p in model.packed.parameters() if p.requires_grad], rate)], weight_decay=0.0, beta2=0.999

@@ -1,4 +1,4 @@
-"""What the sides of ``mmphi benchmark projector`` and ``qlora`` read: models with random weights, images, rows."""
+"""Inputs of ``mmphi benchmark projector`` and ``qlora``: models with random weights, images and tokenized rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the models and of the batch; answers have ``shortest`` to ``longest`` words, evenly on a log scale.
+    """Sizes of the models and the batch.
 
-    ``recompute`` is for the usual way: PEFT's page turns it on, and at Phi-2's size it does not fit without.
-    ``quantised`` keeps the language model in NF4 where the benchmark does not do so anyway.
+    The answers of a row have ``shortest`` to ``longest`` words, evenly spaced on a log scale. ``recompute`` turns on
+    gradient checkpointing for transformers' side: PEFT's page does so, and Phi-2's size does not fit without.
+    ``quantised`` keeps the language model in NF4 in benchmarks that do not always do so.
     """
 
     width: int = 256
@@ -48,7 +49,7 @@ SHAPES = {
 
 
 def prepare(folder: Path, shape: Shape, steps: int) -> None:
-    """Write models with random weights, images and rows: what all sides read."""
+    """Write the inputs of all sides: models with random weights, images and rows."""
     import numpy as np
     import open_clip
     import torch
@@ -126,8 +127,9 @@ def store_features(folder: Path, images: Sequence[ImageRef]) -> None:
 def step_flops(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> float:
     """Floating-point operations that a step on some rows needs.
 
-    Frozen weights count 4 a token, 2 forward and 2 for the gradient of what goes in; the head counts where a token is
-    learned alone; attention 12 a unit of width, layer and pair that is seen. Padding and recomputing count nothing.
+    Each frozen weight counts 4 per token, 2 forward and 2 for the gradient of its input; the head counts only at
+    supervised tokens. Attention counts 12 per unit of width, layer and attended pair. Padding and recomputation are not
+    counted.
     """
     tokens = sum(len(row["ids"]) for row in rows)
     pairs = sum(len(row["ids"]) * (len(row["ids"]) + 1) // 2 for row in rows)
@@ -137,21 +139,21 @@ def step_flops(shape: Shape, rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def vision_settings(folder: Path) -> Any:
-    """Of the vision encoder that :func:`prepare` left."""
+    """Settings of the vision encoder that :func:`prepare` wrote."""
     from mmphi.config import VisionSettings
 
     return VisionSettings(model=str(folder / "benchmark-vit.json"), pretrained=str(folder / "vision.safetensors"))
 
 
 def loaded_tower(folder: Path) -> Any:
-    """The vision encoder."""
+    """Load the vision encoder."""
     from mmphi.models.vision.vision_encoder import load_vision_encoder
 
     return load_vision_encoder(vision_settings(folder))
 
 
 def loaded_language(folder: Path, precision: Any) -> Any:
-    """The language model."""
+    """Load the language model."""
     from mmphi.config import LanguageSettings
     from mmphi.models.device import this_device
     from mmphi.models.language.language_model import load_language_model
@@ -161,7 +163,7 @@ def loaded_language(folder: Path, precision: Any) -> Any:
 
 
 def stored(folder: Path) -> FeatureStore:
-    """The features of the images, on disk."""
+    """Open the stored features of the images."""
     from mmphi.data.features import FeatureStore
 
     return FeatureStore(folder / FEATURES)

@@ -1,4 +1,4 @@
-"""Many who ask a server at the same time, and what they saw of it."""
+"""Load generator: concurrent clients of a server, and the latencies that they measure."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LATE = 0.95
 
 @dataclass(frozen=True)
 class Seen:
-    """One answer as the one who asked saw it.
+    """One answer as measured by its client.
 
     Attributes:
-        text: What was said.
-        tokens: How many.
-        first_s: Seconds until the first of them.
-        seconds: Until the last.
-        refusals: How often the queue was full before it was taken.
+        text: Text of the answer.
+        tokens: Number of its tokens.
+        first_s: Seconds until the first piece of text, waits after a 429 included.
+        seconds: Seconds until the end, waits after a 429 included.
+        refusals: Number of 429 responses before the request was accepted.
     """
 
     text: str
@@ -39,14 +39,14 @@ class Seen:
 
 
 def ask(address: str, body: Body) -> Seen:
-    """Ask once, as a stream; come back as often as the queue is full.
+    """Send one streaming request; repeat it as long as the queue is full.
 
     Args:
-        address: Of the server, ``http://127.0.0.1:8000``.
-        body: Of the request.
+        address: Address of the server: ``http://127.0.0.1:8000``.
+        body: Body of the request.
 
     Raises:
-        RuntimeError: If it is refused for another reason, or breaks off.
+        RuntimeError: If the status is neither 200 nor 429, or the stream contains an error.
     """
     refusals = 0
     begun = time.perf_counter()
@@ -88,16 +88,16 @@ def _seen(lines: Any, begun: float, refusals: int) -> Seen:
 def load(
     address: str, bodies: Sequence[Body], users: int, look: Callable[[int], None] = lambda _: None
 ) -> tuple[list[Seen], float]:
-    """Let some users ask, each the next question as soon as the last one is answered.
+    """Send requests from concurrent users, each of which sends the next one after its last answer.
 
     Args:
-        address: Of the server.
-        bodies: What is asked.
-        users: At the same time.
-        look: Called with the number of every question before it is asked.
+        address: Address of the server.
+        bodies: Bodies of the requests.
+        users: Number of concurrent users.
+        look: Called with the index of every request before it is sent.
 
     Returns:
-        What was seen of each answer, in order, and how long all took.
+        Measurements of each answer, in order, and the total time in seconds.
     """
     lock, left = threading.Lock(), iter(enumerate(bodies))
     found: dict[int, Seen] = {}
@@ -122,7 +122,7 @@ def load(
 
 
 def summary(seen: Sequence[Seen], seconds: float) -> dict[str, float]:
-    """Figures of what was seen."""
+    """Throughput, median latencies, 95th percentile of the latency, and number of refusals."""
     answers = sorted(each.seconds for each in seen)
     return {
         "requests_per_s": len(seen) / seconds,

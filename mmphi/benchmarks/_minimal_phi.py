@@ -1,4 +1,4 @@
-"""A minimal Phi in plain torch, in the style of nanoGPT: what pretraining is measured against, and checked by."""
+"""A minimal Phi in plain torch, in the style of nanoGPT: baseline and reference of the pretraining benchmark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention and feed-forward side by side over one norm, queries, keys and values in one product."""
+    """Parallel attention and feed-forward layers after one norm, with fused query, key and value projections."""
 
     def __init__(self, width: int, heads: int, rotated: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x_BTW: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The block's output, its input added."""
+        """The block's output with its residual connection, (B, T, W)."""
         batch, length, width = x_BTW.shape
         normed = self.norm(x_BTW)
         q, k, v = self.qkv(normed).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
 
 class MinimalPhi(nn.Module):
-    """Embedding, blocks, norm, head; the mean loss of the next tokens.
+    """Embedding, blocks, norm and head; returns the mean loss of the next tokens.
 
     Args:
         config: A ``PhiConfig`` without dropout.
@@ -67,7 +67,7 @@ class MinimalPhi(nn.Module):
 
     @classmethod
     def from_hugging_face(cls, model: Any) -> Self:
-        """The same weights as a ``PhiForCausalLM``."""
+        """Model with the weights of a ``PhiForCausalLM``."""
         made, state = cls(model.config), model.state_dict()
         own = {"embed.weight": state["model.embed_tokens.weight"]}
         for part in ("weight", "bias"):

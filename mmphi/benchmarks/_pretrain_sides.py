@@ -1,4 +1,4 @@
-"""The sides of ``mmphi benchmark pretrain``: the same steps, as each of them takes them."""
+"""Implementations that ``mmphi benchmark pretrain`` compares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATE = 1e-3
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model and of the batch; ``passes`` are those of a step whose documents are sorted by length."""
+    """Sizes of the model and the batch; ``passes`` is the number of forward passes of a step of the side ``sorted``."""
 
     layers: int = 6
     width: int = 160
@@ -36,9 +36,9 @@ SHAPES = {
 
 
 def documents(shape: Shape, step: int, kind: str) -> list[list[int]]:
-    """Token ids of the documents of a step, that make ``batch_tokens`` predictions.
+    """Token IDs of the documents of a step, which have ``batch_tokens`` predictions in total.
 
-    Of mixed ones the lengths are spread evenly on a log scale, as those of texts are; the others fill a row each.
+    Documents of the kind ``mixed`` have log-uniform lengths, as texts do; others have the full context length.
     """
     import numpy as np
 
@@ -54,7 +54,7 @@ def documents(shape: Shape, step: int, kind: str) -> list[list[int]]:
 
 
 def passes(shape: Shape, step: int, kind: str, way: str) -> list[list[list[int]]]:
-    """The documents of a step in the passes that a side of transformers' Trainer takes: one, or several by length."""
+    """Documents of each forward pass of a step: several passes by length for ``sorted``, otherwise one."""
     each = documents(shape, step, kind)
     if way != "sorted":
         return [each]
@@ -66,7 +66,7 @@ def passes(shape: Shape, step: int, kind: str, way: str) -> list[list[list[int]]
 
 
 def positions(shape: Shape, steps: int, kind: str, side: str) -> int:
-    """Positions that a side computes in some steps, padding included."""
+    """Number of positions that a side computes in some steps, padding included."""
     if side not in ("padded", "sorted"):
         return steps * shape.batch_tokens
     rows = [batch for step in range(steps) for batch in passes(shape, step, kind, side)]
@@ -74,7 +74,7 @@ def positions(shape: Shape, steps: int, kind: str, side: str) -> int:
 
 
 def build(shape: Shape) -> Any:
-    """The model that all begin with."""
+    """Initial model of all sides."""
     import torch
     from transformers import PhiForCausalLM
 
@@ -87,7 +87,7 @@ def build(shape: Shape) -> Any:
 
 
 def groups(model: Any) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay: none for vectors and embeddings."""
+    """Parameter groups with and without weight decay; vectors and embeddings have none."""
     vectors = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     kept = {id(p) for p in vectors}
     return [
@@ -97,30 +97,30 @@ def groups(model: Any) -> list[dict[str, Any]]:
 
 
 class Clock:
-    """Notes when each step ended and what it lost; as a callback of the Trainer's."""
+    """Records the end time and the loss of each step."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.ends = [time.perf_counter()]
 
     def step(self, loss: float) -> None:
-        """A step ended."""
+        """Record the end of a step."""
         self.losses.append(loss)
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of each step."""
+        """Duration of each step, in seconds."""
         return [b - a for a, b in zip(self.ends[:-1], self.ends[1:], strict=True)]
 
 
 def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
-    """Transformers' own Trainer.
+    """Train under transformers' Trainer.
 
     Args:
-        shape: Of the model and the batch.
+        shape: Sizes of the model and the batch.
         steps: Number of steps.
-        kind: Of documents.
-        way: ``padded`` or ``packed``: a step is one batch of all its documents; ``sorted``: several padded ones.
+        kind: Kind of documents, ``mixed`` or ``rows``.
+        way: ``padded`` or ``packed``: one batch of all documents of a step; ``sorted``: several padded batches.
     """
     import torch
     from transformers import (
@@ -136,7 +136,7 @@ def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
     from mmphi.text.tokenizer import train_bpe
 
     model, clock = build(shape).to(this_device()), Clock()
-    model.config.use_cache = False  # With a cache the neighbours in a packed row see one another.
+    model.config.use_cache = False  # With a cache the documents of a packed row attend to one another.
     each = [batch for step in range(steps) for batch in passes(shape, step, kind, way)]
     flat = [{"input_ids": ids, "labels": ids} for batch in each for ids in batch]
     sizes = [len(batch) for batch in each]
@@ -200,7 +200,7 @@ def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
 
 
 def loop_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -> Clock:
-    """A plain loop over a plain transformer of Phi's shape; the first step compiles it where that is asked for."""
+    """Train a plain transformer of Phi's shape in a plain loop; if ``compiled``, the first step compiles it."""
     import torch
 
     from mmphi.benchmarks._minimal_phi import MinimalPhi
@@ -224,7 +224,7 @@ def loop_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) ->
 
 
 def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -> Clock:
-    """As the stage ``pretrain`` runs it; the first step compiles it where that is asked for."""
+    """Train as the stage ``pretrain`` does; if ``compiled``, the first step compiles the model."""
     import numpy as np
     import torch
     from torch.utils.data import Dataset
@@ -246,7 +246,7 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             parts = [np.asarray(ids) for ids in documents(shape, index, kind)]
-            # A mask over one row of all documents would cost the square of their length.
+            # The cost of a mask over one row of all documents would be quadratic in their total length.
             rows = [pack_row([part]) for part in parts] if compiled else [pack_row(parts)]
             return stack_rows(rows, shape.batch_tokens)
 

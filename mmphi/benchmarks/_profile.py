@@ -1,4 +1,4 @@
-"""What a training step spends its time on."""
+"""Profile of a training step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ ROWS = 20
 
 
 class LastStep(TrainerCallback):
-    """Lets torch's profiler watch the last step of a training.
+    """Profiles the last step of a training with torch's profiler.
 
     Args:
-        steps: Of the training.
+        steps: Number of training steps.
     """
 
     def __init__(self, steps: int) -> None:
@@ -23,14 +23,14 @@ class LastStep(TrainerCallback):
         self._watching: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin to watch, at the last step."""
+        """Start the profiler at the last step."""
         if state.global_step == self.last:
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._watching = profile(activities=kinds)
             self._watching.__enter__()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Keep what was seen, the most expensive first."""
+        """Keep the table of operations, the most expensive first."""
         if self._watching is None:
             return
         if torch.cuda.is_available():

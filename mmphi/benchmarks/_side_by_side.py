@@ -1,4 +1,4 @@
-"""What ``mmphi benchmark projector`` and ``qlora`` share: sides in processes of their own, and a table of them."""
+"""Common part of ``mmphi benchmark projector`` and ``qlora``: sides in separate processes, and their comparison."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from mmphi.benchmarks._conversation_sides import Batches
 from mmphi.benchmarks._conversations import Shape, prepare, step_flops
 from mmphi.benchmarks._pretrain_sides import Clock
 
-# Nats per token by which losses of two sides may differ: rounding, that of bf16 passed on from step to step.
+# Largest difference between the losses of two sides, in nats per token. In bf16, rounding accumulates over the steps.
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 OURS = "mmphi"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way of training.
+    """One implementation of the training.
 
     Attributes:
-        run: Given the folder, the shape, the batches, the workers and callbacks, trains.
-        by_length: Whether rows are sorted by their length, so that a batch's are nearly equally long.
-        same: The side whose losses its own must be.
+        run: Trains, given the folder, the shape, the batches, the number of workers and callbacks.
+        by_length: Whether rows are sorted by length, so that those of a batch have nearly equal lengths.
+        same: Name of the side that must have the same losses; empty for none.
     """
 
     run: Callable[[Path, Shape, Batches, int, Sequence[Any]], Clock]
@@ -40,14 +40,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A benchmark.
+    """A benchmark of several sides.
 
     Attributes:
-        name: After ``mmphi benchmark``.
-        help: One line.
-        sides: By name; one is ``mmphi``.
-        shapes: By name.
-        outside: What the clock does not see.
+        name: Name after ``mmphi benchmark``.
+        help: Description in one line.
+        sides: Sides by name, one of which is ``mmphi``.
+        shapes: Sizes of models and batch, by name.
+        outside: Description of the work that is not timed.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Comparison:
     outside: str
 
     def run_side(self, side: str, folder: Path, shape: str, workers: int = 0, profiled: bool = False) -> dict[str, Any]:
-        """Losses, seconds and tokens of each timed step, peak memory, and what the last step spent its time on."""
+        """Losses, time, supervised tokens and FLOPs of the steps, peak memory, and the profile of the last step."""
         from mmphi.training.throughput import peak_memory_bytes
 
         batches = batches_of(folder, by_length=self.sides[side].by_length)
@@ -79,7 +79,7 @@ class Comparison:
         }
 
     def main(self, arguments: Sequence[str]) -> int:
-        """Prepare, run the sides in turn, show them; 1 where losses differ that should be equal."""
+        """Run the benchmark; returns the exit status, 1 if losses differ that should be equal."""
         parser = argparse.ArgumentParser(prog=f"mmphi benchmark {self.name}", description=self.help)
         shapes, spare = list(self.shapes), min(4, (os.cpu_count() or 1) // 4)
         parser.add_argument("--shape", default="small", choices=shapes, help="sizes of models and batch [small]")
@@ -108,7 +108,7 @@ class Comparison:
         rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         with tempfile.TemporaryDirectory() as name:
             own = ["--folder", name, "--shape", options.shape, "--workers", str(options.workers)]
-            # In a process of its own, so that it leaves a GPU's memory free.
+            # In a separate process, so that it frees the GPU's memory.
             in_process(self.name, ["--side", "prepare", *own, "--steps", str(options.steps)])
             for _ in range(options.rounds):
                 for side in sides:
@@ -124,14 +124,14 @@ class Comparison:
         return 1 if wrong else 0
 
     def unequal(self, rounds: Mapping[str, Sequence[Mapping[str, Any]]], allowed: float) -> list[str]:
-        """A line for each pair of sides whose losses should be equal, and are not."""
+        """One message for each run of a side whose losses should equal those of another and do not."""
         wrong = []
         for name, side in self.sides.items():
             if not side.same or name not in rounds or side.same not in rounds:
                 continue
             for ours, theirs in zip(rounds[name], rounds[side.same], strict=True):
                 differ = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
-                if not all(each <= allowed for each in differ):  # Nor where one is not a number.
+                if not all(each <= allowed for each in differ):  # Also true if a loss is NaN.
                     step = max(range(len(differ)), key=lambda i: differ[i])
                     wrong.append(
                         f"losses of {name} and {side.same} differ by {differ[step]:.2g} nats/token at step {step + 1};"
@@ -141,7 +141,7 @@ class Comparison:
 
 
 def batches_of(folder: Path, *, by_length: bool) -> Batches:
-    """Rows of each step: as they were written, or sorted by length and the batches shuffled."""
+    """Rows of each step, in their original order or in shuffled batches of rows sorted by length."""
     import numpy as np
 
     batches: list[list[Any]] = json.loads((folder / "rows.json").read_text())
@@ -154,7 +154,7 @@ def batches_of(folder: Path, *, by_length: bool) -> Batches:
 
 
 def in_process(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """A part of a benchmark in a process of its own."""
+    """Run a part of a benchmark in a separate process."""
     command = [sys.executable, "-m", "mmphi", "benchmark", name, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -163,11 +163,11 @@ def in_process(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def show(rounds: Mapping[str, Sequence[Mapping[str, Any]]], precision: str) -> None:
-    """Print the sides beside one another: supervised tokens of all timed steps over their seconds, by rounds.
+    """Print a table of the sides: supervised tokens of all timed steps per second, median of the rounds.
 
     Args:
-        rounds: Of each side.
-        precision: Of the language model.
+        rounds: Measurements of each round, by side.
+        precision: Precision of the language model.
     """
     from mmphi.models.language.language_model import DTYPES
     from mmphi.training.peak_flops import peak_flops

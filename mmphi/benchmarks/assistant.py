@@ -1,12 +1,11 @@
-"""Answers a second side by side: ``mmphi serve``, ``transformers serve`` and LLaVA's ``generate``, on the same weights.
+"""Answers per second of ``mmphi serve``, ``transformers serve`` and LLaVA's ``generate``, with the same weights.
 
-- ``generate``: transformers' LLaVA in a loop, as many questions at once as there are users, no server around it;
+- ``generate``: transformers' LLaVA in a loop without a server; the batch size is the number of users;
 - ``transformers``: ``transformers serve`` on the exported model;
 - ``mmphi``: ``mmphi serve`` on the model itself.
 
-Pictures and questions differ, and so does how much each user wants to hear. With ``--load`` it is ``mmphi serve``
-alone, for as long as one likes: whether each answer is the one that is given to the question asked alone, and how much
-memory the server takes.
+Requests differ in image, question and length limit. ``--load`` is a load test of ``mmphi serve`` alone with any number
+of requests: it compares each answer with that of the same request sent alone, and reports the memory of the server.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from mmphi.benchmarks._load import Body, load, summary
 from mmphi.errors import SettingsError
 
 SIDES = ("generate", "transformers", "mmphi")
-DIFFERENT = 16  # Questions of a load, again and again.
+DIFFERENT = 16  # Number of different requests of a load test.
 LOOKS = 10
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = argparse.ArgumentParser(
         prog="mmphi benchmark assistant", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi benchmark assistant``."""
+    """Run ``mmphi benchmark assistant``."""
     options = parser().parse_args(list(arguments))
     if options.side == "generate":
         rounds = asked_of(pictures(options.images), options.requests, options.users, "")
@@ -103,7 +102,7 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def _random(folder: Path, shape: str) -> None:
-    """Random weights, as mmphi keeps them and as LLaVA."""
+    """Write a model with random weights as an mmphi folder and as a LLaVA export."""
     from mmphi.benchmarks._conversations import loaded_language, loaded_tower, prepare, vision_settings
     from mmphi.data.features import LiveFeatures
     from mmphi.models.multimodal import Multimodal
@@ -119,18 +118,18 @@ def _random(folder: Path, shape: str) -> None:
 
 
 def run_side(side: str, model: str, llava: Path, images: Path, requests: int, users: int) -> dict[str, Any]:
-    """Figures of one side for one user and for many; the texts that were said to the many."""
+    """Measurements and texts of one side, for one user and for several."""
     if side == "generate":
         return in_process(llava, requests, images, users)
     command = mmphi_server(model, users) if side == "mmphi" else transformers_server(llava)
     rounds = asked_of(pictures(images), requests, users, "" if side == "mmphi" else str(llava))
     with serving(command) as (address, _):
-        load(address, bodies(pictures(images)[-1:], 1, rounds[1][0]["model"]), 1)  # Memory is taken at the first one.
+        load(address, bodies(pictures(images)[-1:], 1, rounds[1][0]["model"]), 1)  # The first request allocates memory.
         return {str(count): _figures(*load(address, asked, count)) for count, asked in rounds.items()}
 
 
 def asked_of(images: Sequence[Path], requests: int, users: int, model: str) -> dict[int, list[Body]]:
-    """What one user asks, and what many ask: other pictures, where there are enough, so that nothing is known yet."""
+    """Requests of one user and of several, about different images if there are enough, so that no cache helps."""
     asked = bodies(images, 2 * requests, model)
     return {1: asked[:requests], users: asked[requests:]}
 
@@ -140,7 +139,7 @@ def _figures(seen: Any, seconds: float) -> dict[str, Any]:
 
 
 def under_load(model: str, images: Sequence[Path], requests: int, users: int) -> dict[str, Any]:
-    """Whether every answer is the one that its question gets alone, and what the server takes meanwhile."""
+    """Load test of ``mmphi serve``: latencies, answers that differ from those of single requests, and memory in MB."""
     cases = bodies(images[:DIFFERENT], DIFFERENT, "")
     asked: list[Body] = [cases[(number * 7) % len(cases)] for number in range(requests)]
     memory: list[float] = []
@@ -159,7 +158,7 @@ def under_load(model: str, images: Sequence[Path], requests: int, users: int) ->
 
 
 def show_load(found: Mapping[str, Any], users: int) -> None:
-    """Print what a load showed."""
+    """Print the results of a load test."""
     memory = found["memory_mb"]
     print(
         f"{found['requests']:,} requests of {users} users: {found['wrong']} wrong, {found['requests_per_s']:.1f}/s,"
@@ -170,7 +169,7 @@ def show_load(found: Mapping[str, Any], users: int) -> None:
 
 
 def show(found: Mapping[str, list[dict[str, Any]]], users: int) -> None:
-    """Print the sides beside one another; medians of the rounds."""
+    """Print a table of the sides: medians of the rounds."""
 
     def median(side: str, count: int, name: str) -> float:
         return float(statistics.median(run[str(count)][name] for run in found[side]))

@@ -1,10 +1,10 @@
-"""Whether ``mmphi serve`` withstands clients that send anything: it stays up, and every answer is that of its question.
+"""Stress test of ``mmphi serve``: the server must stay up, and every answer must belong to its own request.
 
-Many clients send valid and malformed requests at random, and leave in the middle of some: texts, images, recordings,
-long conversations, bodies of no bytes and of too many, damaged files, lines of one pixel, an hour of silence in 7 kB.
-Each valid request is one of a few whose answers were asked for before, one at a time: an answer that differs belongs to
-another question. Meanwhile ``/health`` is asked four times a second. The memory of the server's processes and the files
-that it keeps are compared at the end with those after a tenth of the requests.
+Many clients send random valid and malformed requests and disconnect during some of them: texts, images, recordings,
+long conversations, empty and too large bodies, damaged files, images one pixel wide, and an hour of silence in 7 kB.
+The valid requests are drawn from a small set whose answers were computed before, one at a time; a different answer
+counts as wrong. Meanwhile ``/health`` is requested four times per second. At the end, the memory of the server's
+processes and the size of the files that it keeps are compared with those after a tenth of the requests.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from mmphi.benchmarks._conversations import SHAPES
 from mmphi.benchmarks._load import PATH, Body
 
 TIMEOUT_S, LOOK_S, SETTLE_S, RETRY_S = 300.0, 0.25, 5.0, 0.2
-HEALTH_S, GROWTH = 0.5, 1.1  # Longest that /health may take, and how much more memory the server may have at the end.
-LARGEST = 2 * 1024**2  # Bytes of a request that the server takes.
+HEALTH_S, GROWTH = 0.5, 1.1  # Limits: seconds of a /health response, and growth factor of the server's memory.
+LARGEST = 2 * 1024**2  # Largest request that the server accepts, in bytes.
 CASES, SECONDS_OF_SOUND = 48, 2
 REFUSED = (400, 404, 408, 413, 422)
 BUSY = (429, 503)
@@ -51,7 +51,7 @@ ODDS = (40, 20, 12, 10, 6, 4, 8)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = argparse.ArgumentParser(
         prog="mmphi benchmark attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi benchmark attack``; the exit status is 1 where the server did not withstand."""
+    """Run ``mmphi benchmark attack``; returns 1 if the server fails the test."""
     options = parser().parse_args(list(arguments))
     with tempfile.TemporaryDirectory() as name:
         model = options.model
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         kept = Path(name) / "kept"
         for part in ("tmp", "cache"):
             (kept / part).mkdir(parents=True)
-        # What the server writes beside its model goes here, where it is counted.
+        # The server's temporary files and caches go here, so that their size can be measured.
         with _environment(TMPDIR=str(kept / "tmp"), XDG_CACHE_HOME=str(kept / "cache")):
             found = attacked(options, model, kept)
     print(json.dumps(found, indent=1))
@@ -99,8 +99,8 @@ def _silence(seconds: int, rate: int) -> bytes:
     return buffer.getvalue()
 
 
-class _environment:  # noqa: N801  # As contextlib's own.
-    """Sets variables for the processes that are started inside."""
+class _environment:  # noqa: N801  # Lower case like the context managers of contextlib.
+    """Context manager that sets environment variables for processes started inside."""
 
     def __init__(self, **variables: str) -> None:
         self.variables = variables
@@ -119,14 +119,14 @@ class _environment:  # noqa: N801  # As contextlib's own.
 
 @dataclass
 class Counts:
-    """What the clients saw.
+    """Results that the clients observed.
 
     Attributes:
-        ended: How requests ended, by kind.
-        wrong: Answers that are not that of their question, with it.
-        unexpected: What should not have been answered so.
-        health_s: Seconds of every answer of ``/health``.
-        problems: What ``/health`` said that is not well.
+        ended: Number of requests by kind and status.
+        wrong: Descriptions of answers that differ from the expected one.
+        unexpected: Descriptions of unexpected statuses and exceptions.
+        health_s: Seconds of every response of ``/health``.
+        problems: Descriptions of failed requests of ``/health``.
     """
 
     ended: Counter[str] = field(default_factory=Counter)
@@ -137,12 +137,12 @@ class Counts:
 
 
 def attacked(options: argparse.Namespace, model: str, kept: Path) -> dict[str, Any]:
-    """Figures of an attack on a server of a model.
+    """Run the test on a server of a model; returns its results.
 
     Args:
-        options: Of :func:`parser`.
-        model: Its folder or run.
-        kept: Folder in which the server keeps its temporary files and caches.
+        options: Parsed options of :func:`parser`.
+        model: Folder or run of the model.
+        kept: Folder of the server's temporary files and caches.
     """
     start = mmphi_server(model, 8)
     more = ["--max-bytes", str(LARGEST), *(["--whisper", options.whisper] if options.whisper else [])]
@@ -211,7 +211,7 @@ def _state(server: psutil.Process, kept: Path) -> dict[str, float]:
 
 
 def _watch(address: str, counts: Counts, ended: threading.Event) -> None:
-    """Ask for ``/health`` until the end."""
+    """Request ``/health`` every :data:`LOOK_S` seconds until the end."""
     while not ended.wait(LOOK_S):
         begun = time.perf_counter()
         try:
@@ -224,11 +224,11 @@ def _watch(address: str, counts: Counts, ended: threading.Event) -> None:
 
 
 def valid(seed: int, hears: bool) -> dict[str, Body]:
-    """Requests that have an answer, by name.
+    """Valid requests, by name.
 
     Args:
-        seed: Of images, sounds and texts.
-        hears: Whether some have recordings.
+        seed: Seed of the images, sounds and texts.
+        hears: Whether some requests have recordings.
     """
     draw, made = random.Random(seed), dict[str, Body]()
     for number in range(CASES):
@@ -279,7 +279,7 @@ def _recording(data: bytes) -> dict[str, Any]:
 
 
 def _once(address: str, draw: random.Random, cases: dict[str, Body], expected: dict[str, str], counts: Counts) -> None:
-    """One request of any kind, and whether it ended as it should."""
+    """Send one request of a random kind and record how it ended."""
     (kind,) = draw.choices(KINDS, ODDS)
     if kind in ("answer", "stream"):
         name = draw.choice(list(cases))
@@ -303,7 +303,7 @@ def _once(address: str, draw: random.Random, cases: dict[str, Body], expected: d
 
 
 def _answer(address: str, body: Body) -> tuple[int, str]:
-    """Status and text of an answer; asked again while the server is busy."""
+    """Status and text of an answer; repeats the request while the server is busy."""
     while True:
         status, said = _sent(address, "POST", PATH, json.dumps(body).encode())
         if status in BUSY:
@@ -328,7 +328,7 @@ def _sent(address: str, method: str, path: str, body: bytes) -> tuple[int, bytes
         except (BrokenPipeError, ConnectionResetError):
             if len(body) <= LARGEST:
                 raise
-            return 413, b""  # Refused before all of it was sent.
+            return 413, b""  # The server refused the request before all of it was sent.
         try:
             answer = connection.getresponse()
             return answer.status, answer.read()
@@ -341,7 +341,7 @@ def _sent(address: str, method: str, path: str, body: bytes) -> tuple[int, bytes
 
 
 def _leave(address: str, draw: random.Random, cases: dict[str, Body]) -> None:
-    """Send a request, all of it or a part, and leave after a while."""
+    """Send a request or a part of it, and disconnect after a random time."""
     place = urlsplit(address)
     body = json.dumps(draw.choice(list(cases.values())) | {"max_tokens": 200, "stream": draw.random() < 0.5}).encode()
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -353,7 +353,7 @@ def _leave(address: str, draw: random.Random, cases: dict[str, Body]) -> None:
 
 
 def _malformed(draw: random.Random) -> bytes:
-    """What is no request at all, or one with something impossible in it."""
+    """A body that is not a request, or a request with an invalid value."""
     hello = {"messages": [{"role": "user", "content": "hello"}]}
     good = json.dumps(hello).encode()
     wrong: list[Any] = [
@@ -391,7 +391,7 @@ def _malformed(draw: random.Random) -> bytes:
 
 
 def _damaged(draw: random.Random) -> bytes:
-    """An image or a recording in which some bytes are others, or that is cut off."""
+    """A request with an image or a recording that has changed bytes and may be truncated."""
     make: Callable[[random.Random], dict[str, Any]] = draw.choice((_image, _sound))
     part = make(draw)
     own: dict[str, Any] = part.get("image_url") or part["input_audio"]
@@ -413,7 +413,7 @@ def _line(width: int, height: int) -> dict[str, Any]:
 
 
 def _extreme(draw: random.Random) -> bytes:
-    """What is small to send and would be large to read."""
+    """A request that is small to send and may be expensive to process."""
     turns = [{"role": role, "content": "a b"} for _ in range(2000) for role in ("user", "assistant")]
     hour = _recording(_silence(3600, 1))
     question: Any = draw.choice(
@@ -434,7 +434,7 @@ def _extreme(draw: random.Random) -> bytes:
 
 
 def _large(draw: random.Random) -> bytes:
-    """More than is taken."""
+    """A body that is larger than the server accepts."""
     return b'{"messages": [{"role": "user", "content": "' + b"x" * (LARGEST + draw.choice((0, LARGEST))) + b'"}]}'
 
 

@@ -1,7 +1,7 @@
-"""Reading and tokenising a file of LLaVA-Instruct-150k's size: 157,712 conversations about 81,000 images.
+"""Time to read and tokenise a file of LLaVA-Instruct-150k's size: 157,712 conversations about 81,000 images.
 
-The rows and image files are generated; the images are not decoded, as reading does not decode them. ``first read``
-computes the digest of every image file, later ones find them in the cache.
+The rows and image files are generated. The image files are not valid images, because reading does not decode them.
+``first read`` computes the digest of every image file; later reads find the digests in the cache.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mmphi.errors import SettingsError
 
 T = TypeVar("T")
 WORDS = ["a", "the", "of", "in", "on", "with", "near", "red", "small", "people", "dog", "street", "stands", "white"]
-TURNS, LENGTHS = (1, 2, 3, 4), (5, 150)  # Of a conversation, and words of an answer.
+TURNS, LENGTHS = (1, 2, 3, 4), (5, 150)  # Numbers of turns; shortest and longest answer, in words.
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = argparse.ArgumentParser(prog="mmphi benchmark data", description=(__doc__ or "").partition("\n")[0])
     made.add_argument("--rows", type=int, default=157_712, help="conversations [157712]")
     made.add_argument("--images", type=int, default=81_000, help="image files [81000]")
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi benchmark data``."""
+    """Run ``mmphi benchmark data``."""
     options = parser().parse_args(list(arguments))
     if not 10 <= options.images <= options.rows:
         raise SettingsError("--images is 10 at least, and at most --rows")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measured(folder: Path, rows: int, images: int) -> dict[str, float]:
-    """Seconds and CPU seconds of each step, tokens, and peak memory in GB."""
+    """Seconds and CPU seconds of each step, number of tokens, and peak memory in GB."""
     from mmphi.config import DataSettings, SourceSettings
     from mmphi.data.dataset_builder import read_examples
     from mmphi.data.tokenized_dataset import tokenized_examples
@@ -89,7 +89,7 @@ def measured(folder: Path, rows: int, images: int) -> dict[str, float]:
 
 
 def generate(folder: Path, rows: int, images: int) -> None:
-    """Write the rows, and image files whose content differs."""
+    """Write the rows, and image files with different contents."""
     draw = random.Random(0)
     (folder / "images").mkdir()
     for number in range(images):

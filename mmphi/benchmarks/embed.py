@@ -1,7 +1,8 @@
-"""Images embedded per second: the ``embed`` stage beside open_clip, decoding included, and the encoder alone.
+"""Images embedded per second by the ``embed`` stage and by open_clip, decoding included, and by the encoder alone.
 
-Both have the same encoder, batches and loader workers. open_clip's side preprocesses as open_clip does and keeps the
-features in memory; the stage's side takes the digest of each file, too, checks what it decodes and writes to disk.
+Both sides use the same encoder, batch size and number of loader workers. open_clip's side uses open_clip's
+preprocessing and keeps the features in memory; the stage's side also computes the digest of each file, validates the
+decoded image and writes the features to disk.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CONFIG = {
 
 
 def draw_photos(folder: Path, count: int) -> list[ImageRef]:
-    """JPEG files as large as photographs of the web are (500 x 375)."""
+    """Write random JPEG files of a size that is typical of photos on the web, 500 x 375 pixels."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     refs = []
@@ -50,7 +51,7 @@ def draw_photos(folder: Path, count: int) -> list[ImageRef]:
 
 
 class Opened:
-    """Images as a script for open_clip has them: opened, converted, preprocessed."""
+    """Dataset of opened, converted and preprocessed images, as in a script for open_clip."""
 
     def __init__(self, images: Sequence[ImageRef], preprocess: Callable[[Image.Image], torch.Tensor]) -> None:
         self.images, self.preprocess = images, preprocess
@@ -63,7 +64,7 @@ class Opened:
 
 
 def usual(encoder: VisionEncoder, images: Sequence[ImageRef], batch_size: int, workers: int) -> torch.Tensor:
-    """open_clip's own preprocessing, in a loader's workers, in batches; features are kept in memory."""
+    """Features of images, with open_clip's preprocessing in a loader's workers; shape (N, tokens, width), fp16."""
     preprocess = image_transform_v2(PreprocessCfg(**encoder.visual.preprocess_cfg), is_train=False)
     opened: Any = Opened(images, preprocess)
     loader = DataLoader(opened, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available())
@@ -71,7 +72,7 @@ def usual(encoder: VisionEncoder, images: Sequence[ImageRef], batch_size: int, w
 
 
 def alone(encoder: VisionEncoder, images: int, batch_size: int) -> float:
-    """Images per second of the encoder itself, on pixels that are there."""
+    """Images per second of the encoder alone, on preprocessed pixels."""
     size = encoder.preprocess(Image.new("RGB", (8, 8))).shape
     pixels = torch.randn(batch_size, *size).to(next(encoder.parameters()).device)
     encoder(pixels).sum().item()
@@ -85,7 +86,7 @@ def alone(encoder: VisionEncoder, images: int, batch_size: int) -> float:
 def staged(
     encoder: VisionEncoder, images: Sequence[ImageRef], folder: Path, workers: int, batch_size: int = 32
 ) -> None:
-    """What the stage does, digests included."""
+    """Embed images as the stage does, digests included, and write the features to a folder."""
     chosen = EmbedSettings(workers=workers, batch_size=batch_size)
     writer = FeatureWriter(folder, encoder.tokens, encoder.width, chosen.shard_images, encoder.digest)
     embed([(file_digest(image.path), image.path) for image in images], encoder, writer, chosen, lambda _: None)
@@ -93,7 +94,7 @@ def staged(
 
 
 def main(arguments: list[str]) -> int:
-    """``mmphi benchmark embed``."""
+    """Run ``mmphi benchmark embed``."""
     parser = argparse.ArgumentParser(prog="mmphi benchmark embed", description=__doc__)
     parser.add_argument("--images", type=int, default=256, help="images [256]")
     parser.add_argument("--model", default="", help="open_clip model [a small ViT with random weights]")

@@ -1,7 +1,7 @@
-"""Rows of image features from disk per second: mmphi's store and other ways to keep the same rows.
+"""Image features read from disk per second: mmphi's feature store compared with other formats for the same rows.
 
-``numpy`` is one ``.npy`` file, opened with ``mmap_mode="r"`` and indexed by row numbers: no names and no checks, the
-least that reading can cost.
+``numpy`` is one ``.npy`` file, opened with ``mmap_mode="r"`` and indexed by row number. It has no names and no checks,
+so it is the lower bound of the cost of reading.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Reader = Callable[[list[int]], torch.Tensor]
 
 
 class Names(FileDigests):
-    """Names in place of digests, prepared as those of a dataset: there are no image files here.
+    """Names instead of digests, because there are no image files here; prepared like those of a dataset.
 
     Args:
-        names: Of each path.
+        names: Name of each path.
     """
 
     def __init__(self, names: dict[Path, str]) -> None:
@@ -45,13 +45,13 @@ def stored(folder: Path, rows: torch.Tensor) -> Reader:
     for first in range(0, count, 256):
         writer.write({str(i): rows[i] for i in range(first, min(count, first + 256))}, {})
     writer.finish()
-    images = [ImageRef(str(i), Path(str(i))) for i in range(count)]  # As a dataset holds them.
+    images = [ImageRef(str(i), Path(str(i))) for i in range(count)]  # Built once, as in a dataset.
     store = FeatureStore(folder, Names({image.path: image.id for image in images}))
     return lambda index: store.get([images[i] for i in index])
 
 
 def numpy_file(folder: Path, rows: torch.Tensor) -> Reader:
-    """One memory-mapped array, which knows row numbers only."""
+    """One memory-mapped array, indexed by row number."""
     folder.mkdir()
     np.save(folder / "rows.npy", rows.numpy())
     opened = np.load(folder / "rows.npy", mmap_mode="r")
@@ -89,7 +89,7 @@ WAYS: dict[str, Callable[[Path, torch.Tensor], Reader]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """``mmphi benchmark features``."""
+    """Run ``mmphi benchmark features``."""
     parser = argparse.ArgumentParser(prog="mmphi benchmark features", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=4000, help="images [4000]")
     parser.add_argument("--tokens", type=int, default=50, help="features of an image [50]")

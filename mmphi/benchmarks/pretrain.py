@@ -1,18 +1,19 @@
-"""Pretraining steps side by side: the same Phi from the same weights on the same documents, as others run it, and here.
+"""Pretraining steps of transformers' Trainer, a nanoGPT-style loop and mmphi: same Phi, initial weights and documents.
 
-- ``padded``: transformers' Trainer as it comes, a document a row, all documents of a step in one batch, padded to the
-  longest;
-- ``sorted``: the same Trainer, the documents of a step sorted by length and taken in several passes (gradient
-  accumulation), so that little is padded;
-- ``packed``: the same with transformers' own packing (``DataCollatorWithFlattening``);
+- ``padded``: transformers' Trainer with its defaults: one document per row, all documents of a step in one batch,
+  padded to the longest;
+- ``sorted``: the same Trainer; the documents of a step are sorted by length and processed in several passes (gradient
+  accumulation), so that there is little padding;
+- ``packed``: the same Trainer with transformers' packing (``DataCollatorWithFlattening``);
 - ``loop``: an independent minimal loop in the style of nanoGPT, on rows that one document fills;
 - ``loop-compiled``: the same under ``torch.compile``, which is nanoGPT's default;
-- ``mmphi``: documents end to end, attention inside each, head and loss in one, under the same Trainer;
-- ``mmphi-compiled``: the same with ``compile: true``, rows masked.
+- ``mmphi``: packed documents with attention inside each, fused head and loss, under the same Trainer;
+- ``mmphi-compiled``: the same with ``compile: true`` and masked rows.
 
-``padded``, ``sorted`` and ``packed`` are compared on documents of mixed lengths, the loops on rows of one document
-each, because they know no borders. Each side runs in a process of its own, so that its peak memory is its own. Losses
-are compared step by step; where they differ by more than 0.001 nats per token (0.01 in bf16) the command fails.
+``padded``, ``sorted`` and ``packed`` are compared on documents of mixed lengths. The loops are compared on rows of one
+document each, because they do not separate documents in a row. Each side runs in a separate process, so that its peak
+memory is measured separately. Losses are compared step by step; if they differ by more than 0.001 nats per token (0.01
+in bf16) the command fails.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIDES = {
 
 
 def run_side(side: str, kind: str, shape: Shape, steps: int) -> dict[str, Any]:
-    """Losses and seconds of each step, peak memory, and positions computed per token of one side."""
+    """Losses and seconds of each step, peak memory in GB, and positions computed per token of one side."""
     from mmphi.training.throughput import peak_memory_bytes
 
     sides = {
@@ -60,7 +61,7 @@ def run_side(side: str, kind: str, shape: Shape, steps: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi benchmark pretrain``."""
+    """Run ``mmphi benchmark pretrain``."""
     parser = argparse.ArgumentParser(prog="mmphi benchmark pretrain", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", default="10M", choices=list(SHAPES), help="sizes of model and batch [10M]")
     parser.add_argument("--steps", type=int, default=5, help="steps of each side; the first is not timed [5]")
@@ -92,13 +93,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def unequal(found: Mapping[str, list[dict[str, Any]]], allowed: float) -> list[str]:
-    """A line for each side whose losses are not those of ``mmphi`` on the same documents."""
+    """One message for each run of a side whose losses differ from those of ``mmphi`` on the same documents."""
     wrong = []
     for name, runs in found.items():
         kind, _, side = name.partition("/")
         for theirs, ours in zip(runs, found[f"{kind}/{OURS}"], strict=True):
             differences = [abs(a - b) for a, b in zip(theirs["losses"], ours["losses"], strict=True)]
-            if not all(each <= allowed for each in differences):  # Also where a loss is not a number.
+            if not all(each <= allowed for each in differences):  # Also true if a loss is NaN.
                 worst = max(range(len(differences)), key=lambda i: differences[i])
                 wrong.append(
                     f"{kind}: losses of {side} and {OURS} differ by {differences[worst]:.2g} nats/token at step"
@@ -108,7 +109,7 @@ def unequal(found: Mapping[str, list[dict[str, Any]]], allowed: float) -> list[s
 
 
 def in_process(side: str, kind: str, shape: str, steps: int) -> dict[str, Any]:
-    """One side in a process of its own."""
+    """Run one side in a separate process."""
     command = [sys.executable, "-m", "mmphi", "benchmark", "pretrain", "--side", side, "--kind", kind]
     done = subprocess.run([*command, "--shape", shape, "--steps", str(steps)], capture_output=True, text=True)
     if done.returncode:
@@ -117,7 +118,7 @@ def in_process(side: str, kind: str, shape: str, steps: int) -> dict[str, Any]:
 
 
 def show(kind: str, sides: Sequence[str], found: Mapping[str, list[dict[str, Any]]], shape: Shape) -> None:
-    """Print the sides of one kind of batch beside one another: medians over all timed steps."""
+    """Print a table of the sides of one kind of batch: medians over all timed steps."""
 
     def seconds(side: str) -> float:
         return float(statistics.median(s for run in found[f"{kind}/{side}"] for s in run["seconds"][1:]))

@@ -1,14 +1,15 @@
-"""Projector steps side by side: the same models, images and conversations, the usual way and here.
+"""Projector training steps of transformers' LLaVA and of mmphi, on the same models, images and conversations.
 
-- ``padded``: transformers' LLaVA under transformers' Trainer, rows padded to the longest of a batch drawn at random,
-  the vision encoder in the loop, logits at every position; on a GPU with flash attention where it is installed, and
-  compiled where mmphi's side is;
-- ``sorted``: the same, rows sorted by length, so that little is padded;
-- ``mmphi``: the projector's own training on features read from disk, packed, logits only where a token is learned;
-- ``mmphi-sorted``: the same on the batches of ``sorted``, so that losses can be held against each other.
+- ``padded``: transformers' LLaVA under transformers' Trainer. The rows of random batches are padded to the longest, the
+  vision encoder runs in every step, and logits are computed at every position. On a GPU it uses flash attention if that
+  is installed, and is compiled if mmphi's side is;
+- ``sorted``: as ``padded``, with rows sorted by length, so that there is little padding;
+- ``mmphi``: training of the stage ``projector``, with features from disk, packed rows, and logits only at supervised
+  tokens;
+- ``mmphi-sorted``: as ``mmphi``, on the batches of ``sorted``, so that their losses can be compared.
 
-Each side runs in a process of its own, so that its peak memory is its own. Losses are shown step by step; where they
-differ by more than 0.001 nats per token (0.01 in bf16) the command fails.
+Each side runs in a separate process, so that its peak memory is measured separately. Losses are compared step by step;
+if they differ by more than 0.001 nats per token (0.01 in bf16) the command fails.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mmphi.benchmarks._pretrain_sides import Clock
 from mmphi.benchmarks._side_by_side import OURS, Comparison, Side
 
 RATE, SORTED = 1e-3, f"{OURS}-sorted"
-# In the small one the vision encoder is as small a part of the work as CLIP's ViT-L/14 is beside Phi-2.
+# In the small shape the vision encoder has the same share of the work as CLIP's ViT-L/14 has with Phi-2.
 SMALL = Shape(width=512, layers=8, head=64, vision_width=192, vision_layers=6, images=32)
 PHI2 = _conversations.SHAPES["phi2"]
 SHAPES = {
@@ -37,12 +38,12 @@ SHAPES = {
 
 
 def llava_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
-    """Transformers' LLaVA, all but its projector frozen."""
+    """Train the projector of transformers' LLaVA; everything else is frozen."""
     import torch
 
     dtype = torch.bfloat16 if shape.precision == "bf16" else torch.float32
     model = loaded_llava(folder, dtype, quantised=shape.quantised)
-    model._hf_peft_config_loaded = True  # The Trainer refuses quantised models without an adapter, whatever is trained.
+    model._hf_peft_config_loaded = True  # The Trainer refuses any quantised model without an adapter.
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
     compiled = compiles(shape)
@@ -57,7 +58,7 @@ def compiles(shape: Shape) -> bool:
 
 
 def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
-    """As the stage ``projector`` runs it."""
+    """Train as the stage ``projector`` does."""
     from mmphi.models.projector import Projector
 
     language = loaded_language(folder, "4bit" if shape.quantised else shape.precision)

@@ -1,14 +1,14 @@
-"""Adapter steps side by side: the same models, adapter, images and conversations, the usual way and here.
+"""QLoRA training steps of PEFT and of mmphi, with the same models, adapter, images and conversations.
 
-- ``peft``: PEFT on transformers' LLaVA in NF4 under transformers' Trainer, rows padded to the longest, the vision
-  encoder in the loop, logits at every position; as PEFT's page on quantisation shows it, but that it recomputes only
-  where the shape says so: it costs a third;
-- ``peft-sorted``: the same, rows sorted by length, so that little is padded;
-- ``mmphi``: NF4, the same adapter, stored features, packed rows, logits only where a token is learned;
-- ``mmphi-sorted``: the same on the batches of ``peft-sorted``, so that losses can be compared.
+- ``peft``: PEFT on transformers' LLaVA in NF4 under transformers' Trainer. Rows are padded to the longest, the vision
+  encoder runs in every step, and logits are computed at every position. It follows PEFT's page on quantisation, except
+  that gradient checkpointing, which costs a third, is used only if the shape sets it;
+- ``peft-sorted``: as ``peft``, with rows sorted by length, so that there is little padding;
+- ``mmphi``: NF4, the same adapter, stored features, packed rows, and logits only at supervised tokens;
+- ``mmphi-sorted``: as ``mmphi``, on the batches of ``peft-sorted``, so that their losses can be compared.
 
-Each side runs in a process of its own, so that its peak memory is its own. Losses are compared step by step; where they
-differ by more than 0.001 nats per token (0.01 in bf16) the command fails.
+Each side runs in a separate process, so that its peak memory is measured separately. Losses are compared step by step;
+if they differ by more than 0.001 nats per token (0.01 in bf16) the command fails.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
 
 def peft_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
-    """PEFT on transformers' LLaVA."""
+    """Train an adapter with PEFT on transformers' LLaVA."""
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model: Any = loaded_llava(folder, dtype, quantised=True)
-    model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]  # PEFT gives it no types.
+    model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]  # PEFT does not annotate it.
         model, use_gradient_checkpointing=shape.recompute
     )
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def peft_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch:
 
 
 def mmphi_side(folder: Path, shape: Shape, batches: Batches, workers: int, watch: Sequence[Any]) -> Clock:
-    """As the stage ``qlora`` runs it."""
+    """Train as the stage ``qlora`` does."""
     from mmphi.models.language.adapter import AdapterConfig as AdapterShape
     from mmphi.models.language.adapter import add_adapter
     from mmphi.models.projector import Projector

@@ -1,12 +1,13 @@
-"""Tokens generated per second by several samplers: the same model, the same prompts, the same limit on the length.
+"""Tokens generated per second by several samplers, with the same model, prompts and length limit.
 
-- ``generate``: transformers' ``generate`` in a loop, a batch of texts that all wait for the longest;
-- ``transformers``: its continuous batching;
-- ``slots``: mmphi's, for processors;
-- ``vllm``: where it is installed and there is a GPU.
+- ``generate``: transformers' ``generate`` in a loop; every batch runs until its longest text ends;
+- ``transformers``: transformers' continuous batching;
+- ``slots``: mmphi's continuous batching for CPUs;
+- ``vllm``: vLLM, if it is installed and there is a GPU.
 
-``generate`` and the sampler that ``mmphi textgen`` would choose here also run in several processes at once. A side is
-compared with ``generate`` in as many processes. Each process loads the model by itself; only the sampling is timed.
+``generate`` and the sampler that ``mmphi textgen`` would choose here also run in several processes at once. Each side
+is compared with ``generate`` in the same number of processes. Each process loads its own model; only the sampling is
+timed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Figures = dict[str, float]
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = argparse.ArgumentParser(
         prog="mmphi benchmark textgen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi benchmark textgen``."""
+    """Run ``mmphi benchmark textgen``."""
     options = parser().parse_args(list(arguments))
     if "generate" in options.without:
         raise SettingsError("the other sides are compared with `generate`", "leave other sides out")
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def sides_here(processes: int) -> dict[str, tuple[str, int]]:
-    """What is measured: by name, the sampler and its number of processes."""
+    """Sampler and number of processes of each side that can run on this machine, by name."""
     import torch
 
     from mmphi.textgen.backends import choose_backend
@@ -89,7 +90,7 @@ def sides_here(processes: int) -> dict[str, tuple[str, int]]:
 
 
 def random_model(folder: Path) -> str:
-    """A small Phi with random weights, whose texts end after fifty tokens on average."""
+    """Write a small Phi with random weights, whose texts end after :data:`ENDS_AFTER` tokens on average."""
     import torch
     from transformers import PhiForCausalLM
 
@@ -100,7 +101,7 @@ def random_model(folder: Path) -> str:
     torch.manual_seed(0)
     model = PhiForCausalLM(size_config("10M", 1024, 51200, tokenizer.eos_token_id))
     head = model.get_output_embeddings()
-    with torch.no_grad():  # The logit of the end, against the others' mean of nearly nothing.
+    with torch.no_grad():  # Raises the logit of the end; the mean of the others is almost 0.
         head.bias.zero_()
         head.bias[tokenizer.eos_token_id] = torch.log(torch.tensor(51200 / ENDS_AFTER))
     model.save_pretrained(folder)
@@ -112,7 +113,7 @@ ENDS_AFTER = 50.0
 
 
 def measured(options: argparse.Namespace, backend: str, processes: int) -> Figures:
-    """One side in processes of its own: their tokens a second until the last is done, and the memory of all."""
+    """Run one side in separate processes; returns their joint tokens per second and their total memory."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     running = []
     for number in range(processes):
@@ -139,7 +140,7 @@ def measured(options: argparse.Namespace, backend: str, processes: int) -> Figur
 
 
 def run_side(options: argparse.Namespace) -> Figures:
-    """Tokens, seconds and peak memory of a share of the texts."""
+    """Tokens, seconds and peak memory of one process."""
     import torch
 
     from mmphi.config.shared import LanguageSettings
@@ -164,14 +165,14 @@ def run_side(options: argparse.Namespace) -> Figures:
         model = language.model if options.side != "vllm" else options.model
         write = make_sampler(options.side, model, SamplingConfig(seed=number), options.batch, longest)
         if options.side == "vllm":
-            begun = time.perf_counter()  # Its model is loaded now.
+            begun = time.perf_counter()  # vLLM has loaded its model in `make_sampler`; that is not timed.
         tokens = sum(len(each.ids) for each in write(iter(asked)))
     seconds = time.perf_counter() - begun
     return {"tokens": float(tokens), "seconds": seconds, "memory_gb": peak_memory_bytes() / 1e9}
 
 
 def _generate(language: Any, asked: Sequence[Any], batch: int) -> int:
-    """The usual loop; tokens up to each text's own end."""
+    """Generate in batches; returns the number of tokens up to the end of each text."""
     import torch
 
     model, end = language.model, asked[0].ends
@@ -199,10 +200,10 @@ def _generate(language: Any, asked: Sequence[Any], batch: int) -> int:
 
 
 def show(found: Mapping[str, Sequence[Figures]], processes: Mapping[str, int]) -> None:
-    """Print a table of the sides: medians of the rounds, and the ratio to ``generate`` in as many processes.
+    """Print a table: medians of the rounds, and the ratio to ``generate`` in the same number of processes.
 
     Args:
-        found: Figures of each round, by side.
+        found: Measurements of each round, by side.
         processes: Number of processes, by side.
     """
 

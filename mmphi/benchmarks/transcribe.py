@@ -1,8 +1,8 @@
-"""Two Whispers side by side on the same recordings: openai-whisper and faster-whisper, of one size.
+"""Word error rate, speed and memory of openai-whisper and faster-whisper on the same recordings.
 
-Both transcribe the same windows after the same voice activity detection, with equal beams and fallback rules.
-Shown are word error rate, real-time factor and how many recordings both hear as the same text; each side runs in a
-process of its own, so that its peak memory is its own.
+Both transcribe the same windows after the same voice activity detection, with equal beams and fallback rules. The
+command prints word error rate, real-time factor and the number of recordings with equal transcripts. Each side runs in
+a separate process, so that its peak memory is measured separately.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SIDES = ("openai", "faster")
 
 
 def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> dict[str, Any]:
-    """What one Whisper makes of the recordings: texts, errors, seconds, peak memory.
+    """Transcripts, word error rate, real-time factor and peak memory of one side.
 
     Args:
-        side: Of :data:`SIDES`.
+        side: One of :data:`SIDES`.
         model: Size or path of its weights.
-        path: CSV of recordings, whose header is ``audio,transcript``.
-        limit: At most this many; 0 takes all.
-        beam: Guesses that are followed at once; 1 is greedy.
+        path: CSV of recordings with the header ``audio,transcript``.
+        limit: Largest number of recordings; 0 for all.
+        beam: Beam size; 1 is greedy.
     """
     from mmphi.data.audio import read_audio
     from mmphi.data.schema import ReadReport
@@ -42,7 +42,7 @@ def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> di
     spoken = list(read_recordings(path, path.parent, ReadReport()))[: limit or None]
     recordings = [read_audio(each.path) for each in spoken]
     asr_model = BACKENDS[side](model, this_device(), beam)
-    transcribe(asr_model, recordings[:1])  # What is loaded and compiled at first is not timed.
+    transcribe(asr_model, recordings[:1])  # Warm-up: loading and compilation are not timed.
     begun = time.perf_counter()
     found = transcribe(asr_model, recordings)
     took = time.perf_counter() - begun
@@ -59,7 +59,7 @@ def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> di
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi benchmark transcribe``."""
+    """Run ``mmphi benchmark transcribe``."""
     parser = argparse.ArgumentParser(prog="mmphi benchmark transcribe", description=__doc__.partition("\n")[0])
     parser.add_argument("--path", type=Path, required=True, help="CSV of recordings (audio,transcript), beside them")
     parser.add_argument("--openai", default="tiny.en", help="size or .pt file for openai-whisper [tiny.en]")
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def in_process(side: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """One side in a process of its own."""
+    """Run one side in a separate process."""
     command = [sys.executable, "-m", "mmphi", "benchmark", "transcribe", *arguments, "--side", side]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -94,7 +94,7 @@ def in_process(side: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def show(found: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Print the sides beside one another."""
+    """Print a table of the sides."""
 
     def factor(side: str) -> float:
         return float(statistics.median(run["real_time_factor"] for run in found[side]))

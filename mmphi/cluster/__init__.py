@@ -1,1 +1,1 @@
-"""Work that many machines share: what Ray knows of them, and what is given to them."""
+"""Work on a Ray cluster: connection and image embedding."""

@@ -1,4 +1,4 @@
-"""The Ray cluster that work is given to."""
+"""Connection to a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True)
 class Machines:
-    """What a cluster has.
+    """Resources of a cluster.
 
     Attributes:
-        nodes: Machines that are there now.
-        cpus: Their cores together.
-        gpus: Their GPUs together.
+        nodes: Number of live machines.
+        cpus: Total number of cores.
+        gpus: Total number of GPUs.
     """
 
     nodes: int
@@ -28,11 +28,11 @@ class Machines:
     gpus: int
 
     def places(self, cores: int = 1) -> int:
-        """Pieces of work at a time: one per GPU where there are any, else one per so many cores."""
+        """Returns the number of concurrent tasks: one per GPU if there are any, else one per ``cores`` cores."""
         return self.gpus or max(1, self.cpus // cores)
 
     def share(self, cores: int = 1) -> dict[str, float]:
-        """What one piece of work takes of a machine."""
+        """Returns the resources of one task, as options of ``ray.remote``."""
         return {"num_gpus": 1, "num_cpus": 0} if self.gpus else {"num_cpus": cores}
 
     def __str__(self) -> str:
@@ -40,10 +40,10 @@ class Machines:
 
 
 def import_ray() -> Any:
-    """Ray, without its types, which do not know what is given by name.
+    """Returns the module Ray as ``Any``, because its types lack options that are passed by name.
 
     Raises:
-        SettingsError: If it is not installed.
+        SettingsError: If Ray is not installed.
     """
     try:
         import ray
@@ -53,14 +53,14 @@ def import_ray() -> Any:
 
 
 def join_cluster(address: str) -> Machines:
-    """Join a cluster; once joined, a process stays in it.
+    """Join a cluster and return its resources; a process that has joined stays in that cluster.
 
     Args:
-        address: ``host:port`` of its head, ``auto`` for the one that this machine is in, ``local`` for one that
-            begins here and ends with this process.
+        address: ``host:port`` of the head, ``auto`` for the cluster of this machine, ``local`` for a new cluster that
+            ends with this process.
 
     Raises:
-        SettingsError: If Ray is not installed, or there is no cluster.
+        SettingsError: If Ray is not installed, or the cluster cannot be reached.
     """
     ray = import_ray()
     if not ray.is_initialized():
@@ -78,10 +78,10 @@ def join_cluster(address: str) -> Machines:
 
 
 def _reached(address: str) -> None:
-    """Try a head's port: Ray itself would try for five minutes.
+    """Connect to the head's port once: Ray itself would retry for five minutes.
 
     Raises:
-        OSError: If nobody answers.
+        OSError: If there is no response.
     """
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit():
@@ -89,7 +89,7 @@ def _reached(address: str) -> None:
 
 
 def error_reason(error: Exception) -> str:
-    """Why a piece of work ended, in a line: of an error there, its own last line; of a machine's end, what Ray says."""
+    """Returns why a task failed, in a line: the last line of an error in the task, else the first of Ray's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it wrote nothing"]
     there = type(error).__name__ == "RayTaskError" or hasattr(error, "cause")
     return f"{type(error).__name__}: {lines[-1] if there else lines[0]}"

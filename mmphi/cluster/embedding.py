@@ -1,7 +1,7 @@
-"""Image features computed by all machines of a cluster, and written by one.
+"""Image features computed by all machines of a cluster, and returned to one process.
 
-A machine needs neither the images nor the encoder on its disk: their contents and the encoder's weights are sent. If a
-machine is lost, Ray gives its batches to others.
+A machine needs neither the images nor the encoder on its disk: image contents and encoder weights are sent. If a
+machine is lost, Ray reassigns its batches to others.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from mmphi.models.vision.image_features import Embedded, features_of
 if TYPE_CHECKING:
     from mmphi.models.vision.vision_encoder import VisionEncoder
 
-AHEAD = 2  # Batches of each place: one is computed while the next is sent.
-_TOWERS: dict[str, Any] = {}  # Of a worker process: it embeds many batches.
+AHEAD = 2  # Batches in flight per concurrent task: one is computed while the next is sent.
+_TOWERS: dict[str, Any] = {}  # Encoder of a worker process, kept for all batches.
 
 
 def embed_on_cluster(
     images: Sequence[tuple[str, Path]], encoder: VisionEncoder, batch: int, machines: Machines
 ) -> Iterator[Embedded]:
-    """Features (tokens, width) fp16 by digest, and reasons by digest of what is no image, batch by batch as they come.
+    """Yields, as batches complete, fp16 features (tokens, width) by digest, and error reasons of unreadable images.
 
     Args:
-        images: Digest and file of each.
-        encoder: Computes them.
-        batch: Images at a time.
-        machines: What the cluster has.
+        images: Digest and path of each image.
+        encoder: Vision encoder.
+        batch: Images per batch.
+        machines: Resources of the cluster.
     """
     ray = import_ray()
 
-    sent = ray.put(copy.deepcopy(encoder).cpu())  # What this process has stays where it is.
+    sent = ray.put(copy.deepcopy(encoder).cpu())  # A copy: this process keeps its encoder on its device.
     work = ray.remote(max_retries=-1, **machines.share())(_batch)
     todo = (images[start : start + batch] for start in range(0, len(images), batch))
     open_: list[Any] = []
@@ -56,7 +56,7 @@ def embed_on_cluster(
             if contents:
                 open_.append(
                     work.remote([sent], encoder.digest, contents)
-                )  # In a list it is sent once to each machine.
+                )  # In a list, the encoder is sent once to each machine.
         if not open_:
             return
         done, open_ = ray.wait(open_)
@@ -65,7 +65,7 @@ def embed_on_cluster(
 
 
 def _batch(sent: list[Any], digest: str, contents: Sequence[tuple[str, bytes]]) -> Embedded:
-    """On a machine of the cluster."""
+    """Features of one batch; runs on a machine of the cluster."""
     keep_freed_memory()
     encoder, pixels, unread = _tower(sent, digest), {}, {}
     for name, content in contents:

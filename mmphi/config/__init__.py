@@ -1,4 +1,4 @@
-"""What a setting is, the sections that stages share, and how presets and command lines become checked settings."""
+"""Declaration of settings, the sections that stages share, and loading of presets and command-line overrides."""
 
 from mmphi.config.section import Section, setting
 from mmphi.config.shared import DataSettings, LanguageSettings, SourceSettings, TrainingSettings, VisionSettings

@@ -13,7 +13,7 @@ SIZES = (
 
 
 class AudioSettings(Section):
-    """Which Whisper transcribes recordings, and how."""
+    """Whisper model and its decoding settings."""
 
     whisper: str = setting("tiny.en", "Whisper's size by name, or the path of its weights", file="name", names=SIZES)
     backend: Literal["openai", "faster"] = setting("openai", "openai-whisper, or faster-whisper where it is installed")

@@ -1,4 +1,4 @@
-"""The section of texts that pretraining reads."""
+"""The section of pretraining texts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TextSourceSettings(Section):
 
     @property
     def title(self) -> str:
-        """Its name in reports."""
+        """Name in reports; by default the last part of the path."""
         return self.name or self.path.rstrip("/").rpartition("/")[2]
 
 
 class CorpusSettings(Section):
-    """Texts, tokenised once."""
+    """Texts of a pretraining, tokenised once."""
 
     sources: list[TextSourceSettings] = setting(
         [], "texts of the mixture, each a path or a section; none means scenes written as words", file="name"
@@ -43,7 +43,7 @@ class CorpusSettings(Section):
     @field_validator("sources", mode="before")
     @classmethod
     def _paths(cls, sources: Any) -> Any:
-        """A path alone stands for a source of that path."""
+        """Replace a bare path by a source with that path."""
         if not isinstance(sources, list):
             return sources
         return [{"path": source} if isinstance(source, str) else source for source in sources]

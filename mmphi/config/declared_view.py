@@ -1,4 +1,4 @@
-"""Settings of which a stage can read only what it declares, so that its key cannot miss what it consumes."""
+"""Restricted view of the settings: a stage can read only those it declares, so that its cache key covers its inputs."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ S = TypeVar("S", bound=Section)
 
 
 class UndeclaredError(RuntimeError):
-    """A stage read a setting that it does not declare: a mistake in the stage, not in the settings."""
+    """A stage reads a setting that it does not declare; a bug in the stage, not in the settings."""
 
 
 def covered(name: str, declared: Iterable[str]) -> bool:
-    """Whether a dotted name, or a section that it lies in, is declared."""
+    """Return whether a dotted name, or a section that contains it, is declared."""
     plain = canonical(name)
     return any(plain == each or plain.startswith(f"{each}.") for each in declared)
 
 
 class SettingsView:
-    """Sections by their class: ``settings(VisionSettings).pool``.
+    """Gives access to declared settings by section class: ``settings(VisionSettings).pool``.
 
     Args:
         settings: All settings of an experiment.
-        declared: Dotted names that may be read; a name covers all below it, an item of a list is called ``N``.
+        declared: Dotted names that may be read; a name includes all below it, and list items are written ``N``.
     """
 
     def __init__(self, settings: Section, declared: Iterable[str]) -> None:
         self._settings, self.declared = settings, tuple(declared)
 
     def __call__(self, section: type[S]) -> S:
-        """A section, of which only the declared settings can be read.
+        """Return a section of which only the declared settings can be read.
 
         Raises:
-            UndeclaredError: If none of it is declared.
+            UndeclaredError: If the settings have no such section, or none of it is declared.
         """
         for name, field in type(self._settings).model_fields.items():
             if field.annotation is section:
@@ -56,7 +56,7 @@ class SettingsView:
 
 
 class _SectionView:
-    """One section; reading what is not declared raises."""
+    """One section; reading an undeclared setting raises :class:`UndeclaredError`."""
 
     def __init__(self, view: SettingsView, name: str, section: BaseModel) -> None:
         self._view, self._name, self._section = view, name, section

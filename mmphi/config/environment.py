@@ -1,11 +1,11 @@
-"""The environment variables of mmphi, with what they mean; ``docs/environment.md`` lists the same."""
+"""Environment variables of mmphi with their descriptions; ``docs/environment.md`` lists the same."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 VARIABLES: Mapping[str, str] = {
-    # Data and models that presets name.
+    # Data and models of the presets.
     "MMPHI_PHOTOS": "a folder with images/ and captions.csv, which begins with the line image,caption",
     "MMPHI_MODELS": "a folder of pretrained models: `mmphi fetch models FOLDER` fetches them",
     "MMPHI_LLAVA": "a folder with llava_instruct_150k.json: `mmphi fetch llava FOLDER` fetches it and its images",

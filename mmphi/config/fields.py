@@ -1,4 +1,4 @@
-"""Every setting by its dotted name, with what its declaration says about it: type, bounds, choices, unit."""
+"""Declarations of all settings by dotted name: type, bounds, choices and unit."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ ITEM = re.compile(r"(?<=\.)(\d+|N)(?=\.|$)")
 
 @dataclass(frozen=True)
 class Field:
-    """One setting as declared.
+    """Declaration of one setting.
 
     Attributes:
-        name: Dotted; an item of a list is ``N``, as in ``data.sources.N.path``.
+        name: Dotted name; a list item is ``N``, as in ``data.sources.N.path``.
         kind: ``int``, ``float``, ``bool``, ``str``, ``list`` or ``choice``.
-        default: Value where no preset says otherwise.
-        help: What it means.
-        unit: Unit, empty for plain numbers and names.
-        affects_key: Whether it stands in keys.
-        legacy_default: The value that is left out of keys.
-        file: ``path``, ``name``, ``weights``, ``model`` or empty, as :func:`mmphi.config.setting` says.
-        names: Values that are names, whatever files there are.
-        bounds: ``ge``, ``gt``, ``le``, ``lt``, as far as declared.
-        choices: The values allowed, where they are few.
-        key_name: Dotted name by which it stands in keys: that of the version that introduced it.
+        default: Value if no preset sets another.
+        help: Description for ``--help``.
+        unit: Unit; empty for plain numbers and names.
+        affects_key: Whether the setting is part of cache keys.
+        legacy_default: Value that is left out of cache keys.
+        file: ``path``, ``name``, ``weights``, ``model`` or empty; see :func:`mmphi.config.setting`.
+        names: Values that are always names, even if a file of that name exists.
+        bounds: Declared bounds by ``ge``, ``gt``, ``le`` or ``lt``.
+        choices: Allowed values of the kind ``choice``; empty for other kinds.
+        key_name: Dotted name in cache keys: that of the version that introduced the setting.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Field:
 
     @property
     def type_name(self) -> str:
-        """Type and bounds as ``--help`` shows them."""
+        """Type and bounds for ``--help``."""
         bounds = ", ".join(f"{SIGNS[name]} {value:g}" for name, value in self.bounds.items())
         return "|".join(self.choices) or f"{self.kind} {bounds}".strip()
 
     def nearest(self, value: Any) -> Any:
-        """The valid number nearest to one that is not valid; None beyond an open end, the default for no number."""
+        """Return the valid number nearest to an invalid one; ``None`` at an open bound, the default for non-numbers."""
         if self.kind not in ("int", "float"):
             return self.default
-        # 1,600 is a whole number with a mark between its thousands; 1,5 a fraction as many languages write it.
+        # 1,600 is an integer with a thousands separator; 1,5 is a fraction with a decimal comma.
         typed = str(value).replace(",", "" if self.kind == "int" else ".")
         try:
             number = float(typed)
@@ -73,23 +73,23 @@ class Field:
         high = min((self.bounds.get("le", math.inf), self.bounds.get("lt", math.inf) - step))
         clamped = min(max(number, low), high)
         if math.isinf(clamped) or clamped in (self.bounds.get("gt"), self.bounds.get("lt")):
-            return None  # An open end has no nearest number.
+            return None  # An open bound has no nearest number.
         return round(clamped) if self.kind == "int" else clamped
 
 
 def canonical(name: str) -> str:
-    """A dotted name with the numbers of list items written ``N``."""
+    """Return a dotted name with the indices of list items replaced by ``N``."""
     return ITEM.sub("N", name)
 
 
 def section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation names, if it names one."""
+    """Return the section class of an annotation; ``None`` if it is not a section."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 @cache
 def all_fields(root: type[Section]) -> Mapping[str, Field]:
-    """Every setting of an experiment by its dotted name, in the order of their declaration."""
+    """Return all settings of an experiment by dotted name, in the order of declaration."""
     return {field.name: field for field in _fields(root, "")}
 
 
@@ -128,7 +128,7 @@ def _field(name: str, info: FieldInfo) -> Field:
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single value of a section, list or plain tree with its dotted name; an empty list counts as a value."""
+    """Yield every single value of a section, list or plain tree with its dotted name; an empty list is a value."""
     if isinstance(value, BaseModel):
         value = {name: getattr(value, name) for name in type(value).model_fields}
     if isinstance(value, Mapping):
@@ -143,21 +143,21 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @cache
 def former_names(root: type[Section]) -> Mapping[str, str]:
-    """Today's dotted name of every setting that had another one in earlier versions."""
+    """Return the current dotted name of every setting that had another name in earlier versions, by that name."""
     return {field.key_name: field.name for field in all_fields(root).values() if field.key_name != field.name}
 
 
 def current_name(root: type[Section], name: str) -> str:
-    """Today's dotted name of a setting, which may be that of an earlier version."""
+    """Return the current dotted name of a setting; accepts names of earlier versions."""
     return former_names(root).get(name, name)
 
 
 def renamed(tree: Any, names: Mapping[str, str]) -> Any:
-    """The same tree of mappings, lists and texts with other names, as its keys and as its texts.
+    """Return a copy of a tree of mappings, lists and texts in which former names are replaced, as keys and as texts.
 
     Args:
-        tree: Such as a study's declaration.
-        names: Former dotted names and today's, as :func:`former_names` gives them.
+        tree: Tree, such as a study's declaration.
+        names: Current dotted names by former ones, as returned by :func:`former_names`.
     """
     if isinstance(tree, Mapping):
         return {names.get(str(name), name): renamed(value, names) for name, value in tree.items()}
@@ -167,7 +167,7 @@ def renamed(tree: Any, names: Mapping[str, str]) -> Any:
 
 
 def field_of(root: type[Section], name: str) -> Field | None:
-    """The declaration of a dotted name, ``None`` where there is none; an item of a plain list has its list's."""
+    """Return the declaration of a dotted name, ``None`` if there is none; an item of a plain list has its list's."""
     fields, name = all_fields(root), current_name(root, name)
     declared = fields.get(canonical(name))
     return declared or fields.get(canonical(name).removesuffix(".N"))

@@ -1,4 +1,4 @@
-"""Names that settings had in earlier versions, for readers of stored runs and studies."""
+"""Names of settings in earlier versions, to read stored runs and studies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "audio": AudioSettings,
     "store": StoreSettings,
 }
-# Today's dotted name of each.
+# Current dotted names by former ones.
 FORMER_NAMES: Mapping[str, str] = {
     f"{section}.{former}": f"{section}.{name}"
     for section, kind in SECTIONS.items()

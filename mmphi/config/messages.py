@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in words: the key, the value, and the nearest valid one."""
+"""Error messages of settings: the key, the value, and the nearest valid one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known words most like ``word``, best first, joined by "or"; empty where none is alike.
+    """Return the known words most similar to ``word``, best first, joined by "or"; empty if none is similar.
 
-    A dotted name whose last part is the same counts as most alike: ``layer`` finds ``vision.layer``.
+    Dotted names with the same last part come first: ``layer`` finds ``vision.layer``.
     """
     known = list(dict.fromkeys(known))
     tail = word.rpartition(".")[2]
@@ -31,12 +31,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def unknown_setting(root: type[Section], key: str, stage: str = "") -> SettingsError:
-    """There is no setting of that name.
+    """Return the error for an unknown setting, with similar names.
 
     Args:
-        root: The class of all settings.
-        key: As it was written.
-        stage: The stage whose section may be left out.
+        root: Class of all settings.
+        key: Name as written.
+        stage: Stage whose section may be omitted in names.
     """
     known = [k for k in all_fields(root) if ".N." not in k]
     section, _, tail = key.rpartition(".")
@@ -44,7 +44,7 @@ def unknown_setting(root: type[Section], key: str, stage: str = "") -> SettingsE
     below = [k for k in known if k.startswith(f"{key}.")]
     own = [k.removeprefix(f"{stage}.") for k in known if k.startswith(f"{stage}.")]
     near = difflib.get_close_matches(tail, siblings, n=1) if section else []
-    # Of a YAML file: a section, or the preset that it extends.
+    # Top-level keys of a YAML file: sections, or `extends`.
     top = [] if section or stage else difflib.get_close_matches(key, [*root.model_fields, "extends"], n=1, cutoff=0.7)
     if below:
         hint = f"it is a section: {', '.join(below)}"
@@ -60,7 +60,7 @@ def unknown_setting(root: type[Section], key: str, stage: str = "") -> SettingsE
 
 
 def explain_validation_error(root: type[Section], error: ValidationError) -> SettingsError:
-    """What pydantic found, in words; all of it where it is more than one thing."""
+    """Return pydantic's validation error as one settings error that lists all problems."""
     errors = [_one(root, e) for e in error.errors()]
     if len(errors) == 1:
         return errors[0]
@@ -100,7 +100,7 @@ def _nearest_valid(field: Field, value: Any) -> str:
 
 
 def warn_renamed(former: str, current: str) -> None:
-    """Warn, once a process, that a setting has another name than in earlier versions."""
+    """Warn that a setting has been renamed, once per name and process."""
     if former not in _WARNED:
         _WARNED.add(former)
         warnings.warn(f"the setting {former} is called {current} now", FutureWarning, stacklevel=3)

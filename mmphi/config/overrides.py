@@ -1,4 +1,4 @@
-"""Single settings changed from the command line: ``--vision.pool 2``, or ``--layers 3`` in the stage's own section."""
+"""Command-line overrides of settings: ``--vision.pool 2``, or ``--layers 3`` in the stage's own section."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from mmphi.config.messages import unknown_setting, warn_renamed
 from mmphi.config.section import Section
 from mmphi.errors import SettingsError
 
-# Sections that short names of a stage are looked for in as well, after its own: `mmphi listen --path x --whisper base`.
+# Further sections that a stage's short names are looked up in, after its own: `mmphi listen --path x --whisper base`.
 ALSO = {"transcribe": ("audio",), "listen": ("speech", "audio"), "speech": ("audio",)}
 
 
 class Alone(str):
-    """The value of a key that was typed without one: ``true``, which is what it means for a setting of that kind.
+    """Value ``true`` of an option without a value, which is valid for boolean settings only.
 
     Attributes:
-        word: The key as typed.
+        word: Option as typed.
     """
 
     word: str
 
 
 def flag_value(word: str) -> Alone:
-    """The value of ``word``, which has none."""
+    """Return the value of an option that was typed without one."""
     made = Alone("true")
     made.word = word
     return made
 
 
 def full_name(root: type[Section], key: str, stage: str) -> str:
-    """The dotted name of a key as typed.
+    """Return the dotted name of a key as typed.
 
-    Looks in the section of the stage first, then among all names; ``-`` counts as ``_``. The name of a section whose
-    sources may be mere paths stands for them: ``corpus`` for ``corpus.sources``. Last come the sections of
-    :data:`ALSO`.
+    Names are looked up in the stage's section, then among all names, then in the sections of :data:`ALSO`; ``-`` equals
+    ``_``. A section whose sources may be paths is short for them: ``corpus`` for ``corpus.sources``.
 
     Raises:
-        SettingsError: If there is no such setting; names the nearest.
+        SettingsError: If there is no such setting; suggests similar names.
     """
     key = key.replace("-", "_")
     sources = all_fields(root).get(f"{key}.sources")
@@ -57,16 +56,16 @@ def full_name(root: type[Section], key: str, stage: str) -> str:
 
 
 def change(root: type[Section], content: dict[str, Any], name: str, typed: str) -> None:
-    """Put a value as typed into a tree of settings.
+    """Set a typed value in a tree of settings.
 
     Args:
-        root: The class of all settings.
+        root: Class of all settings.
         content: Sections by name; changed in place.
         name: Full dotted name.
-        typed: The value; lists are written as YAML or JSON.
+        typed: Value as typed; lists are YAML or JSON.
 
     Raises:
-        SettingsError: If a list is malformed, or has no such item, or a value is missing.
+        SettingsError: If a list is malformed, a list index is out of range, or the value is missing.
     """
     field = field_of(root, name)
     if isinstance(typed, Alone) and (field is None or field.kind != "bool"):
@@ -99,12 +98,12 @@ def _index(items: list[Any], part: str, name: str, fresh: Any) -> int:
 
 
 def parse_value(typed: str, field: Field) -> Any:
-    """A list from YAML or JSON; anything else stays as typed, for its type to make sense of.
+    """Parse a list from YAML or JSON; other values stay as typed, for pydantic to convert.
 
-    A list of one item may be typed as that item: a path, with whatever letters it has.
+    A list of one item may be typed as the item itself, such as a path with special characters.
 
     Raises:
-        SettingsError: If a list is malformed or empty.
+        SettingsError: If the text of a list is malformed or empty.
     """
     if field.kind != "list":
         return typed

@@ -1,4 +1,4 @@
-"""Presets, files that extend one another, and command-line overrides, made into checked settings."""
+"""Loads settings from presets, YAML files that extend one another, and command-line overrides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmphi.config.overrides import change, full_name
 from mmphi.config.section import Section
 from mmphi.errors import SettingsError
 
-AS_PRESET = "preset"  # The word that MLproject's parameters default to: as the preset says.
+AS_PRESET = "preset"  # Default of MLproject's parameters: keep the preset's value.
 FILE_ENDINGS = (
     *(".bin", ".csv", ".gz", ".json", ".jsonl", ".md", ".ndjson", ".parquet", ".pt", ".pth", ".safetensors"),
     *(".tsv", ".txt", ".xz", ".zip", ".zst"),
@@ -31,7 +31,7 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def presets_folder() -> Path:
-    """``experiments/`` of the checkout that this package lies in, or of the current folder."""
+    """Return ``experiments/`` of the checkout that contains this package, or of the current folder."""
     beside = Path(__file__).resolve().parents[2] / "experiments"
     return beside if beside.is_dir() else Path.cwd() / "experiments"
 
@@ -39,20 +39,20 @@ def presets_folder() -> Path:
 def load(
     root: type[R], preset: str, overrides: Mapping[str, str] | None = None, stage: str = "", *, expand: bool = True
 ) -> R:
-    """Settings of a preset or YAML file, with single values changed.
+    """Load the settings of a preset or YAML file, with overrides.
 
-    Paths in a file count from that file, paths in overrides from the current folder.
+    Paths in a file are relative to that file, paths in overrides to the current folder.
 
     Args:
-        root: The class of all settings.
+        root: Class of all settings.
         preset: Name of a file in ``experiments/``, or a path.
-        overrides: Dotted keys and values as typed (``{"vision.pool": "2"}``); a key of the stage's own section may
-            stand without its section. The value ``preset`` changes nothing.
-        stage: The stage asked for.
-        expand: Whether all of the environment's variables must be set; else ``${NAME}`` may stay as written.
+        overrides: Dotted keys and values as typed (``{"vision.pool": "2"}``); keys of the stage's section may omit the
+            section. The value ``preset`` keeps the preset's.
+        stage: Stage whose section is searched first.
+        expand: Whether unset environment variables are errors; otherwise values with unset ``${NAME}`` are kept.
 
     Raises:
-        SettingsError: Naming the key, the value and the nearest valid one.
+        SettingsError: If a setting is invalid; names the key, the value and the nearest valid one.
     """
     content = _read(root, _find(preset), ())
     for key, typed in (overrides or {}).items():
@@ -100,20 +100,20 @@ def _read(root: type[Section], path: Path, above: tuple[Path, ...]) -> dict[str,
     for name, value in list(leaves(content)):
         if value is None and name.rpartition(".")[2].isdigit():
             raise SettingsError(f"{path}: {name} is empty", "write a value, or take the item out")
-        if value is None:  # `projector:` with nothing below it, `name:` with nothing after it: as it is inherited.
+        if value is None:  # An empty `projector:` or `name:` keeps the inherited value.
             _drop(content, name)
         else:
             _put(content, name, _from_file(root, name, value, path.parent))
     if not parent:
         return content
     found = _find(str(parent), path.parent)
-    if found == path and "/" not in str(parent):  # my/small.yaml may extend the preset small.
+    if found == path and "/" not in str(parent):  # my/small.yaml may extend the preset `small`.
         found = _find(str(parent), presets_folder())
     return _merge(_read(root, found, (*above, path)), content)
 
 
 def _nested(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """A tree in which ``vision.pool: 2`` stands as ``vision: {pool: 2}``."""
+    """Nested mappings for dotted keys: ``vision.pool: 2`` becomes ``vision: {pool: 2}``."""
     tree: dict[str, Any] = {}
     for key, value in content.items():
         branch = _nested(value) if isinstance(value, dict) else value
@@ -124,7 +124,7 @@ def _nested(content: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _current(root: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree in which settings have today's names."""
+    """Rename settings of earlier versions in place, with a warning."""
     for former, name in former_names(root).items():
         section, _, last = former.rpartition(".")
         branch = tree.get(section)
@@ -159,7 +159,7 @@ def _drop(content: dict[str, Any], name: str) -> None:
 
 
 def _from_file(root: type[Section], name: str, value: Any, folder: Path) -> Any:
-    """What YAML made of a value, made what was meant: texts that look like numbers, paths beside the file."""
+    """Value from a YAML file; number-like texts of text settings are restored, paths resolved from ``folder``."""
     field = field_of(root, name)
     if field is None or (field.kind not in ("str", "choice") and not field.file):
         return yaml12.plain_values(value)
@@ -171,21 +171,21 @@ def _from_file(root: type[Section], name: str, value: Any, folder: Path) -> Any:
 
 
 def is_path(field: Field, value: str, folder: Path) -> bool:
-    """Whether a value that may be a path is one: the only place where that is decided.
+    """Return whether a value that may be a path or a name is a path.
 
-    It is where there is such a file or folder, as transformers and ``datasets`` have it, and where it looks like one.
-    Words that mean something of their own (``pretrain``, ``phi-2``) are names.
+    It is a path if such a file or folder exists, as in transformers and ``datasets``, or if it looks like a path.
+    Reserved words (``pretrain``, ``phi-2``) are names. All code decides this here.
 
     Args:
-        field: The setting.
-        value: As written.
-        folder: What a relative path counts from.
+        field: Declaration of the setting.
+        value: Value as written.
+        folder: Folder that relative paths start from.
     """
     if value in field.names or "://" in value:
         return False
     if field.file == "path" or value.startswith(("/", "./", "../", "~")) or value.endswith(FILE_ENDINGS):
         return True
-    if field.file == "model":  # A run or a registered name is looked for in the store.
+    if field.file == "model":  # Runs and registered models are looked up in the tracking store.
         return "/" in value and (folder / value).exists()
     return _exists(folder / value) and (field.file != "weights" or (folder / value).is_file())
 
@@ -203,17 +203,17 @@ def _finished(root: type[Section], name: str, value: Any, expand: bool) -> Any:
     path = Path(value).expanduser()
     for folder in _folders():
         if folder == Path("/") and "/" not in value:
-            continue  # A daemon's folder, in which `home` and `tmp` are no names that anybody typed.
+            continue  # A daemon's working folder, in which bare names would match `home` or `tmp`.
         if _exists(folder / path) and is_path(field, value, folder):
             return str(folder / path)
     return str(Path.cwd() / path) if is_path(field, value, Path.cwd()) else value
 
 
 def _folders() -> Iterator[Path]:
-    """What a relative path may count from: the current folder, and those that `mlflow run` was called in.
+    """Folders that a relative path may start from: the current one, and those of the callers of `mlflow run`.
 
-    `mlflow run` starts its commands in the project's folder, wherever it was called. The folders of the processes above
-    are looked through, the nearest first.
+    `mlflow run` starts its commands in the project's folder, wherever it is called, so the current folders of the
+    parent processes are searched, the nearest first.
     """
     yield Path.cwd()
     if os.environ.get("MLFLOW_RUN_ID"):
@@ -223,17 +223,17 @@ def _folders() -> Iterator[Path]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # Too long for a file's name.
+    except OSError:  # Too long for a file name.
         return False
 
 
 def from_caller(relative: Path) -> Path:
-    """Where a relative path leads from: the current folder, or the one that `mlflow run` was called in."""
+    """Resolve a relative path from the current folder, or from the one in which `mlflow run` was called."""
     return next((folder / relative for folder in _folders() if _exists(folder / relative)), Path.cwd() / relative)
 
 
 def caller_folders() -> Iterator[Path]:
-    """Current folders of the processes that this one was started by, the nearest first."""
+    """Yield the current folders of the parent processes, the nearest first."""
     import psutil
 
     for process in psutil.Process().parents():
@@ -252,14 +252,14 @@ def _variable(variable: str, name: str) -> str:
 
 
 def files_of_settings(settings: Section, declared: Iterable[str]) -> dict[str, Path]:
-    """The files and folders that settings name, by dotted name.
+    """Return the files and folders in settings, by dotted name.
 
     Args:
         settings: All settings.
-        declared: Names of settings and sections; a name covers all below it.
+        declared: Dotted names of settings and sections to include; a name includes all below it.
 
     Raises:
-        SettingsError: If one is not there.
+        SettingsError: If a file or folder does not exist.
     """
     named = {}
     for name, value in leaves(settings):

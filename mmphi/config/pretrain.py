@@ -1,4 +1,4 @@
-"""The section of a language model trained from nothing."""
+"""The section of a language model trained from scratch."""
 
 from __future__ import annotations
 

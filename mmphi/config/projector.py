@@ -8,7 +8,7 @@ from mmphi.config.section import setting
 from mmphi.config.shared import ConversationSettings
 
 Activation = Literal["gelu", "relu", "silu"]
-ProjectorKind = Literal["mlp", "pixel_shuffle", "ldp_v2", "resampler"]  # Of mmphi/models/projector_kinds.py.
+ProjectorKind = Literal["mlp", "pixel_shuffle", "ldp_v2", "resampler"]  # See mmphi/models/projector_kinds.py.
 
 
 class ProjectorSettings(ConversationSettings):

@@ -46,7 +46,7 @@ class QloraSettings(ConversationSettings):
 
     @model_validator(mode="after")
     def _phrasings_of_questions(self) -> QloraSettings:
-        """Without questions their phrasings decide nothing, and results of earlier versions stay valid."""
+        """Reset ``phrasings`` if there are no questions: it has no effect, and earlier results stay valid."""
         if not self.questions:
             self.__dict__["phrasings"] = "one"
         return self

@@ -1,4 +1,4 @@
-"""How a setting is declared: its type and bounds, its unit, its meaning, and whether it can change a result."""
+"""Declaration of settings: type, bounds, unit, description, and whether a setting affects results."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def setting(
     formerly: str = "",
     **bounds: Any,
 ) -> Any:
-    """A field with its meaning and unit.
+    """Declare a field of a section.
 
     Args:
-        default: Value where no preset says otherwise.
-        help: One line for ``--help``.
-        unit: Unit of the value, empty for plain numbers and names.
-        affects_key: Whether the value can change a result, and so belongs in the stage's key.
-        file: ``path`` where the value is a file or folder, ``name`` where it may be one or else a name, ``weights``
-            where it may be a file or else a name, ``model`` where it is a model's folder, run or registered name. A
-            value that may be a name is a path where there is such a file or folder. A path counts from the file it is
-            written in, must be there, and stands in the key by its content.
-        names: Values that are names, whatever files there are.
-        legacy_default: The value that all earlier results were built with, where the default is no longer that one. A
-            setting that has this value is left out of keys, so that a new setting does not empty anybody's cache.
-        formerly: Its name in earlier versions: presets and commands may still use it, and keys do.
+        default: Value if no preset sets another.
+        help: Description in one line, for ``--help``.
+        unit: Unit of the value; empty for plain numbers and names.
+        affects_key: Whether the value can change a result, and is therefore part of the stage's cache key.
+        file: ``path`` for a file or folder, ``name`` for a file, folder or name, ``weights`` for a file or name,
+            ``model`` for a model's folder, run or registered name. A value that may be a name is a path if such a file
+            or folder exists. A path is relative to the file that contains it, must exist, and is represented in the
+            cache key by its content.
+        names: Values that are always names, even if a file of that name exists.
+        legacy_default: Value that is left out of cache keys; by default ``default``. Set it to the value of earlier
+            versions if the default differs, so that cached results stay valid.
+        formerly: Name in earlier versions, which presets and commands may still use, and which cache keys contain.
         **bounds: pydantic's ``ge``, ``gt``, ``le``, ``lt``.
     """
     extra: JsonDict = {
@@ -57,20 +57,20 @@ def setting(
 
 
 def former_name(info: FieldInfo) -> str:
-    """The name of a field in earlier versions; empty where it had no other."""
+    """Return the name of a field in earlier versions; empty if it was not renamed."""
     extra = info.json_schema_extra
     return str(extra.get("formerly", "")) if isinstance(extra, dict) else ""
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values keep their type."""
+    """Base class of all sections; unknown keys are errors, and defaults are validated, too."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_versions(cls, values: Any) -> Any:
-        """Settings under the names of earlier versions."""
+        """Accept settings under the names of earlier versions."""
         if not isinstance(values, Mapping):
             return values
         renamed = {former_name(info): name for name, info in cls.model_fields.items() if former_name(info)}

@@ -1,4 +1,4 @@
-"""The sections that several stages read: data, vision encoder, language model, and what every training shares."""
+"""The sections that several stages read: data, vision encoder, language model, and common training settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SourceSettings(Section):
 
     @model_validator(mode="after")
     def _scenes_have_no_files(self) -> SourceSettings:
-        """A forgotten kind would train on drawn scenes in place of the file."""
+        """Refuse files without a kind, which would silently train on drawn scenes."""
         if self.kind == "scenes" and (self.path or self.images):
             raise ValueError(
                 f"a source with {'path' if self.path else 'images'} needs a kind: llava, captions, karpathy, datasets"
@@ -36,11 +36,11 @@ class SourceSettings(Section):
         return self
 
 
-READING = 2  # 2: one picture in one split, further forms of conversations, and turns that are counted.
+READING = 2  # Version 2: each picture in one split only, more conversation formats, and counted turns.
 
 
 class DataSettings(Section):
-    """What to train and evaluate on."""
+    """Data for training and evaluation."""
 
     sources: list[SourceSettings] = setting([], "datasets of the mixture; none means scenes")
     validation_images: int = setting(
@@ -67,7 +67,7 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _read_anew(self) -> DataSettings:
-        """Results on data that earlier versions read by other rules are no results of these."""
+        """Set the version of the reading rules (1 for drawn scenes), so that results of older rules are not reused."""
         own = any(source.kind != "scenes" for source in self.sources)
         self.__dict__["reading"] = READING if own else 1
         return self
@@ -76,23 +76,23 @@ class DataSettings(Section):
     def _names_differ(self) -> DataSettings:
         names = [source.name or source.kind for source in self.sources]
         twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:  # Their images would share ids, and so features.
+        if twice is not None:  # Their images would share IDs, and therefore features.
             raise ValueError(f"two sources are called {twice!r}; give each a name of its own")
         return self
 
 
 def sources_of(data: DataSettings) -> Sequence[SourceSettings]:
-    """The sources of a mixture: the drawn scenes where none is named."""
+    """Return the sources of a mixture; drawn scenes by default."""
     return data.sources or [SourceSettings()]
 
 
 def uses_scenes(data: DataSettings) -> bool:
-    """Whether any source of the mixture is the drawn scenes."""
+    """Return whether the mixture contains drawn scenes."""
     return any(source.kind == "scenes" for source in sources_of(data))
 
 
 class VisionSettings(Section):
-    """The vision encoder and which of its tokens the language model sees."""
+    """The vision encoder and its output tokens."""
 
     model: str = setting(
         "light_clip",
@@ -122,7 +122,7 @@ class VisionSettings(Section):
 
 
 class LanguageSettings(Section):
-    """The causal language model that answers."""
+    """The causal language model."""
 
     model: str = setting(
         "pretrain",
@@ -139,7 +139,7 @@ class LanguageSettings(Section):
 
 
 class TrainingSettings(Section):
-    """What every trained stage shares."""
+    """Common settings of all training stages."""
 
     seed: int = setting(0, "seed of weights, data order and dropout", ge=0)
     steps: int = setting(1000, "optimiser steps", unit="steps", ge=1)
@@ -172,7 +172,7 @@ class TrainingSettings(Section):
 
 
 class ConversationSettings(TrainingSettings):
-    """What trainings on conversations share."""
+    """Common settings of trainings on conversations."""
 
     checkpoint_selection: Literal["last", "best"] = setting(
         "last",

@@ -1,4 +1,4 @@
-"""The sections of text that a language model writes, and of the store of it that is kept."""
+"""The sections of text generation by a language model, and of the corpus store."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from mmphi.config.section import Section, setting
 
 
 class TextgenSettings(Section):
-    """Text that a language model writes: who writes, what, how, and where it waits for its readers.
+    """Text generation: model, prompts, sampling, generator processes and spool.
 
-    Every value is left out of keys where it is the default: a training on files stands beside one on a stream, and
-    its key says nothing of who would write.
+    Default values are left out of cache keys, so that the key of a training on files does not depend on this section.
     """
 
     model: str = setting(
@@ -73,7 +72,7 @@ class TextgenSettings(Section):
 
 
 class StoreSettings(Section):
-    """What of generated text is kept: clean, without copies, of limited size."""
+    """Corpus store of filtered and deduplicated text, of limited size."""
 
     megabytes: float = setting(100.0, "most that the store has, compressed", unit="MB", gt=0)
     min_words: int = setting(50, "shortest document", unit="words", ge=1, formerly="shortest")

@@ -1,7 +1,7 @@
-"""YAML as its version 1.2 has it, which PyYAML (1.1) is not: ``no`` is a text, ``010`` is 10, ``1:30`` is a text.
+"""YAML 1.2 loader; PyYAML implements 1.1. Here ``no`` is a text, ``010`` is 10 and ``1:30`` is a text.
 
-Numbers keep the text that they were written as, because a setting may be a text that looks like a number (a revision
-``0123456``). A key that stands twice in a mapping is an error: PyYAML keeps the last one and says nothing.
+Numbers keep their source text, because a text setting may look like a number (a revision ``0123456``). Duplicate keys
+in a mapping are errors, whereas PyYAML silently keeps the last one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 class WrittenInt(int):
-    """A whole number with the text that it was written as."""
+    """An integer with its source text."""
 
     text: str
 
 
 class WrittenFloat(float):
-    """A number with the text that it was written as."""
+    """A floating-point number with its source text."""
 
     text: str
 
@@ -29,13 +29,13 @@ class WrittenFloat(float):
 class Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the core schema of YAML 1.2 (section 10.3.2)."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # As PyYAML has it.
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # Declared as in PyYAML.
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys differ.
+        """Construct a mapping without duplicate keys.
 
         Raises:
-            yaml.YAMLError: If a key stands twice; says where.
+            yaml.YAMLError: If a key occurs twice; contains both positions.
         """
         seen = set()
         for key_node, _ in node.value:
@@ -103,7 +103,7 @@ def load(text: str, name: str = "value") -> Any:
 
 
 def plain_values(value: Any) -> Any:
-    """A value without the texts of its numbers."""
+    """Return a value with plain numbers, without their source texts."""
     if isinstance(value, WrittenInt | WrittenFloat):
         return int(value) if isinstance(value, WrittenInt) else float(value)
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""Reading, drawing and storing what models are trained on."""
+"""Reading, generating and storing training data."""

@@ -1,4 +1,4 @@
-"""Opening recordings that others made: any format that FFmpeg's libraries decode, as 16 kHz mono, whole or told."""
+"""Decoding of untrusted audio files with FFmpeg's libraries, by default to 16 kHz mono; defects are reported."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ import numpy.typing as npt
 
 from mmphi.errors import AudioError
 
-RATE = 16_000  # What Whisper hears, in samples per second.
+RATE = 16_000  # Sampling rate of Whisper's input, in samples per second.
 MAX_SECONDS = 3600.0
 MAX_CHANNELS = 16
 SLACK_S = 0.15  # Codecs pad and trim: an encoder's delay is less than this.
-# What a file or its content may make FFmpeg open besides. Bytes open nothing. Demuxers that open what a file names,
-# such as those of playlists and of ffconcat, are none of these.
+# Protocols that FFmpeg may use for a file or for bytes. Demuxers that open files which the input names, such as
+# playlists and ffconcat, are not allowed.
 PROTOCOLS = {"file": "file", "bytes": "none"}
 DEMUXERS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,dsf,eac3,flac,flv,gsm,iff,matroska,mov,mp3,mpc,mpc8,mpeg,mpegts,ogg,oma,rm,"
     "tta,voc,w64,wav,wv"
 )
-ESTIMATED = ("aac", "ac3", "amr", "eac3", "gsm", "mp3", "mpeg", "mpegts")  # Their length is guessed from the bit rate,
-LENGTHS = (b"Xing", b"Info", b"VBRI")  # unless the first frame of an MP3 is one of these.
-CANCELLED = 0.01  # Power of the mean of all channels, over that of the first one, under which they cancel each other.
+ESTIMATED = ("aac", "ac3", "amr", "eac3", "gsm", "mp3", "mpeg", "mpegts")  # Duration is estimated from the bit rate,
+LENGTHS = (b"Xing", b"Info", b"VBRI")  # unless the first frame of an MP3 holds one of these markers.
+CANCELLED = 0.01  # Power of the channels' mean, relative to the first channel, below which the channels cancel.
 
 Samples = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording as it is heard.
+    """A decoded recording.
 
     Attributes:
         samples: float32 in about -1 to 1, shape (n,).
         rate: Samples per second.
-        told: What is not as its file says, one sentence each.
+        told: Defects of the file, one sentence each.
     """
 
     samples: Samples
@@ -47,25 +47,25 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration in seconds."""
         return len(self.samples) / self.rate
 
 
 def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, rate: int = RATE) -> Recording:
-    """Read a recording: a file of any format, the sound of a video, or the bytes of one.
+    """Decode a recording: an audio file, the audio track of a video, or the content of either.
 
-    Channels are averaged, which is what a person hears of both sides; where they cancel each other, the first one is
-    taken. The file's own rate may be anything, and may change in it.
+    Channels are averaged; if they cancel each other, the first channel is used. The sampling rate of the file may
+    change within the file.
 
     Args:
-        source: A file, or what one holds.
-        max_seconds: Longer ones are refused, by what their header says where it says it, before anything is decoded.
+        source: Path of a file, or its content.
+        max_seconds: Maximum duration in seconds. A duration in the header is checked before decoding.
         rate: Samples per second of the result.
 
     Raises:
-        AudioError: If there is no such file or no sound in it, or it cannot be decoded, is too long, or has too many
-            channels or samples that are no numbers. One that is shorter than its header says, or whose channels
-            cancel each other, is no error, and told.
+        AudioError: If the file is missing, has no audio, cannot be decoded, is longer than ``max_seconds``, or has too
+            many channels or non-finite samples. A recording that is shorter than its header states, or whose channels
+            cancel each other, is returned, with a message in ``told``.
     """
     name = "the recording" if isinstance(source, bytes) else str(source)
     opened = _opened(source, name)
@@ -100,10 +100,10 @@ def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, 
 
 
 def audio_seconds(source: Path | str | bytes) -> float | None:
-    """How long a recording is by its header; ``None`` where it does not say.
+    """Returns the duration in seconds that the header of a recording states, or ``None``.
 
     Raises:
-        AudioError: If it cannot be opened, or has no sound.
+        AudioError: If the recording cannot be opened, or has no audio.
     """
     name = "the recording" if isinstance(source, bytes) else str(source)
     with _opened(source, name) as container:
@@ -111,7 +111,7 @@ def audio_seconds(source: Path | str | bytes) -> float | None:
 
 
 def _av() -> Any:
-    """PyAV, imported when a recording is opened: the extra ``audio`` installs it."""
+    """PyAV, imported on first use because only the extra ``audio`` installs it."""
     import av
 
     return av
@@ -162,7 +162,7 @@ def _stream(container: Any, name: str) -> Any:
 
 
 def _seconds_said(container: Any, stream: Any, source: Path | str | bytes) -> float | None:
-    """How long a recording is by its header; ``None`` where that is only guessed."""
+    """Duration in seconds that the header states; ``None`` if it is missing or only an estimate."""
     if container.format.name in ESTIMATED and not (container.format.name == "mp3" and _mp3_says(source)):
         return None
     if stream.duration and stream.time_base:
@@ -171,7 +171,7 @@ def _seconds_said(container: Any, stream: Any, source: Path | str | bytes) -> fl
 
 
 def _mp3_says(source: Path | str | bytes) -> bool:
-    """Whether an MP3 begins with a frame that says how many follow."""
+    """Whether the first frame of an MP3 states the number of frames."""
     if isinstance(source, bytes):
         return any(mark in _after_tag(io.BytesIO(source)) for mark in LENGTHS)
     with Path(source).open("rb") as file:
@@ -179,7 +179,7 @@ def _mp3_says(source: Path | str | bytes) -> bool:
 
 
 def _after_tag(file: BinaryIO) -> bytes:
-    """The begin of the first frame, behind the ID3 tag, whose length is in four times seven bits."""
+    """First 256 bytes after the ID3 tag, whose length is stored in four groups of seven bits."""
     head = file.read(10)
     length = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
     file.seek(length if head.startswith(b"ID3") else 0)
@@ -187,7 +187,7 @@ def _after_tag(file: BinaryIO) -> bytes:
 
 
 def _frames(container: Any, stream: Any, broken: list[str]) -> Iterator[Any]:
-    """Frames of all packets that can be decoded; why others cannot is added to ``broken``."""
+    """Frames of all decodable packets; an error message for each other packet is appended to ``broken``."""
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
@@ -198,10 +198,10 @@ def _frames(container: Any, stream: Any, broken: list[str]) -> Iterator[Any]:
 
 
 def _resampled(frames: Iterator[Any], rate: int, name: str) -> Iterator[tuple[Samples, Samples]]:
-    """The sound in pieces, resampled with its channels apart: their mean, and the first one.
+    """Resampled pieces: the mean of the channels, and the first channel.
 
-    swresample's own mixing sums two channels at 0.7 each where samples are floats, which is louder than either.
-    Samples are interleaved: of 8 or more channels in planes of their own, PyAV 18.1 reads memory that is not theirs.
+    swresample's own mixing sums two float channels at 0.7 each, which is louder than either. Samples are interleaved,
+    because PyAV 18.1 reads out of bounds for 8 or more planar channels.
     """
     resampler: Any = None
     before: tuple[Any, ...] = ()

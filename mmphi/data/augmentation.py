@@ -1,7 +1,7 @@
-"""Other views of an image: a part of it, mirrored by half, so that a training on few images does not see each as ever.
+"""Augmented views of an image: a random crop, mirrored with probability 0.5, for training on few images.
 
-A view is asked for by a name: the digest of the image's content and a number. The same name is the same view,
-wherever and whenever it is made. View 0 is the image itself.
+A view is identified by a name: the digest of the image's content and a number. Equal names give equal views on every
+machine. View 0 is the image itself.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import random
 from PIL import Image, ImageOps
 
 MARK = "/view-"
-AREA = (0.5, 1.0)  # Share of the image that a view shows: less may leave out what a caption says.
-RATIO = (3 / 4, 4 / 3)  # Its width to its height, beside the image's own.
+AREA = (0.5, 1.0)  # Area of a crop as a share of the image: a smaller crop may omit what the caption describes.
+RATIO = (3 / 4, 4 / 3)  # Aspect ratio of a crop, relative to that of the image.
 
 
 def augmented_name(digest: str, view: int) -> str:
-    """What a view of an image is called."""
+    """Returns the name of a view of an image."""
     return f"{digest}{MARK}{view}" if view else digest
 
 
 def augmented_image(image: Image.Image, name: str) -> Image.Image:
-    """The view of an image that a name asks for."""
+    """Returns the view of an image that a name identifies."""
     if MARK not in name:
         return image
     draw = random.Random(name)

@@ -1,4 +1,4 @@
-"""Captions: a CSV of image and caption, and the JSON of Karpathy's splits."""
+"""Readers of captions: a CSV of images and captions, and the JSON of Karpathy's splits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_captions(
     text_column: str = "caption",
     question: str = "",
 ) -> Iterator[Example]:
-    """Read a CSV with a header, one caption a row; between its columns are commas, semicolons or tabs.
+    """Read a CSV with a header and one caption per row; the delimiter is a comma, a semicolon or a tab.
 
     Raises:
         DataError: If the file cannot be read or lacks a column.
@@ -35,7 +35,7 @@ def read_captions(
     last_line = 1
     try:
         with io.StringIO(text_of(path), newline="") as file:
-            # Strict: a quote that is never closed would swallow the rest of the file as one caption.
+            # Strict: an unclosed quote would otherwise turn the rest of the file into one caption.
             rows = csv.DictReader(file, strict=True, delimiter=_delimiter(file, {image_column, text_column}))
             missing = {image_column, text_column} - set(rows.fieldnames or ())
             if missing:
@@ -71,7 +71,7 @@ def read_captions(
 
 
 def _delimiter(file: io.StringIO, columns: set[str]) -> str:
-    """What stands between the columns of a header; a comma where none gives the columns that are asked for."""
+    """Delimiter of a header; a comma if none yields the requested columns."""
     header = file.readline()
     file.seek(0)
     for delimiter in DELIMITERS:
@@ -83,10 +83,10 @@ def _delimiter(file: io.StringIO, columns: set[str]) -> str:
 def read_karpathy(
     path: Path, images: Path, source: str, report: ReadReport, *, question: str = ""
 ) -> Iterator[Example]:
-    """Read ``dataset_flickr8k.json`` and its like, with the splits they bring (Karpathy and Fei-Fei 2015).
+    """Read a file such as ``dataset_flickr8k.json``, with its splits (Karpathy and Fei-Fei 2015).
 
     Raises:
-        DataError: If the file is not of that form.
+        DataError: If the file has another format.
     """
     content = load_json(path)
     rows = content.get("images") if isinstance(content, dict) else None

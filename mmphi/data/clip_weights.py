@@ -1,13 +1,13 @@
-"""How images are prepared, and which activation is computed, for the weights of a CLIP that are in a file.
+"""Image preprocessing and activation function for CLIP weights that are loaded from a file.
 
-A pretrained tag of open_clip brings both. A file brings neither: open_clip prepares images for it as OpenAI did, and
-computes the activation that the architecture has by default. For SigLIP and MobileCLIP, and for OpenAI's own weights,
-that is wrong, and nothing fails. So for a file these are taken from, in this order:
+A pretrained tag of open_clip defines both. A file defines neither: open_clip then uses OpenAI's preprocessing and the
+default activation of the architecture. For SigLIP and MobileCLIP, and for OpenAI's own weights, this is wrong and
+raises no error. For a file, the values are therefore taken from, in this order:
 
 1. the settings;
 2. ``open_clip_config.json`` in the file's folder, as open_clip and the stage ``light_clip`` write it;
-3. the pretrained tags of the architecture, as far as all of them agree;
-4. open_clip's defaults, for an architecture that has no tag.
+3. the pretrained tags of the architecture, where all of them agree;
+4. open_clip's defaults, for an architecture without tags.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ AUTO: Mapping[str, Any] = {"mean": [], "std": [], "interpolation": "auto", "resi
 
 
 def weights_file(pretrained: str) -> Path | None:
-    """The file of weights that a setting names, in a folder as open_clip writes it or alone; none for a tag.
+    """Returns the weights file that a setting names, directly or by its open_clip folder; ``None`` for a tag.
 
     Raises:
         ModelError: If a folder has no weights.
@@ -37,19 +37,19 @@ def weights_file(pretrained: str) -> Path | None:
     if path.is_file():
         return path
     found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
-    if found is None and ("/" in pretrained or (path / CONFIG).is_file()):  # Not a tag that is called like a folder.
+    if found is None and ("/" in pretrained or (path / CONFIG).is_file()):  # Else a tag may have the name of a folder.
         raise ModelError(f"vision.pretrained = {pretrained}: the folder has none of {', '.join(WEIGHTS)}")
     return found
 
 
 def prepared_for(settings: VisionSettings) -> VisionSettings:
-    """The same settings; for a file of weights, with what is not open_clip's default filled in.
+    """Returns the settings; for a weights file, values that differ from open_clip's defaults are filled in.
 
     Args:
-        settings: The ``vision`` section; what is set in it stays.
+        settings: The ``vision`` section; values that are set are kept.
 
     Raises:
-        ModelError: If the tags of the architecture differ, and neither the settings nor a file say which is right.
+        ModelError: If the tags of the architecture differ, and neither the settings nor a file decides.
     """
     model = settings.model.replace("/", "-") if not settings.model.endswith(".json") else settings.model
     file = weights_file(settings.pretrained)
@@ -63,24 +63,24 @@ def prepared_for(settings: VisionSettings) -> VisionSettings:
         if unsettled:
             raise ModelError(_choices(settings, tags, unsettled), _hint(tags, unsettled))
         found |= {name: json.loads(next(iter(values))) for name, values in tags.items() if len(values) == 1}
-    # What is open_clip's default anyway is left open, so that keys and digests of earlier versions stay.
+    # Values equal to open_clip's defaults stay unset, so that cache keys and digests of earlier versions remain valid.
     changed = {n: v for n, v in found.items() if getattr(settings, n) == AUTO[n] and v != usual[n]}
     return settings.model_copy(update=changed)
 
 
 def preprocess_of(settings: VisionSettings) -> dict[str, Any]:
-    """What of open_clip's ``PreprocessCfg`` the settings say."""
+    """Returns the preprocessing settings that are set, under their names in open_clip's ``PreprocessCfg``."""
     names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "resize": "resize_mode"}
     return {theirs: getattr(settings, own) for own, theirs in names.items() if getattr(settings, own) != AUTO[own]}
 
 
 def quick_gelu_of(settings: VisionSettings) -> bool | None:
-    """Whether the settings ask for OpenAI's activation; ``None`` where they leave it open."""
+    """Whether OpenAI's activation (QuickGELU) is set; ``None`` for ``auto``."""
     return None if settings.quick_gelu == "auto" else settings.quick_gelu == "yes"
 
 
 def _read(config: Mapping[str, Any], quick_gelu: Any) -> dict[str, Any]:
-    """A description in open_clip's terms as settings, as far as it says anything."""
+    """Settings from an open_clip configuration; missing entries are left out."""
     found: dict[str, Any] = {}
     for own, theirs in (
         ("mean", "mean"),
@@ -97,7 +97,7 @@ def _read(config: Mapping[str, Any], quick_gelu: Any) -> dict[str, Any]:
 
 
 def _usual(model: str) -> dict[str, Any]:
-    """What open_clip does for a file of weights."""
+    """open_clip's defaults for a weights file of an architecture."""
     import open_clip
     from open_clip.transform import PreprocessCfg
 
@@ -108,7 +108,7 @@ def _usual(model: str) -> dict[str, Any]:
 
 
 def _own_config(model: str) -> dict[str, Any]:
-    """A JSON configuration of the user's own: of an architecture alone, or with its preprocessing.
+    """User-supplied JSON configuration of an architecture, with or without its preprocessing.
 
     Raises:
         ModelError: If it cannot be read.
@@ -123,12 +123,12 @@ def _own_config(model: str) -> dict[str, Any]:
 
 
 def _described(model: str) -> dict[str, Any]:
-    """What a JSON configuration of the user's own says about the preprocessing."""
+    """Preprocessing settings in a user-supplied JSON configuration; empty for the name of an architecture."""
     return _read(_own_config(model).get("preprocess_cfg") or {}, None) if model.endswith(".json") else {}
 
 
 def _beside(file: Path) -> dict[str, Any]:
-    """What ``open_clip_config.json`` in the folder of a file says.
+    """Settings in ``open_clip_config.json`` in the folder of a file; empty if it does not exist.
 
     Raises:
         ModelError: If it cannot be read.
@@ -144,7 +144,7 @@ def _beside(file: Path) -> dict[str, Any]:
 
 
 def _of_tags(model: str) -> dict[str, dict[str, list[str]]]:
-    """For each setting its values in JSON, each with the tags that have it; empty without tags."""
+    """For each setting, its values (as JSON) and the tags with each value; empty without tags."""
     import open_clip
 
     found: dict[str, dict[str, list[str]]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""Files that are compressed, read as if they were not."""
+"""Transparent reading of gzip and Zstandard files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import IO, Any
 
 import zstandard
 
-HEAD = 1 << 16  # Bytes that tell what a file is.
+HEAD = 1 << 16  # Bytes by which the type of a file is detected; size of the read buffers.
 
 
 def plain_name(file: Path) -> str:
-    """A file's name without what says that it is compressed."""
+    """Returns a file's name without the suffix of its compression."""
     return file.name.removesuffix(".gz").removesuffix(".zst")
 
 
 class _Zstandard(io.RawIOBase):
-    """Frames of zstandard as one stream; unlike the library's own reader it says so where the last one is cut off."""
+    """Zstandard frames as one stream; unlike the library's reader, raises EOFError if the last one is truncated."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self._frame, self._ready, self._begun = (
@@ -51,7 +51,7 @@ class _Zstandard(io.RawIOBase):
 
 @contextmanager
 def open_compressed(file: Path) -> Iterator[IO[bytes]]:
-    """A file's content, decompressed where its name says so, with what begins it to be peeked at."""
+    """Open a file for reading, decompressed according to its suffix; the stream has ``peek``."""
     with ExitStack() as open_:
         stream: Any = open_.enter_context(file.open("rb", HEAD))
         if file.suffix == ".gz":

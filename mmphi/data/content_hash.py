@@ -1,6 +1,6 @@
-"""Content digests of files and folders, remembered by size and modification time.
+"""Content digests of files and folders, cached by size and modification time.
 
-The memory only saves time: lost or deleted, everything is read again.
+The cache only saves time: without it, files are read again.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 from mmphi.errors import SettingsError
 
 RACY_S = 2.0  # A file written this recently may change again within the resolution of its modification time.
-FEW = 1000  # Files of a folder that are looked at one by one every time, as those of a model are.
-BAR_FROM = 1000  # Files; fewer are read before anyone wonders.
+FEW = 1000  # Folders with up to this many files, such as models, are checked file by file every time.
+BAR_FROM = 1000  # Minimum number of files for a progress bar.
 
 
 def cache_folder() -> Path:
-    """Where this user's machine keeps what can be made again."""
+    """Returns the user's cache folder of mmphi."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmphi"
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_digest(source: Path | bytes) -> str:
-    """SHA-256 of a file's content, as it is now, or of bytes; the path where there is no such file."""
+    """Returns the SHA-256 of bytes or of a file's current content; the path if the file does not exist."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
     return Digests().of(source) if source.is_file() else str(source)
@@ -43,21 +43,21 @@ class Digests:
     """SHA-256 of files and folders.
 
     Args:
-        memory: SQLite file to remember in; by default one that all of this user's processes share.
+        memory: SQLite file of the cache; by default one that all processes of the user share.
     """
 
     def __init__(self, memory: Path | None = None) -> None:
         self._memory = memory or cache_folder() / "digests.sqlite"
 
     def of(self, path: Path) -> str:
-        """SHA-256 of a file's content, or of the names and contents of all files in a folder.
+        """Returns the SHA-256 of a file's content, or of the names and contents of all files in a folder.
 
-        A folder of many files is listed and read again when files or folders were added, removed or renamed in it,
-        which changes the modification times of its folders. A file of such a folder that is overwritten in place, under
-        its old name, is not noticed until the folder is touched.
+        A folder of more than :data:`FEW` files is read again only if files or folders in it were added, removed or
+        renamed, which changes the modification times of its folders. A file there that is overwritten in place is not
+        detected until the modification time of a folder changes.
 
         Raises:
-            SettingsError: If it cannot be read.
+            SettingsError: If the file or folder cannot be read.
         """
         path = path.resolve()
         try:
@@ -69,9 +69,9 @@ class Digests:
         return digest
 
     def of_files(self, paths: Iterable[Path], title: str = "digests") -> dict[Path, str]:
-        """SHA-256 of each file; those that cannot be read are left out.
+        """Returns the SHA-256 of each file; unreadable files are left out.
 
-        Files not remembered are read in parallel, with a progress bar where they are many.
+        Files that are not in the cache are read in parallel, with a progress bar if there are many.
         """
         looks = {path: look for path in dict.fromkeys(paths) if (look := _look(path))}
         known = self._recall(map(str, looks))
@@ -120,7 +120,7 @@ class Digests:
         try:
             with self._open() as connection:
                 connection.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", rows)
-        except sqlite3.DatabaseError:  # Spoilt, or no database at all: start again next time.
+        except sqlite3.DatabaseError:  # Corrupt, or not a database: the next call creates a new one.
             with contextlib.suppress(OSError):
                 self._memory.unlink()
         except OSError:
@@ -128,7 +128,7 @@ class Digests:
 
 
 def _look(path: Path) -> str:
-    """What shows that a file may have changed; empty where it is not there."""
+    """Size and modification time of a file, to detect changes; empty if it cannot be read."""
     try:
         stat = path.stat()
     except OSError:
@@ -164,11 +164,11 @@ def _read(paths: list[Path], title: str) -> Iterator[str]:
 class FileDigests:
     """Digests of the files that one process works with.
 
-    Files of a dataset are prepared: looked up together once, because they do not change while it is used. Any other
-    file is looked at again whenever its digest is asked for, because it may have been overwritten.
+    Files of a dataset are prepared: their digests are computed once, because they do not change during its use. Any
+    other file is checked at each access, because it may have been overwritten.
 
     Args:
-        digests: Where they are remembered.
+        digests: Persistent cache of digests.
     """
 
     def __init__(self, digests: Digests | None = None) -> None:
@@ -176,12 +176,12 @@ class FileDigests:
         self._prepared: dict[Path, str] = {}
 
     def prepare(self, paths: Iterable[Path], title: str = "digests") -> None:
-        """Look up many at once."""
+        """Look up the digests of many files at once."""
         missing = [path for path in dict.fromkeys(paths) if path not in self._prepared]
         self._prepared.update(dict.fromkeys(missing, "") | self._digests.of_files(missing, title))
 
     def __getitem__(self, path: Path) -> str:
-        """SHA-256 of a file, empty where it cannot be read."""
+        """SHA-256 of a file; empty if it cannot be read."""
         if (prepared := self._prepared.get(path)) is not None:
             return prepared
         return self._digests.of_files([path]).get(path, "")

@@ -1,4 +1,4 @@
-"""All sources of an experiment read into one list of examples, split by image, with an account of every row."""
+"""Reads all sources of an experiment into one list of examples, split by image, and reports every row."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def read_examples(data: DataSettings, scenes: Path | None) -> tuple[list[Example
     """Read every source.
 
     Args:
-        data: What to read.
-        scenes: Folder of the drawn scenes, where a source asks for them.
+        data: The ``data`` section.
+        scenes: Folder of the drawn scenes; ``None`` if no source uses them.
 
     Returns:
-        Usable examples of all splits, and the account of what was read.
+        Usable examples of all splits, and the report of all rows.
 
     Raises:
-        DataError: If a file cannot be read at all.
-        SettingsError: If a source does not say where its files are.
+        DataError: If a file cannot be read.
+        SettingsError: If the path of a source is not set.
     """
     report = ReadReport()
     examples: list[Example] = []
@@ -79,14 +79,14 @@ def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadRe
 
 
 def _limit(examples: Iterable[Example], images: int, report: ReadReport) -> Iterator[Example]:
-    """The examples of the first images of every split that the source brings."""
+    """Examples about the first ``images`` images of each split of a source; all of them if ``images`` is 0."""
     seen: dict[Split, set[str]] = {split: set() for split in SPLITS}
     for example in examples:
         if images and example.images:
             known = seen[example.split]
             new = {image.id for image in example.images} - known
             if new and len(known) + len(new) > images:
-                report.kept[example.source] -= 1  # Not bad, not wanted.
+                report.kept[example.source] -= 1  # Neither kept nor dropped as bad.
                 continue
             known |= new
         yield example
@@ -96,32 +96,32 @@ def _usable(example: Example, data: DataSettings, report: ReadReport) -> bool:
     for turn in example.turns:
         try:
             (turn.question + turn.answer).encode()
-        except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which no tokenizer takes.
+        except UnicodeEncodeError:  # JSON may hold a lone surrogate, which no tokenizer accepts.
             report.drop_kept(example.source, example.id, "text is not Unicode")
             return False
         if not turn.answer.strip():
             report.drop_kept(example.source, example.id, "empty answer")
             return False
         most = data.max_answer_words
-        if len(turn.answer) > 2 * most and len(turn.answer.split()) > most:  # n words have 2 n - 1 characters at least.
+        if len(turn.answer) > 2 * most and len(turn.answer.split()) > most:  # n words have at least 2 n - 1 characters.
             report.drop_kept(example.source, example.id, f"answer over {most} words")
             return False
     return True
 
 
 def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]:
-    """Give every example the split of its images: captions of one image never stand on both sides.
+    """Assign each example the split of its images, so that all captions of an image are in one split.
 
-    Images are ordered by a digest of their path and the seed, so that adding one to the data moves at most one over
-    each border. An example of several images takes the strictest of their splits. Examples without an image are for
+    Images are ordered by a digest of their path and the seed, so that adding an image moves at most one other across
+    each boundary. An example with several images gets the strictest of their splits. Examples without images are for
     training.
 
     Args:
-        examples: Of one source.
-        data: Says how many images are held out, and the seed.
+        examples: Examples of one source.
+        data: Numbers of validation and test images, and the seed.
 
     Raises:
-        DataError: If there are fewer images than the splits ask for.
+        DataError: If no images would be left for training.
     """
 
     def rank(image: str) -> bytes:
@@ -144,7 +144,7 @@ def split_by_image(examples: list[Example], data: DataSettings) -> list[Example]
 
 
 def _smaller_splits(images: int) -> str:
-    """The lines of a YAML file that keep a tenth of the images for each split."""
+    """Hint with the YAML lines that hold out a tenth of the images for each split."""
     share = images // 10 or 1
     if images <= 2 * share:
         return "add images: training, validation and test need one each"
@@ -156,12 +156,12 @@ def _strictest(splits: Iterable[Split]) -> Split:
 
 
 def align_splits_of_duplicates(examples: list[Example], report: ReadReport, *, near: bool = False) -> list[Example]:
-    """Let all files of one picture agree on a split: what is tested on anywhere is trained on nowhere.
+    """Move all files with the same picture to the same split, so that no test picture is used in training.
 
     Args:
-        examples: Of all sources.
-        report: Counts files that show the picture of another, and examples whose split that changes.
-        near: Whether near duplicates are one picture.
+        examples: Examples of all sources.
+        report: Counts duplicate files, and examples whose split changes.
+        near: Whether near duplicates count as the same picture.
     """
     if all(example.split == "train" for example in examples):
         return examples
@@ -187,9 +187,9 @@ def align_splits_of_duplicates(examples: list[Example], report: ReadReport, *, n
 
 
 def _apart(examples: list[Example], picture: Mapping[Path, str], report: ReadReport) -> list[Example]:
-    """Leave out examples of several images of which one is held out in a stricter split.
+    """Leave out examples with several images of which one is held out in a stricter split.
 
-    Moving them would hold their other pictures out, too, and so on: of rows that overlap nothing would be left.
+    Moving them would also hold out their other pictures, and so on; if rows overlap, no training data would remain.
     """
     held: set[str] = set()
     left_out: set[int] = set()
@@ -198,24 +198,24 @@ def _apart(examples: list[Example], picture: Mapping[Path, str], report: ReadRep
         for example in own:
             if any(picture[image.path] in held for image in example.images):
                 left_out.add(id(example))
-                report.kept[example.source] -= 1  # Not bad, not usable.
+                report.kept[example.source] -= 1  # Neither kept nor dropped as bad.
                 report.note(example.source, f"rows of {split} left out: one of their pictures is held out elsewhere")
         held |= {picture[image.path] for e in own if id(e) not in left_out for image in e.images}
     return [e for e in examples if id(e) not in left_out]
 
 
 def images_of(examples: Iterable[Example]) -> list[ImageRef]:
-    """Every image of examples once, in order."""
+    """Returns each image of the examples once, in order."""
     return list({image.path: image for e in examples for image in e.images}.values())
 
 
 def stratified(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """A seeded sample in which sources and kinds of conversation stand in equal numbers, as far as they go.
+    """Returns a seeded sample with equal numbers of each source and kind of conversation, where available.
 
     Args:
-        examples: To choose from.
-        count: At most this many.
-        seed: Of the choice.
+        examples: Examples to sample from.
+        count: Maximum number of examples.
+        seed: Seed of the sample.
     """
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:

@@ -1,10 +1,10 @@
-"""Recordings decoded in a process of their own, for servers: what breaks a decoder does not break the server.
+"""Audio decoding in a separate process, so that a damaged recording cannot crash a server.
 
-A damaged file may make FFmpeg's libraries read memory that is not theirs, decode for hours or take all memory. Here the
-process that decodes it ends, the request that sent it is refused, and the next recording gets a new process.
+A damaged file may make FFmpeg's libraries access invalid memory, decode for hours or exhaust memory. In this case only
+the decoding process ends: the request that sent the file is refused, and the next recording gets a new process.
 
-The process reads requests from its standard input, each a line of JSON and, where the recording came in memory, its
-bytes. It answers each by a line of JSON and the samples, float32 in the order of the machine's bytes.
+The process reads requests from its standard input, each a line of JSON, followed by the content of the recording if it
+is in memory. It answers each with a line of JSON and the samples, float32 in native byte order.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from typing import Any
 
 from mmphi.errors import AudioError
 
-LIMIT_S = 60.0  # Of decoding one recording.
-MEMORY_BYTES = 4 * 1024**3  # Address space of the process.
-CHECK_S = 0.2  # How often the caller's check is called.
+LIMIT_S = 60.0  # Time limit of decoding one recording.
+MEMORY_BYTES = 4 * 1024**3  # Limit of the process's address space.
+CHECK_S = 0.2  # Interval of calls of the caller's check.
 CHUNK = 1 << 20
-HEADER = 56  # Bytes before the samples of a WAV file as :func:`wav` writes it.
-RATE = 16_000  # As of mmphi.data.audio, which is imported in the other process only.
+HEADER = 56  # Bytes before the samples in a WAV file that :func:`wav` returns.
+RATE = 16_000  # Equals mmphi.data.audio.RATE; that module is imported in the child process only.
 
 
 class Decoder:
-    """Decodes one recording at a time, in a process that is started when it is needed and replaced when it has ended.
+    """Decodes one recording at a time in a child process, which starts on demand and is replaced after it ends.
 
     Args:
-        limit_s: Longest time for one recording, in seconds.
+        limit_s: Time limit of one recording, in seconds.
     """
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
@@ -48,15 +48,15 @@ class Decoder:
         """Decode a recording.
 
         Args:
-            source: A file, or what it holds.
-            max_seconds: Longer ones are refused.
-            check: Called every :data:`CHECK_S` seconds; what it raises ends the decoding.
+            source: Path of a file, or its content.
+            max_seconds: Maximum duration in seconds; longer recordings are refused.
+            check: Called every :data:`CHECK_S` seconds of waiting; an exception that it raises ends the decoding.
 
         Returns:
             Mono samples at 16 kHz, float32, as a WAV file.
 
         Raises:
-            AudioError: As of :func:`~mmphi.data.audio.read_audio`; or if the process has ended, or took too long.
+            AudioError: As in :func:`~mmphi.data.audio.read_audio`, or if the process crashes or exceeds ``limit_s``.
         """
         with self._lock:
             process = self._running()
@@ -70,7 +70,7 @@ class Decoder:
         return wav(samples, RATE)
 
     def close(self) -> None:
-        """End the process; whoever waits for it gets an error."""
+        """Kill the process; a decoding in progress raises an error."""
         if (process := self._process) is not None:
             process.kill()
         with self._lock:
@@ -110,7 +110,7 @@ class Decoder:
 
 
 class _Pipes:
-    """What goes to the process and comes from it, while the caller's check is called and time runs."""
+    """Non-blocking exchange with the process; waiting is subject to the caller's check and the time limit."""
 
     def __init__(self, into: int, out_of: int, check: Callable[[], None], end: float) -> None:
         self.into, self.out_of, self.check, self.end = into, out_of, check, end
@@ -162,12 +162,12 @@ def _crashed() -> AudioError:
 
 
 def wav_seconds(content: bytes) -> float:
-    """How long a recording is that :meth:`Decoder.decode` gave."""
+    """Returns the duration in seconds of a recording that :meth:`Decoder.decode` returned."""
     return (len(content) - HEADER) / 4 / RATE
 
 
 def wav(samples: bytes, rate: int) -> bytes:
-    """A WAV file of mono float32 samples; ``wave`` of the standard library writes integers only."""
+    """Returns a WAV file of mono float32 samples; ``wave`` of the standard library writes integers only."""
     layout = (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + rate.to_bytes(4, "little")
     layout += (4 * rate).to_bytes(4, "little") + (4).to_bytes(2, "little") + (32).to_bytes(2, "little")
     chunks = b"fmt " + len(layout).to_bytes(4, "little") + layout
@@ -178,13 +178,13 @@ def wav(samples: bytes, rate: int) -> bytes:
 
 def main() -> int:
     """Answer requests until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, whose end ends this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, which closes standard input of this process.
     with suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # Libraries may print; what is printed is none of the answer.
+    os.dup2(2, 1)  # Text that libraries print must not become part of an answer.
 
     from mmphi.data.audio import read_audio
 

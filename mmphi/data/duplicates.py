@@ -1,6 +1,6 @@
-"""Which image files show the same picture, so that none of them is trained on while another is tested on.
+"""Finds image files with the same picture, so that none is used in training while another is used in a test.
 
-Files of the same content are one picture whatever they are called: COCO of 2014 and of 2017 name the same photographs
+Files with equal content are one picture, whatever their names: COCO 2014 and COCO 2017 name the same photographs
 differently. Near duplicates (another size, another compression) are found by the difference hash: of an image scaled to
 9 x 8 grey pixels, whether each is brighter than its right neighbour.
 """
@@ -21,22 +21,22 @@ from mmphi.data.images import open_image
 from mmphi.errors import ImageError
 
 SIDE = 8
-# Of 400 photographs of Flickr8k, 97.5 % differ in 5 bits at most from themselves at 5/8 of the size in JPEG of quality
-# 60; of the 79,800 pairs of different ones none differs in fewer than 11.
+# Maximum number of different bits. Of 400 photographs of Flickr8k, 97.5 % differ in at most 5 bits from their copies at
+# 5/8 of the size in JPEG of quality 60; of the 79,800 pairs of different photographs, none differs in fewer than 11.
 NEAR = 5
-FLAT = 8  # Bits that a hash has of either kind at least; an image of fewer is no near duplicate of any other.
-COLOURS = 16  # Mean difference of the colours of near duplicates at most, of 255.
+FLAT = 8  # Minimum number of ones and of zeros in a hash; an image with fewer has no near duplicates.
+COLOURS = 16  # Maximum mean difference of the colours of near duplicates, of 255.
 COMPARED = 256
-WIDTHS = (11, 11, 11, 11, 10, 10)  # Bands of bits, one more than may differ: one of them is equal.
+WIDTHS = (11, 11, 11, 11, 10, 10)  # Bits per band; with NEAR + 1 bands, near duplicates agree in at least one.
 BAR_FROM = 2000
 
 
 def picture_names(paths: Iterable[Path], *, near: bool = False) -> dict[Path, str]:
-    """A name for each file, which files of one picture share.
+    """Returns a name for each file; files with the same picture have the same name.
 
     Args:
-        paths: Image files. One that cannot be read is a picture of its own.
-        near: Whether near duplicates are one picture.
+        paths: Image files; an unreadable file counts as a separate picture.
+        near: Whether near duplicates count as the same picture.
     """
     unique = list(dict.fromkeys(paths))
     digests = Digests().of_files(unique, "image digests")
@@ -50,11 +50,11 @@ def picture_names(paths: Iterable[Path], *, near: bool = False) -> dict[Path, st
 
 @dataclass(frozen=True)
 class ImageFingerprint:
-    """What near duplicates are found by.
+    """Fingerprint of an image, to find near duplicates.
 
     Attributes:
-        bits: The difference hash.
-        colours: Of the image scaled to 4 x 4 pixels, in bytes.
+        bits: Difference hash, 64 bits.
+        colours: RGB bytes of the image scaled to 4 x 4 pixels.
     """
 
     bits: int
@@ -62,11 +62,11 @@ class ImageFingerprint:
 
     @property
     def flat(self) -> bool:
-        """Whether so little differs from place to place that the hash tells nothing."""
+        """Whether the image is too uniform for a meaningful hash."""
         return not FLAT <= self.bits.bit_count() <= SIDE * SIDE - FLAT
 
     def near(self, other: ImageFingerprint) -> bool:
-        """Whether another image shows nearly the same."""
+        """Whether another image is a near duplicate."""
         if (self.bits ^ other.bits).bit_count() > NEAR:
             return False
         apart = sum(abs(a - b) for a, b in zip(self.colours, other.colours, strict=True))
@@ -74,10 +74,10 @@ class ImageFingerprint:
 
 
 def merge_near_duplicates(looks: Mapping[str, ImageFingerprint]) -> dict[str, str]:
-    """For each name the first one that shows nearly the same, and is no duplicate of another itself; else itself.
+    """Returns, for each name, the first near duplicate that is not a duplicate of another itself; else the name.
 
-    Groups are not chained: every one is near the first of its group. Of images whose hashes share a band only the
-    first :data:`COMPARED` are compared, so that many images with an equal edge cost no quadratic time.
+    Groups are not chained: each image is near the first of its group. Of the images whose hashes share a band, only the
+    first :data:`COMPARED` are compared, to avoid quadratic time for many images with an equal edge.
     """
     first: dict[str, str] = {}
     bands: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -101,13 +101,13 @@ def merge_near_duplicates(looks: Mapping[str, ImageFingerprint]) -> dict[str, st
 
 
 def fingerprint_of(image: Image.Image) -> ImageFingerprint:
-    """What near duplicates of an image in RGB are found by."""
+    """Returns the fingerprint of an RGB image."""
     small = image.resize((4, 4), Image.Resampling.BOX)
     return ImageFingerprint(difference_hash(image), small.tobytes())
 
 
 def difference_hash(image: Image.Image) -> int:
-    """64 bits of an image in RGB."""
+    """Returns the 64-bit difference hash of an RGB image."""
     grey = image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
     pixels = list(grey.tobytes())
     bits = 0
@@ -119,7 +119,7 @@ def difference_hash(image: Image.Image) -> int:
 
 
 def _looks(paths: Sequence[Path]) -> dict[Path, ImageFingerprint]:
-    """What those files that can be read look like."""
+    """Fingerprints of the readable files."""
     from tqdm.auto import tqdm
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

@@ -1,4 +1,4 @@
-"""Features written batch by batch: what was written before a kill is kept, and a batch counts whole or not at all."""
+"""Writes image features in batches; a batch is stored completely or not at all, and survives a later kill."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PROGRESS = "progress.jsonl"
 
 
 class FeatureWriter:
-    """Writes the features of image contents, by their digests.
+    """Writes image features, keyed by the digest of the image's content.
 
     Args:
-        folder: Where to write; goes on from what it holds.
+        folder: Output folder; features in it are kept.
         tokens: Features per image.
         width: Width of a feature.
-        shard_images: Images per file, of files begun from now on.
+        shard_images: Images per new file.
         encoder: Digest of the encoder.
 
     Attributes:
         places: File and row of every content written so far, by digest.
-        unreadable: Contents that could not be read as images, and why.
+        unreadable: Reasons by digest, for contents that cannot be read as images.
     """
 
     def __init__(self, folder: Path, tokens: int, width: int, shard_images: int, encoder: str = "") -> None:
@@ -43,18 +43,18 @@ class FeatureWriter:
         self._recall()
 
     def knows(self, digest: str) -> bool:
-        """Whether a content was dealt with."""
+        """Whether a content was written or found unreadable."""
         return digest in self.places or digest in self.unreadable
 
     def bytes_for(self, images: int) -> int:
-        """Bytes that the features of so many images take."""
+        """Returns the size in bytes of the features of ``images`` images."""
         return images * self.shape[0] * self.shape[1] * 2
 
     def reserve(self, images: int) -> None:
-        """Make sure that the disk can hold so many more.
+        """Check that the disk has space for the features of ``images`` more images.
 
         Raises:
-            StoreError: If it cannot.
+            StoreError: If it does not.
         """
         missing, free = self.bytes_for(images), shutil.disk_usage(self.folder).free
         if missing > free:
@@ -72,7 +72,7 @@ class FeatureWriter:
         with path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # Torn by a kill; its batch is done again.
+                    break  # Truncated by a kill; its batch is computed again.
                 self._note(json.loads(line))
                 whole += len(line)
         os.truncate(path, whole)
@@ -90,10 +90,10 @@ class FeatureWriter:
         self._note(batch)
 
     def take_over(self, earlier: Path) -> int:
-        """Take the features of an earlier store of the same encoder over, without copying where the disk allows.
+        """Add the features of an earlier store of the same encoder, by hard links if possible.
 
         Returns:
-            How many contents it had that were not here yet.
+            Number of contents added.
         """
         index = json.loads((earlier / INDEX).read_text())
         fresh: dict[int, list[tuple[str, int]]] = {}
@@ -117,10 +117,10 @@ class FeatureWriter:
 
         Args:
             features: Features (tokens, width) by digest, of contents not written before.
-            unreadable: Reasons by digest, of those that are no images.
+            unreadable: Reasons by digest, for contents that are not images.
 
         Raises:
-            StoreError: If the disk is full; what was written before stays good.
+            StoreError: If the disk is full; earlier batches remain valid.
         """
         waiting = list(features.items())
         try:
@@ -155,7 +155,7 @@ class FeatureWriter:
         path = self.folder / self._name
         part = path.with_suffix(".part")
         np.lib.format.open_memmap(part, "w+", np.float16, (images, *self.shape)).flush()
-        # A memory map on a full disk dies of SIGBUS; space that is reserved cannot run out.
+        # Writing to a memory map on a full disk raises SIGBUS, so the space is allocated first.
         with part.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         part.rename(path)
@@ -163,7 +163,7 @@ class FeatureWriter:
         self._remaining = max(0, self._remaining - images)
 
     def finish(self) -> None:
-        """Write the index, and so make the store complete; what an interrupted call had begun in vain goes."""
+        """Write the index, which completes the store, and delete unused files of interrupted calls."""
         names = sorted({name for name, _ in self.places.values()})
         number = {name: i for i, name in enumerate(names)}
         for path in self.folder.glob("features-*"):

@@ -1,4 +1,4 @@
-"""Image features, stored once and read by many processes, or computed again; both are found by the image's content."""
+"""Image features, stored for many processes or computed on demand, keyed by the image's content."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError, StoreError
 
 INDEX = "index.json"
-LOOKED = 64  # Images whose features are computed before they are asked for.
+LOOKED = 64  # Images whose precomputed features are kept.
 
 
 class ImageFeatures(Protocol):
-    """Where the features of images come from."""
+    """Interface of a source of image features."""
 
     @property
     def tokens(self) -> int:
@@ -36,7 +36,7 @@ class ImageFeatures(Protocol):
 
     @property
     def digest(self) -> str:
-        """Of the encoder that they come from."""
+        """Digest of the encoder."""
 
     def __contains__(self, image: ImageRef, /) -> bool:
         """Whether an image has features."""
@@ -45,24 +45,24 @@ class ImageFeatures(Protocol):
         """Features of images, float16 on the CPU, (len(images), tokens, width)."""
 
     def length(self, image: ImageRef, /) -> int:
-        """Features of an image."""
+        """Number of features of an image."""
 
     def rows(self, images: Sequence[ImageRef], /) -> Tensor:
-        """Features of images one after the other, float16 on the CPU, (len(images) * tokens, width)."""
+        """Concatenated features of images, float16 on the CPU, (len(images) * tokens, width)."""
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
-        """Look up many images at once, before they are asked for one by one."""
+        """Look up many images at once, before they are requested one by one."""
 
 
 class FeatureStore:
-    """Features in memory-mapped files: opening costs nothing, and processes share what they read.
+    """Features in memory-mapped files: opening is cheap, and processes share the memory.
 
     Args:
-        folder: As :class:`~mmphi.data.feature_writer.FeatureWriter` left it.
-        digests: Of image files.
+        folder: Folder that :class:`~mmphi.data.feature_writer.FeatureWriter` has completed.
+        digests: Digests of image files.
 
     Raises:
-        StoreError: If they are not complete.
+        StoreError: If the store is incomplete.
     """
 
     def __init__(self, folder: Path, digests: FileDigests | None = None) -> None:
@@ -71,7 +71,7 @@ class FeatureStore:
             index = json.loads((folder / INDEX).read_text())
             self.tokens, self.width = int(index["tokens"]), int(index["width"])
             self._places: dict[str, tuple[int, int]] = index["rows"]
-            # Plain arrays over the maps: indexing a numpy.memmap makes an object of a slower class for every row.
+            # Plain arrays over the maps: indexing a numpy.memmap creates an object of a slower class for every row.
             self._shards = [np.asarray(np.load(folder / name, mmap_mode="r")) for name in index["shards"]]
             self.digest = str(index["tower"])
             self.unreadable: dict[str, str] = index["unreadable"]
@@ -88,7 +88,7 @@ class FeatureStore:
         return augmented_name(self._digests[image.path], image.view)
 
     def knows(self, digest: str) -> bool:
-        """Whether an image's content was dealt with: embedded, or found unreadable."""
+        """Whether an image's content was embedded or found unreadable."""
         return digest in self._places or digest in self.unreadable
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
@@ -99,7 +99,7 @@ class FeatureStore:
         """Features of images, float16, (len(images), tokens, width).
 
         Raises:
-            StoreError: If an image has none.
+            StoreError: If an image has no stored features.
         """
         shards, rows = [], []
         for image in images:
@@ -117,16 +117,16 @@ class FeatureStore:
         return torch.from_numpy(out)
 
     def length(self, image: ImageRef, /) -> int:
-        """Features of an image."""
+        """Number of features of an image."""
         return self.tokens
 
     def rows(self, images: Sequence[ImageRef], /) -> Tensor:
-        """Features one after the other, (len(images) * tokens, width)."""
+        """Concatenated features, float16, (len(images) * tokens, width)."""
         return self.get(images).flatten(0, 1)
 
 
 class Embeds(Protocol):
-    """A vision encoder, as live features need it."""
+    """Interface of a vision encoder that live features require."""
 
     tokens: int
     width: int
@@ -134,11 +134,11 @@ class Embeds(Protocol):
     preprocess: Callable[[Any], Tensor]
 
     def __call__(self, pixels: Tensor, /) -> Tensor:
-        """Features (N, tokens, width) of pixels (N, 3, H, W) as ``preprocess`` gives them."""
+        """Features (N, tokens, width) of pixels (N, 3, H, W), as ``preprocess`` returns them."""
 
 
 class LiveFeatures:
-    """Features computed when asked for, rounded to float16 as stored ones are."""
+    """Features computed on demand, rounded to float16 like stored ones."""
 
     def __init__(self, encoder: Embeds) -> None:
         self.encoder = encoder
@@ -152,11 +152,11 @@ class LiveFeatures:
 
     @torch.inference_mode()
     def look(self, images: Sequence[ImageRef], check: Callable[[], None] = lambda: None, /) -> None:
-        """Compute features that will be asked for soon, in the thread of the caller; the newest few are kept.
+        """Compute features in the caller's thread before they are requested; those of :data:`LOOKED` images are kept.
 
         Args:
-            images: Each with its content in memory.
-            check: Called before each image; what it raises ends this.
+            images: Images with their content in memory.
+            check: Called before each image; an exception that it raises ends the computation.
 
         Raises:
             ImageError: If an image cannot be used.
@@ -169,7 +169,7 @@ class LiveFeatures:
         if pixels:
             features = self.encoder(torch.stack(pixels)).half().cpu()
             for name, own in zip(new, features, strict=True):
-                self._looked.put(name, own.clone())  # Not a view, which would keep all of them.
+                self._looked.put(name, own.clone())  # A view would keep the whole batch in memory.
 
     def _pixels(self, image: ImageRef) -> Tensor:
         opened = open_image(image.source, image.name)
@@ -179,7 +179,7 @@ class LiveFeatures:
         return self.encoder.preprocess(opened)
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
-        """Open every image once, and remember which cannot be read."""
+        """Open every image once, and record which cannot be read."""
         for path in dict.fromkeys(image.path for image in images):
             try:
                 open_image(path)
@@ -200,20 +200,20 @@ class LiveFeatures:
         return torch.stack([features for features in known if features is not None])
 
     def length(self, image: ImageRef, /) -> int:
-        """Features of an image."""
+        """Number of features of an image."""
         return self.tokens
 
     def rows(self, images: Sequence[ImageRef], /) -> Tensor:
-        """Features one after the other, (len(images) * tokens, width)."""
+        """Concatenated features, float16 on the CPU, (len(images) * tokens, width)."""
         return self.get(images).flatten(0, 1)
 
 
 class CachedFeatures(LiveFeatures):
-    """Features computed once and kept in memory, float16 on the CPU; the least recently used ones go first.
+    """Features computed once and cached in memory, float16 on the CPU; the least recently used are evicted first.
 
     Args:
-        encoder: Computes them.
-        gigabytes: Memory for features; those beyond it are computed again when they are asked for.
+        encoder: Vision encoder.
+        gigabytes: Size of the cache, in GB; evicted features are computed again on demand.
         batch_size: Images per forward pass.
     """
 
@@ -223,7 +223,7 @@ class CachedFeatures(LiveFeatures):
         self._kept: LockedLRUCache[Tensor] = LockedLRUCache(gigabytes * 1e9, lambda features: 2 * features.numel())
 
     def prepare(self, images: Iterable[ImageRef], /) -> None:
-        """Do nothing: an image that cannot be read is an error when it is used."""
+        """Do nothing: an unreadable image raises an error when it is used."""
 
     def _pixels(self, image: ImageRef) -> Tensor:
         pixels = pixels_in(image.source)
@@ -252,7 +252,7 @@ class CachedFeatures(LiveFeatures):
                     f" {self.tokens, self.width} of those it was tried with: resize in preprocess, or give image_size",
                 )
             for (name, _), own in zip(part, features, strict=True):
-                found[name] = own.clone()  # Not a view, which would keep the whole batch.
+                found[name] = own.clone()  # A view would keep the whole batch in memory.
                 self._kept.put(name, found[name])
         return torch.stack([found[name] for name in names]) if names else torch.zeros(0, self.tokens, self.width).half()
 
@@ -261,7 +261,7 @@ def _stacked(pixels: Sequence[Tensor]) -> Tensor:
     """Pixels of several images as one batch.
 
     Raises:
-        ImageError: If they have different shapes.
+        ImageError: If the shapes differ.
     """
     shapes = {tuple(each.shape) for each in pixels}
     if len(shapes) > 1:

@@ -1,4 +1,4 @@
-"""``mmphi fetch``: data and models that presets name, into a folder of one's choice; what broke off goes on."""
+"""``mmphi fetch``: download the data and models that presets name into a folder; interrupted downloads resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HUB = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/ma
 COCO = "http://images.cocodataset.org/train2017"
 INSTRUCT = "llava_instruct_150k.json"
 CHUNK, TRIES, PAUSE_S, TIMEOUT_S = 1 << 20, 4, 1.0, 30.0
-# What experiments/photos.yaml names, and where the hub has it.
+# Models in experiments/photos.yaml, with their hub repositories.
 MODELS = {
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
@@ -30,12 +30,12 @@ PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch a file whole; a part that an earlier call left is gone on from.
+    """Download a file, or resume a partial download of an earlier call.
 
-    Where the server says the file's size or SHA-256, what arrived is checked against it.
+    The size and SHA-256 of the file are verified if the server sends them.
 
     Raises:
-        DataError: If it cannot be had.
+        DataError: If the file cannot be downloaded or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -49,7 +49,7 @@ def download(url: str, path: Path) -> None:
                 raise DataError(f"{url} cannot be fetched: {error.code} {error.reason}", "check the address") from error
             reason: Exception = error
             if error.code == 416:
-                part.unlink(missing_ok=True)  # What was left is no beginning of this file.
+                part.unlink(missing_ok=True)  # The server has no bytes after the partial download: start over.
         except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
             reason = error
         except OSError as error:
@@ -83,20 +83,20 @@ def _sha256(path: Path) -> str:
 
 
 def fetch_llava(folder: Path, instruct: str = HUB, images: str = COCO, workers: int = 16, most: int = 0) -> int:
-    """LLaVA-Instruct-150k and the COCO images it names: ``llava_instruct_150k.json`` and ``train2017/``.
+    """Download LLaVA-Instruct-150k and its COCO images: ``llava_instruct_150k.json`` and ``train2017/``.
 
     Args:
-        folder: Where to.
-        instruct: Address of the folder of the JSON file.
-        images: Address of the folder of the images.
-        workers: Images fetched at once.
-        most: Fetch at most this many images; 0 fetches all.
+        folder: Destination folder.
+        instruct: URL of the folder of the JSON file.
+        images: URL of the folder of the images.
+        workers: Number of concurrent downloads of images.
+        most: Maximum number of images; 0 fetches all.
 
     Returns:
-        How many images there are now.
+        Number of images, including those of earlier calls.
 
     Raises:
-        DataError: If the file or some of the images cannot be had; what came is kept.
+        DataError: If the file or some of the images cannot be downloaded; completed files are kept.
     """
     path = folder / INSTRUCT
     if not path.exists():
@@ -127,7 +127,7 @@ def _image(url: str, path: Path) -> None:
 
 
 def _all(names: Iterable[str], fetch: Callable[[str], None], workers: int) -> list[tuple[str, str]]:
-    """Fetch many at once, with a bar; those that failed, and why."""
+    """Fetch many files concurrently, with a progress bar; returns the failed ones with the reasons."""
     from tqdm.auto import tqdm
 
     def one(name: str) -> tuple[str, str] | None:
@@ -144,10 +144,10 @@ def _all(names: Iterable[str], fetch: Callable[[str], None], workers: int) -> li
 
 
 def fetch_models(folder: Path) -> None:
-    """The three models that the preset ``photos`` joins, under the names that it gives them.
+    """Download the three models of the preset ``photos``, under the names that it uses.
 
     Raises:
-        ModelError: If the hub is out of reach; names the files that are wanted.
+        ModelError: If the hub is unreachable; the message lists the required files.
     """
     from mmphi.data.hf_connectivity import hub_is_reachable
 
@@ -170,7 +170,7 @@ def fetch_models(folder: Path) -> None:
 
 
 def wanted_models() -> str:
-    """The files of ``photos``' models, in words."""
+    """Returns a description of the files of the models in ``photos``."""
     folders = [f"{name}/ ({repository}: configuration, tokenizer, safetensors)" for name, repository in MODELS.items()]
     return ", ".join([*folders, f"{TOWER} ({TOWER_REPOSITORY}: model.safetensors)"])
 

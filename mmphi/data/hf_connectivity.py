@@ -1,4 +1,4 @@
-"""Whether the hub can be reached: asked once, and where it cannot, its libraries are told to stop trying."""
+"""Checks once whether the Hugging Face hub is reachable, and otherwise switches its libraries to offline mode."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import urllib.request
 from functools import cache
 
 TIMEOUT_S = 5.0
-REFUSED = (403, 407, 502, 503, 504)  # What a proxy answers that does not let one through.
+REFUSED = (403, 407, 502, 503, 504)  # Status codes of a proxy that blocks the request.
 
 
 @cache
 def hub_is_reachable() -> bool:
-    """Whether the hub answers.
+    """Whether the hub responds.
 
-    Its client tries for most of a minute before it says that there is no network. Where nobody answers within
-    ``TIMEOUT_S`` seconds it is put into its own offline mode for this process: what is in the local cache is found as
-    before, and what is not fails at once.
+    Its client retries for most of a minute before it reports that there is no network. If the hub does not respond
+    within ``TIMEOUT_S`` seconds, the client is set to its offline mode for this process: files in the local cache are
+    still found, and requests for other files fail immediately.
     """
     from huggingface_hub import constants
 
@@ -26,7 +26,7 @@ def hub_is_reachable() -> bool:
         return False
     question = urllib.request.Request(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, method="HEAD")
     try:
-        # A new opener goes through the proxy that the environment names now, if it names one.
+        # A new opener uses the proxy that the environment names now, if any.
         urllib.request.build_opener().open(question, timeout=TIMEOUT_S).close()
     except urllib.error.HTTPError as error:
         if error.code in REFUSED:
@@ -41,7 +41,7 @@ def hub_is_reachable() -> bool:
 def _go_offline() -> None:
     from huggingface_hub import constants
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # For libraries and processes that are yet to start.
+    os.environ["HF_HUB_OFFLINE"] = "1"  # For libraries imported and processes started later.
     constants.HF_HUB_OFFLINE = True
     datasets = sys.modules.get("datasets")
     if datasets is not None:

@@ -1,4 +1,4 @@
-"""Datasets of the `datasets` library: any of its splits, and the images and texts of two of its columns."""
+"""Reads datasets of the `datasets` library: any split, with a column of images and a column of texts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mmphi.errors import DataError, ImageError
 
 
 def load_rows(name: str, split: str, revision: str) -> Any:
-    """Load a split.
+    """Load a split of a dataset.
 
     Args:
         name: Hub name (``owner/name``, or ``owner/name:configuration``), local folder, folder written by
             ``save_to_disk``, or a Parquet file.
-        split: Its split.
-        revision: Of a hub dataset; empty takes the newest.
+        split: Name of the split; ignored for a Parquet file, or a folder that holds a single saved dataset.
+        revision: Revision of a hub dataset; empty for the newest.
 
     Raises:
-        DataError: If it cannot be had.
+        DataError: If the dataset or split cannot be loaded.
     """
     import datasets
 
@@ -43,10 +43,10 @@ def load_rows(name: str, split: str, revision: str) -> Any:
         if folder.is_file():
             return datasets.load_dataset("parquet", data_files=str(folder), split="train")
         if not folder.exists():
-            hub_is_reachable()  # Where it is not, `datasets` would try for most of a minute.
+            hub_is_reachable()  # Without offline mode, `datasets` would retry for most of a minute.
         owner, _, configuration = (name, "", "") if folder.exists() else name.partition(":")
         return datasets.load_dataset(owner, configuration or None, split=split, revision=revision or None)
-    except Exception as error:  # Of `datasets`, pyarrow, fsspec or the HTTP client: they share no ancestor.
+    except Exception as error:  # Errors of `datasets`, pyarrow, fsspec and the HTTP client have no common base class.
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         hint = "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"
         raise DataError(
@@ -67,31 +67,31 @@ def read_dataset(
     cache: Path | None = None,
     revision: str = "",
 ) -> Iterator[Example]:
-    """Read a dataset by hub name or local folder; a text column may hold one caption or a list of them.
+    """Read a dataset from the hub or a local folder; a text column may hold one caption or a list of captions.
 
-    Images that lie in the dataset's own files are used where they are; bytes are written once, under their digest. An
-    image's id follows its file or its bytes, not its row: one that stands in many rows is one image to the split.
+    Images in files of the dataset are used in place; embedded image bytes are written once, under their digest. The id
+    of an image depends on its file or bytes and not on the row, so that an image in many rows counts once in the split.
 
     Args:
         name: Hub name (``owner/name``, or ``owner/name:configuration``), local folder, or folder written by
             ``save_to_disk``.
-        split: Its split, ``train`` for example.
+        split: Name of the split, for example ``train``.
         source: Name of the source.
-        report: Counts what was kept and dropped.
+        report: Counts kept and dropped rows.
         image_column: Column of images, or of paths inside a local folder.
         text_column: Column of captions.
-        question: Put before every caption.
-        cache: Where image bytes are written; the user's cache folder where left out.
-        revision: Of a hub dataset; empty takes the newest.
+        question: Question of every caption.
+        cache: Folder for image bytes; by default in the user's cache folder.
+        revision: Revision of a hub dataset; empty for the newest.
 
     Raises:
-        DataError: If the dataset cannot be had, or lacks a column.
+        DataError: If the dataset cannot be loaded, or lacks a column.
     """
     rows = _with_files(load_rows(name, split, revision), name, image_column, text_column)
     folder = cache or cache_folder() / "images"
     images = DatasetImages(ImageFolder(Path(name), source), folder, _fetched_to(name))
     written = ImageFileIndex(folder, _identity(rows, f"{name}/{split}/{image_column}"), len(rows))
-    # Where all images were written by an earlier reading, none of their bytes is read again.
+    # If an earlier call wrote all images, their bytes are not read again.
     for number, row in enumerate(rows.select_columns([text_column]) if written.digests else rows):
         where = f"{name}, row {number + 1}"
         texts = row[text_column] if isinstance(row[text_column], list) else [row[text_column] or ""]
@@ -113,10 +113,10 @@ def read_dataset(
 
 
 def _identity(rows: Any, name: str) -> str:
-    """What tells the rows of a dataset from others; empty where nothing does.
+    """Identity of a dataset's rows; empty if it cannot be determined.
 
-    The fingerprint of a dataset that a function generates is the function's, whatever it yields: the files that the
-    rows are in have to be the same, too.
+    The fingerprint of a generated dataset depends on the generating function only and not on the rows, so the identity
+    includes size and modification time of the files that hold the rows.
     """
     fingerprint, files = (
         getattr(rows, "_fingerprint", ""),
@@ -129,15 +129,16 @@ def _identity(rows: Any, name: str) -> str:
 
 
 class ImageFileIndex:
-    """Which image of a dataset is which file of the cache, remembered from one reading to the next.
+    """Persistent map from the rows of a dataset to image files in the cache.
 
     Args:
-        cache: Where the bytes of images are written.
-        identity: Of the dataset's rows; nothing is remembered of rows without one.
-        count: Rows.
+        cache: Folder of image files.
+        identity: Identity of the dataset's rows; if empty, the map is not stored.
+        count: Number of rows.
 
     Attributes:
-        digests: Of each row's image, empty where it is not in the cache; no list before the first reading has ended.
+        digests: Digest of each row's image, empty if it is not in the cache; an empty list if no earlier call has read
+            all rows.
     """
 
     def __init__(self, cache: Path, identity: str, count: int) -> None:
@@ -151,20 +152,20 @@ class ImageFileIndex:
                 self.digests = known
 
     def find(self, number: int, source: str) -> ImageRef | None:
-        """The image of a row, where it is in the cache."""
+        """Returns the image of a row if it is in the cache, else ``None``."""
         digest = self.digests[number] if self.digests else ""
         path = self.cache / digest
         return ImageRef(f"{source}/{digest}", path) if digest and path.is_file() else None
 
     def note(self, number: int, image: ImageRef) -> None:
-        """Remember a row's image, if it is a file of the cache."""
+        """Record the image of a row, if it is a file of the cache."""
         if image.path.parent == self.cache:
             self._found[number] = image.path.name
 
     def keep(self) -> None:
-        """Write what was found, after all rows were read."""
+        """Store the map, after all rows were read."""
         if self._known and any(self._found) and not self.digests:
-            with contextlib.suppress(OSError):  # It saves time and nothing else.
+            with contextlib.suppress(OSError):  # The map only saves time.
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 part = self._file.with_suffix(f".{os.getpid()}")
                 part.write_text(json.dumps(self._found))
@@ -172,7 +173,7 @@ class ImageFileIndex:
 
 
 def _fetched_to(name: str) -> list[Path]:
-    """Where `datasets` and the hub's client keep the files of a hub dataset."""
+    """Folders in which `datasets` and the hub's client store the files of a hub dataset."""
     import datasets
     from huggingface_hub import constants
 
@@ -183,7 +184,7 @@ def _fetched_to(name: str) -> list[Path]:
 
 
 def _with_files(rows: Any, name: str, image_column: str, text_column: str) -> Any:
-    """The two columns, images as the bytes or paths they are stored as."""
+    """The two columns, with images as stored bytes or paths."""
     import datasets
 
     for column in (image_column, text_column):
@@ -205,23 +206,23 @@ class DatasetImages:
     """The images of a dataset as files.
 
     Args:
-        folder: The dataset's own folder, where it is a local one.
-        cache: Where bytes are written.
-        fetched: Folders that `datasets` fetches the dataset's own files to. A row may name no other file: it could be
-            any of this machine.
+        folder: Folder of a local dataset.
+        cache: Folder for image bytes.
+        fetched: Folders to which `datasets` downloads the files of the dataset. Rows that name any other file of this
+            machine are rejected.
     """
 
     def __init__(self, folder: ImageFolder, cache: Path, fetched: Sequence[Path] = ()) -> None:
         self.folder, self.cache, self.fetched = folder, cache, [folder.resolve() for folder in fetched]
 
     def find(self, stored: dict[str, Any] | str | None) -> ImageRef:
-        """The file of an image.
+        """Returns the file of an image.
 
         Args:
-            stored: Its bytes or path as `datasets` keeps them, or a path inside the dataset's folder.
+            stored: Bytes or path of the image as `datasets` stores them, or a path inside the dataset's folder.
 
         Raises:
-            ImageError: If there is none.
+            ImageError: If the image is missing, or is not a file of the dataset.
             DataError: If its bytes cannot be written.
         """
         if isinstance(stored, str):

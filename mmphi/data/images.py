@@ -1,4 +1,4 @@
-"""Opening images that others made: only the formats wanted, whole, upright, in RGB."""
+"""Opens untrusted image files: supported formats only, complete, upright, in RGB."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ from mmphi.errors import ImageError
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 COCO_NAME = re.compile(r"(?:.*/)?(?:COCO_(?:train|val)2014_)?(?P<number>\d{12})\.jpg")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# By the brand in the first box of a file: what else phones and browsers write.
+# Brand in the first box of a file: other formats that phones and browsers write.
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC"
 )
-DEPTHS = (8, 10, 12, 14, 16)  # Bits that cameras and scanners use of 16: an image is scaled by the fewest that hold it.
+DEPTHS = (8, 10, 12, 14, 16)  # Bit depths in 16-bit images of cameras and scanners; the smallest that fits is assumed.
 PNG = b"\x89PNG\r\n\x1a\n"
-METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Chunks of a PNG, of which Pillow reads 1 MB at most.
+METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Metadata chunks of a PNG; Pillow reads at most 1 MB of them.
 MAX_FILE_BYTES = 100 * 1024**2
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 
-# What Pillow's decoders raise on damaged files, found by changing bytes at random.
+# Exceptions that Pillow's decoders raise for damaged files, found by changing random bytes.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, OverflowError, struct.error, zlib.error)
 
 
 def resolve_inside(folder: Path, relative: str) -> Path:
-    """The path of an image that must lie inside its folder.
+    """Returns the resolved path of an image that must be inside its folder.
 
     Raises:
-        ImageError: If the path leads out of the folder, by ``..``, as an absolute path or by a symbolic link, or is
-            no path at all.
+        ImageError: If the path is malformed or leads out of the folder, by ``..``, as an absolute path or by a symbolic
+            link.
     """
     return Path(_inside(os.path.realpath(folder), relative))
 
 
 def _inside(root: str, relative: str) -> str:
-    """:func:`resolve_inside` of a resolved folder; on strings, as there may be a million of them.
+    """:func:`resolve_inside` for a resolved folder; uses strings for speed, as there may be a million paths.
 
     Raises:
-        ImageError: As of :func:`resolve_inside`.
+        ImageError: As in :func:`resolve_inside`.
     """
     try:
         path = os.path.realpath(os.path.join(root, relative))  # noqa: PTH118  # Strings: three times as fast.
-    except (OSError, ValueError) as error:  # A NUL, half a surrogate pair.
+    except (OSError, ValueError) as error:  # A NUL or a lone surrogate.
         raise ImageError("malformed path", f"{relative!r} is no path: {error}") from error
     if path != root and not path.startswith(root.rstrip(os.sep) + os.sep):
         raise ImageError("path leaves the image folder", f"{relative!r} leads out of {root}")
@@ -69,9 +69,9 @@ class ImageFolder:
     """The image files of one source.
 
     Args:
-        folder: What paths are relative to.
-        source: Name of the source; ids begin with it.
-        note: Told the source and in what layout an image was found, where that is not the one that the data says.
+        folder: Folder that paths are relative to.
+        source: Name of the source; prefix of image ids.
+        note: Called with the source and a message if an image is found in another layout than the data states.
     """
 
     def __init__(self, folder: Path, source: str, note: Callable[[str, str], None] = lambda *_: None) -> None:
@@ -81,10 +81,10 @@ class ImageFolder:
         self._known: dict[str, ImageRef] = {}
 
     def find(self, relative: str) -> ImageRef:
-        """An image, by its path as the data says it; the same file has the same id however it is written.
+        """Returns an image by its path in the data; all spellings of a file's path give the same id.
 
         Raises:
-            ImageError: If it is missing or lies outside.
+            ImageError: If the image is missing, outside the folder, or a URL.
         """
         if relative not in self._known:
             path = self._file(relative)
@@ -103,7 +103,7 @@ class ImageFolder:
                 return path
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError as error:  # A name longer than file systems take.
+        except OSError as error:  # A name that is too long for the file system.
             raise ImageError("malformed path", f"{relative!r} is no path: {error.strerror}") from error
         for layout, name in (*other_spellings(relative), *coco_names(relative)):
             path = _inside(self._root, name)
@@ -114,7 +114,7 @@ class ImageFolder:
 
 
 def other_spellings(relative: str) -> Iterator[tuple[str, str]]:
-    """The same path as other systems write it, each with what is different: backslashes, other Unicode normal forms."""
+    """Yields other spellings of a path, each after its description: backslashes, other Unicode normal forms."""
     slashed = relative.replace("\\", "/")
     if slashed != relative:
         yield "a path with backslashes", slashed
@@ -125,9 +125,9 @@ def other_spellings(relative: str) -> Iterator[tuple[str, str]]:
 
 
 def coco_names(relative: str) -> Iterator[tuple[str, str]]:
-    """Other names of an image of COCO, each with its layout: the same picture goes by several in the wild.
+    """Yields other names of a COCO image, each after its layout: the same picture has several names in practice.
 
-    ``llava_instruct_150k.json`` says ``000000033471.jpg``, ``llava_v1_5_mix665k.json``
+    ``llava_instruct_150k.json`` has ``000000033471.jpg``, ``llava_v1_5_mix665k.json`` has
     ``coco/train2017/000000033471.jpg``, and the folders of 2014 hold ``COCO_train2014_000000033471.jpg``.
     """
     match = COCO_NAME.fullmatch(relative)
@@ -143,17 +143,17 @@ def coco_names(relative: str) -> Iterator[tuple[str, str]]:
 
 
 def open_image(source: Path | bytes, name: str = "") -> Image.Image:
-    """Read an image whole.
+    """Read a complete image.
 
     Args:
-        source: Its file, or what that holds.
-        name: What it is called in errors; the path of the file where left out.
+        source: Path of a file, or its content.
+        name: Name in error messages; by default the path of the file.
 
     Returns:
-        The first frame, in RGB, turned as its EXIF orientation says; transparency is laid on white.
+        The first frame, in RGB, rotated according to its EXIF orientation, with transparency on white.
 
     Raises:
-        ImageError: If it is missing, empty, truncated, too large, or of no format wanted.
+        ImageError: If the image is missing, empty, truncated, too large, or has an unsupported format.
     """
     if isinstance(source, bytes):
         return image_in(source, name or "the image")
@@ -161,10 +161,10 @@ def open_image(source: Path | bytes, name: str = "") -> Image.Image:
 
 
 def image_bytes(path: Path) -> bytes:
-    """The content of an image file.
+    """Returns the content of an image file.
 
     Raises:
-        ImageError: If it is missing, empty or too large.
+        ImageError: If the file is missing, empty, unreadable or too large.
     """
     try:
         size = path.stat().st_size
@@ -183,18 +183,18 @@ def image_bytes(path: Path) -> bytes:
 
 
 def image_in(content: bytes, name: str) -> Image.Image:
-    """The image that the content of a file is, as :func:`open_image` gives it.
+    """Decode the content of an image file; the result is that of :func:`open_image`.
 
     Args:
-        content: Of the file.
-        name: What it is called in errors.
+        content: Content of the file.
+        name: Name in error messages.
 
     Raises:
-        ImageError: If it is truncated, too large, or of no format wanted.
+        ImageError: If the image is truncated, too large, or has an unsupported format.
     """
     brand = BRANDS.get(content[8:12], "") if content[4:8] == b"ftyp" else ""
     if brand == "HEIC" and any(BRANDS.get(content[i : i + 4]) == "AVIF" for i in range(16, 48, 4)):
-        brand = "AVIF"  # Of the brands that it is compatible with.
+        brand = "AVIF"  # One of the compatible brands.
     if brand == "HEIC" and not _reads_heic():
         raise ImageError("HEIC is not supported", f"{name} is HEIC: convert it to JPEG, or install pillow-heif")
     if brand == "AVIF" and not features.check("avif"):
@@ -217,7 +217,7 @@ def image_in(content: bytes, name: str) -> Image.Image:
 
 def _opened(content: bytes, name: str) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # What is odd about its metadata does not matter here.
+        warnings.simplefilter("ignore")  # Warnings about metadata are irrelevant here.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content), formats=[*FORMATS, *(["HEIF"] if _reads_heic() else [])]) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -228,7 +228,7 @@ def _opened(content: bytes, name: str) -> Image.Image:
 
 @cache
 def _reads_heic() -> bool:
-    """Whether Pillow reads HEIC: by the package pillow-heif, where it is installed."""
+    """Whether Pillow can read HEIC, which requires the package pillow-heif; registers its plugin."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -236,7 +236,7 @@ def _reads_heic() -> bool:
 
 
 def without_metadata(content: bytes) -> bytes | None:
-    """A PNG without its texts and colour profile; ``None`` where it has none, or is no whole PNG."""
+    """Returns a PNG without text chunks and colour profile; ``None`` if it has none, or is not a complete PNG."""
     if not content.startswith(PNG):
         return None
     kept, place, dropped = [PNG], len(PNG), False
@@ -252,14 +252,14 @@ def without_metadata(content: bytes) -> bytes | None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image that is open already, as :func:`open_image` gives it: upright, transparency on white, 16 bits scaled."""
+    """Converts an open image as :func:`open_image` does: upright, transparency on white, 16 bits scaled."""
     return _rgb(_upright(image.copy()))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the EXIF says; a picture with damaged EXIF is still a picture."""
+    """The image, rotated according to its EXIF orientation; damaged EXIF data is ignored."""
     with suppress(*BROKEN):
-        ImageOps.exif_transpose(image, in_place=True)  # Else it copies what stands upright already.
+        ImageOps.exif_transpose(image, in_place=True)  # Without in_place, an upright image would be copied.
     return image
 
 
@@ -270,7 +270,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey = grey * (255 / (2**depth - 1))
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        # 32 bits have no white of their own: stretched over what they hold, as a viewer shows them.
+        # 32-bit modes define no white level, so the values are stretched to the full range, as viewers do.
         grey = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         span = max(float(np.ptp(grey)), 1e-9)
         return Image.fromarray(((grey - grey.min()) * (255 / span)).astype(np.uint8)).convert("RGB")

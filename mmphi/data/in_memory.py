@@ -1,4 +1,4 @@
-"""Training examples made of Python objects: images in memory or files, with texts or conversations about them."""
+"""Training examples from Python objects: images in memory or files, with texts or conversations about them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     import torch
 
 SOURCE = "memory"
-PIXELS = b"\x93NUMPY"  # How the content of an image begins that is a tensor of pixels.
+PIXELS = b"\x93NUMPY"  # Prefix of the content of a preprocessed pixel tensor.
 FORMS = "(image, text), (image, question, answer), or a row with 'messages' or 'conversations'"
 
 
 def image_reference(image: Any) -> ImageRef:
-    """A reference to an image.
+    """Returns a reference to an image.
 
     Args:
-        image: A path, the bytes of an image file, a PIL image, or an array (H, W, 3) or (H, W) of uint8. A torch
-            tensor (C, H, W) is taken as pixels that are preprocessed already.
+        image: A path, the bytes of an image file, a PIL image, or an array (H, W, 3) or (H, W) of uint8. A
+            floating-point torch tensor (C, H, W) counts as preprocessed pixels.
 
     Raises:
-        ImageError: If it is none of these.
+        ImageError: If the image has another type, or its file does not exist.
     """
     if isinstance(image, ImageRef):
         return image
@@ -47,18 +47,18 @@ def image_reference(image: Any) -> ImageRef:
 
 
 def image_content(image: Any) -> bytes:
-    """The content of an image in memory, without loss.
+    """Returns the content of an image in memory, losslessly encoded.
 
     Args:
-        image: As of :func:`image_reference`, without paths.
+        image: As in :func:`image_reference`, except paths.
 
     Raises:
-        ImageError: If it is none of these.
+        ImageError: If the image has another type.
     """
     if isinstance(image, bytes | bytearray):
         return bytes(image)
     buffer = io.BytesIO()
-    torch = sys.modules.get("torch")  # Importing it takes seconds; without it there is no tensor.
+    torch = sys.modules.get("torch")  # Importing it takes seconds; if it is not imported, there is no tensor.
     if torch is not None and isinstance(image, torch.Tensor):
         if image.ndim != 3:
             raise ImageError("no image", f"pixels have shape (C, H, W), this tensor has {tuple(image.shape)}")
@@ -80,7 +80,7 @@ def image_content(image: Any) -> bytes:
 
 
 def pixels_in(content: Path | bytes) -> torch.Tensor | None:
-    """The pixels (C, H, W) of a tensor that :func:`image_reference` was given; ``None`` for any other image."""
+    """Returns the pixels (C, H, W) of a tensor passed to :func:`image_reference`; ``None`` for any other image."""
     if not isinstance(content, bytes) or not content.startswith(PIXELS):
         return None
     import torch
@@ -89,16 +89,16 @@ def pixels_in(content: Path | bytes) -> torch.Tensor | None:
 
 
 def examples_of(rows: Iterable[Any], split: Split | None = None) -> list[Example]:
-    """Conversations about images.
+    """Returns the examples of rows of Python objects.
 
     Args:
         rows: Each ``(image, text)`` (a caption), ``(image, question, answer)``, where image may be a list of images or
-            ``None``; a mapping with ``messages`` as OpenAI has them or ``conversations`` as LLaVA has them; or an
+            ``None``; a mapping with OpenAI's ``messages`` or LLaVA's ``conversations``; or an
             :class:`~mmphi.data.schema.Example`.
-        split: Split of the rows. By default ``train``, and that of rows that are examples already.
+        split: Split of the rows; by default ``train``, or the split of a row that is an ``Example``.
 
     Raises:
-        DataError: Naming the row that cannot be used.
+        DataError: If a row cannot be used; the message gives its number.
     """
     examples = []
     for number, row in enumerate(rows):
@@ -130,17 +130,17 @@ def _images(given: Any) -> tuple[ImageRef, ...]:
 
 
 def _conversation(row: Mapping[str, Any], name: str, split: Split) -> Example:
-    """A row of LLaVA's or OpenAI's form, whose images may be objects.
+    """Example of a row in LLaVA's or OpenAI's format, whose images may be objects.
 
     Raises:
-        DataError: If it cannot be used.
+        DataError: If the row cannot be used.
     """
     if odd := sorted({"audio", "audios"} & set(map(str, row))):
         raise DataError(f"rows with {odd[0]} are read by the stage `speech`, and not here")
     objects: dict[str, Any] = {}
 
     def placed(value: Any) -> Any:
-        """The same row, with a name in place of each image."""
+        """Copy of a row with a name in place of each object."""
         if isinstance(value, Mapping):
             if value.get("type") == "image" and "image" in value:
                 return {**value, "image": placed(value["image"])}

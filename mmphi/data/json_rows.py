@@ -1,4 +1,4 @@
-"""Rows of a JSON file: a list, JSON Lines, or the value of one key; in UTF-8 or UTF-16."""
+"""Reads JSON and JSON Lines files in UTF-8 or UTF-16."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LINES = (".jsonl", ".ndjson")
 
 
 def text_of(path: Path) -> str:
-    """The text of a file, by its byte order mark in UTF-16, else in UTF-8.
+    """Returns the text of a file, decoded as UTF-16 if it has that byte order mark, else as UTF-8.
 
     Raises:
-        DataError: If it cannot be read, or is in another encoding; the line is named.
+        DataError: If the file cannot be read, or has another encoding; the message gives the line.
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder, not a file of rows", "a source of kind `datasets` reads folders")
@@ -38,10 +38,10 @@ def text_of(path: Path) -> str:
 
 
 def load_json(path: Path) -> Any:
-    """Read a JSON file; one of JSON Lines is read as a list.
+    """Read a JSON file; JSON Lines are returned as a list.
 
     Raises:
-        DataError: If it is missing, in an unknown encoding or malformed; the line and column are named.
+        DataError: If the file is missing, has an unknown encoding or is malformed; the message gives the position.
     """
     text = text_of(path)
     try:
@@ -50,12 +50,12 @@ def load_json(path: Path) -> Any:
         if error.msg == "Extra data" and text.lstrip()[:1] == "{":
             return _lines(text, path)
         raise _malformed(path, error.lineno, error) from error
-    except (ValueError, RecursionError) as error:  # A number of thousands of digits, thousands of brackets.
+    except (ValueError, RecursionError) as error:  # A number with thousands of digits, or thousands of nested brackets.
         raise DataError(f"{path} cannot be read: {error}", "such a file holds no conversations") from error
 
 
 def _lines(text: str, path: Path) -> list[Any]:
-    """The values of JSON Lines, one a line."""
+    """Values of a JSON Lines text."""
     return list(_values(text, path))
 
 

@@ -1,7 +1,7 @@
-"""LLaVA-Instruct JSON, as the real file is: ids of either type, rows without image, ``<image>`` at either end.
+"""Reads LLaVA-Instruct JSON with its irregularities: ids of either type, rows without image, ``<image>`` at either end.
 
-A row may also have several images, as LLaVA-NeXT-Interleave's and Mantis' rows do: ``image`` is then a list. The
-other forms of rows are described in :mod:`mmphi.data.turns`.
+A row may also have several images, as in LLaVA-NeXT-Interleave and Mantis: ``image`` is then a list. Other formats of
+rows are described in :mod:`mmphi.data.turns`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from mmphi.errors import DataError, ImageError
 
 
 def read_llava(path: Path, images: Path, source: str, report: ReadReport, split: Split = "train") -> Iterator[Example]:
-    """Read conversations, counting the rows that cannot be used.
+    """Read conversations, and count the rows that cannot be used.
 
     Args:
         path: A list of ``{"id", "image", "conversations": [{"from", "value"}, ...]}`` as JSON, or as JSON Lines.
         images: Folder that image paths are relative to.
         source: Name of the source.
-        report: Counts what was kept and dropped.
-        split: Given to every example; the split by image comes later where the source has none of its own.
+        report: Counts kept and dropped rows.
+        split: Split of every example; a source without predefined splits is split by image later.
 
     Raises:
-        DataError: If the file is no JSON list.
+        DataError: If the file cannot be read or is not a list.
     """
     rows = load_json(path)
     if not isinstance(rows, list):
@@ -41,12 +41,12 @@ def read_llava(path: Path, images: Path, source: str, report: ReadReport, split:
     folder, seen = ImageFolder(images, source, report.note), Counter[str]()
     rows.reverse()
     for number in range(len(rows)):
-        row = rows.pop()  # The memory of a row that was read is free for the next example.
+        row = rows.pop()  # Frees the memory of each row after use.
         name = row.get("id") if isinstance(row, dict) else None
         name = str(number if name is None else name)
         again = seen[name] + 1
         try:
-            # LLaVA-Instruct-150k names rows by their image, and has up to three of one image.
+            # LLaVA-Instruct-150k uses the image as id of a row, and has up to three rows per image.
             example = _example(row, name if again == 1 else f"{name}#{again}", folder, split)
         except ImageError as error:
             report.drop(source, f"{path.name}, row {number + 1}", error.reason)

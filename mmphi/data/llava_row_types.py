@@ -1,7 +1,7 @@
-"""What kind of row a conversation of LLaVA's data is: the file that holds them all does not say.
+"""Classifies the rows of LLaVA's data by kind, which the combined file does not state.
 
 LLaVA-Instruct-150k mixes conversations, detailed descriptions and complex reasoning (Liu et al. 2023, section 3); its
-first stage has captions asked for in eleven ways. They are told apart by their turns and by what their question asks.
+first stage has captions with eleven questions. The kind is inferred from the number of turns and the question.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ DETAIL = re.compile(
 
 
 def row_type(turns: Sequence[Turn]) -> Kind:
-    """The kind of a row.
+    """Returns the kind of a row.
 
     Args:
-        turns: Its questions and answers.
+        turns: Questions and answers of the row.
     """
     if len(turns) > 1:
         return "conversation"
@@ -41,13 +41,14 @@ def row_type(turns: Sequence[Turn]) -> Kind:
 
 
 def asked_for_captions(examples: Sequence[Example]) -> str:
-    """By which question the captions of single images are asked for, most often.
+    """Returns the most frequent question of single-image captions.
 
     Args:
-        examples: Of any split and kind.
+        examples: Examples of any split and kind.
 
     Returns:
-        Empty where none is asked for, or where one comes without a question: an image alone is understood.
+        The question; empty if there are no captions, or if any caption has no question, because an image alone is then
+        a valid prompt.
     """
     own = [e for e in examples if len(e.images) == 1 and e.attributes.get("kind", "caption") == "caption"]
     questions = Counter(e.turns[0].question for e in own)

@@ -1,4 +1,4 @@
-"""What was used most recently, up to a size, for several threads."""
+"""Thread-safe LRU cache."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ V = TypeVar("V")
 
 
 class LockedLRUCache(Generic[V]):
-    """Values by key, of which the least recently used ones go first.
+    """Thread-safe cache by key that evicts the least recently used values first.
 
     Args:
-        size: Of all together.
-        size_of: Of one; each counts 1 where left out.
+        size: Maximum total size of the values.
+        size_of: Returns the size of a value; by default 1.
     """
 
     def __init__(self, size: float, size_of: Callable[[V], float] = lambda _: 1) -> None:
@@ -25,12 +25,12 @@ class LockedLRUCache(Generic[V]):
         self._lock = threading.Lock()
 
     def get(self, key: str) -> V | None:
-        """The value of a key, if it is still there."""
+        """Returns the value of a key, or ``None`` if it is not cached."""
         with self._lock:
             found: V | None = self._values.get(key)
             return found
 
     def put(self, key: str, value: V) -> None:
-        """Keep a value, unless it alone is larger than all may be."""
+        """Store a value, unless it is larger than the cache."""
         with self._lock, suppress(ValueError):
             self._values[key] = value

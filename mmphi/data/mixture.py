@@ -1,4 +1,4 @@
-"""Which examples a training takes, in the proportions that are asked for."""
+"""Samples training examples in given proportions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mmphi.config.shared import DataSettings
 from mmphi.data.schema import Example
 from mmphi.errors import SettingsError
 
-TEXT = "text"  # What rows without an image are called in a mixture.
+TEXT = "text"  # Group of rows without an image.
 
 
 def mixture_indices(sources: Sequence[str], data: DataSettings) -> list[int]:
-    """Which training examples to take, in the proportions of their sources' weights: :func:`sample_by_weight`.
+    """Returns indices of training examples, in the proportions of their sources' weights (:func:`sample_by_weight`).
 
     Args:
         sources: Source of every training example.
-        data: Holds weights and seed.
+        data: Settings with the weights and the seed.
     """
     if len(data.sources) < 2:
         return list(range(len(sources)))
@@ -25,18 +25,18 @@ def mixture_indices(sources: Sequence[str], data: DataSettings) -> list[int]:
 
 
 def sample_by_weight(groups: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
-    """Which examples to take, in the proportions of the weights of their groups.
+    """Returns indices of examples, in the proportions of the weights of their groups.
 
-    As many as all groups with a weight have together; each group is repeated whole and then sampled, with a seed, up to
-    its share.
+    Their number is, up to rounding, that of all examples in weighted groups. Each group is repeated completely, and a
+    random sample of it fills the rest of its share.
 
     Args:
-        groups: Group of every example; one without a weight is left out.
-        weights: By group, in order.
-        seed: Of the sample and the order.
+        groups: Group of every example; groups without a weight are left out.
+        weights: Weight of each group, in order.
+        seed: Seed of the sample and the order.
 
     Returns:
-        Indices of examples, some of them several times.
+        Indices of examples, some repeated.
     """
     of_group: dict[str, list[int]] = {name: [] for name in weights}
     for index, name in enumerate(groups):
@@ -54,17 +54,17 @@ def sample_by_weight(groups: Sequence[str], weights: Mapping[str, float], seed: 
 
 
 def parse_weights(text: str, setting: str) -> dict[str, float]:
-    """Weights as typed.
+    """Parse comma-separated weights of groups.
 
     >>> parse_weights("caption=1, questions=2.5", "qlora.mixture")
     {'caption': 1.0, 'questions': 2.5}
 
     Args:
-        text: Groups and weights.
-        setting: Where they were given, for messages.
+        text: Pairs ``group=weight``, separated by commas.
+        setting: Name of the setting, for messages.
 
     Raises:
-        SettingsError: If a part cannot be read.
+        SettingsError: If a part is malformed, or a weight is not positive and finite.
     """
     weights: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -80,9 +80,9 @@ def parse_weights(text: str, setting: str) -> dict[str, float]:
 
 
 def names_of(example: Example) -> list[str]:
-    """What an example may be called in a mixture, the narrowest first.
+    """Returns the groups of an example in a mixture, the most specific first.
 
-    That is its source and kind (``scenes:caption``), ``text`` where it has no image, its kind, its source.
+    These are source and kind (``scenes:caption``), ``text`` for an example without image, the kind, and the source.
     """
     kind = example.attributes.get("kind", "")
     names = [f"{example.source}:{kind}", TEXT if not example.images else "", kind, example.source]
@@ -90,15 +90,15 @@ def names_of(example: Example) -> list[str]:
 
 
 def grouped(examples: Sequence[Example], weights: Mapping[str, float], setting: str) -> list[str]:
-    """The group of every example, empty where none has a weight.
+    """Returns the group of every example; empty if none of its groups has a weight.
 
     Args:
-        examples: To be mixed.
-        weights: By group.
-        setting: Where they were given, for messages.
+        examples: Examples to mix.
+        weights: Weight of each group.
+        setting: Name of the setting, for messages.
 
     Raises:
-        SettingsError: If a group has no example; names those that there are.
+        SettingsError: If a group has no example; the message lists the existing groups.
     """
     groups = [next((name for name in names_of(example) if name in weights), "") for example in examples]
     empty = [name for name in weights if name not in groups]

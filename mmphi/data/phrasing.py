@@ -1,8 +1,8 @@
-"""Several phrasings of each question that mmphi makes itself: some to train on, some held out for evaluation.
+"""Several phrasings of each question that mmphi generates: some for training, some held out for evaluation.
 
 A model that is trained on one phrasing answers that phrasing only: "Describe the image" in place of
-"describe the image." gets the answer of another question. So questions are trained in several wordings, with and
-without a capital letter and final punctuation, and evaluated in wordings that no training contains.
+"describe the image." gets the answer of another question. Training therefore uses several wordings, with and without
+a capital letter and final punctuation, and evaluation uses wordings that no training data contains.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Phrasings:
     """The wordings of one type of question.
 
     Attributes:
-        canonical: The wording that data sets are written in; ``{}`` stands for the object or size it asks about.
-        training: Other wordings to train on.
+        canonical: Wording in the data sets; ``{}`` or ``{a}`` is the placeholder of the object or size in question.
+        training: Other wordings for training.
         held_out: Wordings for evaluation only.
     """
 
@@ -88,10 +88,10 @@ _PATTERNS = [(_pattern(each.canonical), each) for each in ALL]
 
 
 def match(question: str) -> tuple[Phrasings, str] | None:
-    """The type of a question in its canonical wording, and what it asks about.
+    """Match a question in canonical wording to its type.
 
     Returns:
-        None for a question of another origin.
+        The wordings of the type and the object or size in question; ``None`` for a question that is not mmphi's.
     """
     for pattern, phrasings in _PATTERNS:
         found = pattern.fullmatch(question)
@@ -110,10 +110,10 @@ _WORDINGS = [
 
 
 def canonical(question: str) -> str:
-    """A question in its canonical wording; one of another origin is returned as it is.
+    """Returns a question in its canonical wording; any other question is returned unchanged.
 
     Args:
-        question: In any of the wordings of :data:`ALL`, in any case, with or without final punctuation.
+        question: Any of the wordings in :data:`ALL`, in upper or lower case, with or without final punctuation.
     """
     # The longest wording that matches: "is there a cat in the image" is not about "a cat in the image".
     matches = [(pattern.fullmatch(_bare(question)), each) for pattern, each in _WORDINGS]
@@ -125,21 +125,21 @@ def canonical(question: str) -> str:
 
 
 def typical_questions(questions: Iterable[str], most: int = 8) -> tuple[str, ...]:
-    """The questions that a training asks most often, one of each type that mmphi makes itself.
+    """Returns the most frequent questions of training data, one for each type that mmphi generates.
 
     Args:
         questions: Every question of the training data.
-        most: How many at most.
+        most: Maximum number of questions.
 
     Returns:
-        The most frequent first; of a type with variable parts, its most frequent question.
+        Questions, the most frequent type first; for each type, its most frequent question.
     """
     by_type: dict[str, Counter[str]] = {}
     for question, count in Counter(questions).items():
         matched = match(canonical(question))
         by_type.setdefault(matched[0].canonical if matched else question, Counter())[question] += count
     ranked = sorted((each for each in by_type if each), key=lambda each: -by_type[each].total())
-    # As they were asked, most often: a wording that no training has seen must not be shown as one.
+    # The most frequent wording in the data: users must not be offered a wording that training did not contain.
     return tuple(by_type[each].most_common(1)[0][0] for each in ranked[:most])
 
 
@@ -148,13 +148,13 @@ def _filled(template: str, about: str) -> str:
 
 
 def training_phrasing(question: str, rng: random.Random) -> str:
-    """A question in one of its training phrasings, two in three in the canonical wording.
+    """Returns a question in a training phrasing; two in three keep the canonical wording.
 
     One in four begins with a capital letter, and one in four has no final punctuation.
 
     Args:
-        question: In its canonical wording; any other question keeps its words.
-        rng: Source of the choice.
+        question: Question in its canonical wording; any other question keeps its words.
+        rng: Random number generator.
     """
     matched = match(question)
     if matched and rng.random() < 1 / 3:
@@ -167,11 +167,11 @@ def training_phrasing(question: str, rng: random.Random) -> str:
 
 
 def held_out_phrasing(question: str, rng: random.Random) -> str:
-    """A question in one of the phrasings that no training contains, beginning with a capital letter.
+    """Returns a question in a held-out phrasing, which begins with a capital letter.
 
     Args:
-        question: In its canonical wording; any other question is returned as it is.
-        rng: Source of the choice.
+        question: Question in its canonical wording; any other question is returned unchanged.
+        rng: Random number generator.
     """
     matched = match(question)
     if not matched:

@@ -1,6 +1,6 @@
-"""Features of which some things have more than others, such as the frames of recordings: stored once, found by content.
+"""Features of variable number per item, such as frames of recordings, stored once and keyed by content.
 
-They lie one after the other in files that are written whole or not at all; the index says where each begins.
+They are concatenated in files that are written completely or not at all; an index holds the first row of each item.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor
 from mmphi.errors import StoreError
 
 INDEX, PROGRESS = "index.json", "progress.jsonl"
-Place = tuple[str, int, int]  # File, first row, rows.
+Place = tuple[str, int, int]  # File, first row, number of rows.
 
 
 class RaggedWriter:
-    """Writes features by the digest of what they are of.
+    """Writes features, keyed by the digest of the content that they represent.
 
     Args:
-        folder: Where to write; goes on from what it holds.
+        folder: Output folder; features in it are kept.
         width: Width of a feature.
-        model: Digest of what gives the features.
+        model: Digest of the model that computes the features.
 
     Attributes:
-        places: Where every content's features lie, by digest.
-        unreadable: Contents that have none, and why.
+        places: File, first row and number of rows of every content, by digest.
+        unreadable: Reasons by digest, for contents without features.
     """
 
     def __init__(self, folder: Path, width: int, model: str) -> None:
@@ -43,12 +43,12 @@ class RaggedWriter:
         self._recall()
 
     def knows(self, digest: str) -> bool:
-        """Whether a content was dealt with."""
+        """Whether a content was written or found unreadable."""
         return digest in self.places or digest in self.unreadable
 
     @property
     def bytes(self) -> int:
-        """Bytes of all features."""
+        """Size of all features in bytes."""
         return sum(rows for _, _, rows in self.places.values()) * self.width * 2
 
     def _recall(self) -> None:
@@ -58,7 +58,7 @@ class RaggedWriter:
         with path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # Torn by a kill; what it says is done again.
+                    break  # Truncated by a kill; its contents are processed again.
                 self._note(json.loads(line))
                 whole += len(line)
         os.truncate(path, whole)
@@ -78,14 +78,14 @@ class RaggedWriter:
         self.unreadable.update(unreadable)
 
     def write(self, features: Mapping[str, Tensor], unreadable: Mapping[str, str]) -> None:
-        """Write what some contents have, in a file of its own.
+        """Write the features of some contents to a new file.
 
         Args:
             features: Features (n, width) by digest, of contents not written before; n may be 0.
-            unreadable: Reasons by digest, of those that have none.
+            unreadable: Reasons by digest, for contents without features.
 
         Raises:
-            StoreError: If the disk is full; what was written before stays good.
+            StoreError: If the disk is full; earlier files remain valid.
         """
         name, places, begin = self._free_name(), dict[str, Place](), 0
         for digest, rows in features.items():
@@ -114,10 +114,10 @@ class RaggedWriter:
         return f"features-{number:05d}.npy"
 
     def take_over(self, earlier: Path) -> int:
-        """Take over what an earlier store of the same model has, without copying where the disk allows.
+        """Add the features of an earlier store of the same model, by hard links if possible.
 
         Returns:
-            How many contents it had that were not here yet.
+            Number of contents added.
         """
         index = json.loads((earlier / INDEX).read_text())
         fresh = {digest: place for digest, place in index["places"].items() if not self.knows(digest)}
@@ -134,7 +134,7 @@ class RaggedWriter:
         return len(fresh) + len(unreadable)
 
     def finish(self) -> None:
-        """Write the index, and so make the store complete; what an interrupted call had begun in vain goes."""
+        """Write the index, which completes the store, and delete unused files of interrupted calls."""
         used = {name for name, _, _ in self.places.values()}
         for path in self.folder.glob("features-*"):
             if path.name not in used:
@@ -146,17 +146,17 @@ class RaggedWriter:
 
 
 class RaggedStore:
-    """Features in memory-mapped files: opening costs nothing, and processes share what they read.
+    """Features in memory-mapped files: opening is cheap, and processes share the memory.
 
     Args:
-        folder: As :class:`RaggedWriter` left it.
+        folder: Folder that :class:`RaggedWriter` has completed.
 
     Attributes:
         width: Width of a feature.
-        model: Digest of what gave the features.
+        model: Digest of the model that computed the features.
 
     Raises:
-        StoreError: If they are not complete.
+        StoreError: If the store is incomplete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -174,18 +174,18 @@ class RaggedStore:
         return digest in self._places
 
     def knows(self, digest: str) -> bool:
-        """Whether a content was dealt with."""
+        """Whether a content was written or found unreadable."""
         return digest in self._places or digest in self.unreadable
 
     def length(self, digest: str) -> int:
-        """Features of a content."""
+        """Number of features of a content."""
         return self._places[digest][2]
 
     def get(self, digest: str) -> Tensor:
         """Features of a content, float16, (n, width).
 
         Raises:
-            StoreError: If it has none.
+            StoreError: If the content has no stored features.
         """
         place = self._places.get(digest)
         if place is None:

@@ -1,4 +1,4 @@
-"""Scenes as pictures: smooth shapes of slightly varied colour and tilt on a varied pale ground."""
+"""Draws scenes as images: antialiased shapes of slightly varied colour and tilt on a varied pale background."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from mmphi.data.scenes import COLORS, Scene, Thing
 
 OVERSAMPLING = 3
 NOISE = 3.0
-COMPRESSION = 3  # As small as PNG's usual 6 on pictures with noise, in half the time.
-AHEAD = 64  # Images that are drawn and not written yet.
+COMPRESSION = 3  # As small as PNG's default of 6 for images with noise, in half the time.
+AHEAD = 64  # Maximum number of images in the queue.
 
 
 def draw(scene: Scene, side: int, rng: random.Random) -> Image.Image:
-    """Draw a scene.
+    """Returns the image of a scene.
 
     Args:
-        scene: What to draw.
+        scene: Scene to draw.
         side: Width and height, in pixels.
-        rng: Varies ground, tint and tilt.
+        rng: Random number generator of background, tint, tilt and noise.
     """
     return drawing_function(scene, side, rng)()
 
 
 def drawing_function(scene: Scene, side: int, rng: random.Random) -> Callable[[], Image.Image]:
-    """What draws a scene, in any thread: all that varies is taken from ``rng`` now.
+    """Returns a function that draws a scene in any thread; ``rng`` is used only during this call.
 
     Args:
-        scene: What to draw.
+        scene: Scene to draw.
         side: Width and height, in pixels.
-        rng: Varies ground, tint and tilt.
+        rng: Random number generator of background, tint, tilt and noise.
     """
     ground = _ground(rng)
     things = [
@@ -62,7 +62,7 @@ def drawing_function(scene: Scene, side: int, rng: random.Random) -> Callable[[]
 
 
 class ImageWriter:
-    """Draws and writes images in threads of its own; what went wrong is raised in this one."""
+    """Draws and writes images in a thread pool; errors are raised in the calling thread."""
 
     def __init__(self, threads: int = 0) -> None:
         self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
@@ -72,7 +72,7 @@ class ImageWriter:
         return self
 
     def save(self, image: Callable[[], Image.Image], path: Path) -> None:
-        """Draw an image and write it, soon."""
+        """Queue an image for drawing and writing; waits while more than :data:`AHEAD` images are queued."""
         self._begun.append(self._pool.submit(lambda: image().save(path, compress_level=COMPRESSION)))
         while len(self._begun) > AHEAD:
             self._begun.popleft().result()
@@ -89,7 +89,7 @@ def _tilt(rng: random.Random) -> float:
 
 
 def _ground(rng: random.Random) -> Callable[[int], Image.Image]:
-    """A gradient between two pale tones, of any side."""
+    """Function from a side length to an image with a gradient between two pale tones."""
     tone = rng.uniform(185, 240)
     first, second = (np.array([tone + rng.uniform(-14, 14) for _ in range(3)]) for _ in range(2))
     angle = rng.uniform(0, 2 * math.pi)

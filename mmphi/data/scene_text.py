@@ -1,8 +1,8 @@
-"""Scenes as words: captions, questions and answers, and a grid that can be read as a picture can be seen.
+"""Scenes as text: captions, questions and answers, and a grid of words that replaces the image.
 
-A language model pretrained on captions alone learns to ignore what stands before them: whatever it is shown later, it
-recites. So a scene is also written as a grid of words, one a cell, in the place where its image will stand, and the
-caption that follows can only be known by reading it.
+A language model pretrained on captions alone learns to ignore the context before them, and later recites captions
+regardless of the image. A scene is therefore also written as a grid of words, one per cell, at the position of the
+image, and the caption that follows can be predicted from the grid only.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class SceneText:
 
 
 def caption(scene: Scene) -> str:
-    """The one right caption."""
+    """Returns the only correct caption of a scene."""
     return f"a big {scene.big.kind} {scene.relation} a small {scene.small.kind}"
 
 
 def shapes(scene: Scene) -> str:
-    """What the shapes are and how they stand: a caption that says no color, so that none can be leaned on."""
+    """Returns the shapes and their relation, without colors, so that colors cannot serve as a shortcut."""
     return f"a big {scene.big.shape} {scene.relation} a small {scene.small.shape}"
 
 
 def colors(scene: Scene) -> str:
-    """What the colors are and how they stand, with no shape said."""
+    """Returns the colors and their relation, without shapes."""
     return f"a big {scene.big.color} shape {scene.relation} a small {scene.small.color} shape"
 
 
 def questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
-    """Different questions about a scene, with short answers; yes and no are equally likely."""
+    """Returns different questions about a scene with short answers; yes and no are equally likely."""
     sizes = {"big": scene.big, "small": scene.small}
     pool = []
     for size, thing in sizes.items():
@@ -59,7 +59,10 @@ def questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
 
 
 def yes_no(scene: Scene, rng: random.Random) -> Turn:
-    """Whether a thing is there; half of the time it is. A thing that is not there shares a word with one that is."""
+    """Returns a question about the presence of a thing, present in half of the cases.
+
+    An absent thing shares its color or its shape with a present one.
+    """
     present = {scene.big.kind, scene.small.kind}
     if rng.random() < 0.5:
         return Turn(f"is there a {rng.choice(sorted(present))}?", "yes")
@@ -69,10 +72,10 @@ def yes_no(scene: Scene, rng: random.Random) -> Turn:
 
 
 def yes_no_questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn, ...]:
-    """Several yes/no questions about a scene: half of a color or a shape alone, half of both together.
+    """Returns yes/no questions about a scene: half about a color or a shape alone, half about both together.
 
-    One question about both together is one bit, and from a bit an example a small model learns nothing: it says "no" to
-    everything. Those about a color or a shape alone are learned first, and put together after.
+    A question about both gives one bit per example, from which a small model learns nothing: it always answers "no".
+    Questions about a color or a shape alone are learned first, and combinations after them.
     """
     things = scene.big, scene.small
     turns = []
@@ -90,9 +93,9 @@ def yes_no_questions(scene: Scene, count: int, rng: random.Random) -> tuple[Turn
 
 
 def grid(scene: Scene, rng: random.Random) -> str:
-    """The scene as ``CELLS`` x ``CELLS`` words, row by row.
+    """Returns the scene as ``CELLS`` x ``CELLS`` words, row by row.
 
-    The cells that a thing covers say its color or its shape, in any order; how many they are shows its size.
+    The cells that a thing covers contain its color or its shape, in random order; their number encodes its size.
     """
     cells = [EMPTY] * (CELLS * CELLS)
     taken: list[int] = []
@@ -107,19 +110,19 @@ def grid(scene: Scene, rng: random.Random) -> str:
 
 
 def _nearest(thing: Thing, count: int, taken: list[int]) -> list[int]:
-    """The free cells nearest to a thing's middle."""
+    """The free cells nearest to the center of a thing."""
     centres = [((i % CELLS + 0.5) / CELLS, (i // CELLS + 0.5) / CELLS) for i in range(CELLS * CELLS)]
     free = [i for i in range(len(centres)) if i not in taken]
     return sorted(free, key=lambda i: math.dist(centres[i], (thing.x, thing.y)))[:count]
 
 
 def corpus_texts(count: int, turns: int, rng: random.Random, among: list[Combination]) -> Iterator[SceneText]:
-    """Texts to read from: of twenty, nine are captions, four are questions and seven are yes/no questions.
+    """Yields texts about scenes: of twenty, nine are captions, four are questions and seven are yes/no questions.
 
     Args:
-        count: How many.
-        turns: Questions in each conversation; of yes/no questions there are twice as many.
-        rng: Source of all variation.
+        count: Number of texts.
+        turns: Questions per conversation, twice as many for yes/no questions; 0 for captions only.
+        rng: Random number generator.
         among: Combinations to draw from.
     """
     for i, scene in enumerate(scenes(count, rng, among)):

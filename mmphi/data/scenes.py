@@ -1,6 +1,6 @@
-"""Scenes: two coloured shapes in a spatial relation, with everything that can be asked about them.
+"""Scenes: two coloured shapes in a spatial relation, with their attributes.
 
-The larger shape is always named first, so that a scene has exactly one right caption. A share of all combinations of
+The larger shape is always named first, so that a scene has exactly one correct caption. A share of all combinations of
 colour, shape, relation, colour and shape is held out: it occurs in no training or validation image and in no text.
 """
 
@@ -31,7 +31,7 @@ Combination = tuple[str, str, str]  # big kind, relation, small kind
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape in a scene; places and radius are shares of the image's side, the origin is at the top left."""
+    """A shape in a scene; position and radius are fractions of the image's side, with the origin at the top left."""
 
     color: str
     shape: str
@@ -47,7 +47,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A big thing, a small thing, and where the big one is seen from the small one."""
+    """A big thing, a small thing, and the position of the big one relative to the small one."""
 
     big: Thing
     relation: str
@@ -55,12 +55,12 @@ class Scene:
 
     @property
     def combination(self) -> Combination:
-        """What the split is made by."""
+        """The combination that the split depends on."""
         return self.big.kind, self.relation, self.small.kind
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What a caption of this scene is scored on."""
+        """Attributes that a caption of this scene is scored on."""
         return {
             "color1": self.big.color,
             "shape1": self.big.shape,
@@ -72,18 +72,18 @@ class Scene:
 
 @cache
 def combinations() -> tuple[Combination, ...]:
-    """Every combination; the two things always differ."""
+    """Returns every combination; the two things always differ."""
     pairs = itertools.permutations(KINDS, 2)
     return tuple((big, relation, small) for big, small in pairs for relation in RELATIONS)
 
 
 @cache
 def held_out(share: float, seed: int) -> frozenset[Combination]:
-    """The combinations that training never sees.
+    """Returns the combinations that are held out from training.
 
     Args:
         share: Share of all combinations.
-        seed: Seed of the choice.
+        seed: Seed of the selection.
     """
     everything = list(combinations())
     random.Random(f"held out {seed}").shuffle(everything)
@@ -91,7 +91,7 @@ def held_out(share: float, seed: int) -> frozenset[Combination]:
 
 
 def sample(combination: Combination, rng: random.Random) -> Scene:
-    """Place the two things of a combination: clearly of two sizes, clearly in their relation, whole and apart."""
+    """Returns a scene with the things of a combination at random places: unambiguous, complete and not overlapping."""
     big_kind, relation, small_kind = combination
     big_radius, small_radius = rng.uniform(0.21, 0.26), rng.uniform(0.13, 0.16)
     margin, reach = 0.03, big_radius + small_radius
@@ -107,6 +107,6 @@ def sample(combination: Combination, rng: random.Random) -> Scene:
 
 
 def scenes(count: int, rng: random.Random, among: list[Combination]) -> Iterator[Scene]:
-    """Scenes whose combinations are drawn evenly, with replacement."""
+    """Yields scenes whose combinations are drawn uniformly, with replacement."""
     for _ in range(count):
         yield sample(rng.choice(among), rng)

@@ -1,4 +1,4 @@
-"""What a dataset is made of: conversations about images, and the account of how they were read."""
+"""Records of a dataset: conversations about images and recordings, and the report of how they were read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Split = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image file and the name it keeps wherever the file is stored.
+    """An image file, and an id that does not depend on where the file is stored.
 
     Attributes:
-        id: ``source name/path relative to the source's image folder``; splits go by it.
-        path: Where the file lies on this machine; its features are found by its content.
-        view: Which view of it: 0 is the image itself, others are parts of it.
-        content: What the file held when it was shown, or what was sent; ``id`` is its SHA-256 then, and ``path`` is not
-            read, and empty where there was no file.
+        id: ``source name/path relative to the source's image folder``; splits depend on it.
+        path: Path of the file on this machine; its features are keyed by its content.
+        view: Number of an augmented view: 0 is the image itself, others are crops.
+        content: Content of an image in memory, from a file or a request. Then ``id`` is its SHA-256, and ``path`` is
+            not read, and empty if there was no file.
     """
 
     id: str
@@ -30,22 +30,22 @@ class ImageRef:
 
     @property
     def source(self) -> Path | bytes:
-        """The file, or what it holds."""
+        """Content of the image if it is in memory, else the path."""
         return self.path if self.content is None else self.content
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Name of the image in messages."""
         return str(self.path) if self.path.name else "the image"
 
 
 @dataclass(frozen=True, slots=True)
 class AudioRef:
-    """A recording, and the name it keeps wherever it is stored.
+    """A recording, and an id that does not depend on where it is stored.
 
     Attributes:
-        id: Tells it from others; splits go by it.
-        source: Its file, or what one holds.
+        id: Unique id; splits depend on it.
+        source: Path of a file, or its content.
     """
 
     id: str
@@ -65,16 +65,16 @@ class Example:
     """One conversation, about any number of images.
 
     Attributes:
-        id: Unique within its source; a string even where the file holds an integer.
-        images: In order; they stand where questions say ``<image>`` as often as there are images, else before the first
-            turn.
+        id: Unique within its source; a string even if the file holds an integer.
+        images: Images in order, at the marks ``<image>`` of the questions if there are as many marks as images, else
+            before the first turn.
         turns: At least one.
-        source: Name of the source it was read from.
-        split: The split its *images* belong to.
-        attributes: What an answer can be scored on (scenes: ``kind`` and the drawn objects), else empty.
-        context: Text that stands where images would: what a conversation without any is about.
-        audio: Recordings, in order; they stand where questions say ``<audio>`` as often as there are recordings, else
-            before the first question, or in its place where that is empty.
+        source: Name of its source.
+        split: The split of its *images*.
+        attributes: Properties for scores and mixtures, such as ``kind``, or the drawn objects of a scene.
+        context: Text at the position of images, for a conversation without images.
+        audio: Recordings in order, at the marks ``<audio>`` of the questions if there are as many marks as recordings,
+            else before the first question, or in place of an empty one.
     """
 
     id: str
@@ -88,18 +88,18 @@ class Example:
 
     @property
     def image(self) -> ImageRef | None:
-        """The first image, if there is one."""
+        """The first image, or ``None``."""
         return self.images[0] if self.images else None
 
     @property
     def questions(self) -> list[tuple[str, str | None]]:
-        """Questions and answers, as a prompt takes them."""
+        """Pairs of question and answer, in the form that prompts take."""
         return [(turn.question, turn.answer) for turn in self.turns]
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row that was not kept, and why."""
+    """A dropped row, with the reason."""
 
     source: str
     where: str
@@ -108,37 +108,37 @@ class Dropped:
 
 @dataclass
 class ReadReport:
-    """What was read: rows kept, dropped, and the reasons, by source."""
+    """Counts of kept and dropped rows by source, with the reasons."""
 
     kept: Counter[str] = field(default_factory=Counter)
     dropped: list[Dropped] = field(default_factory=list)
     notes: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def note(self, source: str, text: str) -> None:
-        """Count something worth knowing about rows that were kept."""
+        """Count a remark about kept rows."""
         self.notes[source, text] += 1
 
     def keep(self, source: str, count: int = 1) -> None:
-        """Count rows that were kept."""
+        """Count kept rows."""
         self.kept[source] += count
 
     def drop(self, source: str, where: str, reason: str) -> None:
-        """Record a row that was left out; ``where`` names its line or id."""
+        """Record a dropped row; ``where`` is its line or id."""
         self.dropped.append(Dropped(source, where, reason))
 
     def drop_kept(self, source: str, where: str, reason: str) -> None:
-        """Record a row that was kept at first and fell out later."""
+        """Record a row as dropped that was first counted as kept."""
         self.kept[source] -= 1
         self.drop(source, where, reason)
 
     @property
     def bad_share(self) -> float:
-        """Dropped rows over all rows, 0 where nothing was read."""
+        """Share of dropped rows among all rows; 0 if nothing was read."""
         total = self.kept.total() + len(self.dropped)
         return len(self.dropped) / total if total else 0.0
 
     def rows(self) -> Iterator[dict[str, str | int]]:
-        """One row per source and outcome, with an example of where: a table for the tracking store."""
+        """Yields one row per source and outcome, with the place of an example, as a table for the tracking store."""
         for source, count in sorted(self.kept.items()):
             yield {"source": source, "outcome": "kept", "rows": count, "for example": ""}
         for (source, text), count in sorted(self.notes.items()):
@@ -149,7 +149,7 @@ class ReadReport:
             yield {"source": source, "outcome": f"dropped: {reason}", "rows": count, "for example": where}
 
     def table(self) -> str:
-        """The rows as aligned text."""
+        """Returns the rows as aligned text."""
         lines = [(str(r["source"]), str(r["outcome"]), str(r["rows"]), str(r["for example"])) for r in self.rows()]
         widths = [max((len(line[i]) for line in lines), default=0) for i in range(3)]
         return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in lines)

@@ -1,4 +1,4 @@
-"""A CSV of recordings, and what is said in them."""
+"""Reads a CSV of recordings and their transcripts."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SPLITS = ("", "train", "validation", "test")
 
 @dataclass(frozen=True)
 class Utterance:
-    """A recording and what is said in it.
+    """A recording with its transcript.
 
     Attributes:
-        name: Its path as the CSV says it.
-        path: Where the file lies.
-        text: What is said, as somebody wrote it down; ``None`` where nobody did.
-        split: ``train``, ``validation`` or ``test``, where the CSV says so.
-        answer: What is to be answered to it; empty where it is to be repeated.
-        context: A text that it is about, if any.
+        name: Path as given in the CSV.
+        path: Resolved path of the file.
+        text: Reference transcript; ``None`` if the CSV has none.
+        split: ``train``, ``validation`` or ``test``; empty if the CSV gives none.
+        answer: Target answer; if empty, the target is the transcript.
+        context: Text that the recording refers to; may be empty.
     """
 
     name: str
@@ -50,17 +50,17 @@ def read_recordings(
     answer_column: str = "answer",
     context_column: str = "context",
 ) -> Iterator[Utterance]:
-    """Read a CSV with a header, one recording a row.
+    """Read a CSV with a header and one recording per row.
 
     Args:
-        path: The CSV.
-        folder: What the paths in it are relative to; none may lead out of it.
-        report: Counts rows that cannot be used.
-        audio_column: Of the recording's path.
-        text_column: Of what is said; a CSV without it has recordings to transcribe, and no error rate.
-        split_column: Of ``train``, ``validation`` or ``test``; it may be missing.
-        answer_column: Of the answer to what is said; it may be missing.
-        context_column: Of a text that it is about; it may be missing.
+        path: Path of the CSV.
+        folder: Folder that the recordings' paths are relative to; none may lead out of it.
+        report: Counts kept and dropped rows.
+        audio_column: Column of the recordings' paths.
+        text_column: Column of transcripts; without it, recordings can be transcribed but have no error rate.
+        split_column: Column of the splits ``train``, ``validation`` or ``test``; optional.
+        answer_column: Column of target answers; optional.
+        context_column: Column of texts that the recordings refer to; optional.
 
     Raises:
         DataError: If the file cannot be read or lacks the column of recordings.
@@ -102,7 +102,7 @@ def read_recordings(
 
 
 def recordings_digest(path: Path, audio_column: str, digests: Digests) -> str:
-    """SHA-256 of the names and contents of the recordings that a CSV names, relative to its own folder.
+    """Returns the SHA-256 of the names and contents of the recordings in a CSV, with paths relative to its folder.
 
     Raises:
         DataError: If the CSV cannot be read or lacks the column.
@@ -118,18 +118,18 @@ def recordings_digest(path: Path, audio_column: str, digests: Digests) -> str:
 def spoken_examples(
     spoken: Sequence[Utterance], report: ReadReport, *, question: str, validation: int, test: int, seed: int
 ) -> list[Example]:
-    """Conversations about recordings: what is asked of each, and its answer, or what is said in it.
+    """Returns conversations of one recording each, with its answer or its transcript as the target.
 
     Args:
-        spoken: With what is said; those without are counted and left out.
-        report: Counts them.
-        question: The recording stands where it says ``<audio>``.
-        validation: Recordings held out for validation, where the CSV does not say which.
-        test: Recordings held out for the test, likewise.
-        seed: Of the draw.
+        spoken: Recordings; those without a transcript are counted and left out.
+        report: Counts recordings without a transcript.
+        question: Question, with the mark ``<audio>`` at the position of the recording.
+        validation: Number of recordings for validation, if the CSV assigns no splits.
+        test: Number of recordings for the test, if the CSV assigns no splits.
+        seed: Seed of the split.
 
     Raises:
-        DataError: If none are left to train on.
+        DataError: If no recordings are left for training.
     """
     kept = []
     for each in spoken:

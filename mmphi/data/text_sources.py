@@ -1,4 +1,4 @@
-"""Texts of any size from files, folders and datasets, a piece at a time; what cannot be read is counted and told."""
+"""Reads texts of any size from files, folders and datasets in pieces; unreadable parts are counted and reported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mmphi.data.compressed_io import HEAD, open_compressed, plain_name
 from mmphi.data.hf_datasets import load_rows
 from mmphi.errors import DataError
 
-SUFFIXES = (".txt", ".md", ".rst", ".jsonl")  # In a folder; a .json there is most often no text.
+SUFFIXES = (".txt", ".md", ".rst", ".jsonl")  # Files read from a folder; a .json file there is rarely a text.
 ROWS, TABLE = (".jsonl", ".json"), ".parquet"
-PIECE = 1 << 18  # Characters of a piece: what one call of the tokenizer gets.
+PIECE = 1 << 18  # Maximum characters of a piece, which is tokenized as one text.
 BLOCK = 1 << 22  # Characters read from a file at once.
 SAFE_CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
-"""Where a text may be cut without changing its tokens: after a single newline between words, or before a single space,
-which GPT-2's pattern joins with the word after it."""
+"""Positions where a text can be cut without changing its tokens: after a single newline between words, or before a
+single space, which GPT-2's pattern joins with the following word."""
 BOMS: tuple[tuple[bytes, str], ...] = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -36,12 +36,12 @@ BOMS += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 class TextPiece(NamedTuple):
-    """A stretch of a document.
+    """A part of a document.
 
     Attributes:
-        text: Its text.
-        first: Whether the document begins with it.
-        last: Whether it ends with it.
+        text: Text of the part.
+        first: Whether the part begins the document.
+        last: Whether the part ends the document.
     """
 
     text: str
@@ -51,14 +51,14 @@ class TextPiece(NamedTuple):
 
 @dataclass
 class TextReport:
-    """What was read of a source, and what was not.
+    """Counts of what was read from a source, and what was skipped.
 
     Attributes:
-        documents: Read.
-        characters: In them.
-        skipped: Files or rows by reason.
-        examples: One of each reason.
-        cut: Pieces that were cut inside a word, because it was too long for one.
+        documents: Number of documents read.
+        characters: Number of characters in them.
+        skipped: Number of skipped files or rows, by reason.
+        examples: Location of one skipped file or row, by reason.
+        cut: Number of pieces cut inside a word, because the word was too long.
     """
 
     documents: int = 0
@@ -68,12 +68,12 @@ class TextReport:
     cut: int = 0
 
     def skip(self, reason: str, where: str) -> None:
-        """Count something that cannot be used."""
+        """Count a file or row that cannot be used."""
         self.skipped[reason] += 1
         self.examples.setdefault(reason, where)
 
     def lines(self) -> Iterator[str]:
-        """What was skipped, in words."""
+        """Yields a description of what was skipped."""
         for reason, count in self.skipped.most_common():
             yield f"{count} skipped: {reason}, such as {self.examples[reason]}"
         if self.cut:
@@ -81,7 +81,7 @@ class TextReport:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The texts of a file or folder, in the order of their names."""
+    """Returns the text files of a file or folder, sorted by path."""
     if path.is_file():
         return [path]
     there = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
@@ -89,7 +89,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def is_dataset(path: str) -> bool:
-    """Whether a source is one of the `datasets` library: a hub name, or its own folder, or one of Parquet files."""
+    """Whether `datasets` reads a source: a hub name, its own folder, a Parquet file or a folder of Parquet files."""
     folder = Path(path)
     if not folder.exists():
         return True
@@ -112,21 +112,21 @@ def read_texts(
     split: str = "train",
     revision: str = "",
 ) -> Iterator[TextPiece]:
-    """The documents of a source, cut into pieces that a tokenizer can be given one by one.
+    """Yields the documents of a source, cut into pieces that can be tokenized one by one.
 
     Args:
         path: File, folder, or name of a dataset.
         report: Counts what was read.
         kind: ``text``, ``jsonl`` (also a JSON list of rows or texts) or ``datasets`` (also a Parquet file); ``auto``
-            goes by the name.
-        column: Of the text in rows.
-        separator: What stands between documents of a text file; empty takes a file as one document.
-        encoding: Of text files; empty takes UTF-8, or what a byte-order mark says.
-        split: Of a dataset.
-        revision: Of a hub dataset.
+            depends on the name.
+        column: Column of the text in rows.
+        separator: Separator of the documents in a text file; if empty, each file is one document.
+        encoding: Encoding of files; if empty, that of the byte order mark, else UTF-8.
+        split: Split of a dataset.
+        revision: Revision of a hub dataset.
 
     Raises:
-        DataError: If there is no such source, or a dataset lacks the column.
+        DataError: If the source does not exist or has no texts, or a dataset lacks the column.
     """
     if kind == "datasets" or (kind == "auto" and is_dataset(path)):
         rows = load_rows(path, split, revision)
@@ -154,8 +154,8 @@ def read_texts(
 
 
 def _encoding(stream: IO[bytes], asked: str, file: Path, report: TextReport) -> str:
-    """What a file is written in; empty where it cannot be read, which is counted."""
-    head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]  # Files and gzip's have it.
+    """Encoding of a file; empty if it cannot be read, which is counted."""
+    head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]  # Buffered files and GzipFile have it.
     if not head.strip():
         report.skip("empty", str(file))
         return ""
@@ -184,7 +184,7 @@ def _rows(stream: IO[bytes], file: Path, column: str, encoding: str, report: Tex
 
 
 def _lines(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> Iterator[tuple[str, Any]]:
-    """The rows of JSON Lines, each with where it is; in UTF-16 and UTF-32 a byte of a new line is none."""
+    """Locations and rows of JSON Lines; UTF-16 and UTF-32 are decoded before splitting into lines."""
     wide = encoding.startswith(("utf-16", "utf-32"))
     reader = io.TextIOWrapper(stream, encoding=encoding, newline="\n") if wide else None
     lines: Iterable[bytes | str] = stream if reader is None else reader
@@ -205,7 +205,7 @@ def _lines(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> 
 
 
 def _list(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> list[tuple[str, Any]]:
-    """The rows of a JSON list, or of JSON Lines under the name of one; read as a whole."""
+    """Locations and rows of a JSON list, or of JSON Lines in a ``.json`` file, which is read as a whole."""
     try:
         text = stream.read().decode(encoding)
     except UnicodeDecodeError as error:
@@ -223,14 +223,14 @@ def _list(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> l
 
 
 def _document(text: Any, where: str, report: TextReport) -> Iterator[TextPiece]:
-    """A document that is there as a whole."""
+    """Pieces of a document that is completely in memory."""
     if not isinstance(text, str) or not text.strip():
         nothing = text is None or isinstance(text, str)
         report.skip("empty" if nothing else f"a {type(text).__name__} in place of a text", where)
         return
     report.documents += 1
     report.characters += len(text)
-    text = text.encode("utf-8", "replace").decode()  # Lone surrogates, which JSON can hold and no tokenizer takes.
+    text = text.encode("utf-8", "replace").decode()  # JSON can hold lone surrogates, which no tokenizer accepts.
     cuts = list(_cuts(text, report))
     for i, (a, b) in enumerate(zip([0, *cuts], [*cuts, len(text)], strict=True)):
         yield TextPiece(text[a:b], i == 0, i == len(cuts))
@@ -244,7 +244,7 @@ def _cuts(text: str, report: TextReport) -> Iterator[int]:
 
 
 def _cut(text: str, start: int, report: TextReport) -> int:
-    """The last place to cut a text at, at most a piece after ``start``."""
+    """Last position to cut a text at, at most one piece after ``start``."""
     window = text[start : start + PIECE + 1]
     place = 0
     for match in SAFE_CUT.finditer(window, len(window) // 2):
@@ -256,7 +256,7 @@ def _cut(text: str, start: int, report: TextReport) -> int:
 
 
 def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: TextReport) -> Iterator[TextPiece]:
-    """The documents of a text file, read a block at a time; what cannot be decoded ends the file, and is counted."""
+    """Pieces of a text file, read in blocks; the first undecodable byte ends the file, which is counted."""
     with io.TextIOWrapper(stream, encoding=encoding, newline="") as reader:
         waiting, first, ended = "", True, False
         while not ended:
@@ -281,7 +281,7 @@ def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: 
 
 
 def _close(text: str, first: bool, report: TextReport) -> Iterator[TextPiece]:
-    """The last piece of a document; one of blanks alone is none."""
+    """Remaining pieces of a document; none if the document is blank."""
     if first and not text.strip():
         return
     if first and len(text) > PIECE:
@@ -293,10 +293,10 @@ def _close(text: str, first: bool, report: TextReport) -> Iterator[TextPiece]:
 
 
 def check_sources(paths: Sequence[str]) -> None:
-    """Refuse what is neither there nor could be a dataset's name.
+    """Check that each path exists or may be the name of a dataset.
 
     Raises:
-        DataError: Naming it.
+        DataError: If one does not; the message names it.
     """
     for path in paths:
         if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.endswith((*SUFFIXES, ".json", TABLE))):

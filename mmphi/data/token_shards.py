@@ -1,9 +1,9 @@
-"""Texts as token ids in memory-mapped shards: written once, in parallel, a shard at a time.
+"""Texts as token ids in memory-mapped shards, tokenized in parallel and written once, shard by shard.
 
-A document is ``end, t1, ..., tn, end``: its first token is given, all others are predicted. It is kept in *stretches*
-of at most :data:`STRETCH` predictions, each with the token before its first, so that every token is predicted once; a
-stretch is what is shuffled, and what is held out for validation. A shard is two files: the ids (uint16 where the
-vocabulary allows) and its stretches.
+A document is ``end, t1, ..., tn, end``: its first token is input only, all others are predicted. It is stored in token
+chunks (``stretches``) of at most :data:`STRETCH` predictions, each with the token before its first prediction, so that
+every token is predicted once. Chunks are the unit of shuffling, and each is either for training or for validation. A
+shard is two files: the ids (uint16 if the vocabulary allows) and the table of its chunks.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import numpy.typing as npt
 from mmphi.data.content_hash import file_digest
 from mmphi.data.text_sources import TextPiece
 
-STRETCH = 16384  # Predictions that stay together in the shuffled order; far more than a row has.
-APART = 512  # Predictions of what is held out as one.
+STRETCH = 16384  # Maximum predictions of a chunk, which shuffling keeps together; far more than a row has.
+APART = 512  # Predictions of a block, the unit of the validation split.
 SHARD_TOKENS = 1 << 26
-BATCH_CHARACTERS = 1 << 23  # What the tokenizer is given at once, to spread over the cores.
+BATCH_CHARACTERS = 1 << 23  # Characters per call of the tokenizer, to occupy all cores.
 INDEX, SHARDS = "tokens.json", "shards.jsonl"
 Ids = npt.NDArray[np.uint16 | np.uint32]
 
 
 class TokenChunk(NamedTuple):
-    """Columns of a shard's list of stretches."""
+    """Columns of a shard's table of chunks."""
 
-    start: int  # Place of its first id, which is given.
-    predictions: int  # How many ids after it are predicted.
+    start: int  # Position of the first id, which is input only.
+    predictions: int  # Number of ids after it, which are predicted.
     source: int
     validation: int
 
@@ -44,12 +44,12 @@ class Shard:
     """A finished shard.
 
     Attributes:
-        name: Of its files.
-        pieces: First piece of the corpus in it, and the first after it.
-        tokens: Predictions.
-        digest: Of both files.
-        counts: Predictions by source, those of training and of validation.
-        bytes: Of the texts in UTF-8, by source.
+        name: Base name of its files.
+        pieces: Number of its first piece in the corpus, and of the first piece after it.
+        tokens: Number of predictions.
+        digest: Digest of both files.
+        counts: Predictions for training and for validation, by source.
+        bytes: Bytes of the texts in UTF-8, by source.
     """
 
     name: str
@@ -69,14 +69,14 @@ def _digest(folder: Path, name: str) -> str:
 
 
 def whole_shards(folder: Path, say: Callable[[str], None]) -> list[Shard]:
-    """The shards of a folder whose files are as they were written; others are named, and left to be built again."""
+    """Returns the intact shards of a folder; modified ones are reported by ``say``, to be built again."""
     path, whole = folder / SHARDS, []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
             shard = Shard(**{**entry, "pieces": tuple(entry["pieces"])})
         except (ValueError, TypeError, KeyError):
-            continue  # Blank, or cut short by a kill.
+            continue  # Blank, or truncated by a kill.
         try:
             holds = _digest(folder, shard.name) == shard.digest
         except OSError:
@@ -89,11 +89,11 @@ def whole_shards(folder: Path, say: Callable[[str], None]) -> list[Shard]:
 
 
 class BatchTokenizer:
-    """Turns pieces of documents into ids, many at once.
+    """Tokenizes pieces of documents in batches.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
-        end: Id that stands before, between and after documents.
+        end: Id of the end-of-text token, before, between and after documents.
     """
 
     def __init__(self, tokenizer: Any, end: int) -> None:
@@ -101,7 +101,7 @@ class BatchTokenizer:
         self.dtype: Any = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
 
     def __call__(self, pieces: Sequence[TextPiece]) -> Iterator[Ids]:
-        """The ids of each piece; a first piece begins with the end of text, a last one ends with it."""
+        """Yields the ids of each piece; a document's first piece begins with ``end``, and its last one ends with it."""
         encoded = self.backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
         for piece, one in zip(pieces, encoded, strict=True):
             before, after = [self.end] * piece.first, [self.end] * piece.last
@@ -109,13 +109,14 @@ class BatchTokenizer:
 
 
 class ShardWriter:
-    """Collects the stretches of one shard, and writes it whole.
+    """Collects the chunks of one shard, and writes it as a whole.
 
     Args:
-        folder: Where.
-        dtype: Of ids.
-        kept_apart: Whether a block of ``APART`` predictions is for validation, by source, piece and place in it.
-        sources: How many there are.
+        folder: Output folder.
+        dtype: Data type of ids.
+        kept_apart: Function of source, piece and block in the piece: whether the block of ``APART`` predictions is for
+            validation.
+        sources: Number of sources.
     """
 
     def __init__(self, folder: Path, dtype: Any, kept_apart: KeptApart, sources: int) -> None:
@@ -126,7 +127,7 @@ class ShardWriter:
         self.size = self.tokens = 0
 
     def add(self, ids: Ids, source: int, piece: int, context: int, size: int) -> None:
-        """Add the ids of a piece of ``size`` bytes; ``context`` is the id before it, -1 where a document begins."""
+        """Add the ids of a piece of ``size`` bytes; ``context`` is the id before it, -1 at the start of a document."""
         if context >= 0:
             ids = np.concatenate([np.asarray([context], ids.dtype), ids])
         self.bytes[source] += size
@@ -142,7 +143,7 @@ class ShardWriter:
                 self.tokens += len(part) - 1
 
     def write(self, name: str, pieces: tuple[int, int], sources: Sequence[str]) -> Shard:
-        """Write the shard, first under another name, and note it in the list of shards."""
+        """Write the shard atomically, and append it to the list of shards."""
         ids = np.concatenate(self.ids) if self.ids else np.zeros(0, self.dtype)
         stretches = np.asarray(self.stretches, np.int64).reshape(-1, len(TokenChunk._fields))
         for kind, array in (("ids", ids), ("stretches", stretches)):
@@ -157,21 +158,22 @@ class ShardWriter:
         sizes = dict(zip(sources, self.bytes, strict=True))
         shard = Shard(name, pieces, self.tokens, _digest(self.folder, name), counts, sizes)
         with (self.folder / SHARDS).open("a") as file:
-            file.write("\n" + json.dumps(asdict(shard)) + "\n")  # The line before may have been cut short by a kill.
+            file.write("\n" + json.dumps(asdict(shard)) + "\n")  # A kill may have truncated the line before.
         return shard
 
 
 class ShardTokenizer:
-    """Turns texts into shards; what an earlier call finished stays, if it is whole.
+    """Tokenizes texts into shards; intact shards of an earlier call are kept.
 
     Args:
-        folder: Where the shards go.
-        sources: By name, what reads their pieces: the same at every call.
+        folder: Output folder.
+        sources: Functions that read the pieces of each source, by name; they yield the same at every call.
         tokenizer: A fast Hugging Face tokenizer.
-        kept_apart: Whether a block of ``APART`` predictions is for validation, by source, piece and place in it.
-        say: Told what is wrong with files found.
-        progress: Told the predictions of what is done.
-        shard_tokens: A shard is closed when it has so many.
+        kept_apart: Function of source, piece and block in the piece: whether the block of ``APART`` predictions is for
+            validation.
+        say: Called with a message about each modified shard.
+        progress: Called with the number of new predictions.
+        shard_tokens: Number of predictions at which a shard is closed.
     """
 
     def __init__(
@@ -189,7 +191,7 @@ class ShardTokenizer:
         self.encoder, self.kept_apart = BatchTokenizer(tokenizer, tokenizer.eos_token_id), kept_apart
         self.done = {shard.pieces[0]: shard for shard in whole_shards(folder, say)}
         self.shards: list[Shard] = []
-        self.context = -1  # The last id before what comes next, where that continues with a document.
+        self.context = -1  # The last id before the next piece, used if that piece continues a document.
         self._begin(0)
 
     def _begin(self, piece: int) -> None:
@@ -197,7 +199,7 @@ class ShardTokenizer:
         self.writer = ShardWriter(self.folder, self.encoder.dtype, self.kept_apart, len(self.sources))
 
     def __call__(self) -> list[Shard]:
-        """Read all texts, and write what is missing."""
+        """Read all texts, write the missing shards, and return all shards."""
         until = number = 0
         for source, read in enumerate(self.sources.values()):
             for piece in read():
@@ -215,7 +217,7 @@ class ShardTokenizer:
         return self.shards
 
     def _take(self, shard: Shard) -> int:
-        """Go on after a shard that is there."""
+        """Continue after an existing shard."""
         self.shards.append(shard)
         self.progress(shard.tokens)
         self.context = int(np.load(self.folder / f"{shard.name}.ids.npy", mmap_mode="r")[-1])
@@ -240,14 +242,14 @@ class ShardTokenizer:
 
 
 class TokenShards:
-    """The stretches of a corpus, memory-mapped.
+    """The token chunks of a corpus, memory-mapped.
 
     Args:
-        folder: Of the shards.
-        shards: Their names.
+        folder: Folder of the shards.
+        shards: Names of the shards.
 
     Attributes:
-        stretches: Of all shards: shard, start, predictions, source, validation, int64 (N, 5).
+        stretches: Chunks of all shards, int64 (N, 5): shard, start, predictions, source, validation.
     """
 
     def __init__(self, folder: Path, shards: Sequence[str]) -> None:
@@ -257,17 +259,17 @@ class TokenShards:
         self.stretches = np.concatenate(columns) if columns else np.zeros((0, 5), np.int64)
 
     def of(self, source: int, *, validation: bool = False) -> npt.NDArray[np.int64]:
-        """Numbers of the stretches of a source."""
+        """Returns the indices of a source's chunks for training or validation."""
         table = self.stretches
         return np.flatnonzero((table[:, 3] == source) & (table[:, 4] == int(validation)))
 
     def lengths(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Predictions of stretches."""
+        """Returns the number of predictions of each chosen chunk."""
         lengths: npt.NDArray[np.int64] = self.stretches[chosen, 2]
         return lengths
 
     def ids(self, stretch: int, first: int = 0, predictions: int | None = None) -> Ids:
-        """Ids of a part of a stretch: one more than are predicted."""
+        """Returns the ids of a part of a chunk, one more than the number of predictions."""
         shard, start, count = self.stretches[stretch, :3]
         upto = count if predictions is None else first + predictions
         part: Ids = self._ids[shard][start + first : start + upto + 1]

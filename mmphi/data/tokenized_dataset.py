@@ -1,4 +1,4 @@
-"""Conversations as tokens, encoded once and memory-mapped: by every stage, rank and trial, in any process."""
+"""Conversations as tokens, encoded once and memory-mapped by all stages, ranks and trials."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FORMAT = 1
 
 
 class TokenizedExamples(Sequence[TokenizedExample], ABC):
-    """Sequences that are made as they are asked for."""
+    """Tokenized examples that are created on access."""
 
     @abstractmethod
     def at(self, index: int) -> TokenizedExample:
-        """The sequence with an index from 0 on."""
+        """Returns the tokenized example at a non-negative index."""
 
     @overload
     def __getitem__(self, index: int) -> TokenizedExample: ...
@@ -44,15 +44,15 @@ class TokenizedExamples(Sequence[TokenizedExample], ABC):
 
 
 class TokenizedDataset(TokenizedExamples):
-    """The sequences of examples, read from memory-mapped files as they are asked for.
+    """Tokenized examples that are read from memory-mapped files on access.
 
     Args:
-        folder: As :func:`tokenized_examples` left it.
-        examples: What was encoded.
+        folder: Folder that :func:`tokenized_examples` has written.
+        examples: The encoded examples.
 
     Attributes:
         kept: The example of every sequence.
-        left_out: Indices of the examples that no sequence was made of.
+        left_out: Indices of the examples without a sequence.
     """
 
     def __init__(self, folder: Path, examples: Sequence[Example]) -> None:
@@ -72,7 +72,7 @@ class TokenizedDataset(TokenizedExamples):
         return [example.source for example in self.kept]
 
     def at(self, index: int) -> TokenizedExample:
-        """The sequence with an index from 0 on."""
+        """Returns the tokenized example at a non-negative index."""
         example = self._of[self._examples[index]]
         begin, end = self._starts[index], self._starts[index + 1]
         rows = self._spans[self._span_starts[index] : self._span_starts[index + 1]].tolist()
@@ -82,7 +82,7 @@ class TokenizedDataset(TokenizedExamples):
 
 
 class Subset(TokenizedExamples):
-    """Some sequences of others, by index, in any order and any number of times."""
+    """Tokenized examples selected by index, in any order and with repetition."""
 
     def __init__(self, of: Sequence[TokenizedExample], indices: Sequence[int]) -> None:
         self._of, self._indices = of, indices
@@ -91,16 +91,16 @@ class Subset(TokenizedExamples):
         return len(self._indices)
 
     def at(self, index: int) -> TokenizedExample:
-        """The sequence with an index from 0 on."""
+        """Returns the tokenized example at a non-negative index."""
         return self._of[self._indices[index]]
 
 
 def image_inputs(images: Iterable[ImageRef], length: Callable[[ImageRef], int]) -> list[SpanContent]:
-    """Images as a sequence takes them.
+    """Returns the contents of the feature spans of images.
 
     Args:
-        images: In order.
-        length: How many features an image has.
+        images: Images in order.
+        length: Number of features of an image.
     """
     return [SpanContent("image", image, length(image)) for image in images]
 
@@ -112,10 +112,10 @@ def tokenize_example(
     max_length: int,
     audio_inputs: Callable[[Sequence[AudioRef]], list[SpanContent]] | None = None,
 ) -> TokenizedExample | None:
-    """One conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens.
+    """Returns a tokenized conversation; ``None`` if it does not fit in ``max_length`` tokens.
 
     Raises:
-        ModelError: If it has recordings, and nobody hears them.
+        ModelError: If the example has recordings and ``audio_inputs`` is ``None``.
     """
     inputs = image_inputs(example.images, length)
     if example.audio:
@@ -129,7 +129,7 @@ def tokenize_example(
 def tokenization_identity(
     examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int
 ) -> str:
-    """What tells encoded examples from others in one process: their tokens, and whose they are."""
+    """Returns a digest that identifies encoded examples in one process: their tokens, ids and image paths."""
     digest = hashlib.sha256(_digest(examples, prompt, length, max_length).encode())
     for example in examples:
         digest.update(f"{example.source}\0{example.id}\0{[str(image.path) for image in example.images]}\0".encode())
@@ -143,17 +143,17 @@ def tokenized_examples(
     max_length: int,
     cache: Path | None = None,
 ) -> TokenizedDataset:
-    """The sequences of examples, encoded now or by an earlier call in whatever process.
+    """Returns tokenized examples, encoded now or by an earlier call in any process.
 
     Args:
-        examples: What to encode.
-        prompt: Writes them.
-        length: How many features an image has.
-        max_length: Longest sequence, in tokens; examples that do not fit are left out.
-        cache: Where they are kept; the user's cache folder where left out.
+        examples: Examples to encode.
+        prompt: Prompt format.
+        length: Number of features of an image.
+        max_length: Maximum length of a sequence, in tokens; examples that do not fit are left out.
+        cache: Folder of the files; by default in the user's cache folder.
 
     Raises:
-        DataError: If they cannot be written.
+        DataError: If the files cannot be written.
     """
     folder = (cache or cache_folder() / "encoded") / _digest(examples, prompt, length, max_length)
     try:
@@ -173,7 +173,7 @@ def tokenized_examples(
 
 
 def _digest(examples: Sequence[Example], prompt: Prompt, length: Callable[[ImageRef], int], max_length: int) -> str:
-    """Of everything that decides the tokens: rows, tokenizer, prompt style, length, features of an image."""
+    """Digest of everything that determines the tokens: rows, tokenizer, prompt style, length, features per image."""
     digest = hashlib.sha256(f"{FORMAT}\0{prompt.digest}\0{max_length}\0".encode())
     for example in examples:
         digest.update(f"{[length(image) for image in example.images]}\0".encode())
@@ -222,14 +222,14 @@ def _write(
 
 @contextlib.contextmanager
 def append_array(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDArray[Any]], object]]:
-    """Write a ``.npy`` file of one axis piece by piece, so that it need not fit in memory.
+    """Write a one-dimensional ``.npy`` file piece by piece, so that it need not fit in memory.
 
     Args:
-        path: Of the file; it is complete when the block ends.
-        dtype: Of its values.
+        path: Path of the file, which is complete when the block ends.
+        dtype: Data type of its values.
 
     Returns:
-        Appends an array of the same type.
+        Function that appends an array of the same type.
     """
     raw = path.with_suffix(".raw")
     with raw.open("wb") as file:
@@ -245,7 +245,7 @@ def append_array(path: Path, dtype: npt.DTypeLike) -> Iterator[Callable[[npt.NDA
 def count_left_out(
     sequences: TokenizedDataset, examples: Sequence[Example], max_length: int, report: ReadReport
 ) -> None:
-    """Count the examples that no sequence was made of as dropped."""
+    """Count the examples without a sequence as dropped."""
     for index in sequences.left_out:
         example = examples[index]
         report.drop_kept(example.source, example.id, f"over {max_length} tokens")

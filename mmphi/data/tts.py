@@ -1,4 +1,4 @@
-"""``mmphi tts``: sentences read aloud by espeak-ng in many voices, as recordings to train on."""
+"""``mmphi tts``: synthesize sentences with espeak-ng in many voices, as recordings for training."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbcwmd", "
 VOICES = ("", *(f"+m{n}" for n in range(1, 8)), *(f"+f{n}" for n in range(1, 6)))
 WORDS_A_MINUTE, PITCH = (130, 200), (30, 70)
 SPOKEN = "spoken.csv"
-FURTHER = "answer", "context"  # Columns that go on from the sentences to the recordings.
+FURTHER = "answer", "context"  # Columns that are copied from the sentences to the recordings.
 
 
 @dataclass(frozen=True)
 class SpokenSentence:
-    """A sentence and how it is read.
+    """A sentence and its voice settings.
 
     Attributes:
-        text: What is read.
-        voice: espeak-ng's name of accent and speaker.
+        text: Text to synthesize.
+        voice: Voice of espeak-ng: accent and speaker variant.
         speed: In words per minute.
         pitch: 0 to 99.
     """
@@ -45,7 +45,7 @@ class SpokenSentence:
 
     @property
     def name(self) -> str:
-        """Of the recording: it is that of this text, read so, and of no other."""
+        """File name of the recording, determined by text and voice settings."""
         said = json.dumps([self.text, self.voice, self.speed, self.pitch])
         return f"{hashlib.sha256(said.encode()).hexdigest()[:20]}.wav"
 
@@ -53,13 +53,13 @@ class SpokenSentence:
 def assign_voices(
     texts: Sequence[str], seed: int, accents: Sequence[str] = ACCENTS, voices: Sequence[str] = VOICES
 ) -> list[SpokenSentence]:
-    """Each text in a voice of its own; equal seeds give equal voices.
+    """Returns each text with a random voice; equal seeds give equal voices.
 
     Args:
-        texts: What is read.
-        seed: Of accents, speakers, speeds and pitches.
-        accents: espeak-ng's voices.
-        voices: Its variants of them, such as ``+f5``; empty for none.
+        texts: Texts to synthesize.
+        seed: Seed of accents, speakers, speeds and pitches.
+        accents: Voices of espeak-ng.
+        voices: Variants of the voices, such as ``+f5``; an empty string for the plain voice.
     """
     draw = random.Random(seed)
     return [
@@ -74,15 +74,15 @@ def assign_voices(
 
 
 def synthesize(reading: SpokenSentence, folder: Path) -> Path:
-    """Write a recording, if it is not there yet.
+    """Write a recording, if it does not exist yet, and return its path.
 
     Raises:
-        DataError: If espeak-ng cannot.
+        DataError: If espeak-ng fails.
     """
     path = folder / reading.name
     if path.exists():
         return path
-    part = path.with_suffix(f".{threading.get_ident()}.part")  # The same reading may be asked for twice.
+    part = path.with_suffix(f".{threading.get_ident()}.part")  # Two threads may write the same recording.
     settings = ["-v", reading.voice, "-s", str(reading.speed), "-p", str(reading.pitch), "-w", str(part)]
     done = subprocess.run([PROGRAM, *settings, "--", reading.text], capture_output=True, text=True, check=False)
     if done.returncode or not part.exists():
@@ -94,14 +94,14 @@ def synthesize(reading: SpokenSentence, folder: Path) -> Path:
 
 
 def rows_of(path: Path, column: str) -> list[dict[str, str]]:
-    """Rows of a CSV that has a column; of JSON lines with turns, such as the stage ``scenes`` writes, their questions.
+    """Returns the rows of a CSV with a column, or the questions of JSON lines with turns (from the stage ``scenes``).
 
     Raises:
-        DataError: If it cannot be read, or has no such column.
+        DataError: If the file cannot be read, or has no such column.
     """
     try:
         if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:  # Whose lines end where JSON's do; those of `splitlines` do not.
+            with path.open(encoding="utf-8") as file:  # `splitlines` would also split inside JSON strings.
                 return [row for line in file for row in _turns(line, column)]
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
@@ -113,7 +113,7 @@ def rows_of(path: Path, column: str) -> list[dict[str, str]]:
 
 
 def _turns(line: str, column: str) -> list[dict[str, str]]:
-    """Questions of a conversation, each with its answer and the text that it is about."""
+    """Questions of a conversation, each with its answer and context."""
     row = json.loads(line)
     return [
         {column: question, "answer": answer, "context": row.get("context", "")}
@@ -133,26 +133,26 @@ def synthesize_sentences(
     accents: Sequence[str] = ACCENTS,
     voices: Sequence[str] = VOICES,
 ) -> int:
-    """Recordings of sentences, and ``spoken.csv`` (audio, transcript, split) beside them.
+    """Synthesize recordings of sentences, and write ``spoken.csv`` (audio, transcript, split) to the same folder.
 
     Args:
-        texts: CSV of sentences; its columns ``answer`` and ``context`` go on into ``spoken.csv``. Or JSON lines, each
-            with ``turns`` of question and answer, and a ``context``.
-        folder: Where the recordings go.
-        column: Of the sentence.
-        count: At most so many, drawn; 0 takes all.
-        seed: Of the draw and of the voices.
-        apart: CSV of real recordings (audio, transcript) beside them: they are copied, and held out: a fifth for
-            validation, the others for the test. No sentence of theirs, and where both CSVs have a column ``image`` none
-            about the same image, is read aloud.
-        accents: espeak-ng's voices.
-        voices: Its variants of them.
+        texts: CSV of sentences, whose columns ``answer`` and ``context`` are copied to ``spoken.csv``. Or JSON lines,
+            each with ``turns`` of question and answer, and a ``context``.
+        folder: Output folder.
+        column: Column of the sentence.
+        count: Maximum number of sentences, sampled at random; 0 takes all.
+        seed: Seed of the sample and of the voices.
+        apart: CSV of real recordings (audio, transcript) in its folder, which are copied and held out: a fifth for
+            validation, the others for the test. Sentences with the same transcript, or with the same ``image`` if both
+            CSVs have that column, are not synthesized.
+        accents: Voices of espeak-ng.
+        voices: Variants of the voices.
 
     Returns:
-        How many sentences were read aloud.
+        Number of synthesized sentences.
 
     Raises:
-        DataError: If there is no espeak-ng, or a file cannot be read.
+        DataError: If espeak-ng is not installed or fails, or a file cannot be read.
     """
     from tqdm.auto import tqdm
 
@@ -178,7 +178,7 @@ def synthesize_sentences(
     for number, row in enumerate(real):
         assert apart is not None
         path = apart.parent / row["audio"]
-        name = f"{file_digest(path)[:20]}{path.suffix}"  # Two of them may have one name in different folders.
+        name = f"{file_digest(path)[:20]}{path.suffix}"  # Recordings in different folders may have the same name.
         shutil.copy2(path, folder / name)
         split = "test" if number % 5 else "validation"
         lines.append({"audio": name, "transcript": row["transcript"].strip(), "split": split})

@@ -1,8 +1,8 @@
-"""The questions and answers of a row, in the forms that such files have in the field.
+"""Parses the questions and answers of a row, in the formats in common use.
 
-LLaVA's own is ``conversations`` of ``from`` (``human``, ``gpt``) and ``value``. Others have ``messages`` of ``role``
-(``system``, ``user``, ``assistant``) and ``content``, which may be a list of parts as OpenAI's API has it; images are
-named by ``image``, by ``images``, or by a part.
+LLaVA's format is ``conversations`` of ``from`` (``human``, ``gpt``) and ``value``. Others have ``messages`` of ``role``
+(``system``, ``user``, ``assistant``) and ``content``, which may be a list of parts as in OpenAI's API; images are named
+by ``image``, by ``images``, or by a part.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SHOWN_KEYS = 8
 
 @dataclass(slots=True)
 class ParsedConversation:
-    """What a row says.
+    """Parsed content of a row.
 
     Attributes:
         turns: Questions and their answers.
-        images: As the row names them.
+        images: Images, as the row names them.
     """
 
     turns: list[Turn] = field(default_factory=list)
@@ -36,7 +36,7 @@ class ParsedConversation:
 
 @dataclass(slots=True)
 class _Message:
-    """One message: who says it, its text with ``<image>`` for its images, and those of them that it names itself."""
+    """One message: its role, its text with marks ``<image>``, and the images that it names itself."""
 
     role: str
     text: str
@@ -48,14 +48,14 @@ class _Message:
 
 
 def parse_row(row: Any, note: Callable[[str], None]) -> ParsedConversation:
-    """Read a row.
+    """Parse a row.
 
     Args:
-        row: As it is in the file.
-        note: Told what of a row is left out, though the row is kept.
+        row: Row as loaded from the file.
+        note: Called with a description of each part that is left out of a kept row.
 
     Raises:
-        DataError: If it cannot be used; its ``what`` is a reason that can be counted.
+        DataError: If the row cannot be used; the error's ``what`` is a countable reason.
     """
     if not isinstance(row, dict):
         raise DataError(f"a row is a {type(row).__name__}, not an object")
@@ -69,10 +69,10 @@ def parse_row(row: Any, note: Callable[[str], None]) -> ParsedConversation:
 
 
 def _share_out(messages: list[_Message], named: list[str]) -> list[str]:
-    """Give the images that a row names to the messages that say where they stand; the others stand before everything.
+    """Assign the images that a row names to the messages with marks; without marks, return them as leading images.
 
     Raises:
-        DataError: If there are other places than images, or an answer has one.
+        DataError: If the numbers of marks and images differ, or an answer has an image.
     """
     if not (named or any(message.images or message.marks for message in messages)):
         return []
@@ -90,7 +90,7 @@ def _share_out(messages: list[_Message], named: list[str]) -> list[str]:
     if not named:
         if any(_stands_alone(line) for message in asking if message.marks for line in message.text.split("\n")):
             raise DataError("<image> in a row without an image")
-        return []  # What is written of the word within a text is text.
+        return []  # The word inside a line is ordinary text.
     if marks == 0:
         return named
     if marks != len(named):
@@ -101,7 +101,7 @@ def _share_out(messages: list[_Message], named: list[str]) -> list[str]:
 
 
 def _turns(messages: Sequence[_Message], leading: list[str], note: Callable[[str], None]) -> ParsedConversation:
-    """Questions with their answers; what has no partner is left out, with its images.
+    """Questions with their answers; unpaired ones are left out, with their images.
 
     Raises:
         DataError: If there is no answered question, or a system message after the first one.
@@ -132,7 +132,7 @@ def _turns(messages: Sequence[_Message], leading: list[str], note: Callable[[str
     if not found.turns:
         raise DataError("no answered question")
     if len(found.images) == 1 and not leading:
-        # One image stands before everything, wherever the row has it: LLaVA's own training moves it there.
+        # A single image is moved before everything, as in LLaVA's own training.
         found.turns = [Turn(turn.question.replace(MARK, "").strip(), turn.answer) for turn in found.turns]
     if any(system):
         first = found.turns[0]
@@ -141,10 +141,10 @@ def _turns(messages: Sequence[_Message], leading: list[str], note: Callable[[str
 
 
 def _message(message: Any) -> _Message:
-    """A message of a row.
+    """Parsed message of a row.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If the message is malformed, or has an unknown role or part.
     """
     if not isinstance(message, dict):
         raise DataError("malformed turn")
@@ -174,7 +174,7 @@ def _message(message: Any) -> _Message:
 
 
 def _path(part: Mapping[str, Any]) -> list[str]:
-    """The image of a part; none where the row names it."""
+    """The image of a part, in a list; empty if the row names it."""
     value = next((part[name] for name in ("image", "path", "image_url", "url") if part.get(name)), None)
     value = value.get("url") if isinstance(value, Mapping) else value
     if value is not None and not isinstance(value, str):
@@ -196,5 +196,5 @@ def _named(row: Mapping[str, Any]) -> list[str]:
 
 
 def _stands_alone(line: str) -> bool:
-    """Whether a line begins or ends with the place of an image, as LLaVA's rows have it."""
+    """Whether a line begins or ends with the mark of an image, as in LLaVA's rows."""
     return line.startswith(MARK) or line.endswith(MARK)

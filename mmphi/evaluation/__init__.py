@@ -1,1 +1,1 @@
-"""How well answers fit: captioning, grounding, exact attributes, yes/no questions, retrieval."""
+"""Evaluation: captioning, grounding, scene attributes, yes/no questions, speech, perplexity and retrieval."""

@@ -1,4 +1,4 @@
-"""How much of a scene a caption gets right."""
+"""Accuracy of the attributes in captions of drawn scenes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """The attributes a caption claims; none where it is not of the form that scenes' captions have."""
+    """Return the attributes in a caption; empty if it does not have the form of scene captions."""
     match = CAPTION.fullmatch(caption.strip())
     return dict(zip(ATTRIBUTES, match.groups(), strict=True)) if match else {}
 
 
 def attribute_accuracy(captions: Sequence[str], attributes: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Share of attributes that are right, together and one by one; a caption of no known form gets none right.
+    """Return the share of correct attributes; a caption that cannot be parsed has none correct.
 
     Args:
-        captions: What was said.
-        attributes: What was drawn.
+        captions: Generated captions.
+        attributes: True attributes of each scene.
 
     Returns:
-        ``attribute_accuracy``, ``attribute_accuracy/NAME`` and ``exact_match`` (every attribute of a caption right).
+        ``attribute_accuracy``, ``attribute_accuracy/NAME`` and ``exact_match`` (all attributes of a caption correct).
     """
     claimed = [parse_caption(c) for c in captions]
     right = {

@@ -1,4 +1,4 @@
-"""A page that plays recordings beside rows of a table, with nothing else needed to hear them."""
+"""Self-contained HTML table with an audio player for each recording."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-AT_MOST, BYTES = 100, 2_000_000  # Recordings that a page plays, and the largest of them.
+AT_MOST, BYTES = 100, 2_000_000  # Largest number of players in a page, and largest embedded file in bytes.
 STYLE = (
     "body{font:15px/1.4 system-ui,sans-serif;margin:1.5rem}table{border-collapse:collapse}"
     "td,th{padding:.4rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}audio{height:2rem}"
@@ -17,11 +17,11 @@ STYLE = (
 
 
 def audio_page(paths: Sequence[Path], rows: Sequence[Mapping[str, Any]]) -> str:
-    """HTML with a player in each row.
+    """Return an HTML page with a table row and a player for each recording.
 
     Args:
-        paths: The recordings; large ones and all after the first hundred are named, not played.
-        rows: What is said of each, in columns that all rows together have.
+        paths: Recordings; those over 2 MB and all after the first 100 get no player.
+        rows: Table cells of each recording by column name; the columns are the union over all rows.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))

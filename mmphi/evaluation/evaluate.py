@@ -1,4 +1,4 @@
-"""Everything that is measured of a multimodal model, in one call."""
+"""Evaluation of a multimodal model on images."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ HELD_OUT = "held_out_phrasing"
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How much is measured.
+    """Extent of an evaluation.
 
     Attributes:
-        max_images: At most this many images; 0 takes all.
-        max_new_tokens: Longest answer, in tokens.
+        max_images: Largest number of images; 0 takes all.
+        max_new_tokens: Longest caption, in tokens.
         batch_size: Answers generated at once.
-        yes_no: Yes/no questions.
-        held_out_phrasings: Whether the questions that mmphi makes are asked a second time, in phrasings that no
-            training contains.
-        long_answers: Questions of each kind with long answers (conversation, detail, reasoning).
+        yes_no: Number of yes/no questions.
+        held_out_phrasings: Whether generated questions are also asked in phrasings that no training contains.
+        long_answers: Number of questions of each kind with long answers (conversation, detail, reasoning).
         max_answer_tokens: Longest of these answers, in tokens.
-        candidates: Captions sampled of each image, of which the most agreed on is taken; 1 is greedy.
-        temperature: Of sampled candidates.
-        seed: Of samples, questions and shuffles.
+        candidates: Captions sampled per image, of which MBR decoding selects one; 1 decodes greedily.
+        temperature: Sampling temperature of the candidates.
+        seed: Seed of samples, questions and shuffles.
     """
 
     max_images: int = 0
@@ -60,12 +59,12 @@ class EvaluationConfig:
 
 
 class ScoresAndAnswers(Scores, Protocol):
-    """A model that can be scored and asked."""
+    """A model that scores conversations and generates answers."""
 
     def generate(
         self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32
     ) -> list[GeneratedAnswer]:
-        """Answers to questions about images."""
+        """Return one answer per question about images."""
 
     def sample(
         self,
@@ -76,7 +75,7 @@ class ScoresAndAnswers(Scores, Protocol):
         batch_size: int = 32,
         seed: int = 0,
     ) -> list[list[GeneratedAnswer]]:
-        """Several answers to each question."""
+        """Return ``count`` sampled answers to each question."""
 
 
 def evaluate_model(
@@ -86,26 +85,26 @@ def evaluate_model(
     tracker: Tracker,
     prefix: str = "test",
 ) -> dict[str, float]:
-    """Measure a model on examples of one split, and record tables and pictures of what it says.
+    """Evaluate a model on examples of one split; record the metrics, and tables and figures of its answers.
 
     Args:
-        model: What to measure.
-        examples: Of one split.
-        chosen: How much is measured.
-        tracker: The run to record in.
-        prefix: Put before every metric's name.
+        model: Model to evaluate.
+        examples: Examples of one split.
+        chosen: Extent of the evaluation.
+        tracker: Run to record in.
+        prefix: Prefix of every metric's name, without the slash.
 
     Returns:
-        Loss, perplexity and grounding gain, and the loss by kind of row; on captions the share that end by themselves,
-        CIDEr and BLEU-4; on scenes exact match and attribute accuracy; ROUGE-L of long answers; accuracy and F1 of
-        yes/no questions.
+        Loss, perplexity, grounding gain and the loss by kind of row; of captions the share that end before the length
+        limit, exact match, CIDEr and BLEU-4; of scenes attribute accuracy; ROUGE-L of long answers; accuracy, F1 and
+        share of yes of yes/no questions.
 
     Raises:
-        DataError: If there is nothing to measure on.
+        DataError: If there are no examples.
     """
     images = list(dict.fromkeys(image.id for e in examples for image in e.images))
     wanted = set(images[: chosen.max_images or None])
-    texts = [e for e in examples if not e.images][: chosen.max_images or None]  # Of training data: no other has any.
+    texts = [e for e in examples if not e.images][: chosen.max_images or None]  # Only training data has any.
     kept = {id(e) for e in texts} | {id(e) for e in examples if e.images and all(i.id in wanted for i in e.images)}
     examples = [e for e in examples if id(e) in kept]
     if not examples:
@@ -143,7 +142,7 @@ def evaluate_model(
 def _captions(
     model: ScoresAndAnswers, examples: Sequence[Example], chosen: EvaluationConfig, tracker: Tracker, prefix: str
 ) -> dict[str, float]:
-    """Caption every image once for each way it is asked; all captions asked for in that way are references."""
+    """Scores of one caption per image and question; all captions of that image and question are references."""
     groups: dict[tuple[str, str], list[Example]] = {}
     for example in examples:
         if len(example.images) == 1 and row_kind(example) == "caption":
@@ -183,7 +182,7 @@ def _captions(
 
 
 def _say(model: ScoresAndAnswers, prompts: Sequence[Question], chosen: EvaluationConfig) -> list[GeneratedAnswer]:
-    """Greedy captions, or those that several samples agree on."""
+    """Captions decoded greedily, or selected from samples by MBR decoding."""
     length, batch_size = chosen.max_new_tokens, chosen.batch_size
     if chosen.candidates == 1:
         return model.generate(prompts, length, batch_size)
@@ -193,7 +192,12 @@ def _say(model: ScoresAndAnswers, prompts: Sequence[Question], chosen: Evaluatio
 
 
 def caption_figure(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
-    """A grid of images with what was said of them and what is right."""
+    """Return a grid of images with predicted captions, and the reference where they differ.
+
+    Args:
+        rows: Mappings with ``image``, ``prediction`` and ``reference``.
+        columns: Images per line.
+    """
 
     def title(row: Mapping[str, Any]) -> tuple[str, bool]:
         right = row["prediction"] == row["reference"]
@@ -204,7 +208,12 @@ def caption_figure(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figur
 
 
 def comparison_figure(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Figure:
-    """A grid of images with a question, the answers before and after a training, and what is right."""
+    """Return a grid of images with a question, the answers before and after a training, and the reference.
+
+    Args:
+        rows: Mappings with ``image``, ``question``, ``before``, ``after`` and ``reference``.
+        columns: Images per line.
+    """
 
     def title(row: Mapping[str, Any]) -> tuple[str, bool]:
         asked = [row["question"]] if row["question"] else []
@@ -222,7 +231,7 @@ def _grid(
     for axes in figure.subplots(lines, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, row in zip(figure.axes, rows, strict=False):
-        with suppress(ImageError):  # The pixels of a user's own encoder are no picture.
+        with suppress(ImageError):  # Inputs of a custom encoder need not be image files.
             image = open_image(row["image"])
             axes.imshow(image.resize((320, 320 * image.height // image.width), Image.Resampling.LANCZOS))
         text, right = title(row)

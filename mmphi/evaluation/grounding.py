@@ -1,4 +1,4 @@
-"""Whether the model looks: its loss with the right image beside its loss with another one."""
+"""Grounding: loss with the right image compared with the loss with another image."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mmphi.data.schema import Example, ImageRef
 
 
 class Scores(Protocol):
-    """A model that can be scored on conversations."""
+    """A model that computes losses on conversations."""
 
     def losses(
         self, examples: Sequence[Example], images: Sequence[tuple[ImageRef, ...]] | None = None
     ) -> tuple[float, int]:
-        """Summed nats and supervised tokens, with other images in place of the examples' own where given."""
+        """Return the summed loss in nats and the number of supervised tokens; ``images`` replaces the examples' own."""
 
 
 @dataclass(frozen=True)
 class Grounding:
-    """Loss in nats per token, and what the right image is worth.
+    """Losses with right and with shuffled inputs, in nats per token.
 
     Attributes:
-        loss: With the right images.
-        shuffled_loss: With the images of other examples.
+        loss: Loss with the right inputs.
+        shuffled_loss: Loss with the inputs of other examples.
     """
 
     loss: float
@@ -34,7 +34,7 @@ class Grounding:
 
     @property
     def gain(self) -> float:
-        """Nats per token that the right image saves; 0 for a model that ignores it."""
+        """Loss reduction by the right input, in nats per token; 0 for a model that ignores the input."""
         return self.shuffled_loss - self.loss
 
     @property
@@ -44,10 +44,10 @@ class Grounding:
 
 
 def shuffled_images(examples: Sequence[Example], seed: int) -> list[tuple[ImageRef, ...]]:
-    """For each image of each example another one, never the same; examples without image keep none.
+    """Return a different image for each image of each example.
 
-    All examples of one image get the same other image: the images are put in a circle at random and each moves on by
-    one. With a single image there is no other, and it stays.
+    The images are shuffled and each is replaced by the next one, cyclically, so that all examples of one image get the
+    same other image. A single image is replaced by itself.
     """
     images = {image.id: image for e in examples for image in e.images}
     circle = sorted(images)
@@ -60,8 +60,8 @@ def grounding(model: Scores, examples: Sequence[Example], seed: int = 0) -> Grou
     """Score a model with right and with shuffled images.
 
     Args:
-        model: What to score.
-        examples: Conversations, about at least two images for the gain to mean anything.
+        model: Model to score.
+        examples: Conversations; the gain is meaningful with at least two different images.
         seed: Seed of the shuffle.
     """
     nats, tokens = model.losses(examples)

@@ -1,4 +1,4 @@
-"""How a pretraining stands: losses on what was held out and on a public text, and what the model writes."""
+"""Validation of a pretraining: losses on held-out and on public text, and samples."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mmphi.training.fsdp import is_sharded
 from mmphi.training.lm_dataset import pack_row, stack_rows
 
 Ids = npt.NDArray[np.int64]
-PUBLIC_WINDOW, AT_ONCE = 2048, 4096  # Tokens.
+PUBLIC_WINDOW, AT_ONCE = 2048, 4096  # Longest window of the public text, and forward pass, in tokens.
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 40, 0.8
 
 
 def validation_windows(tokens: TokenShards, sources: int, context: int, most: int) -> list[Ids]:
-    """Windows of what was held out of a corpus, in a fixed order.
+    """Return windows of a corpus's held-out text, in a fixed random order.
 
     Args:
-        tokens: Of the corpus.
-        sources: How many it has.
-        context: Longest window, in predictions.
-        most: Predictions in all.
+        tokens: Token shards of the corpus.
+        sources: Number of its sources.
+        context: Longest window, in predicted tokens.
+        most: Largest number of predicted tokens in all windows.
     """
     held = np.concatenate([tokens.of(source, validation=True) for source in range(sources)])
     order = np.random.default_rng(0).permutation(held)
@@ -41,7 +41,7 @@ def validation_windows(tokens: TokenShards, sources: int, context: int, most: in
 
 
 def windows_of(documents: Iterable[Ids], context: int, most: int) -> list[Ids]:
-    """Documents cut into windows, up to so many predictions in all."""
+    """Cut documents into windows of at most ``context`` predicted tokens, up to ``most`` predicted tokens in all."""
     found: list[Ids] = []
     left = most
     for ids in documents:
@@ -54,14 +54,14 @@ def windows_of(documents: Iterable[Ids], context: int, most: int) -> list[Ids]:
 
 
 class LMValidation:
-    """Losses on what was held out and on a public text, and samples.
+    """Computes losses on held-out and on public text, and records samples.
 
     Args:
-        task: What is trained.
-        held: What was held out: ids of each window, one more than are predicted.
-        prompt: With the tokenizer.
-        chosen: What is scored, and how much of it.
-        tracker: Where samples go; ``None`` writes none.
+        task: Task that is trained.
+        held: Held-out windows: token IDs, one more than are predicted.
+        prompt: Prompt with the tokenizer.
+        chosen: Settings of the public text, its windows and the sample prompts.
+        tracker: Run that samples are recorded in; ``None`` records none.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LMValidation:
         self._last: tuple[int, dict[str, float]] = (-1, {})
 
     def _public(self) -> list[Any]:
-        """Windows of the public text, as the protocol has them."""
+        """Windows of the public text under the protocol."""
         text = Path(self.chosen.eval_text).read_text(encoding="utf-8")
         ids = np.asarray(self.prompt.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         window = min(PUBLIC_WINDOW, self.chosen.context)
@@ -86,19 +86,19 @@ class LMValidation:
         return [ids[begin:end] for begin, end, _ in protocol.windows(len(ids))]
 
     def __call__(self, step: int) -> dict[str, float]:
-        """The losses at a step, in nats per token and bits per byte."""
+        """Return the losses at a step, in nats per token and bits per byte; repeated calls for a step are cached."""
         if self._last[0] == step:
             return self._last[1]
         figures = self._loss("val", self.held)
         if self.public:
             figures |= self._loss("public", self.public)
         if self.tracker is not None and self.chosen.prompts and not is_sharded(self.task):
-            self._samples(step, self.tracker)  # Parts of a spread model cannot be asked one by one.
+            self._samples(step, self.tracker)  # Not with sharded parameters: `generate` needs all of them.
         self._last = step, figures
         return figures
 
     def _loss(self, name: str, windows: list[Any]) -> dict[str, float]:
-        """Each window a document of its own, of which all but the first token is predicted."""
+        """Losses with each window as a separate document, of which all but the first token are predicted."""
         device, nats, tokens, size = next(self.task.parameters()).device, 0.0, 0, 0
         each = max(1, AT_ONCE // self.chosen.context)
         with torch.inference_mode():
@@ -110,7 +110,7 @@ class LMValidation:
         return {f"{name}/loss": nats / tokens, f"{name}/bits_per_byte": nats / math.log(2) / size}
 
     def _samples(self, step: int, tracker: Tracker) -> None:
-        """What the model writes on from each prompt."""
+        """Record a sampled continuation of each prompt."""
         model, tokenizer = self.task.model, self.prompt.tokenizer
         rows = []
         with torch.random.fork_rng(), torch.inference_mode():

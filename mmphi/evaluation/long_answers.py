@@ -1,4 +1,4 @@
-"""Answers that are no captions: their loss by kind, and how much of the reference they say."""
+"""Evaluation of answers other than captions: loss by kind of row, and ROUGE-L."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mmphi.generation.batch_generate import GeneratedAnswer
 
 
 def row_kind(example: Example) -> str:
-    """What kind of row an example is; without a word of it, a caption."""
+    """Return the kind of an example; ``caption`` by default."""
     return example.attributes.get("kind", "caption")
 
 
 def losses_by_kind(model: Scores, examples: Sequence[Example]) -> dict[str, float]:
-    """Nats per supervised token of each kind of row, where there are several: ``loss/conversation``, ..."""
+    """Return the loss of each kind of row in nats per supervised token (``loss/KIND``); empty for a single kind."""
     kinds = sorted({row_kind(example) for example in examples})
     if len(kinds) < 2:
         return {}
@@ -32,12 +32,12 @@ def losses_by_kind(model: Scores, examples: Sequence[Example]) -> dict[str, floa
 
 
 def to_answer(examples: Sequence[Example], count: int) -> list[Example]:
-    """The first examples of every kind with long answers: at most so many of each."""
+    """Return the first examples of every kind with long answers, at most ``count`` of each."""
     return [e for name in LONG_KINDS for e in [e for e in examples if row_kind(e) == name][:count]]
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L (Lin 2004), 0 to 1, on COCO's words; beta 1.2 as in COCO's evaluation."""
+    """Return ROUGE-L (Lin 2004), 0 to 1, on COCO's tokenization, with beta 1.2 as in COCO's evaluation."""
     if not ptb_text(prediction) or not ptb_text(reference):
         return 0.0
     return float(Rouge().calc_score([ptb_text(prediction)], [ptb_text(reference)]))
@@ -46,14 +46,15 @@ def rouge_l(prediction: str, reference: str) -> float:
 def measure_long_answers(
     asked: Sequence[Example], answers: Sequence[GeneratedAnswer]
 ) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
-    """What answers to first questions are worth, by kind, and a table of them.
+    """Score answers to the first questions of examples, by kind.
 
     Args:
         asked: Examples whose first question was asked.
-        answers: What was said.
+        answers: One generated answer per example.
 
     Returns:
-        ``rouge_l/KIND`` and ``ended/KIND``; rows with image, question, prediction and reference.
+        Metrics ``rouge_l/KIND`` and ``ended/KIND``, and table rows with image, kind, question, prediction and
+        reference.
     """
     metrics: dict[str, float] = {}
     for name in sorted({row_kind(example) for example in asked}):

@@ -1,4 +1,4 @@
-"""Of several captions of an image, the one that the others agree with most."""
+"""Minimum Bayes risk selection among several captions of an image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mmphi.evaluation.ptb_tokenize import ptb_text
 def mbr_caption(candidates: Sequence[Sequence[str]]) -> list[int]:
     """Minimum Bayes risk decoding (Kumar and Byrne 2004) with CIDEr-D as the gain (as Devlin et al. 2015 for captions).
 
-    What a small model samples is often wrong in one detail, and each time in another: details that most samples share
-    are likelier to be right, and CIDEr weighs them by how few other images they are said of.
+    Samples of a small model are often wrong in one detail, which differs between samples. Details that most samples
+    share are likelier to be correct, and CIDEr gives more weight to those that occur for few other images.
 
     Args:
-        candidates: Equally many captions of each image, of two or more images (document frequencies come from them).
+        candidates: Captions of each image, equally many, of two or more images (document frequencies come from them).
 
     Returns:
-        For each image the index of the caption chosen; the first among equals.
+        Index of the selected caption of each image; the first of equally good ones.
     """
     fellows = {i: [ptb_text(caption) for caption in group] for i, group in enumerate(candidates)}
     if not any(caption for group in fellows.values() for caption in group):

@@ -1,7 +1,7 @@
-"""The table of metrics: name, unit, direction and meaning; for captions also the function.
+"""Table of metrics: name, unit, direction and meaning; for caption metrics also the function.
 
-A new caption metric is a function of predictions and references, and one line of :data:`CAPTION_METRICS`. The stage
-``evaluate`` computes it, the comparison pages of MLflow show it, and ``docs/metrics.md`` has to name it.
+To add a caption metric, write a function of predictions and references and add it to :data:`CAPTION_METRICS`. The stage
+``evaluate`` computes it and MLflow's comparison pages show it; ``docs/metrics.md`` must document it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Metric:
 
     Attributes:
         unit: Unit and range of its values.
-        better: Whether higher or lower values are better; empty where neither is.
-        meaning: In a line.
-        function: Of a caption metric: from predictions and the references of each to a value.
+        better: Whether higher or lower values are better; empty if neither.
+        meaning: Description in one line.
+        function: Function of predictions and references, for caption metrics only.
     """
 
     unit: str
@@ -39,7 +39,7 @@ CAPTION_METRICS: Mapping[str, Metric] = {
         "0 to 100", "higher", "corpus BLEU-4 of captions (Papineni et al. 2002), COCO's tokenization", bleu4
     ),
 }
-# By name without split: `cider` is recorded as `test/cider`.
+# Keys are names without the split: `cider` is recorded as `test/cider`.
 METRICS: Mapping[str, Metric] = {
     "loss": Metric(
         "nats per token", "lower", "mean cross-entropy of the supervised tokens; `loss/KIND` of one kind of row"
@@ -64,7 +64,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Every caption metric, by name.
+    """Compute every caption metric, by name.
 
     Args:
         predictions: One caption per image.
@@ -78,10 +78,10 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 def documented(name: str) -> str:
-    """The entry of :data:`METRICS` that a recorded metric belongs to; empty where there is none.
+    """Return the key in :data:`METRICS` of a recorded metric; empty if there is none.
 
     Args:
-        name: As recorded, with its split: ``test/loss/caption``.
+        name: Recorded name with the split, such as ``test/loss/caption``.
     """
     parts = name.split("/")[1:]
     return next((found for end in range(len(parts), 0, -1) if (found := "/".join(parts[:end])) in METRICS), "")

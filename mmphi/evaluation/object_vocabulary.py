@@ -1,15 +1,15 @@
-"""Things that photographs are commonly said to show, the words for them, and which may be said of the same thing.
+"""Vocabulary of objects in photographs: their names, synonyms, and groups of objects that may co-occur.
 
-A caption that says "a man" does not say "a person", and yet an answer that there is no person is wrong. So things stand
-in lines of what may be one another, or be seen where the other is; what a caption names rules its whole line out for
-questions whose right answer shall be no.
+A caption with "a man" does not mention a person, yet the answer that there is no person is wrong. Objects are therefore
+grouped by line if they may be the same object or appear together. An object in a caption excludes its whole line from
+questions whose correct answer is no.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# A line holds things that are not told apart, divided by bars; the first word names the thing, others mean it too.
+# Each line is a group, with objects separated by bars; an object's first word is its name, the others are synonyms.
 LINES = """
 person someone adult | man men guy gentleman male | woman women lady ladies female | boy boys | girl girls | child children kid kids toddler | baby infant | people persons group team players family friends couple | crowd audience spectators | face faces head | surfer skater biker cyclist rider climber player | shadow
 dog dogs puppy puppies hound retriever poodle
@@ -47,10 +47,10 @@ THING_OF, RELATED = _read()
 
 
 def mentioned_objects(words: Iterable[str]) -> set[str]:
-    """The things that words name."""
+    """Return the names of the objects that words mention."""
     return {THING_OF[word] for word in words if word in THING_OF}
 
 
 def plausible_objects(things: Iterable[str]) -> set[str]:
-    """The things that may be there where these are: themselves, and what is not told apart from them."""
+    """Return objects and all objects in their groups, which an image that shows them may also show."""
     return {other for thing in things for other in RELATED[thing]}

@@ -1,4 +1,4 @@
-"""The loss of a language model on a text, under a stated protocol."""
+"""Loss of a language model on a text, under a stated protocol."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class PerplexityProtocol:
-    """How a text is read.
+    """Windows in which a text is scored.
 
-    The whole text is tokenised at once, with nothing added, and cut into windows; each window is read alone. Its first
-    token is only given. With a stride shorter than the window, a token is scored in the first window that it is in, and
-    has at least ``window - stride`` tokens before it (but in the first window).
+    The whole text is tokenised at once without special tokens and cut into windows, each a separate forward pass. A
+    window's first token is not scored. With a stride shorter than the window, a token is scored in the first window
+    that contains it, with at least ``window - stride`` tokens of context (except in the first window).
 
     Attributes:
-        window: Tokens that the model sees at once.
-        stride: Tokens from one window's beginning to the next's.
-        tail: Whether a last window shorter than the others counts. Published figures for WikiText-2 leave it out.
-        most_windows: Score at most so many; 0 scores all.
+        window: Window length, in tokens.
+        stride: Distance between the beginnings of windows, in tokens.
+        tail: Whether a shorter last window is scored. Published figures for WikiText-2 leave it out.
+        most_windows: Largest number of windows; 0 scores all.
     """
 
     window: int = 2048
@@ -37,7 +37,7 @@ class PerplexityProtocol:
     most_windows: int = 0
 
     def windows(self, tokens: int) -> Iterator[tuple[int, int, int]]:
-        """Begin, end and first scored token of each window."""
+        """Yield begin, end and first scored token of each window of a text with ``tokens`` tokens."""
         scored, count = 1, 0
         for begin in range(0, tokens - 1, self.stride):
             end = min(begin + self.window, tokens)
@@ -59,12 +59,12 @@ class PerplexityProtocol:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """What a model loses on a text.
+    """Loss of a model on a text.
 
     Attributes:
-        nats: Summed loss.
-        tokens: Scored.
-        bytes: Of the text that these tokens are, in UTF-8.
+        nats: Summed loss, in nats.
+        tokens: Number of scored tokens.
+        bytes: UTF-8 length of the scored tokens' text.
     """
 
     nats: float
@@ -73,17 +73,17 @@ class TextLoss:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss, in nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """Perplexity per token."""
         return math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
-        """What no tokenizer changes."""
+        """Bits per byte, which are comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -95,17 +95,17 @@ def text_loss(
     protocol: PerplexityProtocol,
     progress: Callable[[int], object] = lambda _: None,
 ) -> TextLoss:
-    """Score a text.
+    """Compute the loss of a language model on a text.
 
     Args:
         model: A Hugging Face causal LM, in eval mode.
         tokenizer: Its tokenizer.
-        text: Of any length.
-        protocol: How it is read.
-        progress: Told the tokens of each window scored.
+        text: Text of any length.
+        protocol: Windows to score.
+        progress: Called with the number of scored tokens after each window.
 
     Raises:
-        DataError: If there is less than two tokens of it.
+        DataError: If the text has fewer than two tokens.
     """
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     windows = list(protocol.windows(len(ids)))
@@ -125,6 +125,6 @@ def text_loss(
 
 
 def _summed(logits_KV: Tensor, targets_K: Tensor) -> float:
-    """In chunks: all logits in fp32 would be as many again."""
+    """Summed cross-entropy, in chunks so that not all logits are converted to fp32 at once."""
     parts = zip(torch.split(logits_KV, CHUNK), torch.split(targets_K, CHUNK), strict=True)
     return sum(float(F.cross_entropy(logits.float(), targets, reduction="sum")) for logits, targets in parts)

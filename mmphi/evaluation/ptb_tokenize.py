@@ -1,8 +1,8 @@
-"""Captions as words, by the rules of COCO's own evaluation, without its Java.
+"""COCO's caption tokenization, without Java.
 
 coco-caption runs Stanford's PTBTokenizer in lower case and drops punctuation. nltk's Treebank tokenizer has the same
-rules (``man 's``, ``do n't``) but for a few: it splits off a full stop at the end of a text alone, and leaves an
-opening single quote on its word. With these fixed, 4,000 captions of Flickr8k come out as from the Java program.
+rules (``man 's``, ``do n't``) with two exceptions: it splits off a full stop only at the end of a text, and leaves an
+opening single quote on its word. With these fixed, 4,000 captions of Flickr8k give the output of the Java program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 
 from nltk.tokenize.treebank import TreebankWordTokenizer
 
-# coco-caption's list. It names brackets in capitals and compares them with lower case, and so keeps them.
+# coco-caption's list. It lists brackets in upper case but compares lower-case tokens, so it keeps brackets.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 ABBREVIATION = re.compile(r"(?:[a-z]\.){2,}|(?:mr|mrs|ms|dr|st|jr|sr|vs|etc|ave|blvd|no)\.", re.IGNORECASE)
 CLITICS = frozenset(["'s", "'m", "'d", "'re", "'ve", "'ll", "'n", "'n'"])
@@ -19,7 +19,7 @@ TOKENIZER = TreebankWordTokenizer()
 
 
 def ptb_tokens(caption: str) -> list[str]:
-    """The words of a caption in lower case, in any script."""
+    """Return the words of a caption in lower case, without punctuation; any script is supported."""
     stopped = " ".join(_full_stop_apart(word) for word in caption.split())
     tokens: list[str] = []
     for token in TOKENIZER.tokenize(stopped, convert_parentheses=True):
@@ -40,5 +40,5 @@ def _full_stop_apart(word: str) -> str:
 
 
 def ptb_text(caption: str) -> str:
-    """The words of a caption with single spaces between them."""
+    """Return the words of a caption, joined by single spaces."""
     return " ".join(ptb_tokens(caption))

@@ -1,4 +1,4 @@
-"""How well a CLIP finds the caption of an image, and the image of a caption."""
+"""Image-text retrieval with a CLIP."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ RANKS = (1, 5, 10)
 
 
 def recall(image_ND: Tensor, text_MD: Tensor, image_of_text: Sequence[int]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in both directions, as in Karpathy and Fei-Fei (2015).
+    """Return recall at 1, 5 and 10 in both directions, as in Karpathy and Fei-Fei (2015).
 
-    An image is found for a caption if its own is among the k nearest; a caption for an image if any of its own is.
+    A caption is a hit if its image is among the k nearest; an image is a hit if any of its captions is.
 
     Args:
         image_ND: Embeddings of N images, of unit length.
         text_MD: Embeddings of M captions, of unit length.
-        image_of_text: For each caption the index of its image.
+        image_of_text: Index of each caption's image, M values.
 
     Returns:
-        ``image_to_text_recall_at_k`` and ``text_to_image_recall_at_k``, between 0 and 1.
+        ``image_to_text_recall_at_K`` and ``text_to_image_recall_at_K``, between 0 and 1.
     """
     owner_M = torch.as_tensor(image_of_text)
     similarity_NM = image_ND @ text_MD.T

@@ -1,4 +1,4 @@
-"""How well a model hears: what it repeats, whether it answers as if it read, and what the right recording is worth."""
+"""Evaluation on recordings: word error rate, agreement with answers to typed text, and loss with shuffled inputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmphi.models.audio.audio_features import AudioFeatureSource
 from mmphi.models.multimodal import Multimodal, Question
 from mmphi.tracking.tracker import Tracker
 
-TIMED = 8  # Recordings that the time of hearing is measured on.
+TIMED = 8  # Number of examples on which the speed of feature extraction is measured.
 
 
 def shuffled_recordings(examples: Sequence[Example], seed: int) -> list[Example]:
-    """The same conversations, each about the recording of another one; with a single recording it stays."""
+    """Return the conversations with each recording replaced by another; a single recording is kept."""
     recordings = {audio.id: audio for e in examples for audio in e.audio}
     circle = sorted(recordings)
     random.Random(seed).shuffle(circle)
@@ -28,10 +28,10 @@ def shuffled_recordings(examples: Sequence[Example], seed: int) -> list[Example]
 
 
 def audio_gain(model: Multimodal, examples: Sequence[Example], seed: int = 0) -> Grounding:
-    """Loss on the answers with the right recordings, and with another one in each one's place.
+    """Return the loss on the answers with the right and with shuffled recordings.
 
     Args:
-        model: What to score.
+        model: Model to score.
         examples: Conversations about at least two recordings.
         seed: Seed of the shuffle.
     """
@@ -42,13 +42,13 @@ def audio_gain(model: Multimodal, examples: Sequence[Example], seed: int = 0) ->
 
 @dataclass(frozen=True)
 class SpokenMeasures:
-    """How much is measured.
+    """Extent of an evaluation on recordings.
 
     Attributes:
-        max_recordings: At most this many; 0 takes all.
+        max_recordings: Largest number of examples; 0 takes all.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Answers generated at once.
-        seed: Of the shuffle.
+        seed: Seed of the shuffle.
     """
 
     max_recordings: int = 0
@@ -65,21 +65,21 @@ def measure_speech(
     prefix: str,
     fresh: AudioFeatureSource,
 ) -> dict[str, float]:
-    """Measure a model that hears on recordings whose words are known.
+    """Evaluate a model on recordings with known transcripts, and record the metrics.
 
     Args:
-        model: What to measure.
-        examples: Each asks to repeat what is said in its recording, or has an answer of its own.
-        chosen: How much is measured.
-        tracker: The run to record in.
-        prefix: Put before every metric's name.
-        fresh: The same hearing, that has heard nothing yet: how long it takes is measured on it.
+        model: Model to evaluate.
+        examples: Conversations about one recording each; the answer is the transcript (repetition task) or known.
+        chosen: Extent of the evaluation.
+        tracker: Run to record in.
+        prefix: Prefix of every metric's name, without the slash.
+        fresh: Feature source of the same kind with empty caches, to measure its speed.
 
     Returns:
-        Loss, and what the right recording saves; how often it answers a spoken question as the typed one, word for word
-        and by the words they share; where it is to repeat, the word error rate, and that where the words are typed,
-        which is the language model's own share of it; where answers are known, how many are right, and how many where
-        the words are typed; seconds of hearing and of answering, and tokens, for a second of speech.
+        Loss and its reduction by the right recording; agreement of answers to the recording and to its typed
+        transcript, as equal texts and as shared words; for the repetition task the word error rate, and that with typed
+        words, which is the language model's part of it; for known answers the share of exact matches, with recordings
+        and with typed words; seconds of feature extraction and of generation, and tokens, per second of speech.
     """
     examples = list(examples)[: chosen.max_recordings or None]
     measured = audio_gain(model, examples, chosen.seed)
@@ -132,12 +132,12 @@ def measure_speech(
 
 
 def _same(one: Sequence[str], two: Sequence[str]) -> float:
-    """Share of answers that are the same text."""
+    """Share of pairs of equal answers."""
     return sum(a == b for a, b in zip(one, two, strict=True)) / max(1, len(one))
 
 
 def _overlap(one: str, two: str) -> float:
-    """Share of the words that two answers have in common, in order (2 matches over all words, as difflib's ratio)."""
+    """Share of words that two answers have in common, in order: 2 * matches / all words, difflib's ratio."""
     from difflib import SequenceMatcher
 
     return SequenceMatcher(a=one.split(), b=two.split(), autojunk=False).ratio()

@@ -1,4 +1,4 @@
-"""Word error rate: how far a transcript is from what was said, by Whisper's own rules of what is the same word."""
+"""Word error rate of transcripts, after Whisper's text normalization."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WordErrors:
-    """What became of the words of a reference.
+    """Word-level errors of a transcript against its reference.
 
     Attributes:
-        hits: Said and heard.
-        substitutions: Heard as another word.
-        deletions: Not heard.
-        insertions: Heard, and never said.
+        hits: Number of correct words.
+        substitutions: Number of reference words replaced by another word.
+        deletions: Number of reference words missing in the transcript.
+        insertions: Number of transcript words that the reference does not have.
     """
 
     hits: int = 0
@@ -26,12 +26,12 @@ class WordErrors:
 
     @property
     def said(self) -> int:
-        """Words of the reference."""
+        """Number of words in the reference."""
         return self.hits + self.substitutions + self.deletions
 
     @property
     def rate(self) -> float:
-        """Word error rate; of a reference without words 0 where nothing was heard, else the words that were."""
+        """Word error rate; for a reference without words, the number of insertions."""
         return (self.substitutions + self.deletions + self.insertions) / max(1, self.said)
 
     def __add__(self, other: WordErrors) -> WordErrors:
@@ -51,32 +51,32 @@ def _normalizer(english: bool) -> Any:
 
 
 def normalized(text: str, language: str = "en") -> str:
-    """A text as Whisper's own evaluation compares it: no case or punctuation, numbers and spellings made one.
+    """Normalize a text as Whisper's evaluation does: case, punctuation, numbers and spelling variants.
 
     Args:
-        text: As it was written.
-        language: Its code; all but English are only cleaned.
+        text: Text to normalize.
+        language: Language code; empty is English. Numbers and spellings are normalized in English only.
     """
     return str(_normalizer(language in ("", "en"))(text)).strip()
 
 
 def word_errors(reference: str, heard: str, language: str = "en") -> WordErrors:
-    """What became of the words of one reference.
+    """Count the word errors of one transcript, after normalization.
 
     Args:
-        reference: What was said.
-        heard: The transcript.
-        language: Code of the language.
+        reference: Reference text.
+        heard: Transcript.
+        language: Language code.
     """
     import jiwer
 
     said, found = normalized(reference, language), normalized(heard, language)
-    if not said:  # jiwer takes no empty reference.
+    if not said:  # jiwer rejects empty references.
         return WordErrors(insertions=len(found.split()))
     counted = jiwer.process_words(said, found)
     return WordErrors(counted.hits, counted.substitutions, counted.deletions, counted.insertions)
 
 
 def total_errors(each: Sequence[WordErrors]) -> WordErrors:
-    """Of all recordings together: a long one counts more than a short one."""
+    """Sum the word errors of all recordings, which weights recordings by their length."""
     return sum(each, WordErrors())

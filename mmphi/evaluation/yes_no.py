@@ -1,4 +1,4 @@
-"""Yes/no questions about what an image shows, half of them about what it does not (POPE, Li et al. 2023)."""
+"""Yes/no questions about objects in images, half of them about absent objects (POPE, Li et al. 2023)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmphi.evaluation.ptb_tokenize import ptb_tokens
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image whose answer is yes or no."""
+    """A question about an image with its correct answer, yes or no."""
 
     image: ImageRef
     text: str
@@ -24,17 +24,16 @@ class Question:
 
 
 def yes_no_questions(examples: Sequence[Example], count: int, seed: int) -> list[Question]:
-    """Questions about the images of examples, as many with yes as with no.
+    """Return questions about the images of examples, half with the answer yes and half with no.
 
-    About scenes: is a thing of some color and shape there; the absent ones share a color or shape with one that is.
-    About captioned photos: is a thing there that a caption names; the absent ones are drawn from the things that the
-    captions of all images name most often (POPE's *popular*), without those that any caption of this image names or
-    leaves possible: where a man is, a person is.
+    Scenes: questions about a shape of some color; absent ones share a color or shape with one in the scene. Captioned
+    photos: questions about objects in the captions; absent ones are drawn from the objects most frequent in all
+    captions (POPE's *popular*), except those that a caption of this image mentions or implies: a man is a person.
 
     Args:
-        examples: Examples with captions or attributes; several of one image are put together.
-        count: How many questions.
-        seed: Seed of the choice.
+        examples: Examples with captions or attributes; those of one image are combined.
+        count: Number of questions.
+        seed: Seed of the selection.
     """
     rng = random.Random(seed)
     present, absent, images = _scene_things(examples) if _are_scenes(examples) else _photo_things(examples)
@@ -54,19 +53,19 @@ def _question(thing: str) -> str:
 
 
 def conversations(examples: Sequence[Example], per_image: int, seed: int, *, varied: bool = False) -> list[Example]:
-    """Yes/no questions as conversations to learn from, one of every image, half of its questions with yes.
+    """Return yes/no questions as training conversations, one per image, half of the questions with the answer yes.
 
-    What is there and what is not are found as in :func:`yes_no_questions`, among these examples alone. Call it for each
-    split separately, so that nothing of another split is learned.
+    Present and absent objects are found as in :func:`yes_no_questions`, from these examples only. Call it for each
+    split separately, to avoid leakage between splits.
 
     Args:
-        examples: With captions or attributes; several of one image are put together.
-        per_image: Questions of an image, at most; an image with fewer things that are or are not there has fewer.
-        seed: Seed of the choice.
-        varied: Ask in several phrasings with varied case and punctuation, in place of one.
+        examples: Examples with captions or attributes; those of one image are combined.
+        per_image: Largest number of questions per image; fewer if an image has too few present or absent objects.
+        seed: Seed of the selection.
+        varied: Whether to use several phrasings with varied case and punctuation, in place of one.
 
     Returns:
-        Conversations of the kind ``yes_no``; none of images of which nothing is known.
+        Conversations of the kind ``yes_no``; images without known objects have none.
     """
     present, absent, images = _scene_things(examples) if _are_scenes(examples) else _photo_things(examples)
     first = {e.image.id: e for e in examples if e.image is not None}
@@ -118,11 +117,11 @@ def _photo_things(examples: Sequence[Example]) -> Things:
 
 
 def score_yes_no(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy, F1 of yes, and the share of yes; an answer that begins with neither word counts as no, as POPE does.
+    """Return accuracy, F1 of yes and the share of yes; answers that do not begin with yes count as no, as in POPE.
 
     Args:
-        questions: What was asked.
-        answers: What was said.
+        questions: Questions with their correct answers.
+        answers: Generated answers.
     """
     said = [ptb_tokens(a)[:1] == ["yes"] for a in answers]
     pairs = list(zip((q.answer for q in questions), said, strict=True))

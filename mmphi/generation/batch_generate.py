@@ -1,4 +1,4 @@
-"""Answers in batches: prompts of different lengths padded on the left, features at their places."""
+"""Batch generation: prompts of different lengths are left-padded, and features fill their spans."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
 
 BAR_AFTER_S = 5.0  # A loop that takes longer shows a progress bar.
-_GENERATING = threading.Lock()  # The settings of a model are shared by all threads.
+_GENERATING = threading.Lock()  # All threads share a model's ``generation_config``.
 
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What the model said.
+    """One generated answer.
 
     Attributes:
-        text: Without special tokens, stripped.
-        ended: Whether it ended by itself, before the longest answer allowed.
+        text: Decoded text without special tokens, stripped.
+        ended: Whether an end token was generated before the length limit.
     """
 
     text: str
@@ -37,11 +37,10 @@ class GeneratedAnswer:
 
 @contextmanager
 def default_generation_config(language_model: Any) -> Iterator[None]:
-    """Let a model's ``generate`` do what its arguments say and nothing else.
+    """Replace a model's generation config with transformers' defaults inside the context.
 
-    transformers fills what they leave open from the model's own generation settings. A penalty for repetition, a
-    forced token or ``min_p`` there would make its answers others than those of a conversation, and samples others than
-    the model's distribution.
+    ``generate`` takes options that are not passed from the model's own config. A repetition penalty, a forced token or
+    ``min_p`` there would make batch answers differ from chat answers, and samples from the model's distribution.
     """
     with _GENERATING:
         own = language_model.generation_config
@@ -56,18 +55,18 @@ def default_generation_config(language_model: Any) -> Iterator[None]:
 def batch_generate(
     model: Multimodal, prompts: Sequence[TokenizedExample], batch_size: int, **how: Any
 ) -> list[list[GeneratedAnswer]]:
-    """Answers to prompts, one or more of each.
+    """Generate one or more answers to each prompt.
 
     Args:
-        model: Who answers.
-        prompts: Tokens with places for image features.
-        batch_size: Prompts at once.
-        **how: Of transformers' ``GenerationConfig``; see :func:`default_generation_config`.
+        model: Model that generates.
+        prompts: Tokenized prompts with feature spans.
+        batch_size: Prompts per forward pass.
+        **how: Options of transformers' ``GenerationConfig``; see :func:`default_generation_config`.
 
     Returns:
-        The answers to each prompt, in order.
+        One list of answers per prompt, in the order of ``prompts``.
     """
-    # Alike lengths together: less padding, and the answers go back to their places.
+    # Batches of similar lengths need less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, list[GeneratedAnswer]] = {}
     for first in tqdm(range(0, len(order), batch_size), "answers", leave=False, delay=BAR_AFTER_S):

@@ -1,4 +1,4 @@
-"""How a model is talked to from Python."""
+"""Chat methods of a model."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ if TYPE_CHECKING:
 
 
 class ChatMixin:
-    """What :class:`~mmphi.models.multimodal.Multimodal` says to messages.
+    """Chat interface of :class:`~mmphi.models.multimodal.Multimodal`.
 
     Attributes:
-        context: Longest conversation, prompt and answer, in tokens; as of :class:`~mmphi.generation.engine.Engine`
-            where 0. It is of effect before the first conversation.
+        context: Longest conversation, prompt and answer, in tokens; 0 takes the default of
+            :class:`~mmphi.generation.engine.Engine`. Set it before the first conversation, which creates the engine.
     """
 
     context = 0
-    _engine: Engine | None = None  # Made at the first conversation.
+    _engine: Engine | None = None
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
-        """Answer the last of some messages.
+        """Return the answer to the last message.
 
-        What was read for the question before is remembered: a second one about the same picture, asked with the first
-        and its answer before it, reads only what is new.
+        The KV cache is kept between calls: a follow-up question that repeats the conversation so far prefills only the
+        new tokens.
 
         Args:
-            messages: Each with a ``role`` and a ``content``, as :func:`~mmphi.generation.messages.parse_messages` says.
-            **how: Of :class:`~mmphi.generation.sampling.SamplingParams`: greedy where ``temperature`` is left out.
+            messages: Mappings with ``role`` and ``content``; see :func:`~mmphi.generation.messages.parse_messages`.
+            **how: Fields of :class:`~mmphi.generation.sampling.SamplingParams`; decoding is greedy by default.
 
         Raises:
-            MessageError: If a message cannot be read.
-            ModelError: If the newest question does not fit, or is about what this model does not see or hear.
+            MessageError: If a message is invalid.
+            ModelError: If the newest question does not fit, or contains an input kind that this model does not accept.
         """
         return "".join(self.stream(messages, **how))
 
     def chat_batch(self, conversations: Sequence[Sequence[Mapping[str, Any]]], **how: Any) -> list[str]:
-        """What :meth:`chat` says to each of several conversations, read and answered together."""
+        """Return the answer of :meth:`chat` to each conversation, generated in batches."""
         from mmphi.generation.conversations import answer_conversations, read_conversations
         from mmphi.generation.sampling import SamplingParams
 
@@ -46,13 +46,13 @@ class ChatMixin:
         return [answer.text for answer in answers]
 
     def stream(self, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
-        """The answer that :meth:`chat` gives, in pieces as it is said."""
+        """Yield the answer of :meth:`chat` in pieces while it is generated."""
         from mmphi.generation.conversations import start_answer
 
         return start_answer(self.engine(2), messages, **how)
 
     def engine(self, slots: int) -> Engine:
-        """Who answers conversations, with at least so many slots; the same one as long as it has them."""
+        """Return the engine, replaced by a new one if it has fewer than ``slots`` slots."""
         from mmphi.generation.engine import Engine
 
         if self._engine is None or self._engine.slots < slots:

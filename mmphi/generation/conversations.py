@@ -1,4 +1,4 @@
-"""Conversations answered: one as it is said, or many at once."""
+"""Answers to conversations: one streamed, or many in a batch."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from mmphi.text.tokenized_example import TokenizedExample
 
 
 def start_answer(engine: Engine, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
-    """The answer to the last of some messages, in pieces as it is said; what is wrong with them is said at once."""
+    """Return an iterator over the answer's pieces; invalid messages raise here, before the iteration."""
     sampling, asked = SamplingParams(**how), parse_messages(messages)
     return engine.stream(_prompt(engine, asked, sampling), sampling)
 
 
 def _prompt(engine: Engine, asked: Conversation, sampling: SamplingParams) -> TokenizedExample:
-    """A conversation, with room for an answer."""
+    """Prompt of a conversation that leaves room for the answer."""
     return open_prompt(engine.model, asked, engine.room(sampling))[0]
 
 
 def read_conversations(
     conversations: Sequence[Sequence[Mapping[str, Any]]], *, files: bool = True
 ) -> list[Conversation]:
-    """Read conversations.
+    """Parse the messages of several conversations.
 
     Args:
-        conversations: Messages of each.
-        files: Whether they may name files of this machine.
+        conversations: Messages of each conversation.
+        files: Whether messages may refer to local files.
 
     Raises:
-        MessageError: Says which conversation and message is wrong, and how.
+        MessageError: If a message is invalid; names the conversation and the message.
     """
     read = []
     for number, messages in enumerate(conversations, 1):
@@ -47,18 +47,18 @@ def read_conversations(
 def answer_conversations(
     engine: Engine, conversations: Sequence[Conversation], sampling: SamplingParams
 ) -> list[GenerationRequest]:
-    """Answer the last question of each conversation, as many at once as the engine has slots.
+    """Answer the last question of each conversation, in batches of the engine's slots.
 
     Args:
-        engine: Who answers.
-        conversations: What was said.
-        sampling: How the answers are chosen; with a seed each is the one that it would be alone.
+        engine: Engine that generates.
+        conversations: Parsed conversations.
+        sampling: Sampling parameters; with a seed, each answer is the same as when it is generated alone.
 
     Returns:
-        One answer per conversation, in order; all are ended.
+        One finished request per conversation, in order.
 
     Raises:
-        MmphiError: If one cannot be answered; none of the others is answered then.
+        MmphiError: If one conversation cannot be answered; the others are then cancelled.
     """
     prompts = [_prompt(engine, each, sampling) for each in conversations]
     answers = [engine.submit(prompt, sampling) for prompt in prompts]

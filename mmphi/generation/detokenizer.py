@@ -1,4 +1,4 @@
-"""Tokens as text, given out as soon as it is sure."""
+"""Incremental detokenization: text is emitted as soon as later tokens cannot change it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 from mmphi.generation.sampling import find_stop, possible_stop_prefix
 
-UNFINISHED = "�"  # What a tokenizer writes for half a letter.
+UNFINISHED = "�"  # Decoded form of an incomplete UTF-8 sequence.
 
 
 class IncrementalDetokenizer:
-    """The text of an answer while its tokens come.
+    """Text of an answer while its tokens are generated.
 
-    A letter may be several tokens, and a text to stop at several pieces: neither is given out by halves. Space around
-    the answer is none of it.
+    Incomplete characters and possible beginnings of a stop string are held back. White space around the answer is
+    stripped.
 
     Args:
-        tokenizer: Of the language model.
-        stop: Texts before which the answer ends.
+        tokenizer: Tokenizer of the language model.
+        stop: Stop strings; the answer ends before the first one that occurs.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
@@ -27,9 +27,9 @@ class IncrementalDetokenizer:
         self._raw, self._sure, self._given = "", 0, 0
 
     def add(self, token: int) -> bool:
-        """Take the next token; whether the answer came to a text to stop at."""
+        """Append the next token; returns whether the answer has reached a stop string."""
         self._ids.append(token)
-        # From a few tokens before on, because how a token is written may depend on the one before it.
+        # Decodes from a few tokens earlier, because the text of a token may depend on the token before it.
         before = self._decode(self._ids[self._from : self._upto])
         now = self._decode(self._ids[self._from :])
         if len(now) > len(before) and not now.endswith(UNFINISHED):
@@ -44,7 +44,7 @@ class IncrementalDetokenizer:
         return False
 
     def finish(self) -> None:
-        """No more tokens come: what was held back is given out."""
+        """Mark the answer as complete: text that was held back becomes available."""
         rest = self._decode(self._ids[self._from :]) if self._ids else ""
         self._raw += rest[len(self._decode(self._ids[self._from : self._upto])) :]
         place = find_stop(self._raw, self._stop)
@@ -52,14 +52,14 @@ class IncrementalDetokenizer:
         self._sure, self._ids = len(self._raw), []
 
     def take(self) -> str:
-        """What is sure and was not given out yet."""
+        """Return the final text since the last call."""
         text = self.text
         piece, self._given = text[self._given :], max(self._given, len(text))
         return piece
 
     @property
     def text(self) -> str:
-        """All that is sure."""
+        """All final text so far."""
         return self._raw[: self._sure].strip()
 
     def _decode(self, ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Answers to many at once, token by token: whoever comes joins the batch, whoever is done leaves it."""
+"""Continuous batching: requests join and leave the decoding batch independently."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from mmphi.text.packing import check_feature_lengths, features_by_kind, to_devic
 from mmphi.text.tokenized_example import TokenizedExample, TranscriptSpan
 
 Reason = Literal["", "stop", "length", "cancelled"]
-CHUNK = 512  # Tokens of a prompt that are read before the others say their next word.
-CONTEXT = 4096  # Longest conversation where nothing else is said, in tokens.
+CHUNK = 512  # Prefill tokens processed between two decode steps.
+CONTEXT = 4096  # Default of the longest conversation, in tokens.
 
 
 class GenerationRequest:
-    """One answer on its way.
+    """A prompt with its answer while it is generated.
 
     Attributes:
-        prompt: What it answers.
-        sampling: How it is chosen.
-        reason: Why it ended: ``stop`` by itself or at a text to stop at, ``length``, ``cancelled``; empty before.
-        reused: Tokens of the prompt that a slot remembered.
-        tokens: How many were said, the one that ends it among them.
-        error: What broke it off.
-        features: Of the images and recordings of the prompt, by kind, (P, width) each; dropped when they are read.
+        prompt: Tokenized prompt.
+        sampling: Sampling parameters.
+        reason: Finish reason: ``stop`` (end token or stop string), ``length`` or ``cancelled``; empty while unfinished.
+        reused: Prompt tokens taken from the slot's KV cache.
+        tokens: Generated tokens, the end token included.
+        error: Exception that ended the request.
+        features: Features of the prompt's images and recordings by kind, (P, width) each; dropped after the prefill.
     """
 
     def __init__(
@@ -48,19 +48,20 @@ class GenerationRequest:
         self.last = -1
 
     def take(self) -> str:
-        """What was said since it was last asked."""
+        """Return the final text since the last call."""
         return self.words.take()
 
     @property
     def text(self) -> str:
-        """All that was said."""
+        """All final text so far."""
         return self.words.text
 
 
 def position_identities(prompt: TokenizedExample) -> list[Hashable]:
-    """What each place of a prompt is, so that equal beginnings are found: tokens, and places of images and sounds.
+    """Return an identity for each position of a prompt, to find prefixes that a slot has cached.
 
-    Images and recordings are told apart by their content, because a file may be overwritten.
+    A token's identity is its ID. A span position's identity includes the digest of the image or recording, because a
+    file may be overwritten.
     """
     memory: list[Hashable] = prompt.input_ids.tolist()
     for span in prompt.spans:
@@ -73,16 +74,16 @@ def position_identities(prompt: TokenizedExample) -> list[Hashable]:
 
 
 class Engine:
-    """Answers prompts, many at once, and remembers what it read.
+    """Answers several prompts at once and keeps their KV cache for later requests.
 
-    Each prompt gets a slot, the free one that remembers most of its beginning: a second question about the same
-    picture does not read the picture again.
+    Each prompt gets the free slot with the longest cached prefix of it: a second question about the same image does
+    not prefill the image again.
 
     Args:
-        model: Who answers.
-        slots: Answers at once.
-        length: Longest conversation, prompt and answer, in tokens: :data:`CONTEXT` where 0, and no more than the
-            language model reads. Memory is taken as conversations grow.
+        model: Model that generates.
+        slots: Requests decoded at once.
+        length: Longest conversation, prompt and answer, in tokens; 0 takes :data:`CONTEXT`. Limited to the language
+            model's ``max_position_embeddings``. Cache memory grows with the conversations.
     """
 
     def __init__(self, model: Multimodal, slots: int = 8, length: int = 0) -> None:
@@ -92,7 +93,7 @@ class Engine:
         self.model, self.slots = model, slots
         self.reader = Prefill(language.model, slots, self.length, language.tolerance)
         self._held: list[list[Hashable]] = [[] for _ in range(slots)]
-        self._used = [0] * slots  # When each slot was last given out, so that the longest unused is overwritten first.
+        self._used = [0] * slots  # Time of last assignment, for least-recently-used eviction.
         self._clock = 0
         self._waiting: deque[GenerationRequest] = deque()
         self._reading: dict[int, GenerationRequest] = {}
@@ -100,27 +101,27 @@ class Engine:
 
     @property
     def busy(self) -> int:
-        """Answers that are waited for or given."""
+        """Number of unfinished requests."""
         return len(self._waiting) + len(self._reading) + len(self._saying)
 
     def room(self, sampling: SamplingParams) -> int:
-        """Tokens that a prompt may have, so that its answer fits; half of all there are at least."""
+        """Return the longest prompt that leaves room for the answer, in tokens; at least half of ``length``."""
         return self.length - min(sampling.max_tokens, self.length // 2)
 
     def submit(self, prompt: TokenizedExample, sampling: SamplingParams) -> GenerationRequest:
-        """Let a prompt be answered by the steps that follow.
+        """Create and enqueue a request, which the following steps answer.
 
         Raises:
-            ModelError: If it leaves no room for an answer.
+            ModelError: If the prompt leaves no room for an answer.
         """
         answering = self.answering(prompt, sampling)
         self.enqueue(answering)
         return answering
 
     def answering(self, prompt: TokenizedExample, sampling: SamplingParams) -> GenerationRequest:
-        """An answer that :meth:`enqueue` begins; of all methods the only one that any thread may call.
+        """Create a request for :meth:`enqueue`; the only method that may be called from any thread.
 
-        The features of its images and recordings are computed here, so that the steps of others do not wait for them.
+        Features of images and recordings are computed here, so that they do not delay the steps of other requests.
 
         Raises:
             ModelError: If the prompt leaves no room for an answer.
@@ -136,11 +137,11 @@ class Engine:
         return GenerationRequest(prompt, sampling, self.model.language.tokenizer, features)
 
     def enqueue(self, answering: GenerationRequest) -> None:
-        """Let an answer be given by the steps that follow."""
+        """Enqueue a request, which the following steps answer."""
         self._waiting.append(answering)
 
     def cancel(self, answering: GenerationRequest) -> None:
-        """Break an answer off: its slot is free at once."""
+        """End a request and free its slot at once."""
         if answering in self._waiting:
             self._waiting.remove(answering)
         for group in (self._reading, self._saying):
@@ -149,7 +150,7 @@ class Engine:
         answering.reason = answering.reason or "cancelled"
 
     def stream(self, prompt: TokenizedExample, sampling: SamplingParams) -> Iterator[str]:
-        """An answer in pieces, as it is said."""
+        """Yield an answer in pieces while it is generated."""
         answering = self.submit(prompt, sampling)
         try:
             while not answering.reason:
@@ -163,10 +164,10 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Let everybody who has a slot read on, or say one token.
+        """Prefill one chunk of each unfinished prompt, and decode one token of each answer.
 
-        Who comes to the end of a prompt says its first token, and the others wait with theirs for the next step: a
-        first word is given out as soon as it is there, and not after one more pass over the model.
+        When a prefill ends, its first token is sampled and decoding waits for the next step, so that the first token is
+        emitted without a further forward pass.
         """
         while self._waiting and (free := self._free()):
             self._seat(self._waiting.popleft(), free)
@@ -174,7 +175,7 @@ class Engine:
         for slot, answering in list(self._reading.items()):
             try:
                 begun |= self._read(slot, answering)
-            except Exception as error:  # Whatever is wrong with this one, the others are answered.
+            except Exception as error:  # A failing request must not end the others.
                 self._fail(slot, error)
         if not begun:
             self._say()
@@ -184,20 +185,20 @@ class Engine:
 
     def _seat(self, answering: GenerationRequest, free: list[int]) -> None:
         common = {slot: _common(self._held[slot], answering.memory) for slot in free}
-        for slot in free:  # A slot of another conversation that only begins alike is kept for its own next request.
+        for slot in free:  # A slot that shares only a short prefix is kept for the next request of its conversation.
             if 2 * common[slot] < len(self._held[slot]):
                 common[slot] = 0
         slot = max(free, key=lambda s: (common[s], -self._used[s]))
         self._clock += 1
         self._used[slot] = self._clock
-        # Its last token is read in any case: what comes after it is asked for.
+        # The last prompt token is always processed: its logits give the first token of the answer.
         count = min(common[slot], len(answering.prompt) - 1)
         answering.reused = answering.read = _before(count, answering.prompt)
         self._held[slot] = answering.memory[: answering.read]
         self._reading[slot] = answering
 
     def _read(self, slot: int, answering: GenerationRequest) -> bool:
-        """Read the next chunk of a prompt; at its end say the first token. Whether it came to its end."""
+        """Prefill the next chunk of a prompt; returns whether it was the last, whose first token is then sampled."""
         start = answering.read
         end = _whole(min(start + CHUNK, len(answering.prompt)), answering.prompt)
         logits = self._forward([slot], [start], self._embeddings(answering, start, end))
@@ -212,7 +213,7 @@ class Engine:
         return True
 
     def _embeddings(self, answering: GenerationRequest, start: int, end: int) -> Tensor:
-        """Of the places from one to another, (1, end - start, W); images and recordings are whole in them."""
+        """Embeddings of positions ``start`` to ``end``, (1, end - start, W); no feature span crosses the borders."""
         prompt, device = answering.prompt, self.model.device
         ids = torch.from_numpy(prompt.input_ids[start:end]).long()[None].to(device)
         features, places = {}, {}
@@ -227,12 +228,12 @@ class Engine:
         return embeddings
 
     def _feature_rows(self, kind: str) -> Callable[[int], int]:
-        """From a number of tokens of whole images or recordings to that of their features."""
+        """Function from a token count of whole images or recordings to their feature count."""
         projector = self.model.projector
         return projector.feature_rows if kind == "image" and projector is not None else int
 
     def _say(self) -> None:
-        """Say one more token of every answer; an error ends the answer that it belongs to, and no other."""
+        """Decode one token of every answer; an error ends only the request that causes it."""
         rows = sorted(self._saying)
         if not rows:
             return
@@ -242,7 +243,7 @@ class Engine:
             if len(rows) == 1:
                 self._fail(rows[0], error)
                 return
-            # Each alone: positions of the cache that the failed pass has written are written again.
+            # Retry one at a time; cache positions that the failed pass wrote are overwritten.
             for slot in rows:
                 self._say_one(slot)
             return
@@ -250,7 +251,7 @@ class Engine:
             self._choose(slot, logits[row])
 
     def _after_last(self, rows: list[int]) -> Tensor:
-        """Logits after the last token of some answers, (R, V)."""
+        """Logits after the last token of the answers in slots ``rows``, (R, V)."""
         last = torch.tensor([[self._saying[slot].last] for slot in rows], device=self.model.device)
         embeddings = self.model.language.model.get_input_embeddings()(last)
         return self._forward(rows, [len(self._held[slot]) for slot in rows], embeddings)
@@ -271,14 +272,14 @@ class Engine:
             self._fail(slot, error)
 
     def _fail(self, slot: int, error: Exception) -> None:
-        """End the answer of a slot by an error; what the slot holds is not used again."""
+        """End a slot's request with an error and discard its cache."""
         answering = self._reading.get(slot) or self._saying[slot]
         self._held[slot] = []
         answering.error = error
         self.cancel(answering)
 
     def _heard(self, slot: int, logits: Tensor) -> None:
-        """Choose the token after what a slot holds, and end the answer where it ends."""
+        """Sample the next token of a slot; finish the request at an end token, a stop string or the length limit."""
         answering = self._saying[slot]
         answering.last = answering.chooser.next(logits)
         answering.tokens += 1
@@ -291,12 +292,12 @@ class Engine:
             del self._saying[slot]
 
     def _forward(self, rows: list[int], starts: list[int], embeddings: Tensor) -> Tensor:
-        """Logits after the last of some new tokens, (R, V)."""
+        """Logits after the last new token of each row, (R, V)."""
         return self.reader.read(rows, starts, embeddings)
 
 
 def _common(held: list[Hashable], wanted: list[Hashable]) -> int:
-    """How many places from the begin on are the same."""
+    """Length of the common prefix."""
     count = 0
     for one, other in zip(held, wanted, strict=False):
         if one != other:
@@ -306,10 +307,10 @@ def _common(held: list[Hashable], wanted: list[Hashable]) -> int:
 
 
 def _before(count: int, prompt: TokenizedExample) -> int:
-    """At most so many places, and no part of an image or a recording."""
+    """``count`` rounded down to a position outside feature spans."""
     return min([count, *(s.start for s in prompt.spans if s.start < count < s.start + s.length)])
 
 
 def _whole(count: int, prompt: TokenizedExample) -> int:
-    """At least so many places, and no part of an image or a recording."""
+    """``count`` rounded up to a position outside feature spans."""
     return max([count, *(s.start + s.length for s in prompt.spans if s.start < count < s.start + s.length)])

@@ -1,4 +1,4 @@
-"""Keys and values of several conversations side by side, each at its own place."""
+"""KV cache of several conversations, each at its own position."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-SMALLEST = 256  # Tokens of a slot at first.
+SMALLEST = 256  # Initial capacity of a slot, in tokens.
 
 
 class SlotKVCache(Cache):
     """Keys and values of several conversations.
 
-    Each conversation has a slot, a row of every layer's memory, and grows in it on its own. All rows have the same
-    capacity, which doubles when a conversation outgrows it. Before a forward pass :meth:`reading` says which slots the
-    batch is of and where each goes on.
+    Each conversation has a slot, one row of every layer's cache, and grows independently. All slots have the same
+    capacity, which doubles when a conversation outgrows it. Before each forward pass, :meth:`reading` sets the slots of
+    the batch and the position at which each continues.
 
     Args:
-        slots: Conversations at once.
-        length: Tokens that one may have at most.
+        slots: Number of conversations.
+        length: Longest conversation, in tokens.
 
     Attributes:
-        capacity: Tokens that each has memory for at present.
+        capacity: Tokens per slot that memory is allocated for.
     """
 
     def __init__(self, slots: int, length: int) -> None:
-        # Nothing of transformers' own is kept: only its place in a model's forward pass is taken.
+        # No state of transformers' Cache is used, only its interface in a model's forward pass.
         self.layers: list[Any] = []
         self.slots, self.length = slots, length
         self.capacity = min(SMALLEST, length)
@@ -38,19 +38,19 @@ class SlotKVCache(Cache):
         self._seen = 0
 
     def reading(self, rows: Sequence[int], starts: Sequence[int], tokens: int, device: torch.device) -> dict[str, Any]:
-        """Prepare for a forward pass, and give what it needs beside its embeddings.
+        """Prepare for a forward pass, and return its arguments other than the embeddings.
 
         Args:
-            rows: Slots of the batch, rising.
-            starts: How many tokens of each shall be seen; what lies behind them is overwritten.
-            tokens: New tokens of each.
-            device: Of the model.
+            rows: Slots of the batch, ascending.
+            starts: Cached tokens of each slot to attend to; later positions are overwritten.
+            tokens: New tokens per slot.
+            device: Device of the model.
 
         Returns:
             ``attention_mask`` bool (R, 1, tokens, seen), ``position_ids`` (R, tokens) and ``past_key_values``.
 
         Raises:
-            ValueError: If one of them would outgrow its slot.
+            ValueError: If a conversation would exceed ``length``.
         """
         self._seen = max(starts) + tokens
         if self._seen > self.length:
@@ -58,7 +58,7 @@ class SlotKVCache(Cache):
         self._grow()
         self._index = torch.tensor(list(rows), device=device)
         together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        self._rows = slice(rows[0], rows[0] + len(rows)) if together else self._index  # A slice is read in place.
+        self._rows = slice(rows[0], rows[0] + len(rows)) if together else self._index  # A slice avoids a copy.
         self._places = torch.tensor(list(starts), device=device)[:, None] + torch.arange(tokens, device=device)
         mask = torch.arange(self._seen, device=device) <= self._places[:, :, None]
         return {"attention_mask": mask[:, None], "position_ids": self._places, "past_key_values": self}
@@ -66,7 +66,7 @@ class SlotKVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Keep new keys and values, (R, heads, tokens, D), and give all that the batch sees, (R, heads, seen, D)."""
+        """Store keys and values, (R, heads, tokens, D), and return all of the batch, (R, heads, seen, D)."""
         while len(self._memory) <= layer_idx:
             self._memory.append((self._empty(key_states, self.capacity), self._empty(value_states, self.capacity)))
         keys, values = self._memory[layer_idx]
@@ -75,13 +75,13 @@ class SlotKVCache(Cache):
         return keys[self._rows, :, : self._seen], values[self._rows, :, : self._seen]
 
     def _grow(self) -> None:
-        """Make room for what the batch sees; what the slots hold is kept."""
+        """Grow the capacity to the positions of the batch; cached entries are kept."""
         if self._seen <= self.capacity:
             return
         capacity = self.capacity
         while capacity < self._seen:
             capacity = min(2 * capacity, self.length)
-        # All layers or none: where memory ends in between, the slots stay as they are.
+        # All layers or none: an out-of-memory error in between leaves the cache unchanged.
         larger = [(self._grown(keys, capacity), self._grown(values, capacity)) for keys, values in self._memory]
         self._memory, self.capacity = larger, capacity
 
@@ -91,9 +91,9 @@ class SlotKVCache(Cache):
         return grown
 
     def _empty(self, states: Tensor, capacity: int) -> Tensor:
-        # Zeros, because what is masked is still multiplied by zero: anything else there might not be finite.
+        # Zeros, because masked values are multiplied by zero, which gives NaN for uninitialised non-finite values.
         return states.new_zeros(self.slots, states.shape[1], capacity, states.shape[3])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen before this pass: positions are given, so that nothing hangs on it."""
+        """Return 0; models are given ``position_ids``, so that they do not depend on it."""
         return 0

@@ -1,4 +1,4 @@
-"""Messages as OpenAI's API has them, and what a model is asked by them."""
+"""Parses messages in the format of OpenAI's API into a conversation."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NO_FILE = Path()
 
 
 class MessageError(DataError):
-    """A message that cannot be read."""
+    """An invalid message."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said so far, the last question still open.
+    """A conversation whose last question is unanswered.
 
     Attributes:
-        system: What the model shall be; empty where nothing was said of it.
-        turns: Questions and answers; the last answer is ``None``. In a question :data:`~mmphi.text.prompt.SHOWN` and
-            :data:`~mmphi.text.prompt.AUDIO` stand for its images and recordings; ``<image>`` is text like any other.
-        images: Of each turn, in order.
+        system: System message; empty for none.
+        turns: Questions and answers; the last answer is ``None``. In a question, :data:`~mmphi.text.prompt.SHOWN` and
+            :data:`~mmphi.text.prompt.AUDIO` mark the places of images and recordings; ``<image>`` is ordinary text.
+        images: Images of each turn, in order.
         audio: Recordings of each turn, in order.
     """
 
@@ -47,44 +47,44 @@ class Conversation:
 
     @property
     def letters(self) -> int:
-        """Letters of all texts; a turn counts as :data:`TURN_LETTERS` more, because its marks are tokens, too."""
+        """Characters of all texts, plus :data:`TURN_LETTERS` per turn for the tokens of its role markers."""
         texts = sum(len(question) + len(answer or "") for question, answer in self.turns)
         return len(self.system) + texts + TURN_LETTERS * len(self.turns)
 
     @property
     def leading(self) -> int:
-        """How many images stand before everything else, as in training; 0 where one stands anywhere else."""
+        """Number of images if all of them precede the first question, as in training; otherwise 0."""
         count = len(self.images[0])
         before = SHOWN * count
         rest = self.turns[0][0].removeprefix(before)
         return count if not any(self.images[1:]) and SHOWN not in rest else 0
 
     def newest(self, count: int) -> Conversation:
-        """The same with its newest questions and answers alone, and with what they are about."""
+        """Return a copy with the newest ``count`` turns and their images and recordings."""
         return replace(self, turns=self.turns[-count:], images=self.images[-count:], audio=self.audio[-count:])
 
 
 def parse_messages(
     messages: Sequence[Mapping[str, Any]], *, files: bool = True, allow: Callable[[str], bytes] | None = None
 ) -> Conversation:
-    """Read messages.
+    """Parse messages into a conversation.
 
     Args:
-        messages: Each with a ``role`` (``system``, ``user``, ``assistant``) and a ``content``: a text, or parts, each
-            ``{"type": "text", "text": ...}``, ``{"type": "image", "image": path or bytes}``,
-            ``{"type": "audio", "audio": path or bytes}``, or as OpenAI has them: ``image_url`` with a ``data:`` URI,
-            ``input_audio`` with base64 or a ``data:`` URI; or as vLLM has it: ``audio_url``. Questions that follow one
-            another are one question, and so are answers. Texts of the system are joined, wherever they stand; they are
-            the question where there is no message of the user.
-        files: Whether they may name files of this machine; not where they come from another.
-        allow: Fetches an image from any other URL; none is fetched without it.
+        messages: Mappings with a ``role`` (``system``, ``user``, ``assistant``) and a ``content``: a text, or a list of
+            parts ``{"type": "text", "text": ...}``, ``{"type": "image", "image": path or bytes}``,
+            ``{"type": "audio", "audio": path or bytes}``, OpenAI's ``image_url`` with a ``data:`` URI and
+            ``input_audio`` with base64 or a ``data:`` URI, or vLLM's ``audio_url``. Consecutive messages of one role
+            are joined. All system messages are joined, wherever they occur; without a user message they are the
+            question.
+        files: Whether messages may refer to local files; ``False`` for messages from another machine.
+        allow: Fetches an image from a URL that is no ``data:`` URI; without it such URLs are refused.
 
     Returns:
-        The conversation, with the content of its images: a file that is overwritten later is another image.
+        The conversation, with the content of its images: files that are overwritten later do not change it.
 
     Raises:
-        MessageError: Says which message is wrong, and how.
-        ImageError: If the file of an image is missing, empty or too large.
+        MessageError: If a message is invalid; names the message.
+        ImageError: If an image file is missing, empty or too large.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise MessageError("there is no message", "give a list with a question: [{'role': 'user', 'content': '...'}]")
@@ -99,7 +99,7 @@ def parse_messages(
 
 @dataclass
 class _Turn:
-    """Questions and answers that follow one another."""
+    """Consecutive questions, then consecutive answers."""
 
     questions: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class _Reading:
                 raise MessageError("it has no content")
             if content is not None and not isinstance(content, str) and not content:
                 raise MessageError("it is empty", "give a question, an image or a recording")
-            self._ask(*self._parts(content))  # An empty text, or null, is a question: OpenAI takes the text.
+            self._ask(*self._parts(content))  # Empty or null content counts as a question, as in OpenAI's API.
         elif role == "assistant":
             if message.get("tool_calls") or message.get("function_call"):
                 raise MessageError("calls of tools are not supported", "send the transcript")
@@ -134,7 +134,7 @@ class _Reading:
             raise MessageError(f"the role {_short(role)} is not supported", "system, developer, user or assistant")
 
     def _ask(self, text: str, images: tuple[ImageRef, ...], audio: tuple[AudioRef, ...]) -> None:
-        """A question; one that follows another is the rest of it."""
+        """Add a question, or continue the open one."""
         if not self.turns or self.turns[-1].answers:
             self.turns.append(_Turn())
         turn = self.turns[-1]
@@ -143,13 +143,13 @@ class _Reading:
         turn.audio += audio
 
     def _answer(self, text: str) -> None:
-        """An answer; one that follows another is the rest of it, and one that comes first a greeting."""
+        """Add an answer to the current turn; a leading answer (greeting) gets an empty question."""
         if not self.turns:
             self._ask("", (), ())
         self.turns[-1].answers.append(text)
 
     def done(self) -> Conversation:
-        if not self.turns and self.system:  # Some clients send an instruction alone.
+        if not self.turns and self.system:  # Some clients send only a system message.
             self._ask("\n".join(self.system), (), ())
             self.system = []
         if not self.turns:
@@ -172,7 +172,7 @@ class _Reading:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence) or not all(isinstance(part, Mapping) for part in parts):
             raise MessageError("its content is neither a text nor a list of parts")
-        lines: list[str] = []  # Media that follow one another share a line.
+        lines: list[str] = []  # Consecutive images and recordings share a line.
         images: list[ImageRef] = []
         audio: list[AudioRef] = []
         medium = False
@@ -186,7 +186,7 @@ class _Reading:
             medium = True
             if kind in ("image", "image_url"):
                 self.images += 1
-                _at_most(self.images, MAX_IMAGES, "images")  # Before another one is fetched.
+                _at_most(self.images, MAX_IMAGES, "images")  # Checked before another image is fetched.
                 images.append(self._image(part))
                 place = SHOWN
             elif kind in ("audio", "input_audio", "audio_url"):
@@ -210,7 +210,7 @@ class _Reading:
             raise MessageError(f"there are more than {MAX_LETTERS:,} characters", "send a shorter text")
         if not is_encodable(text):
             raise MessageError("a text holds half of a surrogate pair, which is no character", "send valid UTF-8")
-        return text.replace("\0", "")  # Which begins and ends the places of images and recordings.
+        return text.replace("\0", "")  # NUL delimits the markers of images and recordings.
 
     def _image(self, part: Mapping[str, Any]) -> ImageRef:
         given = part.get("image")
@@ -253,7 +253,7 @@ class _Reading:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether a text can be written in UTF-8; with a lone surrogate it cannot, and no tokenizer takes it."""
+    """Return whether a text can be encoded as UTF-8; tokenizers refuse lone surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -267,12 +267,12 @@ def _at_most(count: int, most: int, name: str) -> None:
 
 
 def _short(value: Any) -> str:
-    """What was sent, for a message; it may be of any size."""
+    """Shortened representation of a received value of any size, for error messages."""
     return reprlib.repr(value)
 
 
 def _where_typed(question: str, typed: str, place: str, count: int) -> str:
-    """A question whose images or recordings stand where it says so, if it says so as often as it has any."""
+    """Move the markers ``place`` to the typed marks, if a question has as many marks as images or recordings."""
     if not count or question.count(typed) != count:
         return question
     lines = [line for line in question.split("\n") if line.replace(place, "") or not line]
@@ -280,11 +280,11 @@ def _where_typed(question: str, typed: str, place: str, count: int) -> str:
 
 
 def _decoded(data: str, what: str) -> bytes:
-    """Base64, alone or in a ``data:`` URI; in lines, without its filling, or with the letters of URLs."""
+    """Decode base64 or a ``data:`` URI; line breaks, missing padding and the URL-safe alphabet are accepted."""
     if data[: len(DATA_URI)].lower() == DATA_URI:
         data = data.partition(",")[2]
     try:
-        # In C and linear: a regular expression would hold all other threads up for seconds.
+        # C functions of linear time: a regular expression would block all other threads for seconds.
         plain = data.encode("ascii").translate(FROM_URL, SPACES).rstrip(b"=")
         found = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -295,15 +295,15 @@ def _decoded(data: str, what: str) -> bytes:
 
 
 def image_from_memory(content: bytes, path: Path = NO_FILE) -> ImageRef:
-    """An image in memory, named by its content.
+    """Return an image in memory, named by the digest of its content.
 
     Args:
-        content: What its file holds.
-        path: The file, for messages.
+        content: Content of an image file.
+        path: File path for error messages.
     """
     return ImageRef(content_digest(content), path, content=content)
 
 
 def recording_from_memory(content: bytes) -> AudioRef:
-    """A recording in memory, named by its content."""
+    """Return a recording in memory, named by the digest of its content."""
     return AudioRef(content_digest(content), content)

@@ -1,4 +1,4 @@
-"""How a language model reads several conversations on: together, one after the other, or each anew from its begin."""
+"""Forward passes over several conversations: batched, one at a time, or recomputed without a cache."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from torch import Tensor
 from mmphi.generation.kv_cache import SlotKVCache
 
 Way = Literal["together", "one by one", "anew"]
-# Of each model: its windows are narrowed while it is probed, and others may share it.
+# One lock per model: probing narrows its attention windows, and several engines may share the model.
 _LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
-LENGTH_DEPENDENT = ("longrope", "dynamic")  # Rotary embeddings whose angles depend on the longest of a batch.
-PROBE, WINDOW = (7, 11), 5  # Tokens of the conversations that a way is tried with, and of windows meanwhile.
-WINDOWS = ("sliding_window", "attention_chunk_size")  # Settings that say how far back a layer sees.
+LENGTH_DEPENDENT = ("longrope", "dynamic")  # Rotary embeddings whose angles depend on a batch's longest sequence.
+PROBE, WINDOW = (7, 11), 5  # Lengths of the probe conversations, and attention window during the probe, in tokens.
+WINDOWS = ("sliding_window", "attention_chunk_size")  # Config fields that limit a layer's attention.
 
 
 class Prefill:
-    """Reads conversations on, in the fastest way in which this model reads them as it reads each alone.
+    """Computes logits of several conversations by the fastest method whose logits equal those of each one alone.
 
-    - ``together``: in one forward pass, with the keys and values of :class:`~mmphi.generation.kv_cache.SlotKVCache`.
-    - ``one by one``: with the same memory, a forward pass for each; for layers that take the last key for the newest.
-    - ``anew``: each from its begin at every token, without memory. It is slow, and for recurrent and hybrid models, and
-      for conversations longer than those that rotary embeddings of :data:`LENGTH_DEPENDENT` kinds begin to change at.
+    - ``together``: one forward pass with :class:`~mmphi.generation.kv_cache.SlotKVCache`.
+    - ``one by one``: one forward pass per conversation with the same cache, for layers that assume that the last key is
+      the newest.
+    - ``anew``: the whole conversation is recomputed for every token, without a cache. This is slow. Recurrent and
+      hybrid models need it, and conversations beyond the length at which rotary embeddings of
+      :data:`LENGTH_DEPENDENT` types change their angles.
 
     Args:
         model: A Hugging Face causal LM.
-        slots: Conversations at once.
-        length: Tokens that one may have.
-        tolerance: Largest difference of logits, over their standard deviation, that counts as none.
+        slots: Number of conversations.
+        length: Longest conversation, in tokens.
+        tolerance: Largest accepted difference of logits, in their standard deviations.
     """
 
     def __init__(self, model: Any, slots: int, length: int, tolerance: float) -> None:
@@ -50,15 +52,15 @@ class Prefill:
         self._read = _ways(model, self.slots)[self.way]
 
     def read(self, rows: Sequence[int], starts: Sequence[int], embeddings: Tensor) -> Tensor:
-        """Read new tokens of some conversations.
+        """Process new tokens of some conversations.
 
         Args:
-            rows: Slots of the conversations, rising.
-            starts: How many tokens of each were read; what was read behind them is forgotten.
-            embeddings: Of the new tokens, (R, tokens, W).
+            rows: Slots of the conversations, ascending.
+            starts: Position of each conversation's first new token; cached entries from there on are discarded.
+            embeddings: Embeddings of the new tokens, (R, tokens, W).
 
         Returns:
-            Logits after the last token of each, (R, V).
+            Logits after the last token of each conversation, (R, V).
         """
         with self._lock:
             return self._read(rows, starts, embeddings)
@@ -68,7 +70,7 @@ Read = Callable[[Sequence[int], Sequence[int], Tensor], Tensor]
 
 
 def _ways(model: Any, slots: SlotKVCache) -> dict[Way, Read]:
-    held: dict[int, Tensor] = {}  # Embeddings of each conversation, where it is read anew.
+    held: dict[int, Tensor] = {}  # Embeddings of each conversation, for recomputation.
 
     def together(rows: Sequence[int], starts: Sequence[int], embeddings: Tensor) -> Tensor:
         given = slots.reading(rows, starts, embeddings.shape[1], embeddings.device)
@@ -98,19 +100,19 @@ def _last(output: Any) -> Tensor:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What eager attention adds to its scores."""
+    """Boolean mask as the additive mask of eager attention."""
     empty = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return empty.masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def unchanged_length(config: Any) -> float:
-    """Tokens up to which the angles of a model's rotary embeddings do not depend on how long a conversation is."""
+    """Return the sequence length up to which rotary angles do not depend on the length, in tokens; often infinite."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [
         found,
         *(value for value in found.values() if isinstance(value, dict)),
-    ]  # Some have one for each layer type.
+    ]  # Some configs have one per layer type.
     for rope in each:
         if rope.get("rope_type", rope.get("type")) in LENGTH_DEPENDENT:
             names = "original_max_position_embeddings", "max_position_embeddings"
@@ -120,14 +122,14 @@ def unchanged_length(config: Any) -> float:
 
 
 def attention_masks(config: Any, seen: Tensor) -> dict[str, Tensor]:
-    """Who sees whom in each kind of a model's layers.
+    """Return the attention mask of each layer type of a model.
 
     Args:
-        config: Of the model.
-        seen: Which places each token sees where it sees all before it, bool (R, 1, tokens, places).
+        config: Config of the model.
+        seen: Causal mask, bool (R, 1, tokens, positions).
 
     Returns:
-        By the kind of layer as transformers calls it, a mask of the shape of ``seen``.
+        Masks of the shape of ``seen``, by the layer type of transformers (such as ``sliding_attention``).
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -136,7 +138,7 @@ def attention_masks(config: Any, seen: Tensor) -> dict[str, Tensor]:
         kinds = {"sliding_attention" if window else "full_attention"}
     chunk = getattr(config, "attention_chunk_size", None)
     place = torch.arange(seen.shape[-1], device=seen.device)
-    own = seen.sum(dim=-1, keepdim=True) - 1  # The place of each token itself.
+    own = seen.sum(dim=-1, keepdim=True) - 1  # Position of each token itself.
     masks = {}
     for kind in sorted(kinds):
         mask = seen
@@ -150,21 +152,23 @@ def attention_masks(config: Any, seen: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def batched_prefill_error(model: Any, way: Way, length: int) -> float:
-    """How far logits of two conversations that are read on in one way are from those of each alone, whole.
+    """Return the error of a method's logits on two probe conversations, against full forward passes of each alone.
 
-    Windows that are narrower than a conversation may be are tried as well: narrowed to :data:`WINDOW` tokens meanwhile,
-    where the model looks at its configuration for them, else with conversations that are longer than they are.
+    The probe covers attention windows that are narrower than ``length``. Windows that the model takes from its config
+    are narrowed to :data:`WINDOW` tokens during the probe; for fixed windows the probe conversations are longer than
+    the window.
 
     Args:
         model: A Hugging Face causal LM.
-        way: How they are read.
-        length: Tokens that a conversation may have.
+        way: Method to check.
+        length: Longest conversation, in tokens.
 
     Returns:
-        The largest difference over the standard deviation of the logits; infinite where the model cannot be asked so.
+        The largest difference divided by the standard deviation of the logits; infinite if the model does not support
+        the method.
     """
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    fixed = getattr(text, "window_size", None)  # GPT-Neo's, which its layers have built in.
+    fixed = getattr(text, "window_size", None)  # GPT-Neo's, fixed when its layers are constructed.
     longer = int(fixed) if isinstance(fixed, int) and fixed < length else 0
     embed = model.get_input_embeddings()
     ids = torch.arange(longer + max(PROBE) + 1, device=embed.weight.device) * 37 % max(2, embed.num_embeddings - 1)
@@ -179,14 +183,14 @@ def batched_prefill_error(model: Any, way: Way, length: int) -> float:
                 read([row], [0], embed(ids[None, :first]))
                 found = [read([row], [first], embed(ids[None, first:each]))]
                 expected = [alone[row][each - 1]]
-                if row == len(lengths) - 1:  # And both by their next token, at once.
+                if row == len(lengths) - 1:  # Then the next token of both in one call.
                     both = read([0, 1], lengths, embed(torch.stack([ids[each : each + 1] for each in lengths])))
                     found += [both]
                     expected += [alone[0][-1], alone[1][-1]]
                 error = _difference(torch.cat(found), torch.stack(expected))
                 worst = max(worst, error)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-            return inf  # It has no such memory, or wants masks of another form.
+            return inf  # The model does not accept this cache or this form of mask.
     return worst
 
 
@@ -197,7 +201,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _narrow(config: Any, length: int) -> Iterator[None]:
-    """Narrow the windows of a model for a moment, where they are narrower than its conversations."""
+    """Set attention windows that are shorter than ``length`` to :data:`WINDOW` inside the context."""
     wide = {name: value for name in WINDOWS if isinstance(value := getattr(config, name, None), int) and value < length}
     try:
         for name in wide:

@@ -1,4 +1,4 @@
-"""A conversation as a model's prompt, cut where it is too long."""
+"""Builds a model's prompt from a conversation, without its oldest turns if it is too long."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mmphi.models.multimodal import Multimodal
 from mmphi.text.prompt import SHOWN
 from mmphi.text.tokenized_example import TokenizedExample, join_spans
 
-LETTERS_PER_TOKEN = 8  # A conversation of more letters for each token that there is room for hardly fits.
+LETTERS_PER_TOKEN = 8  # A conversation with more characters per available token is unlikely to fit whole.
 
 
 def check_images(model: Multimodal, conversation: Conversation, check: Callable[[], None] = lambda: None) -> None:
-    """Open the images of a conversation, and compute their features where those are not stored.
+    """Open the images of a conversation, and compute the features that are not stored.
 
     Args:
-        model: Who is shown them.
-        conversation: What was said.
-        check: Called before each image; what it raises ends this.
+        model: Model that the conversation is for.
+        conversation: Parsed conversation.
+        check: Called before each image; its exceptions are propagated, so that it can cancel the work.
 
     Raises:
-        ModelError: If the model sees nothing and is shown something.
+        ModelError: If the conversation has images and the model accepts none.
         ImageError: If an image cannot be used.
     """
     if any(conversation.images) and model.features is None:
@@ -49,24 +49,24 @@ def open_prompt(
     checked: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[TokenizedExample, int]:
-    """A conversation as a sequence that its next answer goes on from.
+    """Return a conversation as a prompt of at most ``longest`` tokens.
 
-    Where it is too long the oldest questions go, with their answers and with the images and recordings they came with;
-    what the model shall be and the newest question stay.
+    If it is too long, the oldest turns are dropped with their images and recordings; the system message and the newest
+    question are kept.
 
     Args:
-        model: Who answers.
-        conversation: What was said.
-        longest: In tokens, features included.
-        checked: Whether :func:`check_images` was done.
-        check: Called before the prompt is written; what it raises ends this.
+        model: Model that the prompt is for.
+        conversation: Parsed conversation.
+        longest: Longest prompt, in tokens, features included.
+        checked: Whether :func:`check_images` was already called.
+        check: Called before each tokenization; its exceptions are propagated, so that it can cancel the work.
 
     Returns:
-        The sequence, and how many turns were left out.
+        The prompt, and the number of dropped turns.
 
     Raises:
-        ModelError: If there is nothing to continue, if the newest question alone is too long, or if the model sees or
-            hears nothing and is shown something.
+        ModelError: If the prompt is empty, if the newest question alone is too long, or if the model does not accept
+            the conversation's images or recordings.
         ImageError: If an image cannot be used.
         AudioError: If a recording cannot be used.
     """
@@ -84,8 +84,8 @@ def open_prompt(
     sample = _written(model, conversation.newest(1))
     if len(sample) > longest:
         raise ModelError(f"the question has {len(sample)} tokens, and there is room for {longest}", "ask less at once")
-    # As many of the newest turns as fit, between `kept` and `most`. The step doubles while they fit, so that of a
-    # conversation of any length little more is encoded than there is room for.
+    # Searches for the largest number of newest turns that fit, between `kept` and `most`. The step doubles while they
+    # fit, so that hardly more text is tokenized than fits, however long the conversation.
     kept, most, step = 1, turns, 1
     while kept < most:
         check()
@@ -99,10 +99,10 @@ def open_prompt(
 
 
 def _check_speech(model: Multimodal, conversation: Conversation) -> None:
-    """Refuse recordings of the newest question that contain no speech: an answer to them would be invented.
+    """Refuse recordings without speech in the newest question: an answer to them would be a hallucination.
 
     Raises:
-        AudioError: If the voice gate or Whisper finds no speech in one.
+        AudioError: If the VAD or Whisper finds no speech in a recording.
     """
     recordings = conversation.audio[-1] if conversation.audio else ()
     for number, each in enumerate(model.inputs(recordings), 1):
@@ -129,7 +129,7 @@ def _written(model: Multimodal, conversation: Conversation) -> TokenizedExample:
 
 
 def _asked(model: Multimodal, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
-    """A question; of images alone, with that by which captions were asked for in training."""
+    """The question's text; for images without words, the caption question of the training is appended."""
     if question.replace(SHOWN, "").strip():
         return question
     typed = model.asked("", images, audio)

@@ -1,4 +1,4 @@
-"""Which token comes next, and where an answer ends."""
+"""Sampling of the next token, and stop strings."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from mmphi.errors import GenerationError, SettingsError
 
-GREEDY_BELOW = 0.01  # Temperature; logits divided by less overflow, and what is drawn is the likeliest token anyway.
+GREEDY_BELOW = 0.01  # Temperature; lower ones overflow the logits and would sample the likeliest token anyway.
 MAX_TEMPERATURE = 100.0
-SEEDS = range(-(2**63), 2**64)  # What torch.Generator takes.
+SEEDS = range(-(2**63), 2**64)  # Range of torch.Generator.
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is chosen.
+    """Sampling parameters of an answer.
 
     Attributes:
-        max_tokens: Longest answer, in tokens.
-        temperature: The logits are divided by it; below :data:`GREEDY_BELOW`, as at 0, the likeliest token is taken.
-        top_p: Only the likeliest tokens that together have this share are drawn from (Holtzman et al. 2020).
-        seed: Equal seeds give equal answers; drawn again where there is none.
-        stop: Texts before which an answer ends.
+        max_tokens: Longest answer, in tokens; at least 1.
+        temperature: Divisor of the logits, 0 to :data:`MAX_TEMPERATURE`; greedy below :data:`GREEDY_BELOW`.
+        top_p: Cumulative probability of nucleus sampling, in (0, 1] (Holtzman et al. 2020).
+        seed: Random seed; ``None`` draws a new one for each answer.
+        stop: Stop strings; the answer ends before the first one that occurs.
     """
 
     max_tokens: int = 256
@@ -50,10 +50,10 @@ class SamplingParams:
 
 @dataclass
 class TokenSampler:
-    """Chooses the tokens of one answer.
+    """Samples the tokens of one answer.
 
     Attributes:
-        sampling: How.
+        sampling: Sampling parameters.
     """
 
     sampling: SamplingParams
@@ -66,10 +66,10 @@ class TokenSampler:
             self._random.manual_seed(self.sampling.seed)
 
     def next(self, logits: Tensor) -> int:
-        """The next token, of logits (V,).
+        """Sample the next token ID from logits (V,).
 
         Raises:
-            GenerationError: If the logits are not numbers.
+            GenerationError: If the logits contain NaN.
         """
         if torch.isnan(logits).any():
             raise GenerationError(
@@ -80,20 +80,20 @@ class TokenSampler:
         odds = torch.softmax(logits.float() / self.sampling.temperature, dim=-1)
         if self.sampling.top_p < 1.0:
             ordered, places = odds.sort(descending=True)
-            ordered[ordered.cumsum(0) - ordered >= self.sampling.top_p] = 0.0  # The first one always stays.
+            ordered[ordered.cumsum(0) - ordered >= self.sampling.top_p] = 0.0  # The first token always remains.
             odds = torch.zeros_like(odds).scatter(0, places, ordered)
-        # Drawn on the CPU, so that a seed says the same on every device.
+        # Sampled on the CPU, so that a seed gives the same token on every device.
         return int(torch.multinomial(odds.cpu(), 1, generator=self._random))
 
 
 def find_stop(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where the first of some texts begins in another; ``None`` where none is in it."""
+    """Return the index of the earliest stop string in a text; ``None`` if it contains none."""
     places = [text.index(each) for each in stop if each in text]
     return min(places, default=None)
 
 
 def possible_stop_prefix(text: str, stop: tuple[str, ...]) -> int:
-    """How many letters at the end of a text may be the begin of a text to stop at, and cannot be given out yet."""
+    """Return how many characters at the end of a text may begin a stop string and must be held back."""
     longest = 0
     for each in stop:
         fitting = (n for n in range(min(len(each) - 1, len(text)), 0, -1) if text.endswith(each[:n]))

@@ -1,1 +1,1 @@
-"""The language model, the vision encoder, the projector between them, and the parts joined."""
+"""Language models, vision encoders, audio, projectors, and the models joined from them."""

@@ -1,8 +1,8 @@
-"""A model as a folder that loads alone: no data, no pipeline, no store.
+"""Checkpoints: model folders that load without data, pipeline or tracking store.
 
-``mmphi.json`` says what it is joined from: the language model by name and revision or digest, or, where it was trained
+``mmphi.json`` lists the parts of the model: the language model by name and revision or digest, or, if it was trained
 here, by its files in ``language/``; the vision encoder by name, tag and digest, or by its files in ``vision/``; the
-style of its prompts; and the longest sequence. The projector's files lie beside it; ``README.md`` is its model card.
+prompt style; and the longest sequence. The folder also has the projector's files and the model card, ``README.md``.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Multimodal)
 Once = Callable[[str, str, Callable[[], T]], T]
 BUNDLE, LANGUAGE, VISION = "mmphi.json", "language", "vision"
-FORMATS = (1, 2)  # 2: the vision encoder was given as a module, and has to be given again.
+FORMATS = (1, 2)  # 2: the vision encoder was passed as a module, and has to be passed again.
 CLIP_FILES = ("*.json", "*.safetensors", "*.txt", "text_tower/*")
 
 
 def load_without_cache(_kind: str, _digest: str, make: Callable[[], T]) -> T:
-    """Load anew, whoever has it already."""
+    """Load without sharing; for the place of :meth:`ProcessCache.once`."""
     return make()
 
 
 def save_checkpoint(folder: Path, model: Multimodal) -> None:
-    """Write a model so that it loads alone.
+    """Write a model to a folder for :func:`load_checkpoint`.
 
     Args:
-        folder: Where to.
-        model: Its language model's files belong to it, and are linked or copied, where that was trained here.
+        folder: Target folder.
+        model: Model to save. The files of a language model that was trained here are linked or copied.
 
     Raises:
-        ModelError: If it has a projector, and its vision encoder is not known.
+        ModelError: If the model could not be loaded again, for instance because its vision encoder is not known.
     """
     language, vision = model.language, model.vision
     _check_can_be_loaded(model)
     folder.mkdir(parents=True, exist_ok=True)
     chosen, digest = language.settings.model_dump() | {"prompt": language.prompt.style}, language.digest
-    if digest == IN_MEMORY or (model.own_language and not language.local):  # Or its folder is gone.
+    if digest == IN_MEMORY or (model.own_language and not language.local):  # Or its folder is missing.
         save_language_model(language.model, language.prompt, folder / LANGUAGE)
         digest = language_model_digest(str(folder / LANGUAGE), "")
         chosen |= {"model": LANGUAGE, "tokenizer": "", "revision": ""}
@@ -85,7 +85,7 @@ def save_checkpoint(folder: Path, model: Multimodal) -> None:
         if vision.folder is not None:
             _take(vision.folder, folder / VISION, CLIP_FILES)
         chosen = vision.settings.model_dump()
-        # What is left open is not written: earlier versions have no such settings.
+        # Settings at their automatic defaults are not written, because earlier versions do not know them.
         stated = {name: value for name, value in chosen.items() if name not in AUTO or value != AUTO[name]}
         content["vision"] = {**stated, "digest": vision.digest}
         if vision.encoder:
@@ -104,10 +104,10 @@ def save_checkpoint(folder: Path, model: Multimodal) -> None:
 
 
 def _check_can_be_loaded(model: Multimodal) -> None:
-    """Refuse, before anything is written, a model that could not be loaded.
+    """Check that a model could be loaded again, before anything is written.
 
     Raises:
-        ModelError: Naming the part.
+        ModelError: With the part that prevents it.
     """
     language, vision = model.language, model.vision
     if model.projector is not None:
@@ -128,7 +128,7 @@ def _check_can_be_loaded(model: Multimodal) -> None:
 
 
 def _take(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Link files, or copy them where the disk has no hard links."""
+    """Hard-link files, or copy them where that is not possible."""
     for path in sorted({p for pattern in patterns for p in source.glob(pattern) if p.is_file()}):
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -140,10 +140,10 @@ def _take(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What a bundle says of itself.
+    """Content of a checkpoint's ``mmphi.json``.
 
     Raises:
-        ModelError: If it is none.
+        ModelError: If the folder is not a checkpoint, or has an unknown format.
     """
     try:
         content = dict(json.loads((folder / BUNDLE).read_text()))
@@ -158,10 +158,10 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """What tells a model from every other: what it says of itself, and the weights of its projectors.
+    """SHA-256 of a checkpoint's ``mmphi.json`` and projectors, which identifies the model.
 
     Raises:
-        ModelError: If it is none.
+        ModelError: If the folder is not a checkpoint.
     """
     digest = hashlib.sha256(json.dumps(read_description(folder), sort_keys=True).encode())
     for name in ("projector.json", "projector.safetensors", SHAPE, WEIGHTS):
@@ -182,21 +182,21 @@ def load_checkpoint(
     once: Once[Any] = load_without_cache,
     kind: type[M] | None = None,
 ) -> M | Multimodal:
-    """Load a model with all that it is joined from.
+    """Load a model with all of its parts.
 
     Args:
-        folder: As :func:`save_checkpoint` left it.
-        device: Where it goes; this process's own where left out.
-        language: Folder or hub name of its language model, where that has moved.
-        precision: Of the language model, where it shall be another.
-        features: Where image features come from; the encoder is loaded where left out.
-        whisper: Size or file of the Whisper that it hears with, where that is another or has moved.
-        audio_source: Where the features of recordings come from; a Whisper is loaded at the first one where left out.
-        once: ``ProcessCache.once``, so that what this process has loaded is shared.
+        folder: Folder written by :func:`save_checkpoint`.
+        device: Device of the model; default :func:`~mmphi.models.device.this_device`.
+        language: Folder or hub name of the language model, if it has moved.
+        precision: Precision of the language model, if not the saved one.
+        features: Source of image features; by default the vision encoder is loaded.
+        whisper: Size or file of the Whisper, if it has moved or is not the saved one.
+        audio_source: Source of audio features; by default a Whisper is loaded at the first recording.
+        once: ``ProcessCache.once``, to share parts within this process; by default nothing is shared.
         kind: Class of the model; :class:`Multimodal` by default.
 
     Raises:
-        ModelError: If a part cannot be had, or is not what it was.
+        ModelError: If a part cannot be loaded, or is not the saved one.
     """
     content, device = read_description(folder), device or this_device()
     spoken = _language(content, folder, device, language, precision, once)
@@ -212,7 +212,7 @@ def load_checkpoint(
     speech = SpeechProjection.load(folder) if "audio" in content else None
     config = speech.config if speech else None
     hears = audio_source or (lambda: audio_feature_source(spoken, audio, config, device, once))
-    asked = content.get("questions", ())  # Models of earlier versions do not have it.
+    asked = content.get("questions", ())  # Missing in models of earlier versions.
     return (kind or Multimodal)(
         spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked
     )
@@ -241,7 +241,7 @@ def _language(
         raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it again")
 
     def load() -> LanguageModel:
-        # On layers that nobody else has: those of a shared model would be wrapped for all.
+        # PEFT wraps layers in place, so the language model must not be shared.
         return load_adapter(
             get_shared_language_model(settings, None, device, load_without_cache, digest, str(folder)), folder / ADAPTER
         )
@@ -258,18 +258,18 @@ def get_shared_language_model(
     expected: str = "",
     whose: str = "",
 ) -> LanguageModel:
-    """A language model that this process may have already.
+    """Language model, shared within this process.
 
     Args:
-        settings: Which, and how.
-        pretrained: Folder of the ``pretrain`` stage, where the settings name it.
-        device: Where it goes.
-        once: ``Resources.once``.
-        expected: Digest that it must have.
-        whose: The model that expects it, for messages.
+        settings: The ``language`` section.
+        pretrained: Folder of the ``pretrain`` stage, if the settings name it.
+        device: Device of the model.
+        once: ``ProcessCache.once``.
+        expected: Expected digest; empty accepts any.
+        whose: Name of the model that expects it, for messages.
 
     Raises:
-        ModelError: If it is not the one expected.
+        ModelError: If the language model is missing or has another digest.
     """
     name = str(pretrained / LANGUAGE) if settings.model == PRETRAIN and pretrained else settings.model
     path = Path(name)
@@ -299,12 +299,12 @@ def _vision(saved: dict[str, Any], folder: Path) -> VisionReference:
 
 
 def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> VisionEncoder:
-    """The vision encoder that a model was trained with.
+    """Vision encoder that a model was trained with.
 
-    Earlier versions prepared images for every file of weights as OpenAI does; their models keep that.
+    Earlier versions used OpenAI's preprocessing for every weights file; their models keep it.
 
     Raises:
-        ModelError: If it was given as a module, or is another one now.
+        ModelError: If the encoder was passed as a module, or its digest differs.
     """
     if vision.encoder:
         raise ModelError(
@@ -333,14 +333,14 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
 def get_shared_vision_encoder(
     settings: VisionSettings, light_clip: Path | None, device: torch.device, once: Once[Any], identity: str
 ) -> VisionEncoder:
-    """A vision encoder that this process may have already.
+    """Vision encoder, shared within this process.
 
     Args:
-        settings: Which, and how.
-        light_clip: Folder of the CLIP trained here, where the settings name it.
-        device: Where it goes.
-        once: ``Resources.once``.
-        identity: What tells it from others.
+        settings: The ``vision`` section.
+        light_clip: Folder of the light CLIP, if the settings name it.
+        device: Device of the encoder.
+        once: ``ProcessCache.once``.
+        identity: Key of the encoder in the process cache.
     """
     encoder: VisionEncoder = once(
         "tower", f"{identity}/{device}", lambda: load_vision_encoder(settings, light_clip).to(device)

@@ -1,4 +1,4 @@
-"""The right image against another one: answers shall cost more where they are told of an image that is not theirs."""
+"""Contrastive margin loss: an answer should have a higher loss after the image of another example."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mmphi.text.packing import PackedBatch
 
-MARGIN = 1.5  # Nats per token that the right image shall save.
-SOFT = 0.5  # Nats per token over which it is no longer asked for more.
+MARGIN = 1.5  # Nats per token by which the right image should lower the loss.
+SOFT = 0.5  # Temperature of the softplus, in nats per token.
 
 
 def contrastive_margin_loss(losses_K: Tensor, pack: PackedBatch) -> Tensor:
-    """Summed loss of sequences with their own images, and of what another image does not cost them, shape ().
+    """Summed loss of the sequences with their own images plus a margin penalty, in nats, shape ().
 
-    The second is ``weight * tokens * SOFT * softplus((MARGIN - saved) / SOFT)`` of each sequence that has a foil, where
-    ``saved`` is what the right image saves of each of its ``tokens``. Captions that a model is to tell from those of
-    other images are Dai and Lin 2017 (arXiv:1710.02534).
+    Each sequence with a hard negative adds ``contrast * tokens * SOFT * softplus((MARGIN - saved) / SOFT)``, where
+    ``saved`` is the difference in loss per token between the other image and its own. See Dai and Lin 2017
+    (arXiv:1710.02534) for contrastive captioning.
 
     Args:
-        losses_K: Of each supervised token, in nats.
-        pack: With ``samples``, ``sequences``, ``foils`` and ``contrast``.
+        losses_K: Loss of each supervised token, in nats.
+        pack: Batch with ``samples``, ``sequences``, ``foils`` and ``contrast``.
     """
     sequences_K, foils_F2 = pack["sequences"], pack["foils"]
     summed = torch.zeros(pack["samples"], device=losses_K.device).index_add(0, sequences_K, losses_K)

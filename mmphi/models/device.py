@@ -1,4 +1,4 @@
-"""The one device that belongs to this process."""
+"""Device of this process, and asynchronous copies from it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 
 def this_device() -> torch.device:
-    """The accelerator that belongs to this process, else the CPU; torchrun's processes have one each."""
+    """GPU of this process (``LOCAL_RANK`` under torchrun, else 0), or the CPU without one."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
-    """A tensor on the CPU, waiting for no more than what computes it.
+    """Start copying a tensor to the CPU; returns a function that waits for the copy and returns it.
 
-    To ask an accelerator for a tensor at once is to wait until it has nothing left to do at all.
+    It waits only for work queued before the copy, not for all work of the accelerator.
     """
     if not tensor.is_cuda:
         return lambda: tensor
     here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     here.copy_(tensor, non_blocking=True)
-    done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives it no types.
+    done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # Not annotated in torch.
     done.record()
 
     def fetched() -> Tensor:

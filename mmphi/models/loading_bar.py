@@ -1,4 +1,4 @@
-"""Transformers' progress bar for reading weights, which no user needs for a folder of this machine."""
+"""Suppression of transformers' progress bar for weights that are read from a local folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def no_loading_bar(path: str) -> Iterator[None]:
-    """No bar while weights are read from a folder; a download keeps its bar.
+    """Hide the progress bar while weights are read from a local folder; downloads keep it.
 
     Args:
         path: Folder or hub name of the model.

@@ -1,4 +1,4 @@
-"""The model card that is written with every model: what it is, how to load it, its figures, where it came from."""
+"""Model card that is written with every model: description, loading code, metrics, and lineage."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ def write_card(
     """Write ``README.md``.
 
     Args:
-        folder: The model's.
-        title: Its heading.
-        what: What it is, in a sentence or two.
-        base: The language model.
+        folder: Model folder.
+        title: Heading.
+        what: Description in one or two sentences.
+        base: Name or folder of the language model.
         example: Arguments of ``ask``, as code.
-        run_id: The run that it came from.
-        figures: What was measured of it.
-        parts: What it is joined from, and how.
-        lineage: Ids of the runs that it is built on, by stage.
-        questions: What its training asked most often.
+        run_id: ID of the run that produced the model; may be empty.
+        figures: Measured values by name.
+        parts: Components and settings by name.
+        lineage: IDs of the upstream runs, by stage.
+        questions: Most frequent questions in training.
     """
     listed = "".join(f"- {question}\n" for question in questions)
     text = TEMPLATE.format(
-        # Only a name on the hub is a base model to others; a folder of this machine or a stage of mmphi is none.
+        # `base_model` has to be a hub name; local folders and stages of mmphi are not.
         base_model=f"base_model: {base}\n" if HUB_NAME.fullmatch(base) and not Path(base).exists() else "",
         questions=f"## Questions in training\n\nThe most frequent ones; others are untested.\n\n{listed}\n"
         * bool(listed),
@@ -92,20 +92,20 @@ def _table(heads: tuple[str, str], rows: Mapping[str, str]) -> str:
 
 
 def language_title(model: str) -> str:
-    """What a language model is called in a heading: the last part of its name or folder.
+    """Title of a language model: the last part of its hub name or folder.
 
     Args:
-        model: As ``language.model`` has it.
+        model: Value of the setting ``language.model``.
     """
     return "A Phi trained from scratch" if model == "pretrain" else Path(model).name
 
 
 def language_part(model: str) -> str:
-    """A language model as a row of the card's table has it."""
+    """Value of the language model's row in the card's table."""
     return "trained from scratch by the stage `pretrain`" if model == "pretrain" else model
 
 
 def shape_text(config: Any) -> str:
-    """The fields of a dataclass in a line, such as ``layers 2, width 512, activation gelu``."""
+    """Fields of a dataclass in one line, such as ``layers 2, width 512, activation gelu``, except ``unused`` ones."""
     names = [each.name for each in fields(config) if each.name not in getattr(config, "unused", ())]
     return ", ".join(f"{name} {str(getattr(config, name)).lower()}" for name in names)

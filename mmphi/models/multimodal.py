@@ -1,4 +1,4 @@
-"""A causal language model that sees and hears: language model, projectors and features joined."""
+"""Joined model: a causal language model with projectors and features, which accepts images and audio."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ Question = tuple[Shown, str] | tuple[Shown, str, Sequence[AudioRef]] | tuple[Sho
 
 @dataclass(frozen=True)
 class ProjectedFeatures:
-    """Features whose projector gives another number of tokens per image.
+    """Features whose projector changes the number of tokens per image.
 
     Attributes:
-        features: Before the projector.
-        length: Tokens of an image after it.
+        features: Features before the projector.
+        length: Function from an image to its number of tokens after the projector.
     """
 
     features: ImageFeatures
@@ -53,26 +53,26 @@ class ProjectedFeatures:
         return self.features.width
 
     def rows(self, images: Sequence[ImageRef], /) -> Tensor:
-        """Features of images one after the other, (N * T, width)."""
+        """Features of images, concatenated, (N * T, width)."""
         return self.features.rows(images)
 
 
 class Multimodal(ChatMixin):
     """Images, recordings and text in, text out.
 
-    The language model is borrowed: several of these may share one, and it is left as it was.
+    The language model is not changed permanently, so several models may share one.
 
     Args:
         language: The language model with its tokenizer and prompt.
-        projector: Fits both sides; ``None`` for text alone.
-        features: Where image features come from.
+        projector: Projector from the image features to the language model; ``None`` without images.
+        features: Source of image features.
         max_length: Longest sequence, in tokens.
-        vision: The vision encoder that the features are of; needed to save the model.
+        vision: Vision encoder of the features; needed to save the model.
         own_language: Whether the language model was trained here, and is saved with this model.
-        audio_source: Where the features of recordings come from, or what makes that at the first recording.
-        speech: What is between them and the language model; without it words are taken as they are.
-        audio: Which Whisper the speech projection is for; needed to save it.
-        questions: Questions that its training asked most often, for those who use it.
+        audio_source: Source of audio features, or a function that creates it at the first recording.
+        speech: Audio projector; by default the identity on word embeddings.
+        audio: Whisper of the audio projector; needed to save it.
+        questions: Most frequent questions in training, recorded for users of the model.
 
     Raises:
         ModelError: If the projector does not fit the features or the language model.
@@ -113,31 +113,31 @@ class Multimodal(ChatMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Multimodal:
-        """Load a model from its folder; :func:`mmphi.load` also takes runs and registered models, and shares.
+        """Load a model from its folder; :func:`mmphi.load` also takes runs and registered models, and shares parts.
 
         Args:
-            folder: As :meth:`save_pretrained` or a stage left it.
-            **options: Those of :func:`~mmphi.models.checkpoint.load_checkpoint`.
+            folder: Folder written by :meth:`save_pretrained` or a stage.
+            **options: Options of :func:`~mmphi.models.checkpoint.load_checkpoint`.
         """
         from mmphi.models.checkpoint import load_checkpoint
 
         return load_checkpoint(Path(folder), **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model to a folder that loads alone."""
+        """Write the model to a folder that :meth:`from_pretrained` loads."""
         from mmphi.models.checkpoint import save_checkpoint
 
         save_checkpoint(Path(folder), self)
 
     @property
     def device(self) -> torch.device:
-        """Where the language model lies."""
+        """Device of the language model."""
         parameter: Tensor = next(self.language.model.parameters())
         return parameter.device
 
     @property
     def sources(self) -> dict[str, SpanFeatures]:
-        """Where the features of each kind of span come from."""
+        """Sources of the features of each kind of span."""
         own: dict[str, SpanFeatures] = {}
         if self.features is not None:
             reduces = self.projector is not None and self.projector.config.kind != "mlp"
@@ -148,10 +148,10 @@ class Multimodal(ChatMixin):
 
     @property
     def audio_source(self) -> AudioFeatureSource:
-        """Where the features of recordings come from.
+        """Source of audio features, created at first use.
 
         Raises:
-            ModelError: If this model does not hear.
+            ModelError: If the model has no audio input, a package is missing, or the audio projector does not fit.
         """
         if callable(self._audio_source):
             try:
@@ -175,30 +175,30 @@ class Multimodal(ChatMixin):
         return self._audio_source
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[SpanContent]:
-        """Recordings as a sequence takes them.
+        """Span contents of recordings.
 
         Args:
-            recordings: In order.
-            check: Called now and then while they are heard; what it raises ends this.
+            recordings: Recordings in order.
+            check: Called repeatedly during the computation; an exception it raises ends it.
 
         Raises:
-            ModelError: If there are any, and this model does not hear.
+            ModelError: If there are recordings and the model has no audio input.
         """
         return self.audio_source.inputs(recordings, check) if recordings else []
 
     def length(self, image: ImageRef) -> int:
-        """Places that an image takes in a prompt."""
+        """Number of tokens that an image takes in a prompt."""
         if self.features is None:
             return 0
         count = self.features.length(image)
         return count if self.projector is None else self.projector.output_tokens(count)
 
     def can_see(self, example: Example) -> bool:
-        """Whether the example's images, if it has any, have features."""
+        """Whether all images of the example have features."""
         return not example.images or (self.features is not None and all(i in self.features for i in example.images))
 
     def encode(self, example: Example) -> TokenizedExample | None:
-        """A conversation as a sequence; ``None`` where it does not fit in ``max_length`` tokens."""
+        """Tokenized conversation; ``None`` if it does not fit in ``max_length`` tokens."""
         return tokenize_example(example, self.language.prompt, self.length, self.max_length, self.inputs)
 
     @torch.inference_mode()
@@ -208,12 +208,12 @@ class Multimodal(ChatMixin):
         """Loss on the answers of conversations.
 
         Args:
-            examples: Conversations; those that do not fit in ``max_length`` are left out.
-            images: Images to show in place of the examples' own, as many.
+            examples: Conversations; those that do not fit in ``max_length`` are skipped.
+            images: Images that replace those of each example; as many.
             max_tokens: Tokens per forward pass.
 
         Returns:
-            Summed nats, and the number of supervised tokens.
+            Summed loss in nats, and the number of supervised tokens.
         """
         if images is not None:
             examples = [replace(e, images=other) for e, other in zip(examples, images, strict=True)]
@@ -233,17 +233,17 @@ class Multimodal(ChatMixin):
         audio: Path | str | bytes | Sequence[Path | str | bytes] = (),
         max_new_tokens: int = 48,
     ) -> str:
-        """Answer one question, greedily.
+        """Answer one question with greedy decoding.
 
         Args:
-            question: What to answer; empty for a caption, or where it is spoken.
-            *images: Image files that it is about, or references to images in memory.
-            audio: A recording, or several: files of any format, or what they hold. They stand where the question says
-                ``<audio>``, else before it, or in its place where it is empty.
+            question: Question; empty for a caption, or if the recording contains it.
+            *images: Image files, or references to images in memory.
+            audio: One or several recordings: files of any format, or their contents. They are inserted at ``<audio>``
+                in the question, else before it; they replace an empty question.
             max_new_tokens: Longest answer, in tokens.
 
         Raises:
-            AudioError: If a recording cannot be heard.
+            AudioError: If a recording cannot be decoded.
         """
         references = [image if isinstance(image, ImageRef) else ImageRef(str(image), Path(image)) for image in images]
         given = [audio] if isinstance(audio, Path | str | bytes) else list(audio)
@@ -256,13 +256,13 @@ class Multimodal(ChatMixin):
     def generate(
         self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32
     ) -> list[GeneratedAnswer]:
-        """Answer questions, greedily.
+        """Answer questions with greedy decoding.
 
         Args:
-            prompts: An image, several or none, a question (empty for a caption), recordings, if any, and a text that
-                it is about, if any.
+            prompts: One, several or no images, a question (empty for a caption), and optionally recordings and a
+                context text.
             max_new_tokens: Longest answer, in tokens.
-            batch_size: Answers generated at once; batched and single answers are the same.
+            batch_size: Answers generated at once; it does not change them.
 
         Returns:
             One answer per prompt, in order.
@@ -280,16 +280,16 @@ class Multimodal(ChatMixin):
         batch_size: int = 32,
         seed: int = 0,
     ) -> list[list[GeneratedAnswer]]:
-        """Draw several answers to each question.
+        """Sample several answers to each question.
 
         Args:
-            prompts: An image, several or none, a question (empty for a caption), recordings, if any, and a text that
-                it is about, if any.
-            count: Answers to each.
-            temperature: The logits are divided by it; near 0 all answers are the greedy one.
+            prompts: One, several or no images, a question (empty for a caption), and optionally recordings and a
+                context text.
+            count: Answers per question.
+            temperature: Softmax temperature; near 0 all answers are the greedy one.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Answers generated at once.
-            seed: Equal seeds (and batch sizes) give equal answers; the caller's random state is left as it was.
+            seed: Equal seeds and batch sizes give equal answers; the caller's random state does not change.
 
         Returns:
             ``count`` answers per prompt, in order.
@@ -305,12 +305,12 @@ class Multimodal(ChatMixin):
                 do_sample=True,
                 num_return_sequences=count,
                 temperature=temperature,
-                top_k=0,  # The whole distribution, whatever the model's own generation settings say.
+                top_k=0,  # Sample from the full distribution, whatever the model's generation config.
                 top_p=1.0,
             )
 
     def asked(self, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
-        """A question as it was typed; of images alone, that by which captions were asked for in training."""
+        """The question; for images alone, the question of captions in training."""
         if question or audio or not images or self.vision is None:
             return question
         return self.vision.question
@@ -318,7 +318,7 @@ class Multimodal(ChatMixin):
     def open_prompt(
         self, images: Shown, question: str, audio: Sequence[AudioRef] = (), context: str = ""
     ) -> TokenizedExample:
-        """A question as a sequence that the answer goes on from."""
+        """Tokenized prompt that ends where the answer begins."""
         shown = [images] if isinstance(images, ImageRef) else list(images or ())
         heard = self.inputs(audio)
         said = [each.said for each in heard]

@@ -1,4 +1,4 @@
-"""What training runs: packed rows in, the summed loss of their supervised tokens out."""
+"""Packed model for training: packed rows in, summed loss of the supervised tokens out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mmphi.text.packing import ROWS, Layout, PackedBatch
 
 
 def block_causal_mask(segments_RT: Tensor, branches_RT: Tensor | None = None) -> Tensor:
-    """Which positions each position sees: itself and those before it in its own sequence.
+    """Causal attention mask within each sequence of packed rows.
 
     Args:
-        segments_RT: Sequence of each token in its row; -1 after the last.
-        branches_RT: Where sequences share their beginning: 0 there, and their numbers after it.
+        segments_RT: Index of each token's sequence in its row; -1 for padding.
+        branches_RT: With shared prefixes: 0 in the prefix, then the number of the continuation.
 
     Returns:
-        bool (R, 1, T, T). Positions after the last sequence see each other, so that no softmax is empty.
+        bool (R, 1, T, T), true where attention is allowed. Padding attends to padding, so that no softmax is empty.
     """
     same = segments_RT[:, None, :, None] == segments_RT[:, None, None, :]
     if branches_RT is not None:
@@ -37,17 +37,17 @@ def block_causal_mask(segments_RT: Tensor, branches_RT: Tensor | None = None) ->
 
 
 class PackedVLM(nn.Module):
-    """A causal language model that reads projected features where its rows have places for them.
+    """Causal language model whose rows have projected features in place of some token embeddings.
 
-    Logits are computed only where a token is predicted: the hidden states are gathered just before the output head, by
-    a hook that lives as long as the forward pass, so that whatever the model does after its head (scaling, soft caps)
-    still happens. The language model is borrowed: nothing of this stays on it.
+    Logits are computed only at positions that predict a supervised token: a hook gathers the hidden states just before
+    the output head, so that operations after the head (scaling, soft caps) still apply. The hook is removed after each
+    forward pass; the language model is not changed permanently.
 
     Args:
         language_model: A Hugging Face causal LM, frozen or not.
-        layout: How the sequences of a pack lie, one a row under the model's own mask: see
+        layout: How sequences are packed. Models that leak across packed sequences need one per row, see
             :func:`~mmphi.models.language.packing_check.packing_error`.
-        **projectors: From the features of each kind of span to its embeddings.
+        **projectors: Projector of each kind of span, by kind.
     """
 
     def __init__(self, language_model: Any, *, layout: Layout = ROWS, **projectors: nn.Module) -> None:
@@ -56,25 +56,25 @@ class PackedVLM(nn.Module):
         self.projectors: Any = nn.ModuleDict(projectors)
         self._recomputing: list[Any] = []
         self._recomputes = False
-        self.compiled: Sequence[tuple[nn.Module, Any]] = ()  # Layers, and what is called in their place in training.
+        self.compiled: Sequence[tuple[nn.Module, Any]] = ()  # Layers and their compiled calls in training.
         if language_model.get_output_embeddings() is None:
             raise ModelError(f"{type(language_model).__name__} has no output head", "use a causal language model")
         self._plain_head = has_plain_head(language_model)
-        self._last_parts: list[nn.Module] | None = None  # Not looked for yet.
+        self._last_parts: list[nn.Module] | None = None  # Found at first use.
 
     @property
     def frozen(self) -> bool:
-        """Whether the language model itself is not trained; an adapter on it may be."""
+        """Whether no parameter of the language model is trained, except those of an adapter."""
         parameters = self.language_model.named_parameters()
         return not any(p.requires_grad for name, p in parameters if "lora_" not in name)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; a frozen language model never drops."""
+        """Set training mode; a frozen language model stays in eval mode, except for adapter dropout."""
         super().train(mode)
         if self.frozen:
             self.language_model.eval()
             for layer in self.language_model.modules():
-                if hasattr(layer, "lora_dropout"):  # Of an adapter, which drops while it is trained.
+                if hasattr(layer, "lora_dropout"):  # An adapter that is trained applies dropout.
                     layer.training = mode
                     layer.lora_dropout.train(mode)
             for layer in self._recomputing:
@@ -83,16 +83,16 @@ class PackedVLM(nn.Module):
 
     @contextmanager
     def recomputing(self, wanted: bool = True) -> Iterator[None]:
-        """Trade time for memory: keep no activations inside the language model's layers, until the end.
+        """Recompute the language model's activations in the backward pass, to save memory.
 
-        transformers' layers recompute only in training mode, in which a frozen model would drop. So of a frozen model
-        the layers alone are put into training mode, and what they drop themselves is set to nothing meanwhile.
+        transformers' layers recompute only in training mode, in which a frozen model would apply dropout. In a frozen
+        model only these layers are put into training mode, with their own dropout set to 0.
         """
         if not wanted:
             yield
             return
         model = self.language_model
-        # transformers renamed the methods in 5.2x; non-reentrant recomputing needs no gradient at the input.
+        # transformers renamed the methods in 5.2x; non-reentrant checkpointing needs no gradient at the input.
         begin = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         end = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
         begin({"use_reentrant": False})
@@ -104,7 +104,7 @@ class PackedVLM(nn.Module):
                 if isinstance(rate, float):
                     layer.dropout = 0.0
             self.train(self.training)
-            # The backward pass attends again.
+            # The backward pass recomputes attention.
             with varlen_attention_applied(self.language_model) if self.layout.kind == "line" else nullcontext():
                 yield
         finally:
@@ -114,16 +114,16 @@ class PackedVLM(nn.Module):
                     layer.dropout = rate
             self._recomputing, self._recomputes = [], False
             end()
-            model.disable_input_require_grads()  # Some versions of transformers enable them with it.
+            model.disable_input_require_grads()  # Some versions of transformers enable them with checkpointing.
 
     def embed(self, input_ids: Tensor, features: Any, places: Any) -> Tensor:
-        """Embeddings (R, T, W) of tokens, with projected features (P, D) of each kind at its places (P,)."""
+        """Embeddings (R, T, W) of tokens, with the projected features (P, D) of each kind at its places (P,)."""
         embeddings: Tensor = self.language_model.get_input_embeddings()(input_ids)
         flat = embeddings.flatten(0, 1)
         for kind, projector in self.projectors.items():
             seen = features.get(kind)
             if seen is None or not len(seen):
-                # Nothing to see in this pack; the projector still takes part, as DDP expects of every parameter.
+                # A pack without features still runs the projector: DDP expects every parameter to take part.
                 seen = torch.zeros(0, projector.config.input_width, device=flat.device)
             projected = projector(seen).to(flat.dtype)
             where = places[kind] if kind in places else torch.zeros(0, dtype=torch.long, device=flat.device)
@@ -146,38 +146,38 @@ class PackedVLM(nn.Module):
         return logits
 
     def _hidden(self, pack: PackedBatch) -> Tensor:
-        """What the head is given (K, W) at the positions that predict a supervised token; the head itself rests."""
+        """Inputs of the head (K, W) at the positions that predict a supervised token; the head computes no rows."""
         head = self.language_model.get_output_embeddings()
         with self._last_layer(pack), _gathering(head, pack["keep"], resting=True) as seen:
             self._run(pack)
         return seen[0]
 
     def _last_layer(self, pack: PackedBatch) -> AbstractContextManager[None]:
-        """The last layer rests where nothing is predicted, if that saves something.
+        """Context in which the last layer computes only positions with a target, where that saves time.
 
-        Not where it is compiled, for a certain number of positions, nor where the backward pass computes it again.
+        Compiled and recomputed layers compute all positions.
         """
         keep = pack["keep"]
         if len(keep) > WORTH * pack["input_ids"].numel() or self._recomputes or (self.training and self.compiled):
             return nullcontext()
         if self._last_parts is None:
             self._last_parts = find_positionwise_modules(self.language_model)
-        # Answers that share what stands before them begin at the same place.
+        # Answers with a shared prefix are predicted from the same position.
         return compute_at_positions(self._last_parts, torch.unique(keep) if "branches" in pack else keep)
 
     def _in_line(self, pack: PackedBatch) -> bool:
-        """Whether a pack is a line; the model takes rows as well."""
+        """Whether a pack is one row with borders; with this layout the model accepts masked rows, too."""
         return self.layout.kind == "line" and "borders" in pack
 
     def _walled(self, pack: PackedBatch) -> AbstractContextManager[None]:
         return varlen_attention_applied(self.language_model) if self._in_line(pack) else nullcontext()
 
     def _walls(self, pack: PackedBatch) -> dict[str, Any]:
-        """What keeps sequences apart: of one in a row, the model's own padding mask; borders; else who sees whom."""
+        """Arguments that isolate sequences: a padding mask for one per row, borders, or a block mask."""
         if self.layout.kind == "alone":
             return {"attention_mask": (pack["segments"] >= 0).long()}
         if self._in_line(pack):
-            # Four dimensions: taken as it is, so that no mask over the whole row is built.
+            # transformers does not expand a four-dimensional mask, so no mask over the whole row is built.
             none = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=pack["borders"].device)
             apart = {"borders": pack["borders"], "longest": pack["longest"]}
             return {"attention_mask": none, "position_ids": pack["position_ids"], **apart}
@@ -192,16 +192,16 @@ class PackedVLM(nn.Module):
 
     @property
     def rounded(self) -> bool:
-        """Whether the language model computes in half precision by itself; an adapter on it is fp32."""
+        """Whether no parameter of the language model is fp32; those of an adapter are."""
         return all(p.dtype != torch.float32 for p in self.language_model.parameters())
 
     def forward(self, **pack: Any) -> Tensor:
         """Summed loss of the supervised tokens of a :class:`~mmphi.text.packing.PackedBatch`, in nats, shape ().
 
-        With hard negatives among its sequences, :func:`~mmphi.models.contrastive_margin.contrastive_margin_loss`.
+        Packs with hard negatives use :func:`~mmphi.models.contrastive_margin.contrastive_margin_loss`.
         """
-        rows: PackedBatch = pack  # type: ignore[assignment]  # keyword arguments, so that DDP and the Trainer can pass them
-        # Autocast would have its norms and rotations compute in fp32, and copy all that goes in and out of them.
+        rows: PackedBatch = pack  # type: ignore[assignment]  # Keyword arguments are needed by DDP and the Trainer.
+        # Autocast would compute norms and rotary embeddings in fp32, and copy their inputs and outputs.
         plain = torch.autocast(rows["input_ids"].device.type, enabled=False) if self.rounded else nullcontext()
         with plain:
             if self._plain_head:
@@ -216,7 +216,7 @@ class PackedVLM(nn.Module):
 
 @contextmanager
 def _gathering(head: nn.Module, keep: Tensor, *, resting: bool = False) -> Iterator[list[Tensor]]:
-    """Let a head see only the positions (K,) of the flattened rows; where it shall rest, none. Gives what is there."""
+    """Pass only the positions (K,) of the flattened rows to a head, or none if ``resting``; yields their inputs."""
     seen: list[Tensor] = []
 
     def gather(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -233,7 +233,7 @@ def _gathering(head: nn.Module, keep: Tensor, *, resting: bool = False) -> Itera
 
 @contextmanager
 def _called(compiled: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Let something else be called where a layer is."""
+    """Call the compiled version of each layer in its place."""
     try:
         for layer, call in compiled:
             layer._compiled_call_impl = call
@@ -245,10 +245,10 @@ def _called(compiled: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 @torch.no_grad()
 def has_plain_head(language_model: Any) -> bool:
-    """Whether a model's logits are a linear layer of what its head is given, and nothing else.
+    """Whether a model's logits are exactly a linear layer of the head's inputs.
 
-    Of such a model the loss can be computed without ever holding all logits. Some scale or cap them, others keep the
-    head's weights in a form of their own.
+    The loss of such a model can be computed without materialising all logits. Other models scale or cap their logits,
+    or store the head's weights in another form.
     """
     head = language_model.get_output_embeddings()
     if type(head) is not nn.Linear:

@@ -1,4 +1,4 @@
-"""The layers between a vision encoder and a language model: the only part that learns to see."""
+"""Projector: the trained layers between a vision encoder and a language model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmphi.config.projector import Activation, ProjectorKind, ProjectorSettings
 from mmphi.errors import ModelError
 from mmphi.models.projector_kinds import KINDS, MLP, ProjectorShape
 
-LEAST = 1e-4  # Of the largest spread: less is noise of half precision.
+LEAST = 1e-4  # Relative to the largest standard deviation; smaller ones are noise of half precision.
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,15 @@ class ProjectorConfig:
     Attributes:
         input_width: Width D of the image features.
         output_width: Width W of the language model's embeddings.
-        layers: Linear layers; 1 is LLaVA's linear projector, 2 LLaVA-1.5's MLP. Of a resampler, blocks of attention.
-        width: Width of the layers between; 0 takes ``output_width``.
-        activation: Between the layers.
-        norm: Whether every feature vector is normalised first (towers without a final norm).
-        dropout: Share of each linear layer's inputs dropped in training.
-        whiten: Whether every channel's mean is taken off first and its spread made 1, as :meth:`Projector.fit` found
-            them.
+        layers: Linear layers; 1 is LLaVA's linear projector, 2 LLaVA-1.5's MLP. Attention blocks of a resampler.
+        width: Hidden width; 0 takes ``output_width``.
+        activation: Activation between the layers.
+        norm: Whether feature vectors pass a LayerNorm first (for encoders without a final norm).
+        dropout: Dropout rate of each linear layer's inputs; of the attention weights in a resampler.
+        whiten: Whether channels are standardized first, with the statistics found by :meth:`Projector.fit`.
         kind: One of :data:`mmphi.models.projector_kinds.KINDS`.
-        input_tokens: Features per image; only ``mlp`` needs no number.
-        merge: Side of the square of patches that become one token (``pixel_shuffle``, ``ldp_v2``).
+        input_tokens: Features per image; not needed by ``mlp``.
+        merge: Side of the square of patches that is merged into one token (``pixel_shuffle``, ``ldp_v2``).
         queries: Tokens per image (``resampler``).
     """
 
@@ -55,7 +54,7 @@ class ProjectorConfig:
 
     @property
     def shape(self) -> ProjectorShape:
-        """What the layers are built from."""
+        """Shape that the layers are built from, with the hidden width resolved."""
         return ProjectorShape(
             self.input_width,
             self.output_width,
@@ -69,16 +68,16 @@ class ProjectorConfig:
         )
 
     def size(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         with torch.device("meta"):
             layers: nn.Module = KINDS[self.kind](self.shape)
         return sum(p.numel() for p in layers.parameters()) + (2 * self.input_width if self.norm else 0)
 
     def of_size(self, parameters: int) -> ProjectorConfig:
-        """The same with the hidden width that comes nearest to a number of parameters.
+        """Returns this configuration with the hidden width whose parameter count is nearest to ``parameters``.
 
         Raises:
-            ModelError: If there is no hidden layer whose width could be chosen, or none of that size.
+            ModelError: If there is no hidden layer, or the nearest count is more than twice ``parameters``.
         """
         if replace(self, width=64).size() == replace(self, width=128).size():
             raise ModelError(
@@ -106,14 +105,15 @@ class ProjectorConfig:
     def unused(self) -> tuple[str, ...]:
         """Fields that have no effect on a projector of this kind."""
         uses = KINDS[self.kind].uses
-        names = () if self.kind != "mlp" else ("kind", "input_tokens")  # As in projectors of earlier versions.
+        names = () if self.kind != "mlp" else ("kind", "input_tokens")  # Absent in files of earlier versions.
         return (*names, *(name for name in ("merge", "queries") if name not in uses))
 
 
 class Standardizer(nn.Module):
-    """Takes each channel's mean off features (..., D) and divides by its spread; until it is fitted it changes nothing.
+    """Subtracts each channel's mean from features (..., D) and divides by its standard deviation.
 
-    Channels of some encoders differ a hundredfold in size, and few large ones would speak for all.
+    It is the identity until it is fitted. Channels of some encoders differ in scale by a factor of 100, and a few large
+    ones would dominate.
     """
 
     mean: Tensor
@@ -125,10 +125,10 @@ class Standardizer(nn.Module):
         self.register_buffer("spread", torch.ones(width))
 
     def fit(self, features: Iterable[Tensor]) -> None:
-        """Mean and standard deviation of each channel; one that never changes is not divided.
+        """Set the mean and standard deviation of each channel; constant channels are not divided.
 
         Args:
-            features: Parts (..., D) of all that there are.
+            features: All features, in batches (..., D).
         """
         count, sums, squares = 0, torch.zeros(()), torch.zeros(())
         for part in features:
@@ -142,14 +142,14 @@ class Standardizer(nn.Module):
         self.spread.copy_(torch.where(spread > LEAST * spread.max(), spread, 1.0))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Whiten features (..., D)."""
+        """Standardize features (..., D)."""
         return (features - self.mean) / self.spread
 
 
 class Projector(nn.Module):
-    """Maps features of images, of any float type, to embeddings; weights and arithmetic are fp32.
+    """Maps image features of any float type to embeddings; weights and arithmetic are fp32.
 
-    fp32 and never quantised: a projector in half precision loses small updates (LLaVA #433).
+    The weights are never quantised: a projector in half precision loses small updates (LLaVA #433).
     """
 
     saveable = True
@@ -160,22 +160,22 @@ class Projector(nn.Module):
         norm = nn.LayerNorm(config.input_width) if config.norm else None
         self.norm: nn.Module | None = None
         self.layers: Any
-        if config.kind == "mlp":  # The norm is one of its layers, as earlier versions named its weights.
+        if config.kind == "mlp":  # With the norm among the layers, weights keep the names of earlier versions.
             self.layers = MLP(config.shape, [norm] if norm else [])
         else:
             self.layers, self.norm = KINDS[config.kind](config.shape), norm
         self.whitening = Standardizer(config.input_width) if config.whiten else None
 
     def fit(self, features: Iterable[Tensor]) -> None:
-        """Take means and spreads from features (..., D) as they will be met; nothing where they are not whitened."""
+        """Fit the standardizer to batches (..., D) of features; without one, do nothing."""
         if self.whitening is not None:
             self.whitening.fit(features)
 
     def output_tokens(self, features: int) -> int:
-        """Tokens of an image that has so many features.
+        """Number of tokens that an image with ``features`` features becomes.
 
         Raises:
-            ModelError: If the projector was built for another number.
+            ModelError: If the projector was built for another number of features.
         """
         if self.config.kind == "mlp":
             return features
@@ -187,7 +187,7 @@ class Projector(nn.Module):
         return int(KINDS[self.config.kind].output_tokens(self.config.shape))
 
     def feature_rows(self, tokens: int) -> int:
-        """Features that so many tokens of whole images are projected from; the inverse of :meth:`output_tokens`."""
+        """Number of features that ``tokens`` tokens of whole images come from; the inverse of :meth:`output_tokens`."""
         if self.config.kind == "mlp":
             return tokens
         return tokens // self.output_tokens(self.config.input_tokens) * self.config.input_tokens
@@ -196,7 +196,7 @@ class Projector(nn.Module):
         """Project features to embeddings.
 
         Args:
-            features: Of images (N, T, D), or of whole images one after the other (N * T, D).
+            features: Features of images (N, T, D), or of whole images concatenated (N * T, D).
 
         Returns:
             Embeddings (N, T', W), or (N * T', W).
@@ -225,20 +225,20 @@ class Projector(nn.Module):
         self.layers.scale_output(factor)
 
     def save(self, folder: Path) -> None:
-        """Write ``projector.safetensors`` and ``projector.json``, all that :meth:`load` needs."""
+        """Write ``projector.safetensors`` and ``projector.json`` for :meth:`load`."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "projector.safetensors")
         shape = asdict(self.config)
-        # An MLP's as earlier versions wrote it: they can read it, and its digest stays.
+        # Without unused fields, earlier versions can read an MLP, and its digest does not change.
         shape = {name: value for name, value in shape.items() if name not in self.config.unused}
         (folder / "projector.json").write_text(json.dumps(shape, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Projector:
-        """Read what :meth:`save` wrote.
+        """Load a projector that :meth:`save` wrote.
 
         Raises:
-            ModelError: If a file is missing, broken, of another shape, or holds values that are not finite.
+            ModelError: If a file is missing, corrupt, of another shape, or contains non-finite values.
         """
         try:
             config = ProjectorConfig(**json.loads((folder / "projector.json").read_text()))
@@ -257,10 +257,10 @@ class Projector(nn.Module):
         return projector
 
     def check_fits(self, input_width: int, output_width: int, tokens: int = 0) -> None:
-        """Refuse features or a language model of another width, or another number of features per image.
+        """Check the widths of both sides and, unless ``tokens`` is 0, the number of features per image.
 
         Raises:
-            ModelError: Naming both widths.
+            ModelError: If one differs from what the projector was built for.
         """
         for what, have, want in (
             ("image features", input_width, self.config.input_width),
@@ -278,16 +278,16 @@ class Projector(nn.Module):
 def projector_config(
     settings: ProjectorSettings, input_width: int, output_width: int, input_tokens: int
 ) -> ProjectorConfig:
-    """The projector that settings describe.
+    """Projector configuration from settings.
 
     Args:
-        settings: Kind and shape.
+        settings: Settings of the kind and shape.
         input_width: Width of the image features.
         output_width: Width of the language model's embeddings.
         input_tokens: Features per image.
 
     Raises:
-        ModelError: If the features or the wanted size do not fit the kind.
+        ModelError: If the features or the requested number of parameters do not fit the kind.
     """
     names = ("layers", "width", "activation", "norm", "dropout", "kind", "merge", "queries")
     config = ProjectorConfig(
@@ -297,5 +297,5 @@ def projector_config(
         whiten=settings.standardize,
         input_tokens=0 if settings.kind == "mlp" else input_tokens,
     )
-    KINDS[config.kind].output_tokens(config.shape)  # Refuses features that it cannot read.
+    KINDS[config.kind].output_tokens(config.shape)  # Raises if the kind does not accept these features.
     return config.of_size(settings.parameters) if settings.parameters else config

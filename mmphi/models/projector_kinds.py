@@ -1,7 +1,7 @@
-"""Kinds of projectors: layers from the features of whole images to embeddings, with as many or fewer tokens.
+"""Projector kinds: layers from the features of whole images to embeddings, with as many or fewer tokens.
 
-A new kind is one class with the methods of :class:`ProjectorLayers` and one line in :data:`KINDS`. Its name also has to
-stand in :data:`mmphi.config.projector.ProjectorKind`.
+A new kind is one class with the methods of :class:`ProjectorLayers`, one line in :data:`KINDS`, and a name in
+:data:`mmphi.config.projector.ProjectorKind`.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from mmphi.config.projector import Activation, ProjectorKind
 from mmphi.errors import ModelError
 
 ACTIVATIONS: Mapping[Activation, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
-HEAD_WIDTH = 64  # Of the resampler's attention.
+HEAD_WIDTH = 64  # Width of the resampler's attention heads, approximately.
 
 
 @dataclass(frozen=True)
 class ProjectorShape:
-    """What the layers of a projector are built from.
+    """Shape that the layers of a projector are built from.
 
     Attributes:
         input_width: Width D of the image features.
         output_width: Width W of the language model's embeddings.
-        layers: Linear layers, or blocks of attention.
-        width: Width of the layers between.
-        activation: Between the layers.
-        dropout: Share of each linear layer's inputs dropped in training.
-        input_tokens: Features T per image; 0 where every feature is projected by itself.
-        merge: Side of the square of neighbouring patches that become one token.
+        layers: Linear layers, or attention blocks.
+        width: Hidden width.
+        activation: Activation between the layers.
+        dropout: Dropout rate of each linear layer's inputs; of the attention weights in a resampler.
+        input_tokens: Features T per image; 0 if every feature is projected separately.
+        merge: Side of the square of neighbouring patches that is merged into one token.
         queries: Tokens per image of a resampler.
     """
 
@@ -51,7 +51,7 @@ class ProjectorShape:
         """Side of the square grid of patches.
 
         Raises:
-            ModelError: If the features are no square grid that ``merge`` divides.
+            ModelError: If the features are not a square grid that ``merge`` divides.
         """
         side = isqrt(self.input_tokens)
         if self.input_tokens == 1:
@@ -70,10 +70,10 @@ class ProjectorShape:
 
 
 class ProjectorLayers(Protocol):
-    """What a kind of projector provides.
+    """Interface of a projector kind.
 
     Attributes:
-        uses: Settings that only this and few other kinds have.
+        uses: Kind-specific settings that this kind uses.
     """
 
     uses: tuple[str, ...]
@@ -92,7 +92,7 @@ class ProjectorLayers(Protocol):
 
 
 class MLP(nn.Sequential):
-    """Linear layers, applied to every feature (..., D) by itself: LLaVA's projector with one, LLaVA-1.5's with two."""
+    """Linear layers applied to each feature (..., D): LLaVA's projector with one layer, LLaVA-1.5's with two."""
 
     uses: ClassVar[tuple[str, ...]] = ()
 
@@ -109,7 +109,7 @@ class MLP(nn.Sequential):
 
     @staticmethod
     def output_tokens(shape: ProjectorShape) -> int:
-        """As many as there are features."""
+        """Tokens per image: as many as features."""
         return shape.input_tokens
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class MLP(nn.Sequential):
 
 
 class PixelShuffleMLP(nn.Module):
-    """The features of each square of patches side by side, then an MLP: fewer tokens, and nothing is averaged away.
+    """Concatenates the features of each square of patches and applies an MLP: fewer tokens without averaging.
 
     Features are a square grid, row by row. Used by InternVL 1.5 (Chen et al. 2024, arXiv 2404.16821) and SmolVLM
     (Marafioti et al. 2025, arXiv 2504.05299).
@@ -137,7 +137,7 @@ class PixelShuffleMLP(nn.Module):
 
     @staticmethod
     def output_tokens(shape: ProjectorShape) -> int:
-        """One for each square of patches."""
+        """Tokens per image: one per square of patches."""
         return (shape.grid() // shape.merge) ** 2
 
     def forward(self, features: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class LDPv2(nn.Module):
 
     @staticmethod
     def output_tokens(shape: ProjectorShape) -> int:
-        """One for each square of patches."""
+        """Tokens per image: one per square of patches."""
         return (shape.grid() // shape.merge) ** 2
 
     def forward(self, features: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class LDPv2(nn.Module):
     @torch.no_grad()
     def scale_output(self, factor: float) -> None:
         """See :class:`ProjectorLayers`."""
-        self.mlp.scale_output(factor)  # What follows is linear in it, but for one bias.
+        self.mlp.scale_output(factor)  # The layers after it are linear, except for one bias.
         assert self.position.bias is not None
         self.position.bias.mul_(factor)
 
@@ -190,7 +190,7 @@ class LDPv2(nn.Module):
 class Resampler(nn.Module):
     """Learned queries that attend to the features of an image: as many tokens as there are queries, for any grid.
 
-    As the perceiver resampler of Flamingo (Alayrac et al. 2022, arXiv 2204.14198), with learned positions of features.
+    Like the perceiver resampler of Flamingo (Alayrac et al. 2022, arXiv 2204.14198), with learned feature positions.
     Dropout is applied to the attention weights.
     """
 
@@ -209,7 +209,7 @@ class Resampler(nn.Module):
 
     @staticmethod
     def output_tokens(shape: ProjectorShape) -> int:
-        """One for each query."""
+        """Tokens per image: one per query."""
         return shape.queries
 
     def forward(self, features: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class Resampler(nn.Module):
 
 
 class _CrossAttention(nn.Module):
-    """Queries attend to features and to one another, then a feed-forward layer; both residual, after a norm."""
+    """Pre-norm residual block: attention of queries to features and to each other, then a feed-forward layer."""
 
     def __init__(self, width: int, heads: int, shape: ProjectorShape) -> None:
         super().__init__()
@@ -253,4 +253,4 @@ KINDS: Mapping[ProjectorKind, type[Any]] = {
     "ldp_v2": LDPv2,
     "resampler": Resampler,
 }
-"""By the name that ``projector.kind`` has."""
+"""Projector layers by the value of the setting ``projector.kind``."""

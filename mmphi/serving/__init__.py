@@ -1,1 +1,1 @@
-"""Ways to talk to a trained model."""
+"""Interfaces to trained models: terminal, HTTP server, web page, MLflow and lmms-eval."""

@@ -1,4 +1,4 @@
-"""The same HTTP interface as OpenAI's chat completions, on FastAPI."""
+"""HTTP interface of OpenAI's chat completions, on FastAPI."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from mmphi.serving.openai_request import ChatRequest, parse_request
 from mmphi.serving.openai_response import Reply
 from mmphi.serving.scheduler import ClientDisconnectedError, QueuedRequest, RequestTimeoutError, Scheduler
 
-LOOK_S = 0.2  # How often it is looked whether the one who asked is still there.
-READERS = 16  # Threads in which requests are parsed, and as many in which images are fetched.
+LOOK_S = 0.2  # Seconds between checks whether the client is still connected.
+READERS = 16  # Threads that parse requests, and as many that fetch images.
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What a server allows.
+    """Settings of a server.
 
     Attributes:
-        name: Of the model.
-        key: That every request must bring; none where empty.
-        largest: Bytes of a request.
-        temperature: Where a request says none.
-        fetch: Gets an image by its URL, or refuses; no URL is fetched without it.
-        hosts: Names that a request may give as its ``Host`` where there is no key; any where empty.
-        origins: Of pages in a browser that may ask, ``https://example.org``; ``*`` for any.
+        name: Name of the model in requests and responses.
+        key: API key that requests under ``/v1/`` must carry; empty for none.
+        largest: Largest request body, in bytes.
+        temperature: Sampling temperature of requests without one.
+        fetch: Fetches an image by its URL, or raises an error; no URL is fetched if ``None``.
+        hosts: ``Host`` names that are accepted if there is no key; empty for any.
+        origins: Origins of web pages that may send requests (CORS): ``https://example.org``; ``*`` for any.
     """
 
     name: str
@@ -55,12 +55,12 @@ class ServerConfig:
 
 
 def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> FastAPI:
-    """The server.
+    """Build the server's application.
 
     Args:
-        worker: Who answers; it is started and stopped with the server.
-        rules: What is allowed.
-        metrics: What is counted.
+        worker: Scheduler of the requests; it is started and stopped with the application.
+        rules: Settings of the server.
+        metrics: Prometheus metrics that count the requests.
     """
 
     @contextlib.asynccontextmanager
@@ -74,10 +74,10 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
     readers, fetchers = ThreadPoolExecutor(READERS, "reading"), ThreadPoolExecutor(READERS, "fetching")
     app = FastAPI(title="mmphi", docs_url=None, redoc_url=None, openapi_url=None, lifespan=living)
     app.add_middleware(Guard, key=rules.key, largest=rules.largest, hosts=rules.hosts)
-    if rules.origins:  # Before the key is asked for: a browser sends none with the question whether it may ask.
+    if rules.origins:  # Outside the guard: the preflight request of a browser carries no key.
         app.add_middleware(CORSMiddleware, allow_origins=list(rules.origins), allow_methods=["*"], allow_headers=["*"])
 
-    @app.exception_handler(HTTPException)  # Also those of the framework: no such path, no such method.
+    @app.exception_handler(HTTPException)  # Includes the framework's own 404 and 405.
     async def refuse(_: Request, error: HTTPException) -> JSONResponse:
         return error_answer(error if isinstance(error, APIError) else APIError(error.status_code, str(error.detail)))
 
@@ -87,7 +87,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """Liveness: 503 where only a restart helps."""
+        """Liveness: 503 if only a restart helps."""
         return state(worker.problem)
 
     @app.get("/ready")
@@ -121,8 +121,8 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         try:
-            worker.check_room()  # Before a body is read and parsed for nothing.
-            # Not `request.body()`, which the request keeps until it is answered.
+            worker.check_room()  # Before the body is read and parsed.
+            # Not `request.body()`: the request would keep the body until it is answered.
             asked = await loop.run_in_executor(
                 readers, _read, b"".join([part async for part in request.stream()]), rules
             )
@@ -140,7 +140,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
             queued = QueuedRequest(said, asked.sampling(rules.temperature), tell, born)
             worker.submit(queued)
         except (ClientDisconnect, ClientDisconnectedError):
-            return Response(status_code=499)  # As nginx logs it; nobody gets it.
+            return Response(status_code=499)  # The status that nginx logs; it reaches no client.
         except MmphiError as error:
             metrics.refused(error)
             raise error_response(error) from error
@@ -149,7 +149,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
         try:
             if not asked.stream:
                 return JSONResponse(await answer.whole())
-            first = await answer.first()  # What is wrong with the question is an error, and no stream.
+            first = await answer.first()  # So that a request that fails early gets an error instead of a stream.
         except BaseException:
             worker.leave(queued)
             raise
@@ -162,10 +162,10 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
 
 
 def _read(body: bytes, rules: ServerConfig) -> ChatRequest:
-    """What a request asks.
+    """Parse a request body.
 
     Raises:
-        Refused: If it is malformed, or asks another model.
+        APIError: If it is malformed, or names another model.
     """
     asked = parse_request(body)
     if asked.model not in (None, "", rules.name):
@@ -174,15 +174,15 @@ def _read(body: bytes, rules: ServerConfig) -> ChatRequest:
 
 
 def _conversation(asked: ChatRequest, rules: ServerConfig, check: Callable[[], None]) -> Conversation:
-    """Its conversation, with images fetched where that is allowed.
+    """Conversation of a request, with its images fetched if that is allowed.
 
     Args:
         asked: The request.
-        rules: What is allowed.
-        check: Called before each image is fetched; what it raises ends this.
+        rules: Settings of the server.
+        check: Called before each image is fetched; its exceptions are passed on.
 
     Raises:
-        MessageError: If a message cannot be read.
+        MessageError: If a message is invalid.
     """
 
     def fetched(url: str) -> bytes:
@@ -194,11 +194,11 @@ def _conversation(asked: ChatRequest, rules: ServerConfig, check: Callable[[], N
 
 
 def _check(left: threading.Event, born: float, limit_s: float) -> None:
-    """That a request that is read is still wanted, and may still be answered.
+    """Raise if a request should not be processed further.
 
     Raises:
-        Left: If its client has left.
-        TooSlow: If its time is over.
+        ClientDisconnectedError: If its client has disconnected.
+        RequestTimeoutError: If its time limit is exceeded.
     """
     if left.is_set():
         raise ClientDisconnectedError("the client is gone")
@@ -209,7 +209,7 @@ def _check(left: threading.Event, born: float, limit_s: float) -> None:
 
 
 def names_url(messages: list[Any]) -> bool:
-    """Whether a message names an image by a URL that has to be fetched."""
+    """Whether a message refers to an image by a URL that has to be fetched."""
     parts = [
         part
         for message in messages
@@ -223,7 +223,7 @@ def names_url(messages: list[Any]) -> bool:
 
 
 async def _leaving(request: Request, left: threading.Event) -> None:
-    """Note when the client of a request that is read has left."""
+    """Set the event when the client disconnects before its request is queued."""
     while not await request.is_disconnected():
         await asyncio.sleep(LOOK_S)
     left.set()
@@ -234,7 +234,7 @@ def _no_model(name: str, rules: ServerConfig) -> APIError:
 
 
 async def _watch(request: Request, worker: Scheduler, queued: QueuedRequest) -> None:
-    """Let go of a question when the one who asked has left."""
+    """Cancel a queued request when its client disconnects."""
     while not await request.is_disconnected():
         await asyncio.sleep(LOOK_S)
     worker.leave(queued)

@@ -1,4 +1,4 @@
-"""``mmphi ask``: one question, one answer, for scripts."""
+"""``mmphi ask``: one question and its answer, for scripts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STDIN = "-"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = CommandParser(
         prog="mmphi ask",
         description="Ask a trained model a question about images and recordings, typed or spoken.",
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def sampling_options(made: argparse.ArgumentParser) -> None:
-    """Add what says how an answer is chosen."""
+    """Add the sampling options."""
     made.add_argument("--max-tokens", type=int, default=256, help="longest answer [256]")
     made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token [0]")
     made.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest tokens that are drawn from [1]")
@@ -44,7 +44,7 @@ def sampling_options(made: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(options: argparse.Namespace) -> Any:
-    """How an answer is chosen."""
+    """Sampling parameters from the options of :func:`sampling_options`."""
     from mmphi.generation.sampling import SamplingParams
 
     return SamplingParams(
@@ -53,7 +53,7 @@ def sampling_of(options: argparse.Namespace) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi ask``; with ``--json``, what is wrong is JSON too."""
+    """Run ``mmphi ask``; with ``--json``, an error is also printed as JSON."""
     options = parser().parse_args(list(arguments))
     try:
         return _answer(options)

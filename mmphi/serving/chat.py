@@ -1,4 +1,4 @@
-"""``mmphi chat``: a conversation in the terminal, the answers as they are said."""
+"""``mmphi chat``: a conversation in the terminal, with streamed answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT = "> "
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = CommandParser(
         prog="mmphi chat", description="Talk to a trained model in the terminal; /help lists what can be typed there."
     )
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi chat``."""
+    """Run ``mmphi chat``."""
     from mmphi.generation.messages import parse_messages
 
     options = parser().parse_args(list(arguments))
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         + [f"/image {path}" for path in options.image]
     ):
         list(talk.hear(command))
-    if isinstance(sys.stdin, io.TextIOWrapper):  # Bytes that are not in its encoding end no conversation.
+    if isinstance(sys.stdin, io.TextIOWrapper):  # Invalid bytes must not end the conversation.
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         if model.questions:
@@ -69,9 +69,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(talk: ChatSession, lines: Iterator[str]) -> None:
-    """Answer lines until there are no more.
+    """Answer each line until the input ends.
 
-    Ctrl-C ends an answer. An error is printed, and the conversation continues as it was before the line.
+    Ctrl-C stops an answer. An error is printed, and the conversation continues from its state before the line.
     """
     for line in lines:
         said = ""
@@ -86,7 +86,7 @@ def run(talk: ChatSession, lines: Iterator[str]) -> None:
         except MmphiError as error:
             _complain(str(error), said)
             continue
-        except Exception as error:  # Of the model, such as memory that ran out: the conversation is not lost.
+        except Exception as error:  # For example out of memory: the conversation must survive it.
             _complain(f"{type(error).__name__}: {error}", said)
             continue
         if said:
@@ -94,14 +94,14 @@ def run(talk: ChatSession, lines: Iterator[str]) -> None:
 
 
 def _complain(error: str, answer: str) -> None:
-    """Print an error, below the part of an answer that came before it."""
+    """Print an error, on a new line after a partial answer."""
     if answer:
         print(flush=True)
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _typed() -> Iterator[str]:
-    """Lines that are typed, with history, and with commands and paths completed."""
+    """Lines typed at a prompt with history and completion of commands and paths."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import NestedCompleter, PathCompleter
     from prompt_toolkit.history import FileHistory
@@ -119,6 +119,6 @@ def _typed() -> Iterator[str]:
         try:
             yield session.prompt(PROMPT)
         except KeyboardInterrupt:
-            continue  # At the prompt it clears the line, as in a shell.
+            continue  # At the prompt, Ctrl-C clears the line, as in a shell.
         except EOFError:
             return

@@ -1,4 +1,4 @@
-"""One person's conversation with a model: what was said, what comes with the next question, and the commands."""
+"""A user's chat session: its messages, the attachments of the next question, and its commands."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ HELP = {
 COMMANDS = [each.partition(" ")[0] for each in HELP]
 
 
-class EndSession(Exception):  # noqa: N818  # Nothing is wrong.
-    """The person wants to leave."""
+class EndSession(Exception):  # noqa: N818  # It is not an error.
+    """Raised by ``/quit``."""
 
 
 @dataclass
 class ChatSession:
-    """A conversation.
+    """A conversation with a model.
 
     Attributes:
-        model: Who answers.
-        sampling: How answers are chosen.
-        messages: What was said, as OpenAI's API has it.
-        waiting: Images and recordings that come with the next question.
+        model: Model that answers.
+        sampling: Sampling parameters of the next answers.
+        messages: The conversation so far, as :func:`~mmphi.generation.messages.parse_messages` takes it.
+        waiting: Images and recordings that are sent with the next question.
     """
 
     model: Multimodal
@@ -52,14 +52,14 @@ class ChatSession:
     waiting: list[dict[str, Any]] = field(default_factory=list)
 
     def hear(self, line: str) -> Iterator[str]:
-        """What is said to a line: the answer to a question in pieces, or what a command has to say.
+        """Yield the output for a line: the pieces of an answer, or the output of a command.
 
-        A question that cannot be answered is not part of the conversation; an answer that is broken off is, as far as
-        it came.
+        A question that cannot be answered is not added to the messages; an interrupted answer is added as far as it
+        was generated.
 
         Raises:
-            Leave: At ``/quit``.
-            MmphiError: Says what is wrong; the conversation is as it was.
+            EndSession: At ``/quit``.
+            MmphiError: If the line fails; the messages stay as they were, and a question's attachments are dropped.
         """
         from mmphi.generation.messages import is_encodable
 
@@ -87,10 +87,10 @@ class ChatSession:
                 said.append(piece)
                 yield piece
         except MmphiError:
-            self.waiting = []  # One of them may be what is wrong.
+            self.waiting = []  # One of them may be the cause.
             raise
         except (GeneratorExit, KeyboardInterrupt):
-            pieces.close()  # type: ignore[attr-defined]  # A generator, whose slot is free then.
+            pieces.close()  # type: ignore[attr-defined]  # A generator; closing it frees its slot.
             self._keep(asked, said)
             raise
         self._keep(asked, said)
@@ -113,17 +113,17 @@ class ChatSession:
             if not found.is_file():
                 raise DataError(f"there is no file {path!r}", f"/{kind} PATH")
             large = found.stat().st_size > MAX_FILE_BYTES
-            # As it is now: it may be overwritten while the conversation goes on. A film is read when it is heard.
+            # Keep the current content, because the file may be overwritten. Larger files are read when transcribed.
             given = str(found.absolute()) if large else found.read_bytes()
             if kind == "image":
-                open_image(found)  # What is no image is refused here, and not with the question that it comes with.
+                open_image(found)  # Refuse an invalid image now and not with the next question.
         except OSError as error:
             raise DataError(f"{found} cannot be read: {error.strerror}", "check that you may read it") from error
         self.waiting.append({"type": kind, kind: given})
         return f"{found.name} comes with the next question{self._second_image() if kind == 'image' else ''}"
 
     def _second_image(self) -> str:
-        """A warning where the conversation has had an image before: most models are trained on one."""
+        """A warning if the conversation already has an image: most models are trained on one."""
         parts = [
             part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
         ]
@@ -178,7 +178,7 @@ class ChatSession:
             messages = [_as_json(message) for message in self.messages]
             text = json.dumps(messages, indent=1, ensure_ascii=False) + "\n"
             _path(path).write_text(text, encoding="utf-8")
-        except (OSError, ValueError) as error:  # A path that holds a NUL is a ValueError.
+        except (OSError, ValueError) as error:  # A path with a NUL raises ValueError.
             raise DataError(f"{path} cannot be written: {error}", "choose another place") from error
         return f"{len(self.messages)} messages are in {path}"
 
@@ -192,7 +192,7 @@ class ChatSession:
         if not isinstance(messages, list):
             raise DataError(f"{path} is no conversation", "give a file that /save wrote")
         if messages:
-            parse_messages([*messages, {"role": "user", "content": "?"}])  # Whether it can be gone on with.
+            parse_messages([*messages, {"role": "user", "content": "?"}])  # Check that it can be continued.
         system = [message for message in self.messages if message["role"] == "system"]
         has_own = any(message["role"] in ("system", "developer") for message in messages)
         self.messages, self.waiting = (messages if has_own else [*system, *messages]), []
@@ -206,10 +206,10 @@ class ChatSession:
 
 
 def _path(text: str) -> Path:
-    """The file that a person named, ``~`` expanded.
+    """Path from user input, with ``~`` expanded.
 
     Raises:
-        DataError: If there is no such home directory.
+        DataError: If the home directory cannot be determined.
     """
     try:
         return Path(text).expanduser()
@@ -218,7 +218,7 @@ def _path(text: str) -> Path:
 
 
 def _as_json(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as OpenAI's API has it, with its images and recordings in it."""
+    """A message in OpenAI's format, with the bytes of its images and recordings in base64."""
     if not isinstance(message.get("content"), list):
         return message
     parts = []

@@ -1,4 +1,4 @@
-"""``mmphi demo``: a page in the browser, on which a trained model is typed to, spoken to and shown photos."""
+"""``mmphi demo``: a web page for text, audio and image questions to a trained model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USER = "mmphi"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = CommandParser(
         prog="mmphi demo",
         description="A page in the browser: type, speak or show a photo to a trained model, or to two side by side.",
@@ -43,13 +43,13 @@ def parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def serve_page(options: argparse.Namespace) -> Iterator[str]:
-    """The page, served by a thread of its own; yields its address.
+    """Serve the page in a background thread; yields its address.
 
     Args:
-        options: Of :func:`parser`.
+        options: Parsed options of :func:`parser`.
 
     Raises:
-        MmphiError: If a model or the examples cannot be had.
+        MmphiError: If a model or the examples cannot be loaded.
     """
     import mmphi
     from mmphi.generation.engine import Engine
@@ -75,11 +75,11 @@ def serve_page(options: argparse.Namespace) -> Iterator[str]:
 
     pool = ModelPool(load)
     for name in filter(None, (model, options.beside)):
-        pool.worker(name)  # At once: what is wrong with it is said here, and the first question waits for nothing.
+        pool.worker(name)  # Load now, so that errors appear here and the first question does not wait.
     examples = of_folder(Path(options.examples).expanduser()) if options.examples else of_model(model)
 
     def questions(name: str) -> tuple[str, ...]:
-        """Of a model that is loaded: its page must not wait for another one."""
+        """Training questions of a loaded model; none for others, so that the page does not wait for a load."""
         worker = pool.loaded(name)
         return worker.engine.model.questions if worker else ()
 
@@ -114,9 +114,9 @@ def serve_page(options: argparse.Namespace) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi demo``."""
+    """Run ``mmphi demo``."""
     options = parser().parse_args(list(arguments))
-    key_for(options.host)  # Before a model is loaded for nothing.
+    key_for(options.host)  # Fail before a model is loaded.
     with serve_page(options) as address:
         print(f"{address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()

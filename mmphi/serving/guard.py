@@ -1,4 +1,4 @@
-"""What stands before a server's application: the key, the size of requests, and the time that clients may take."""
+"""Checks in front of a server's application: API key, size of requests, and timeouts of clients."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from mmphi.serving.http_errors import APIError, error_answer
 
-PROTECTED = "/v1/"  # Paths that need the key.
-BODY_S = 60.0  # Longest time for the body of a request.
-WRITE_S = 60.0  # Longest time in which a client reads nothing of an answer.
-HEADERS_S = 10.0  # Longest time for its headers, from the connection or the last answer on.
+PROTECTED = "/v1/"  # Prefix of the paths that require the key.
+BODY_S = 60.0  # Timeout of a request's body, in seconds.
+WRITE_S = 60.0  # Timeout of a client that does not read its response, in seconds.
+HEADERS_S = 10.0  # Timeout of a request's headers, in seconds from the connection or a later request's first bytes.
 
 
 class Guard:
-    """Refuses requests without the key before anything of their body is read, and bodies too large while they come.
+    """Refuses requests without the key before their body is read, and too large bodies while they arrive.
 
     Args:
-        app: What follows.
-        key: That every request must bring; none where empty.
-        largest: Bytes of a request.
-        body_s: Longest time for its body, in seconds.
-        hosts: Names that a request may give as its ``Host`` where there is no key; any where empty. A page in a browser
-            whose own name leads to this machine could ask otherwise (DNS rebinding).
+        app: The guarded ASGI application.
+        key: API key that requests under :data:`PROTECTED` must carry; empty for none.
+        largest: Largest body, in bytes.
+        body_s: Timeout of the body, in seconds.
+        hosts: ``Host`` names that are accepted if there is no key; empty for any. Otherwise a web page whose host name
+            resolves to this machine could send requests (DNS rebinding).
     """
 
     def __init__(self, app: Any, key: str, largest: int, body_s: float = BODY_S, hosts: tuple[str, ...] = ()) -> None:
         self.app, self.key, self.largest, self.body_s, self.hosts = app, key, largest, body_s, hosts
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on, or answer it by an error."""
+        """Pass a request on, or answer it with an error."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -58,7 +58,7 @@ class Guard:
 
         async def limited() -> Any:
             nonlocal came, complete
-            if complete:  # What comes now is that the client has left.
+            if complete:  # Only the disconnect message follows.
                 return await receive()
             try:
                 async with asyncio.timeout_at(end):
@@ -78,26 +78,26 @@ class Guard:
 
 
 def _host_name(host: str) -> str:
-    """The name in a ``Host``, without the port; empty where it is malformed."""
+    """Host name of a ``Host`` header, without the port; empty if it is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 
 
-class TimedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # Which of two classes is found at run time.
-    """uvicorn's protocol, which also ends connections whose request does not come, or whose answer is not read."""
+class TimedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # One of two classes, chosen at run time.
+    """uvicorn's protocol, with timeouts of request headers and of clients that do not read their response."""
 
     headers_s, write_s = HEADERS_S, WRITE_S
     _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Begin to wait for a request."""
+        """Start the header timeout."""
         super().connection_made(transport)
         self._waiting = self.loop.call_later(self.headers_s, self._close)
 
     def data_received(self, data: bytes) -> None:
-        """Wait no longer once a request has begun; wait for the next one after its answer."""
+        """Stop the header timeout once a request has begun; restart it with the first bytes of a later one."""
         before = self.cycle
         super().data_received(data)
         if self.cycle is not before:
@@ -106,17 +106,17 @@ class TimedProtocol(AutoHTTPProtocol):  # type: ignore[valid-type, misc]  # Whic
             self._waiting = self.loop.call_later(self.headers_s, self._close)
 
     def pause_writing(self) -> None:
-        """Wait for the client to read: its buffers are full."""
+        """Start the write timeout: the write buffer is full."""
         super().pause_writing()
         self._unread = self.loop.call_later(self.write_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on: it has read."""
+        """Stop the write timeout: the client has read."""
         self._stop_waiting_for_reader()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop both timeouts."""
         self._waiting.cancel()
         self._stop_waiting_for_reader()
         super().connection_lost(exc)

@@ -1,4 +1,4 @@
-"""Requests that are answered by an error, as OpenAI's clients know them."""
+"""Error responses in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mmphi.serving.scheduler import QueueFullError, RequestTimeoutError, ServerS
 RETRY_AFTER_S = 1
 
 
-class APIError(HTTPException):  # As HTTP has it; FastAPI passes no other kind on while it reads.
-    """A request that is answered by an error.
+class APIError(HTTPException):  # FastAPI passes on no other exception while it reads a request.
+    """An error that is sent as the response to a request.
 
     Args:
-        status: Of HTTP.
-        message: What is wrong.
-        kind: As OpenAI's clients know it.
-        param: Which parameter is wrong, where it is one.
+        status: HTTP status.
+        message: Description of the error.
+        kind: Error type in OpenAI's API.
+        param: Name of the invalid parameter; ``None`` if the error is not about one.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class APIError(HTTPException):  # As HTTP has it; FastAPI passes no other kind o
 
 
 def error_response(error: Exception) -> APIError:
-    """What an error is on HTTP."""
+    """Returns the HTTP error for an exception."""
     if isinstance(error, QueueFullError):
         return APIError(429, str(error), "rate_limit_error")
     if isinstance(error, ServerStoppingError):
@@ -47,13 +47,13 @@ def error_response(error: Exception) -> APIError:
 
 
 def error_answer(error: APIError) -> JSONResponse:
-    """The answer that says what is wrong."""
+    """Returns the response for an error."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 429 else {}
-    if error.status in (401, 408, 413):  # The rest of the request is not read.
+    if error.status in (401, 408, 413):  # The rest of the request has not been read.
         headers["Connection"] = "close"
     return JSONResponse(error_body(error), error.status, headers)
 
 
 def error_body(error: APIError) -> dict[str, Any]:
-    """What is wrong, as JSON."""
+    """Body of an error response in OpenAI's format."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}}

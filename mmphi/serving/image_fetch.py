@@ -1,4 +1,4 @@
-"""Images by their URL, where a server was told that it may fetch them."""
+"""Fetches images by URL, for servers that allow it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ HERE = ("localhost",)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """What is allowed is that address, and not where it may lead."""
+    """Refuses redirects: an allowed URL does not allow the target of its redirect."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
 def _check_place(host: str) -> None:
-    """That a name does not lead into this machine or its network.
+    """Refuse a host name that resolves to an address of this machine or its network.
 
-    An allowed prefix that itself says so, by address or as ``localhost``, is taken at its word.
+    An IP address and ``localhost`` pass, because an allowed prefix names them explicitly.
 
     Raises:
-        MessageError: If it does, or leads nowhere.
+        MessageError: If it does, or cannot be resolved.
     """
     try:
         ipaddress.ip_address(host)
@@ -48,16 +48,16 @@ def _check_place(host: str) -> None:
 
 
 def _normal(url: str) -> tuple[str, str]:
-    """Scheme, host and port of a URL, and its path as a server understands it.
+    """Scheme, host and port of a URL, and its fully decoded path.
 
     Raises:
-        ValueError: If it is none, or holds what servers understand differently.
+        ValueError: If it is malformed, or contains parts that servers interpret differently.
     """
     parts = urlsplit(url)
     if parts.username is not None or "\\" in url or any(letter <= " " or letter > "~" for letter in url):
         raise ValueError(url)
     path = parts.path
-    while (plain := unquote(path)) != path:  # A server may take %252e for a dot, too.
+    while (plain := unquote(path)) != path:  # A server may decode %252e to a dot, too.
         path = plain
     steps = path.split("/")
     if ".." in steps or "." in steps:
@@ -67,13 +67,13 @@ def _normal(url: str) -> tuple[str, str]:
 
 
 def image_fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
-    """What gets the images whose URL begins in one of some ways, and refuses all others.
+    """Returns a function that fetches images whose URL has one of some prefixes, and refuses all others.
 
     Args:
-        prefixes: Each with scheme, host and the begin of a path: ``https://example.org/images/``.
+        prefixes: Allowed prefixes, each with scheme, host and the beginning of a path: ``https://example.org/images/``.
 
     Raises:
-        SettingsError: If one of them does not say as much.
+        SettingsError: If a prefix lacks one of these parts, or its scheme is not HTTP or HTTPS.
     """
     for prefix in prefixes:
         parts = urlsplit(prefix)

@@ -1,4 +1,4 @@
-"""What a server counts, as Prometheus reads it."""
+"""Prometheus metrics of a server."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counts of one server.
+    """Prometheus metrics of one server.
 
     Args:
-        open_tickets: How many questions wait or are answered.
+        open_tickets: Returns the number of queued and running requests.
     """
 
     media_type = CONTENT_TYPE_LATEST
@@ -33,11 +33,11 @@ class Metrics:
         Gauge("mmphi_open", "Questions that wait or are answered", registry=self._registry).set_function(open_tickets)
 
     def ended(self, queued: QueuedRequest, seconds: float) -> None:
-        """Count a question that was taken.
+        """Count an accepted request at its end.
 
         Args:
-            queued: At its end.
-            seconds: Since it came.
+            queued: The request.
+            seconds: Seconds since it arrived.
         """
         how: str = "error" if queued.error is not None else queued.reason or "cancelled"
         if isinstance(queued.error, RequestTimeoutError):
@@ -52,9 +52,9 @@ class Metrics:
             self._whole.observe(seconds)
 
     def refused(self, error: Exception) -> None:
-        """Count a question that was not taken."""
+        """Count a request that was not accepted."""
         self._requests.labels("full" if isinstance(error, QueueFullError) else "refused").inc()
 
     def text(self) -> bytes:
-        """All counts."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

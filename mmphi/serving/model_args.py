@@ -1,4 +1,4 @@
-"""The choice of the model that answers: a folder, a run, a registered model, or the newest model of the store."""
+"""Choice of the model that answers: a folder, a run, a registered model, or the newest model of the store."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.status_reader import ModelRun, status_reader
 
 TEXT_ONLY = "pretrain"
-MOST_LOOKED_AT = 50  # Models of each stage among which the newest is chosen.
+MOST_LOOKED_AT = 50  # Newest models of each stage that are considered.
 LAST_PORT = 65535
 
 
 def port_number(text: str) -> int:
-    """A TCP port as typed.
+    """Parse a TCP port.
 
     Raises:
-        ArgumentTypeError: If it is none.
+        ArgumentTypeError: If it is not a number from 0 to :data:`LAST_PORT`.
     """
     if not text.isdigit() or int(text) > LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 0 to {LAST_PORT}")
@@ -27,7 +27,7 @@ def port_number(text: str) -> int:
 
 
 def model_options(made: argparse.ArgumentParser) -> None:
-    """Add the options that choose the model and its Whisper."""
+    """Add the options that choose the model, its Whisper and its context length."""
     made.add_argument("--model", "--run", default="", help="folder, run or registered model [the newest in the store]")
     made.add_argument("--preset", default="", help="without --model: the newest model of this preset [of any preset]")
     made.add_argument(
@@ -42,8 +42,8 @@ class ModelChoice:
 
     Attributes:
         name: Folder, run ID or registered name, as :func:`mmphi.load` takes it.
-        short: What answers call it: the folder's name, or ``name``.
-        label: For users: stage, preset and date of a run.
+        short: Name of the model in answers: the folder's name, or ``name``.
+        label: Label for users: stage, preset and date of a run, or ``name``.
     """
 
     name: str
@@ -52,10 +52,10 @@ class ModelChoice:
 
 
 def _finished(preset: str, most: int) -> list[ModelRun]:
-    """Finished runs that ended in a model, newest first, without those that only a study asked for.
+    """Finished runs with a model, newest first, without those that were built only for a study.
 
-    Language models from scratch come after all others, because most are a part of the model that is built over them;
-    models of smoke runs come last.
+    Language models from scratch come after all others, because most are a part of a model that is built on them; models
+    of smoke runs come last.
     """
     from mmphi.config.smoke import is_smoke, smoke_name
     from mmphi.stages import STAGES
@@ -72,10 +72,10 @@ def _finished(preset: str, most: int) -> list[ModelRun]:
 
 
 def newest(preset: str = "") -> ModelChoice:
-    """The newest model of the store; trials of studies and what was built for them alone are left out.
+    """The newest model of the store, without trials of studies and models that were built only for them.
 
     Args:
-        preset: Only models of this preset; empty takes all.
+        preset: Preset of the model; empty for any.
 
     Raises:
         StoreError: If there is none.
@@ -90,12 +90,12 @@ def newest(preset: str = "") -> ModelChoice:
 
 
 def choices(most: int = 50) -> list[tuple[str, str]]:
-    """Finished runs of the store that ended in a model, newest first: the label and the ID of each.
+    """Label and ID of each finished run with a model, newest first.
 
-    Trials of studies and what was built for them alone are left out.
+    Trials of studies and models that were built only for them are left out.
 
     Args:
-        most: No more of them than this of each stage.
+        most: Largest number of runs of each stage.
     """
     return [(_label(run), run.run_id) for run in _finished("", most)]
 

@@ -1,4 +1,4 @@
-"""A request of OpenAI's chat completions: what is understood, what changes nothing, and what is refused."""
+"""Requests of OpenAI's chat completions: supported, ignored and refused parameters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mmphi.generation.sampling import MAX_TEMPERATURE, SEEDS, SamplingParams
 from mmphi.serving.http_errors import APIError
 
 MAX_TOKENS = 256
-MAX_STOPS, MAX_STOP_LETTERS = 4, 256  # As many as OpenAI takes; each is looked for at every token.
-# Marks that divide JSON into values. Texts may hold some; of more, nothing but values is made, and nobody answered
-# meanwhile.
+MAX_STOPS, MAX_STOP_LETTERS = 4, 256  # Four as in OpenAI's API; each is searched for at every token.
+# Characters that separate the values of JSON. Texts may contain them. More of them would mean so many values that
+# parsing blocks all other requests.
 MAX_MARKS, MARKS = MAX_LETTERS + 100_000, (b",", b"[", b"{")
 
-# Parameters that are not supported, with the values that ask for nothing of them. Any other value is refused.
+# Unsupported parameters, with the values that have no effect. Any other value is refused.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "frequency_penalty": (0,),
@@ -38,7 +38,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-# Parameters that change no answer.
+# Parameters that do not change the answer; they are ignored.
 HARMLESS = (
     "metadata",
     "parallel_tool_calls",
@@ -52,13 +52,13 @@ HARMLESS = (
 
 
 class StreamOptions(BaseModel):
-    """What else a stream tells."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class ChatRequest(BaseModel):
-    """What ``/v1/chat/completions`` is asked; names are OpenAI's. A parameter that is null is one that is left out."""
+    """Body of ``/v1/chat/completions``, with OpenAI's names. A parameter that is null counts as left out."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -73,7 +73,7 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(None, ge=SEEDS.start, lt=SEEDS.stop)
     stop: str | list[str] | None = None
 
-    @field_validator("stop", mode="before")  # Before each of a million texts is looked at.
+    @field_validator("stop", mode="before")  # Before the texts are validated, of which there may be a million.
     @classmethod
     def _few_stops(cls, stop: Any) -> Any:
         texts = stop if isinstance(stop, list) else [stop]
@@ -84,10 +84,10 @@ class ChatRequest(BaseModel):
         return stop
 
     def sampling(self, temperature: float) -> SamplingParams:
-        """How the answer is chosen.
+        """Sampling parameters of the answer.
 
         Args:
-            temperature: Where the request says none.
+            temperature: Default if the request has none.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
@@ -100,13 +100,13 @@ class ChatRequest(BaseModel):
 
 
 def parse_request(body: bytes) -> ChatRequest:
-    """A request.
+    """Parse the body of a request.
 
     Args:
         body: JSON.
 
     Raises:
-        Refused: If it is malformed, or asks for something that is not supported; it names the parameter.
+        APIError: If it is malformed or uses something that is not supported; the error names the parameter.
     """
     if sum(body.count(mark) for mark in MARKS) > MAX_MARKS:
         raise APIError(400, "the request has too many values")

@@ -1,4 +1,4 @@
-"""An answer as OpenAI's API writes it, whole and as a stream."""
+"""Responses in the format of OpenAI's API, whole and as a stream."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Event = dict[str, Any]
 
 
 class Reply:
-    """An answer.
+    """The response to one request.
 
     Args:
-        queued: What is answered.
-        pieces: What is said of it, ``None`` at its end.
-        model: Name of who answers.
+        queued: The request.
+        pieces: Pieces of the answer, ``None`` at its end.
+        model: Name of the model.
     """
 
     def __init__(self, queued: QueuedRequest, pieces: asyncio.Queue[str | None], model: str) -> None:
@@ -29,10 +29,10 @@ class Reply:
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     async def first(self) -> str | None:
-        """The first piece, ``None`` where nothing is said.
+        """The first piece of the answer; ``None`` if the answer is empty.
 
         Raises:
-            Refused: If it cannot be answered.
+            APIError: If the request fails before its first piece.
         """
         piece = await self.pieces.get()
         if piece is None and self.queued.error is not None:
@@ -40,10 +40,10 @@ class Reply:
         return piece
 
     async def whole(self) -> Event:
-        """The answer when it is all said.
+        """The complete response, at the end of the answer.
 
         Raises:
-            Refused: If it cannot be answered.
+            APIError: If the request fails.
         """
         said = []
         while (piece := await self.pieces.get()) is not None:
@@ -55,12 +55,12 @@ class Reply:
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
     async def events(self, worker: Scheduler, piece: str | None, usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events.
+        """Yield the response as server-sent events.
 
         Args:
-            worker: Told when nobody listens any longer.
-            piece: The first one.
-            usage: Whether the tokens are counted at the end.
+            worker: Scheduler that cancels the request when the stream is closed.
+            piece: The first piece of the answer, as of :meth:`first`.
+            usage: Whether the numbers of tokens are sent at the end.
         """
         try:
             yield self._event({"role": "assistant", "content": ""})
@@ -74,7 +74,7 @@ class Reply:
             if usage:
                 yield _line({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage()})
             yield "data: [DONE]\n\n"
-        finally:  # Also when the one who asked has left.
+        finally:  # Also when the client has disconnected.
             worker.leave(self.queued)
 
     def _event(self, delta: Event, reason: str | None = None) -> str:
@@ -96,5 +96,5 @@ class Reply:
 
 
 def _line(event: Event) -> str:
-    # In ASCII: clients divide a stream into lines at characters such as U+2028, too.
+    # In ASCII, because clients also split a stream into lines at characters such as U+2028.
     return f"data: {json.dumps(event)}\n\n"

@@ -1,4 +1,4 @@
-"""A trained model as MLflow loads it: ``mlflow.pyfunc.load_model``, ``mlflow models serve``."""
+"""A trained model for MLflow's ``mlflow.pyfunc.load_model`` and ``mlflow models serve``."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ SLOTS = 8
 
 
 def _load_pyfunc(path: str) -> ChatPythonModel:
-    """The model of a folder; MLflow calls it by this name."""
+    """Load the model of a folder; MLflow requires this name."""
     import mmphi
 
     return ChatPythonModel(mmphi.load(path))
 
 
 class ChatPythonModel:
-    """Answers rows.
+    """Answers the rows of a table.
 
     Args:
-        model: Who answers.
+        model: Model that answers.
     """
 
     def __init__(self, model: Multimodal) -> None:
         self._engine = model.engine(SLOTS)
-        self._lock = threading.Lock()  # The server asks from several threads.
+        self._lock = threading.Lock()  # MLflow's server calls `predict` from several threads.
         self._decoder = Decoder()
 
     def predict(self, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Answer each row.
 
         Args:
-            model_input: Of ``question``, ``image`` and ``audio`` (what a file holds, in base64, alone or as a ``data:``
-                URI) and ``system`` some; or ``messages``, as OpenAI's API has them, in JSON.
-            params: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``, another each time where it is negative.
+            model_input: Any of the columns ``question``, ``image``, ``audio`` (content of a file in base64, alone or as
+                a ``data:`` URI) and ``system``; or the column ``messages``, in OpenAI's format as JSON.
+            params: ``max_tokens``, ``temperature``, ``top_p`` and ``seed``; a negative seed is a new one each time.
 
         Returns:
-            The ``answer`` of each row, and what was ``heard`` of its recording.
+            The columns ``answer`` and ``heard``, the transcript of the last question's recordings.
 
         Raises:
             MlflowException: If a row cannot be answered.

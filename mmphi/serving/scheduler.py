@@ -1,4 +1,4 @@
-"""An engine and those who ask it: requests are prepared in threads of their own, and answered together in one."""
+"""Scheduler of requests: they are prepared in separate threads, and answered together in the engine's thread."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from mmphi.generation.messages import Conversation
 from mmphi.generation.prompt_builder import check_images, open_prompt
 from mmphi.generation.sampling import SamplingParams
 
-IDLE_S = 0.5  # How long an idle thread waits before it looks whether it shall stop.
-STALLED_S = 60.0  # Without a step for longer, the engine counts as stalled: a step takes seconds at most.
-AUDIO_S = 600.0  # Longest recordings of one request, all together, in seconds.
-STOP_S = 5.0  # How long a stop waits for the threads; they are daemons, and do not hold up the end of the process.
+IDLE_S = 0.5  # Seconds after which an idle engine thread checks whether to stop.
+STALLED_S = 60.0  # Seconds without a step after which the engine counts as stalled: a step takes seconds at most.
+AUDIO_S = 600.0  # Longest total duration of the recordings of one request, in seconds.
+STOP_S = 5.0  # Seconds that a stop waits for the threads; they are daemons and do not block the process's exit.
 
 
 NOTHING = Conversation("", (("", None),), ((),), ((),))
 
 
-class QueueFullError(MmphiError):  # As HTTP has it: Too Many Requests.
-    """So many are waiting that nobody else is taken."""
+class QueueFullError(MmphiError):
+    """The queue is full."""
 
 
-class RequestTimeoutError(MmphiError):  # Likewise.
-    """An answer took longer than it may."""
+class RequestTimeoutError(MmphiError):
+    """A request exceeded its time limit."""
 
 
-class ServerStoppingError(MmphiError):  # Likewise.
-    """The server ends."""
+class ServerStoppingError(MmphiError):
+    """The server is stopping."""
 
 
-class ClientDisconnectedError(MmphiError):  # Likewise.
-    """Nobody waits for the answer any longer."""
+class ClientDisconnectedError(MmphiError):
+    """The client of a request has disconnected."""
 
 
 @dataclass(eq=False)
 class QueuedRequest:
-    """One question on its way.
+    """A request and its progress.
 
     Attributes:
-        asked: The conversation; nothing is left of it at the end.
-        sampling: How the answer is chosen.
-        tell: Called in the engine's thread with each piece of the answer, and with ``None`` at its end.
-        born: When it came, on the clock of :func:`time.monotonic`.
-        heard: What was understood of its recordings.
-        prompt_tokens: Tokens of the prompt, features included.
-        reused: How many of them were remembered.
-        tokens: Tokens of the answer.
-        reason: Why the answer ended.
-        error: What went wrong.
-        first_s: Seconds until its first token.
-        gone: Whether nobody waits for it any longer.
-        ended: Whether nothing more is told.
-        recordings: How many the newest question has.
+        asked: The conversation; emptied when the request ends.
+        sampling: Sampling parameters of the answer.
+        tell: Called in a thread of the scheduler with each piece of the answer, and with ``None`` at its end.
+        born: Time of arrival, on the clock of :func:`time.monotonic`.
+        heard: Transcripts of all recordings of the conversation.
+        prompt_tokens: Number of tokens of the prompt, features included.
+        reused: Number of prompt tokens that were already in the KV cache.
+        tokens: Number of tokens of the answer.
+        reason: Why the answer ended: ``stop``, ``length`` or ``cancelled``; empty before.
+        error: The error that ended the request; ``None`` if there is none.
+        first_s: Seconds from arrival to the first token; 0 before.
+        gone: Whether the request is to be cancelled, because its client has disconnected.
+        ended: Whether the request has ended.
+        recordings: Number of recordings of the newest question.
     """
 
     asked: Conversation
@@ -84,18 +84,18 @@ class QueuedRequest:
 
 
 class Scheduler:
-    """Answers tickets, as many at once as the engine has slots.
+    """Answers requests, as many at once as the engine has slots.
 
-    A ticket is prepared before it is answered: its images are decoded and embedded, its recordings decoded and
-    transcribed, its prompt is written. Tickets of text alone, of images and of recordings are prepared in a thread of
-    each kind, so that no text waits for a recording.
+    A request is prepared before it is answered: its images are decoded and encoded, its recordings decoded and
+    transcribed, and its prompt is built. There is one preparation thread each for text only, images and recordings, so
+    that no text waits for a recording.
 
     Args:
-        engine: Used by nobody else from now on.
-        waiting: Tickets that may wait beside those that are answered.
-        limit_s: Longest time from a ticket's coming to its last token; 0 for none.
-        ended: Called with every ticket at its end.
-        audio_s: Longest recordings of one ticket, all together, in seconds.
+        engine: The engine; the scheduler must be its only user.
+        waiting: Number of requests that may wait in addition to those that are answered.
+        limit_s: Longest time from a request's arrival to its last token, in seconds; 0 for no limit.
+        ended: Called with every request at its end.
+        audio_s: Longest total duration of the recordings of one request, in seconds.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class Scheduler:
         self._threads.append(threading.Thread(target=self._answer, daemon=True, name="generation"))
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Break off what is being answered, and end."""
+        """Cancel all requests and stop the threads."""
         self._stopping.set()
         for lane in self._lanes.values():
             lane.put(None)
@@ -140,7 +140,7 @@ class Scheduler:
 
     @property
     def problem(self) -> str:
-        """Why no answers can be expected: a thread has ended, or the engine makes no steps; empty otherwise."""
+        """Why no answers can be expected: a thread has ended, or the engine has stalled; empty otherwise."""
         ended = [thread.name for thread in self._threads if not thread.is_alive()]
         if ended:
             return f"{', '.join(ended)} ended"
@@ -149,29 +149,29 @@ class Scheduler:
 
     @property
     def full(self) -> bool:
-        """Whether no more tickets are taken at present."""
+        """Whether no more requests are accepted at present."""
         return self.open >= self.most
 
     @property
     def open(self) -> int:
-        """Tickets that wait or are answered, and requests that are read."""
+        """Number of requests that are being read, wait or are answered."""
         return len(self._open) + self._reading
 
     def check_room(self) -> None:
-        """That a ticket would be taken at present.
+        """Check that a request would be accepted at present.
 
         Raises:
-            Full: If too many wait.
+            QueueFullError: If the queue is full.
         """
         if self.full:
             raise QueueFullError(f"{self.open} questions wait for an answer, and no more are taken", "try again soon")
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Count a request that is read, whose images may be fetched meanwhile, as one that waits.
+        """Count a request as open while it is read, which includes fetching its images.
 
         Raises:
-            Full: If too many wait.
+            QueueFullError: If the queue is full.
         """
         with self._lock:
             self.check_room()
@@ -183,10 +183,10 @@ class Scheduler:
                 self._reading -= 1
 
     def submit(self, queued: QueuedRequest) -> None:
-        """Take a ticket.
+        """Queue a request.
 
         Raises:
-            Full: If too many wait.
+            QueueFullError: If the queue is full.
         """
         with self._lock:
             self.check_room()
@@ -196,16 +196,16 @@ class Scheduler:
         self._lanes[kind].put(queued)
 
     def leave(self, queued: QueuedRequest) -> None:
-        """Nobody waits for this answer any longer: it costs nothing from now on."""
+        """Mark a request for cancellation, because its client has disconnected."""
         queued.gone = True
 
     def _check(self, queued: QueuedRequest) -> None:
-        """That a ticket's answer is still wanted, and may still come.
+        """Raise if a request should not be processed further.
 
         Raises:
-            Left: If nobody waits for it.
-            TooSlow: If its time is over.
-            Stopping: If no answers are given any longer.
+            ClientDisconnectedError: If its client has disconnected, or it has ended.
+            RequestTimeoutError: If its time limit is exceeded.
+            ServerStoppingError: If the scheduler is stopping.
         """
         if self._stopping.is_set():
             raise ServerStoppingError("the server ends", "ask again when it is back")
@@ -215,12 +215,12 @@ class Scheduler:
             raise RequestTimeoutError(f"the answer took more than {self.limit_s:g} s", "ask for fewer tokens")
 
     def _prepare(self, lane: queue.SimpleQueue[QueuedRequest | None]) -> None:
-        """Prepare the tickets of one kind, one after the other."""
+        """Prepare the requests of one kind, one after the other."""
         while self._prepare_next(lane):
             pass
 
     def _prepare_next(self, lane: queue.SimpleQueue[QueuedRequest | None]) -> bool:
-        # A function of its own, so that nothing holds the last ticket while the next one is waited for.
+        # A separate function, so that no local variable keeps the last request in memory while the thread waits.
         queued = lane.get()
         if queued is None:
             return False
@@ -228,7 +228,7 @@ class Scheduler:
             self._write_prompt(queued)
         except ClientDisconnectedError:
             self._end(queued)
-        except Exception as error:  # Whatever is wrong with this one, the others are answered.
+        except Exception as error:  # An error of this request must not affect others.
             self._end(queued, error)
         else:
             self._ready.put(queued)
@@ -237,7 +237,7 @@ class Scheduler:
     def _write_prompt(self, queued: QueuedRequest) -> None:
         model, check = self.engine.model, partial(self._check, queued)
         check()
-        given = queued.asked  # It is let go of when the ticket ends, which may be meanwhile.
+        given = queued.asked  # The attribute is emptied if the request ends meanwhile.
         check_images(model, given, check)
         asked = decode_recordings(given, self._decoder, self.audio_s, check)
         own = [audio for turn in asked.audio for audio in turn]
@@ -247,7 +247,7 @@ class Scheduler:
         queued._answering = self.engine.answering(prompt, queued.sampling)
 
     def _answer(self) -> None:
-        """Step the engine as long as there is something to say; no error of a request ends this thread."""
+        """Step the engine until the scheduler stops; an error of a request does not end this thread."""
         active: list[QueuedRequest] = []
         while not self._stopping.is_set():
             self._stepped = time.monotonic()
@@ -255,7 +255,7 @@ class Scheduler:
                 self._take(active)
                 self._cancel(active)
                 self.engine.step()
-            except Exception as error:  # None of a single answer: the engine gives those to the answer itself.
+            except Exception as error:  # Not of a single answer: the engine stores those in the answer itself.
                 for queued in active:
                     self._break_off(queued, error)
             active = [queued for queued in active if self._told(queued)]
@@ -280,7 +280,7 @@ class Scheduler:
         self.engine.cancel(queued._answering)
 
     def _take(self, active: list[QueuedRequest]) -> None:
-        """Take what is ready; wait for it where nothing else is to be done."""
+        """Pass prepared requests to the engine; wait for one if none is active."""
         while True:
             try:
                 queued = self._ready.get_nowait() if active else self._ready.get(timeout=IDLE_S)
@@ -292,10 +292,10 @@ class Scheduler:
                 active.append(queued)
 
     def _told(self, queued: QueuedRequest) -> bool:
-        """Tell what is new of an answer; whether there is more to come."""
+        """Emit new text of an answer; returns whether more may follow."""
         try:
             return self._tell(queued)
-        except Exception as error:  # Of this answer alone, as one that its text cannot be made of.
+        except Exception as error:  # Of this answer alone, such as a detokenizer error.
             self._break_off(queued, error)
             self._end(queued)
             return False
@@ -309,7 +309,7 @@ class Scheduler:
         if (piece := answering.take()) and not queued.gone:
             try:
                 queued.tell(piece)
-            except RuntimeError:  # The event loop of the one who asked is closed.
+            except RuntimeError:  # The client's event loop is closed.
                 queued.gone = True
         if not answering.reason:
             return True
@@ -318,7 +318,7 @@ class Scheduler:
         return False
 
     def _end(self, queued: QueuedRequest, error: Exception | None = None) -> None:
-        """End a ticket, unless another thread has done so already."""
+        """End a request, unless another thread has already ended it."""
         with self._lock:
             if queued.ended:
                 return
@@ -328,24 +328,24 @@ class Scheduler:
         try:
             self.ended(queued)
         finally:
-            queued.asked = NOTHING  # It may wait in a lane for long yet, and would hold all its images there.
-            with contextlib.suppress(RuntimeError):  # The event loop of the one who asked is closed.
+            queued.asked = NOTHING  # The request may stay in a lane and would keep its images in memory.
+            with contextlib.suppress(RuntimeError):  # The client's event loop is closed.
                 queued.tell(None)
 
 
 def decode_recordings(
     asked: Conversation, decoder: Decoder, longest_s: float, check: Callable[[], None] = lambda: None
 ) -> Conversation:
-    """A conversation whose recordings are decoded, in another process.
+    """Returns a conversation with its recordings decoded to WAV, in another process.
 
     Args:
         asked: The conversation.
-        decoder: Of recordings.
-        longest_s: Longest recordings, all together, in seconds.
-        check: Called now and then; what it raises ends this.
+        decoder: Decoder of the recordings.
+        longest_s: Longest total duration of the recordings, in seconds.
+        check: Called repeatedly; its exceptions end the decoding.
 
     Raises:
-        AudioError: If one cannot be decoded, or all together are too long.
+        AudioError: If a recording cannot be decoded, or the total duration is too long.
     """
     left, turns = longest_s, []
     for turn in asked.audio:

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 HOST, PORT = "127.0.0.1", 8000
 LOCAL = (HOST, "localhost", "::1")
 KEY = "MMPHI_API_KEY"
-GRACE_S, END_S = 2, 9.0  # After SIGTERM: seconds that open answers may take, and until the process is ended by force.
+GRACE_S, END_S = 2, 9.0  # Seconds after SIGTERM: for open answers to finish, and until a forced exit.
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """Parser of the command line."""
     made = CommandParser(
         prog="mmphi serve",
         description="Serve a trained model by OpenAI's HTTP interface: /v1/chat/completions (text, images, audio),"
@@ -58,10 +58,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def key_for(host: str) -> str:
-    """The key or password that everybody must bring; empty where there is none.
+    """API key or password from the environment; empty if none is set.
 
     Raises:
-        SettingsError: If others may ask there, and there is none.
+        SettingsError: If the host is not local and no key is set.
     """
     key = os.environ.get(KEY, "")
     if host not in LOCAL and not key:
@@ -79,16 +79,16 @@ def application_of(
     limit_s: float = 120.0,
     audio_s: float = 600.0,
 ) -> FastAPI:
-    """The server of a model, as uvicorn runs it.
+    """Build the ASGI application of a model.
 
     Args:
-        model: Who answers.
-        rules: What is allowed.
-        slots: Answers at once.
-        waiting: Questions that may wait beside them.
-        context: Longest conversation, in tokens; as of :class:`~mmphi.generation.engine.Engine` where 0.
-        limit_s: Seconds that an answer may take.
-        audio_s: Longest recordings of a request, all together, in seconds.
+        model: Model that answers.
+        rules: Settings of the server.
+        slots: Number of requests answered at once.
+        waiting: Number of requests that may wait in addition.
+        context: Longest conversation, in tokens; 0 for the default of :class:`~mmphi.generation.engine.Engine`.
+        limit_s: Longest time of a request, in seconds; 0 for no limit.
+        audio_s: Longest total duration of the recordings of a request, in seconds.
     """
     from mmphi.generation.engine import Engine
     from mmphi.serving.api import application
@@ -104,13 +104,13 @@ def application_of(
 
 
 def server_of(app: FastAPI, host: str, port: int, open_requests: int) -> uvicorn.Server:
-    """The web server of an application.
+    """Build the web server of an application.
 
     Args:
-        app: What :func:`application_of` made.
-        host: Where it listens.
-        port: Likewise.
-        open_requests: Most that it takes at once; twice as many connections are, others are answered by 503.
+        app: Application of :func:`application_of`.
+        host: Address to listen on.
+        port: Port to listen on.
+        open_requests: Most requests open at once; from ``2 * open_requests + 64`` connections on, the status is 503.
     """
     import uvicorn
 
@@ -129,7 +129,7 @@ def server_of(app: FastAPI, host: str, port: int, open_requests: int) -> uvicorn
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``mmphi serve``."""
+    """Run ``mmphi serve``."""
     options = parser().parse_args(list(arguments))
     key = key_for(options.host)
 
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def end_after_grace_period(handle: Callable[..., None]) -> Callable[..., None]:
-    """A signal handler that also ends the process after :data:`END_S` seconds, whatever its threads are doing."""
+    """Wraps a signal handler so that the process also ends after :data:`END_S` seconds, even if threads block."""
 
     def handler(*arguments: object) -> None:
         timer = threading.Timer(END_S, os._exit, (1,))

@@ -1,1 +1,1 @@
-"""Tokenizer, prompt, sequences, and the rows they are packed in."""
+"""Tokenizers, prompts, tokenized examples and packed batches."""

@@ -1,9 +1,9 @@
-"""A tokenizer's chat template: what it writes before and after every text of a conversation.
+"""A tokenizer's chat template: the text that it adds before and after each message.
 
-Some templates write more before an answer of the history than they write to ask for one (Qwen3 adds an empty block of
-thoughts to the last answer). Others write less (DeepSeek-R1's opens a block of thoughts to ask for an answer, and drops
-it from the history). A model that is trained on the one and asked with the other is asked what it was not trained on.
-Here an answer always follows what the template writes to ask for one, in training, in the history and at inference.
+Some templates write more before an answer of the history than in their generation prompt (Qwen3 adds an empty thinking
+block to the last answer). Others write less (DeepSeek-R1's generation prompt opens a thinking block, which the history
+drops). Training on the one and inference with the other would differ. Here every answer follows the generation prompt:
+in training, in the history and at inference.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SYSTEM, IMAGE, QUESTION, ANSWER = "\x00system\x00", "\x00image\x00", "\x00question {}\x00", "\x00answer {}\x00"
-# What some templates write as today's date: a prompt must not change from day to day. Llama 3.2's template has it where
-# no clock is given.
+# Fixed date for templates that write the current date: a prompt must not change from day to day. Llama 3.2's template
+# uses this date if it is given no clock.
 TODAY = datetime(2024, 7, 26)
 CLOCK = "strftime_now"
 DIRECTIVES = [f"%{letter}" for letter in "aAbBdHIjmMpSUwWyY"] + ["%-d", "%-m", "%-H", "%-I"]
-# What turns thoughts off where a template knows it: Qwen3, SmolLM3 and others; DeepSeek-V3.1.
+# Template options that disable thinking: of Qwen3, SmolLM3 and others; of DeepSeek-V3.1.
 WITHOUT_THOUGHTS = ("enable_thinking", "thinking")
 
 
 class ChatTemplate:
-    """Renders conversations of markers.
+    """Renders conversations of markers with a tokenizer's chat template.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: Tokenizer with a chat template.
 
     Attributes:
-        source: What is rendered: the tokenizer's template, with a fixed date where it writes today's.
-        options: What the template is given besides messages.
-        asking: What it writes after a question to ask for an answer.
-        replaced: What it writes there in the history instead; empty where that is the same.
+        source: Rendered template: the tokenizer's, with a fixed date if it writes the current date.
+        options: Variables given to the template in addition to the messages.
+        asking: Generation prompt: text between a question and its answer.
+        replaced: Other texts that the template writes there in the history, longest first; empty if there are none.
 
     Raises:
-        ModelError: If it does not write a question and its answer.
+        ModelError: If the template does not write a question and its answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -61,17 +61,17 @@ class ChatTemplate:
                     self.options = {name: False}
                     self.asking, last = self._before_answers()
                     break
-        self.silent = self.asking  # What it writes by itself where an answer is asked for.
+        self.silent = self.asking  # The template's own generation prompt.
         if last.removeprefix(self.asking).strip() and not self._asks():
-            self.asking = last.rstrip(" ")  # It does not know how to ask: what it writes before an answer asks.
+            self.asking = last.rstrip(" ")  # No generation prompt: the text before an answer replaces it.
         self.replaced = tuple(sorted({last, self._before_earlier_answers()} - {self.asking}, key=len, reverse=True))
 
     def render(self, messages: Sequence[Mapping[str, str]], *, asking: bool = False) -> str:
-        """What the template writes.
+        """Render messages with the template.
 
         Args:
-            messages: Their texts should be markers.
-            asking: Whether an answer is asked for at the end.
+            messages: Messages whose texts should be markers.
+            asking: Whether the generation prompt is added at the end.
         """
         return str(
             self.tokenizer.apply_chat_template(
@@ -85,29 +85,29 @@ class ChatTemplate:
 
     @property
     def changes(self) -> list[object]:
-        """What is not as the template has it by itself, for digests; empty for most templates."""
+        """Deviations from the tokenizer's template, for digests; empty for most templates."""
         changed = self.options or self.replaced or self.dated or self.asking != self.silent
         return [self.options, self.asking, self.replaced, self.dated and TODAY.isoformat()] if changed else []
 
     def at_the_end(self, text: str) -> str:
-        """What stands after the last question, to ask for its answer.
+        """Return the text after the last question, with the generation prompt.
 
         Args:
-            text: As the template has it.
+            text: Text that the template writes there.
         """
         return text if self.asking == self.silent else text.removesuffix(self.silent) + self.asking
 
     def before_answer(self, text: str) -> tuple[str, str]:
-        """What stands before an answer of the history.
+        """Return the text before an answer of the history.
 
         Args:
-            text: As the template has it.
+            text: Text that the template writes there.
 
         Returns:
-            What stands there in training and at inference, and white space that begins the answer.
+            The text used in training and at inference, and white space that belongs to the answer's beginning.
 
         Raises:
-            ModelError: If the template writes something else there than in a conversation of one question.
+            ModelError: If the template writes a text there that it does not write in short conversations.
         """
         for other in self.replaced:
             if text.endswith(other):
@@ -122,10 +122,10 @@ class ChatTemplate:
         return text, ""
 
     def after_answer(self, special: Callable[[str], tuple[str, ...]]) -> str:
-        """What it writes after an answer, up to the first special token; empty where it writes none.
+        """Return the text after an answer, up to and including the first special token; empty if there is none.
 
         Args:
-            special: The special tokens in a text, in order.
+            special: Function that returns the special tokens in a text, in order.
         """
         text = self.render([_user(0), _assistant(0)])
         after = text.partition(ANSWER.format(0))[2]
@@ -134,9 +134,9 @@ class ChatTemplate:
 
     @cached_property
     def has_system_role(self) -> bool:
-        """Whether it writes a system message before everything else.
+        """Whether the template writes a system message before the first question.
 
-        Gemma's refuses it, others drop it, and Mistral's writes it into the newest question.
+        Gemma's template refuses system messages, others drop them, and Mistral's writes them into the newest question.
         """
         messages = [{"role": "system", "content": SYSTEM}, _user(0), _assistant(0), _user(1)]
         try:
@@ -147,26 +147,26 @@ class ChatTemplate:
 
     @property
     def fixed(self) -> str:
-        """The template as it is used here, for whatever else renders it: its options, the same before all answers.
+        """Template for export, with the options and the text before answers that this class uses.
 
         Raises:
-            ModelError: If it does not ask for answers.
+            ModelError: If the template has no generation prompt.
         """
         if self.asking != self.silent:
             raise ModelError("the chat template does not ask for answers, so that it cannot be exported", "use plain")
         text = "".join(f"{{%- set {name} = {str(value).lower()} -%}}" for name, value in self.options.items())
         text += self.source
-        # White space more is part of the answer, and written by the template anyway.
+        # Additional white space is part of the answer, and the template writes it anyway.
         others = [other for other in self.replaced if other.removeprefix(self.asking).strip()]
         if not others:
             return text
-        longer = [other for other in others if self.asking not in other]  # Else it would be made longer twice.
+        longer = [other for other in others if self.asking not in other]  # Otherwise it would be lengthened twice.
         filters = "".join(f" | replace({json.dumps(self.asking)}, {json.dumps(other)})" for other in longer)
         filters += "".join(f" | replace({json.dumps(other)}, {json.dumps(self.asking)})" for other in others)
         return f"{{%- set written -%}}{text}{{%- endset -%}}{{{{- written{filters} -}}}}"
 
     def _before_answers(self) -> tuple[str, str]:
-        """What stands between a question and its answer: to ask for it, and in the history."""
+        """Text between a question and its answer: in the generation prompt, and in the history."""
         question, answer = QUESTION.format(0), ANSWER.format(0)
         asking = self.render([_user(0)], asking=True).partition(question)
         history = self.render([_user(0), _assistant(0)]).partition(question)
@@ -178,11 +178,11 @@ class ChatTemplate:
         return asking[2], between
 
     def _asks(self) -> bool:
-        """Whether it writes anything to ask for an answer."""
+        """Whether the template has a generation prompt."""
         return self.render([_user(0)], asking=True) != self.render([_user(0)])
 
     def _before_earlier_answers(self) -> str:
-        """The same in the history, of an answer that another question follows."""
+        """Text between a question and its answer in the history, if another question follows."""
         try:
             text = self.render([_user(0), _assistant(0), _user(1)])
         except TemplateError:
@@ -192,7 +192,7 @@ class ChatTemplate:
 
 
 def _clock() -> str:
-    """Jinja of a clock that stands still."""
+    """Jinja macro of a clock that always returns :data:`TODAY`."""
     filters = "".join(f" | replace({each!r}, {TODAY.strftime(each)!r})" for each in DIRECTIVES)
     return f"{{%- macro {CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro -%}}"
 

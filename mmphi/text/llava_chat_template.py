@@ -1,11 +1,11 @@
-"""How conversations are written, as the chat template that a processor of transformers carries."""
+"""Prompt styles as Jinja chat templates for a processor of transformers."""
 
 from __future__ import annotations
 
 from mmphi.errors import ModelError
 from mmphi.text.prompt import MARK, Prompt
 
-# Images of a message stand first, then its text on a line of its own, as in the training.
+# The images of a message come first, then its text on a separate line, as in training.
 READ = (
     "{%- set part = namespace(images='', text='') -%}"
     "{%- if message['content'] is string -%}{%- set part.text = message['content'] -%}"
@@ -26,7 +26,7 @@ STYLES = {
     "plain": ("part.text + '\\n'", "''"),
     "phi": ("'Instruct: ' + part.text + '\\nOutput:'", "' '"),
 }
-# The tokenizer's own template sees plain texts: what stands in a list of parts is joined for it first.
+# The tokenizer's own template expects plain texts, so lists of parts are joined first.
 CHAT = (
     "{%- set joined = namespace(messages=[]) -%}"
     "{%- for message in messages -%}" + READ + "{%- set gap = '\\n' if part.images and part.text else '' -%}"
@@ -37,10 +37,10 @@ CHAT = (
 
 
 def llava_template(prompt: Prompt) -> str:
-    """A chat template (Jinja) that writes what the prompt writes, with ``<image>`` where an image stands.
+    """Return a Jinja chat template with the output of a prompt, with ``<image>`` for each image.
 
     Args:
-        prompt: Of the model.
+        prompt: Prompt of the model.
 
     Raises:
         ModelError: If the tokenizer has several templates.

@@ -1,4 +1,4 @@
-"""Sequences laid end to end in rows, with the features of their spans flat beside them."""
+"""Packs sequences end to end in rows; the features of their spans are separate flat tensors."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mmphi.text.shared_prefix import group_by_shared_prefix
 from mmphi.text.tokenized_example import FeatureSpan, TokenizedExample
 
 T = TypeVar("T")
-# Attention costs the square of a row. At so many times its model's width a layer's matrices and its attention over a
-# dense mask are equally much work.
+# Attention cost is quadratic in the row length. At this multiple of the model's width, a layer's matrices and its
+# attention over a dense mask cost the same.
 DOUBLE = 6
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences lie together.
+    """Arrangement of the sequences of a packed batch.
 
     Attributes:
-        kind: ``line``: all in one row, with borders that attention keeps to; ``rows``: in rows of nearly equal length,
-            under a mask of who sees whom; ``alone``: one a row, for models that see through either.
-        width: Of the model that reads them: the narrower it is, the more of its work is attention, and the shorter
-            rows are best.
-        long: A line is for sequences of so many tokens on average; shorter ones lie in rows.
+        kind: ``line``: all in one row with variable-length attention; ``rows``: rows of nearly equal length under a
+            block mask; ``alone``: one sequence per row, for models in which either leaks across sequences.
+        width: Hidden width of the model; the narrower it is, the larger attention's share of the cost, and the shorter
+            the optimal rows.
+        long: Smallest mean sequence length for ``line``, in tokens; shorter sequences use ``rows``. 0 for no limit.
     """
 
     kind: Literal["line", "rows", "alone"] = "rows"
@@ -40,7 +40,7 @@ class Layout:
     long: int = 0
 
     def of(self, samples: Sequence[TokenizedExample], share: bool = False) -> Layout:
-        """The same, with what these sequences decide: a line, or rows, as are those that share their beginning."""
+        """Return the layout for given sequences: ``line`` becomes ``rows`` if they are short or share a prefix."""
         if self.kind != "line" or not self.long:
             return self
         short = sum(map(len, samples)) < self.long * len(samples)
@@ -55,51 +55,51 @@ ROWS = Layout()
 
 
 class SpanFeatures(Protocol):
-    """Where the features of one kind of span come from."""
+    """Source of the features of one kind of span."""
 
     @property
     def width(self) -> int:
         """Width of a feature."""
 
     def length(self, reference: Any, /) -> int:
-        """How many features a reference has."""
+        """Return the number of features of a reference."""
 
     def rows(self, references: Sequence[Any], /) -> Tensor:
-        """The features of all references, one after the other, float16 on the CPU, (P, width)."""
+        """Return the concatenated features of all references, float16 on the CPU, (P, width)."""
 
 
 class PackedBatch(TypedDict):
-    """R rows of T tokens, K of them predicted; P features of width D of each kind, at P places.
+    """R rows of T tokens, K of them predicted; P features of width D of each kind, at P positions.
 
-    ``targets`` are shifted here, once: ``targets_K[i]`` is the token after position ``keep_K[i]``.
+    ``targets`` are already shifted: ``targets_K[i]`` is the token after position ``keep_K[i]``.
     """
 
     input_ids: Tensor  # int64 (R, T)
     position_ids: Tensor  # int64 (R, T), starting at 0 in every sequence
     segments: Tensor  # int64 (R, T), which sequence of its row a token belongs to; -1 after the last
-    features: Mapping[str, Tensor]  # by kind: float16 (P, D), in the order of their places
+    features: Mapping[str, Tensor]  # by kind: float16 (P, D), in the order of `places`
     places: Mapping[str, Tensor]  # by kind: int64 (P,), in the flattened rows
-    keep: Tensor  # int64 (K,), places in the flattened rows
+    keep: Tensor  # int64 (K,), predicting positions in the flattened rows
     targets: Tensor  # int64 (K,)
     step_tokens: Tensor  # float32 (), supervised tokens of the whole optimiser step
-    branches: NotRequired[Tensor]  # int64 (R, T), which of a bundle's answers a token is of; 0 before they part
-    borders: NotRequired[Tensor]  # int32 (S + 1,), where each sequence of a line begins, and where the last one ends
+    branches: NotRequired[Tensor]  # int64 (R, T), sequence in its shared-prefix group, from 1; 0 in the prefix
+    borders: NotRequired[Tensor]  # int32 (S + 1,), cumulative sequence lengths of a line, from 0
     longest: NotRequired[int]  # tokens of the longest sequence of a line
-    samples: NotRequired[int]  # how many sequences there are, where some are foils
-    sequences: NotRequired[Tensor]  # int64 (K,), which sequence each target is of
-    foils: NotRequired[Tensor]  # int64 (F, 2), sequences with another image, and the same ones with their own
-    contrast: NotRequired[Tensor]  # float32 (), weight of telling the two apart
+    samples: NotRequired[int]  # number of sequences, with hard negatives only
+    sequences: NotRequired[Tensor]  # int64 (K,), sequence of each target
+    foils: NotRequired[Tensor]  # int64 (F, 2), hard negatives, each with the sequence that has its own image
+    contrast: NotRequired[Tensor]  # float32 (), weight of the contrastive loss
 
 
 def partition(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Spread sequences over rows of nearly equal length (longest processing time first, Graham 1969).
+    """Distribute sequences over rows of nearly equal length (longest processing time first, Graham 1969).
 
     Args:
         lengths: Length of each sequence, in tokens.
-        rows: How many rows; each gets at least one sequence.
+        rows: Number of rows; each gets at least one sequence.
 
     Returns:
-        For each row the indices of its sequences, in ascending order.
+        Indices of the sequences of each row, in ascending order.
 
     Raises:
         ValueError: If there are fewer sequences than rows.
@@ -109,7 +109,7 @@ def partition(lengths: Sequence[int], rows: int) -> list[list[int]]:
     heap: list[tuple[int, int, int]] = [(0, 0, row) for row in range(rows)]
     members: list[list[int]] = [[] for _ in range(rows)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # The count comes first among equals, so that an empty row is filled before any other.
+        # Among rows of equal length the one with the fewest sequences is first, so that empty rows are filled.
         total, count, row = heapq.heappop(heap)
         members[row].append(index)
         heapq.heappush(heap, (total + lengths[index], count + 1, row))
@@ -127,20 +127,21 @@ def pack(
     foils: Sequence[tuple[int, int]] = (),
     contrast: float = 0.0,
 ) -> PackedBatch:
-    """Lay sequences end to end.
+    """Pack sequences end to end.
 
     Args:
-        samples: At least one.
-        features: Where the features of each kind of span come from.
-        step_tokens: Supervised tokens of the whole step; those of these samples where left out.
-        layout: How they lie.
-        rows: Which sequences each row holds, by index, where they shall lie as others do: :func:`rows_of` those.
-        share: Whether neighbours that begin alike may share their beginning, in rows.
-        foils: Sequences with an image that is not theirs, by index, each with that of the same one with its own.
-        contrast: Weight of telling the two apart.
+        samples: Sequences; at least one.
+        features: Feature source of each kind of span.
+        step_tokens: Supervised tokens of the whole optimiser step; by default those of ``samples``.
+        layout: Arrangement of the sequences.
+        rows: Indices of the sequences of each row, such as :func:`rows_of` other sequences; by default the rows follow
+            from ``layout``.
+        share: Whether adjacent sequences share a common prefix; only in the layout ``rows``.
+        foils: Hard negatives: index of a sequence with another image, and index of the same one with its own image.
+        contrast: Weight of the contrastive loss.
 
     Raises:
-        ModelError: If a span has another length than what stands there has features.
+        ModelError: If a span's length differs from the number of its features.
     """
     one_row = rows is None or len(rows) == 1
     layout = layout.of(samples, share) if one_row or layout.kind != "line" else replace(layout, kind="rows")
@@ -194,7 +195,7 @@ def pack(
 
 
 def rows_of(samples: Sequence[TokenizedExample], *, layout: Layout = ROWS) -> list[list[int]]:
-    """Which sequences each row of a pack holds, by index: of rows so many that the work, padding included, is least."""
+    """Return the indices of the sequences of each row; the number of rows minimises the cost, padding included."""
     return _rows([len(sample) for sample in samples], layout.of(samples))
 
 
@@ -205,18 +206,18 @@ def _rows(lengths: Sequence[int], layout: Layout) -> list[list[int]]:
 
 
 def cheapest_rows(lengths: Sequence[int], width: int = ROWS.width) -> list[list[int]]:
-    """Sequences in that number of rows in which they are computed with the least work.
+    """Distribute sequences over the number of rows with the lowest computing cost.
 
-    Few long rows waste little on padding and much on attention, many short ones the other way round, and sequences of
-    nearly the same length fit well into some numbers of rows and badly into others. Numbers are tried in the order of
-    what they would cost if they were filled evenly, until none that is left could be better.
+    Few long rows waste little on padding and much on attention; many short rows the reverse. Sequences of nearly equal
+    length fit well into some numbers of rows and badly into others. Row counts are tried in the order of their cost
+    with evenly filled rows, a lower bound, until no remaining count can be better.
 
     Args:
-        lengths: Of each sequence, in tokens.
-        width: Of the model.
+        lengths: Length of each sequence, in tokens.
+        width: Hidden width of the model.
 
     Returns:
-        For each row the indices of its sequences.
+        Indices of the sequences of each row.
     """
     whole, longest = sum(lengths), max(lengths)
 
@@ -238,10 +239,10 @@ def cheapest_rows(lengths: Sequence[int], width: int = ROWS.width) -> list[list[
 
 
 def check_feature_lengths(sample: TokenizedExample, features: Mapping[str, SpanFeatures]) -> None:
-    """Refuse a sequence whose spans have no features of their length.
+    """Check that each span of a sequence is as long as the features of its reference.
 
     Raises:
-        ModelError: Naming the sequence.
+        ModelError: If one is not; names the sequence.
     """
     for span in sample.spans:
         have = features[span.kind].length(span.reference) if span.kind in features else 0
@@ -252,7 +253,7 @@ def check_feature_lengths(sample: TokenizedExample, features: Mapping[str, SpanF
 def features_by_kind(
     spans: Sequence[FeatureSpan], features: Mapping[str, SpanFeatures]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Features and places of spans, by kind; ``start`` counts in the flattened rows."""
+    """Return the features, (P, D), and positions, (P,), of spans by kind; ``start`` refers to the flattened rows."""
     flat, places = {}, {}
     for kind, source in features.items():
         own = [span for span in spans if span.kind == kind]
@@ -265,9 +266,9 @@ def features_by_kind(
 def packs(
     samples: Sequence[TokenizedExample], features: Mapping[str, SpanFeatures], max_tokens: int, *, layout: Layout = ROWS
 ) -> Iterator[PackedBatch]:
-    """All samples once, in order, in packs of at most ``max_tokens`` tokens (a longer sample is a pack of its own).
+    """Yield all samples in order, in packs of at most ``max_tokens`` tokens; a longer sample is a pack alone.
 
-    Neighbours that begin alike share their beginning.
+    Adjacent samples share a common prefix in the layout ``rows``.
     """
     waiting: list[TokenizedExample] = []
     for sample in samples:
@@ -280,8 +281,8 @@ def packs(
 
 
 def to_device(pack: T, device: torch.device) -> T:
-    """The same tensors on another device; numbers stay."""
-    # T is a tensor or a mapping of such, as deep as packs go; mypy cannot be told so without naming every depth.
+    """Return a tensor, or a nested mapping of tensors, on another device; integers are kept."""
+    # T is a tensor or a nested mapping of tensors, which mypy cannot express without a type for every depth.
     if isinstance(pack, Tensor):
         return pack.to(device)  # type: ignore[return-value]
     if isinstance(pack, int):

@@ -1,9 +1,8 @@
-"""A prompt as pieces of text, and their tokens.
+"""Pieces of a prompt, and their encoding as tokens.
 
-Byte-level tokenizers encode every piece by itself. Tokenizers in the style of SentencePiece (Llama 2, Mistral) begin
-whatever they are given with a marker for a space, so that pieces that are encoded one by one get markers that the text
-as a whole has not. For them adjacent pieces are encoded together, and the result equals the tokenizer's own on the
-whole text.
+With byte-level tokenizers, every piece is encoded separately. SentencePiece-style tokenizers (Llama 2, Mistral) put a
+space marker before every text, so that separately encoded pieces would get markers that the whole text does not have.
+For them, adjacent pieces are encoded together, and the result equals the tokenizer's own on the whole text.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from mmphi.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REMEMBERED, MOST_REMEMBERED = 200, 50_000  # Characters of a text whose tokens are kept, and how many texts.
-MARKER = "\u2581"  # SentencePiece's for a space.
+REMEMBERED, MOST_REMEMBERED = 200, 50_000  # Longest cached text in characters, and largest number of cached texts.
+MARKER = "\u2581"  # SentencePiece's marker of a space.
 
-# A fast tokenizer's `split_special_tokens` is a setting of the object that all threads share: who encodes sets it, and
-# must be alone until the text is encoded.
+# Encoding sets a fast tokenizer's `split_special_tokens`, an attribute that all threads share, so it needs exclusive
+# access until the text is encoded.
 _ENCODING = threading.Lock()
 _BACKENDS: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class PromptPart:
-    """A stretch of a prompt.
+    """A part of an encoded prompt.
 
     Attributes:
-        ids: Token ids; empty where features stand.
-        supervised: Whether these tokens are what the model learns to generate.
-        span: Kind of the features that stand here (``image`` or ``audio``), empty for tokens.
-        spelled: Whether the features stand for the tokens ``ids``, one for each: words of a transcript.
+        ids: Token ids; empty for features without tokens.
+        supervised: Whether these tokens are training targets.
+        span: Kind of the features at this place (``image`` or ``audio``); empty for tokens.
+        spelled: Whether the features replace the tokens ``ids`` one by one: words of a transcript.
     """
 
     ids: tuple[int, ...] = ()
@@ -49,15 +48,15 @@ class PromptPart:
 
 @dataclass(frozen=True)
 class PromptPiece:
-    """A stretch of a prompt before it is encoded: a text and the token ids after it, or a place of features.
+    """A part of a prompt before encoding: a text and the token ids after it, or a place of features.
 
     Attributes:
-        text: Special tokens spelled in it are text, unless ``template``.
+        text: Text; names of special tokens in it are encoded as text, unless ``template``.
         ids: Token ids that follow the text.
-        supervised: As of :class:`PromptPart`.
-        span: Kind of the features that stand here; such a piece has neither text nor ids.
-        template: Whether the text is of a chat template: special tokens spelled in it are special tokens.
-        words: Ranges (from, to) of the text that are words of a transcript.
+        supervised: Whether the tokens are training targets.
+        span: Kind of the features at this place; such a piece has neither text nor ids.
+        template: Whether the text comes from a chat template: names of special tokens in it are special tokens.
+        words: Character ranges (start, end) of the text that are words of a transcript.
     """
 
     text: str = ""
@@ -72,7 +71,7 @@ class PromptEncoder:
     """Encodes the pieces of prompts.
 
     Args:
-        tokenizer: Of the language model.
+        tokenizer: Tokenizer of the language model.
 
     Attributes:
         joins: Whether adjacent pieces are encoded together.
@@ -80,7 +79,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # Questions, short answers and what a template writes come again and again; the flag is that of a template.
+        # Cache of frequent texts: questions, short answers and template texts; the flag is `PromptPiece.template`.
         self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
         self._texts: Any = _texts_backend(tokenizer) if tokenizer.is_fast else None
         self.joins = tokenizer.is_fast and self._names("x")[0].startswith(MARKER)
@@ -99,21 +98,20 @@ class PromptEncoder:
                 self._later = _backend(rules)
 
     def parts(self, pieces: Sequence[PromptPiece], *, begun: bool = False) -> list[PromptPart]:
-        """The parts of a prompt, without those that hold nothing.
+        """Return the encoded parts of a prompt, without empty ones.
 
         Args:
-            pieces: In order.
-            begun: Whether something stands before them.
+            pieces: Pieces in order.
+            begun: Whether other text precedes them.
 
         Raises:
-            ModelError: If there are words of a transcript, and the tokenizer does not say which characters a token is
-                of.
+            ModelError: If there are words of a transcript, and the tokenizer has no offset mapping.
         """
         found = self._joined(pieces, begun) if self.joins else (part for piece in pieces for part in self._alone(piece))
         return [part for part in found if part.ids or part.span]
 
     def after(self, text: str, template: str) -> tuple[int, ...]:
-        """Token ids of a template's text that stands after another text."""
+        """Return the token ids of a template's text that follows another text."""
         if not self.joins:
             return tuple(number for part in self.parts([PromptPiece(template, template=True)]) for number in part.ids)
         pieces = [PromptPiece(text), PromptPiece(template, template=True)]
@@ -139,14 +137,14 @@ class PromptEncoder:
         return ids
 
     def _ids(self, text: str, template: bool) -> tuple[int, ...]:
-        """Token ids of a text; what transformers' tokenizer adds to its backend takes half of the time."""
+        """Token ids of a text; calling the backend directly avoids transformers' overhead, half of the time."""
         if self._texts is not None and not template:
             return tuple(self._texts.encode(text, add_special_tokens=False).ids)
         with _ENCODING:
             return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"])
 
     def _with_words(self, piece: PromptPiece) -> list[PromptPart]:
-        """The text is encoded as a whole, so that its tokens do not depend on which of its words are a transcript's."""
+        """Parts of a text that is encoded as a whole, so that its tokens do not depend on the transcript ranges."""
         if self._texts is None:
             raise ModelError("this tokenizer does not say which characters a token is of", "use one that is fast")
         encoded = self._texts.encode(piece.text, add_special_tokens=False)
@@ -161,9 +159,9 @@ class PromptEncoder:
         return [*parts, PromptPart((*ids[done:], *piece.ids))]
 
     def _joined(self, pieces: Sequence[PromptPiece], begun: bool) -> Iterator[PromptPart]:
-        """Texts between special tokens and features are encoded together."""
+        """Parts of pieces; texts between special tokens and features are encoded together."""
         run: list[PromptPiece] = []
-        strips = False  # Whether the last special token takes the white space after it.
+        strips = False  # Whether the last special token strips the white space after it.
         for piece in pieces:
             if piece.span:
                 yield from self._run(run, begun)
@@ -183,7 +181,7 @@ class PromptEncoder:
                     run.append(PromptPiece(ids=piece.ids, supervised=piece.supervised))
                 yield from self._run(self._ended(run, piece.ids[0]), begun)
                 strips = self._takes_space(piece.ids[-1])
-                # The text after the token that begins a sequence is its first, and a later one after any other.
+                # Text directly after the begin-of-sequence token is encoded as the first text; later text is not.
                 run, begun = [], begun or bool(run[0].text) or piece.ids != (self.tokenizer.bos_token_id,)
         yield from self._run(run, begun)
 
@@ -192,7 +190,7 @@ class PromptEncoder:
         return token is not None and bool(token.rstrip)
 
     def _ended(self, run: list[PromptPiece], number: int) -> list[PromptPiece]:
-        """Pieces before a special token, without the white space that it takes."""
+        """Pieces before a special token, without the white space that the token strips."""
         token = self.tokenizer.added_tokens_decoder.get(number)
         if token is None or not token.lstrip:
             return run
@@ -204,7 +202,7 @@ class PromptEncoder:
         return kept
 
     def _split(self, piece: PromptPiece) -> Iterator[tuple[str, int | None]]:
-        """Texts, each with the special token that follows it; the last one without."""
+        """Texts, each with the special token that follows it; ``None`` after the last one."""
         done = 0
         for found in self._splitting.finditer(piece.text):
             yield piece.text[done : found.start()], self._special[found.group()]
@@ -212,7 +210,7 @@ class PromptEncoder:
         yield piece.text[done:], None
 
     def _run(self, run: Sequence[PromptPiece], begun: bool) -> Iterator[PromptPart]:
-        """Parts of pieces that are encoded together; a token belongs to the piece that its last character is of.
+        """Parts of pieces that are encoded together; a token belongs to the piece of its last character.
 
         A token that overlaps a word of a transcript belongs to that word.
         """
@@ -244,7 +242,7 @@ class PromptEncoder:
 def _until(
     tokens: Sequence[tuple[int, tuple[int, int]]], done: int, end: int, *, inside: bool
 ) -> tuple[tuple[int, ...], int]:
-    """The tokens from ``done`` on that end by a character: of a word, all that begin before its end."""
+    """Tokens from ``done`` on that end at or before character ``end``; with ``inside``, that begin before it."""
     last = done
     while last < len(tokens) and (tokens[last][1][0] < end if inside else tokens[last][1][1] <= end):
         last += 1
@@ -252,7 +250,7 @@ def _until(
 
 
 def _texts_backend(tokenizer: Any) -> Any:
-    """A backend to which special tokens are text, made once for every tokenizer: it takes some 0.3 s."""
+    """Backend that encodes special tokens as text; cached per tokenizer, because it takes some 0.3 s to create."""
     size, made = _BACKENDS.get(tokenizer, (0, None))
     if made is None or size != len(tokenizer):
         made = _backend(json.loads(tokenizer.backend_tokenizer.to_str()))
@@ -261,7 +259,7 @@ def _texts_backend(tokenizer: Any) -> Any:
 
 
 def _backend(rules: dict[str, Any]) -> Any:
-    """A tokenizer of its own, to which special tokens are text."""
+    """New backend that encodes special tokens as text."""
     from tokenizers import Tokenizer
 
     made = Tokenizer.from_str(json.dumps(rules))
@@ -272,7 +270,7 @@ def _backend(rules: dict[str, Any]) -> Any:
 
 
 def _without_marker(rules: Any) -> None:
-    """Change a tokenizer's rules so that no marker begins a text."""
+    """Change a tokenizer's rules in place, so that no space marker is put before a text."""
     if isinstance(rules, dict):
         if rules.get("type") == "Metaspace":
             rules["prepend_scheme"] = "never"

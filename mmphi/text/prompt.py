@@ -1,8 +1,8 @@
-"""How a conversation is written for a language model: what is given, what is to be learned, where images stand.
+"""Prompt format of conversations: context, supervised answers, and the places of images and recordings.
 
-Three styles: ``plain`` (question and answer on lines of their own, for base models and models trained here), ``phi``
-(Phi-2's ``Instruct:`` and ``Output:``) and ``chat`` (the chat template the tokenizer brings). Every answer ends with
-the end-of-sequence token, or with the end of turn of the chat template, so that the model learns to stop.
+Three styles: ``plain`` (question and answer on separate lines, for base models and models trained here), ``phi``
+(Phi-2's ``Instruct:`` and ``Output:``) and ``chat`` (the tokenizer's chat template). Every answer ends with the
+end-of-sequence token, or with the chat template's end of turn, so that the model learns to stop.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 Style = Literal["plain", "phi", "chat"]
 MARK, AUDIO_MARK = "<image>", "<audio>"
-# In a question, where an image and a recording stand; both are taken out of texts from outside.
+# Internal marks of images and recordings in a question; they are removed from user texts.
 SHOWN, AUDIO = "\x00shown\x00", "\x00audio\x00"
 
 
 def places(questions: Sequence[str], count: int, mark: str = MARK) -> bool:
-    """Whether questions say where images (or recordings) stand: they hold the mark as often as there are any.
+    """Return whether questions contain one mark for each image (or recording).
 
-    Otherwise all of them stand before the first question, and the mark is text like any other.
+    Otherwise all images precede the first question, and marks are ordinary text.
     """
     return 0 < count == sum(question.count(mark) for question in questions)
 
 
 def with_places(turns: Sequence[tuple[str, str | None]], images: int, audio: int) -> list[tuple[str, str | None]]:
-    """Turns in which :data:`SHOWN` and :data:`AUDIO` stand for what ``<image>`` and ``<audio>`` stand for.
+    """Return turns with ``<image>`` and ``<audio>`` marks replaced by :data:`SHOWN` and :data:`AUDIO`.
 
-    Recordings that have no place stand before the first question, or as the first one.
+    Recordings without marks are put before the first question, or in place of an empty one.
     """
     turns = [(question.replace(SHOWN, "").replace(AUDIO, ""), answer) for question, answer in turns]
     questions = [question for question, _ in turns]
@@ -50,19 +50,19 @@ def with_places(turns: Sequence[tuple[str, str | None]], images: int, audio: int
 
 
 class Prompt:
-    """Writes conversations in one style, with one tokenizer.
+    """Formats and encodes conversations in one style, with one tokenizer.
 
     Args:
         tokenizer: A tokenizer with an end-of-sequence token.
-        style: ``auto`` takes ``chat`` where the tokenizer brings a template, ``phi`` for Phi-2's vocabulary, else
-            ``plain``.
+        style: Prompt style; ``auto`` takes ``chat`` if the tokenizer has a chat template, ``phi`` for Phi-2's
+            vocabulary, otherwise ``plain``.
 
     Attributes:
         end: Token ids that end an answer.
-        template: The tokenizer's chat template, in the style ``chat``.
+        template: The tokenizer's chat template in the style ``chat``, otherwise ``None``.
 
     Raises:
-        ModelError: If the tokenizer has no end-of-sequence token, or no chat template where ``chat`` is asked for.
+        ModelError: If the tokenizer has no end-of-sequence token, or no chat template for the style ``chat``.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style | Literal["auto"] = "auto") -> None:
@@ -80,17 +80,14 @@ class Prompt:
         self.end, self._end_text = self._end_of_turn()
 
     def _end_of_turn(self) -> tuple[tuple[int, ...], str]:
-        """What the chat template writes after an answer, up to its first special token: ids and text.
-
-        Where it writes none, the tokenizer's end of sequence.
-        """
+        """Ids and text after an answer: the chat template's up to its first special token, else end of sequence."""
         text = "" if self.template is None else self.template.after_answer(self._special_tokens)
         if not text:
             return (self.tokenizer.eos_token_id,), ""
         return self.encoder.after("x", text), text
 
     def _special_tokens(self, text: str) -> tuple[str, ...]:
-        """The special tokens that a template's text spells, in order."""
+        """Special tokens in a template's text, in order."""
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
         ids = [number for part in self.encoder.parts([PromptPiece(text, template=True)]) for number in part.ids]
@@ -98,7 +95,7 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """Of style and tokenizer: equal digests write equal tokens."""
+        """Digest of style and tokenizer: equal digests give equal tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
         special = [self.tokenizer.special_tokens_map, self.tokenizer.chat_template, self.style]
@@ -115,17 +112,17 @@ class Prompt:
         audio: Sequence[str | None] = (),
         system: str = "",
     ) -> list[PromptPart]:
-        """The prompt of a conversation.
+        """Return the encoded prompt of a conversation.
 
         Args:
-            turns: Questions and answers; an answer of ``None`` (the last one only) is left for the model to give.
-            images: How many images the conversation is about. They stand where the questions say ``<image>``, or after
-                the first token where the questions do not say it as often as there are images.
-            context: Text that stands where images would; used to teach a model to read from context.
-            audio: For each recording its transcript, where its words stand in the prompt, else ``None``. They stand
-                where the questions say ``<audio>``, before the first question where those do not say it as often, or
-                in place of a first question that is empty.
-            system: The system text, before everything else.
+            turns: Questions and answers; ``None`` as the last answer is left for the model to generate.
+            images: Number of images. Images are placed at the ``<image>`` marks of the questions, or before the first
+                question if the number of marks differs.
+            context: Text in place of images; used to train a model to read from context.
+            audio: For each recording its transcript, if its words are part of the prompt, otherwise ``None``.
+                Recordings are placed at the ``<audio>`` marks of the questions; if the number of marks differs, before
+                the first question or in place of an empty one.
+            system: System text, before everything else.
 
         Returns:
             Parts in order; supervised parts are an answer and its end-of-sequence token. The tokens of a transcript's
@@ -144,15 +141,15 @@ class Prompt:
         audio: Sequence[str | None] = (),
         system: str = "",
     ) -> list[PromptPart]:
-        """The prompt of a conversation that says where everything stands.
+        """Return the encoded prompt of a conversation with internal marks.
 
         Args:
-            turns: Questions and answers, as of :meth:`parts`. In questions :data:`SHOWN` and :data:`AUDIO` stand for
-                images and recordings; ``<image>`` and ``<audio>`` are text like any other.
-            leading: Images that stand before everything else.
-            context: As of :meth:`parts`.
-            audio: As of :meth:`parts`, one for every :data:`AUDIO`.
-            system: As of :meth:`parts`.
+            turns: Questions and answers, as in :meth:`parts`. :data:`SHOWN` and :data:`AUDIO` in questions mark images
+                and recordings; ``<image>`` and ``<audio>`` are ordinary text.
+            leading: Number of images before the first question.
+            context: As in :meth:`parts`.
+            audio: As in :meth:`parts`, one for every :data:`AUDIO`.
+            system: As in :meth:`parts`.
         """
         write = self._lines if self.template is None else self._chat
         return self.encoder.parts(list(write(turns, leading, context, iter(audio), system)))
@@ -173,7 +170,7 @@ class Prompt:
         for number, (question, answer) in enumerate(turns):
             first = not number and not context and not system
             yield from self._asked("" if first and not leading else "\n", question, audio)
-            at_once = first and not question  # A caption follows its image, with nothing between them.
+            at_once = first and not question  # A caption directly follows its image.
             if self.style == "plain" and not at_once:
                 yield PromptPiece("\n")
             if answer is not None:
@@ -181,14 +178,14 @@ class Prompt:
                 yield PromptPiece(gap + answer, (self.tokenizer.eos_token_id,), supervised=True)
 
     def _answer(self, answer: str) -> PromptPiece:
-        """An answer with what the chat template writes after it."""
+        """An answer with the chat template's end of turn."""
         if not self.encoder.joins:
             return PromptPiece(answer, self.end, supervised=True)
         token = str(self.tokenizer.convert_ids_to_tokens(self.end[-1]))
         return PromptPiece(answer + self._end_text.removesuffix(token), self.end[-1:], supervised=True)
 
     def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[PromptPiece]:
-        """A question on its line; nothing where there is none."""
+        """Pieces of a question on its line; none for an empty question."""
         if not question:
             return []
         line = f"Instruct: {question}\nOutput:" if self.style == "phi" else question
@@ -202,10 +199,10 @@ class Prompt:
         audio: Iterator[str | None],
         system: str,
     ) -> Iterator[PromptPiece]:
-        """Render the template around markers, then put each text in its marker's place.
+        """Render the template around markers, then replace each marker by its text.
 
-        Texts are never rendered by the template themselves, so what they say cannot be taken for its control tokens.
-        Where the template has no system role, the system text begins the first question.
+        Texts are never rendered by the template, so their content cannot be parsed as control tokens. If the template
+        has no system role, the system text is put before the first question.
         """
         template = self.template
         assert template is not None
@@ -242,11 +239,11 @@ class Prompt:
 
 
 def question_pieces(text: str, audio: Iterator[str | None]) -> list[PromptPiece]:
-    """A question as pieces, its images and recordings between its texts where it says where they stand.
+    """Split a question into pieces of text, images and recordings.
 
     Args:
-        text: With :data:`SHOWN` and :data:`AUDIO`.
-        audio: As of :meth:`Prompt.parts`.
+        text: Question with :data:`SHOWN` and :data:`AUDIO` marks.
+        audio: As in :meth:`Prompt.parts`.
     """
     pieces: list[PromptPiece] = []
     for number, stretch in enumerate(text.split(SHOWN)):

@@ -1,4 +1,4 @@
-"""Sequences that begin alike, and are read once up to where they part."""
+"""Groups of sequences with a common prefix, which is computed once."""
 
 from __future__ import annotations
 
@@ -9,23 +9,28 @@ from mmphi.text.tokenized_example import TokenizedExample
 
 
 class SharedPrefixGroup(NamedTuple):
-    """Sequences that begin alike, and may share that beginning: what comes after sees it, and nothing of the others.
+    """Sequences with a shared prefix; the rest of each attends to the prefix, and not to the other sequences.
 
     Attributes:
-        members: Of the sequences, by index.
-        alike: Tokens that they share.
+        members: Indices of the sequences.
+        alike: Length of the shared prefix, in tokens.
     """
 
     members: tuple[int, ...]
     alike: int
 
     def length(self, samples: Sequence[TokenizedExample]) -> int:
-        """Tokens in all."""
+        """Return the total number of tokens, with the prefix counted once."""
         return self.alike + sum(len(samples[i]) - self.alike for i in self.members)
 
 
 def group_by_shared_prefix(samples: Sequence[TokenizedExample], share: bool = True) -> list[SharedPrefixGroup]:
-    """Neighbours that see and hear the same, with the same words before and around it; without ``share`` each alone."""
+    """Group adjacent sequences with equal feature spans and equal tokens up to the end of the last span.
+
+    Args:
+        samples: Sequences in order.
+        share: Whether to share prefixes; otherwise each sequence is a group with no shared prefix.
+    """
     bundles: list[SharedPrefixGroup] = []
     for index, sample in enumerate(samples):
         given = int(sample.supervised.argmax()) if share else 0

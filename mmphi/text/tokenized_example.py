@@ -1,4 +1,4 @@
-"""Conversations as token sequences: what is given, what is learned, and the spans where features stand."""
+"""Conversations as token sequences with supervised tokens and feature spans."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmphi.text.prompt import AUDIO_MARK, MARK, Prompt, places
 
 
 class FeatureSpan(NamedTuple):
-    """A stretch of a sequence where features stand in place of tokens.
+    """A range of positions that features fill in place of tokens.
 
     Attributes:
         kind: ``image`` or ``audio``.
-        reference: What the features are of, as their source knows it; :class:`TranscriptSpan` where words are heard.
-        start: Position of the first.
-        length: How many they are.
+        reference: Image or recording, as its feature source identifies it; :class:`TranscriptSpan` for a transcript.
+        start: Position of the first feature.
+        length: Number of features.
     """
 
     kind: str
@@ -30,13 +30,13 @@ class FeatureSpan(NamedTuple):
 
 
 class SpanContent(NamedTuple):
-    """What a span shall stand for.
+    """An input that fills a span.
 
     Attributes:
         kind: ``image`` or ``audio``.
         reference: The image or recording.
-        length: How many features it has.
-        said: What is said in a recording, where its features are those words: the span is as long as they are tokens.
+        length: Number of its features.
+        said: Transcript of a recording, if its words fill the span, one feature per token; otherwise ``None``.
     """
 
     kind: str
@@ -46,11 +46,11 @@ class SpanContent(NamedTuple):
 
 
 class TranscriptSpan(NamedTuple):
-    """A recording and the tokens that its words are, where they stand in the prompt.
+    """A recording and the tokens of its transcript in the prompt.
 
     Attributes:
         of: The recording.
-        ids: Token ids, as the words typed in its place would have.
+        ids: Token ids, equal to those of the same words typed in its place.
     """
 
     of: Any
@@ -59,13 +59,13 @@ class TranscriptSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """One sequence, ready to be packed.
+    """One tokenized sequence, ready for packing.
 
     Attributes:
         input_ids: Token ids, int32, shape (length,); positions of spans hold 0.
-        supervised: Which tokens are to be predicted, bool, shape (length,).
-        spans: Where features stand, in order.
-        name: Where the sequence came from, for messages.
+        supervised: Which tokens are training targets, bool, shape (length,).
+        spans: Feature spans, in order.
+        name: Name of the example, for error messages.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -78,12 +78,12 @@ class TokenizedExample:
 
 
 def join_spans(parts: Iterable[PromptPart], inputs: Sequence[SpanContent] = (), name: str = "") -> TokenizedExample:
-    """Lay the parts of a prompt end to end, each input in the next span of its kind.
+    """Concatenate the parts of a prompt; each input fills the next span of its kind.
 
-    The first token is never supervised: nothing stands before it to predict it from.
+    The first token is never supervised, because no position precedes it to predict it from.
     """
     spans: list[FeatureSpan] = []
-    filled: list[tuple[PromptPart, int, int]] = []  # A part, where it begins, and its length.
+    filled: list[tuple[PromptPart, int, int]] = []  # Part, start and length.
     waiting, total = list(inputs), 0
     for part in parts:
         length = len(part.ids)
@@ -114,21 +114,21 @@ def tokenize_conversation(
     name: str = "",
     context: str = "",
 ) -> TokenizedExample | None:
-    """A conversation as a sequence of at most ``max_length`` tokens.
+    """Tokenize a conversation into a sequence of at most ``max_length`` tokens.
 
-    Where it is too long, the oldest turns go first, with the images and recordings that they place, and the answer
-    stays whole (LLaVA truncates after expanding the image, and so eats answers).
+    If it is too long, the oldest turns are dropped with the images and recordings placed in them, and answers are never
+    cut (LLaVA truncates after expanding the image, which cuts answers).
 
     Args:
         turns: Questions and answers.
-        inputs: The images and the recordings that it is about, each in their order.
-        prompt: Writes it.
-        max_length: In tokens, features included.
-        name: Where it came from, for messages.
-        context: Text that stands where images would.
+        inputs: Images and recordings of the conversation, each kind in order.
+        prompt: Prompt that formats the conversation.
+        max_length: Longest sequence, in tokens, features included.
+        name: Name of the example, for error messages.
+        context: Text in place of images.
 
     Returns:
-        ``None`` where even the last turn alone is too long, or no token of it is supervised.
+        The sequence; ``None`` if the last turn alone is too long, or no token is supervised.
     """
     images, audio = ([i for i in inputs if i.kind == kind] for kind in ("image", "audio"))
     questions = [question for question, _ in turns]

@@ -1,4 +1,4 @@
-"""Phi-2's tokenizer without a hub, and a small one of one's own.
+"""Phi-2's tokenizer, built offline, and a byte-level BPE trained on given texts.
 
 Phi-2 uses CodeGen's tokenizer: GPT-2's byte-level BPE, whose ranks come with openai-whisper, and 38 tokens of
 whitespace from id 50257 on: runs of 31 to 2 spaces, then of 9 to 2 tabs.
@@ -38,7 +38,7 @@ def _gpt2_ranks() -> dict[bytes, int]:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge that makes each token: what BPE with lower ranks alone leaves of it is always two parts."""
+    """The merge of each token: BPE with only the lower ranks always splits it into two parts."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) == 1:
@@ -53,10 +53,10 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def phi2_tokenizer() -> PreTrainedTokenizerFast:
-    """Phi-2's tokenizer, token for token.
+    """Return a tokenizer that gives the same tokens as Phi-2's.
 
     Raises:
-        ModelError: If openai-whisper, which brings the ranks, is not installed.
+        ModelError: If openai-whisper, which contains the BPE ranks, is not installed.
     """
     ranks, names = _gpt2_ranks(), _byte_names()
 
@@ -74,11 +74,11 @@ def phi2_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of its own, the same for the same texts.
+    """Train a byte-level BPE tokenizer; equal texts give equal tokenizers.
 
     Args:
-        texts: What to learn merges from.
-        vocabulary: Tokens in all, the 256 bytes and the end of text among them.
+        texts: Training texts.
+        vocabulary: Vocabulary size, including the 256 bytes and the end-of-text token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,1 +1,1 @@
-"""Text that a language model writes: many processes at once, a bounded spool between them and whoever reads it."""
+"""Text generation by a language model: parallel generators, with a bounded shard queue between them and a reader."""

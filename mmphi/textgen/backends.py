@@ -1,4 +1,4 @@
-"""What draws the tokens of many texts at once: transformers' continuous batching, or vLLM where it is installed."""
+"""Sampling backends for many texts at once: transformers' continuous batching, cache slots on a CPU, or vLLM."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from mmphi.errors import ModelError, SettingsError
 
 WAIT_S = 1.0
-PAGE = 32  # Tokens of a page of transformers' cache.
+PAGE = 32  # Tokens per page of transformers' cache.
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """A text to be written.
+    """A request for one text.
 
     Attributes:
-        id: Its own.
-        ids: What it follows.
-        ends: Tokens that end it.
-        longest: Of its tokens.
+        id: Unique ID of the request.
+        ids: Token IDs of the prompt.
+        ends: IDs of the tokens that end the text.
+        longest: Maximum number of new tokens.
     """
 
     id: str
@@ -35,12 +35,12 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class Generation:
-    """A text that was written.
+    """A generated text.
 
     Attributes:
-        id: As it was wanted.
-        ids: Its tokens, the one that ends it among them.
-        logprob: Sum over its tokens under what they were drawn from, in nats.
+        id: ID of its request.
+        ids: Token IDs, including the end token.
+        logprob: Sum of the log-probabilities of its tokens, in nats.
     """
 
     id: str
@@ -50,13 +50,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn.
+    """Sampling parameters.
 
     Attributes:
-        temperature: Logits are divided by it.
-        top_p: Only the likeliest tokens that have this share together; 1 for all.
-        top_k: Only so many likeliest ones; 0 for all.
-        seed: Of the random numbers.
+        temperature: Divisor of the logits.
+        top_p: Total probability of the likeliest tokens to draw from; 1 for all tokens.
+        top_k: Number of the likeliest tokens to draw from; 0 for all tokens.
+        seed: Seed of the random numbers.
     """
 
     temperature: float = 1.0
@@ -66,29 +66,29 @@ class SamplingConfig:
 
     @property
     def as_it_is(self) -> bool:
-        """Whether tokens are drawn from the model's own distribution, so that their log-probabilities are its loss."""
+        """Whether tokens are drawn from the model's own distribution, so that log-probabilities give its loss."""
         return self.temperature == 1.0 and self.top_p == 1.0 and not self.top_k
 
 
 class Sampler(Protocol):
-    """Writes texts, many at once."""
+    """Generates many texts at once."""
 
     def __call__(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
-        """Texts in the order in which they are done; asks for the next one when it has a place for it."""
+        """Yields texts in the order of completion; takes requests only when it has room for them."""
 
 
 def make_sampler(backend: str, model: Any, draw: SamplingConfig, batch: int, longest: int) -> Sampler:
-    """What draws the tokens.
+    """Returns the sampler of a backend.
 
     Args:
         backend: ``transformers``, ``slots`` or ``vllm``.
-        model: Of transformers; for vLLM its folder or name.
-        draw: How.
-        batch: Texts at once.
-        longest: Tokens of a text, with what it follows.
+        model: A transformers model; for vLLM its folder or name.
+        draw: Sampling parameters.
+        batch: Number of texts generated at once.
+        longest: Maximum number of tokens of a text, including its prompt.
 
     Raises:
-        ModelError: If the model cannot be run by it.
+        ModelError: While sampling, if transformers cannot batch the model continuously.
     """
     from mmphi.textgen.slot_sampler import SlotSampler
 
@@ -98,7 +98,7 @@ def make_sampler(backend: str, model: Any, draw: SamplingConfig, batch: int, lon
 
 
 def choose_backend(asked: str) -> tuple[str, str]:
-    """The backend, and why it is that one.
+    """Returns the backend and the reason for it.
 
     Raises:
         SettingsError: If vLLM is asked for and not installed.
@@ -114,7 +114,7 @@ def choose_backend(asked: str) -> tuple[str, str]:
 
 
 class _Transformers:
-    """Continuous batching of transformers: whoever is done leaves the batch, whoever comes joins it."""
+    """transformers' continuous batching: finished texts leave the batch, and new ones join it."""
 
     def __init__(self, model: Any, draw: SamplingConfig, batch: int, longest: int) -> None:
         self.model, self.draw, self.batch, self.longest = model, draw, batch, longest
@@ -131,7 +131,7 @@ class _Transformers:
             top_p=draw.top_p,
             top_k=draw.top_k,
             max_new_tokens=self.longest,
-            eos_token_id=-1,  # Each request has its own.
+            eos_token_id=-1,  # Set per request.
         )
         config = ContinuousBatchingConfig(
             page_size=PAGE,
@@ -139,7 +139,7 @@ class _Transformers:
             max_batch_tokens=max(self.batch, self.longest),
             max_requests_per_batch=self.batch,
             return_logprobs=True,
-            allow_block_sharing=False,  # What texts follow is short.
+            allow_block_sharing=False,  # Prompts are short.
             seed=draw.seed,
         )
         try:
@@ -157,7 +157,7 @@ class _Transformers:
         open_, more = 0, True
         with self._running() as manager:
             while open_ or more:
-                while more and open_ < 2 * self.batch:  # As many wait as are written: no place is ever empty.
+                while more and open_ < 2 * self.batch:  # As many wait as are running: no place is empty.
                     one = next(wanted, None)
                     if one is None:
                         more = False
@@ -178,7 +178,7 @@ class _Transformers:
 
 
 class _Vllm:
-    """vLLM's engine, a block of texts at a time."""
+    """vLLM's engine, with at most twice ``batch`` open requests."""
 
     def __init__(self, model: Any, draw: SamplingConfig, batch: int, longest: int) -> None:
         from vllm import LLM
@@ -204,8 +204,8 @@ class _Vllm:
                     top_k=draw.top_k or -1,
                     max_tokens=one.longest,
                     stop_token_ids=list(one.ends),
-                    ignore_eos=True,  # What ends a text is said by ``ends``.
-                    logprobs=0,  # Of the drawn token alone.
+                    ignore_eos=True,  # ``ends`` defines the end tokens.
+                    logprobs=0,  # Only of the drawn token.
                     detokenize=False,
                 )
                 engine.add_request(one.id, TokensPrompt(prompt_token_ids=list(one.ids)), how)

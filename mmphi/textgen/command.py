@@ -1,4 +1,4 @@
-"""``mmphi generators``: generators alone, into a spool that somebody else reads, on as many machines as one likes."""
+"""``mmphi generators``: generators without a reader, which fill a shard queue from any number of machines."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LOOK_S = 1.0
 
 
 def run_generators(settings: TextgenSettings) -> int:
-    """Let generators write until a signal or the time asks them to end; what they have open is written then.
+    """Run generators until a signal or the stop criteria end them; open shards are then written.
 
     Raises:
-        SettingsError: If there is no spool, or nobody to write.
+        SettingsError: If no shard queue is given, or ``generators`` is 0.
     """
     from mmphi.textgen.corpus_store import CorpusManifest
     from mmphi.textgen.generator_pool import GeneratorPool, backend_of

@@ -1,7 +1,7 @@
-"""The clean store: what is kept of all that was written, without copies, up to a size.
+"""Corpus store: documents that pass the filters, without duplicates, up to a size.
 
-What was judged is on disk before the spool is told to let go of it: a ledger, replaced as a whole, says which shards
-there are, how far every source was read, and what was dropped. A killed store goes on from its ledger.
+Results are on disk before their sources are deleted from the shard queue: a ledger, replaced atomically, records the
+store's shards, the position in every source, and what was dropped. A killed process resumes from the ledger.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmphi.textgen.quality import Quality
 from mmphi.textgen.shards import SUFFIX, Document, decode_shard, encode_shard
 
 LEDGER = "store.json"
-SHARD_BYTES = 4_000_000  # Of text, before it is compressed.
+SHARD_BYTES = 4_000_000  # Characters of a shard, before compression.
 COMMIT_S = 60.0
 EXAMPLES = 3
 SHOWN = 200  # Characters of an example.
@@ -28,22 +28,22 @@ SHOWN = 200  # Characters of an example.
 
 @dataclass
 class CorpusManifest:
-    """What a store holds, and how it came to it.
+    """Contents of a store, and counts of what was dropped.
 
     Attributes:
-        shards: Name, compressed bytes, documents and digest of each.
-        position: How far each source was read.
-        documents: Kept.
-        characters: In them.
-        tokens: The generator's, in those that have any.
-        nats: Sum of their log-probabilities, negative, by kind: ``prompted`` or ``free``.
-        scored: Tokens of those that have one, by kind.
-        generators: Documents by generator and its digest.
-        dropped: Documents by reason.
-        unread: What of each source was no document, by reason; part of ``dropped``.
-        examples: Some of each reason: name, begin of the text, and of what it is a copy.
-        content: Digest of all documents that are kept, in their order.
-        full: Whether nothing more fits.
+        shards: Name, compressed bytes, documents and SHA-256 digest of each shard.
+        position: Number of documents or shards read, by source.
+        documents: Number of documents kept.
+        characters: Characters in them.
+        tokens: Generator tokens in them.
+        nats: Sum of their log-probabilities (negative), by kind: ``prompted`` or ``free``.
+        scored: Tokens of the documents with a log-probability, by kind.
+        generators: Number of documents by generator and model digest.
+        dropped: Number of documents dropped, by reason.
+        unread: Records of each source that are not documents, by reason; included in ``dropped``.
+        examples: Examples of dropped documents by reason: ID, beginning of the text, and ID of the original of a copy.
+        content: Digest of all kept documents, in order.
+        full: Whether the size limit is reached.
     """
 
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -62,27 +62,27 @@ class CorpusManifest:
 
     @property
     def bytes(self) -> int:
-        """Of all shards, compressed."""
+        """Compressed size of all shards."""
         return sum(int(shard["bytes"]) for shard in self.shards)
 
     @property
     def digest(self) -> str:
-        """Of all that is kept, in its order; it does not hang on when shards were closed."""
+        """Digest of all kept documents, in order; independent of shard boundaries."""
         return self.content
 
 
 class CorpusStore:
-    """Keeps documents that are clean and new.
+    """Keeps documents that pass the quality filters and are not duplicates.
 
     Args:
-        folder: Where it is written; existing results are kept.
-        limit: Bytes, compressed.
-        quality: Says what is not worth keeping.
-        language: ISO 639-3 code of the words.
-        say: Told of what goes wrong.
+        folder: Folder of the store; existing results are kept.
+        limit: Maximum size of the compressed shards, in bytes.
+        quality: Quality filters.
+        language: ISO 639-3 code of the language.
+        say: Receives messages.
 
     Raises:
-        StoreError: If what is there is damaged.
+        StoreError: If an existing shard is missing or changed.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class CorpusStore:
         self._open_bytes, self._committed = 0, time.monotonic()
 
     def offer(self, documents: Sequence[Document], source: str, position: int) -> None:
-        """Judge documents, and keep what is good; ``source`` was read up to ``position`` then."""
+        """Filter documents and keep the good ones; ``position`` is the position in ``source`` after them."""
         for document in documents:
             if self.manifest.full:
                 break
@@ -120,7 +120,7 @@ class CorpusStore:
             self.commit()
 
     def unread(self, source: str, skipped: Mapping[str, int]) -> None:
-        """Note what of a source, read from its begin, was no document: of a source that is read again, what is new."""
+        """Record counts of records that are not documents, since the beginning of a source; replaces earlier counts."""
         before = self.manifest.unread.get(source, {})
         for reason, count in skipped.items():
             if new := count - before.get(reason, 0):
@@ -128,7 +128,7 @@ class CorpusStore:
         self.manifest.unread[source] = dict(skipped)
 
     def commit(self) -> None:
-        """Write what was judged: after this, sources may let go of it."""
+        """Write open documents and the ledger; sources may then delete what was read."""
         if self._open and not self.manifest.full:
             content = encode_shard(self._open)
             if self.manifest.bytes + len(content) > self.limit:
@@ -143,7 +143,7 @@ class CorpusStore:
 
     @property
     def committed(self) -> dict[str, int]:
-        """How far each source was read, by what is on disk."""
+        """Position in each source, according to the ledger on disk."""
         if not (self.folder / LEDGER).exists():
             return {}
         return dict(json.loads((self.folder / LEDGER).read_text())["position"])
@@ -162,7 +162,7 @@ class CorpusStore:
             shown.append({"id": document.id, "begin": begin} | ({"copy of": of} if of else {}))
 
     def _fitting(self) -> tuple[list[Document], bytes]:
-        """As many of the open documents as fit."""
+        """As many of the open documents as fit, and their shard."""
         low, high = 0, len(self._open)
         while low < high:
             middle = (low + high + 1) // 2
@@ -194,7 +194,7 @@ class CorpusStore:
 
 
 def stored(folder: Path) -> list[Document]:
-    """All documents of a store, in order.
+    """Returns all documents of a store, in order.
 
     Raises:
         StoreError: If a shard is missing or changed.
@@ -215,5 +215,5 @@ def stored(folder: Path) -> list[Document]:
 
 
 def floors(manifest: CorpusManifest) -> Mapping[str, float]:
-    """Loss of the generator on its own text, in nats per token, by kind: no student can be expected below it."""
+    """Returns the generator's loss on its own text in nats per token, by kind; students cannot be expected below."""
     return {kind: -manifest.nats[kind] / tokens for kind, tokens in manifest.scored.items() if tokens}

@@ -1,4 +1,4 @@
-"""What a store is, for whoever finds it: after Gebru et al. 2021, "Datasheets for Datasets"."""
+"""Datasheet of a corpus store, after Gebru et al. 2021, "Datasheets for Datasets"."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ HEAD = """# Datasheet
 
 
 def datasheet(manifest: CorpusManifest, settings: Mapping[str, Any], *, run_id: str, when: str) -> str:
-    """The datasheet of a store, in markdown.
+    """Returns the datasheet of a store, in Markdown.
 
     Args:
-        manifest: What it holds.
-        settings: It was made by.
-        run_id: It was made in.
-        when: It was finished.
+        manifest: Manifest of the store.
+        settings: Settings that the store was made with.
+        run_id: ID of the run that made the store.
+        when: Time at which the store was finished.
     """
     judged = manifest.documents + sum(manifest.dropped.values())
     rows = [

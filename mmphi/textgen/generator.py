@@ -1,4 +1,4 @@
-"""One process that writes: a model, what it is asked for, and the spool that its shards go to."""
+"""Generator process: samples documents from a model and writes them to a shard queue."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from mmphi.textgen.backends import Generation, SamplingConfig, SamplingRequest
 from mmphi.textgen.prompts import Prompts
 from mmphi.textgen.shards import Document, ShardName, encode_shard
 
-BEGINNING = "<|endoftext|>"  # What stands between the documents that GPT-2's and its successors' models were shown.
-STOP = "stop"  # A file that tells all to end.
+BEGINNING = "<|endoftext|>"  # Separator of the training documents of GPT-2 and its successors.
+STOP = "stop"  # A file that requests all generators to stop.
 TELL_S = 5.0
-SHARD_S = 60.0  # A shard is closed after so long, however few documents it has: readers wait for it.
+SHARD_S = 60.0  # Maximum age of an open shard, so that readers do not wait for a full one.
 HALF = "�"
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What a generator is told.
+    """Configuration of a generator.
 
     Attributes:
-        settings: Of the writing.
-        stream: Name of what this start of it writes.
-        backend: What draws the tokens.
-        threads: Of the processor; 0 leaves it.
+        settings: Text generation settings.
+        stream: Name of the stream that it writes; unique for each start.
+        backend: Sampling backend.
+        threads: CPU threads; 0 keeps torch's default.
     """
 
     settings: dict[str, Any]
@@ -46,17 +46,17 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class GeneratorStatus:
-    """How far a generator is.
+    """Progress of a generator.
 
     Attributes:
-        documents: Written to the spool.
-        tokens: In them.
-        drawn: Tokens of all texts that came to an end, in an open shard or dropped, too.
-        shards: Written.
-        dropped: Texts that were no document, by reason.
-        ready_s: Seconds until it began to write.
-        busy_s: Seconds in which it wrote.
-        waited_s: Seconds in which the spool had no room.
+        documents: Documents written to the queue.
+        tokens: Tokens in them.
+        drawn: Tokens of all completed texts, including those in an open shard and dropped ones.
+        shards: Shards written.
+        dropped: Texts that are not documents, by reason.
+        ready_s: Seconds until generation began.
+        busy_s: Seconds of generation.
+        waited_s: Seconds of waiting for the queue.
     """
 
     documents: int = 0
@@ -84,30 +84,30 @@ class GeneratorStatus:
 
 
 class ShardSink(Protocol):
-    """Whom a generator gives what it wrote, and who tells it to end."""
+    """Destination for generated shards, and the stop signal."""
 
     @property
     def waited_s(self) -> float:
-        """Seconds in which there was no room."""
+        """Seconds of waiting for room."""
 
     def put(self, name: ShardName, content: bytes) -> bool:
-        """Write a shard as soon as there is room; whether that came before the end."""
+        """Write a shard as soon as there is room; returns False if stopped before."""
 
     def tell(self, status: GeneratorStatus) -> None:
-        """Say how far it is."""
+        """Report the generator's progress."""
 
     def stopping(self) -> bool:
-        """Whether it shall end."""
+        """Whether the generator should stop."""
 
 
 class FolderSink:
-    """The desk of a process beside the one that started it: a spool, and a folder where the two tell each other.
+    """Sink of a local process: a shard queue, and a folder for its status and the stop signal.
 
     Args:
-        spool: Its URL.
-        limit: Bytes that may wait in it.
-        status: File to tell the state in; a file ``stop`` beside it tells it to end.
-        parent: Process without which it ends.
+        spool: URL of the shard queue.
+        limit: Maximum number of bytes that wait in the queue.
+        status: File for the status; a file ``stop`` in the same folder requests the generator to stop.
+        parent: ID of the parent process; the generator stops when its parent is another one.
     """
 
     def __init__(self, spool: str, limit: int, status: Path, parent: int) -> None:
@@ -126,7 +126,7 @@ class FolderSink:
         return self.spool.waited_s
 
     def tell(self, status: GeneratorStatus) -> None:
-        """See :class:`ShardSink`; it is never seen by halves."""
+        """See :class:`ShardSink`; the file is replaced atomically."""
         part = self.status.with_suffix(".part")
         part.write_text(json.dumps(asdict(status)))
         part.replace(self.status)
@@ -137,18 +137,18 @@ class FolderSink:
 
 
 class PromptStream:
-    """What is asked for, text after text: prompted and free ones by their shares, no prompt twice in a row of all.
+    """Endless stream of sampling requests, prompted and free by their shares; no prompt repeats until all were used.
 
     Args:
-        settings: Of the writing.
-        stream: Name, on which the order hangs.
-        language: Whose tokens are written.
+        settings: Text generation settings.
+        stream: Name of the stream, which seeds the order.
+        language: Language model whose prompt format and tokenizer are used.
     """
 
     def __init__(self, settings: TextgenSettings, stream: str, language: Any) -> None:
         self.settings, self.stream, self.language = settings, stream, language
         self.prompts = Prompts(f"{settings.seed}/{stream}")
-        self.asked: dict[str, str] = {}  # The prompts of those that are being written.
+        self.asked: dict[str, str] = {}  # Prompts of open requests, by ID.
         tokenizer = language.tokenizer
         place = tokenizer.get_vocab().get(BEGINNING, tokenizer.bos_token_id)
         self.begin: int = tokenizer.eos_token_id if place is None else place
@@ -170,12 +170,12 @@ class PromptStream:
 
 
 def document_of(written: Generation, wants: PromptStream, seed: int, as_it_is: bool) -> Document | str:
-    """A text as a document; or why it is none."""
+    """Returns a generated text as a document, or the reason why it is not one."""
     prompt = wants.asked.pop(written.id)
     ended = written.ids[-1] in wants.ends
     language = wants.language
     text = language.tokenizer.decode(written.ids[: len(written.ids) - ended], skip_special_tokens=True)
-    text = text.rstrip(HALF).strip()  # A letter may be cut in two where a text is cut off.
+    text = text.rstrip(HALF).strip()  # A truncated text may end within a multi-byte character.
     if not text:
         return "nothing written"
     if not math.isfinite(written.logprob):
@@ -186,11 +186,11 @@ def document_of(written: Generation, wants: PromptStream, seed: int, as_it_is: b
 
 
 def write_shards(order: GeneratorConfig, pool: ShardSink) -> None:
-    """Write until told to end.
+    """Generate documents and write shards until stopped.
 
     Args:
-        order: What is written.
-        pool: Where it goes.
+        order: Configuration of the generator.
+        pool: Destination of shards and status.
     """
     import torch
 
@@ -253,7 +253,7 @@ def write_shards(order: GeneratorConfig, pool: ShardSink) -> None:
 
 
 def main(written: Path) -> None:
-    """The generator of a file, which says what it is told."""
+    """Run a generator with the configuration in a file."""
     keep_freed_memory()
     order, spool, status, parent = json.loads(written.read_text())
     limit = int(TextgenSettings(**order["settings"]).spool_mb * 1e6)

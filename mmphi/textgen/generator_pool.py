@@ -1,4 +1,4 @@
-"""The generators that a command runs: started, watched, started again when they die, and ended."""
+"""Generators of a command: started, monitored, restarted when they die, and stopped."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from mmphi.textgen.launchers import Launcher, ProcessLauncher, RunningGenerator
 from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shards import HOST
 
-HOPELESS = 3  # Starts in a row that wrote nothing: it is not the machine then.
+HOPELESS = 3  # Consecutive starts without output, after which the pool gives up.
 END_S = 20.0
 NOTES = "starts.json"
 
 
 @dataclass
 class PoolMember:
-    """One place in the fleet, whoever fills it now.
+    """One place of the pool, with its current generator.
 
     Attributes:
-        number: Of the place.
-        starts: How often it was filled.
-        fruitless: Starts in a row that wrote nothing.
-        stream: What the present one writes, or the last one wrote.
-        running: Who fills it.
-        before: What earlier ones of this place wrote.
+        number: Number of the place.
+        starts: Number of generators started in it.
+        fruitless: Consecutive starts without output.
+        stream: Stream of the current or last generator.
+        running: The current generator.
+        before: Total status of earlier generators of this place.
     """
 
     number: int
@@ -47,26 +47,26 @@ class PoolMember:
 
     @property
     def written(self) -> GeneratorStatus:
-        """What all of this place wrote together."""
+        """Total status of all generators of this place."""
         return self.before if self.running is None else self.before + self.running.told()
 
     def ended(self) -> None:
-        """Nobody fills it any longer."""
+        """Add the status of the current generator to ``before``, and clear the place."""
         self.before, self.running = self.written, None
 
 
 class GeneratorPool:
-    """Generators, each in its place.
+    """A fixed number of generators.
 
-    Every start has a stream of its own, so that a text is never drawn twice: one that dies costs the shard it had
-    open, and whoever takes its place goes on elsewhere.
+    A crashed generator restarts with a new random stream, so that no text is drawn twice; only its unfinished shard is
+    lost.
 
     Args:
-        settings: Of the writing.
-        spool: URL of the spool.
-        folder: Where they tell their state.
-        backend: What draws the tokens.
-        say: Told of those that die.
+        settings: Text generation settings.
+        spool: URL of the shard queue.
+        folder: Folder of the generators' status files.
+        backend: Sampling backend.
+        say: Receives a message for each generator that dies.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GeneratorPool:
                 f"textgen.host = {self.host!r} has other characters than letters, digits, dots and underscores",
                 "readers find shards by such names: take one without hyphens and spaces",
             )
-        if settings.spool and not settings.host:  # Others may write there, too, and this machine may be another soon.
+        if settings.spool and not settings.host:  # Others may use the queue, and hostnames may be reused.
             own = self._own_id()
             self.host = f"{re.sub(r'[^A-Za-z0-9]', '_', socket.gethostname())}.{own}"
         self._found = (settings, spool, folder, backend)
@@ -94,17 +94,17 @@ class GeneratorPool:
         self.begun = time.monotonic()
 
     def start(self) -> None:
-        """Fill every place."""
+        """Start all generators."""
         self.places = launcher_of(*self._found, say=self.say)
         self.members = [PoolMember(number) for number in range(self.places.count)]
         for member in self.members:
             self._fill(member)
 
     def watch(self) -> None:
-        """Fill the places of those that have died.
+        """Restart the generators that have died.
 
         Raises:
-            ModelError: If one dies again and again and writes nothing.
+            ModelError: If a generator dies repeatedly without writing anything.
         """
         for member in self.members:
             if member.running is None or (why := member.running.why_ended()) is None:
@@ -117,7 +117,7 @@ class GeneratorPool:
             self._fill(member)
 
     def stop(self) -> None:
-        """End all of them; what each has open is written, where there is room."""
+        """Stop all generators; open shards are written if there is room."""
         if self.places is None:
             return
         self.places.stop()
@@ -137,7 +137,7 @@ class GeneratorPool:
         self.stop()
 
     def rows(self) -> list[dict[str, Any]]:
-        """How far each is: documents, tokens, tokens a second, share of its time that it wrote, starts."""
+        """Returns each generator's progress: documents, tokens, rates, busy share, waiting time, starts and drops."""
         found = []
         age = max(time.monotonic() - self.begun, 1e-9)
         for member in self.members:
@@ -158,12 +158,12 @@ class GeneratorPool:
         return found
 
     def _notes(self) -> dict[str, Any]:
-        """What is noted in the folder."""
+        """Contents of the notes file in the folder."""
         path = self.folder / NOTES
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
     def _own_id(self) -> str:
-        """What tells this machine from others of its name, over all calls with this folder."""
+        """Random ID that distinguishes machines of the same hostname; stored in the folder."""
         notes = self._notes()
         if "id" not in notes:
             notes["id"] = secrets.token_hex(4)
@@ -174,10 +174,10 @@ class GeneratorPool:
         return str(notes["id"])
 
     def _fill(self, member: PoolMember) -> None:
-        """Start whoever fills a place now, under a stream that nobody had."""
+        """Start a generator in a place, with a new stream."""
         assert self.places is not None
         member.starts += 1
-        # Earlier versions noted the starts beside the state of the generators.
+        # Earlier versions stored the number of starts in the notes file.
         member.stream = self._spool.begin_stream(
             f"{self.host}-{member.number}", after=int(self._notes().get(str(member.number), 0))
         )
@@ -187,10 +187,10 @@ class GeneratorPool:
 def launcher_of(
     settings: TextgenSettings, spool: str, folder: Path, backend: str, say: Callable[[str], None] = print
 ) -> Launcher:
-    """Where the settings want generators to run.
+    """Returns the launcher that the settings select.
 
     Raises:
-        SettingsError: If there is no cluster where one is named.
+        SettingsError: If a Ray cluster is named, and Ray is not installed or the cluster is not found.
     """
     if not settings.ray:
         return ProcessLauncher(settings, spool, folder, backend)
@@ -200,7 +200,7 @@ def launcher_of(
 
 
 def backend_of(settings: TextgenSettings, say: Callable[[str], None] = print) -> str:
-    """What draws the tokens, chosen for this machine and told; in a cluster each machine chooses by itself.
+    """Returns the sampling backend for this machine, and reports it; in a cluster each machine chooses its own.
 
     Raises:
         SettingsError: If vLLM is asked for and not installed.

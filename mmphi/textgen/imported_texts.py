@@ -1,4 +1,4 @@
-"""Texts from elsewhere as documents, to be judged as those that a model wrote."""
+"""Imported texts as documents, for the same filters as generated ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mmphi.textgen.shards import Document
 
 
 def documents_of(source: TextSourceSettings, report: TextReport) -> Iterator[Document]:
-    """The documents of a source of texts, in its order.
+    """Yields the documents of a text source, in order.
 
     Args:
-        source: As the settings have it.
-        report: Counts what was read.
+        source: Settings of the source.
+        report: Counts of what was read, updated in place.
     """
     pieces = read_texts(
         source.path,

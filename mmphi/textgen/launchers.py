@@ -1,4 +1,4 @@
-"""Where generators run: as processes of this machine, or anywhere in a Ray cluster."""
+"""Launchers of generators: processes of this machine, or tasks in a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from mmphi.textgen.generator import STOP, GeneratorConfig, GeneratorStatus
 
 
 class RunningGenerator(Protocol):
-    """A generator that was started."""
+    """A started generator."""
 
     def why_ended(self) -> str | None:
-        """Why it ended, in a line; ``None`` while it runs."""
+        """Returns why it ended, in one line; ``None`` while it runs."""
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended within so many seconds."""
+        """Wait at most ``seconds``; returns whether it ended."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """Terminate it immediately."""
 
     def told(self) -> GeneratorStatus:
-        """What it told last."""
+        """Returns the last reported status."""
 
 
 class Launcher(Protocol):
-    """Where generators run.
+    """Starts and stops generators.
 
     Attributes:
-        count: How many at a time.
+        count: Number of generators that run at a time.
     """
 
     count: int
 
     def start(self, stream: str, number: int) -> RunningGenerator:
-        """Start one that writes a stream, in the place of a number."""
+        """Start a generator that writes a stream, in place ``number`` of the pool."""
 
     def stop(self) -> None:
-        """Tell all of them to end."""
+        """Request all generators to stop."""
 
 
 class ProcessLauncher:
-    """Processes of this machine, each on a GPU of its own where there are any.
+    """Processes of this machine, distributed over its GPUs if there are any.
 
     Args:
-        settings: Of the writing.
-        spool: URL of the spool.
-        folder: Where they tell their state.
-        backend: What draws the tokens.
+        settings: Text generation settings.
+        spool: URL of the shard queue.
+        folder: Folder of the generators' configuration, status and log files.
+        backend: Sampling backend.
     """
 
     def __init__(self, settings: TextgenSettings, spool: str, folder: Path, backend: str) -> None:
@@ -82,7 +82,7 @@ class ProcessLauncher:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | own,
-                start_new_session=True,  # Ctrl-C is for whoever watches; they are told to end, and close their shards.
+                start_new_session=True,  # Ctrl-C must not kill them before they have written open shards.
             )
         return ProcessGenerator(process, status, log)
 
@@ -96,9 +96,9 @@ class ProcessGenerator:
     """A generator in a process of this machine.
 
     Args:
-        process: Itself.
-        status: Where it tells its state.
-        log: Where it writes what goes wrong.
+        process: The process.
+        status: Its status file.
+        log: File of its output.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], status: Path, log: Path) -> None:
@@ -131,7 +131,7 @@ class ProcessGenerator:
 
 
 def count_of(settings: TextgenSettings) -> int:
-    """Generators of this machine: as many as asked for, else one per GPU, else one for two cores."""
+    """Returns the number of generators on this machine: the setting, else one per GPU, else one per two cores."""
     import torch
 
     if settings.generators >= 0:

@@ -1,4 +1,4 @@
-"""What is going on, as a table that is drawn again in a terminal, and as a line now and then elsewhere."""
+"""Progress of generators: a live table in a terminal, and a line every 30 s elsewhere."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LINE_S = 30.0
 
 
 class LiveTable:
-    """Shows how far each generator is, and what became of what they wrote.
+    """Shows the progress of each generator, and a line of totals.
 
     Args:
-        rows: Of the generators, as :meth:`mmphi.textgen.generator_pool.GeneratorPool.rows` gives them.
-        below: What stands below them.
-        console: Where to draw.
+        rows: Returns the generators' rows, such as :meth:`mmphi.textgen.generator_pool.GeneratorPool.rows`.
+        below: Returns the text below the table.
+        console: Console to draw on; by default on stderr.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LiveTable:
         self.console.print(self._drawn())
 
     def show(self) -> None:
-        """Draw it as it is now."""
+        """Update the table; outside a terminal, print a line if the last one is older than 30 s."""
         if self._live is not None:
             self._live.update(self._drawn())
         elif time.monotonic() - self._told > LINE_S:

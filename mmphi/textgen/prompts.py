@@ -1,4 +1,4 @@
-"""What a generator is asked to write: every combination of a topic, a reader, a tone and a form, in a seeded order."""
+"""Prompts of generators: every combination of a topic, a reader, a tone and a form, in a seeded order."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ PLAIN = "Write {form} about {topic} for {reader}. The style is {tone}."
 
 
 def topics() -> list[str]:
-    """All topics."""
+    """Returns all topics."""
     return [topic.strip() for line in TOPICS.strip().splitlines() for topic in line.split("|")]
 
 
 class Prompts:
-    """Numbered prompts: no two of the first :meth:`__len__` are the same, then the order starts again.
+    """Numbered prompts; the first ``len(self)`` are distinct, then the order repeats.
 
     Args:
-        seed: Of the order.
+        seed: Seed of the order.
     """
 
     def __init__(self, seed: int | str) -> None:

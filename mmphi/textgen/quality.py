@@ -1,7 +1,7 @@
-"""Which texts are worth keeping: the rules of Gopher and FineWeb as datatrove has them, and what is no text at all.
+"""Quality filters: datatrove's rules of Gopher and FineWeb, and a check for characters that are not text.
 
-datatrove is what FineWeb was made with, and its filters are kept and tested by those who did. Each looks at one
-document, so that they can be asked while text is still being written.
+datatrove is the library that FineWeb was made with, and its authors maintain the filters. Each filter takes one
+document, so that text can be filtered as it is generated.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
-STRANGE = 0.01  # Share of characters that no text has: control characters, halves of letters, private ones.
+STRANGE = 0.01  # Maximum share of control, private-use, unassigned, surrogate and replacement characters.
 
 
 class Quality:
-    """Says why a text is not kept.
+    """Quality filter of single texts.
 
     Args:
-        shortest: Words.
-        longest: Words.
-        language: ISO 639-3 code, as datatrove has it: ``eng``.
+        shortest: Minimum number of words.
+        longest: Maximum number of words.
+        language: ISO 639-3 code of the language, as in datatrove: ``eng``.
     """
 
     def __init__(self, shortest: int, longest: int, language: str = "eng") -> None:
@@ -32,7 +32,7 @@ class Quality:
         ]
 
     def __call__(self, text: str) -> str:
-        """Why a text is not kept; empty where it is."""
+        """Returns why a text is rejected; empty if it is kept."""
         from datatrove.data import Document
 
         if not text.strip():

@@ -1,6 +1,6 @@
-"""Generators anywhere in a Ray cluster: what they write comes to this machine, which has the spool.
+"""Generators in a Ray cluster, which send their shards to this machine's shard queue.
 
-No machine needs to reach the spool but this one, and none needs a folder that all of them see.
+Only this machine needs access to the queue, and no shared folder is needed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mmphi.textgen.generator import GeneratorConfig, GeneratorStatus, write_shar
 from mmphi.textgen.shard_queue import ShardQueue
 from mmphi.textgen.shards import ShardName
 
-CORES = 2  # Of a generator, where there are no GPUs.
+CORES = 2  # Per generator, in clusters without GPUs.
 ASK_S = 1.0
 
 
 class ShardCollector:
-    """Takes what generators of a cluster write, on the machine of the spool.
+    """Receives the shards of a cluster's generators, on the machine of the shard queue.
 
     Args:
-        url: Of the spool.
-        limit: Bytes that may wait in it.
+        url: URL of the shard queue.
+        limit: Maximum number of bytes that wait in the queue.
     """
 
     def __init__(self, url: str, limit: int) -> None:
@@ -36,33 +36,33 @@ class ShardCollector:
         self.spool = ShardQueue(url, limit, stopping=self._ending.is_set)
 
     def put(self, name: ShardName, content: bytes) -> bool:
-        """Write a shard as soon as there is room; one at a time, as the room is counted before it is taken."""
+        """Write a shard as soon as there is room; one at a time, because the check and the write are separate steps."""
         with self._one:
             return self.spool.put(name, content)
 
     def tell(self, stream: str, status: GeneratorStatus) -> None:
-        """Take a generator's state."""
+        """Store a generator's status."""
         self._told[stream] = status
 
     def told(self) -> dict[str, GeneratorStatus]:
-        """What each generator told last, by its stream."""
+        """Returns the last status of each generator, by stream."""
         return self._told
 
     def stop(self) -> None:
-        """Tell all of them to end."""
+        """Request all generators to stop."""
         self._ending.set()
 
     def stopping(self) -> bool:
-        """Whether they shall end."""
+        """Whether the generators should stop."""
         return self._ending.is_set()
 
 
 class RemoteSink:
-    """A generator's way to :class:`ShardCollector`, as :class:`mmphi.textgen.generator.ShardSink` describes it.
+    """Connection of a generator to :class:`ShardCollector`; a :class:`mmphi.textgen.generator.ShardSink`.
 
     Args:
-        post: The actor.
-        stream: What is written.
+        post: Actor of the collector.
+        stream: Stream of the generator.
     """
 
     def __init__(self, post: Any, stream: str) -> None:
@@ -70,7 +70,7 @@ class RemoteSink:
         self._asked, self._ending = 0.0, False
 
     def put(self, name: ShardName, content: bytes) -> bool:
-        """Write a shard as soon as there is room for it."""
+        """Write a shard as soon as there is room; returns False if stopped before."""
         ray = import_ray()
 
         begun = time.monotonic()
@@ -79,13 +79,13 @@ class RemoteSink:
         return written
 
     def tell(self, status: GeneratorStatus) -> None:
-        """Say how far it is."""
+        """Report the generator's progress."""
         ray = import_ray()
 
         ray.get(self.post.tell.remote(self.stream, status))
 
     def stopping(self) -> bool:
-        """Whether it shall end; asked once a second."""
+        """Whether the generator should stop; queried at most once per second."""
         ray = import_ray()
 
         if time.monotonic() - self._asked > ASK_S:
@@ -94,23 +94,23 @@ class RemoteSink:
 
 
 def run_generator(order: dict[str, Any], post: Any) -> None:
-    """One generator, on a machine of the cluster."""
+    """Run one generator on a machine of the cluster."""
     from mmphi.textgen.backends import choose_backend
 
-    backend, _ = choose_backend(order["settings"]["backend"])  # What that machine has, and not this one.
+    backend, _ = choose_backend(order["settings"]["backend"])  # Chosen on the machine that runs it.
     write_shards(GeneratorConfig(**order | {"backend": backend}), RemoteSink(post, order["stream"]))
 
 
 class RayLauncher:
-    """Places in a cluster: one per GPU where there are any, else one for two cores.
+    """Generators as tasks in a Ray cluster; by default one per GPU, or per two cores without GPUs.
 
     Args:
-        settings: Of the writing.
-        spool: URL of the spool, as this machine sees it.
-        say: Told what the cluster has.
+        settings: Text generation settings.
+        spool: URL of the shard queue, as seen by this machine.
+        say: Receives a message with the resources of the cluster.
 
     Raises:
-        SettingsError: If Ray is not installed, or there is no cluster.
+        SettingsError: If Ray is not installed, or the cluster is not found.
     """
 
     def __init__(self, settings: TextgenSettings, spool: str, say: Callable[[str], None] = print) -> None:
@@ -141,19 +141,19 @@ class RayLauncher:
 
 
 class RayGenerator:
-    """A generator that Ray runs, as :class:`mmphi.textgen.launchers.RunningGenerator` describes it.
+    """A generator run by Ray; a :class:`mmphi.textgen.launchers.RunningGenerator`.
 
     Args:
-        task: What it gives when it ends.
-        post: Where it tells its state.
-        stream: What it writes.
+        task: Reference to the result of its task.
+        post: Actor that receives its status.
+        stream: Stream that it writes.
     """
 
     def __init__(self, task: Any, post: Any, stream: str) -> None:
         self.task, self.post, self.stream = task, post, stream
 
     def why_ended(self) -> str | None:
-        """Why it ended, in a line; ``None`` while it runs."""
+        """Returns why it ended, in one line; ``None`` while it runs."""
         ray = import_ray()
 
         if not self.wait(0):
@@ -165,19 +165,19 @@ class RayGenerator:
         return "it came to an end"
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended within so many seconds."""
+        """Wait at most ``seconds``; returns whether it ended."""
         ray = import_ray()
 
         return bool(ray.wait([self.task], timeout=seconds)[0])
 
     def kill(self) -> None:
-        """End it at once."""
+        """Terminate it immediately."""
         ray = import_ray()
 
         ray.cancel(self.task, force=True)
 
     def told(self) -> GeneratorStatus:
-        """What it told last."""
+        """Returns the last reported status."""
         ray = import_ray()
 
         found: GeneratorStatus = ray.get(self.post.told.remote()).get(self.stream, GeneratorStatus())

@@ -1,4 +1,4 @@
-"""The bounded place between those who write and those who read: a folder, or any URL that fsspec knows."""
+"""Bounded shard queue between generators and a reader: a folder, or any URL that fsspec supports."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mmphi.textgen.shards import Document, ShardName, decode_shard
 SHARDS, TAKEN, BAD, STARTS = "shards", "taken", "bad", "starts"
 WAIT_S = 0.5
 PATIENCE_S = 600.0
-ANSWER_S = 60.0  # Of one request; s3fs asks several times by itself before.
+ANSWER_S = 60.0  # Timeout of one request, including s3fs's own retries.
 NO_KEYS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class QueuedShard:
-    """A shard in the spool.
+    """A shard in the queue.
 
     Attributes:
-        name: Its name.
-        bytes: Compressed.
+        name: Name of the shard.
+        bytes: Compressed size.
     """
 
     name: ShardName
@@ -36,20 +36,19 @@ class QueuedShard:
 
 
 class ShardQueue:
-    """Shards that were written and not yet let go.
+    """Queue of shards that were written and not yet deleted.
 
-    What waits to be read is limited; what was taken is its reader's until that lets go of it, and in the way of
-    nobody who writes. A shard is there whole or not at all. What does not answer, or has no room, is asked again until
-    ``patience_s`` is over: a bucket may be gone for minutes, and a disk that is full now may have room when a reader
-    has let go of something.
+    The total size of waiting shards is limited. Shards that a reader has taken stay until the reader deletes them, and
+    do not count towards the limit. Shards are written atomically. Failed requests, and writes to a full disk, are
+    retried for up to ``patience_s``: a bucket may be unavailable for minutes, and readers may free disk space.
 
     Args:
         url: Folder, or URL of a bucket.
-        limit: Bytes that all shards which wait may have together; 0 for any.
-        say: Told what is waited for, once each time.
-        patience_s: How long anything is waited for.
-        stopping: Asked while waiting; waiting ends when it says so.
-        **options: Of the file system, such as ``endpoint_url``.
+        limit: Maximum total size of waiting shards, in bytes; 0 for no limit.
+        say: Receives a message at the start of each wait.
+        patience_s: Maximum duration of retries, in seconds.
+        stopping: Called while waiting; waiting ends when it returns True.
+        **options: Options of the file system, such as ``endpoint_url``.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class ShardQueue:
         self.files: Any = found
         self.root = str(root).rstrip("/")
         self.waited_s = 0.0
-        # aiohttp waits without end for a server that was asked whether it would take a file, and says nothing.
+        # Without it, aiohttp waits forever for a server that does not answer whether it accepts an upload.
         self._within = {"timeout": ANSWER_S} if isinstance(found, fsspec.asyn.AsyncFileSystem) else {}
         self._local = "file" in (found.protocol if isinstance(found.protocol, tuple) else (found.protocol,))
         if self._local:
@@ -83,26 +82,26 @@ class ShardQueue:
         """Write a shard as soon as there is room for it.
 
         Returns:
-            Whether it was written: not where waiting was ended.
+            Whether it was written; False if ``stopping`` ended the wait.
         """
-        # For as long as it takes: readers that are slow are nothing wrong.
+        # Without a time limit: slow readers are not an error.
         if not self._until(lambda: self._has_room(len(content)), "readers to let go of something", math.inf):
             return False
         return self._asked(lambda: self._write(f"{self.root}/{SHARDS}/{name}", content)) is not None
 
     def held(self) -> list[QueuedShard]:
-        """All shards that wait, stream by stream in the order of their numbers."""
+        """Returns all waiting shards, sorted by stream and number."""
         return sorted(self._asked(lambda: self._list(SHARDS)) or [], key=lambda held: held.name)
 
     def taken(self) -> list[QueuedShard]:
-        """All shards that were taken and not let go of, in the same order."""
+        """Returns all shards that were taken and not deleted, sorted by stream and number."""
         return sorted(self._asked(lambda: self._list(TAKEN)) or [], key=lambda held: held.name)
 
     def read(self, name: ShardName) -> list[Document]:
-        """The documents of a shard, whether it waits or was taken.
+        """Returns the documents of a shard, waiting or taken.
 
         Raises:
-            DataError: If it is broken or gone.
+            DataError: If the shard is damaged or missing.
         """
         for place in (TAKEN, SHARDS):
             with contextlib.suppress(FileNotFoundError):
@@ -113,10 +112,10 @@ class ShardQueue:
         raise DataError(f"{name} is not in the spool {self.url}")
 
     def take(self, name: ShardName) -> list[Document]:
-        """The documents of a shard that waits; it makes room for others, and stays until it is let go of.
+        """Returns the documents of a waiting shard, which counts as taken from then on.
 
         Raises:
-            DataError: If it is broken; it is set aside then.
+            DataError: If the shard is missing or damaged; a damaged one is moved to the folder ``bad``.
         """
         try:
             documents = self.read(name)
@@ -127,27 +126,27 @@ class ShardQueue:
         return documents
 
     def count_as_taken(self, name: ShardName) -> None:
-        """Count a shard that waits as taken, unread."""
+        """Mark a waiting shard as taken, without reading it."""
         self._move(name, SHARDS, TAKEN)
 
     def put_back(self, name: ShardName) -> None:
-        """Let a shard that was taken wait again."""
+        """Return a taken shard to the waiting ones."""
         self._move(name, TAKEN, SHARDS)
 
     def let_go(self, name: ShardName) -> None:
-        """Delete a shard; one that is gone already is no error."""
+        """Delete a shard; a missing one is not an error."""
         for place in (SHARDS, TAKEN):
             self._asked(partial(self._delete, f"{self.root}/{place}/{name}"))
 
     def begin_stream(self, place: str, after: int = 0) -> str:
-        """Name of a stream that nobody had before; it is noted here, where all who write to this spool see it.
+        """Returns a new, unused stream name, and records it in the queue, which all writers share.
 
         Args:
-            place: Who writes it: host and number of the generator, ``host-3``.
-            after: Number of a start that is noted elsewhere.
+            place: Host and number of the generator, such as ``host-3``.
+            after: Highest start number that is recorded elsewhere.
 
         Raises:
-            StoreError: If the spool does not answer.
+            StoreError: If the file system does not answer, or ``stopping`` ended the wait.
         """
         last = after
         for name in (SHARDS, TAKEN, BAD, STARTS):
@@ -160,17 +159,17 @@ class ShardQueue:
         return stream
 
     def size(self) -> int:
-        """Bytes of all shards that wait."""
+        """Returns the total size of all waiting shards, in bytes."""
         return sum(held.bytes for held in self.held())
 
     def _has_room(self, size: int) -> bool:
         if not self.limit:
             return True
         held = self.size()
-        return held + size <= self.limit or not held  # One that is larger than the spool alone goes alone.
+        return held + size <= self.limit or not held  # A shard above the limit is accepted alone.
 
     def _names(self, place: str) -> list[str]:
-        """Names of all files of a folder."""
+        """Names of all files in a folder."""
         self.files.invalidate_cache()
         try:
             found = self.files.ls(f"{self.root}/{place}", detail=False, **self._within)
@@ -183,14 +182,14 @@ class ShardQueue:
         try:
             found = self.files.ls(f"{self.root}/{place}", detail=True, **self._within)
         except FileNotFoundError:
-            return []  # A bucket has no folders before there is something in them.
+            return []  # A bucket has no empty folders.
         named = ((ShardName.parse(each["name"].rsplit("/", 1)[-1]), each["size"]) for each in found)
         return [QueuedShard(name, int(size or 0)) for name, size in named if name is not None]
 
     def _write(self, path: str, content: bytes) -> bool:
         if not self._local:
             try:
-                self.files.pipe_file(path, content, **self._within)  # Object stores show an object when it is whole.
+                self.files.pipe_file(path, content, **self._within)  # Object stores write objects atomically.
             except FileNotFoundError as error:
                 raise StoreError(f"there is no bucket for the spool {self.url}: {error}", "make it first") from error
             return True
@@ -200,14 +199,14 @@ class ShardQueue:
             self.files.mv(part, path)
         except OSError:
             if self.files.exists(part):
-                self.files.rm_file(part)  # Half of it would take the room that is waited for.
+                self.files.rm_file(part)  # It would occupy the space that is waited for.
             raise
         return True
 
     def _move(self, name: ShardName, before: str, after: str) -> None:
         def moved() -> bool:
             source, target = f"{self.root}/{before}/{name}", f"{self.root}/{after}/{name}"
-            with contextlib.suppress(FileNotFoundError):  # As after an answer that was lost on its way.
+            with contextlib.suppress(FileNotFoundError):  # Moved before, but the response was lost.
                 if self._local:
                     self.files.mv(source, target)
                 else:
@@ -223,7 +222,7 @@ class ShardQueue:
         return True
 
     def _asked(self, act: Callable[[], T]) -> T | None:
-        """What a file system says, asked again while it does not answer; ``None`` where waiting was ended."""
+        """Result of a file system call, which is retried while it fails; ``None`` if ``stopping`` ended the wait."""
         found: list[T] = []
         why: list[Exception] = []
 
@@ -232,7 +231,7 @@ class ShardQueue:
                 found.append(act())
             except (FileNotFoundError, StoreError):
                 raise
-            except Exception as error:  # Each file system has errors of its own.
+            except Exception as error:  # Error types differ between file systems.
                 if self._local and not disk_is_full(error):
                     raise
                 if isinstance(error, PermissionError) or type(error).__name__ in NO_KEYS:
@@ -250,7 +249,7 @@ class ShardQueue:
     def _until(
         self, happened: Callable[[], bool], what: str | Callable[[], str], patience_s: float | None = None
     ) -> bool:
-        """Wait until something happened; whether it did, and waiting was not ended."""
+        """Wait until ``happened`` returns True; returns False if ``stopping`` ended the wait."""
         begun, pause = time.monotonic(), WAIT_S
         while not happened():
             waited = time.monotonic() - begun

@@ -1,4 +1,4 @@
-"""Whoever reads a spool: every shard once, each stream in the order of its numbers."""
+"""Reader of a shard queue: every shard once, each stream in the order of its numbers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mmphi.textgen.shards import Document, ShardName
 
 
 class ShardReader:
-    """Takes shards out of a spool; what was taken stays there until it is let go of.
+    """Takes shards from a queue; taken shards stay in the queue until they are deleted.
 
     Args:
-        spool: Where from.
-        position: To go on from: as :attr:`position` was. Without one, nothing is changed until :meth:`go_on`.
-        say: Told of shards that are broken or missing.
+        spool: Queue to read.
+        position: A former :attr:`position` to resume from. Without one, the queue is unchanged until :meth:`go_on`.
+        say: Receives messages about damaged or missing shards.
 
     Attributes:
-        position: By stream, the number of the shard that comes next.
-        broken: Shards that were set aside, or are missing.
+        position: Number of the next shard, by stream.
+        broken: Number of damaged or missing shards.
     """
 
     def __init__(
@@ -32,24 +32,24 @@ class ShardReader:
             self.go_on(position)
 
     def go_on(self, position: Mapping[str, int]) -> None:
-        """Go on from a position: what was taken after it waits again, what waits before it counts as taken."""
+        """Resume from a position: taken shards after it wait again, waiting shards before it count as taken."""
         self.position = dict(position)
-        for held in self.spool.taken():  # By a reader that was killed before it could note that.
+        for held in self.spool.taken():  # By a reader that was killed before it saved its position.
             if held.name.number >= self.position.get(held.name.stream, 0):
                 self.spool.put_back(held.name)
-        for held in self.spool.held():  # Put back when this reader went on from an earlier position.
+        for held in self.spool.held():  # Put back by an earlier resume from a lower position.
             if held.name.number < self.position.get(held.name.stream, 0):
                 self.spool.count_as_taken(held.name)
 
     def waiting(self) -> list[QueuedShard]:
-        """Shards that were not taken yet: the first of every stream, then the second of every stream, and so on."""
+        """Returns the shards to read next: the first of every stream, then the second of every stream, and so on."""
         left = [h for h in self.spool.held() if h.name.number >= self.position.get(h.name.stream, 0)]
         return sorted(left, key=lambda h: (h.name.number - self.position.get(h.name.stream, 0), h.name.stream))
 
     def take(self, name: ShardName) -> list[Document]:
-        """The documents of a shard that waits; none where it is broken, which is counted and told."""
+        """Returns the documents of a waiting shard; empty if it is damaged, which is counted and reported."""
         expected = self.position.get(name.stream, 0)
-        if name.number > expected:  # A stream is written in order: what is not there by now was lost or set aside.
+        if name.number > expected:  # Streams are written in order: skipped shards were lost or set aside.
             self.broken += name.number - expected
             self.say(f"{name.number - expected} shards of {name.stream} before {name} are missing")
         self.position[name.stream] = name.number + 1
@@ -61,12 +61,12 @@ class ShardReader:
             return []
 
     def everything(self) -> Iterator[tuple[ShardName, list[Document]]]:
-        """All shards that wait now, one after the other."""
+        """Yields the name and the documents of all shards that wait now, and takes them."""
         for held in self.waiting():
             yield held.name, self.take(held.name)
 
     def let_go_before(self, position: Mapping[str, int], but: Container[str] = ()) -> None:
-        """Delete every shard before a position, but some."""
+        """Delete every shard before a position, except those named in ``but``."""
         for held in [*self.spool.taken(), *self.spool.held()]:
             if held.name.number < position.get(held.name.stream, 0) and str(held.name) not in but:
                 self.spool.let_go(held.name)
@@ -74,7 +74,7 @@ class ShardReader:
     def taken_between(
         self, since: Mapping[str, int], until: Mapping[str, int]
     ) -> Iterator[tuple[ShardName, list[Document]]]:
-        """The shards that were taken, from one position on and before another, that are still there."""
+        """Yields the taken shards from position ``since`` on and before ``until`` that were not deleted."""
         for held in self.spool.taken():
             if since.get(held.name.stream, 0) <= held.name.number < until.get(held.name.stream, 0):
                 yield held.name, self.spool.read(held.name)

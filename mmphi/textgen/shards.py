@@ -1,7 +1,7 @@
-"""What a generator wrote, and the shards that carry it: JSON lines, compressed by zstandard, as `datasets` reads.
+"""Documents, and the shards that hold them: JSON lines compressed by zstandard, which `datasets` can read.
 
-A shard's name says which stream of a generator it is of and which number it has there; a stream's shards are numbered
-without gaps, so that whoever reads them knows by one number per stream what it has had.
+The name of a shard contains its stream and its number in the stream. Numbers have no gaps, so that one number per
+stream is a reader's position.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ NAME = re.compile(rf"(?P<stream>{HOST.pattern}-\d+-\d+)-(?P<number>\d{{6,}}){re.
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it comes from.
+    """A text and its origin.
 
     Attributes:
-        id: Stream and number, unlike any other's.
-        text: What was written.
-        prompt: What was asked for; empty where nothing was, and the text follows the begin of text alone.
-        seed: Of the random numbers of the shard that it was drawn with.
-        generator: Name of the model that wrote it.
-        digest: Of that model.
-        logprob: Of its tokens under the generator, given the prompt, in nats: the sum, at most 0. None where
-            tokens were not drawn from the generator as it is (top-p, top-k, another temperature).
-        tokens: The generator's, the one that ends it among them.
-        ended: Whether it came to its end by itself, and not by its length.
+        id: Unique ID: stream and number.
+        text: The text.
+        prompt: The prompt; empty for a text that follows the begin-of-text token alone.
+        seed: Seed of the random numbers of its stream; 0 for imported texts.
+        generator: Name of the model that generated it, or of the source of an imported text.
+        digest: Digest of that model; empty for imported texts.
+        logprob: Sum of the tokens' log-probabilities under the generator, given the prompt, in nats; at most 0. None
+            for imported texts, and if sampling was modified (top-p, top-k, another temperature).
+        tokens: Number of generator tokens, including the end token; 0 for imported texts.
+        ended: Whether it ended by an end token, and not by the length limit.
     """
 
     id: str
@@ -51,11 +51,11 @@ class Document:
 
 
 class ShardName(NamedTuple):
-    """A shard's name.
+    """Name of a shard.
 
     Attributes:
-        stream: Host, generator and its start, ``host-3-1``.
-        number: In the stream, from 0 on.
+        stream: Host, number of the generator and number of its start, such as ``host-3-1``.
+        number: Number in the stream, from 0 on.
     """
 
     stream: str
@@ -66,30 +66,30 @@ class ShardName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> ShardName | None:
-        """Of a file's name; ``None`` where it is no shard."""
+        """Parse a file name; returns ``None`` if it is not a shard."""
         found = NAME.match(name)
         return cls(found["stream"], int(found["number"])) if found else None
 
 
 def encode_shard(documents: Iterable[Document]) -> bytes:
-    """Documents as a shard's content; the same documents give the same bytes."""
+    """Returns documents as the content of a shard; equal documents give equal bytes."""
     lines = "".join(json.dumps(asdict(document), ensure_ascii=False) + "\n" for document in documents)
     content: bytes = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compress(lines.encode())
     return content
 
 
 def decode_shard(content: bytes, name: str) -> list[Document]:
-    """The documents of a shard.
+    """Returns the documents of a shard.
 
     Raises:
-        DataError: If it is cut off or changed.
+        DataError: If the content is truncated or damaged.
     """
     try:
         lines = zstandard.ZstdDecompressor().decompressobj()
         text = lines.decompress(content)
         if not lines.eof:
             raise DataError(f"{name} is cut off")
-        # Not by `splitlines`: it ends lines at characters that stand in a text as they are, such as U+2028.
+        # Not by `splitlines`: it splits at characters that are not escaped in JSON, such as U+2028.
         return [Document(**json.loads(line)) for line in text.decode().split("\n") if line]
     except (zstandard.ZstdError, ValueError, TypeError) as error:
         raise DataError(f"{name} is no whole shard: {error}") from error

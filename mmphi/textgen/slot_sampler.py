@@ -1,4 +1,4 @@
-"""Texts written in slots that are taken once, one token of every text in each pass: for a processor."""
+"""Sampling in fixed cache slots, one token of every text per forward pass, for CPUs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mmphi.textgen.backends import Generation, SamplingConfig, SamplingRequest
 
 
 class SlotSampler:
-    """One token of every text in each pass, in slots that are taken once: for a processor.
+    """Samples one token of every text per forward pass, in fixed cache slots; for CPUs.
 
-    transformers' own continuous batching puts all texts in one row and masks each from the others, which costs as many
-    times the attention as there are texts.
+    transformers' continuous batching puts all texts in one row under a mask, which multiplies the cost of attention by
+    the number of texts.
     """
 
     def __init__(self, model: Any, draw: SamplingConfig, batch: int, longest: int) -> None:
@@ -37,7 +37,7 @@ class SlotSampler:
         more = True
         while True:
             done: list[_Open] = []
-            with torch.inference_mode():  # Not where others go on with what is given to them.
+            with torch.inference_mode():  # Not around ``yield``, where the mode would apply to the caller.
                 while more and len(open_) < self.batch:
                     one = next(wanted, None)
                     if one is None:
@@ -55,7 +55,7 @@ class SlotSampler:
                 yield Generation(each.wanted.id, tuple(each.ids), each.logprob)
 
     def _step(self, slots: Any, open_: dict[int, _Open]) -> Iterator[tuple[int, int, float]]:
-        """A token of every text, and its log-probability, by slot."""
+        """Sample a token of every text; yields slot, token ID and log-probability."""
         rows = sorted(open_)
         last = torch.tensor([[open_[slot].next] for slot in rows], device=self.model.device)
         logits = self._pass(slots, rows, [open_[slot].read for slot in rows], last)
@@ -63,21 +63,21 @@ class SlotSampler:
         return zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
 
     def _read(self, slots: Any, slot: int, ids: tuple[int, ...]) -> None:
-        """Read what a text follows, but for its last token, at once."""
+        """Prefill a slot with a prompt without its last token."""
         if ids:
             self._pass(slots, [slot], [0], torch.tensor([ids], device=self.model.device))
 
     def _pass(self, slots: Any, rows: list[int], read: list[int], ids: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) after the last of tokens (R, n), which the slots ``rows`` read, each after ``read`` others."""
+        """Logits (R, V) after the last of tokens (R, n), which are appended to slots ``rows`` at positions ``read``."""
         given = slots.reading(rows, read, ids.shape[1], self.model.device)
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **given).logits
         return logits[:, -1].float()
 
     def _narrowed(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (R, V) of what may be drawn."""
+        """Logits (R, V) after temperature, top-k and top-p."""
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        none: Any = None  # Of what was said none of them wants to know.
+        none: Any = None  # None of them uses the input IDs.
         if self.draw.temperature != 1.0:
             logits = TemperatureLogitsWarper(self.draw.temperature)(none, logits)
         if self.draw.top_k:
@@ -88,11 +88,11 @@ class SlotSampler:
 
 
 def sample_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token of each row (R,) drawn from the distribution that logits (R, V) describe, and its log-probability (R,).
+    """Sample a token ID per row (R,) from logits (R, V); returns it with its log-probability (R,).
 
-    By where a uniform number falls among the cumulated probabilities: one random number a row, where
-    ``torch.multinomial`` takes one for each entry of the vocabulary, which on a processor costs more than the softmax.
-    Cumulated in double precision: in single, rare tokens among 50,000 would be rounded away.
+    Inverse transform sampling needs one uniform number per row. ``torch.multinomial`` draws one per entry of the
+    vocabulary, which on a CPU costs more than the softmax. Probabilities are cumulated in double precision: in single,
+    rare tokens among 50,000 would be lost to rounding.
     """
     odds = torch.log_softmax(logits, dim=-1)
     sums = odds.double().exp_().cumsum_(dim=-1)
@@ -103,22 +103,22 @@ def sample_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass
 class _Open:
-    """A text that is being written, after ``read`` tokens of what it follows and of its own."""
+    """A text being generated, of which ``read`` tokens, prompt and own, are in the cache."""
 
     wanted: SamplingRequest
     logprob: float = 0.0
 
     def __post_init__(self) -> None:
         self.ids: list[int] = []
-        self.read = len(self.wanted.ids) - 1  # The last one is read with the tokens of the others.
+        self.read = len(self.wanted.ids) - 1  # The last one is decoded together with the other texts.
 
     @property
     def next(self) -> int:
-        """The token that comes to be read."""
+        """Next input token."""
         return self.ids[-1] if self.ids else self.wanted.ids[-1]
 
     def heard(self, token: int, logprob: float) -> bool:
-        """Take the token that was drawn after the one that was read; whether it is the last one."""
+        """Append a sampled token; returns whether it completes the text."""
         self.read += 1
         self.ids.append(token)
         self.logprob += logprob

@@ -1,4 +1,4 @@
-"""When enough text is written."""
+"""Stop criteria of text generation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ HINT = "write store, documents 1k, tokens 2M or time 20m; or several, separated 
 
 @dataclass(frozen=True)
 class CorpusStopCriteria:
-    """Conditions, of which the first to hold ends the writing; a full store always does.
+    """Conditions, of which the first to hold ends generation; a full store always does.
 
     Attributes:
-        documents: Kept.
-        tokens: In those that are kept.
-        seconds: Of writing.
+        documents: Number of documents kept.
+        tokens: Tokens in the kept documents.
+        seconds: Seconds of generation.
     """
 
     documents: float = math.inf
@@ -29,19 +29,19 @@ class CorpusStopCriteria:
     seconds: float = math.inf
 
     def reached(self, manifest: CorpusManifest, seconds: float) -> bool:
-        """Whether it is enough."""
+        """Whether a condition holds, or the store is full."""
         few = manifest.documents < self.documents and manifest.tokens < self.tokens and seconds < self.seconds
         return manifest.full or not few
 
 
 def parse_corpus_stop(text: str) -> CorpusStopCriteria:
-    """Conditions as typed.
+    """Parse conditions.
 
     >>> parse_corpus_stop("documents 1k, time 20m")
-    Enough(documents=1000.0, tokens=inf, seconds=1200.0)
+    CorpusStopCriteria(documents=1000.0, tokens=inf, seconds=1200.0)
 
     Raises:
-        SettingsError: If one cannot be read.
+        SettingsError: If a condition cannot be parsed.
     """
     found: dict[str, float] = {}
     parts = [part.strip().lower() for part in text.split(",") if part.strip()]

@@ -1,4 +1,4 @@
-"""``mmphi register``: a run's model under a name of its own."""
+"""``mmphi register``: registers a run's model in MLflow's model registry."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from mmphi.tracking.run_writer import TrackingStore
 
 
 def register(store: TrackingStore, run_id: str, name: str, alias: str = "") -> str:
-    """Register a run's model; returns what it is loaded by.
+    """Register a run's model and return its URI, ``models:/NAME/VERSION``.
 
     Args:
-        store: Where the run is.
-        run_id: A finished run that ended in a model.
-        name: Made where there is none of it; else its next version.
-        alias: That points to this version from now on; none where empty.
+        store: Tracking store of the run.
+        run_id: ID of a finished run whose result is a model.
+        name: Registered name; created if new, else a new version is added.
+        alias: Alias to set to this version; empty for none.
 
     Raises:
-        StoreError: If the run ended in no model, or the name cannot be used.
+        StoreError: If the run's result is not a model, or the name cannot be used.
     """
     run = store.run(run_id)
     model = logged_model(run)

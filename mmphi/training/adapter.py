@@ -34,7 +34,7 @@ BEFORE = "before.json"
 
 @dataclass(frozen=True)
 class AdapterTraining:
-    """The result of a training.
+    """Result of adapter training.
 
     Attributes:
         steps: Optimiser steps taken.
@@ -48,12 +48,12 @@ class AdapterTraining:
 
 
 def with_new_adapter(model: Multimodal, settings: QloraSettings, tracker: Tracker | None = None) -> Multimodal:
-    """The same model with a new adapter on its language model; the adapter does not change its outputs yet.
+    """Returns the model with a new adapter on its language model; outputs are unchanged until it is trained.
 
     Args:
-        model: A projector's model, with its language model in the precision to train on; its parts are shared.
+        model: Model whose language model has the precision to train in; the result shares its modules.
         settings: Shape of the adapter, and whether the projector is trained.
-        tracker: Where the adapted layers are reported.
+        tracker: Receives a message with the names of the adapted layers.
     """
     shape = {name: getattr(settings, name) for name in ("rank", "alpha", "rslora", "dropout", "dora", "seed")}
     names = targets_of(model.language.model, tuple(settings.targets))
@@ -93,14 +93,14 @@ def train_adapter(
 
     Args:
         model: Made by :func:`with_new_adapter`; changed in place.
-        examples: Conversations of all splits; those of the validation split are only measured.
+        examples: Conversations of all splits; the validation split is used for validation only.
         settings: Steps, batch size, learning rates, ...
-        tracker: Where metrics, tables and messages go; by default nowhere.
-        folder: For checkpoints, from which a later call resumes; a temporary folder by default.
-        sequences: The training conversations, where they are tokenised already.
-        choose: From training conversations to the indices that are trained on; all of them by default.
-        text_loss: Measures what of the text is forgotten: figures that are taken before and after.
-        callbacks: Further callbacks of transformers' Trainer.
+        tracker: Receives metrics, tables and messages; by default they are discarded.
+        folder: Checkpoint folder, from which a later call resumes; a temporary folder by default.
+        sequences: Tokenized training conversations; by default ``examples`` are tokenized.
+        choose: Maps the training conversations to the indices to train on; all by default.
+        text_loss: Returns figures of forgetting on text; called before and after training.
+        callbacks: Additional callbacks of transformers' Trainer.
         progress: Whether progress bars are shown.
 
     Raises:
@@ -148,7 +148,7 @@ def train_adapter(
     model.packed.eval()
     if world_rank() != 0:
         return AdapterTraining(trained.steps, trained.best, {})
-    if validation and validation.step != trained.best:  # The training had ended before it was interrupted.
+    if validation and validation.step != trained.best:  # The last validation was of other weights, or none ran.
         validation(trained.best)
     if table.rows:
         tracker.table("steps", table.rows)
@@ -163,7 +163,7 @@ def train_adapter(
 def _measure_before(
     folder: Path, validation: ConversationValidation, text_loss: Callable[[], Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Figures and answers of the model before its first step; a training that is resumed reads those stored."""
+    """Figures and answers before the first step; a resumed training reads the stored ones."""
     stored = folder / BEFORE
     if world_rank() != 0:
         return {}
@@ -179,7 +179,7 @@ def record_before_and_after(rows: Sequence[Mapping[str, Any]], tracker: Tracker)
     """Record answers before and after a training, as a table and as a figure.
 
     Args:
-        rows: With ``image``, ``question``, ``before``, ``prediction`` and ``reference``.
+        rows: Rows with ``image``, ``question``, ``before``, ``prediction`` and ``reference``.
         tracker: The run to record in.
     """
     table = [

@@ -1,4 +1,4 @@
-"""Conversations about recordings as a training of an audio projector takes them: each with the audio, and as text."""
+"""Conversations about recordings for audio projector training, in an audio form and a text form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmphi.text.tokenized_example import TokenizedExample
 
 
 def with_readable_audio(model: Multimodal, examples: Sequence[Example], report: ReadReport) -> list[Example]:
-    """The conversations whose recordings can be decoded; the others are counted in the report."""
+    """Returns the conversations whose recordings can be decoded; the others are counted in ``report``."""
     return [e for e in examples if _is_readable(model, e, report)]
 
 
@@ -29,7 +29,7 @@ def _is_readable(model: Multimodal, example: Example, report: ReadReport) -> boo
 
 
 def text_answers(model: Multimodal, examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The same conversations, with the answers that the model gives to the transcripts of the recordings."""
+    """Returns the conversations with the model's answers to their transcripts; those with empty answers are dropped."""
     prompts = [(None, transcript_conversation(e).turns[0].question) for e in examples]
     answers = model.generate(prompts, tokens)
     return [
@@ -40,7 +40,7 @@ def text_answers(model: Multimodal, examples: Sequence[Example], tokens: int) ->
 
 
 def transcript_conversation(example: Example) -> Example:
-    """A conversation about a recording, with the transcript in the place of the recording."""
+    """Returns a conversation with its recording replaced by the transcript."""
     (turn,) = example.turns
     transcript = example.attributes.get("said", turn.answer)
     return replace(example, audio=(), turns=(replace(turn, question=turn.question.replace("<audio>", transcript)),))
@@ -49,9 +49,9 @@ def transcript_conversation(example: Example) -> Example:
 def audio_text_pairs(
     model: Multimodal, examples: Sequence[Example], report: ReadReport | None = None
 ) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """Token sequences of each conversation with its recording, and with the transcript in its place.
+    """Returns the token sequences of conversations in audio form, and in text form with transcripts.
 
-    A conversation that is too long in either form is counted in the report and left out.
+    Conversations that are too long in either form are left out and counted in ``report``.
     """
     with_audio, with_text = [], []
     for example in examples:

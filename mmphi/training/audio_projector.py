@@ -1,7 +1,7 @@
 """Training of a projector between recordings and a frozen language model, by distillation.
 
-The outputs of the language model after a recording are trained towards its outputs after the transcript. The settings
-are those of :class:`mmphi.config.speech.SpeechSettings`.
+The language model's outputs for a recording are trained towards its outputs for the transcript. The settings are
+those of :class:`mmphi.config.speech.SpeechSettings`.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ def train_audio_projector(
     """Train the audio projector of a model; everything else stays frozen.
 
     Args:
-        model: With an audio projector, which is changed.
-        examples: Conversations of one turn about one recording, of all splits.
+        model: Model with an audio projector, which is trained in place.
+        examples: Conversations of all splits, each of one turn about one recording.
         settings: Audio input, warm-up and optimisation.
         folder: Where checkpoints are written.
-        tracker: Records metrics and the report.
-        report: Counts the conversations that cannot be used.
+        tracker: Records metrics and ``report``.
+        report: Counts the unusable conversations.
 
     Returns:
-        Parameters, supervised tokens, recordings and steps.
+        Numbers of parameters, supervised tokens, recordings and steps, by metric name.
 
     Raises:
-        DataError: If more recordings are unusable than the settings allow, or none is left.
+        DataError: If more recordings are unusable than ``max_bad_share`` allows, or none is left.
     """
     examples = with_readable_audio(model, examples, report)
     training = [e for e in examples if e.split == "train"]
@@ -100,9 +100,9 @@ def align_to_transcripts(
     """Train encoder frames to predict the tokens of the transcripts by CTC, without the language model.
 
     Args:
-        model: Its audio projector is trained.
-        training: Conversations about recordings.
-        held_out: Those whose token error rate is measured; may be empty.
+        model: Model whose audio projector is trained in place.
+        training: Training conversations about recordings.
+        held_out: Conversations on which the token error rate is measured; may be empty.
         settings: ``alignment_steps`` and its batch size and learning rate.
         folder: Where checkpoints are written.
         tracker: Records metrics, prefixed with ``align/``.
@@ -146,7 +146,7 @@ def _check_report(report: ReadReport, settings: SpeechSettings) -> None:
 def _validation(
     model: Multimodal, task: DistillationTask, held_out: Sequence[Example], end: int
 ) -> Callable[[int], Mapping[str, float]]:
-    """Divergence and loss on held-out recordings, and the gain of the right recording over another one."""
+    """Returns a function that measures divergence, loss, and the gain of the right recording over another one."""
     with_audio, with_text = audio_text_pairs(model, held_out)
 
     def measure(_: int) -> Mapping[str, float]:

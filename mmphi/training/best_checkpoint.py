@@ -1,4 +1,4 @@
-"""The weights of the best validation, kept beside a training and taken in its end."""
+"""Best-validation weights: saved during training and loaded at its end."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FOLDER, NOTE, BY = "best", "best.json", "val/loss"
 
 
 class BestCheckpoint:
-    """Keeps what was trained where the validation loss is lowest so far.
+    """Keeps the trained weights with the lowest validation loss so far.
 
-    Written whole or not at all, so that a killed training continues with the best that it had.
+    They are written to a temporary folder that is then renamed, so that partly written weights are never loaded.
 
     Args:
-        folder: Of the training; the weights are kept below it, until :meth:`remove_kept`.
-        task: What is trained.
-        state: Tensors beyond its parameters that training changes.
+        folder: Training folder; the weights are saved below it until :func:`remove_kept`.
+        task: Module whose trainable parameters are saved.
+        state: Tensors other than parameters that training changes.
     """
 
     def __init__(self, folder: Path, task: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
@@ -32,18 +32,18 @@ class BestCheckpoint:
 
     @property
     def step(self) -> int:
-        """Of the best; -1 where there is none."""
+        """Step of the saved weights; -1 if there are none."""
         return int(self._note().get("step", -1))
 
     @property
     def figures(self) -> dict[str, float]:
-        """Of the validation that found it; empty where there is none."""
+        """Validation figures of the saved weights; empty if there are none."""
         return dict(self._note().get("figures", {}))
 
     def offer(self, step: int, figures: Mapping[str, float]) -> None:
-        """Keep the present weights if their ``val/loss`` is lower than all before it."""
+        """Save the current weights if their ``val/loss`` is the lowest so far."""
         loss = figures.get(BY, math.nan)
-        if not loss < self.figures.get(BY, math.inf):  # Nor where it is not a number.
+        if not loss < self.figures.get(BY, math.inf):  # Also skips NaN.
             return
         part = self.folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -53,7 +53,7 @@ class BestCheckpoint:
         part.rename(self.folder)
 
     def take(self) -> None:
-        """Put the best weights in; where there are none, the last ones stay."""
+        """Load the saved weights; if there are none, the current ones stay."""
         if self.step >= 0:
             load_trained(self.task, self.folder, self.state)
 
@@ -63,6 +63,6 @@ class BestCheckpoint:
 
 
 def remove_kept(folder: Path) -> None:
-    """Remove what is kept below a training's folder: its result was saved."""
+    """Remove the weights saved below a training's folder, once its result is stored."""
     for name in (FOLDER, f"{FOLDER}.part"):
         shutil.rmtree(folder / name, ignore_errors=True)

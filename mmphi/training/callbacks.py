@@ -1,4 +1,4 @@
-"""What happens beside the training loop: the progress bar, the metrics in the run, and stopping when asked to."""
+"""Trainer callbacks: progress bar and metrics, graceful stop, validation interval, and the table of losses."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class MetricsCallback(TrainerCallback):
 
     Args:
         tracker: The run to record in.
-        title: What stands before the bar.
-        throughput: Counts tokens; the trainer adds to it.
+        title: Label of the bar.
+        throughput: Token counter, updated by the trainer.
         progress: Whether the bar is shown.
     """
 
@@ -36,7 +36,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar; a resumed training records again what it had recorded, its run being a new one."""
+        """Open the bar; record the log history again, because a resumed training has a new run."""
         reset_peak_memory()
         self.throughput.start()
         if not state.is_world_process_zero:
@@ -53,7 +53,7 @@ class MetricsCallback(TrainerCallback):
             self._record({k: v for k, v in entry.items() if isinstance(v, int | float)}, int(entry["step"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -96,10 +96,10 @@ class MetricsCallback(TrainerCallback):
 class GracefulStopCallback(TrainerCallback):
     """On SIGTERM or Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at once.
 
-    Used as a context manager around training, so that the handlers before it come back.
+    Used as a context manager around training; the previous signal handlers are restored on exit.
 
     Attributes:
-        stopped: Whether training was ended this way.
+        stopped: Whether a signal ended the training.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class GracefulStopCallback(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop after this step if any process was asked to; all agree on the step."""
+        """Stop after this step if any process received a signal; all processes stop at the same step."""
         asked = self.asked
         if args.world_size > 1:
             flag = torch.tensor(int(asked), device=args.device)
@@ -135,22 +135,22 @@ class GracefulStopCallback(TrainerCallback):
 
 
 class EvaluationCallback(TrainerCallback):
-    """Asks for a validation every so many steps, and after the last."""
+    """Requests a validation every ``steps`` steps, and after the last one."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask on multiples of the interval."""
+        """Request a validation at multiples of the interval and at the last step."""
         if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
             control.should_evaluate = True
 
 
 class StepTableCallback(TrainerCallback):
-    """Keeps the training loss of every logged step, from the beginning on, as transformers' own table shows it.
+    """Keeps the training loss of every logged step, as transformers' own table shows it.
 
     Attributes:
-        rows: Step and training loss.
+        rows: Step and training loss, one row per logged step; filled at the end of training.
     """
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ class StepTableCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the rows from the history, in which those of before an interruption stand too."""
+        """Read the rows from the log history, which includes the steps before an interruption."""
         self.rows = [
             {"step": int(entry["step"]), "training loss": float(entry["loss"])}
             for entry in state.log_history
@@ -167,7 +167,7 @@ class StepTableCallback(TrainerCallback):
         ]
 
     def picture(self) -> Any:
-        """Training loss over steps."""
+        """Returns a matplotlib figure of the training loss over steps."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")

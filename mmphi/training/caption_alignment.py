@@ -1,10 +1,10 @@
-"""Naming what images show before it is told: features learn which of the language model's embeddings they are.
+"""Bag-of-words alignment of projected image features with the language model's token embeddings.
 
-Of every image it is known which words its captions use, and not where they are seen. Each place of an image names words
-by a softmax over the language model's own embeddings, above how often they are used anyway, and the image by the mean
-of its places: a mixture, so that one place may name the dog and another one the grass. The language model itself takes
-no part, so a step costs little; what it makes of such embeddings is learned afterwards. Learning from captions as bags
-of words is Joulin et al. 2016 (arXiv:1511.02251).
+Captions give the words of an image, but not their positions. Each position of an image predicts a word by a softmax
+over the language model's embeddings, with the words' log frequencies as bias. The image's distribution is the mean over
+its positions, so that one position may predict "dog" and another one "grass". The language model itself is not run, so
+a step is cheap; training through it follows. Learning from captions as bags of words is Joulin et al. 2016
+(arXiv:1511.02251).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from mmphi.training.packed_dataset import ShuffledOrder
 from mmphi.training.token_vocabulary import token_vocabulary
 from mmphi.training.training_args import world_size
 
-WORDS = 4096  # Of the language model's tokens, those that captions use most.
+WORDS = 4096  # Size of the vocabulary: the tokens that most captions use.
 AT_ONCE = 1 << 25  # Scores in memory at once: 128 MB.
 
 
 @dataclass(frozen=True)
 class CaptionWords:
-    """An image, and how many of its captions use each word.
+    """An image and the words of its captions.
 
     Attributes:
-        image: What is seen.
-        words: Places in the vocabulary.
-        counts: How many captions use each of them.
+        image: The image.
+        words: Indices into the vocabulary.
+        counts: Number of captions that use each word.
     """
 
     image: ImageRef
@@ -48,22 +48,22 @@ class CaptionWords:
 
 
 class CaptionAlignmentBatch(TypedDict):
-    """Images and their words: features (N, P, D), words and counts (S,) of one image after the other."""
+    """Images and their words: features (N, P, D); words and counts (S,), concatenated over the images."""
 
     features: Tensor
-    words: Tensor  # int64 (S,), places in the vocabulary
+    words: Tensor  # int64 (S,), indices into the vocabulary
     counts: Tensor  # float32 (S,)
-    lengths: Tensor  # int64 (N,), words of each image
+    lengths: Tensor  # int64 (N,), number of words of each image
     step_tokens: Tensor
 
 
 class BagOfWordsAlignmentLoss(nn.Module):
-    """The summed loss of images against the words of their captions.
+    """Summed negative log-likelihood of caption words, given image features.
 
     Args:
-        projector: What is trained.
-        embeddings: Those of the vocabulary, (V, W), frozen.
-        usage: How often each word of it is used, (V,), positive.
+        projector: The trained module.
+        embeddings: Token embeddings of the vocabulary, (V, W), frozen.
+        usage: Frequency of each word of the vocabulary, (V,), positive.
     """
 
     words: Tensor
@@ -74,42 +74,42 @@ class BagOfWordsAlignmentLoss(nn.Module):
         self.projector = projector
         self.register_buffer("words", F.normalize(embeddings.float(), dim=-1))
         self.register_buffer("usual", (usage.float() / usage.sum()).log())
-        self.sharpness = nn.Parameter(torch.tensor(2.5))  # Logarithm of what cosines are multiplied by: 12 at first.
+        self.sharpness = nn.Parameter(torch.tensor(2.5))  # Log of the scale of the cosines, initially 12.
 
     def places(self, features: Tensor) -> Tensor:
-        """Log-probabilities (N, P, V) of every word at each place of images (N, P, D)."""
+        """Log-probabilities (N, P, V) of every word at each position of images (N, P, D)."""
         return self._scores(F.normalize(self.projector(features), dim=-1))
 
     def _scores(self, projected: Tensor) -> Tensor:
         return F.log_softmax(projected @ self.words.T * self.sharpness.exp() + self.usual, dim=-1)
 
     def images(self, features: Tensor) -> Tensor:
-        """Log-probabilities (N, V) of every word in images (N, P, D): the mean of their places."""
+        """Log-probabilities (N, V) of every word in images (N, P, D), averaged over positions as probabilities."""
         projected = F.normalize(self.projector(features), dim=-1)
         some = max(1, AT_ONCE // (projected.shape[1] * len(self.words)))
 
         def mean(part: Tensor) -> Tensor:
             return torch.logsumexp(self._scores(part), dim=1) - math.log(part.shape[1])
 
-        # Scores of all places are computed again in the backward pass: they are a thousand times what they come from.
+        # Scores are recomputed in the backward pass: they are a thousand times larger than their inputs.
         return torch.cat([checkpoint(mean, part, use_reentrant=False) for part in torch.split(projected, some)])
 
     def forward(self, features: Tensor, words: Tensor, counts: Tensor, lengths: Tensor, **_: Tensor) -> Tensor:
-        """Summed nats of the captions' words, shape ()."""
+        """Summed negative log-likelihood of the caption words, in nats, shape ()."""
         image = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         return -(self.images(features)[image, words] * counts).sum()
 
 
 class CaptionAlignmentDataset(Dataset[CaptionAlignmentBatch]):
-    """The images of every optimiser step, by index: a pure function of them, seed and step.
+    """Batches of images by index, as a pure function of images, seed and step.
 
     Args:
-        images: With their words.
-        features: Where features come from.
+        images: Images with their words.
+        features: Source of the image features.
         steps: Optimiser steps.
         batch_size: Images per step, over all processes.
         seed: Seed of the order.
-        views: Of each image, in turn from one time to the next that it is seen.
+        views: Number of augmented views per image, used in rotation over epochs.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class CaptionAlignmentDataset(Dataset[CaptionAlignmentBatch]):
 def collate(
     images: Sequence[CaptionWords], features: ImageFeatures, step_tokens: int | None = None
 ) -> CaptionAlignmentBatch:
-    """Images and their words as one batch.
+    """Returns images and their words as one batch.
 
     Args:
-        images: With their words.
-        features: Where features come from.
-        step_tokens: Words of the whole step, with their counts; those of these images where left out.
+        images: Images with their words.
+        features: Source of the image features.
+        step_tokens: Sum of the word counts of the whole step; by default that of these images.
     """
     own = sum(sum(one.counts) for one in images)
     return CaptionAlignmentBatch(
@@ -163,15 +163,15 @@ def collate(
 def caption_words(
     language: Any, images: Sequence[tuple[ImageRef, Sequence[str]]], known: Sequence[int] = ()
 ) -> tuple[list[int], list[CaptionWords]]:
-    """Images with the words of their captions.
+    """Returns a vocabulary, and images with the words of their captions.
 
     Args:
-        language: Whose tokenizer.
-        images: With their captions.
-        known: The vocabulary; where there is none, the tokens that most captions use.
+        language: Language model whose tokenizer is used.
+        images: Images with their captions.
+        known: Vocabulary as token IDs; if empty, the tokens that most captions use.
 
     Returns:
-        The vocabulary, as token ids, and the images that have a word of it.
+        The vocabulary as token IDs, and the images that have at least one word of it.
     """
     own, placed = token_vocabulary(language, [text for _, texts in images for text in texts])
     uses, first = list[Counter[int]](), 0
@@ -194,7 +194,7 @@ def caption_words(
 
 
 def word_frequencies(images: Sequence[CaptionWords], size: int) -> Tensor:
-    """How often each of ``size`` words is used, (size,), one of none a little."""
+    """Returns the number of uses of each of ``size`` words, plus 0.1 so that none is zero, (size,)."""
     usage = torch.full((size,), 0.1)
     for one in images:
         usage[list(one.words)] += torch.tensor(one.counts, dtype=torch.float32)
@@ -205,7 +205,7 @@ def word_frequencies(images: Sequence[CaptionWords], size: int) -> Tensor:
 def alignment_loss(
     task: BagOfWordsAlignmentLoss, images: Sequence[CaptionWords], features: ImageFeatures, at_once: int = 64
 ) -> float:
-    """Nats per word of images' captions."""
+    """Returns the loss per caption word, in nats."""
     nats, words = 0.0, 0.0
     for first in range(0, len(images), at_once):
         batch = collate(images[first : first + at_once], features)
@@ -217,7 +217,7 @@ def alignment_loss(
 
 @torch.no_grad()
 def match_embedding_norm(projector: Projector, features: Tensor, size: float) -> None:
-    """Scale a projector's last layer so that what it makes of features (N, P, D) is of such a mean norm."""
+    """Scale a projector's last layer so that its outputs for features (N, P, D) have the mean norm ``size``."""
     training, device = projector.training, next(projector.parameters()).device
     projector.eval()
     norm = projector(features.to(device)).norm(dim=-1).mean().clamp(min=1e-9)

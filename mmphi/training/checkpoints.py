@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or do not count: a marker file is written last, and only then do older ones go."""
+"""Checkpoints with a completion marker, which is written last; only then are older checkpoints removed."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from mmphi.training.fsdp import shard_like
 
 MARKER = "complete"
 WEIGHTS = "trained.safetensors"
-STATE = "state."  # Before the names of what is no parameter.
+STATE = "state."  # Name prefix of tensors that are not parameters.
 
 
 class ExtraCheckpointState(Protocol):
-    """What else belongs to a checkpoint than tensors: where a stream of text was."""
+    """Checkpoint state other than tensors, such as the position in a text stream."""
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Write it into a checkpoint, before that counts as complete."""
+        """Write the state into a checkpoint, before it is marked complete."""
 
     def load(self, checkpoint: Path, step: int) -> None:
-        """Put it back."""
+        """Restore the state from a checkpoint."""
 
     def saved(self, checkpoint: Path) -> None:
-        """The checkpoint is complete, and older ones are gone."""
+        """Called when the checkpoint is complete and older ones are removed."""
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimiser steps done when a checkpoint was written; its folder is called ``checkpoint-STEP``."""
+    """Returns the optimiser step of a checkpoint, from its folder name ``checkpoint-STEP``."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints with their marker, oldest first."""
+    """Returns the checkpoints that have a marker, oldest first."""
     folders = (p.parent for p in folder.glob(f"checkpoint-*/{MARKER}"))
     return sorted((p for p in folders if p.name.rpartition("-")[2].isdigit()), key=step_of)
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Write the marker after everything else has reached the disk."""
+    """Flush all files of a checkpoint to disk, then write the marker."""
     for path in checkpoint.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -56,7 +56,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints, and whatever an interrupted save left before them."""
+    """Remove all checkpoints, complete or not, except the newest ``keep`` complete ones."""
     kept = complete_checkpoints(folder)[-keep:]
     for path in folder.glob("checkpoint-*"):
         if path not in kept and path.name.rpartition("-")[2].isdigit():
@@ -64,35 +64,35 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by name; tied ones once."""
+    """Returns the trainable parameters by name; tied ones once."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def checkpoint_tensors(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What a checkpoint holds: the trained parameters and further state, and nothing that is frozen.
+    """Returns the tensors of a checkpoint: trainable parameters and additional state, without frozen weights.
 
     Args:
-        model: What is trained.
-        state: Tensors beyond the parameters that training changes, such as running means.
+        model: The trained module.
+        state: Tensors other than parameters that training changes, such as running means.
     """
     return {**trained_state(model), **{f"{STATE}{name}": tensor for name, tensor in (state or {}).items()}}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Write what :func:`checkpoint_tensors` gave."""
+    """Write the result of :func:`checkpoint_tensors` into a checkpoint."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, checkpoint / WEIGHTS)
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Put the trained parameters of a checkpoint into a model that is not trained further.
+    """Load the trained parameters of a checkpoint, without its additional state.
 
     Args:
-        model: With a parameter for each of the checkpoint, whether it could be trained or not.
-        checkpoint: Folder.
+        model: Module with a parameter for each one in the checkpoint, frozen or not.
+        checkpoint: Checkpoint folder.
 
     Raises:
-        ModelError: If the model has no such parameter, or one of another shape.
+        ModelError: If a parameter is missing from the model or has another shape, or the checkpoint has none.
     """
     saved = {name: t for name, t in load_file(checkpoint / WEIGHTS).items() if not name.startswith(STATE)}
     own = dict(model.named_parameters())
@@ -108,10 +108,10 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
 
 
 def load_trained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Put the trained parameters and the further state of a checkpoint back.
+    """Restore the trained parameters and the additional state of a checkpoint.
 
     Raises:
-        ModelError: If names or shapes are not those of this model.
+        ModelError: If names or shapes differ from those of this model.
     """
     saved = load_file(checkpoint / WEIGHTS)
     tensors = checkpoint_tensors(model, state)

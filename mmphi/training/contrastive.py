@@ -1,4 +1,4 @@
-"""Contrastive training of a light CLIP with open_clip's own loss: batches of images and captions, on the one loop."""
+"""Contrastive training of a light CLIP with open_clip's loss: task, batches and callback."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from mmphi.allocator import release_memory
 from mmphi.models.patches.bn_folding import fold_batch_norms
 from mmphi.training.image_dataset import ImageDataset
 
-CHUNK = 64  # Images or captions in one pass: of more, what convolutions make leaves a processor's cache.
+CHUNK = 64  # Images or captions per pass; with more, activations of convolutions exceed a CPU's cache.
 ENDS = re.compile(
     r"model\.(visual\.(conv1|attnpool|proj|head)|text\.proj|text_projection|(\w+\.)?positional_embedding)\b"
 )
 
 
 class ContrastiveTask(nn.Module):
-    """A CLIP as a task: images and sets of captions in, the contrastive loss out.
+    """A CLIP as a training task: images and sets of captions in, the contrastive loss out.
 
-    The outputs of a locked tower may be given in place of what it takes. Under torchrun every process embeds its own
-    part of the batch, and all parts are gathered, so that each image meets the captions of all processes.
+    Precomputed outputs of a frozen encoder may replace its inputs. Under torchrun every process embeds its part of the
+    batch, and all parts are gathered, so that each image is compared with the captions of all processes.
 
     Args:
         model: An open_clip model.
-        lock_image: Whether the vision encoder stays as it is.
-        lock_text: Whether the text tower stays as it is.
-        dropout: Share of a locked tower's outputs dropped in training.
-        processes: That train together.
-        rank: This process's number.
+        lock_image: Whether the vision encoder is frozen.
+        lock_text: Whether the text encoder is frozen.
+        dropout: Dropout rate of a frozen encoder's outputs in training.
+        processes: Number of processes that train together.
+        rank: Rank of this process.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ContrastiveTask(nn.Module):
         rank: int = 0,
     ) -> None:
         super().__init__()
-        model.visual.to(memory_format=torch.channels_last)  # As convolutions are computed fastest.
+        model.visual.to(memory_format=torch.channels_last)  # The fastest layout for convolutions.
         self.model, self.dropout = model, dropout
         trunk = getattr(model.visual, "trunk", None)
         text = getattr(model, "text", None)
@@ -68,7 +68,7 @@ class ContrastiveTask(nn.Module):
         self.loss = ClipLoss(rank=rank, world_size=processes, **options)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; a locked tower keeps its running means."""
+        """Set training mode; a frozen vision encoder keeps its running means."""
         super().train(mode)
         if self.image_outputs:
             self.model.visual.trunk.eval()
@@ -77,18 +77,18 @@ class ContrastiveTask(nn.Module):
         return self
 
     def ends(self) -> list[str]:
-        """Names of the parameters that its towers begin and end with: no hidden states on one of their sides."""
+        """Names of the encoders' first and last parameters, which do not map hidden states to hidden states."""
         return [name for name, _ in self.named_parameters() if ENDS.match(name)]
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit embeddings of pixels (N, 3, H, W), or of the outputs of a locked tower."""
+        """Unit embeddings (N, D) of pixels (N, 3, H, W), or of a frozen encoder's outputs."""
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         head = self.model.visual.head if self.image_outputs else self.model.encode_image
         return F.normalize(head(self._drop(images, self.image_outputs)), dim=-1)
 
     def embed_texts(self, texts: Tensor) -> Tensor:
-        """Unit embeddings of tokens (N, L), or of the outputs of a locked tower."""
+        """Unit embeddings (N, D) of tokens (N, L), or of a frozen encoder's outputs."""
         head = self.model.text.proj if self.text_outputs else self.model.encode_text
         return F.normalize(head(self._drop(texts, self.text_outputs)), dim=-1)
 
@@ -99,43 +99,43 @@ class ContrastiveTask(nn.Module):
         """Mean loss over the sets of captions, shape ().
 
         Args:
-            images: Of N images.
+            images: Pixels of N images, or a frozen encoder's outputs.
             texts: Captions of the same images, (sets, N, ...).
-            step_tokens: How many processes there are; the loop divides by it.
+            step_tokens: Number of processes, by which the trainer divides the loss.
         """
         seen, scale = self.embed_images(images), self.model.logit_scale.exp()
         return torch.stack([self.loss(seen, read, scale) for read in self._sets(texts)]).mean()
 
     def _sets(self, texts: Tensor) -> Tensor:
-        """Unit embeddings (sets, N, D) of sets of captions; a caption that several images have is read once."""
-        if self.text_outputs:  # What is dropped of them is drawn for each by itself.
+        """Unit embeddings (sets, N, D) of sets of captions; duplicate captions are encoded once."""
+        if self.text_outputs:  # Each has its own dropout mask, so duplicates are not merged.
             return torch.stack([self.embed_texts(one) for one in texts])
         different, place = torch.unique(texts.flatten(0, 1), dim=0, return_inverse=True)
         return self.embed_texts(different)[place].view(*texts.shape[:2], -1)
 
     @torch.inference_mode()
     def image_inputs(self, pixels: ImageDataset, workers: int) -> Dataset[Tensor] | Tensor:
-        """What images are trained from: pixels as they are asked for, or a locked tower's outputs, computed once."""
+        """Returns the inputs of :meth:`embed_images`: the pixels, or a frozen encoder's outputs, computed once."""
         if not self.image_outputs:
             return pixels
         device = next(self.parameters()).device
-        # What is decoded already is here sooner than another process.
+        # Decoded images are available before a worker process would have started.
         loader = DataLoader(pixels, CHUNK, num_workers=0 if pixels.kept else workers)
         batches = (batch.to(device, memory_format=torch.channels_last) for batch in tqdm(loader, "images", leave=False))
         trunk = copy.deepcopy(self.model.visual.trunk)
         fold_batch_norms(trunk, pixels[0][None].to(device))
         trunk.to(memory_format=torch.channels_last)
         outputs = torch.cat([trunk(batch).cpu() for batch in batches])
-        release_memory()  # No training from outputs needs what convolutions do.
+        release_memory()  # Memory of the convolutions, which training on outputs does not need.
         return outputs.clone()
 
     @torch.inference_mode()
     def text_inputs(self, tokens: Tensor) -> Tensor:
-        """What the captions are trained from: tokens, or a locked tower's outputs, computed once."""
+        """Returns the inputs of :meth:`embed_texts`: the tokens, or a frozen encoder's outputs, computed once."""
         if not self.text_outputs:
             return tokens
         device = next(self.parameters()).device
-        # Shortest first, so that chunks are padded to what they need.
+        # Sorted by length, so that chunks have little padding.
         order = (tokens != self.model.text.config.pad_token_id).sum(dim=1).argsort()
         chunks = [_pooled(self.model.text, tokens[part].to(device)).cpu() for part in _chunks(order)]
         pooled = torch.cat(chunks)
@@ -158,7 +158,7 @@ def _chunks(rows: Tensor) -> list[Tensor]:
 
 
 def _pooled(text: Any, tokens: Tensor) -> Tensor:
-    """What open_clip's Hugging Face text tower computes before its projection."""
+    """Output of open_clip's Hugging Face text encoder before its projection."""
     mask = (tokens != text.config.pad_token_id).long()
     longest = int(mask.sum(dim=1).max())
     tokens, mask = tokens[:, :longest], mask[:, :longest]
@@ -167,19 +167,19 @@ def _pooled(text: Any, tokens: Tensor) -> Tensor:
 
 
 class ImageTextDataset(Dataset[dict[str, Tensor]]):
-    """The batches of every step: different images, and sets of captions that hold one caption of each.
+    """Batches of distinct images and of sets of captions, with one caption per image in each set.
 
     A pure function of seed and step. Batch ``i`` belongs to step ``i // processes``.
 
     Args:
-        images: By index: pixels, or outputs of a locked tower.
-        texts: Of all captions.
-        image_of_text: For each caption the index of its image.
+        images: Pixels or a frozen encoder's outputs, by image index.
+        texts: Tokens or a frozen encoder's outputs of all captions.
+        image_of_text: Image index of each caption.
         steps: Optimiser steps.
         batch_size: Images per step, over all processes.
-        captions: Sets of captions.
-        seed: Of the order.
-        processes: That train together.
+        captions: Number of caption sets per step.
+        seed: Seed of the order.
+        processes: Number of processes that train together.
     """
 
     def __init__(
@@ -199,14 +199,14 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
         self._captions_of: list[list[int]] = [[] for _ in range(len(images))]
         for text, image in enumerate(image_of_text):
             self._captions_of[image].append(text)
-        # Every process has as many as the others, so that what is gathered has one shape.
+        # Every process has the same number of images, so that gathered tensors have one shape.
         self.batch_size = max(1, min(batch_size, len(images)) // processes) * processes
 
     def __len__(self) -> int:
         return self.steps * self.processes
 
     def step(self, step: int) -> tuple[list[int], list[list[int]]]:
-        """Indices of the images of one step, and of the captions of each set."""
+        """Returns the image indices of one step, and the caption indices of each set."""
         per_epoch = max(1, len(self.images) // self.batch_size)
         epoch, place = divmod(step, per_epoch)
         rng = np.random.default_rng([self.seed, epoch])
@@ -229,7 +229,7 @@ class ImageTextDataset(Dataset[dict[str, Tensor]]):
 
 
 class ClampLogitScaleCallback(TrainerCallback):
-    """Keeps the logit scale at 100 at most (Radford et al. 2021, section 2.5)."""
+    """Limits the logit scale to 100 (Radford et al. 2021, section 2.5)."""
 
     def __init__(self, model: Any) -> None:
         self.scale: Tensor = model.logit_scale
@@ -237,6 +237,6 @@ class ClampLogitScaleCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Clamp."""
+        """Clamp the logarithm of the scale."""
         with torch.no_grad():
             self.scale.clamp_(0, math.log(100))

@@ -1,4 +1,4 @@
-"""The training batches of a multimodal model, made of conversations."""
+"""Training batches of a multimodal model, built from conversations."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ S = TypeVar("S", bound=ConversationSettings)
 
 
 def training_rows(examples: Sequence[Example]) -> list[Example]:
-    """The examples of the training split, in order."""
+    """Returns the examples of the training split, in order."""
     return [example for example in examples if example.split == "train"]
 
 
 def tokenize_training_rows(model: Multimodal, examples: Sequence[Example], max_length: int) -> TokenizedDataset:
-    """The conversations of the training split as token sequences.
+    """Tokenize the conversations of the training split.
 
     Args:
-        model: Gives the prompt, the tokenizer and the number of tokens of each image.
+        model: Provides the prompt, the tokenizer and the number of tokens of each image.
         examples: Conversations of all splits.
         max_length: Longest sequence, in tokens; longer conversations are listed in ``left_out``.
     """
@@ -40,17 +40,17 @@ def conversation_dataset(
     choose: Choose | None = None,
     views: int = 1,
 ) -> tuple[PackedStepDataset, S]:
-    """The batches of a training, in the order of its steps.
+    """Returns the batches of a training in step order, and its settings.
 
     Args:
-        model: Gives the features of images and the layout of packed rows.
-        sequences: Those of :func:`tokenize_training_rows`.
-        settings: Of the training.
-        choose: From the examples to the indices that are trained on, in any number; all of them by default.
-        views: Views of each image, in turn.
+        model: Provides the image features and the layout of packed rows.
+        sequences: Result of :func:`tokenize_training_rows`.
+        settings: Training settings.
+        choose: Maps the examples to the indices to train on, of any number; all by default.
+        views: Number of augmented views per image, used in rotation.
 
     Returns:
-        The batches, and the settings with the number of steps that ``supervised_tokens`` amounts to.
+        The batches, and the settings with the number of steps that reaches ``supervised_tokens``, if that is set.
 
     Raises:
         DataError: If no conversation is left.

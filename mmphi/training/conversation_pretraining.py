@@ -1,4 +1,4 @@
-"""Pretraining of a causal language model on conversations that are packed like those of a projector's training."""
+"""Pretraining of a causal language model on packed conversations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pretrain_on_conversations(
 
     Args:
         samples: Training conversations.
-        held_out: Conversations whose loss is measured, by the name of the metric.
+        held_out: Validation conversations, by metric name.
         settings: Optimisation and number of steps.
         config: Shape of the model.
         folder: Where checkpoints are written; an interrupted training resumes from the newest.
@@ -69,7 +69,7 @@ def pretrain_on_conversations(
 def _validator(
     packed: PackedVLM, held_out: Mapping[str, Sequence[TokenizedExample]]
 ) -> Callable[[int], dict[str, float]]:
-    """Loss per supervised token of each held-out set."""
+    """Returns a function that measures the loss per supervised token of each held-out set."""
     device = next(packed.parameters()).device
 
     @torch.inference_mode()

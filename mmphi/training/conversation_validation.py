@@ -12,7 +12,7 @@ from mmphi.evaluation.grounding import grounding
 from mmphi.models.multimodal import Multimodal
 from mmphi.tracking.tracker import Tracker
 
-VALIDATION_EXAMPLES = 200  # Enough for a loss to 0.02 nats; the full split is evaluated at the end.
+VALIDATION_EXAMPLES = 200  # Enough for the loss to within 0.02 nats; the full split is evaluated at the end.
 
 
 class ConversationValidation:
@@ -25,7 +25,7 @@ class ConversationValidation:
         tracker: Records a table of answers at every call.
 
     Attributes:
-        figures: Those of the last call: ``val/loss`` in nats per token, ``val/grounding_gain`` in nats per token.
+        figures: Figures of the last call: ``val/loss`` in nats per token, ``val/grounding_gain`` in nats per token.
         rows: Answers of the last call.
         step: Step of the last call; -1 before the first.
     """
@@ -48,7 +48,7 @@ class ConversationValidation:
         return bool(self.held_out)
 
     def __call__(self, step: int) -> Mapping[str, float]:
-        """Measure the model as it is after a step."""
+        """Measure the current model and record its answers for a step."""
         measured = grounding(self.model, self.held_out)
         self.figures = {"val/loss": measured.loss, "val/grounding_gain": measured.gain}
         prompts = [(e.images, e.turns[0].question) for e in self.shown]
@@ -70,7 +70,7 @@ class ConversationValidation:
 
 
 def log_packing(model: Multimodal, title: str, tracker: Tracker) -> None:
-    """Report a model that cannot be trained on packed rows: each of its rows holds one sequence."""
+    """Report if a model cannot be trained on packed rows and gets one sequence per row instead."""
     if model.packed.layout.kind == "alone":
         language = model.language
         tracker.say(

@@ -1,9 +1,8 @@
-"""Naming words before they are used: frames learn which of the language model's embeddings they are, at little cost.
+"""CTC alignment of projected audio features with the language model's token embeddings.
 
-Connectionist temporal classification (Graves et al. 2006) with the language model's own embedding table as the output
-layer: what a feature is projected to shall lie near the embedding of the token that is spoken there, or near one more
-vector that means nothing is. The language model itself takes no part, so a step costs little; what it makes of such
-embeddings is learned afterwards, from its own predictions.
+Connectionist temporal classification (Graves et al. 2006) with the language model's embedding table as the output
+layer: each projected feature is trained towards the embedding of the token spoken there, or towards a learned blank
+vector. The language model itself is not run, so a step is cheap; distillation through it follows.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from mmphi.training.training_args import world_size
 
 
 class CTCBatch(TypedDict):
-    """Recordings and their words: features (P, D) one recording after the other, tokens (S,) likewise."""
+    """Recordings and their tokens: features (P, D) and tokens (S,), concatenated over the recordings."""
 
     features: Tensor
-    lengths: Tensor  # int64 (N,), features of each recording
-    tokens: Tensor  # int64 (S,), places in the vocabulary of words that are spoken, from 1 on
+    lengths: Tensor  # int64 (N,), number of features of each recording
+    tokens: Tensor  # int64 (S,), indices into the vocabulary, from 1 on; 0 is the blank
     token_lengths: Tensor  # int64 (N,)
     step_tokens: Tensor
 
 
 class CTCAlignmentLoss(nn.Module):
-    """The summed CTC loss of recordings against their words.
+    """Summed CTC loss of recordings against the tokens of their transcripts.
 
     Args:
-        projection: What is trained.
-        embeddings: Those of the words that are spoken, (V, W), frozen.
+        projection: The trained module.
+        embeddings: Token embeddings of the vocabulary, (V, W), frozen.
     """
 
     words: Tensor
@@ -50,27 +49,27 @@ class CTCAlignmentLoss(nn.Module):
         unit = F.normalize(embeddings.float(), dim=-1)
         self.register_buffer("words", unit)
         self.nothing = nn.Parameter(unit.mean(dim=0))
-        self.sharpness = nn.Parameter(torch.tensor(2.5))  # Logarithm of what cosines are multiplied by: 12 at first.
+        self.sharpness = nn.Parameter(torch.tensor(2.5))  # Log of the scale of the cosines, initially 12.
 
     def scores(self, features: Tensor) -> Tensor:
-        """Log-probabilities (P, 1 + V) of nothing and of every word, at each feature."""
+        """Log-probabilities (P, 1 + V) of the blank and of every token, at each feature."""
         projected = F.normalize(self.projection(features), dim=-1)
         table = torch.cat([F.normalize(self.nothing, dim=-1)[None], self.words])
         return F.log_softmax(projected @ table.T * self.sharpness.exp(), dim=-1)
 
     def forward(self, features: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor, **_: Tensor) -> Tensor:
-        """Summed nats, shape (); recordings too short for their words count nothing."""
+        """Summed loss in nats, shape (); recordings with too few features for their tokens contribute 0."""
         scores = nn.utils.rnn.pad_sequence(list(torch.split(self.scores(features), lengths.tolist())))
         return F.ctc_loss(scores, tokens, lengths, token_lengths, blank=0, reduction="sum", zero_infinity=True)
 
 
 class CTCAlignmentDataset(Dataset[CTCBatch]):
-    """The recordings of every optimiser step, by index: a pure function of them, seed and step.
+    """Batches of recordings by index, as a pure function of recordings, seed and step.
 
     Args:
-        recordings: What is heard.
-        words: Tokens of each, as places in the vocabulary of words that are spoken, from 1 on.
-        audio_source: Where features come from.
+        recordings: Recordings.
+        words: Tokens of each recording, as indices into the vocabulary, from 1 on.
+        audio_source: Source of the audio features.
         steps: Optimiser steps.
         batch_size: Recordings per step, over all processes.
         seed: Seed of the order.
@@ -110,13 +109,13 @@ def collate(
     audio_source: AudioFeatureSource,
     step_tokens: int | None = None,
 ) -> CTCBatch:
-    """Recordings and their words as one batch.
+    """Returns recordings and their tokens as one batch.
 
     Args:
-        recordings: What is heard.
-        words: Tokens of each, as places in the vocabulary of words that are spoken, from 1 on.
-        audio_source: Where features come from.
-        step_tokens: Words of the whole step; those of these recordings where left out.
+        recordings: Recordings.
+        words: Tokens of each recording, as indices into the vocabulary, from 1 on.
+        audio_source: Source of the audio features.
+        step_tokens: Tokens of the whole step; by default those of these recordings.
     """
     lengths = [len(own) for own in words]
     return CTCBatch(
@@ -134,13 +133,13 @@ def token_error_rate(
     words: Sequence[Sequence[int]],
     audio_source: AudioFeatureSource,
 ) -> float:
-    """Tokens that are wrong, missing or too many in what frames name, over those that are said.
+    """Returns the token error rate of the greedy CTC decoding: all errors over the tokens of the transcripts.
 
     Args:
-        task: What was trained.
-        recordings: What is heard.
-        words: Tokens of each.
-        audio_source: Where features come from.
+        task: The trained alignment task.
+        recordings: Recordings.
+        words: Tokens of each recording, as indices into the vocabulary, from 1 on.
+        audio_source: Source of the audio features.
     """
     import jiwer
 
@@ -153,6 +152,6 @@ def token_error_rate(
         if named:
             counted = jiwer.process_words(" ".join(map(str, said)), " ".join(map(str, named)))
             wrong += counted.substitutions + counted.deletions + counted.insertions
-        else:  # jiwer takes no empty text.
+        else:  # jiwer does not accept an empty text.
             wrong += len(said)
     return wrong / max(1, sum(map(len, words)))

@@ -1,7 +1,7 @@
-"""Learning from the language model itself: what it says when it hears shall be what it says when it reads.
+"""Distillation of the text-conditioned model into the audio-conditioned one (KL divergence).
 
-After Ultravox (fixie-ai/ultravox, ``ultravox_model.py``): the Kullback-Leibler divergence of the frozen model's own
-predictions, at a temperature, at every token of the answer, and once more at the token that ends it.
+After Ultravox (fixie-ai/ultravox, ``ultravox_model.py``): the Kullback-Leibler divergence of the frozen model's
+predictions, at a temperature, at every token of the answer, with additional weight on the token that ends it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from mmphi.training.packed_dataset import PackedStepDataset, packed_dataset
 
 
 class DistillationPair(TypedDict):
-    """The same conversations heard and read; their supervised tokens are the same, in the same order."""
+    """The same conversations in audio and text form, with the same supervised tokens in the same order."""
 
     heard: PackedBatch
     read: PackedBatch
     ends: Tensor  # bool (K,), which supervised tokens end an answer
-    segments: Tensor  # those of both, for the count of tokens that passed
+    segments: Tensor  # of both forms, flattened; for the token count
     step_tokens: Tensor
 
 
 class DistillationTask(nn.Module):
-    """The summed divergence of what is said after hearing from what is said after reading, at T squared.
+    """Summed KL divergence of the predictions after audio from those after text, times T squared.
 
     Args:
-        packed: The model that hears; its language model is frozen, and reads as well.
-        temperature: T, that both logits are divided by.
-        end_weight: How much more the token that ends an answer counts.
+        packed: Model with an audio projector; the same frozen language model is the teacher.
+        temperature: T, the divisor of both logits.
+        end_weight: Additional weight of the token that ends an answer.
     """
 
     def __init__(self, packed: PackedVLM, temperature: float, end_weight: float) -> None:
@@ -54,12 +54,12 @@ class DistillationTask(nn.Module):
 
 
 class DistillationDataset(Dataset[DistillationPair]):
-    """The pairs of packs of every optimiser step, by index, in the order of :class:`PackedStepDataset`.
+    """Pairs of packs of every optimiser step, by index, in the order of :class:`PackedStepDataset`.
 
     Args:
-        steps: Of the conversations as they are heard.
-        read: The same as they are read, one for each.
-        end: Token that ends an answer.
+        steps: Dataset of the conversations in audio form.
+        read: The same conversations in text form, in the same order.
+        end: ID of the token that ends an answer.
     """
 
     def __init__(self, steps: PackedStepDataset, read: Sequence[TokenizedExample], end: int) -> None:
@@ -71,7 +71,7 @@ class DistillationDataset(Dataset[DistillationPair]):
         return len(self.steps)
 
     def supervised(self) -> int:
-        """Tokens learned from in the whole training."""
+        """Returns the number of supervised tokens of the whole training."""
         return self.steps.supervised()
 
     def __getitem__(self, index: int) -> DistillationPair:
@@ -100,15 +100,15 @@ def collate_pairs(
     *,
     layout: Layout = ROWS,
 ) -> DistillationPair:
-    """The same conversations, heard and read, in rows that hold the same ones in the same order.
+    """Pack conversations in audio and in text form, with the same conversations in each row.
 
     Args:
         heard: Sequences with recordings.
-        read: The same with what is said typed in their place.
-        features: Where the features of each kind of span come from.
-        end: Token that ends an answer.
-        step_tokens: Supervised tokens of the whole step; those of these samples where left out.
-        layout: How they lie.
+        read: The same sequences with transcripts in place of the recordings.
+        features: Feature source of each kind of span.
+        end: ID of the token that ends an answer.
+        step_tokens: Supervised tokens of the whole step; by default those of these samples.
+        layout: Layout of the packs.
     """
     rows = rows_of(heard, layout=layout)
     ours = pack(heard, features, step_tokens, layout=layout, rows=rows)
@@ -130,5 +130,5 @@ def distillation_dataset(
     *,
     layout: Layout = ROWS,
 ) -> DistillationDataset:
-    """The pairs of a training as its settings have it, over all processes that train together."""
+    """Returns the pairs of a training with the given settings, over all processes that train together."""
     return DistillationDataset(packed_dataset(heard, features, settings, layout=layout), read, end)

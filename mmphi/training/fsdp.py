@@ -1,4 +1,4 @@
-"""Parameters spread over processes (FSDP2): each holds a share, and whole ones only while a layer needs them."""
+"""Parameter sharding over processes (FSDP2): full parameters exist only while a layer needs them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_map_only
 
 
 def shard_parameters(task: Any, layers: Iterable[nn.Module]) -> None:
-    """Spread the parameters of a task over all processes, layer by layer (Zhao et al. 2023); in place.
+    """Shard the parameters of a task over all processes, layer by layer (Zhao et al. 2023), in place.
 
-    Gradients are averaged over the processes, as DDP does.
+    Gradients are averaged over the processes, as in DDP.
 
     Args:
-        task: What is trained; whole parameters are there while its forward pass runs.
-        layers: Of it, each put together only while it is needed.
+        task: Module to train; its full parameters are available during its forward pass.
+        layers: Its layers, each of which is gathered only while it is needed.
     """
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -30,29 +30,29 @@ def shard_parameters(task: Any, layers: Iterable[nn.Module]) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is spread over processes."""
+    """Whether any parameter is sharded over processes."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def gather_full(tree: Any) -> Any:
-    """The same tree with every spread tensor put together; to be called by all processes."""
+    """Returns the tree with every sharded tensor gathered; must be called by all processes."""
     return tree_map_only(DTensor, lambda tensor: tensor.full_tensor(), tree)
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, spread as another is."""
+    """Returns a full tensor, sharded as ``like`` is."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def load_sharded(optimizer: torch.optim.Optimizer, state: dict[str, Any], parameters: list[Tensor]) -> None:
-    """Put the whole state of an optimiser back, spread as its parameters are.
+    """Load the full state of an optimiser, sharded as its parameters are.
 
     Args:
-        optimizer: Whose state it is.
-        state: As its ``state_dict`` was, put together.
-        parameters: All that it updates, in the order of its groups.
+        optimizer: Optimiser to load into.
+        state: Its gathered ``state_dict``.
+        parameters: All parameters that it updates, in the order of its groups.
     """
     by_shape = {tuple(p.shape): p for p in parameters}
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer as tasks need it: a loss that is summed, checkpoints that are complete or do not count."""
+"""transformers' Trainer for tasks that return a summed loss, with checkpoints that have a completion marker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmphi.training.throughput import StepLoss, Throughput
 
 
 class TaskWrapper(nn.Module):
-    """Holds a task, so that what accelerate wraps and patches is this, and the task stays as it was."""
+    """Wraps a task, so that accelerate patches the wrapper and not the task."""
 
     def __init__(self, task: nn.Module) -> None:
         super().__init__()
@@ -43,20 +43,20 @@ class TaskWrapper(nn.Module):
 
 
 class ExactLossTrainer(Trainer):
-    """transformers' Trainer for tasks, one batch of the dataset a forward pass.
+    """transformers' Trainer for tasks, with one item of the dataset per forward pass.
 
     Args:
-        task: What is trained.
-        state: Tensors beyond its parameters that training changes; part of every checkpoint.
-        settings: Of the training.
+        task: Module to train.
+        state: Tensors other than parameters that training changes; part of every checkpoint.
+        settings: Training settings.
         tracker: The run to record in.
-        throughput: Counts the tokens that passed.
-        step_loss: Adds up the loss of each step.
-        beside: What else belongs to a checkpoint.
+        throughput: Token counter.
+        step_loss: Accumulator of each step's loss.
+        beside: Checkpoint state other than tensors.
         best: Keeps the weights of the best validation.
-        validate: Returns metrics named ``val/...``; called on the main process at each evaluation, on all of them where
-            the task's parameters are spread over them.
-        **kwargs: The Trainer's own.
+        validate: Returns metrics named ``val/...``; called on the main process at each evaluation, or on all processes
+            if the task's parameters are sharded.
+        **kwargs: Arguments of transformers' Trainer.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class ExactLossTrainer(Trainer):
         best: BestCheckpoint | None = None,
         **kwargs: Any,
     ) -> None:
-        # A loss function that is given tells the Trainer that the loss is normalised over the accumulated batch.
+        # With a loss function, the Trainer takes the loss as normalised over the accumulated batch.
         super().__init__(model=TaskWrapper(task), compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
         self.task, self.state_tensors, self.settings, self.tracker = task, state, settings, tracker
         self.throughput, self.step_loss, self.validate = throughput, step_loss, validate
         self.beside, self.best = beside, best
         self.sharded = is_sharded(task)
-        if self.sharded:  # Spread parameters average their own gradients: accelerate must not wrap them in DDP.
+        if self.sharded:  # FSDP2 averages the gradients: accelerate must not wrap the task in DDP.
             prepare: Any = self.accelerator.prepare_model
             self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
         self.folder = Path(self.args.output_dir)
@@ -90,11 +90,11 @@ class ExactLossTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """This batch's share of the step's loss per supervised token, in nats.
 
-        The summed loss is divided by the supervised tokens of the whole step over all passes and processes; times the
-        processes, because DDP averages their gradients.
+        The summed loss is divided by the supervised tokens of the whole step over all passes and processes, and
+        multiplied by the number of processes, because DDP averages their gradients.
 
         Raises:
-            TrainingError: If the loss, or on an accelerator that of the pass before, is not finite; its batch is saved
+            TrainingError: If the loss (on an accelerator, that of the previous pass) is not finite; its batch is saved
                 first.
         """
         self.throughput.count(inputs)
@@ -104,8 +104,8 @@ class ExactLossTrainer(Trainer):
         return (loss, loss) if return_outputs else loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Run the validation given, and log what it returns."""
-        self.control.should_evaluate = False  # Else the end of the epoch asks for the last step's once more.
+        """Run ``validate`` and log its metrics."""
+        self.control.should_evaluate = False  # Else the end of the epoch evaluates the last step again.
         self.finite.look()
         if self.validate is None or not (self.is_world_process_zero() or self.sharded):
             return {}
@@ -121,16 +121,16 @@ class ExactLossTrainer(Trainer):
         return metrics
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay is for matrices: it spares norms, biases and embeddings."""
+        """Returns the names of parameters with weight decay: all but vectors, scalars and embeddings."""
         embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         return [n for n, p in model.named_parameters() if p.ndim > 1 and id(p) not in embeddings]
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
-        return SequentialSampler(self.train_dataset)  # The order is the dataset's own matter.
+        return SequentialSampler(self.train_dataset)  # The dataset defines the order.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained; parameters that are spread over processes are put together first."""
-        tensors = gather_full(checkpoint_tensors(self.task, self.state_tensors))  # By all processes.
+        """Write the trained tensors; sharded parameters are gathered first."""
+        tensors = gather_full(checkpoint_tensors(self.task, self.state_tensors))  # Collective: called by all processes.
         if self.args.should_save:
             save_tensors(tensors, Path(output_dir or self.folder))
 
@@ -159,7 +159,7 @@ class ExactLossTrainer(Trainer):
             self._save_whole(model, trial)
 
     def _save_whole(self, model: nn.Module, trial: Any) -> None:
-        self.finite.look()  # Before what it made of the weights takes an older checkpoint's place.
+        self.finite.look()  # Before the weights could replace an older checkpoint.
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

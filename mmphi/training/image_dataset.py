@@ -1,4 +1,4 @@
-"""Images as an encoder takes them: decoded when they are asked for, or all at once; a small set is decoded once."""
+"""Preprocessed images of an encoder: decoded on access, and cached up to a size limit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.utils.data import Dataset
 from mmphi.data.images import open_image
 from mmphi.errors import ImageError
 
-KEPT_BYTES = 512 * 1024**2  # Decoded images that each process keeps.
+KEPT_BYTES = 512 * 1024**2  # Limit of the cache of decoded images, per process.
 
 
 class ImageDataset(Dataset[Tensor]):
-    """Images decoded and preprocessed when asked for.
+    """Images decoded and preprocessed on access.
 
     Args:
         paths: Image files, all of them readable.
-        preprocess: From a PIL image to pixels (3, H, W).
+        preprocess: Maps a PIL image to pixels (3, H, W).
     """
 
     def __init__(self, paths: Sequence[Path], preprocess: Callable[[Any], Tensor]) -> None:
@@ -34,11 +34,11 @@ class ImageDataset(Dataset[Tensor]):
     def readable(
         cls, paths: Sequence[Path], preprocess: Callable[[Any], Tensor]
     ) -> tuple[Self, dict[Path, ImageError]]:
-        """Those of some image files that can be read, and what is wrong with the others: each is decoded, by all cores.
+        """Returns a dataset of the readable files and the errors of the others; decodes every file, on all cores.
 
         Args:
             paths: Image files.
-            preprocess: From a PIL image to pixels (3, H, W).
+            preprocess: Maps a PIL image to pixels (3, H, W).
         """
         pixels, wrong = cls([], preprocess), dict[Path, ImageError]()
 
@@ -62,19 +62,19 @@ class ImageDataset(Dataset[Tensor]):
 
     @property
     def room(self) -> bool:
-        """Whether another image may be kept."""
+        """Whether the cache is below its limit."""
         return self._bytes < KEPT_BYTES
 
     @property
     def kept(self) -> bool:
-        """Whether all of them are decoded and kept."""
+        """Whether all images are in the cache."""
         return set(self.paths) <= self._kept.keys()
 
     def look(self, path: Path) -> Tensor:
-        """The pixels of an image file, which are kept while there is room.
+        """Returns the pixels of an image file, and caches them while there is room.
 
         Raises:
-            ImageError: If it cannot be read.
+            ImageError: If the file cannot be read.
         """
         if path in self._kept:
             return self._kept[path]

@@ -26,7 +26,7 @@ from mmphi.training.image_dataset import ImageDataset
 from mmphi.training.trainer import train
 from mmphi.training.training_args import world_rank, world_size
 
-TABLE_ROWS = 8  # Held-out images that are shown with the nearest caption.
+TABLE_ROWS = 8  # Test images that are shown with the nearest caption.
 EPSILON = 1e-6  # CLIP's (Radford et al. 2021, table 20)
 
 
@@ -43,24 +43,24 @@ def train_light_clip(
     """Train a CLIP, measure retrieval on the test split, and save it in open_clip's format.
 
     Args:
-        examples: Conversations of all splits; those that are no captions are left out.
-        settings: Towers, loss and optimisation.
+        examples: Conversations of all splits; only captions are used.
+        settings: Encoders, loss and optimisation.
         folder: Where checkpoints and the model are written: ``open_clip.create_model("local-dir:FOLDER")`` loads it.
         tracker: Records metrics, and the nearest caption of some test images.
         report: Counts the examples whose images cannot be read.
-        when_read: Called after all images are read and before training; may raise to end it.
+        when_read: Called after all images are read and before training; may raise to cancel the training.
         first: Whether this process writes the model.
 
     Returns:
-        Recall at 1, 5 and 10 in both directions on the test split; empty where it has no images.
+        Recall at 1, 5 and 10 in both directions on the test split; empty if the split is empty.
 
     Raises:
         DataError: If no image has a caption.
-        ModelError: If a tower cannot be built.
+        ModelError: If an encoder cannot be built.
     """
     torch.manual_seed(settings.seed)
     shape = ClipShape(**{name: getattr(settings, name) for name in ClipShape.__dataclass_fields__})
-    model, tokenizer = build(shape, folder if first else Path(tempfile.mkdtemp()))  # It writes the configuration.
+    model, tokenizer = build(shape, folder if first else Path(tempfile.mkdtemp()))  # Writes the configuration.
     preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     task = ContrastiveTask(
         model.to(this_device()),
@@ -70,7 +70,7 @@ def train_light_clip(
         processes=world_size(),
         rank=world_rank(),
     )
-    task.eval()  # The outputs of locked towers are computed once, before any training.
+    task.eval()  # Outputs of frozen encoders are computed once, before training.
     sets: dict[str, tuple[Any, Any, list[str], list[int]]] = {}
     for split in ("train", "test"):
         of_split = [e for e in examples if e.split == split]
@@ -116,13 +116,14 @@ def train_light_clip(
 def captioned_images(
     examples: Sequence[Example], report: ReadReport, preprocess: Callable[[Any], Tensor]
 ) -> tuple[ImageDataset, list[str], list[int]]:
-    """Every readable image that has a caption, the captions, and whose they are; questions are left out.
+    """Returns the readable images with a caption, the captions, and the image index of each caption.
 
-    Scenes have three captions: the full one, one of shapes and one of colors alone. Among the pairs of a batch, colors
-    and relation tell nearly all scenes apart, and a CLIP trained on full captions alone never learns the shapes.
+    Questions are left out. Scenes have three captions: a full one, one of shapes alone and one of colors alone. Within
+    a batch, colors and relation distinguish nearly all scenes, so a CLIP trained on full captions alone never learns
+    the shapes.
 
     Raises:
-        DataError: If there is none.
+        DataError: If no readable image has a caption.
     """
     captions: dict[Path, list[Example]] = {}
     for example in examples:
@@ -142,7 +143,7 @@ def captioned_images(
 def _retrieval(
     task: ContrastiveTask, images: Any, texts: Any, captions: list[str], owners: list[int]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Recall of images and captions, and the nearest caption of the first images."""
+    """Recall in both directions, and the nearest caption of the first images."""
     image_embeddings, text_embeddings = task.all_embeddings(images, texts)
     metrics = {f"test/{name}": value for name, value in recall(image_embeddings, text_embeddings, owners).items()}
     best = (image_embeddings[:TABLE_ROWS] @ text_embeddings.T).argmax(dim=1).tolist()

@@ -1,9 +1,9 @@
-"""The order in which pretraining meets its tokens.
+"""Batches of pretraining on a tokenized corpus.
 
-A row is ``context`` predictions of one source's stream: its stretches laid end to end in a seeded order, drawn again
-each time all were seen. Rows end where they end, so that there is no padding and every token is predicted once an
-epoch; attention stays inside what of a document is in the row. Whose turn it is to fill a row follows the weights, so
-that at any moment every source has had its share.
+A row is ``context`` predictions of one source's stream: its token chunks end to end in a seeded order, shuffled again
+in every epoch. Rows are cut at a fixed length, so that there is no padding and every token is predicted once per epoch;
+attention is limited to the part of each document in the row. Rows are assigned to sources by their weights, so that at
+any step every source has received its share.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Indices = npt.NDArray[np.int64]
 
 
 class TokenStream:
-    """The predictions of one source, over and over; position p is in epoch ``p // tokens``.
+    """Endless stream of the predictions of one source; position p is in epoch ``p // tokens``.
 
     Args:
-        tokens: Of the corpus.
-        source: Its number.
-        seed: Of the order.
+        tokens: Token shards of the corpus.
+        source: Index of the source.
+        seed: Seed of the order.
     """
 
     def __init__(self, tokens: TokenShards, source: int, seed: int) -> None:
@@ -39,12 +39,12 @@ class TokenStream:
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> tuple[Indices, Indices]:
-        """Stretches in the order of an epoch, and the predictions after each."""
+        """Chunks in the order of an epoch, and the cumulative number of predictions after each."""
         order = self.stretches[np.random.default_rng([self.seed, self.source, epoch]).permutation(len(self.stretches))]
         return order, np.cumsum(self.data.lengths(order))
 
     def parts(self, position: int, count: int) -> list[npt.NDArray[np.int64]]:
-        """Ids of the parts of documents that lie in ``count`` predictions from a position: one more than predicted."""
+        """Returns token IDs of document parts: ``count`` predictions, and one more ID per part than predictions."""
         found = []
         while count:
             epoch, offset = divmod(position, self.tokens)
@@ -58,20 +58,20 @@ class TokenStream:
 
 
 class SourceScheduler:
-    """Whose turn it is to fill a row: always the source that is furthest behind its share.
+    """Assigns each row to the source that is furthest behind its share.
 
     Args:
-        weights: Share of each source, relative to the others.
+        weights: Relative share of each source.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.shares = np.asarray(weights, np.float64) / sum(weights)
         self._source: list[int] = []
-        self._before: list[int] = []  # Rows of the same source before it.
+        self._before: list[int] = []  # Earlier rows of the same source, by row.
         self._had = np.zeros(len(self.shares), np.int64)
 
     def __getitem__(self, row: int) -> tuple[int, int]:
-        """Source of a row, and how many rows of that source are before it."""
+        """Returns the source of a row, and the number of earlier rows of that source."""
         while len(self._source) <= row:
             behind = self.shares * (len(self._source) + 1) - self._had
             source = int(np.argmax(behind))
@@ -82,7 +82,7 @@ class SourceScheduler:
 
 
 def pack_row(parts: Sequence[npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[np.int64]]:
-    """Parts of documents end to end in one row."""
+    """Returns document parts end to end in one row."""
     lengths = [len(part) - 1 for part in parts]
     return {
         "input_ids": np.concatenate([part[:-1] for part in parts]),
@@ -94,11 +94,11 @@ def pack_row(parts: Sequence[npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[np
 
 
 def stack_rows(rows: Sequence[Mapping[str, npt.NDArray[np.int64]]], step_tokens: int) -> dict[str, Tensor]:
-    """Rows of one length as a batch.
+    """Stack rows of equal length into a batch.
 
     Returns:
-        ``input_ids``, ``targets``, ``position_ids`` and ``segments``, each int64 (R, T); ``borders`` int32, where each
-        document begins in the flattened rows and where the last ends; ``step_tokens``.
+        ``input_ids``, ``targets``, ``position_ids`` and ``segments``, each int64 (R, T); ``borders`` int32, the
+        start of each document in the flattened rows and the end of the last one; ``step_tokens``.
     """
     names = ("input_ids", "targets", "position_ids", "segments")
     batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}
@@ -109,21 +109,21 @@ def stack_rows(rows: Sequence[Mapping[str, npt.NDArray[np.int64]]], step_tokens:
 
 
 class LMDataset(Dataset[dict[str, Tensor]]):
-    """The batches of every optimiser step, by index: a pure function of corpus, seed and step.
+    """Batches of every optimiser step, by index, as a pure function of corpus, seed and step.
 
-    Batch ``i`` belongs to step ``i // passes``. A step has the same rows however many passes it is spread over.
+    Batch ``i`` belongs to step ``i // passes``. A step has the same rows for any number of passes.
 
     Args:
-        tokens: Of the corpus.
-        weights: Share of each source; 0 for all takes each by its size.
-        context: Predictions of a row.
-        rows: Rows of a step.
-        passes: Forward passes of a step, over all processes.
-        steps: At most so many.
-        seed: Of the order.
+        tokens: Token shards of the corpus.
+        weights: Relative share of each source; if all are 0, the sources' sizes are used.
+        context: Predictions per row.
+        rows: Rows per step.
+        passes: Forward passes per step, over all processes; must divide ``rows``.
+        steps: Maximum number of steps.
+        seed: Seed of the order.
 
     Raises:
-        DataError: If a source has nothing to train on.
+        DataError: If a source has no training tokens.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class LMDataset(Dataset[dict[str, Tensor]]):
         return self.steps * self.passes
 
     def row(self, number: int) -> dict[str, npt.NDArray[np.int64]]:
-        """A row of the training, counted from its beginning."""
+        """Returns a row by its number since the beginning of the training."""
         source, before = self.turns[number]
         return pack_row(self.streams[source].parts(before * self.context, self.context))
 

@@ -1,4 +1,4 @@
-"""Muon on a CPU: torch's, with an iteration that a CPU is fast at."""
+"""torch's Muon, with an orthogonalisation that is fast on CPUs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Nearly the orthogonal matrix next to this one, by Newton and Schulz's quintic iteration, in its own precision.
+    """Approximate the nearest orthogonal matrix by the quintic Newton-Schulz iteration, in the matrix's precision.
 
-    The same as torch's inside ``torch.optim.Muon`` (Jordan et al. 2024), which rounds to bf16 first.
+    The same as in ``torch.optim.Muon`` (Jordan et al. 2024), which rounds to bf16 first.
 
     Args:
-        matrix: Of shape (rows, columns).
-        coefficients: Of the first, third and fifth power.
-        steps: Iterations.
-        eps: Least norm that is divided by.
+        matrix: Matrix (rows, columns).
+        coefficients: Coefficients of the first, third and fifth power.
+        steps: Number of iterations.
+        eps: Lower limit of the norm by which the matrix is divided.
     """
     a, b, c = coefficients
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
@@ -31,17 +31,17 @@ def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon; of parameters on a CPU it orthogonalises in their own precision.
+    """torch's Muon; updates of CPU parameters are orthogonalised in the parameters' precision.
 
-    Without AVX512-BF16 a CPU multiplies bf16 matrices about ten times slower than fp32 ones, and a small model's step
-    was mostly that. State and settings are those of torch's.
+    Without AVX512-BF16 a CPU multiplies bf16 matrices about ten times slower than fp32 ones, which dominated the steps
+    of small models. State and settings are those of ``torch.optim.Muon``.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters."""
         if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
-            return super().step(closure)  # type: ignore[no-untyped-call]  # torch gives it no types.
+            return super().step(closure)  # type: ignore[no-untyped-call]  # torch does not type it.
         loss = None
         if closure is not None:
             with torch.enable_grad():

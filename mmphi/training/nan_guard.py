@@ -1,4 +1,4 @@
-"""Seeing that every loss is a number, without making the processor wait for the accelerator."""
+"""Checks that every loss is finite, without synchronising with the accelerator."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmphi.models.device import copy_to_cpu_async
 
 
 class FiniteLoss:
-    """Looks at the loss of each forward pass one pass later, when it has long been computed; on a CPU at once.
+    """Checks the loss of each forward pass one pass later, when it is already computed; on a CPU at once.
 
-    Asked for at once, the loss would make the processor wait until the accelerator has nothing left to do, and then the
-    accelerator until the next pass is prepared.
+    An immediate check would make the CPU wait until the accelerator is idle, and then the accelerator until the next
+    pass is prepared.
 
     Args:
-        folder: Where the batch goes that gave the first loss that is none.
+        folder: Folder for the batch of the first non-finite loss.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,15 +28,15 @@ class FiniteLoss:
         self._waiting: tuple[int, Callable[[], Tensor], Mapping[str, Any]] | None = None
 
     def note(self, step: int, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """A pass gave its loss.
+        """Register the loss of a pass, and check the previous one.
 
         Args:
-            step: Of the optimiser.
-            loss: Shape ().
-            inputs: What it was of.
+            step: Optimiser step.
+            loss: Loss, shape ().
+            inputs: Batch of the loss.
 
         Raises:
-            TrainingError: If the loss of the pass before, or on a CPU this one, is not finite.
+            TrainingError: If the loss of the previous pass, or on a CPU this one, is not finite.
         """
         self.look()
         self._waiting = (step, copy_to_cpu_async(loss.detach()), inputs)
@@ -44,7 +44,7 @@ class FiniteLoss:
             self.look()
 
     def look(self) -> None:
-        """Look at the loss that was noted last, waiting for it if need be.
+        """Check the last registered loss, waiting for its value if necessary.
 
         Raises:
             TrainingError: If it is not finite; its batch is saved first.

@@ -1,4 +1,4 @@
-"""What updates the weights beyond the Trainer's own: AdamW in groups, and Muon for matrices with AdamW for the rest."""
+"""Optimisers besides the Trainer's own: AdamW with groups, and Muon for matrices with AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmphi.training.muon import Muon
 def grouped_adamw(
     groups: Sequence[tuple[Sequence[nn.Parameter], float]], *, weight_decay: float, beta2: float, paged: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW with a learning rate of its own for each group of parameters.
+    """Returns AdamW with a separate learning rate for each group of parameters.
 
     Args:
-        groups: Parameters and their peak learning rate; empty ones are left out.
-        weight_decay: Of matrices.
-        beta2: The second decay rate.
-        paged: Keep the state in memory that moves between GPU and CPU as it is needed (bitsandbytes).
+        groups: Parameters and peak learning rate of each group; empty groups are left out.
+        weight_decay: Weight decay of matrices; other parameters have none.
+        beta2: Second decay rate.
+        paged: Whether the state is paged between GPU and CPU memory (bitsandbytes); no effect without a GPU.
     """
     given: list[dict[str, Any]] = []
     for parameters, rate in groups:
@@ -39,16 +39,17 @@ def grouped_adamw(
 class MuonAdamW(torch.optim.Optimizer):
     """torch's Muon (Jordan et al. 2024) on the matrices inside a model, AdamW on everything else.
 
-    Embeddings and the output head count as the rest: Muon is for matrices that map hidden states to hidden states. A
-    convolution's kernel is a matrix from all that it sees to its channels, as Jordan has it.
+    AdamW updates embeddings and the output head: Muon is for matrices that map hidden states to hidden states. A
+    convolution kernel is treated as a matrix from its receptive field to its output channels, as by Jordan et al.
 
     Args:
-        model: What is trained; parameters without gradients are left out. Its ``ends()``, if it has that, are names of
-            more that is at its beginning or end.
-        learning_rate: Of AdamW.
-        muon_learning_rate: Of Muon, for updates of unit spectral norm scaled by ``sqrt(max(1, rows / columns))``.
+        model: Module to train; frozen parameters are left out. Its optional method ``ends`` returns the names of
+            further input and output parameters.
+        learning_rate: Learning rate of AdamW.
+        muon_learning_rate: Learning rate of Muon, for updates of unit spectral norm scaled by
+            ``sqrt(max(1, rows / columns))``.
         beta2: AdamW's second decay rate.
-        weight_decay: Of all matrices but embeddings.
+        weight_decay: Weight decay of the matrices that Muon updates; AdamW has none.
 
     Attributes:
         matrices: Names of the parameters that Muon updates.
@@ -82,7 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let whoever changes learning rates here change them there."""
+        """Expose the groups of both optimisers, so that schedulers change their learning rates."""
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
     @torch.no_grad()
@@ -99,26 +100,26 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self.muon.zero_grad(set_to_none)
         for kernel, _ in self._kernels:
             kernel.grad = None
         self.adamw.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of both."""
+        """Returns the state of both optimisers."""
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of both back."""
+        """Load the state of both optimisers."""
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self._share()
 
 
 def _flat(tensor: Tensor, kernel: Tensor) -> Tensor:
-    """A kernel (out, in, height, width), or its gradient, as a matrix of ``out`` rows in the order that the kernel has.
+    """Returns a kernel (out, in, height, width), or its gradient, as a matrix of ``out`` rows in the kernel's order.
 
-    Of the kernel itself it is the same memory, whether its channels come first or last.
+    For the kernel itself the matrix is a view, in channels-first and channels-last layout.
     """
     return (tensor if kernel.is_contiguous() else tensor.permute(0, 2, 3, 1)).reshape(len(tensor), -1)

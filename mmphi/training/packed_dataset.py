@@ -1,8 +1,8 @@
-"""The order in which training meets its sequences.
+"""Order and packs of training sequences.
 
-An optimiser step is a fixed set of sequences, however many rows, packs or processes it is spread over: so packed
-equals unpacked, accumulated equals whole and two processes equal one by construction. Every pack carries the number of
-supervised tokens of the *whole* step, which its summed loss is divided by.
+An optimiser step is a fixed set of sequences, for any number of rows, packs or processes: so packed equals unpacked,
+accumulated equals whole and two processes equal one by construction. Every pack carries the number of supervised tokens
+of the *whole* step, by which its summed loss is divided.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mmphi.training.training_args import world_size
 
 
 class ShuffledOrder:
-    """Which of some things each optimiser step takes: all of them in turn, shuffled again each time all were seen.
+    """Item indices of each optimiser step: all items once per epoch, shuffled again in every epoch.
 
     Args:
-        count: How many things there are.
-        batch_size: Taken by a step.
+        count: Number of items.
+        batch_size: Items per step.
         seed: Seed of the order.
-        groups: Things that stay beside each other, by index, of all things; without it each stands alone.
+        groups: Indices of items that stay adjacent, covering all items; by default each item is a group.
     """
 
     def __init__(
@@ -47,29 +47,29 @@ class ShuffledOrder:
         return np.concatenate([self.groups[i] for i in rng.permutation(len(self.groups))])
 
     def chosen(self, step: int) -> list[int]:
-        """What a step takes, by index."""
+        """Returns the item indices of a step."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
         return [int(self._order(place // self.count)[place % self.count]) for place in places]
 
 
 class PackedStepDataset(Dataset[PackedBatch]):
-    """The packs of every optimiser step of a training, by index: a pure function of samples, seed and step.
+    """Packs of every optimiser step of a training, by index, as a pure function of samples, seed and step.
 
-    Pack ``i`` belongs to step ``i // packs_per_step``. Samples are shuffled again each time all were seen. Nothing is
-    drawn while fetching, so resuming at step k needs nothing but k.
+    Pack ``i`` belongs to step ``i // packs_per_step``. Samples are shuffled again in every epoch. There is no random
+    state, so resuming at step k needs only k.
 
     Args:
-        samples: What to train on.
-        features: Where image features come from.
+        samples: Training sequences.
+        features: Feature source of each kind of span.
         steps: Optimiser steps.
         batch_size: Sequences per step.
         packs_per_step: Forward passes per step over all processes.
         seed: Seed of the order.
-        layout: How the sequences of a pack lie.
-        views: Of each image, which take turns from one time to the next that a sequence is met.
-        together: Sequences about the same images that are met one after the other, at most; they share what they see.
-        contrast: Weight of telling sequences from the same ones put to another image of the step.
-        contrast_from: The step from which on.
+        layout: Layout of the packs.
+        views: Number of augmented views per image, used in rotation over epochs.
+        together: Maximum number of adjacent sequences about the same images, which share their prefix.
+        contrast: Weight of the loss against hard negatives; 0 for none.
+        contrast_from: First step with hard negatives.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class PackedStepDataset(Dataset[PackedBatch]):
         return self.steps * self.packs_per_step
 
     def step(self, step: int) -> list[TokenizedExample]:
-        """The samples of one optimiser step."""
+        """Returns the samples of one optimiser step."""
         first, count = step * self.batch_size, len(self.samples)
         return [
             with_augmented_images(self.samples[index], int(self._turn[index] + (first + place) // count) % self.views)
@@ -113,14 +113,13 @@ class PackedStepDataset(Dataset[PackedBatch]):
         ]
 
     def supervised(self) -> int:
-        """Tokens learned from in the whole training."""
+        """Returns the number of supervised tokens of the whole training."""
         return sum(self._supervised_of(step) for step in range(self.steps))
 
     def until(self, tokens: int) -> int:
-        """Steps after which at least so many tokens were learned from, however many steps were asked for.
+        """Returns the number of steps that have at least ``tokens`` supervised tokens, independent of ``steps``.
 
-        Two trainings of one seed and of sequences that say the same need the same number of steps, whatever the
-        features in them are.
+        Two trainings with the same seed and the same text need the same number of steps, whatever their features are.
         """
         step = learned = 0
         while learned < tokens:
@@ -154,7 +153,7 @@ class PackedStepDataset(Dataset[PackedBatch]):
 
 
 def group_by_images(samples: Sequence[TokenizedExample], together: int) -> list[npt.NDArray[np.int64]]:
-    """Sequences about the same images, by index, in groups of at most ``together``."""
+    """Returns the indices of sequences about the same images, in groups of at most ``together``."""
     about: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
         seen = tuple(span.reference for span in sample.spans)
@@ -167,7 +166,7 @@ def group_by_images(samples: Sequence[TokenizedExample], together: int) -> list[
 
 
 def with_augmented_images(sample: TokenizedExample, view: int) -> TokenizedExample:
-    """A sequence with a view of its images."""
+    """Returns a sequence with an augmented view of its images; 0 is the original."""
     if not view:
         return sample
     spans = tuple(
@@ -188,9 +187,9 @@ def packed_dataset(
     contrast: float = 0.0,
     contrast_from: float = 0.0,
 ) -> PackedStepDataset:
-    """The packs of a training as its settings have it, over all processes that train together.
+    """Returns the packs of a training with the given settings, over all processes that train together.
 
-    ``contrast_from`` is a share of its steps; for the others see :class:`PackedStepDataset`.
+    ``contrast_from`` is a share of the steps; for the other arguments see :class:`PackedStepDataset`.
     """
     return PackedStepDataset(
         samples,

@@ -1,4 +1,4 @@
-"""How fast this machine could multiply: what MFU divides by."""
+"""Peak throughput of this machine in FLOP/s, the reference of MFU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-PEAKS = {  # Dense bf16 TFLOP/s of the makers' data sheets; the first name found in the device's counts.
+PEAKS = {  # Dense bf16 TFLOP/s from data sheets; the first name found in the device's name is used.
     "H200": 989.4,
     "H100 PCIe": 756.0,
     "H100": 989.4,
@@ -23,11 +23,11 @@ SIDE, TRIES = 1024, 5
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """A speed to compare with.
+    """A peak throughput.
 
     Attributes:
-        flops: Per second, of one process's device.
-        name: What it is of.
+        flops: FLOP/s of one process's device.
+        name: Description of the device and of the source of the value.
     """
 
     flops: float
@@ -35,11 +35,11 @@ class PeakFlops:
 
 
 def peak_flops(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> PeakFlops:
-    """The peak of this process's device: as given, by its data sheet, or measured.
+    """Returns the peak of this process's device: the given one, that of its data sheet (bf16), or a measured one.
 
     Args:
-        tflops: As given, in TFLOP/s; 0 where nothing is.
-        dtype: What matrices are multiplied in, where it is measured.
+        tflops: Given peak in TFLOP/s; 0 for none.
+        dtype: Type of the arithmetic.
     """
     if tflops:
         return PeakFlops(tflops * 1e12, f"{tflops:g} TFLOP/s as given")
@@ -52,7 +52,7 @@ def peak_flops(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> PeakF
 
 
 def measure_peak_flops(dtype: torch.dtype) -> PeakFlops:
-    """The best of a few products of square matrices."""
+    """Measure the best of a few products of square matrices."""
     cuda = torch.cuda.is_available()
     matrix = torch.randn(SIDE, SIDE).to("cuda" if cuda else "cpu", dtype)
     best = 0.0

@@ -1,4 +1,4 @@
-"""What a pretraining tells on its way: every loss, how fast it is, when it reached what, and when it is at its end."""
+"""Trainer callback of pretraining: losses, speed, milestones, and the end of the training."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from mmphi.training.peak_flops import PeakFlops
 from mmphi.training.stop_criteria import StopCriteria
 from mmphi.training.throughput import StepLoss, Throughput
 
-EVERY_STEP = 200  # Losses are recorded one by one so far; later as means over the logging interval.
-RECENT = 3  # Steps whose mean loss says whether something was reached.
-INITIAL_TOLERANCE = 0.5  # Nats that the first loss may be away from ln(vocabulary).
+EVERY_STEP = 200  # Up to this step every loss is recorded; later, means over the logging interval.
+RECENT = 3  # Steps of the mean loss that is compared with targets.
+INITIAL_TOLERANCE = 0.5  # Maximum distance of the first loss from ln(vocabulary), in nats.
 SECONDS, TOKENS, INITIAL, ENDED = range(4)
 
 
 class PretrainCallback(TrainerCallback):
-    """Counts, tells and ends a pretraining; its own state is part of every checkpoint.
+    """Counts, reports and ends a pretraining; its state is part of every checkpoint.
 
-    A step's loss is that of its batch before its update: the first is that of a model that has learned nothing.
+    A step's loss is that of its batch before the update, so the first one is that of the untrained model.
 
     Args:
         tracker: The run to record in.
-        stop: When to end.
-        targets: Losses whose time is noted, by name.
-        step_tokens: Predictions of a step.
+        stop: Stop criteria.
+        targets: Losses whose tokens, seconds and steps are recorded when reached, by name.
+        step_tokens: Predictions per step.
         vocabulary: Rows of the embedding.
-        flops: Of training on tokens and pairs.
-        peak: What the speed is compared with.
-        throughput: The loop's.
-        step_loss: The loop's.
+        flops: Returns the training FLOPs of numbers of tokens and attention pairs.
+        peak: Peak throughput, the reference of MFU.
+        throughput: Token counter of the loop.
+        step_loss: Loss accumulator of the loop.
 
     Attributes:
-        state: What a checkpoint must hold of it.
-        reason: Why training ended, empty where it went through all steps.
+        state: Tensors for checkpoints.
+        reason: Why training ended; empty if it completed all steps.
     """
 
     def __init__(
@@ -73,24 +73,24 @@ class PretrainCallback(TrainerCallback):
 
     @property
     def initial(self) -> float:
-        """The loss before the first update."""
+        """Loss before the first update, in nats per token."""
         return float(self._totals[INITIAL])
 
     @property
     def ended(self) -> bool:
-        """Whether the training came to its end, as its last checkpoint has it."""
+        """Whether the training is complete; part of every checkpoint."""
         return bool(self._totals[ENDED])
 
     @property
     def names(self) -> list[str]:
-        """Of what can be reached."""
+        """Names of the milestones."""
         return ["initial-1", *self.targets]
 
     def figures(self) -> dict[str, float]:
-        """What was reached when, and the totals."""
+        """Returns the totals, and tokens, seconds and steps of each milestone reached."""
         found = {"pretrain/initial_loss": self.initial, "pretrain/tokens": float(self._totals[TOKENS])}
         found["pretrain/seconds"] = float(self._totals[SECONDS])
-        found["pretrain/supervised_tokens"] = found["pretrain/tokens"]  # Every token is learned.
+        found["pretrain/supervised_tokens"] = found["pretrain/tokens"]  # Every token is supervised.
         for name, (tokens, seconds, steps) in zip(self.names, self._reached.tolist(), strict=True):
             if not math.isnan(tokens):
                 found |= {f"reached/{name}/tokens": tokens, f"reached/{name}/seconds": seconds}
@@ -112,11 +112,11 @@ class PretrainCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Note the learning rate of the update that comes."""
+        """Store the learning rate of the coming update."""
         self._rate = float(optimizer.param_groups[-1]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count, tell, and end."""
+        """Update the totals, report, and end the training if a criterion holds."""
         step, loss = state.global_step, self.step_loss.take(args.device)
         if step == 1:
             self._check(loss)
@@ -143,14 +143,14 @@ class PretrainCallback(TrainerCallback):
 
     def _ended(self, recent: float, step: int, args: TrainingArguments) -> str:
         seconds, tokens = float(self._totals[SECONDS]), float(self._totals[TOKENS])
-        if dist.is_initialized():  # Clocks differ; all must agree.
+        if dist.is_initialized():  # Clocks differ, and all processes must end at the same step.
             clock = torch.tensor(seconds, dtype=torch.float64, device=args.device)
             dist.broadcast(clock, 0)
             seconds = float(clock)
         return self.stop.reason(initial=self.initial, loss=recent, tokens=tokens, steps=step, seconds=seconds)
 
     def _note(self, recent: float, step: int) -> None:
-        """Note what was reached for the first time."""
+        """Record milestones that are reached for the first time."""
         limits = [self.initial - 1, *self.targets.values()]
         for i, limit in enumerate(limits):
             if recent <= limit and torch.isnan(self._reached[i, 0]):
@@ -161,7 +161,7 @@ class PretrainCallback(TrainerCallback):
                 )
 
     def _tell(self, loss: float, step: int, args: TrainingArguments, state: TrainerState) -> None:
-        """The line of the original run, and the figures of this step or interval."""
+        """Print the line of the original run, and record the figures of this step or interval."""
         self._sum, self._count = self._sum + loss, self._count + 1
         due = (step - 1) % args.logging_steps == 0
         if not due and step > EVERY_STEP:
@@ -182,5 +182,5 @@ class PretrainCallback(TrainerCallback):
             self._said_s, self._said_pairs = float(self._totals[SECONDS]), int(self.throughput.pairs)
         self._sum, self._count = 0.0, 0
         self.tracker.metrics(values, step)
-        # A training that goes on records again what stands in its history.
+        # A resumed training records its log history again.
         state.log_history.append({**values, "step": step})

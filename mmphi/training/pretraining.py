@@ -39,25 +39,25 @@ ISOLATION_TOLERANCE, ISOLATION_TOLERANCE_ROUNDED = 1e-4, 3e-2  # Nats per token,
 
 
 class TextSource(Protocol):
-    """The text of a pretraining."""
+    """Source of pretraining text."""
 
     @property
     def beside(self) -> ExtraCheckpointState | None:
-        """Its state that belongs to a checkpoint; None where the number of the step is all of it."""
+        """State for checkpoints; None if the step number determines it."""
 
     def held(self) -> list[Any]:
-        """Held-out windows of token IDs, one more than are predicted."""
+        """Returns held-out windows of token IDs, each with one more ID than predictions."""
 
     def steps(self, rows: int, passes: int, steps: int) -> Any:
-        """The batches of the training, by step."""
+        """Returns the training batches: ``rows`` rows and ``passes`` passes per step, at most ``steps`` steps."""
 
 
 class ShardTexts:
-    """The text in the shards of a corpus.
+    """Pretraining text from the shards of a corpus.
 
     Args:
-        shards: Token IDs, training documents and held-out ones.
-        weights: Of the sources, in their order.
+        shards: Token shards with training and held-out documents.
+        weights: Weight of each source, in order.
         settings: Context, seed and held-out tokens.
         tracker: Records the tokens of the corpus.
     """
@@ -83,12 +83,12 @@ class ShardTexts:
 
 
 def model_config(settings: PretrainSettings, vocabulary: int, end: int) -> PhiConfig:
-    """The configuration of the model.
+    """Returns the configuration of the model.
 
     Args:
-        settings: Size or shape.
+        settings: Size, or shape if the size is ``custom``.
         vocabulary: Rows of the embedding.
-        end: ID of the end of text.
+        end: ID of the end-of-text token.
     """
     if settings.size != "custom":
         config = size_config(settings.size, settings.context, vocabulary, end)
@@ -115,14 +115,14 @@ def pretrain(
     Args:
         settings: Optimisation, budget and stop condition.
         config: Shape of the model.
-        prompt: Its tokenizer writes samples during training.
-        texts: What it is trained and validated on.
+        prompt: Prompt whose tokenizer is used for validation and samples.
+        texts: Source of training and validation text.
         folder: Where checkpoints are written; an interrupted training resumes from the newest.
         tracker: Records metrics, samples and messages.
         first: Whether this process writes samples.
 
     Returns:
-        The whole model, and its figures.
+        The model with all its parameters, and its figures.
     """
     torch.manual_seed(settings.seed)
     model = apply_patches(PhiForCausalLM(config).to(this_device()))
@@ -186,7 +186,7 @@ def _progress(
     throughput: Throughput,
     step_loss: StepLoss,
 ) -> PretrainCallback:
-    """The callback that logs and ends the training; records what MFU is relative to."""
+    """Returns the callback that logs and ends the training; records the reference of MFU."""
     fastest = peak_flops(settings.peak_tflops, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     tracker.tags({"mmphi.peak": fastest.name})
     tracker.say(f"MFU is the share of {fastest.name}, attention counted")
@@ -214,7 +214,7 @@ def _progress(
 
 
 def _task(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) -> CausalTask:
-    """The task: documents isolated by the fastest method that is exact here, compiled if asked for and possible."""
+    """Returns the task, with the fastest exact isolation of documents, compiled if requested and possible."""
     device = next(model.parameters()).device
     rounded = chosen.precision == "bf16"
     task = CausalTask(model)
@@ -228,7 +228,7 @@ def _task(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) -> C
     compiled = CausalTask(model, walls="mask", compiled=True)
     try:
         smoke_test(compiled, chosen.context)
-    except Exception as problem:  # Whatever a compiler's tool chain may lack; torch names no common ancestor.
+    except Exception as problem:  # Compiler errors have no common base class in torch.
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         say(f"torch.compile does not work here ({lines[0][:120]}): continuing without it")
         return task
@@ -236,7 +236,7 @@ def _task(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) -> C
 
 
 def _whole_model(task: CausalTask, config: PhiConfig) -> PhiForCausalLM:
-    """The model with all its parameters in this process, for saving."""
+    """Returns the model with all its parameters in this process, for saving."""
     if not is_sharded(task):
         return task.model
     state = gather_full(task.model.state_dict())

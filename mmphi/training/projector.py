@@ -31,13 +31,13 @@ from mmphi.training.conversation_validation import ConversationValidation, log_p
 from mmphi.training.projector_warmup import align_to_captions
 from mmphi.training.trainer import train
 
-FEATURE_BYTES = 2  # They are stored in half precision.
-STATISTICS_IMAGES, STATISTICS_BATCH = 4096, 256  # Images that means and spreads of features are taken from.
+FEATURE_BYTES = 2  # Features are stored in half precision.
+STATISTICS_IMAGES, STATISTICS_BATCH = 4096, 256  # Images for the statistics of features.
 
 
 @dataclass(frozen=True)
 class ProjectorTraining:
-    """The result of a training.
+    """Result of projector training.
 
     Attributes:
         steps: Optimiser steps taken.
@@ -53,12 +53,12 @@ class ProjectorTraining:
 def new_projector(
     language: LanguageModel, features: ImageFeatures, settings: ProjectorSettings, examples: Sequence[Example]
 ) -> Projector:
-    """A projector with seeded weights, standardised on the training images where the settings ask for it.
+    """Returns a projector with seeded weights; with ``standardize``, fitted to features of training images.
 
     Args:
-        language: Its width is the output width.
-        features: Their width is the input width.
-        settings: Seed and shape.
+        language: Language model, whose width is the output width.
+        features: Image features, whose width is the input width.
+        settings: Seed and shape of the projector.
         examples: Conversations of all splits.
     """
     torch.manual_seed(settings.seed)
@@ -68,7 +68,7 @@ def new_projector(
 
 
 def _training_features(features: ImageFeatures, examples: Sequence[Example]) -> Iterator[Tensor]:
-    """Batches (images, tokens, width) of features of training images, of some thousand images at most."""
+    """Yields batches (images, tokens, width) of features of at most ``STATISTICS_IMAGES`` training images."""
     images = list({e.image.id: e.image for e in examples if e.split == "train" and e.image is not None}.values())
     some = images[:: -(-len(images) // STATISTICS_IMAGES)] if images else []
     for first in range(0, len(some), STATISTICS_BATCH):
@@ -90,14 +90,14 @@ def train_projector(
     """Train the projector of a model; its language model stays frozen.
 
     Args:
-        model: Made with the projector of :func:`new_projector`; changed in place.
-        examples: Conversations of all splits; those of the validation split are only measured.
+        model: Model with a projector of :func:`new_projector`, which is trained in place.
+        examples: Conversations of all splits; the validation split is used for validation only.
         settings: Steps, batch size, learning rate, ...
-        tracker: Where metrics, tables and messages go; by default nowhere.
-        folder: For checkpoints, from which a later call resumes; a temporary folder by default.
-        sequences: The training conversations, where they are tokenised already.
-        choose: From training conversations to the indices that are trained on; all of them by default.
-        callbacks: Further callbacks of transformers' Trainer.
+        tracker: Receives metrics, tables and messages; by default they are discarded.
+        folder: Checkpoint folder, from which a later call resumes; a temporary folder by default.
+        sequences: Tokenized training conversations; by default ``examples`` are tokenized.
+        choose: Maps the training conversations to the indices to train on; all by default.
+        callbacks: Additional callbacks of transformers' Trainer.
         progress: Whether progress bars are shown.
 
     Raises:
@@ -115,7 +115,7 @@ def train_projector(
         log_packing(model, "projector", tracker)
         if settings.alignment_steps:
             align_to_captions(model, examples, settings, tracker=tracker, folder=folder, progress=progress)
-            torch.manual_seed(settings.seed)  # The same draws follow whether the alignment was resumed or not.
+            torch.manual_seed(settings.seed)  # Same random numbers whether the alignment was resumed or not.
         if sequences is None:
             sequences = tokenize_training_rows(model, examples, settings.max_length)
         dataset, settings = conversation_dataset(

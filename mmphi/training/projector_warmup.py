@@ -1,4 +1,4 @@
-"""Alignment of the projector with the words of captions, before it is trained through the language model."""
+"""Alignment warm-up: trains the projector on the words of captions, without running the language model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mmphi.training.caption_alignment import (
 )
 from mmphi.training.trainer import train
 
-MEASURED = 200  # Validation images at most.
+MEASURED = 200  # Maximum number of validation images.
 
 
 def align_to_captions(
@@ -41,12 +41,12 @@ def align_to_captions(
     """Train the projector to predict the words of captions, then match the norm of its outputs to word embeddings.
 
     Args:
-        model: Its projector is trained; of its language model only the embeddings are used.
+        model: Model whose projector is trained; only the tokenizer and embeddings of its language model are used.
         examples: Conversations of all splits.
         settings: ``alignment_steps``, ``alignment_batch_size``, ``alignment_learning_rate``, ``num_augmentations`` and
             the seed are used.
         tracker: Records metrics under ``align/``.
-        folder: For checkpoints.
+        folder: Checkpoints are written to its subfolder ``align``.
         progress: Whether a progress bar is shown.
     """
     features, projector = model.features, model.projector
@@ -94,7 +94,7 @@ def align_to_captions(
 
 
 def _answers(examples: Sequence[Example], split: str, most: int) -> list[tuple[ImageRef, list[str]]]:
-    """Images of a split, with all that is answered about them."""
+    """At most ``most`` images of a split, with all answers about them."""
     found: dict[str, tuple[ImageRef, list[str]]] = {}
     for example in examples:
         if example.split == split and example.image is not None:
@@ -116,7 +116,7 @@ def _named(
     known: Sequence[int],
     features: ImageFeatures,
 ) -> list[dict[str, Any]]:
-    """What each place of some images is most likely called."""
+    """Table rows of the likeliest word at each position of some images, relative to the words' frequencies."""
     if not images:
         return []
     seen = features.get([one.image for one in images]).to(task.words.device)

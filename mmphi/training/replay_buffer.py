@@ -1,7 +1,7 @@
-"""What a training on a stream has at hand: documents that came, and how often each was seen.
+"""Replay buffer of a text stream: recent documents, and how often each was trained on.
 
-Every document is seen once at least and a given number of times at most: fresh text first, then what was seen least.
-Up to four times, seeing text again is nearly as good as more of it (Muennighoff et al. 2023).
+Every document is used at least once and at most a given number of times: fresh text first, then the least used text.
+Up to four times, repeated text is nearly as good as new text (Muennighoff et al. 2023).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass
 class DocumentGroup:
-    """Documents that came together, and leave together.
+    """Documents of one shard, which are added and removed together.
 
     Attributes:
-        name: Of their shard.
-        documents: Ids of each, one more than are predicted.
-        seen: How often each was seen.
+        name: Name of the shard.
+        documents: Token IDs of each document, one more than predictions.
+        seen: Number of times that each document was used.
     """
 
     name: str
     documents: Sequence[Ids]
     seen: list[int] = field(default_factory=list)
-    tokens: int = field(init=False)  # Predictions in them.
+    tokens: int = field(init=False)  # Predictions in all documents.
 
     def __post_init__(self) -> None:
         self.seen = self.seen or [0] * len(self.documents)
@@ -40,42 +40,42 @@ class DocumentGroup:
 
 
 class ReplayBuffer:
-    """Documents at hand, and the order in which they are seen.
+    """Buffered documents, and the order in which they are used.
 
     Args:
-        tokens: Predictions that are kept for being seen again; fresh text is taken beyond it.
-        passes: How often a document is seen at most.
-        seed: Of the order in which text is seen again.
+        tokens: Predictions that are kept for reuse; fresh text is added beyond this limit.
+        passes: Maximum number of times that a document is used.
+        seed: Seed of the order of repeated text.
 
     Attributes:
-        times: Predictions that left, by how often they were seen.
+        times: Predictions of removed documents, by number of uses.
     """
 
     def __init__(self, tokens: int, passes: int, seed: int) -> None:
         self.limit, self.passes, self.seed = tokens, passes, seed
         self.groups: deque[DocumentGroup] = deque()
         self.times: Counter[int] = Counter()
-        self._queue: list[tuple[int, int, int, int]] = []  # Times seen, order, number of the group, place in it.
-        self._first = self._arrived = 0  # Number of the first group, and of groups in all.
-        self._current: tuple[int, int, int] | None = None  # Group, place and offset of what was seen in part.
-        self.left: list[str] = []  # Groups that left since the last :meth:`gone`.
+        self._queue: list[tuple[int, int, int, int]] = []  # Uses, order, group number, index in the group.
+        self._first = self._arrived = 0  # Number of the first group, and of all groups added.
+        self._current: tuple[int, int, int] | None = None  # Group number, index and offset of the partly used document.
+        self.left: list[str] = []  # Groups removed since the last :meth:`gone`.
 
     def __len__(self) -> int:
-        """Predictions at hand."""
+        """Predictions in the buffer."""
         return sum(group.tokens for group in self.groups)
 
     @property
     def has_room(self) -> bool:
-        """Whether fresh text is wanted: nothing at hand is fresh, so that what comes will be seen at once."""
+        """Whether fresh text is wanted: no queued document is unused, so that new ones are used next."""
         return not self._queue or self._queue[0][0] > 0
 
     @property
     def exhausted(self) -> bool:
-        """Whether everything at hand was seen as often as it may be."""
+        """Whether every document was used the maximum number of times."""
         return self._current is None and not self._queue
 
     def add(self, name: str, documents: Sequence[Ids]) -> None:
-        """Take documents in; what was seen and has no place any longer leaves."""
+        """Add documents, then remove old groups that are used up or exceed the limit."""
         self._enter(DocumentGroup(name, [ids for ids in documents if len(ids) > 1]))
         self._tidy()
 
@@ -89,7 +89,7 @@ class ReplayBuffer:
         if seen >= self.passes:
             return
         order = number
-        if seen:  # Fresh text comes in its order, old text in one that is drawn again each time.
+        if seen:  # Fresh text keeps its order; repeated text has a new pseudorandom order each time.
             text = f"{self.seed}/{seen}/{self._group(number).name}/{place}"
             order = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
         heapq.heappush(self._queue, (seen, order, number, place))
@@ -98,12 +98,12 @@ class ReplayBuffer:
         return self.groups[number - self._first]
 
     def take(self, count: int, more: Callable[[], bool]) -> list[Ids]:
-        """Ids of the parts of documents that make up so many predictions: one more than predicted of each.
+        """Returns token IDs of document parts: ``count`` predictions, and one more ID per part than predictions.
 
         Args:
-            count: Of predictions.
-            more: Called where fresh text is wanted; takes some in, or says that there is none. Where everything was
-                seen as often as it may be it does not come back before there is some.
+            count: Number of predictions.
+            more: Called when fresh text is wanted; adds some and returns True, or returns False if none is available.
+                If the buffer is exhausted, it must not return before it has added some.
         """
         found = []
         while count:
@@ -130,7 +130,7 @@ class ReplayBuffer:
         return number, place, 0
 
     def _tidy(self) -> None:
-        """Let the oldest groups leave that were seen often enough, or that there is no room for."""
+        """Remove the oldest groups that are used up, or that exceed the limit and were used at least once."""
         held = len(self)
         while self.groups and self._may_leave(self.groups[0], held > self.limit):
             group = self.groups.popleft()
@@ -150,12 +150,12 @@ class ReplayBuffer:
         return least >= self.passes or (crowded and least >= 1)
 
     def gone(self) -> list[str]:
-        """Groups that left since this was last asked."""
+        """Returns the groups removed since the last call."""
         names, self.left = self.left, []
         return names
 
     def counted(self) -> dict[int, int]:
-        """Predictions by how often they were seen: of what left, and of what is at hand."""
+        """Returns predictions by number of uses, of removed and of buffered documents."""
         times = Counter(self.times)
         for group in self.groups:
             for ids, seen in zip(group.documents, group.seen, strict=True):
@@ -163,7 +163,7 @@ class ReplayBuffer:
         return dict(sorted(times.items()))
 
     def state(self) -> dict[str, Any]:
-        """All of it but the documents themselves."""
+        """Returns the state, without the documents themselves."""
         current = None
         if self._current is not None:
             number, place, offset = self._current
@@ -175,7 +175,7 @@ class ReplayBuffer:
         }
 
     def load(self, state: dict[str, Any], documents: Callable[[str], Sequence[Ids]]) -> None:
-        """Put a state back; ``documents`` gives those of a group by its name."""
+        """Restore a state; ``documents`` returns those of a group by its name."""
         self.groups, self._queue, self.left = deque(), [], []
         self._first = self._arrived = 0
         self.times = Counter({int(seen): count for seen, count in state["times"].items()})
@@ -183,6 +183,6 @@ class ReplayBuffer:
         for group in state["groups"]:
             kept = [ids for ids in documents(group["name"]) if len(ids) > 1]
             self._enter(DocumentGroup(group["name"], kept, list(group["seen"])))
-        if self._current is not None:  # It was taken from the queue already.
+        if self._current is not None:  # It was not in the queue when the state was saved.
             self._queue = [entry for entry in self._queue if entry[2:] != self._current[:2]]
             heapq.heapify(self._queue)

@@ -1,4 +1,4 @@
-"""When a pretraining ends: at a loss, after tokens, steps or time."""
+"""Stop criteria of a pretraining: loss, tokens, steps or time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class StopCriteria:
     """Conditions, of which the first to hold ends the training.
 
     Attributes:
-        below_initial: Nats below the loss before the first update.
-        loss: Nats per token.
-        tokens: Trained on.
-        steps: Done.
-        seconds: Of training, without validations and checkpoints.
+        below_initial: Reduction from the loss before the first update, in nats per token.
+        loss: Loss in nats per token.
+        tokens: Tokens trained on.
+        steps: Optimiser steps.
+        seconds: Seconds of training, without validations and checkpoints.
     """
 
     below_initial: float = math.inf
@@ -32,21 +32,21 @@ class StopCriteria:
     seconds: float = math.inf
 
     def most_steps(self, tokens_per_step: int, otherwise: int) -> int:
-        """How many steps there can be at most: what the learning rate's schedule is laid over.
+        """Returns the maximum number of steps, which is the length of the learning rate schedule.
 
         Args:
-            tokens_per_step: Of an optimiser step.
-            otherwise: Where neither tokens nor steps end the training.
+            tokens_per_step: Tokens of an optimiser step.
+            otherwise: Result if neither tokens nor steps are limited.
         """
         least = min(self.steps, math.ceil(self.tokens / tokens_per_step) if self.tokens < math.inf else math.inf)
         return int(least) if least < math.inf else otherwise
 
     def target(self, initial: float) -> float:
-        """The loss that ends the training."""
+        """Returns the loss that ends the training, in nats per token."""
         return max(self.loss, initial - self.below_initial)
 
     def reason(self, *, initial: float, loss: float, tokens: float, steps: int, seconds: float) -> str:
-        """Why the training ends here; empty where it goes on."""
+        """Returns why the training ends now; empty if it continues."""
         if loss <= self.target(initial):
             return f"the loss is {loss:.3f}, and {self.target(initial):.3f} was asked for"
         if tokens >= self.tokens:
@@ -57,13 +57,13 @@ class StopCriteria:
 
 
 def parse_stop(text: str) -> StopCriteria:
-    """Conditions as typed.
+    """Parse conditions.
 
     >>> parse_stop("initial-1, tokens 2M")
-    Stop(below_initial=1.0, loss=-inf, tokens=2000000.0, steps=inf, seconds=inf)
+    StopCriteria(below_initial=1.0, loss=-inf, tokens=2000000.0, steps=inf, seconds=inf)
 
     Raises:
-        SettingsError: If one cannot be read.
+        SettingsError: If a condition cannot be parsed.
     """
     found: dict[str, float] = {}
     for part in filter(None, (p.strip().lower() for p in text.split(","))):

@@ -1,4 +1,4 @@
-"""The batches of a training on text that is still being written."""
+"""Batches of a training on text that is still being generated."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from mmphi.training.lm_dataset import pack_row, stack_rows
 from mmphi.training.replay_buffer import Ids, ReplayBuffer
 
 LOOK_S = 1.0
-KEPT = 4  # States that are remembered: the loop asks for batches before it is done with the ones before them.
+KEPT = 4  # Resume states that are kept: the loop fetches batches before earlier steps are complete.
 PATIENCE_S = 1800.0
 
 
 class StreamingDataset(Dataset[dict[str, Tensor]]):
-    """The batches of every optimiser step, in their order, from documents as they come.
+    """Batches of every optimiser step, in order, from documents as they arrive.
 
     Args:
-        reader: Of the spool.
-        encode: Ids of a document, from the token that begins it to the one that ends it.
-        window: What is at hand.
-        context: Predictions of a row.
-        rows: Rows of a step.
-        passes: Forward passes of a step.
-        steps: At most so many.
-        alive: Called while it waits, so that whoever writes is kept alive; raises where there is no hope.
-        arrived: Called with what came.
+        reader: Reader of the shard queue.
+        encode: Maps a document to its token IDs, including begin and end tokens.
+        window: Replay buffer.
+        context: Predictions per row.
+        rows: Rows per step.
+        passes: Forward passes per step; must divide ``rows``.
+        steps: Maximum number of steps.
+        alive: Called while no shard waits, to restart generators that died; may raise to end the training.
+        arrived: Called with the documents of each shard that is read.
 
     Attributes:
-        waited_s: Seconds in which nothing was there to train on.
+        waited_s: Seconds of waiting for text with an exhausted buffer.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
         return stack_rows(rows, self.rows * self.context)
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after a step needs to go on: window and position, as they were before the next one."""
+        """Returns the resume state after a step: replay buffer and position, before the batches of the next step."""
         return self._states[step]
 
     def load(self, step: int, state: dict[str, Any]) -> None:
-        """Go on after a step."""
+        """Resume after a step."""
         self.reader.go_on(state["position"])
 
         def documents(name: str) -> Sequence[Ids]:
@@ -95,7 +95,7 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
         self._remember(step)
 
     def kept_from(self, step: int) -> set[str]:
-        """Shards that a checkpoint after a step needs."""
+        """Returns the names of the shards that a checkpoint after a step needs."""
         return {group["name"] for group in self._states[step]["window"]["groups"]}
 
     def _remember(self, step: int) -> None:
@@ -105,7 +105,7 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
             self._states.popitem(last=False)
 
     def _more(self) -> bool:
-        """Take one shard in, where there is one; where nothing else is to be seen, wait for it."""
+        """Add one shard to the buffer if one is available; if the buffer is exhausted, wait for one."""
         begun, idle = time.monotonic(), self.window.exhausted
         while True:
             now = time.monotonic()

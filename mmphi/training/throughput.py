@@ -1,4 +1,4 @@
-"""How fast training is and how much memory it takes."""
+"""Throughput, loss and peak memory of training."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CLEAR_PEAK = "5"  # Documented in proc(5): resets the peak of the resident set.
 
 
 class Throughput:
-    """Tokens per second of training: what waits for data counts, validation and checkpoints do not.
+    """Tokens per second of training, including waits for data, without validation and checkpoints.
 
-    Tokens are those of sequences, features in their places included; what fills rows up is none.
+    Tokens include the positions of features and exclude padding.
 
     Attributes:
-        tokens: Tokens that passed through the model since the last reading, on this process; counted where the batches
-            are, so that nobody waits for an accelerator before the count is read.
-        pairs: Pairs of a position and one that it sees, since the beginning, on this process; likewise.
+        tokens: Tokens processed since the last reading, on this process; counted on the batches' device, so that an
+            accelerator is synchronised only when the count is read.
+        pairs: Pairs of a position and one that it attends to, since the beginning, on this process; counted likewise.
         total_s: Seconds of training up to the last pause.
     """
 
@@ -39,7 +39,7 @@ class Throughput:
         self._begun: float | None = None
 
     def count(self, batch: Mapping[str, Any]) -> None:
-        """Count a batch that passes, by its ``segments`` and ``borders``, where it has them."""
+        """Count a batch by its ``segments`` and ``borders``, if it has them."""
         if "segments" in batch:
             self.tokens = self.tokens + (batch["segments"] >= 0).sum()
         if "borders" in batch:
@@ -64,7 +64,7 @@ class Throughput:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Let what happens inside not count."""
+        """Stop the clock inside the context."""
         running = self._begun is not None
         self.stop()
         try:
@@ -74,7 +74,7 @@ class Throughput:
                 self.start()
 
     def read(self) -> float:
-        """Tokens per second since the last reading; 0 where none were counted."""
+        """Returns the tokens per second since the last reading; 0 if none were counted."""
         running = self._begun is not None
         self.stop()
         rate = float(self.tokens) / self._seconds if self._seconds else 0.0
@@ -85,17 +85,17 @@ class Throughput:
 
 
 class StepLoss:
-    """The loss of an optimiser step, added up over its forward passes."""
+    """Sum of an optimiser step's loss over its forward passes."""
 
     def __init__(self) -> None:
         self._sum: float | Tensor = 0.0
 
     def add(self, share: float | Tensor) -> None:
-        """Add what one forward pass of this process has of it; on an accelerator nobody waits for it."""
+        """Add the share of one forward pass of this process, without synchronising an accelerator."""
         self._sum = self._sum + share
 
     def take(self, device: torch.device) -> float:
-        """The loss of the step that ended, over all processes; the next begins at nothing."""
+        """Returns the loss of the completed step, summed over all processes, and resets the sum."""
         total, self._sum = torch.tensor(float(self._sum), dtype=torch.float64), 0.0
         if dist.is_initialized():
             total = total.to(device)
@@ -104,16 +104,16 @@ class StepLoss:
 
 
 def reset_peak_memory() -> None:
-    """Forget what was used before: the peak is that of what follows. Only Linux can do so for a process."""
+    """Reset the peak memory of the GPU and, on Linux, of this process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    release_memory()  # What is kept of what was used before.
+    release_memory()  # Freed memory that the allocator keeps would count.
     with contextlib.suppress(OSError):
         CLEAR.write_text(CLEAR_PEAK)
 
 
 def peak_memory_bytes() -> int:
-    """Most memory used at once since the last reset: the accelerator's where there is one, else this process's."""
+    """Returns the peak memory since the last reset: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""The tokens that texts consist of, as classes of an alignment loss."""
+"""Vocabulary of the tokens in a set of texts, used as classes of an alignment loss."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def token_vocabulary(language: Any, texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """The tokens that texts are made of, and each text as places among them, from 1 on.
+    """Returns the token IDs that texts contain, and each text as indices into them, from 1 on.
 
     Args:
-        language: Whose tokenizer.
-        texts: What is said; each begins within a sentence, as it does after a question's own words.
+        language: Language model whose tokenizer is used.
+        texts: Texts; each is tokenized after a space, as in the middle of a prompt.
     """
     encoded = [
         language.tokenizer(" " + text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -1,7 +1,7 @@
-"""The one loop, on transformers' Trainer: exact loss, complete checkpoints, exact resume.
+"""Training loop on transformers' Trainer: exact loss, complete checkpoints, exact resume.
 
-What is trained is a *task*: a module that takes a batch by name and gives its summed loss. A batch also says by
-``step_tokens`` what the loss of the whole optimiser step is divided by.
+A *task* is a module that takes a batch as keyword arguments and returns its summed loss. ``step_tokens`` of a batch is
+the divisor of the loss of the whole optimiser step.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from mmphi.training.training_args import make_optimizer, training_arguments, wor
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training ended.
+    """Result of a training.
 
     Attributes:
-        steps: Optimiser steps done in all.
-        resumed_from: Step it went on from; 0 where it began from scratch.
-        best: Step that the weights are of, where those of the best validation were taken; else the last one.
-        figures: Of that validation; empty where the last weights stayed.
+        steps: Optimiser steps in total.
+        resumed_from: Step of the checkpoint that it resumed from; 0 if it started from scratch.
+        best: Step of the resulting weights: that of the best validation if those are loaded, else the last one.
+        figures: Figures of that validation; empty if the last weights are the result.
     """
 
     steps: int
@@ -51,7 +51,7 @@ class TrainingResult:
 
 
 def _only(batch: list[Any]) -> Any:
-    """The batch that the dataset gives is whole already."""
+    """Unwrap a batch: items of the dataset are whole batches."""
     return batch[0]
 
 
@@ -75,31 +75,31 @@ def train(
     keep_best: bool = False,
     progress: bool = True,
 ) -> TrainingResult:
-    """Train whatever in ``task`` requires gradients.
+    """Train the parameters of ``task`` that require gradients.
 
     Args:
-        task: Takes a batch by name and gives its summed loss; its frozen parts have ``requires_grad`` off.
-        steps: Batches by index: those of step k are ``accumulation * processes`` of them, one after the other.
+        task: Takes a batch as keyword arguments and returns its summed loss; frozen parts have ``requires_grad`` off.
+        steps: Batches by index; each step has ``accumulation * processes`` consecutive ones.
         settings: Steps, batch, learning rate, ...
         folder: Where checkpoints go; a complete one found there is resumed from.
         tracker: The run to record in.
-        title: What stands before the progress bar.
-        validate: Given the step, returns metrics named ``val/...``.
+        title: Label of the progress bar.
+        validate: Maps the step to metrics named ``val/...``.
         state: Tensors beyond parameters and optimiser that training changes in place; part of every checkpoint.
-        optimizer: In place of the one that the settings name.
-        epsilon: AdamW's.
-        callbacks: Called beside the loop.
-        throughput: Counts tokens, where somebody else reads it too.
-        step_loss: Adds up the loss of each step, where somebody reads it.
-        ended: Asked after ``state`` was put back from a checkpoint: whether that training had come to its end.
-        beside: What else belongs to a checkpoint.
-        keep_best: Whether the weights of the best validation are the result, and not the last ones. They are kept below
-            ``folder`` until :func:`mmphi.training.best_checkpoint.remove_kept`.
+        optimizer: Optimiser to use instead of the one in the settings.
+        epsilon: Epsilon of AdamW.
+        callbacks: Additional callbacks of transformers' Trainer.
+        throughput: Token counter, if the caller reads it as well.
+        step_loss: Loss accumulator, if the caller reads it.
+        ended: Called after ``state`` is restored from a checkpoint; returns whether that training was complete.
+        beside: Checkpoint state other than tensors.
+        keep_best: Whether the result is the weights of the best validation instead of the last ones. They are saved
+            below ``folder`` until :func:`mmphi.training.best_checkpoint.remove_kept`.
         progress: Whether a progress bar is shown.
 
     Raises:
         TrainingError: If the loss stops being finite.
-        Stopped: If a signal asked to stop; a checkpoint was written first.
+        Stopped: If a signal requested the stop; a checkpoint is written first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = complete_checkpoints(folder)

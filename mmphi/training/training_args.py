@@ -1,4 +1,4 @@
-"""What transformers' Trainer is told, and what updates the weights."""
+"""Arguments and optimiser of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SCHEDULES = {
 
 
 def world_rank() -> int:
-    """This process's number among those that train together."""
+    """Returns the rank of this process among those that train together."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes that train together, as torchrun says."""
+    """Returns the number of processes that train together, as set by torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def training_arguments(settings: TrainingSettings, folder: Path, epsilon: float) -> TrainingArguments:
-    """The Trainer's own arguments; what it has a habit of doing beside is turned off."""
+    """Returns the Trainer's arguments, with its own evaluation, reports and progress bar turned off."""
     cuda = torch.cuda.is_available()
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
     arguments = TrainingArguments(
@@ -65,15 +65,15 @@ def training_arguments(settings: TrainingSettings, folder: Path, epsilon: float)
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
-        accelerator_config={"non_blocking": cuda},  # Of pinned memory: the next batch is copied beside the arithmetic.
+        accelerator_config={"non_blocking": cuda},  # Copies from pinned memory overlap with computation.
         dataloader_num_workers=settings.workers,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # One process, one device; the Trainer would take all there are.
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # One device per process; the Trainer would take all.
     return arguments
 
 
 def make_optimizer(task: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer | None:
-    """Muon with AdamW where it is asked for; ``None`` leaves the Trainer its own AdamW."""
+    """Returns Muon with AdamW if the settings select it; ``None`` selects the Trainer's own AdamW."""
     if settings.optimizer == "adamw":
         return None
     return MuonAdamW(

@@ -1,4 +1,4 @@
-"""How a language model hears: the words of a recording, all that it may be, or the frames of Whisper's encoder."""
+"""Audio inputs of a language model: transcripts, token probabilities, or frames of Whisper's encoder."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from mmphi.models.audio.whisper_backends import OpenAIWhisper
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.text.tokenized_example import SpanContent, TranscriptSpan
 
-KEPT_BYTES = 256 * 1024**2  # Of what was computed of recordings, in memory.
+KEPT_BYTES = 256 * 1024**2  # Size limit of the cache of computed features, in memory.
 
 
 class AudioFeatureSource(Protocol):
-    """Where the features of recordings come from.
+    """Source of the features of recordings.
 
     Attributes:
-        link: Which of the three.
+        link: Audio input: ``transcript``, ``soft`` or ``encoder``.
     """
 
     link: Link
@@ -46,20 +46,20 @@ class AudioFeatureSource(Protocol):
         """Width of a feature."""
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = ..., /) -> list[SpanContent]:
-        """Recordings as a sequence takes them; all that takes long is done here, and ``check`` is called meanwhile."""
+        """Span contents of recordings. All slow steps run here, with calls of ``check`` in between."""
 
     def length(self, reference: Any, /) -> int:
-        """How many features a recording has: what stands in its place."""
+        """Number of features of a recording, which is the length of its span."""
 
     def rows(self, references: Sequence[Any], /) -> Tensor:
-        """The features of all, one after the other, on the CPU, (P, width)."""
+        """Features of all references, concatenated, on the CPU, (P, width)."""
 
 
 class TranscriptFeatures:
-    """The words that Whisper hears, as the language model's own embeddings: a cascade, and no training needed.
+    """Transcripts as the language model's own embeddings: a cascade that needs no training.
 
     Args:
-        language: Whose embeddings.
+        language: Language model that provides the embeddings.
         transcriber: The ASR model with its cache.
     """
 
@@ -70,17 +70,17 @@ class TranscriptFeatures:
         self.width = language.width
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
-        """Recordings as a sequence takes them: by what is said."""
+        """Span contents of recordings, with their transcripts."""
         heard = self.transcriber.transcripts(recordings, check)
         return [SpanContent("audio", a, 0, t.text) for a, t in zip(recordings, heard, strict=True)]
 
     def length(self, reference: TranscriptSpan, /) -> int:
-        """Tokens of the words."""
+        """Number of tokens of the transcript."""
         return len(reference.ids)
 
     @torch.no_grad()
     def rows(self, references: Sequence[TranscriptSpan], /) -> Tensor:
-        """Embeddings of the words, (P, W), in the language model's own precision."""
+        """Embeddings of the transcripts' tokens, (P, W), in the language model's own precision."""
         return self._embeddings([i for reference in references for i in reference.ids])
 
     def _embeddings(self, ids: Sequence[int]) -> Tensor:
@@ -90,20 +90,20 @@ class TranscriptFeatures:
 
 
 class SoftTranscriptFeatures(TranscriptFeatures):
-    """All words that may have been said: for each token the mean of all embeddings, as likely as Whisper holds them.
+    """Transcripts as mean embeddings: for each token, all embeddings weighted by Whisper's token probabilities.
 
-    Where Whisper's own likeliest token is not the one that stands in the prompt (a space that the prompt does not
-    have, a word that was decoded anew), the embedding is the token's own; so as the temperature goes to 0 this becomes
-    the transcript.
+    Where Whisper's likeliest token is not the one in the prompt (a space that the prompt lacks, a word decoded again at
+    a higher temperature), the embedding of the prompt's token is used. So the features approach those of ``transcript``
+    as the temperature approaches 0.
 
     Args:
-        language: Whose embeddings; its token ids must be Whisper's.
-        transcriber: An openai-whisper for English alone.
-        temperature: What Whisper's logits are divided by.
-        kept_bytes: Most that is kept of what was computed.
+        language: Language model that provides the embeddings; its token IDs must be Whisper's.
+        transcriber: Transcriber with an English-only openai-whisper.
+        temperature: Softmax temperature of Whisper's logits.
+        kept_bytes: Size limit of the cache of mean embeddings, in bytes.
 
     Raises:
-        ModelError: If the token ids differ, or this Whisper does not give its logits.
+        ModelError: If the token IDs differ, or the Whisper backend does not provide logits.
     """
 
     link: Link = "soft"
@@ -123,7 +123,7 @@ class SoftTranscriptFeatures(TranscriptFeatures):
         )
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
-        """Recordings as a sequence takes them: by what is said."""
+        """Span contents of recordings, with their transcripts."""
         found = super().inputs(recordings, check)
         for audio in recordings:
             check()
@@ -132,7 +132,7 @@ class SoftTranscriptFeatures(TranscriptFeatures):
 
     @torch.no_grad()
     def rows(self, references: Sequence[TranscriptSpan], /) -> Tensor:
-        """Mean embeddings, (P, W), in the language model's own precision."""
+        """Mean embeddings (P, W), in the language model's own precision."""
         found = super().rows(references)
         place = 0
         for reference in references:
@@ -147,7 +147,7 @@ class SoftTranscriptFeatures(TranscriptFeatures):
         return found
 
     def _soft(self, audio: AudioRef) -> tuple[list[int], Tensor, Tensor]:
-        """Tokens of all windows, their mean embeddings, and whether each is the likeliest in its place."""
+        """Tokens of all windows, their mean embeddings, and whether each token is the likeliest at its position."""
         key = recording_identity(audio)
         if (found := self._found.get(key)) is None:
             recording = self.transcriber.recording(audio)
@@ -170,12 +170,12 @@ class SoftTranscriptFeatures(TranscriptFeatures):
 
 
 class EncoderFeatures:
-    """The frames of Whisper's encoder, several laid side by side: how it was said, and no transcript in between.
+    """Frames of Whisper's encoder, several concatenated to one feature, without a transcript.
 
     Args:
-        frames: Frames (n, D) of a recording: stored ones, or :func:`live_encoder_frames`.
-        frame_width: D.
-        stack: Frames to one feature; the last feature is filled up with zeros.
+        frames: Function from a recording to its frames (n, D), see :func:`live_encoder_frames`.
+        frame_width: Width D of a frame.
+        stack: Frames per feature; the last feature is padded with zeros.
     """
 
     link: Link = "encoder"
@@ -185,7 +185,7 @@ class EncoderFeatures:
         self.width = frame_width * stack
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
-        """Recordings as a sequence takes them: by their length."""
+        """Span contents of recordings, with their lengths."""
         found = []
         for audio in recordings:
             check()
@@ -193,11 +193,11 @@ class EncoderFeatures:
         return found
 
     def length(self, reference: AudioRef, /) -> int:
-        """Features of a recording."""
+        """Number of features of a recording."""
         return -(-len(self.frames(reference)) // self.stack)
 
     def rows(self, references: Sequence[AudioRef], /) -> Tensor:
-        """Stacked frames, float16, (P, D * stack)."""
+        """Stacked frames of all references, float16, (P, D * stack)."""
         stacked = [torch.zeros(0, self.width, dtype=torch.float16)]
         for reference in references:
             frames = self.frames(reference)
@@ -209,12 +209,12 @@ class EncoderFeatures:
 def encoder_frames(
     transcriber: CachedTranscriber, whisper: OpenAIWhisper, recordings: Sequence[Recording], batch_size: int = 8
 ) -> list[Tensor]:
-    """Frames of recordings, silence left out and the windows of each one after the other: float16 on the CPU, (n, D).
+    """Encoder frames of recordings without silence, their windows concatenated: each float16 on the CPU, (n, D).
 
     Args:
-        transcriber: How they are divided into windows.
-        whisper: Whose encoder.
-        recordings: At 16 kHz.
+        transcriber: Transcriber that divides recordings into windows.
+        whisper: Whisper whose encoder is used.
+        recordings: Recordings at 16 kHz.
         batch_size: Windows encoded at once.
     """
     sounds = [
@@ -231,26 +231,26 @@ def encoder_frames(
 
 
 def stored_encoder_frames(store: RaggedStore, digests: FileDigests) -> Callable[[AudioRef], Tensor]:
-    """Frames as the stage ``listen`` stored them; they are found by the content of the recording."""
+    """Function that returns the frames stored by the stage ``listen``, found by the content of the recording."""
 
     def frames(audio: AudioRef) -> Tensor:
         if isinstance(audio.source, bytes):
             return store.get(recording_identity(audio))
-        digests.prepare([audio.source])  # Of a dataset, whose files do not change while it is used.
+        digests.prepare([audio.source])  # Files of a dataset do not change during use: hash them once.
         return store.get(digests[audio.source] or str(audio.source))
 
     return frames
 
 
 def live_encoder_frames(transcriber: CachedTranscriber, kept_bytes: float = KEPT_BYTES) -> Callable[[AudioRef], Tensor]:
-    """Frames computed when they are first asked for.
+    """Function that computes frames at first use and caches them.
 
     Args:
-        transcriber: An openai-whisper.
-        kept_bytes: Most that is kept of them.
+        transcriber: Transcriber with an openai-whisper.
+        kept_bytes: Size limit of the cache, in bytes.
 
     Raises:
-        ModelError: If this Whisper does not give its frames.
+        ModelError: If the Whisper backend does not provide encoder frames.
     """
     whisper = openai_whisper_of(transcriber, "encoder")
     known: LockedLRUCache[Tensor] = LockedLRUCache(kept_bytes, _bytes)
@@ -276,17 +276,18 @@ def audio_feature_source(
     device: torch.device,
     once: Once,
 ) -> AudioFeatureSource:
-    """What a model hears with.
+    """Source of a model's audio features.
 
     Args:
-        language: Whose words they become.
-        audio: Which Whisper.
-        config: Of the speech projection; words as they are without one.
-        device: Where the Whisper goes.
-        once: ``Resources.once``, so that what this process has loaded and heard is shared.
+        language: Language model that the features are for.
+        audio: Whisper settings and expected digest.
+        config: Shape of the audio projector; ``None`` takes transcripts.
+        device: Device of the ASR model.
+        once: ``ProcessCache.once``, to share models and transcripts within this process.
 
     Raises:
-        ModelError: If the Whisper cannot be had, is not the one expected, or does not give what the link needs.
+        ModelError: If the Whisper cannot be loaded, is not the expected one, or does not provide what the audio input
+            needs.
     """
     transcriber = transcriber_of(audio.settings, device, once)
     config = config or SpeechConfig("transcript", language.width, language.width)
@@ -303,10 +304,10 @@ def audio_feature_source(
 
 
 def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:
-    """Refuse a language model whose token ids are not Whisper's.
+    """Check that the language model's token IDs are Whisper's.
 
     Raises:
-        ModelError: Naming the first that differs.
+        ModelError: If Whisper is multilingual, or with the first token that differs.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

@@ -1,4 +1,4 @@
-"""The layers between what is heard and a language model: one that begins as no layer at all, one that reads frames."""
+"""Audio projectors: one for word embeddings, initially the identity, and one for Whisper's encoder frames."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ WEIGHTS, SHAPE = "speech.safetensors", "speech.json"
 
 @dataclass(frozen=True)
 class SpeechConfig:
-    """Shape of a speech projection.
+    """Shape of an audio projector.
 
     Attributes:
-        link: What it reads: embeddings of the words that were heard (``transcript``), those of all that may have been
-            said, weighted (``soft``), or the frames of Whisper's encoder (``encoder``).
-        input_width: Width of a feature: the language model's for words; that of a frame times ``stack`` for frames.
+        link: Kind of features: embeddings of the transcript's tokens (``transcript``), mean embeddings weighted by
+            token probabilities (``soft``), or frames of Whisper's encoder (``encoder``).
+        input_width: Width D of a feature: the language model's, or that of a frame times ``stack`` (``encoder``).
         output_width: Width W of the language model's embeddings.
-        width: Inner width; 0 takes ``output_width``.
-        stack: Frames laid side by side to one feature; 1 for words.
-        temperature: What Whisper's logits are divided by (``soft``).
+        width: Hidden width; 0 takes ``output_width``.
+        stack: Frames concatenated to one feature (``encoder``), else 1.
+        temperature: Softmax temperature of Whisper's logits (``soft``).
     """
 
     link: Link
@@ -42,14 +42,14 @@ class SpeechConfig:
 
 
 class SpeechProjection(nn.Module):
-    """Maps what is heard (..., D) of any float type to embeddings (..., W); weights and arithmetic are fp32.
+    """Maps audio features (..., D) of any float type to embeddings (..., W); weights and arithmetic are fp32.
 
-    Words pass a residual layer whose last matrix begins at zero: until it is trained, it gives every bit as it came.
-    Frames pass Ultravox's projector: normalised, widened, gated (SwiGLU), normalised and brought to the model's width;
-    the last norm begins at the size of the model's own embeddings, so that they are neither lost nor deafening.
+    Word embeddings pass a residual block whose last matrix is initialised to zero: untrained, it is the identity.
+    Encoder frames pass Ultravox's projector: RMSNorm, SwiGLU, RMSNorm and a linear layer to the model's width. The
+    linear layer is initialised so that its outputs have the same root mean square as the model's embeddings.
 
     Args:
-        config: Its shape.
+        config: Shape of the projector.
         scale: Root mean square of the language model's embeddings (``encoder``).
     """
 
@@ -62,7 +62,7 @@ class SpeechProjection(nn.Module):
             self.widen = nn.Linear(config.input_width, 2 * hidden, bias=False)
             self.inner_norm = nn.RMSNorm(hidden)
             self.out = nn.Linear(hidden, config.output_width, bias=False)
-            with torch.no_grad():  # Of rows with unit mean square, a matrix of such entries keeps that times scale.
+            with torch.no_grad():  # Inputs have a root mean square of 1, so that of the outputs is `scale`.
                 self.out.weight.normal_(std=scale * hidden**-0.5)
             return
         if config.input_width != config.output_width:
@@ -85,17 +85,17 @@ class SpeechProjection(nn.Module):
         return projected
 
     def save(self, folder: Path) -> None:
-        """Write ``speech.safetensors`` and ``speech.json``, all that :meth:`load` needs."""
+        """Write ``speech.safetensors`` and ``speech.json`` for :meth:`load`."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
         (folder / SHAPE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> SpeechProjection:
-        """Read what :meth:`save` wrote.
+        """Load a projector that :meth:`save` wrote.
 
         Raises:
-            ModelError: If a file is missing, broken, of another shape, or holds values that are not finite.
+            ModelError: If a file is missing, corrupt, of another shape, or contains non-finite values.
         """
         try:
             projection = cls(SpeechConfig(**json.loads((folder / SHAPE).read_text())))
@@ -112,11 +112,11 @@ class SpeechProjection(nn.Module):
 
 
 def identity_projection(width: int, link: Link = "transcript", temperature: float = 1.0) -> SpeechProjection:
-    """A projection for words that was not trained: it changes nothing.
+    """Untrained projector of word embeddings: the identity.
 
     Args:
-        width: Of the language model.
+        width: Width of the language model's embeddings.
         link: ``transcript`` or ``soft``.
-        temperature: What Whisper's logits are divided by (``soft``).
+        temperature: Softmax temperature of Whisper's logits (``soft``).
     """
     return SpeechProjection(SpeechConfig(link, width, width, temperature=temperature))

@@ -1,4 +1,4 @@
-"""A Whisper, and what it has heard: recordings are decoded, gated and transcribed once."""
+"""Transcriber: an ASR model with a cache of transcripts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mmphi.models.audio.transcription import ASRModel, Transcript, transcribe
 from mmphi.models.audio.vad import PAD_S, SpeechInterval, detect_speech, merge_intervals
 from mmphi.models.audio.whisper_backends import BACKENDS, OpenAIWhisper
 
-KEPT = 4096  # Transcripts in memory.
+KEPT = 4096  # Transcripts kept in memory.
 
 
 @dataclass(frozen=True)
 class Audio:
-    """Which Whisper a model hears with.
+    """Which Whisper a model uses.
 
     Attributes:
-        settings: How it hears.
-        digest: Of the weights that the speech projection was trained with; empty where any will do.
+        settings: Settings of the transcription.
+        digest: Digest of the weights that the audio projector was trained with; empty accepts any.
     """
 
     settings: AudioSettings
@@ -36,13 +36,13 @@ class Audio:
 
 
 class CachedTranscriber:
-    """A Whisper, and what it has heard in this process: every recording is decoded, gated and transcribed once.
+    """ASR model with a cache: every recording is decoded, passed through VAD and transcribed once per process.
 
     Args:
         asr_model: The ASR model.
-        settings: How.
-        memory: Transcripts of files, kept from process to process. Those of recordings in memory, which somebody sent,
-            are not stored there.
+        settings: Settings of the transcription.
+        memory: Persistent cache of transcripts of files. Those of recordings given as bytes, such as uploads, are not
+            stored there.
     """
 
     def __init__(self, asr_model: ASRModel, settings: AudioSettings, memory: TranscriptCache | None = None) -> None:
@@ -50,22 +50,22 @@ class CachedTranscriber:
         self._heard: LockedLRUCache[Transcript] = LockedLRUCache(KEPT)
 
     def recording(self, audio: AudioRef) -> Recording:
-        """A recording, decoded.
+        """Decode a recording.
 
         Raises:
-            AudioError: If it cannot be.
+            AudioError: If it cannot be decoded or is too long.
         """
         return read_audio(audio.source, max_seconds=self.settings.max_seconds)
 
     def transcripts(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None) -> list[Transcript]:
-        """What is said in recordings.
+        """Transcripts of recordings, in order.
 
         Args:
-            recordings: Files, or what they hold.
-            check: Called before each batch of windows; what it raises ends this.
+            recordings: Audio files, or their contents.
+            check: Called before each batch of windows; an exception it raises ends the transcription.
 
         Raises:
-            AudioError: If one cannot be decoded.
+            AudioError: If one cannot be decoded or is too long.
         """
         keys = [recording_identity(audio) for audio in recordings]
         known = {key: said for key in keys if (said := self._heard.get(key)) is not None}
@@ -94,14 +94,14 @@ class CachedTranscriber:
         return [known[key] for key in keys]
 
     def parts(self, recording: Recording) -> list[SpeechInterval]:
-        """The stretches that are heard at once, silence left out."""
+        """Windows of a recording that are transcribed at once, without silence."""
         longest = self.settings.max_chunk_s
         spoken = detect_speech(recording, threshold=self.settings.vad_threshold, longest=longest)
         return merge_intervals(spoken, longest, pad=PAD_S, end=recording.seconds)
 
 
 def recording_identity(audio: AudioRef) -> str:
-    """What tells a recording from others: the digest of its content, or the name of a file that is not there."""
+    """Cache key of a recording: the digest of its content, or the path of a file that does not exist."""
     return content_digest(audio.source)
 
 
@@ -109,15 +109,15 @@ Once = Callable[[str, str, Callable[[], Any]], Any]
 
 
 def asr_model_of(settings: AudioSettings, device: torch.device, once: Once) -> ASRModel:
-    """A Whisper that this process may have already.
+    """ASR model, shared within this process.
 
     Args:
-        settings: Which.
-        device: Where it goes.
-        once: ``Resources.once``.
+        settings: Whisper, backend and beam size.
+        device: Device of the model.
+        once: ``ProcessCache.once``.
 
     Raises:
-        ModelError: If it cannot be had.
+        ModelError: If it cannot be loaded.
     """
 
     def load() -> ASRModel:
@@ -128,32 +128,32 @@ def asr_model_of(settings: AudioSettings, device: torch.device, once: Once) -> A
 
 
 def transcriber_of(settings: AudioSettings, device: torch.device, once: Once) -> CachedTranscriber:
-    """A Whisper with what it has heard, in this process and before.
+    """Transcriber with its caches, shared within this process.
 
     Args:
-        settings: Which, and how it hears.
-        device: Where it goes.
-        once: ``Resources.once``.
+        settings: ASR model and settings of the transcription.
+        device: Device of the ASR model.
+        once: ``ProcessCache.once``.
 
     Raises:
-        ModelError: If it cannot be had.
+        ModelError: If the ASR model cannot be loaded.
     """
     asr_model = asr_model_of(settings, device, once)
 
     def make() -> CachedTranscriber:
         if isinstance(asr_model, OpenAIWhisper):
             return CachedTranscriber(asr_model, settings, TranscriptCache(asr_model.digest, settings))
-        return CachedTranscriber(asr_model, settings)  # The other one does not say which weights it has.
+        return CachedTranscriber(asr_model, settings)  # faster-whisper has no digest for a persistent cache.
 
     transcriber: CachedTranscriber = once("ears", f"{settings.model_dump_json()}/{device}", make)
     return transcriber
 
 
 def openai_whisper_of(transcriber: CachedTranscriber, link: str) -> OpenAIWhisper:
-    """The openai-whisper that gives a link what it needs.
+    """The openai-whisper model of a transcriber, for an audio input that needs its logits or encoder frames.
 
     Raises:
-        ModelError: If it is another one.
+        ModelError: If the transcriber uses another backend.
     """
     if not isinstance(transcriber.asr_model, OpenAIWhisper):
         raise ModelError(f"faster-whisper does not give what the link {link} needs", "set audio.backend to openai")

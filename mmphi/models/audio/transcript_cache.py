@@ -1,4 +1,4 @@
-"""What a Whisper has heard, remembered from process to process; it only saves time: lost, everything is heard again."""
+"""Persistent cache of transcripts, shared by all processes of a user; deleting it only costs time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mmphi.config.audio import AudioSettings
 from mmphi.data.content_hash import cache_folder
 from mmphi.models.audio.transcription import Segment, Transcript
 
-FORMAT = 1  # Raised whenever the same Whisper would be asked in another way.
-# Settings that change a transcript, under the names that keys have.
+FORMAT = 1  # Increased when the way in which Whisper is called changes.
+# Settings that change a transcript, by their names in cache keys.
 KEY_SETTINGS = {
     **{name: name for name in ("backend", "language", "prompt")},
     **{"threshold": "vad_threshold", "window": "max_chunk_s", "beam": "beam_size"},
@@ -23,12 +23,12 @@ AT_ONCE = 500
 
 
 class TranscriptCache:
-    """Transcripts of one Whisper that hears in one way, by the content of recordings.
+    """Transcripts of one Whisper with fixed settings, by the content of recordings.
 
     Args:
-        whisper: Digest of its weights.
-        settings: How it hears.
-        path: SQLite file to remember in; by default one that all of this user's processes share.
+        whisper: Digest of Whisper's weights.
+        settings: Settings of the transcription.
+        path: SQLite file; by default one that all processes of this user share.
     """
 
     def __init__(self, whisper: str, settings: AudioSettings, path: Path | None = None) -> None:
@@ -44,7 +44,7 @@ class TranscriptCache:
             yield connection
 
     def recall(self, contents: Sequence[str]) -> dict[str, Transcript]:
-        """Transcripts of those recordings that were heard before, by the digest of their content."""
+        """Cached transcripts by the digest of the recording's content; recordings without one are omitted."""
         found: dict[str, Transcript] = {}
         with contextlib.suppress(OSError, sqlite3.Error, ValueError, KeyError, TypeError), self._open() as connection:
             for first in range(0, len(contents), AT_ONCE):
@@ -58,7 +58,7 @@ class TranscriptCache:
         return found
 
     def remember(self, heard: Mapping[str, Transcript]) -> None:
-        """Keep transcripts by the digest of the recording's content; not of those of which something was told."""
+        """Store transcripts by the digest of the recording's content, except those of defective recordings."""
         rows = [
             (
                 f"{self._whose}/{content}",
@@ -70,7 +70,7 @@ class TranscriptCache:
         try:
             with self._open() as connection:
                 connection.executemany("INSERT OR REPLACE INTO transcripts VALUES (?, ?)", rows)
-        except sqlite3.DatabaseError:  # Spoilt, or no database at all: start again next time.
+        except sqlite3.DatabaseError:  # The file is corrupt or not a database: the next call creates a new one.
             with contextlib.suppress(OSError):
                 self._path.unlink()
         except OSError:

@@ -1,4 +1,4 @@
-"""Recordings as text: where somebody speaks, what is said there, and when; whichever Whisper listens."""
+"""Transcription of recordings of any length with any Whisper backend: VAD, windows, segments with times."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mmphi.models.audio.vad import PAD_S, WINDOW_S, SpeechInterval, detect_speec
 
 @dataclass(frozen=True)
 class Segment:
-    """Something said.
+    """Transcribed segment.
 
     Attributes:
-        start: When, in seconds from the begin of the recording.
-        end: When it was said.
-        text: What.
+        start: Start time, in seconds from the beginning of the recording.
+        end: End time, likewise.
+        text: Transcribed text.
     """
 
     start: float
@@ -27,11 +27,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class ASRResult:
-    """What a Whisper makes of one window.
+    """Output of an ASR model for one window.
 
     Attributes:
-        segments: With times from the begin of the window.
-        language: Its code, such as ``en``.
+        segments: Segments with times from the beginning of the window.
+        language: Language code, such as ``en``.
     """
 
     segments: tuple[Segment, ...]
@@ -40,12 +40,12 @@ class ASRResult:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a recording.
+    """Transcript of a recording.
 
     Attributes:
-        segments: In order.
-        language: Its code; empty where nobody speaks.
-        told: What is not as the recording's file says.
+        segments: Segments in order.
+        language: Language code; empty without speech.
+        told: Defects of the recording's file, one sentence each.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -54,33 +54,33 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """All that is said, with single spaces."""
+        """Whole text, with single spaces."""
         return self.between(float("-inf"), float("inf"))
 
     def between(self, start: float, end: float) -> str:
-        """What is said from one time to another, in seconds: all segments whose middle lies there."""
+        """Text of the segments whose midpoint is between two times, in seconds."""
         chosen = (s.text for s in self.segments if start <= (s.start + s.end) / 2 <= end)
         return " ".join(" ".join(chosen).split())
 
 
 class ASRModel(Protocol):
-    """A Whisper, as :func:`transcribe` asks it.
+    """Interface of an ASR model for :func:`transcribe`.
 
     Attributes:
-        name: As it was asked for.
-        english: Whether it knows no other language.
+        name: Name or path that it was loaded by.
+        english: Whether it is English-only.
     """
 
     name: str
     english: bool
 
     def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
-        """What is said in windows of at most 30 s, each by itself.
+        """Transcribe windows of at most 30 s, independently of each other.
 
         Args:
-            sounds: float32 at 16 kHz.
-            languages: Code of each, empty where it is to be found out.
-            prompt: What was said before, or how words are spelled.
+            sounds: Windows, float32 at 16 kHz.
+            languages: Language code of each window; empty detects it.
+            prompt: Preceding text, or spellings of words.
         """
 
 
@@ -95,23 +95,23 @@ def transcribe(
     batch_size: int = 8,
     check: Callable[[], None] = lambda: None,
 ) -> list[Transcript]:
-    """What is said in recordings of any length.
+    """Transcribe recordings of any length.
 
-    Each is divided at its pauses into windows, and only what the voice gate lets through is heard at all. The language
-    of a recording is that of its first window, unless it is given.
+    Only intervals in which VAD finds speech are transcribed, in windows that begin and end at pauses. Unless given, the
+    language of a recording is that of its first window.
 
     Args:
         asr_model: The ASR model.
-        recordings: At 16 kHz.
-        language: Code of the language; empty finds it out for every recording.
-        prompt: Put before every window.
-        threshold: Of the voice gate.
+        recordings: Recordings at 16 kHz.
+        language: Language code; empty detects the language of every recording.
+        prompt: Text put before every window.
+        threshold: Speech probability from which VAD counts a frame as speech, 0 to 1.
         window: Longest window, in seconds; at most 30.
-        batch_size: Windows heard at once.
-        check: Called before each batch of windows; what it raises ends this.
+        batch_size: Windows transcribed at once.
+        check: Called before each batch of windows; an exception it raises ends the transcription.
 
     Returns:
-        A transcript of each recording; an empty one where nobody speaks.
+        A transcript of each recording; an empty one without speech.
     """
     parts = [
         merge_intervals(detect_speech(each, threshold=threshold, longest=window), window, pad=PAD_S, end=each.seconds)
@@ -121,7 +121,7 @@ def transcribe(
     found: list[list[Segment]] = [[] for _ in recordings]
     first = [(place, own[0]) for place, own in enumerate(parts) if own]
     later = [(place, part) for place, own in enumerate(parts) for part in own[1:]]
-    for group in (first, later):  # The first window of each says in which language the others are heard.
+    for group in (first, later):  # The first window of a recording determines the language of the others.
         for begin in range(0, len(group), batch_size):
             check()
             chosen = group[begin : begin + batch_size]
@@ -144,5 +144,5 @@ def transcribe(
 
 
 def cut_samples(recording: Recording, part: SpeechInterval) -> Samples:
-    """The samples of a stretch."""
+    """Samples of an interval."""
     return recording.samples[round(part.start * recording.rate) : round(part.end * recording.rate)]

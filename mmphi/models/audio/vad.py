@@ -1,4 +1,4 @@
-"""Where somebody speaks: a gate before Whisper, which hears words in silence, tones and noise."""
+"""Voice activity detection before Whisper, which outputs words for silence, tones and noise."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import torch
 
 from mmphi.data.audio import RATE, Recording
 
-WINDOW_S = 30.0  # What Whisper hears at once.
-PAD_S = 0.4  # Of silence around speech, as faster-whisper has it; 60 clips had 5.8 % of words wrong with, 6.7 without.
+WINDOW_S = 30.0  # Input length of Whisper.
+# Silence kept around speech, as in faster-whisper: of 60 clips 5.8 % of words were wrong with it, 6.7 % without.
+PAD_S = 0.4
 
 
-_SILERO = threading.Lock()  # The model has a state, which threads must not share.
+_SILERO = threading.Lock()  # The model is stateful, so only one thread may use it at a time.
 
 
 @dataclass(frozen=True)
 class SpeechInterval:
-    """A stretch of a recording, in seconds from its begin.
+    """Interval of a recording, in seconds from its beginning.
 
     Attributes:
-        start: Where it begins.
-        end: Where it ends.
+        start: Start time.
+        end: End time.
     """
 
     start: float
@@ -34,13 +35,13 @@ class SpeechInterval:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration."""
         return self.end - self.start
 
 
 @cache
 def _silero() -> Any:
-    """Silero's model (MIT), as its package brings it; loaded once a process."""
+    """Silero's VAD model (MIT) from its package, loaded once per process."""
     from silero_vad import load_silero_vad
 
     with warnings.catch_warnings():
@@ -49,18 +50,18 @@ def _silero() -> Any:
 
 
 def detect_speech(recording: Recording, *, threshold: float = 0.5, longest: float = WINDOW_S) -> list[SpeechInterval]:
-    """Where somebody speaks, by Silero's voice activity detection.
+    """Intervals with speech, by Silero's voice activity detection.
 
     Args:
-        recording: At 16 kHz.
-        threshold: How sure of it the detector must be, 0 to 1.
-        longest: Longer speech is divided at its longest pause, in seconds.
+        recording: Recording at 16 kHz.
+        threshold: Speech probability from which a frame counts as speech, 0 to 1.
+        longest: Longest interval, in seconds; longer speech is divided at its longest pause.
 
     Returns:
-        Stretches in order, none longer than ``longest``; none where nobody speaks.
+        Intervals in order, none longer than ``longest``; empty without speech.
 
     Raises:
-        ValueError: If the recording has another rate.
+        ValueError: If the recording has another sample rate.
     """
     from silero_vad import get_speech_timestamps
 
@@ -78,15 +79,15 @@ def detect_speech(recording: Recording, *, threshold: float = 0.5, longest: floa
 def merge_intervals(
     parts: Sequence[SpeechInterval], longest: float = WINDOW_S, *, pad: float = 0.0, end: float = float("inf")
 ) -> list[SpeechInterval]:
-    """Stretches that are heard at once: neighbours with the pause between them, as long as they fit.
+    """Merge neighbouring intervals, with the pauses between them, into windows that are transcribed at once.
 
-    Whisper says better what it hears whole: a sentence with its pauses, not its pieces, and a breath before and after.
+    Whisper is more accurate on whole sentences with their pauses, and with silence before and after, than on pieces.
 
     Args:
-        parts: In order, none longer than ``longest``.
-        longest: Of a window, in seconds.
-        pad: Seconds more on both sides, as far as there is sound, no other window, and room in this one.
-        end: Of the recording.
+        parts: Intervals in order, none longer than ``longest``.
+        longest: Longest window, in seconds.
+        pad: Seconds added on both sides, limited by the recording, the neighbouring windows and ``longest``.
+        end: Duration of the recording, in seconds; unlimited by default.
     """
     joined: list[SpeechInterval] = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""The Whispers that listen: openai-whisper, and faster-whisper where it is installed; one interface."""
+"""Whisper backends with one interface: openai-whisper, and faster-whisper if it is installed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mmphi.errors import PartMissingError
 from mmphi.models.audio.transcription import ASRModel, ASRResult, Segment
 from mmphi.models.audio.vad import WINDOW_S
 
-# Whisper's own rules (transcribe.py): what is repeated or unlikely is decoded anew, at a higher temperature.
+# As in Whisper's transcribe.py: repetitive or unlikely texts are decoded again at a higher temperature.
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 REPEATED, UNLIKELY, SAMPLES_OF = 2.4, -1.0, 5
-FRAMES_S = 50  # Of its encoder, in a second.
+FRAMES_S = 50  # Encoder frames per second.
 FASTER = "pip install faster-whisper"
 
 
@@ -30,18 +30,18 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _one_thread_at_a_time(method: Method) -> Method:
-    """Openai-whisper hangs its memory of keys and values on the model while it decodes: threads would mix them."""
+    """Serialise calls: openai-whisper keeps its key/value cache on the model while it decodes."""
 
     @wraps(method)
     def locked(self: OpenAIWhisper, *arguments: Any, **options: Any) -> Any:
         with self.lock:
             return method(self, *arguments, **options)
 
-    return locked  # type: ignore[return-value]  # A wrapper has the signature of what it wraps.
+    return locked  # type: ignore[return-value]  # The wrapper has the wrapped signature.
 
 
 def stored_whisper(size: str) -> Path | None:
-    """The weights of a size in the folder that ``MMPHI_MODELS`` names, as ``whisper-SIZE.pt`` or ``SIZE.pt``."""
+    """Weights of a size in the folder ``MMPHI_MODELS``, ``whisper-SIZE.pt`` or ``SIZE.pt``; ``None`` if missing."""
     folder = os.environ.get("MMPHI_MODELS", "")
     files = (Path(folder).expanduser() / name for name in (f"whisper-{size}.pt", f"{size}.pt"))
     return next((file for file in files if file.is_file()), None) if folder else None
@@ -52,14 +52,14 @@ class OpenAIWhisper:
 
     Args:
         name: ``tiny.en``, ``base``, ..., or the path of a ``.pt`` file.
-        device: Where it goes.
-        beam: Guesses that are followed at once; 1 is greedy.
+        device: Device of the model.
+        beam: Beam size; 1 is greedy.
 
     Raises:
-        PartMissingError: If there is no such size, or its weights cannot be had.
+        PartMissingError: If there is no such size, or its weights cannot be loaded.
     """
 
-    lock = threading.RLock()  # Of all of them: on one machine they would only slow each other down.
+    lock = threading.RLock()  # Shared by all instances: on one machine they would slow each other down.
 
     def __init__(self, name: str, device: torch.device, beam: int = 5) -> None:
         import whisper
@@ -83,7 +83,7 @@ class OpenAIWhisper:
 
     @property
     def digest(self) -> str:
-        """Of its weights."""
+        """SHA-256 of the weights."""
         digest = hashlib.sha256()
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
@@ -91,7 +91,7 @@ class OpenAIWhisper:
         return digest.hexdigest()
 
     def mel(self, sounds: Sequence[Samples], seconds: float = WINDOW_S) -> torch.Tensor:
-        """Spectrograms (B, mels, 100 * seconds) of windows, padded to so many seconds."""
+        """Log-mel spectrograms (B, mels, 100 * seconds) of windows, padded or cut to ``seconds``."""
         import whisper
 
         bands = self.model.dims.n_mels
@@ -105,18 +105,18 @@ class OpenAIWhisper:
 
     @property
     def width(self) -> int:
-        """Width of a frame of its encoder."""
+        """Width of an encoder frame."""
         return int(self.model.dims.n_audio_state)
 
     @_one_thread_at_a_time
-    @torch.no_grad()  # Not in inference mode: what is trained on these frames must be able to keep them.
+    @torch.no_grad()  # Not inference mode: training on these frames saves them for the backward pass.
     def encode(self, sounds: Sequence[Samples], fill: float = WINDOW_S) -> list[torch.Tensor]:
-        """Frames (n, width) of its encoder for windows, 50 for each second of sound: those of the filling are cut.
+        """Encoder frames (n, width) of windows, 50 per second of sound, without those of the padding.
 
         Args:
-            sounds: float32 at 16 kHz, at most 30 s each.
-            fill: Each is filled up with silence to a multiple of so many seconds. 30 is what Whisper was trained on;
-                with 5, frames of short sounds are made in a fraction of the time, and are nearly the same.
+            sounds: Windows, float32 at 16 kHz, at most 30 s each.
+            fill: Windows are padded with silence to a multiple of this, in seconds. Whisper was trained on 30; with 5,
+                short sounds take a fraction of the time, and their frames are nearly the same.
         """
         found: dict[int, torch.Tensor] = {}
         places = dict[float, list[int]]()
@@ -129,7 +129,7 @@ class OpenAIWhisper:
         return [found[place][: -(-len(sound) * FRAMES_S // RATE)] for place, sound in enumerate(sounds)]
 
     def _frames(self, mel: torch.Tensor) -> torch.Tensor:
-        """What whisper's own encoder does, for spectrograms of any length up to its own."""
+        """Forward pass of Whisper's encoder, for spectrograms of any length up to 30 s."""
         from torch.nn.functional import gelu
 
         encoder = self.model.encoder
@@ -143,14 +143,14 @@ class OpenAIWhisper:
     @_one_thread_at_a_time
     @torch.no_grad()
     def posterior(self, sound: Samples, text: str) -> tuple[list[int], torch.Tensor]:
-        """How likely every token of text is, in each place of a transcript.
+        """Logits over all text tokens at each position of a transcript.
 
         Args:
-            sound: A window, float32 at 16 kHz.
-            text: What was heard in it.
+            sound: Window, float32 at 16 kHz.
+            text: Transcript of the window.
 
         Returns:
-            Its n tokens, and logits (n, V) over the V tokens that text is made of, given those before.
+            The n tokens of the transcript, and logits (n, V) over the V text tokens, given the tokens before.
         """
         tokenizer = self._tokenizer("en")
         tokens = list(tokenizer.encode(" " + text.strip())) if text.strip() else []
@@ -161,7 +161,7 @@ class OpenAIWhisper:
         return tokens, logits[len(start) - 1 : len(start) - 1 + len(tokens), : tokenizer.eot]
 
     def tokens(self) -> Iterator[tuple[int, bytes]]:
-        """Every token that text is made of, and how it is spelled."""
+        """Yields every text token ID with its bytes."""
         tokenizer = self._tokenizer("en")
         for token in range(tokenizer.eot):
             yield token, tokenizer.encoding.decode_single_token_bytes(token)
@@ -176,7 +176,7 @@ class OpenAIWhisper:
     @_one_thread_at_a_time
     @torch.inference_mode()
     def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
-        """What is said in windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
+        """Transcribe windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
         if not sounds:
             return []
         audio = self.model.embed_audio(self.mel(sounds))
@@ -196,7 +196,7 @@ class OpenAIWhisper:
         ]
 
     def _decoded(self, audio: torch.Tensor, language: str, prompt: str) -> list[Any]:
-        """The likeliest, and decoded again what is repeated or unlikely."""
+        """Decoding results; repetitive or unlikely ones are decoded again at higher temperatures."""
         import whisper
 
         results: list[Any] = [None] * len(audio)
@@ -212,7 +212,7 @@ class OpenAIWhisper:
                     prompt=prompt or None,
                     fp16=self.half,
                 )
-                # openai-whisper 20250625 decodes several guesses of one window only.
+                # openai-whisper 20250625 can decode several hypotheses of one window only.
                 single = temperature or self.beam > 1
                 together = [[place] for place in waiting] if single else [waiting]
                 for places in together:
@@ -224,7 +224,7 @@ class OpenAIWhisper:
         return results
 
     def _segments(self, tokens: Sequence[int], language: str, seconds: float) -> tuple[Segment, ...]:
-        """Text between time stamps."""
+        """Segments of text between timestamp tokens."""
         tokenizer = self._tokenizer(language)
         found, start, text = [], 0.0, list[int]()
         for token in [*tokens, tokenizer.timestamp_begin + round(seconds / 0.02)]:
@@ -249,11 +249,11 @@ class FasterWhisper:
 
     Args:
         name: ``tiny.en``, ``base``, ..., or the path of a folder.
-        device: Where it goes.
-        beam: Guesses that are followed at once; 1 is greedy.
+        device: Device of the model.
+        beam: Beam size; 1 is greedy.
 
     Raises:
-        PartMissingError: If the package is not installed, or the model cannot be had.
+        PartMissingError: If the package is not installed, or the model cannot be loaded.
     """
 
     def __init__(self, name: str, device: torch.device, beam: int = 5) -> None:
@@ -271,7 +271,7 @@ class FasterWhisper:
         self.name, self.english, self.beam = name, not self.model.model.is_multilingual, beam
 
     def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
-        """What is said in windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
+        """Transcribe windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
         found = []
         for sound, language in zip(sounds, languages, strict=True):
             segments, about = self.model.transcribe(
@@ -282,7 +282,7 @@ class FasterWhisper:
                 initial_prompt=prompt or None,
                 condition_on_previous_text=False,
                 vad_filter=False,
-                no_speech_threshold=None,  # The gate before has said that somebody speaks.
+                no_speech_threshold=None,  # VAD has found speech already.
             )
             spoken = tuple(Segment(s.start, s.end, s.text.strip()) for s in segments if s.text.strip())
             found.append(ASRResult(spoken, about.language))

@@ -1,1 +1,1 @@
-"""Models in the classes of other libraries."""
+"""Export of models to the classes of other libraries."""

@@ -1,4 +1,4 @@
-"""Whether a model and its form in transformers say the same: tokens, pixels and logits of drawn scenes."""
+"""Comparison of a model with its export to transformers: tokens, pixels and logits for drawn scenes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SIZES = ((336, 336), (500, 375), (240, 320))
 
 @dataclass(frozen=True)
 class CheckedOutput:
-    """What a model makes of one question about one image.
+    """Inputs and outputs of a model for one question about one image.
 
     Attributes:
-        ids: Token ids; 0 where the image stands.
-        image: Which places those are.
+        ids: Token IDs (T,); 0 at image positions.
+        image: Mask of the image positions, bool (T,).
         pixels: The preprocessed image (3, H, W).
-        logits: At every place (T, V).
+        logits: Logits at every position (T, V), float32.
     """
 
     ids: Tensor
@@ -38,7 +38,7 @@ class CheckedOutput:
 
 
 def check_pictures() -> list[Image.Image]:
-    """Drawn scenes of several forms: square, wide and high."""
+    """Drawn scenes of several aspect ratios: square, wide and tall."""
     from mmphi.data.scene_drawing import draw
     from mmphi.data.scenes import combinations, scenes
 
@@ -49,16 +49,16 @@ def check_pictures() -> list[Image.Image]:
 
 @torch.inference_mode()
 def expected_outputs(model: Multimodal, images: Sequence[Image.Image], questions: Sequence[str]) -> list[CheckedOutput]:
-    """Logits of every place of an open question.
+    """Outputs of a model at every position of prompts with one image each.
 
-    Image features are taken as they leave the encoder, and not rounded to 16 bits as they are where they are stored.
+    Image features come directly from the encoder, without the rounding of stored features to 16 bits.
 
     Args:
-        model: With its vision encoder.
-        images: One for each question.
-        questions: Without ``<image>``.
+        model: Model with its vision encoder.
+        images: One image per question.
+        questions: Questions without ``<image>``.
     """
-    encoder: Any = getattr(model.features, "encoder")  # noqa: B009  # Live features have one.
+    encoder: Any = getattr(model.features, "encoder")  # noqa: B009  # Only live features have one.
     found = []
     for image, question in zip(images, questions, strict=True):
         pixels = encoder.scaled(encoder.preprocess(image).to(model.device)).cpu()
@@ -80,12 +80,12 @@ def expected_outputs(model: Multimodal, images: Sequence[Image.Image], questions
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two forms of a model are apart.
+    """Differences between a model and its export.
 
     Attributes:
-        tokens: Prompts that are written in other tokens.
+        tokens: Number of prompts whose tokens differ.
         pixels: Largest difference of a preprocessed pixel, in units of its scale before normalisation (0 to 255).
-        logits: Largest difference of a logit, from equal tokens and pixels.
+        logits: Largest difference of a logit, given equal tokens and pixels.
     """
 
     tokens: int
@@ -101,14 +101,14 @@ def compare_outputs(
     images: Sequence[Image.Image],
     questions: Sequence[str],
 ) -> Difference:
-    """Ask the exported model the same.
+    """Compare an exported model with the outputs of the original.
 
     Args:
         exported: ``LlavaForConditionalGeneration``.
         processor: Its processor.
-        expected: What the original makes of it.
-        images: One for each question.
-        questions: As the original was asked.
+        expected: Outputs of the original.
+        images: One image per question.
+        questions: The questions of ``expected``.
     """
     token = exported.config.image_token_index
     tokens, pixels, logits = 0, 0.0, 0.0

@@ -1,7 +1,8 @@
-"""The same model in the classes of transformers: ``LlavaForConditionalGeneration`` and its processor.
+"""Export to the classes of transformers: ``LlavaForConditionalGeneration`` and its processor.
 
-LLaVA in transformers has a CLIP ViT, a projector of two layers as wide as the language model, and a head without bias;
-what has another shape is refused with the reason, and what is made is compared with the original before it is written.
+LLaVA in transformers has a CLIP ViT, a projector of two layers as wide as the language model, and a head without bias.
+Models of other shapes are refused with the reason. The stage ``export`` compares the result with the original before it
+writes it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ UNFIT = "this shape has no counterpart in transformers' LLaVA: use mmphi.load, o
 
 
 def check_projector(config: ProjectorConfig) -> None:
-    """Refuse a projector that LLaVA's cannot be.
+    """Check that LLaVA can represent a projector.
 
     Raises:
-        ModelError: With the reason.
+        ModelError: If it cannot, with the reason.
     """
     if config.kind != "mlp":
         raise ModelError(f"the projector is of kind {config.kind}, LLaVA's is an MLP", UNFIT)
@@ -48,18 +49,19 @@ def check_projector(config: ProjectorConfig) -> None:
 
 @torch.no_grad()
 def fold_head_bias(norm: nn.LayerNorm, head: nn.Linear) -> nn.Linear:
-    """A head without bias that gives the same logits after the norm, whose bias is changed in place.
+    """Head without bias that gives the same logits after the norm; the norm's bias is changed in place.
 
-    What leaves a LayerNorm with scale g lies in a plane: its product with a = 1/g is the same for every input, because
-    normalised values sum to nothing. So a column of the head along a adds a constant, which can be any bias; moving
-    the norm's bias along a makes that constant as large as a is long, and the head keeps the size of its weights.
+    The outputs of a LayerNorm with scale g lie in a plane: their dot product with a = 1/g is the same for every input,
+    because normalised values sum to 0. So a multiple of a, added to a row of the head, adds a constant to its logit,
+    which can replace its bias. The norm's bias is shifted along a so that the dot product is the length of a, which
+    keeps the magnitude of the head's weights.
 
     Args:
-        norm: The last one, before the head.
-        head: In fp32, with a bias.
+        norm: Last norm, before the head.
+        head: Output head in fp32, with a bias.
 
     Raises:
-        ModelError: If the norm has no such plane.
+        ModelError: If the norm is not a LayerNorm with a nonzero scale.
     """
     if type(norm) is not nn.LayerNorm or norm.weight is None or not bool((norm.weight.abs() > 1e-6).all()):
         raise ModelError(
@@ -80,7 +82,7 @@ def fold_head_bias(norm: nn.LayerNorm, head: nn.Linear) -> nn.Linear:
 
 
 def image_token(language: LanguageModel) -> int:
-    """The id of ``<image>``, which the tokenizer is given where it has none."""
+    """Token ID of ``<image>``, which is added to the tokenizer if missing."""
     from tokenizers import AddedToken
 
     tokenizer = language.tokenizer
@@ -91,17 +93,17 @@ def image_token(language: LanguageModel) -> int:
 
 @torch.no_grad()
 def as_llava(model: Multimodal) -> tuple[Any, Any]:
-    """A model and its processor.
+    """Convert a model to transformers' LLaVA classes.
 
     Args:
-        model: In fp32, unquantised and without an adapter; the language model and its tokenizer are changed in place
-            and belong to the result.
+        model: Model in fp32, unquantised and without an adapter. Its language model and tokenizer are changed in place
+            and become part of the result.
 
     Returns:
         ``LlavaForConditionalGeneration`` and ``LlavaProcessor``.
 
     Raises:
-        ModelError: If transformers' LLaVA cannot be this model; says why.
+        ModelError: If transformers' LLaVA cannot represent the model, with the reason.
     """
     from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -134,7 +136,7 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
     with torch.device("meta"):
         exported = LlavaForConditionalGeneration(config)
     exported.model.vision_tower = vision
-    # What is measured of it is what it will be where transformers loads it.
+    # Without patches, the comparison tests the model as transformers loads it.
     exported.model.language_model = getattr(remove_patches(language.model), language.model.base_model_prefix)
     exported.model.multi_modal_projector = LlavaMultiModalProjector(config)
     first, second = (layer for layer in model.projector.layers if isinstance(layer, nn.Linear))
@@ -162,14 +164,14 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
 
 
 def save_llava(model: Any, processor: Any, folder: Path) -> None:
-    """Write what :func:`as_llava` made.
+    """Write a model and processor of :func:`as_llava`.
 
-    A head that had a bias gets one of zeros in the file: vLLM's Phi wants it there, transformers' LLaVA ignores it.
+    The head of a Phi gets a bias of zeros in the file: vLLM's Phi requires it, transformers' LLaVA ignores it.
 
     Args:
         model: ``LlavaForConditionalGeneration``.
         processor: Its processor.
-        folder: Where to.
+        folder: Target folder.
     """
     head, model.config.text_config._name_or_path = model.lm_head, ""
     if model.config.text_config.architectures == ["PhiForCausalLM"] and head.bias is None:
@@ -187,14 +189,14 @@ def save_llava(model: Any, processor: Any, folder: Path) -> None:
 
 
 def _published(name: str) -> str:
-    """A weight's name as in the published LLaVA models, which every version of transformers and vLLM reads."""
+    """Name of a weight in the published LLaVA models, which every version of transformers and vLLM reads."""
     own, inner = "vision_tower.", "vision_model."
     rest = name.removeprefix(own)
     return own + inner + rest if rest != name and not rest.startswith(inner) else name
 
 
 def _head(language: LanguageModel, token: int) -> nn.Linear:
-    """The head without bias, with a row for the image token; the embeddings get one, too."""
+    """Output head without bias and with a row for the image token, which the embeddings get, too."""
     model = language.model
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:

@@ -1,1 +1,1 @@
-"""Causal language models: loading, Phi by size, adapters, and the tasks they are trained on."""
+"""Causal language models: loading, Phi by size, adapters, and the pretraining task."""

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the frozen layers of a language model: put on, saved as PEFT saves them, merged."""
+"""Low-rank adapters (LoRA) on the frozen layers of a language model: add, save in PEFT's format, load and merge."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter looks like (Hu et al. 2021, arXiv 2106.09685).
+    """Shape of a LoRA adapter (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
-        rank: Inner width.
-        alpha: What is learned is scaled by ``alpha / rank``, or with ``rslora`` by ``alpha / sqrt(rank)``.
-        rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
-        dropout: Share of inputs that an adapter does not see in training.
-        dora: Learn the size of each weight apart from its direction (Liu et al. 2024, arXiv 2402.09353).
-        targets: Names of the layers; all linear ones where there are none.
-        seed: Of the first weights.
+        rank: Rank of the update.
+        alpha: Numerator of the scaling: ``alpha / rank``, or with ``rslora`` ``alpha / sqrt(rank)``.
+        rslora: Whether to use rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732).
+        dropout: Dropout rate of the adapter's inputs.
+        dora: Whether to train magnitudes separately from directions (Liu et al. 2024, arXiv 2402.09353).
+        targets: Names of the adapted layers; empty for all linear ones.
+        seed: Random seed of the initial weights.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class AdapterConfig:
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """The linear layers inside a language model, quantised or not, by their full name; its head is none of them."""
+    """Linear layers of a language model by full name, quantised or not, except the output head."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     head = model.get_output_embeddings()
@@ -51,14 +51,14 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
 
 
 def targets_of(model: Any, wanted: tuple[str, ...] = ()) -> list[str]:
-    """Names of the layers that get an adapter, as PEFT takes them.
+    """Names of the layers that get an adapter, for PEFT's ``target_modules``.
 
     Args:
         model: The language model.
-        wanted: Last parts of names, such as ``q_proj``; all linear layers where there are none.
+        wanted: Last components of names, such as ``q_proj``; empty for all linear layers.
 
     Raises:
-        ModelError: If a name is no layer's, or the model has no linear layer.
+        ModelError: If no linear layer has one of the names, or the model has no linear layer.
     """
     there = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     unknown = [name for name in wanted if name not in there]
@@ -71,12 +71,12 @@ def targets_of(model: Any, wanted: tuple[str, ...] = ()) -> list[str]:
 
 
 def add_adapter(language: LanguageModel, shape: AdapterConfig) -> LanguageModel:
-    """The same language model with a new adapter on it, which changes nothing until it is trained.
+    """Language model with a new adapter, which does not change its outputs until it is trained.
 
-    The layers of ``language.model`` are wrapped in place: give it one that nobody else has.
+    The layers of ``language.model`` are wrapped in place, so it must not be shared.
 
     Raises:
-        ModelError: If no layer matches, or the rank is above the narrowest layer's width.
+        ModelError: If no layer matches, or the rank is above the smallest width of a layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -91,7 +91,7 @@ def add_adapter(language: LanguageModel, shape: AdapterConfig) -> LanguageModel:
     torch.manual_seed(shape.seed)
     config = LoraConfig(
         r=shape.rank,
-        lora_alpha=shape.alpha,  # type: ignore[arg-type]  # A whole number in its type, a factor in its code.
+        lora_alpha=shape.alpha,  # type: ignore[arg-type]  # Annotated as int, used as a float factor.
         lora_dropout=shape.dropout,
         use_rslora=shape.rslora,
         use_dora=shape.dora,
@@ -107,16 +107,16 @@ def _narrow(layer: Any) -> int:
 
 
 def save_adapter(language: LanguageModel, folder: Path) -> None:
-    """Write an adapter so that PEFT's own ``from_pretrained`` loads it."""
+    """Write an adapter for PEFT's ``from_pretrained``."""
     language.adapter.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # A template that says nothing; the model has a card of its own.
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the model has its own card.
 
 
 def load_adapter(language: LanguageModel, folder: Path) -> LanguageModel:
-    """The same language model with an adapter from a folder; its layers are wrapped in place.
+    """Language model with an adapter from a folder; its layers are wrapped in place.
 
     Raises:
-        ModelError: If the adapter cannot be read, is not finite, or does not fit the model.
+        ModelError: If the adapter cannot be read, has non-finite weights, or does not fit the model.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -132,7 +132,7 @@ def load_adapter(language: LanguageModel, folder: Path) -> LanguageModel:
         raise ModelError(f"the adapter in {folder} is not finite", "train it again with a lower learning rate")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # PEFT only warns of weights that find no layer.
+            warnings.simplefilter("error", UserWarning)  # PEFT only warns about weights without a matching layer.
             adapter = PeftModel.from_pretrained(language.model, str(folder))
     except (RuntimeError, ValueError, UserWarning) as error:
         what = str(error).strip().splitlines()[0]
@@ -145,7 +145,7 @@ def load_adapter(language: LanguageModel, folder: Path) -> LanguageModel:
 
 
 def adapter_digest(folder: Path) -> str:
-    """Of the adapter's configuration and weights."""
+    """SHA-256 of the adapter's configuration and weights."""
     digest = hashlib.sha256()
     for name in ("adapter_config.json", WEIGHTS):
         digest.update((folder / name).read_bytes())
@@ -153,22 +153,22 @@ def adapter_digest(folder: Path) -> str:
 
 
 def adapter_parameters(language: LanguageModel) -> dict[str, nn.Parameter]:
-    """The adapter's own parameters, by name in ``language.model``."""
+    """Parameters of the adapter, by name in ``language.model``."""
     return {name: p for name, p in language.model.named_parameters() if "lora_" in name}
 
 
 @torch.no_grad()
 def merge_adapter(language: LanguageModel, dtype: torch.dtype) -> LanguageModel:
-    """The model that base and adapter amount to, without either: plain layers, dequantised where they were quantised.
+    """Language model of plain layers, with the adapter merged and quantised layers dequantised.
 
-    An adapter learned beside the rounded base, so it is merged into that base as it was rounded (transformers #31293).
+    An adapter trained on a quantised base is merged into the dequantised values of that base (transformers #31293).
 
     Args:
-        language: With or without an adapter, quantised or not; its layers are changed in place.
-        dtype: Of the merged weights; sums are made in fp32.
+        language: Language model with or without an adapter, quantised or not; its layers are changed in place.
+        dtype: Type of the merged weights; sums are computed in fp32.
 
     Raises:
-        ModelError: If a quantised layer cannot be dequantised.
+        ModelError: If a quantised layer cannot be dequantised, or the adapter is neither LoRA nor DoRA.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.tuners.lora import LoraLayer
@@ -214,14 +214,14 @@ def _weight(layer: Any) -> torch.Tensor:
 
 
 def _add(plain: nn.Linear, layer: Any) -> None:
-    """Add what an adapter learned to the weights of a plain layer.
+    """Add an adapter's update to the weights of a plain layer.
 
     Raises:
-        ModelError: If it is neither LoRA nor DoRA.
+        ModelError: If the adapter is neither LoRA nor DoRA.
     """
     for name in layer.active_adapters:
         plain.weight += layer.get_delta_weight(name).float()
-        if name in layer.lora_magnitude_vector:  # DoRA: each row of the sum has a length of its own (equation 5).
+        if name in layer.lora_magnitude_vector:  # DoRA: rows of the sum are rescaled to learned lengths (equation 5).
             lengths = layer.lora_magnitude_vector[name].weight.float()
             plain.weight *= (lengths / plain.weight.norm(dim=1))[:, None]
         elif name in layer.lora_variant:

@@ -1,4 +1,4 @@
-"""What pretraining runs: rows of documents in, the summed loss of every next token out."""
+"""Pretraining task: rows of documents in, summed loss of every next token out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Walls = Literal["documents", "mask"]
 
 
 class CausalTask(nn.Module):
-    """A Phi whose every position is learned, the head and the loss computed together.
+    """Phi model with a loss at every position; head and loss are computed together.
 
     Args:
-        model: A ``PhiForCausalLM``; whatever has a plain linear head over ``model.model``.
-        walls: How documents of one row are kept separate: by attention inside each, for which the model must be
+        model: A ``PhiForCausalLM``, or any model with a plain linear head over ``model.model``.
+        walls: How documents of one row are isolated: by attention within each document, which requires
             :func:`~mmphi.models.patches.varlen_attention.varlen_attention_applied`, or by a mask over the row.
-        compiled: Whether torch compiles the layers.
+        compiled: Whether torch compiles the model's body for training.
     """
 
     def __init__(self, model: Any, *, walls: Walls = "documents", compiled: bool = False) -> None:
@@ -31,9 +31,9 @@ class CausalTask(nn.Module):
         self._compiled: Any = torch.compile(model.model, dynamic=False) if compiled else None
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the head is given, (rows * tokens, width)."""
+        """Inputs of the output head, (rows * tokens, width)."""
         ids, positions = batch["input_ids"], batch["position_ids"]
-        # Validation has rows of other lengths, which would be compiled one by one.
+        # Rows of validation have other lengths, each of which would be compiled separately.
         body: Any = self._compiled if self._compiled is not None and self.training else self.model.model
         if self.walls == "mask":
             mask = block_causal_mask(batch["segments"])
@@ -45,7 +45,7 @@ class CausalTask(nn.Module):
                 ids.reshape(1, -1),
                 position_ids=positions.reshape(1, -1),
                 use_cache=False,
-                # Four dimensions: taken as it is, so that no mask over the whole row is built.
+                # transformers does not expand a four-dimensional mask, so no mask over the whole row is built.
                 attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
                 borders=batch["borders"],
                 longest=ids.shape[1],
@@ -59,12 +59,12 @@ class CausalTask(nn.Module):
         return linear_cross_entropy(self.hidden(batch), head.weight, head.bias, batch["targets"].flatten())
 
 
-PROBE = (5, 9, 2)  # Lengths of the documents that walls are tried with.
+PROBE = (5, 9, 2)  # Lengths of the documents that isolation is tested with.
 
 
 @torch.no_grad()
 def isolation_error(task: CausalTask) -> float:
-    """How far the loss of documents in one row is from that of the same alone; infinite where it cannot be computed."""
+    """Loss difference, in nats per token, between documents in one row and each alone; infinite if either fails."""
     device = next(task.parameters()).device
     ids = torch.arange(sum(PROBE) + 1, device=device) * 37 % task.model.config.vocab_size
     batches, start = [], 0
@@ -80,7 +80,7 @@ def isolation_error(task: CausalTask) -> float:
 
 
 def probe(ids: Tensor, lengths: list[int]) -> dict[str, Tensor]:
-    """One row of documents of these lengths; ids are one more than they."""
+    """One row of documents of these lengths, from one token more than their sum."""
     device = ids.device
     spans = torch.tensor(lengths, device=device)
     return {
@@ -93,7 +93,7 @@ def probe(ids: Tensor, lengths: list[int]) -> dict[str, Tensor]:
 
 
 def smoke_test(task: CausalTask, context: int) -> None:
-    """Run a task forward and backward once, and forget the gradients; raises whatever goes wrong."""
+    """Run one forward and backward pass and discard the gradients; passes on any exception."""
     device = next(task.parameters()).device
     ids = torch.arange(context + 1, device=device) % task.model.config.vocab_size
     task.train()

@@ -1,4 +1,4 @@
-"""torch's compiler for the layers of a language model that is lent."""
+"""torch.compile for the layers of a language model, during training only."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmphi.models.language.packing_check import probe_rows
 from mmphi.models.packed_vlm import PackedVLM
 
-LEAST_STEPS = 100  # Compiling takes some seconds, of which a step saves a sixth of its own.
+LEAST_STEPS = 100  # Compiling takes some seconds; a compiled step is a sixth shorter.
 Asked = Literal["auto", "yes", "no"]
 
 
 def should_compile(asked: Asked, packed: PackedVLM, steps: int) -> bool:
-    """Whether to compile: where it was measured to be faster, if that is left open.
+    """Whether to compile; ``auto`` compiles where it was measured to be faster.
 
     Args:
-        asked: What the settings say.
-        packed: What is trained.
-        steps: How long.
+        asked: Value of the setting.
+        packed: Model that is trained.
+        steps: Number of training steps.
     """
     if asked != "auto":
         return asked == "yes"
@@ -33,22 +33,22 @@ def should_compile(asked: Asked, packed: PackedVLM, steps: int) -> bool:
 
 @contextmanager
 def compiled_layers(packed: PackedVLM, wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Let torch compile a language model's layers for training, until the end; told where it cannot.
+    """Compile a language model's layers for training, within the context; without a working compiler, do nothing.
 
-    A layer is compiled once for all of them and for all lengths. Validation and answers go on as before: their shapes
-    are others at every token.
+    One compilation serves all layers and lengths. Validation and generation use the uncompiled layers, because their
+    shapes change with every token.
 
     Args:
-        packed: Whose language model it is.
-        wanted: Whether to.
-        say: Told if it does not work here.
+        packed: Packed model whose layers are compiled.
+        wanted: Whether to compile.
+        say: Called with a message if compilation fails.
     """
     if wanted:
         layers = [m for m in packed.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
         packed.compiled = [(layer, torch.compile(layer._call_impl, dynamic=True)) for layer in layers]
         try:
             _smoke_test(packed)
-        except Exception as problem:  # Whatever a compiler's tool chain may lack; torch names no common ancestor.
+        except Exception as problem:  # Tool chains fail in many ways; torch has no common base class.
             lines = [line for line in str(problem).split("\n") if line.strip()] or [type(problem).__name__]
             say(f"torch.compile does not work here ({lines[0][:120]}): continuing without it")
             packed.compiled = []
@@ -59,7 +59,7 @@ def compiled_layers(packed: PackedVLM, wanted: bool, say: Callable[[str], None])
 
 
 def _smoke_test(packed: PackedVLM) -> None:
-    """One step forward and backward, whose gradients are forgotten; raises whatever goes wrong."""
+    """Run one forward and backward pass and discard the gradients; passes on any exception."""
     training = packed.training
     weight = packed.language_model.get_input_embeddings().weight
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):

@@ -1,4 +1,4 @@
-"""Causal language models: by hub name, from a folder, or from a configuration with random weights; always frozen."""
+"""Frozen causal language models: by hub name, from a folder, or with random weights from a configuration."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from mmphi.text.prompt import Prompt
 from mmphi.text.tokenizer import phi2_tokenizer
 
 PRETRAIN = "pretrain"
-PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the logits' spread; the other in bf16 and quantised.
-EMBEDDED_AT_ONCE = 8192  # Tokens; the copies in fp32 of a large table would take twice its memory.
-LONG = 96  # Tokens from which sequences in a line are less work for a processor than in rows under a mask.
-STYLE_FILE = "mmphi_prompt.json"  # Beside the weights of a model trained here: how it was spoken to.
-IN_MEMORY = "in memory"  # Digest of a model that was given as an object; saving gives it one.
+PACKED_TOLERANCE, PACKED_TOLERANCE_ROUNDED = 1e-3, 0.1  # Relative; the second for bf16 and quantised models.
+EMBEDDED_AT_ONCE = 8192  # Tokens per call; an fp32 copy of a whole large table would take twice its memory.
+LONG = 96  # Tokens per sequence from which, on a CPU, variable-length attention is faster than a mask over rows.
+STYLE_FILE = "mmphi_prompt.json"  # Prompt style, next to the weights of a model trained here.
+IN_MEMORY = "in memory"  # Placeholder digest of a model passed as an object; saving replaces it.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A frozen language model and how to speak to it.
+    """Frozen language model with its tokenizer and prompt.
 
     Attributes:
         model: A Hugging Face causal LM, in eval mode, without gradients.
         tokenizer: Its tokenizer.
-        prompt: Writes conversations.
-        width: Width of its embeddings.
-        name: Where it came from: a hub name, a folder or a configuration.
-        digest: Of its weights: a folder's content, or a hub name with its revision.
-        settings: What it was loaded by.
-        adapter: PEFT's model around ``model``, where an adapter is on its layers.
+        prompt: Prompt writer for conversations.
+        width: Width of the embeddings.
+        name: Hub name, folder or configuration file that it was loaded from.
+        digest: Digest of the weights: a folder's content, or a hub name with its revision.
+        settings: Settings that it was loaded with.
+        adapter: PEFT's model around ``model``, if its layers have an adapter.
     """
 
     model: Any
@@ -60,16 +60,16 @@ class LanguageModel:
 
     @property
     def ends(self) -> list[int]:
-        """Ids of the tokens that end an answer: the prompt's, and those that the model itself stops at."""
+        """IDs of the tokens that end an answer: the prompt's, the generation config's and the tokenizer's."""
         own = getattr(self.model.generation_config, "eos_token_id", None)
         own = own if isinstance(own, list) else [] if own is None else [own]
         return list(dict.fromkeys([self.prompt.end[-1], *own, self.tokenizer.eos_token_id]))
 
     @torch.no_grad()
     def embeddings(self, ids: Sequence[int] | None = None) -> torch.Tensor:
-        """Embeddings of tokens as the first layer gets them, (len(ids), width), float32; of all tokens by default.
+        """Input embeddings of tokens, (len(ids), width), float32; of all tokens by default.
 
-        They are the embedding module's output: Gemma's module scales its table by the square root of the width.
+        They are outputs of the embedding module: Gemma's module scales its table by the square root of the width.
         """
         module = self.model.get_input_embeddings()
         place = module.weight.device
@@ -79,23 +79,23 @@ class LanguageModel:
 
     @cached_property
     def packing_error(self) -> float:
-        """How far packed sequences are from the same alone, tried once."""
+        """Packing error of masked rows, computed once."""
         return packing_error(self.model)
 
     @cached_property
     def line_error(self) -> float:
-        """The same where sequences lie in one row, each attending inside its borders."""
-        if self.model.config._attn_implementation != "sdpa":  # It may do what that of borders does not.
+        """Packing error of one row with variable-length attention, computed once; infinite without SDPA."""
+        if self.model.config._attn_implementation != "sdpa":  # Variable-length attention replaces SDPA only.
             return math.inf
         return packing_error(self.model, Layout("line"))
 
     def layout(self, max_length: int, in_line: bool | None = None) -> Layout:
-        """How sequences lie together best, of those ways that this model reads rightly.
+        """Fastest packing layout that gives this model the right logits.
 
         Args:
-            max_length: Tokens of the longest.
-            in_line: Whether a line is wanted; left out, on a GPU, and on a processor for long sequences: it attends to
-                one after the other, and is slower so with short ones than with a mask over rows.
+            max_length: Tokens of the longest sequence.
+            in_line: Whether to prefer one row with variable-length attention; default on a GPU, and on a CPU for long
+                sequences. A CPU computes it one sequence after the other, slower for short ones than masked rows.
         """
         if not self.packs(max_length):
             return Layout("alone", self.width)
@@ -109,17 +109,17 @@ class LanguageModel:
 
     @property
     def tolerance(self) -> float:
-        """Largest difference of logits, over their standard deviation, that rounding makes."""
+        """Largest difference of logits, divided by their standard deviation, that is attributed to rounding."""
         return PACKED_TOLERANCE if self.settings.precision == "fp32" else PACKED_TOLERANCE_ROUNDED
 
     def packs(self, max_length: int) -> bool:
-        """Whether sequences of up to so many tokens may share rows."""
+        """Whether sequences of up to ``max_length`` tokens may share rows."""
         window = shortest_window(self.model.config)
         return self.packing_error < self.tolerance and not 0 < window < max_length
 
     @property
     def local(self) -> Path | None:
-        """Its folder, where it is one on this machine."""
+        """Folder of the model; ``None`` if it is not on this machine."""
         return Path(self.name) if Path(self.name).is_dir() else None
 
 
@@ -141,8 +141,8 @@ def _quantization(precision: str, device: torch.device) -> Any:
 def disable_bnb_repacking(model: Any) -> Any:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU with AVX-512, and return the model.
 
-    It does so at the first forward pass without gradients (0.50): in another precision, for widths that 64 divides
-    alone, and for a kernel that gives no gradient to whatever is trained before the layer, without a word.
+    bitsandbytes 0.50 repacks at the first forward pass without gradients: in another precision, only for widths that 64
+    divides, and for a kernel that silently gives no gradients to trained modules before the layer.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -151,8 +151,8 @@ def disable_bnb_repacking(model: Any) -> Any:
 
 
 def save_language_model(model: Any, prompt: Prompt, folder: Path) -> None:
-    """Write a model trained here in Hugging Face's format, with its tokenizer and how it was spoken to."""
-    # Layers with an adapter keep their own weights below `base_layer`; the adapter is saved by itself.
+    """Write a model in Hugging Face's format, with its tokenizer and prompt style."""
+    # PEFT moves the weights of adapted layers below `base_layer`; the adapter is saved separately.
     own = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
     model.save_pretrained(folder, state_dict=own)
     prompt.tokenizer.save_pretrained(folder)
@@ -160,10 +160,10 @@ def save_language_model(model: Any, prompt: Prompt, folder: Path) -> None:
 
 
 def language_model_path(settings: LanguageSettings, pretrained: Path | None) -> str:
-    """Where the model that the settings name is: a hub name, a folder or a configuration.
+    """Hub name, folder or configuration file of the model in the settings.
 
     Raises:
-        ModelError: If it is the one trained here, and none was.
+        ModelError: If the settings name the pretrained model, and there is none.
     """
     if settings.model != PRETRAIN:
         return settings.model
@@ -173,7 +173,7 @@ def language_model_path(settings: LanguageSettings, pretrained: Path | None) -> 
 
 
 def language_model_digest(name: str, revision: str) -> str:
-    """What tells a model from every other: a folder's or file's content, or a hub name with its revision."""
+    """Identifier of a model: the digest of a folder or file, or a hub name with its revision."""
     path = Path(name)
     return f"sha256:{Digests().of(path)}" if path.exists() else f"{name}@{revision or 'newest'}"
 
@@ -183,11 +183,11 @@ def load_language_model(settings: LanguageSettings, pretrained: Path | None, dev
 
     Args:
         settings: The ``language`` section.
-        pretrained: Folder of the ``pretrain`` stage, where ``language.model`` names it.
-        device: Where the model goes.
+        pretrained: Folder of the ``pretrain`` stage, if ``language.model`` names it.
+        device: Device of the model.
 
     Raises:
-        ModelError: If it cannot be had, or its weights are not finite.
+        ModelError: If the model or its tokenizer cannot be loaded, or its weights are not finite.
     """
     name = language_model_path(settings, pretrained)
     config_only = name.endswith(".json")
@@ -204,15 +204,16 @@ def load_language_model(settings: LanguageSettings, pretrained: Path | None, dev
 
 
 def wrap_language_model(model: Any, tokenizer: Any, prompt: str = "auto") -> LanguageModel:
-    """A language model that is loaded already; it is frozen in place.
+    """Language model from loaded objects; the model is frozen in place.
 
     Args:
         model: A causal LM of transformers.
         tokenizer: Its tokenizer.
-        prompt: Style of its prompts: ``plain``, ``phi``, ``chat``, or ``auto``.
+        prompt: Prompt style: ``plain``, ``phi``, ``chat``, or ``auto``.
 
     Raises:
-        ModelError: If the tokenizer has more tokens than the model has embeddings, or cannot write the prompts.
+        ModelError: If the tokenizer has more tokens than the model has embeddings, or does not support the prompt
+            style.
     """
     embedding = model.requires_grad_(False).eval().get_input_embeddings()
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
@@ -234,21 +235,21 @@ def _check_vocabulary(tokenizer: Any, embedding: Any, name: str) -> None:
 
 
 def _style(settings: LanguageSettings, folder: Path) -> Any:
-    """A model trained here keeps the style it was trained with, unless another is asked for by name."""
+    """Prompt style of the settings; ``auto`` takes the style that a model trained here was saved with."""
     if settings.prompt == "auto" and (folder / STYLE_FILE).is_file():
         return json.loads((folder / STYLE_FILE).read_text())["style"]
     return settings.prompt
 
 
 def tokenizer_of(settings: LanguageSettings, name: str) -> Any:
-    """The tokenizer that the settings name, else the model's own.
+    """Tokenizer of the settings, by default the model's own.
 
     Args:
         settings: The ``language`` section.
-        name: Where the model is.
+        name: Hub name, folder or configuration file of the model.
 
     Raises:
-        ModelError: If it cannot be had.
+        ModelError: If the tokenizer cannot be loaded.
     """
     own = str(Path(name).parent) if name.endswith(".json") else name
     return _tokenizer(settings.tokenizer or own, settings.revision)
@@ -258,7 +259,7 @@ def _tokenizer(name: str, revision: str) -> Any:
     if name == "phi-2":
         return phi2_tokenizer()
     if not Path(name).exists():
-        hub_is_reachable()  # Where it is not, transformers would try for most of a minute.
+        hub_is_reachable()  # If not, sets offline mode: transformers would retry for most of a minute.
     try:
         return AutoTokenizer.from_pretrained(name, **_pinned(name, revision))
     except (OSError, ValueError) as error:
@@ -296,7 +297,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _random(path: str, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of a configuration's shape with random weights: for measuring speed and memory."""
+    """Model with random weights from a configuration, for measuring speed and memory."""
     try:
         config = AutoConfig.for_model(**json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -312,7 +313,7 @@ def _random(path: str, precision: str, dtype: torch.dtype, device: torch.device)
 
 
 def _quantize(model: Any, precision: str, device: torch.device) -> Any:
-    """Replace every linear layer but the head by a quantised one with the same weights."""
+    """Quantise every linear layer except the head, in place."""
     from bitsandbytes.nn import modules as bnb
 
     head = model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without ever holding all logits."""
+"""Cross-entropy over a large vocabulary without materialising all logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1024  # Positions whose logits are held at once.
+CHUNK = 1024  # Positions whose logits are in memory at once.
 
 
 def linear_cross_entropy(
@@ -16,21 +16,22 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of a linear head, in nats, shape (); with ``each`` that of each position, (K,).
 
-    The gradients are computed in the forward pass, chunk by chunk while the logits are there, as Liger kernels do (Hsu
-    et al. 2024, arXiv 2410.10989): nothing is computed twice, and a chunk's logits are the only ones held. torch 2.14
-    has the like; its chunks shrink with the batch, and at 512 positions it is 28 times slower than all logits at once.
+    The gradients are computed in the forward pass, chunk by chunk while the logits exist, as in Liger kernels (Hsu et
+    al. 2024, arXiv 2410.10989): nothing is computed twice, and only one chunk of logits is in memory. torch 2.14 has a
+    similar function; its chunks shrink with the batch, and at 512 positions it is 28 times slower than all logits at
+    once.
 
     Args:
-        hidden_KW: What the head is given.
-        weight_VW: Of the head.
-        bias_V: Of the head.
-        targets_K: The right ids.
-        each: Whether positions are to be weighed afterwards. Of a head that learns, all logits are held then.
+        hidden_KW: Inputs of the head.
+        weight_VW: Weight of the head.
+        bias_V: Bias of the head, or ``None``.
+        targets_K: Target token IDs.
+        each: Whether to return the loss of each position. If the head is trained, this materialises all logits.
     """
     if each and (weight_VW.requires_grad or (bias_V is not None and bias_V.requires_grad)):
         return F.cross_entropy(F.linear(hidden_KW, weight_VW, bias_V).float(), targets_K, reduction="none")
     device = hidden_KW.device.type
-    if torch.is_autocast_enabled(device):  # A function of one's own casts for itself.
+    if torch.is_autocast_enabled(device):  # A custom autograd function has to cast its inputs.
         dtype = torch.get_autocast_dtype(device)
         hidden_KW, weight_VW = hidden_KW.to(dtype), weight_VW.to(dtype)
         bias_V = None if bias_V is None else bias_V.to(dtype)
@@ -40,7 +41,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients in one pass over the positions; gradients of the weights are summed in fp32."""
+    """Loss and gradients in one pass over the positions; weight gradients are summed in fp32."""
 
     @staticmethod
     def forward(
@@ -49,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         losses = torch.zeros(len(targets_K), dtype=torch.float32, device=hidden_KW.device)
         by_hidden = torch.empty_like(hidden_KW) if wanted else None
-        learns, shifts = ctx.needs_input_grad[1:3]  # Not of a frozen head.
+        learns, shifts = ctx.needs_input_grad[1:3]  # False for a frozen head.
         by_weight = torch.zeros_like(weight_VW, dtype=torch.float32) if learns else None
         by_bias = torch.zeros_like(bias_V, dtype=torch.float32) if shifts and bias_V is not None else None
         for first in range(0, len(targets_K), CHUNK):
@@ -60,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part] = norms[:, 0] - logits.gather(1, targets[:, None])[:, 0]
             if by_hidden is None:
                 continue
-            logits.sub_(norms).exp_()  # Now probabilities, and less one at the right id the gradient.
+            logits.sub_(norms).exp_()  # Probabilities; minus 1 at the target, the gradient.
             logits[torch.arange(len(targets), device=targets.device), targets] -= 1
             rounded = logits.to(hidden.dtype)
             by_hidden[part] = rounded @ weight_VW

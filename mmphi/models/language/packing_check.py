@@ -1,4 +1,4 @@
-"""Whether a language model reads packed sequences as it reads each alone."""
+"""Check that a language model gives the same logits for packed sequences as for each alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.text.packing import ROWS, Layout, PackedBatch
 
-PROBE = (7, 11)  # Lengths of the sequences that packing is tried with.
+PROBE = (7, 11)  # Lengths of the sequences that packing is tested with.
 
 
 def probe_rows(weight: Tensor) -> PackedBatch:
-    """Sequences in one row, of ids that the embeddings' weight (V, W) has, every token predicted."""
+    """Test sequences in one row, with token IDs of the embedding's weight (V, W); every token is a target."""
     ids = torch.arange(sum(PROBE), device=weight.device) * 37 % max(2, weight.shape[0] - 1)
     segments = torch.cat([torch.full((n,), i) for i, n in enumerate(PROBE)])[None].to(weight.device)
     positions = torch.cat([torch.arange(n) for n in PROBE])[None].to(weight.device)
@@ -35,17 +35,17 @@ def probe_rows(weight: Tensor) -> PackedBatch:
 
 @torch.no_grad()
 def packing_error(language_model: Any, layout: Layout = ROWS) -> float:
-    """How far logits of packed sequences are from those of the same sequences alone.
+    """Relative difference between the logits of packed sequences and those of the same sequences alone.
 
-    Isolating neighbours by a mask or by borders is exact for plain attention. Recurrent and hybrid models carry state
-    across them, and some do not take them at all; of these it is 1 or more.
+    Isolation by a mask or by borders is exact for standard attention. Recurrent and hybrid models carry state across
+    sequences, and some models do not accept the mask; for these the difference is 1 or more.
 
     Args:
         language_model: A Hugging Face causal LM.
         layout: How sequences are packed.
 
     Returns:
-        The largest difference over the standard deviation of the logits.
+        Largest difference divided by the standard deviation of the logits; infinite if the model raises an error.
     """
     rows = probe_rows(language_model.get_input_embeddings().weight)
     ids = rows["targets"]
@@ -56,15 +56,15 @@ def packing_error(language_model: Any, layout: Layout = ROWS) -> float:
     expected = torch.cat(alone).float()
     try:
         packed = PackedVLM(language_model, layout=layout).logits(rows).float()
-    except (RuntimeError, ValueError, TypeError, IndexError):  # It wants a mask of another form.
+    except (RuntimeError, ValueError, TypeError, IndexError):  # The model needs another form of mask.
         return float("inf")
     return float((packed - expected).abs().max() / expected.std().clamp_min(1e-9))
 
 
 def shortest_window(config: Any) -> int:
-    """Tokens that the narrowest layer of a model sees back; 0 where all see everything.
+    """Smallest attention window of a model's layers, in tokens; 0 if no layer has one.
 
-    Who sees whom in packed rows overrides these windows, so that longer sequences would be read with wider ones.
+    The masks of packed rows override these windows, so longer sequences would get wider attention than trained.
     """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(config, "layer_types", None)

@@ -1,4 +1,4 @@
-"""Phi models by size, and what one token costs them."""
+"""Phi models by size: configurations, parameter counts and training FLOPs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ PHI2_VOCABULARY = 51200  # Rows of Phi-2's embedding; its tokenizer uses 50,295 
 
 @dataclass(frozen=True)
 class PhiSize:
-    """A shape of Phi.
+    """Shape of a Phi model.
 
     Attributes:
         layers: Transformer layers.
         width: Hidden width.
         heads: Attention heads.
-        tied: Whether the output head shares the embedding's weights, as small models do: with Phi-2's 51,200 rows they
-            would be all head otherwise.
-        like: The published model of this shape.
+        tied: Whether the output head shares the embedding's weights, as in small models: 51,200 rows of their own would
+            be most of their parameters.
+        like: Published model of this shape; empty if none.
     """
 
     layers: int
@@ -40,7 +40,7 @@ SIZES = {
     "1.3B": PhiSize(24, 2048, 32, False, "Phi-1.5"),
     "phi-2": PhiSize(32, 2560, 32, False, "Phi-2"),
 }
-"""By name; parameters are counted with their 51,200 rows, but for 1M, which is meant for a vocabulary of 2,048."""
+"""Shapes by name. Parameter counts include 51,200 embedding rows, except for 1M with a vocabulary of 2,048."""
 
 
 def phi_config(
@@ -54,7 +54,7 @@ def phi_config(
     tied: bool = False,
     rotary: float = 0.0,
 ) -> PhiConfig:
-    """A Phi of any size: Phi-2's shape, scaled.
+    """Phi configuration of any size, scaled from Phi-2's shape.
 
     Args:
         layers: Transformer layers.
@@ -62,11 +62,11 @@ def phi_config(
         heads: Attention heads.
         context: Longest context, in tokens.
         vocabulary: Rows of the embedding.
-        end: Id of the end of text, which is also Phi-2's beginning.
+        end: Token ID of the end of text, which is also the beginning of text.
         tied: Whether the output head shares the embedding's weights.
-        rotary: Share of each head's channels that positions rotate; 0 is Phi's own.
+        rotary: Share of each head's channels with rotary embeddings; 0 is Phi's default.
     """
-    from transformers import PhiConfig  # Counting parameters needs none of it.
+    from transformers import PhiConfig  # Not needed for counting parameters.
 
     return PhiConfig(
         vocab_size=vocabulary,
@@ -86,12 +86,12 @@ def phi_config(
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a Phi has.
+    """Parameter counts of a Phi model.
 
     Attributes:
-        embedding: Of the token embedding.
-        inner: Of the layers and the last norm.
-        head: Of the output head; where it is tied, its bias alone.
+        embedding: Parameters of the token embedding.
+        inner: Parameters of the layers and the last norm.
+        head: Parameters of the output head; only its bias if it is tied.
     """
 
     embedding: int
@@ -100,7 +100,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Total number of parameters."""
         return self.embedding + self.inner + self.head
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ class Parameters:
 
 
 def parameters_of(shape: PhiSize, vocabulary: int = PHI2_VOCABULARY) -> Parameters:
-    """Parameters of a Phi of some shape."""
+    """Parameter counts of a Phi shape."""
     width, ffn = shape.width, 4 * shape.width
     attention = 4 * (width * width + width)
     feed_forward = 2 * width * ffn + ffn + width
@@ -119,7 +119,7 @@ def parameters_of(shape: PhiSize, vocabulary: int = PHI2_VOCABULARY) -> Paramete
 
 
 def count_parameters(config: Any) -> Parameters:
-    """Parameters of a Phi that :func:`phi_config` made, from its configuration alone."""
+    """Parameter counts of a configuration from :func:`phi_config`."""
     tied = bool(config.tie_word_embeddings)
     shape = PhiSize(config.num_hidden_layers, config.hidden_size, config.num_attention_heads, tied)
     return parameters_of(shape, config.vocab_size)
@@ -128,14 +128,14 @@ def count_parameters(config: Any) -> Parameters:
 def training_flops(config: Any, tokens: int, pairs: int) -> float:
     """Floating-point operations of training on some tokens, forward and backward.
 
-    Multiplications of weights count 6 a weight and token (Kaplan et al. 2020, section 2.1), the output head's among
-    them, whether or not it is tied; looking an embedding up counts nothing. Attention counts only what is seen: of a
-    pair of positions 4 a unit of width and layer forward, and twice that backward. Recomputing counts nothing.
+    Each weight counts 6 per token (Kaplan et al. 2020, section 2.1), including the output head's, tied or not;
+    embedding lookups count 0. Attention counts unmasked pairs of positions only: 4 per pair, unit of width and layer
+    forward, and twice that backward. Recomputation counts 0.
 
     Args:
-        config: Of the model.
-        tokens: Positions that went through it.
-        pairs: Pairs of a position and one that it sees, itself among them.
+        config: Configuration of the model.
+        tokens: Number of processed positions.
+        pairs: Number of unmasked pairs of a query and a key position, including each position with itself.
     """
     layers, width, ffn = int(config.num_hidden_layers), int(config.hidden_size), int(config.intermediate_size)
     matrices = layers * (4 * width * width + 2 * width * ffn)
@@ -143,10 +143,10 @@ def training_flops(config: Any, tokens: int, pairs: int) -> float:
 
 
 def size_config(size: str, context: int = 2048, vocabulary: int = PHI2_VOCABULARY, end: int | None = None) -> PhiConfig:
-    """The configuration of a named size; ``phi-2`` is that of microsoft/phi-2, dropout and all.
+    """Configuration of a named size; ``phi-2`` is that of microsoft/phi-2, including dropout.
 
     Raises:
-        KeyError: If there is none of that name.
+        KeyError: If there is no such size.
     """
     shape = SIZES[size]
     config = phi_config(shape.layers, shape.width, shape.heads, context, vocabulary, end, tied=shape.tied)

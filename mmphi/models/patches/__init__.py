@@ -1,1 +1,1 @@
-"""Patches of third-party modules, for training and for decoding; each can be removed again."""
+"""Patches of third-party modules for faster training and decoding, with the same results."""

@@ -1,4 +1,4 @@
-"""Batch norms of a frozen encoder as part of the convolutions before them."""
+"""Folding of a frozen encoder's batch norms into the convolutions before them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-ALIKE = 1e-4  # Of the largest output, by which what is folded may differ: rounding of fp32 over some fifty layers.
+ALIKE = 1e-4  # Tolerance relative to the largest output: fp32 rounding over about fifty layers.
 
 
 @torch.no_grad()
 def fold_batch_norms(module: nn.Module, image_BCHW: Tensor) -> int:
-    """Have convolutions do what the batch norms after them do: one pass over memory less for each.
+    """Fold batch norms into the convolutions before them, which saves one pass over memory each.
 
-    In evaluation a batch norm scales and shifts each channel by what it learned, as a convolution's own weights and
-    bias can. Which convolution stands before which norm is seen when an image passes through; where outputs are others
-    afterwards (a convolution that something else reads, too), all stays as it was.
+    In eval mode a batch norm scales and shifts each channel, as a convolution's weights and bias can. A forward pass of
+    an image finds the pairs. If the outputs differ afterwards (for instance because another module uses a convolution's
+    output, too), all modules are restored.
 
     Args:
-        module: An encoder in evaluation mode, in fp32; changed in place. Names of modules stay, those of its parameters
-            do not.
-        image_BCHW: What it may be given.
+        module: Encoder in eval mode, in fp32; changed in place. Names of modules do not change, those of parameters do.
+        image_BCHW: Example input.
 
     Returns:
-        How many were folded.
+        Number of folded batch norms.
     """
     pairs = _followed(module, image_BCHW)
     if not pairs:
@@ -46,8 +45,8 @@ def fold_batch_norms(module: nn.Module, image_BCHW: Tensor) -> int:
 
 
 def _followed(module: nn.Module, image_BCHW: Tensor) -> list[tuple[str, str]]:
-    """Names of convolutions and of the norms that were given what they made."""
-    made: dict[int, tuple[str, Tensor]] = {}  # The tensors are kept, so that no other one has their place.
+    """Names of convolutions and of the batch norms that receive their outputs."""
+    made: dict[int, tuple[str, Tensor]] = {}  # Holds the tensors, so that their ids are not reused.
     pairs: list[tuple[str, str]] = []
 
     def note(name: str) -> Any:
@@ -72,11 +71,11 @@ def _followed(module: nn.Module, image_BCHW: Tensor) -> list[tuple[str, str]]:
         for hook in hooks:
             hook.remove()
     names = [name for pair in pairs for name in pair]
-    return [pair for pair in pairs if all(names.count(name) == 1 for name in pair)]  # None that is used twice.
+    return [pair for pair in pairs if all(names.count(name) == 1 for name in pair)]  # Modules used once only.
 
 
 def _rest(norm: nn.BatchNorm2d) -> nn.Module:
-    """What a norm does beside: timm's holds the activation that follows."""
+    """What remains of a folded norm: timm's norms include dropout and activation."""
     then = [child for name in ("drop", "act") if isinstance(child := getattr(norm, name, None), nn.Module)]
     return nn.Sequential(*then) if then else nn.Identity()
 

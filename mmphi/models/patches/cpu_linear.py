@@ -1,9 +1,9 @@
-"""Linear layers as a processor computes them fastest when there are few rows, as when texts are written.
+"""Linear layers that are faster on a CPU for few rows, as in decode steps.
 
-BLAS cuts a product into pieces along its rows and columns. The few rows of a step that writes, one token of each text,
-leave it little to cut in `x @ W.T`, and cores wait for each other; `(W @ x.T).T` is the same sums with the weight's
-many rows first. Measured on two cores of AVX2 with the weights of SmolLM2-135M: 0.37 of the time at 4 rows, 0.70 at
-16, 0.67 at 32.
+BLAS divides a product along its rows and columns. A decode step has few rows, one token per sequence, so `x @ W.T`
+leaves little to divide, and cores wait for each other. `(W @ x.T).T` is the same product with the weight's many rows
+first. Measured on two cores with AVX2 and the weights of SmolLM2-135M: 0.37 of the time at 4 rows, 0.70 at 16, 0.67 at
+32.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-FEW = 64  # Rows; with more the usual way is as fast.
+FEW = 64  # Rows; for more, the usual order is as fast.
 
 
 @contextmanager
 def transposed_small_batch_linear(model: nn.Module) -> Iterator[None]:
-    """Let every plain linear layer of a model that is on a processor put its weight first where there are few rows."""
+    """Compute a model's plain linear layers on the CPU with the weight first for few rows, within the context."""
     changed = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
     for module in changed:
-        # A method of one layer, not of its class: others of the same class stay as they are.
+        # Patches the instance, not the class.
         module.forward = partial(_linear, module)  # type: ignore[method-assign]
     try:
         yield

@@ -1,8 +1,8 @@
-"""Attention of one new token a text without copies of keys: its heads stand beside each other as queries would.
+"""Grouped-query attention in decode steps without copies of keys and values.
 
-Models whose heads share keys (grouped-query attention) have transformers copy each key and value for every head that
-reads it wherever there is a mask. A step that writes reads all that was said before, for one token: the copies are most
-of its work. Heads that share keys ask the same keys, as several tokens do; so they are given as tokens.
+With a mask, transformers copies each key and value for every head that shares it. A decode step reads the whole cache
+for one token, so these copies are most of its work. Here, heads that share keys are passed to attention as if they were
+tokens of one head.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def gqa_decode_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What ``sdpa`` computes; where each row has one token and heads share keys, without copies.
+    """Same results as ``sdpa``, without copies where each row has one token and heads share keys.
 
     Args:
         module: The attention layer.
-        query_RHTD: Of the new tokens, (rows, heads, tokens, head width).
-        key_RGSD: Of all that they see, (rows, groups of heads, seen, head width).
-        value_RGSD: Likewise.
-        attention_mask: (rows, 1, tokens, seen), or none.
-        **kwargs: transformers' own.
+        query_RHTD: Queries of the new tokens, (rows, heads, tokens, head width).
+        key_RGSD: Keys of all positions in the cache, (rows, key/value heads, positions, head width).
+        value_RGSD: Values, likewise.
+        attention_mask: Mask (rows, 1, tokens, positions), or ``None``.
+        **kwargs: Further arguments of transformers' attention functions.
 
     Returns:
-        (rows, tokens, heads, head width), and no weights.
+        Outputs (rows, tokens, heads, head width), and ``None`` in place of the attention weights.
     """
     rows, heads, tokens, width = query_RHTD.shape
     groups = key_RGSD.shape[1]
@@ -59,7 +59,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def gqa_decode_attention_applied(model: Any) -> Iterator[None]:
-    """Let a model that attends by ``sdpa`` attend so, until the end; any other is left as it is."""
+    """Use this attention in a model with ``sdpa`` within the context; other models are not changed."""
     before = model.config._attn_implementation
     if before != "sdpa":
         yield

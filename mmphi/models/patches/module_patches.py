@@ -1,4 +1,4 @@
-"""The same arithmetic in fewer passes over memory."""
+"""Patches of transformers' modules that give the same results with fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from transformers.activations import NewGELUActivation
 
 
 class FusedGELU(nn.GELU):
-    """Phi's activation in one operation."""
+    """Phi's activation as one operation."""
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
 
 
 def apply_patches(model: Any) -> Any:
-    """Change what a model of transformers computes nowhere, and how often it goes through memory; return the model.
+    """Patch a transformers model in place for fewer passes over memory, with the same results; returns the model.
 
-    - Phi's activation, which transformers writes as eight operations that each keep their input for the gradient, is
-      one (``gelu`` with ``tanh``).
-    - Norms give what they are given: autocast has them compute in fp32, and left so, all that follows them in a model
-      whose weights are bf16 would be fp32 as well, where the model alone, without autocast, keeps bf16.
+    - Phi's activation, in transformers eight operations that each keep their input for the gradient, becomes one
+      (``gelu`` with ``tanh``).
+    - Layer norms return the dtype of their input. Autocast computes them in fp32, so that in a bf16 model everything
+      after them would be fp32, too, whereas the model without autocast stays in bf16.
 
-    Names of modules and parameters stay.
+    Names of modules and parameters do not change.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -35,12 +35,12 @@ def apply_patches(model: Any) -> Any:
 
 
 def cast_output_to_input_dtype(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """What a module says, in the precision of what it was given."""
+    """Forward hook: the module's output in the dtype of its first input."""
     return output.to(inputs[0].dtype)
 
 
 def remove_patches(model: Any) -> Any:
-    """Undo :func:`apply_patches`: the model computes as whoever loads its weights by transformers has it; return it."""
+    """Undo :func:`apply_patches`, so that the model computes as transformers loads it; returns the model."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, FusedGELU):

@@ -1,8 +1,8 @@
-"""The last layer of a language model, computed only where something is predicted.
+"""Last layer of a language model, computed only at positions with a target.
 
-After the last attention no position sees another one. What a position that predicts nothing asks of it, and what the
-layer's MLP makes of the answer, goes nowhere: neither into the loss nor, by a gradient, into anything that is trained.
-Its keys and values do. Of a layer's matrices that is all but two parts of twelve.
+After the last attention, positions do not depend on each other. Positions without a target need only keys and values in
+the last layer; their queries and MLP affect neither the loss nor any gradient. The skipped work is ten twelfths of the
+layer's matrices.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Parts of a layer that read each position by itself, and give nothing to other positions, as transformers names them.
+# Position-wise modules of a layer whose outputs other positions do not need, by their names in transformers.
 ATTENTIONS = ("self_attn", "self_attention", "attn", "attention")
 OF_ATTENTION = ("q_proj", "o_proj", "out_proj", "dense", "c_proj")
 OF_LAYER = ("mlp", "feed_forward", "fc1", "fc2")
-WORTH = 0.75  # Share of positions up to which gathering them pays.
-PROBED, KEPT = 12, (3, 4, 8, 11)  # Tokens that it is tried with, in two rows, and those of them that are looked at.
-TOLERANCE, TOLERANCE_ROUNDED = 1e-3, 0.1  # Of the spread of what the head is given.
+WORTH = 0.75  # Largest share of positions for which gathering saves time.
+PROBED, KEPT = 12, (3, 4, 8, 11)  # Number of test tokens, in two rows, and the positions that are compared.
+TOLERANCE, TOLERANCE_ROUNDED = 1e-3, 0.1  # Relative to the standard deviation of the head's inputs.
 
 
 @torch.no_grad()
 def find_positionwise_modules(language_model: Any) -> list[nn.Module]:
-    """The parts of a model's last layer that may leave positions out, tried with some tokens; none where it is unsure.
+    """Modules of a model's last layer that may skip positions, tested on a few tokens; empty if the test fails.
 
     Args:
         language_model: A Hugging Face causal LM.
@@ -43,12 +43,12 @@ def find_positionwise_modules(language_model: Any) -> list[nn.Module]:
     modes = [(module, module.training) for module in language_model.modules()]
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)[kept]))
     try:
-        language_model.eval()  # Nothing drops while the two are held against each other.
+        language_model.eval()  # Dropout would make the two passes differ.
         with torch.autocast(weight.device.type, enabled=False):
             language_model(input_ids=ids, use_cache=False)
             with compute_at_positions(parts, kept):
                 language_model(input_ids=ids, use_cache=False)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # It has parts that want whole rows.
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # A module needs whole rows.
         return []
     finally:
         hook.remove()
@@ -68,11 +68,11 @@ def _parts(layer: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def compute_at_positions(parts: Sequence[nn.Module], places_K: Tensor) -> Iterator[None]:
-    """Let parts of a layer compute some positions only; what they say of the others is 0.
+    """Compute modules at some positions only; their outputs at the others are 0.
 
     Args:
-        parts: Each from (R, T, ...) to (R, T, ...), position by position.
-        places_K: Which, in the flattened rows, each once.
+        parts: Modules from (R, T, ...) to (R, T, ...), position by position.
+        places_K: Positions in the flattened rows, without duplicates.
     """
     shapes: dict[nn.Module, torch.Size] = {}
 

@@ -1,7 +1,7 @@
-"""Attention inside documents that lie end to end in one row: none of it is computed across their borders.
+"""Variable-length attention for documents that are concatenated in one row, without attention across their borders.
 
-Given to transformers' models as an attention implementation of their own. Where it is called without borders, as in
-generating, it is transformers' own ``sdpa``.
+It is registered as an attention implementation of transformers. Without borders, as in generation, it is transformers'
+own ``sdpa``.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def varlen_attention(
 
     Args:
         module: The attention layer.
-        query_RHTD: Of one row, (1, heads, tokens, head width).
-        key_RHTD: Likewise.
-        value_RHTD: Likewise.
-        attention_mask: Unused where there are borders.
-        borders: Where each document begins, and where the last ends, int32 (documents + 1,).
+        query_RHTD: Queries of one row, (1, heads, tokens, head width).
+        key_RHTD: Keys, (1, key/value heads, tokens, head width).
+        value_RHTD: Values, likewise.
+        attention_mask: Mask for calls without borders, else unused.
+        borders: Start of each document and end of the last one, int32 (documents + 1,).
         longest: Tokens of the longest document.
-        **kwargs: transformers' own.
+        **kwargs: Further arguments of transformers' attention functions.
 
     Returns:
-        (1, tokens, heads, head width), and no weights.
+        Outputs (1, tokens, heads, head width), and ``None`` in place of the attention weights.
     """
     if borders is None:
         output, _ = sdpa_attention_forward(module, query_RHTD, key_RHTD, value_RHTD, attention_mask, **kwargs)
@@ -53,12 +53,12 @@ def varlen_attention(
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key_RHTD, value_RHTD = repeat_kv(key_RHTD, groups), repeat_kv(value_RHTD, groups)
-    # Rotating under autocast leaves queries and keys in fp32.
+    # Rotary embeddings under autocast leave queries and keys in fp32.
     query_RHTD, key_RHTD = query_RHTD.to(value_RHTD.dtype), key_RHTD.to(value_RHTD.dtype)
     if query_RHTD.is_cuda and query_RHTD.dtype in (torch.bfloat16, torch.float16):
         query, key, value = (x[0].transpose(0, 1) for x in (query_RHTD, key_RHTD, value_RHTD))
         return _varlen(query, key, value, borders, longest, scale)[None], None
-    # Split, not sliced: the gradient of each slice would be a tensor of the whole row, added to all the others.
+    # torch.split, because the gradient of each slice would be a tensor of the whole row, added to all others.
     documents = borders.diff().tolist()
     one_by_one = [
         F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
@@ -70,7 +70,7 @@ def varlen_attention(
 
 
 def _varlen(query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, borders: Tensor, longest: int, scale: Any) -> Tensor:
-    """Torch's flash attention over sequences of any lengths; what says that it is causal differs between versions."""
+    """Variable-length flash attention of torch; its argument for causality differs between versions."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -88,10 +88,10 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def varlen_attention_applied(model: Any) -> Iterator[None]:
-    """Let a model attend by borders, until the end."""
+    """Set the model's attention implementation to :func:`varlen_attention` within the context."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
         yield
-    finally:  # Not earlier: layers that recompute in the backward pass ask again.
+    finally:  # Not earlier: layers recomputed in the backward pass look up the implementation again.
         model.set_attn_implementation(before)

@@ -1,4 +1,4 @@
-"""A vision encoder of open_clip in the classes of transformers: ``CLIPVisionModel`` and its image processor."""
+"""Conversion of open_clip's vision encoders to transformers: ``CLIPVisionModel`` and its image processor."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def clip_vision(visual: Any) -> Any:
     """``CLIPVisionModel`` with the weights of an open_clip ViT, in fp32.
 
     Args:
-        visual: The vision encoder.
+        visual: open_clip's vision encoder.
 
     Raises:
-        ModelError: If it is no ViT that CLIPVisionModel can be.
+        ModelError: If it is not a ViT that CLIPVisionModel can represent.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -53,7 +53,7 @@ def clip_vision(visual: Any) -> Any:
         layer_norm_eps=block.ln_1.eps,
         projection_dim=visual.output_dim,
     )
-    # Before transformers 5.2x the encoder stood in a part of its own.
+    # Before transformers 5.2x the encoder was in a submodule.
     model = CLIPVisionModel(config).float().eval().requires_grad_(False)
     prefix = "vision_model." if any(name.startswith("vision_model.") for name in model.state_dict()) else ""
     renamed = {prefix + name: tensor for name, tensor in _renamed(weights).items()}
@@ -78,7 +78,7 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         tensor = tensor.float()
-        if name in ("proj", "attn_mask"):  # What leads to the shared space; LLaVA reads the layer before.
+        if name in ("proj", "attn_mask"):  # The projection to the shared space, which LLaVA does not use.
             continue
         if name.startswith("transformer.resblocks."):
             number, _, rest = name.removeprefix("transformer.resblocks.").partition(".")
@@ -97,13 +97,13 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def image_processor(visual: Any) -> Any:
-    """Transformers' preprocessing of the same images, on PIL as open_clip does it.
+    """Image processor of transformers with the same preprocessing, computed with PIL like open_clip's.
 
     Args:
-        visual: The vision encoder.
+        visual: open_clip's vision encoder.
 
     Raises:
-        ModelError: If it resizes in a way that CLIP's does not.
+        ModelError: If CLIP's image processor cannot resize in the same way.
     """
     try:
         from transformers import CLIPImageProcessorPil as Processor

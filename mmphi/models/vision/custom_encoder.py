@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from mmphi.errors import ModelError
 
 TIMM = "timm/"
-SHOWN_OUTPUTS, TOLERANCE = 16, 0.02  # Outputs on it that are recorded, and how far another machine's may be from them.
+SHOWN_OUTPUTS, TOLERANCE = 16, 0.02  # Recorded outputs, and their tolerance on other machines, relative.
 
 
 class CustomEncoder(nn.Module):
-    """A frozen module that gives features (N, T, D) of images.
+    """Frozen module as a vision encoder with features (N, T, D).
 
     Args:
-        module: From pixels (N, C, H, W) to features (N, T, D) or (N, D); an output of transformers is taken by its
-            ``last_hidden_state``. It is frozen in place.
-        preprocess: From a PIL image in RGB to pixels (C, H, W): a function, a transform, or an image processor of
-            transformers. Left out, images have to be given as tensors of pixels.
-        name: Recorded with the models that are trained on it; its class by default.
-        image_size: Side of the pixels that a module without ``preprocess`` takes.
+        module: Module from pixels (N, C, H, W) to features (N, T, D) or (N, D); of transformers' outputs,
+            ``last_hidden_state`` is used. It is frozen in place.
+        preprocess: Function, transform or transformers image processor, from a PIL image in RGB to pixels (C, H, W).
+            Without it, images have to be tensors of pixels.
+        name: Name that is recorded with models trained on it; by default the module's class.
+        image_size: Side of the input of a module without ``preprocess``, in pixels.
 
     Attributes:
         tokens: Features per image, T.
         width: Width of a feature, D.
-        digest: Of name and weights.
+        digest: Digest of name and weights.
         fingerprint: Some of its outputs on a fixed image.
 
     Raises:
-        ModelError: If it does not give such features.
+        ModelError: If the module does not give such features.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class CustomEncoder(nn.Module):
         self.preprocess: Callable[[Any], Tensor] = self._pixels
         self.tokens: int
         self.width: int
-        # Wide, so that cutting and squeezing to a square differ.
+        # A wide image distinguishes cropping from squashing.
         shape = (image_size, image_size * 3 // 2) if preprocess else (image_size, image_size)
         image = _gradient(*shape)
         pixels = self._pixels(Image.fromarray(image)) if preprocess else torch.from_numpy(image).permute(2, 0, 1) / 255
@@ -55,7 +55,7 @@ class CustomEncoder(nn.Module):
             found = self(pixels[None])
         except ModelError:
             raise
-        except Exception as error:  # Whatever the module's own code raises.
+        except Exception as error:  # The module's own code may raise anything.
             hint = "check preprocess" if preprocess else "give preprocess, or the image_size that it takes"
             raise ModelError(
                 f"{self.name} cannot read pixels of shape {tuple(pixels.shape)}: {_line(error)}", hint
@@ -68,7 +68,7 @@ class CustomEncoder(nn.Module):
         """Pixels (C, H, W) of a PIL image.
 
         Raises:
-            ModelError: If there is no preprocessing, or it gives something else.
+            ModelError: If there is no preprocessing, or it returns another shape.
         """
         given: Any = self._given
         if given is None:
@@ -88,7 +88,7 @@ class CustomEncoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features (N, T, D) float32 of pixels (N, C, H, W)."""
+        """Features (N, T, D), float32, of pixels (N, C, H, W)."""
         parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
         if parameter is not None:
             pixels = pixels.to(parameter.device)
@@ -104,7 +104,7 @@ class CustomEncoder(nn.Module):
         return (found if found.ndim == 3 else found[:, None]).float()
 
     def check(self, name: str, fingerprint: Sequence[float]) -> None:
-        """Refuse an encoder that is not the one a model was trained with.
+        """Check that this is the encoder that a model was trained with.
 
         Args:
             name: Recorded name, for the message.
@@ -125,13 +125,13 @@ class CustomEncoder(nn.Module):
 
 
 def timm_encoder(name: str) -> CustomEncoder:
-    """A pretrained model of timm, with its own preprocessing.
+    """Pretrained timm model with its own preprocessing.
 
     Args:
-        name: ``timm/NAME``, as ``timm.list_models`` has NAME.
+        name: ``timm/NAME``, with a NAME of ``timm.list_models``, and optionally ``.TAG``.
 
     Raises:
-        ModelError: If there is no such model, or its weights cannot be had.
+        ModelError: If there is no such model, or its weights cannot be loaded.
     """
     import difflib
 
@@ -144,7 +144,7 @@ def timm_encoder(name: str) -> CustomEncoder:
         raise ModelError(f"timm has no model {own}", f"did you mean {', '.join(near)}?")
     try:
         model = timm.create_model(own, pretrained=True, num_classes=0)
-    except Exception as error:  # timm raises whatever its hub client does.
+    except Exception as error:  # timm passes on any exception of its hub client.
         raise ModelError(
             f"timm's weights of {own} cannot be had: {_line(error)}",
             "with no hub in reach give the module itself: vision=timm.create_model(...)",
@@ -155,7 +155,7 @@ def timm_encoder(name: str) -> CustomEncoder:
 
 
 class TimmTokens(nn.Module):
-    """The last feature map of a timm model as features (N, T, D), row by row."""
+    """Last feature map of a timm model as features (N, T, D), row by row."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

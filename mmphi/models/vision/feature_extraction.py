@@ -1,4 +1,4 @@
-"""The patch tokens of one layer of a vision encoder, whichever kind of encoder it is."""
+"""Patch tokens of one layer, for every kind of vision encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def layer_tokens(visual: Any, pixels_BCHW: Tensor, settings: VisionSettings) -> 
 
     Args:
         visual: An open_clip vision encoder.
-        pixels_BCHW: Preprocessed images, where the encoder is and as it computes.
+        pixels_BCHW: Preprocessed images, on the encoder's device and in its dtype.
         settings: Layer, CLS policy, pooling.
 
     Raises:
@@ -63,10 +63,10 @@ def _depth(visual: Any) -> int:
 
 
 def _timm_layer(trunk: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tensor, Tensor | None]:
-    """Blocks of a timm transformer; of a convolutional net its stages, and as the last layer its final features."""
+    """Blocks of a timm transformer; of a convolutional network its stages, with its final features as last layer."""
     if hasattr(trunk, "blocks") and hasattr(trunk, "patch_embed"):
         index = _layer_index(len(trunk.blocks), layer)
-        # Asked for prefix tokens where there are none, timm's PE raises UnboundLocalError (1.0.31).
+        # timm's PE raises UnboundLocalError if asked for prefix tokens that do not exist (1.0.31).
         prefix = bool(getattr(trunk, "num_prefix_tokens", 0))
         (outputs,) = trunk.forward_intermediates(
             pixels_BCHW, indices=index, intermediates_only=True, return_prefix_tokens=prefix

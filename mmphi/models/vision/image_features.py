@@ -1,4 +1,4 @@
-"""Features of images as they are stored: in half precision, by the digests of the images' contents."""
+"""Image features as they are stored: fp16, by the digest of the image's content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmphi.errors import ModelError
 from mmphi.models.device import copy_to_cpu_async
 from mmphi.models.vision.vision_encoder import VisionEncoder
 
-Embedded = tuple[dict[str, Tensor], dict[str, str]]  # Features by digest; reasons by digest of what is no image.
+Embedded = tuple[dict[str, Tensor], dict[str, str]]  # Features by digest; reasons by digest of unusable images.
 
 
 def features_of(pixels: Mapping[str, Tensor], encoder: VisionEncoder) -> dict[str, Tensor]:
@@ -26,15 +26,16 @@ def features_of(pixels: Mapping[str, Tensor], encoder: VisionEncoder) -> dict[st
 def features_async(
     names: Sequence[str], pixels_BCHW: Tensor, encoder: VisionEncoder
 ) -> Callable[[], dict[str, Tensor]]:
-    """Begin to compute features; an accelerator continues with them until they are asked for.
+    """Start the computation of features without waiting for the accelerator.
 
     Args:
         names: Digest of each image.
-        pixels_BCHW: Preprocessed.
-        encoder: Computes them.
+        pixels_BCHW: Preprocessed images.
+        encoder: Vision encoder.
 
     Returns:
-        What gives the features (tokens, width) in fp16, by digest; it raises a ModelError if they do not fit in fp16.
+        Function that returns the features (tokens, width) in fp16, by digest; it raises a ModelError if they do not fit
+        in fp16.
     """
     computed = encoder(pixels_BCHW).half()
     fit, features = copy_to_cpu_async(computed.isfinite().all()), copy_to_cpu_async(computed)

@@ -1,4 +1,4 @@
-"""A small CLIP: towers from nothing, or pretrained ones, in the form that open_clip loads."""
+"""Light CLIP: a small CLIP of random or pretrained encoders, in open_clip's format."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclass(frozen=True)
 class ClipShape:
-    """A light CLIP as it is built.
+    """Shape of a light CLIP.
 
     Attributes:
-        image_tower: timm model name; empty builds one from nothing.
-        from_nothing: Kind of the vision encoder built from nothing.
+        image_tower: timm model name; empty builds a vision encoder with random weights.
+        from_nothing: Kind of a vision encoder with random weights.
         image_weights: safetensors file of the vision encoder's weights.
-        text_tower: Hugging Face folder of the text tower; empty builds a small transformer from nothing.
+        text_tower: Hugging Face folder of the text encoder; empty builds a small transformer with random weights.
         image_size: Side of the input image, in pixels.
         patch_size: Side of a patch (ViT), in pixels.
-        width: Width of the towers built from nothing.
-        layers: Layers of the towers built from nothing.
+        width: Width of encoders with random weights; a ResNet begins at a quarter of it.
+        layers: Layers of encoders with random weights; a ResNet has one block per stage.
         embed_dim: Width of the shared space.
-        context_length: Tokens of the longest caption, where the text tower is built from nothing.
+        context_length: Tokens of the longest caption, for a text encoder with random weights.
     """
 
     image_tower: str = ""
@@ -50,11 +50,11 @@ class ClipShape:
 
 
 def model_config(chosen: ClipShape, text_tower: Path | None) -> dict[str, Any]:
-    """open_clip's configuration of the model that the settings describe.
+    """open_clip's configuration of a light CLIP.
 
     Args:
-        chosen: What to build.
-        text_tower: Folder of the Hugging Face text tower, as it shall stand in the configuration.
+        chosen: Shape of the model.
+        text_tower: Folder of the Hugging Face text encoder, as written to the configuration.
     """
     heads = max(1, chosen.width // HEAD_WIDTH)
     vision: dict[str, Any] = {"image_size": chosen.image_size}
@@ -62,11 +62,11 @@ def model_config(chosen: ClipShape, text_tower: Path | None) -> dict[str, Any]:
         vision |= {"timm_model_name": chosen.image_tower, "timm_pool": "avg", "timm_proj": "linear"}
         vision |= {"timm_model_pretrained": False}
     elif chosen.from_nothing == "vit":
-        # Averaging, not a CLS token: so every patch token has to know what it shows, and a projector can read it.
+        # Average pooling instead of a CLS token: every patch token has to carry information for a projector.
         vision |= {"layers": chosen.layers, "width": chosen.width, "patch_size": chosen.patch_size}
         vision |= {"head_width": chosen.width // heads, "pool_type": "avg"}
     else:
-        # CLIP's own ResNet, one block a stage: from few images it learns shapes far sooner than a ViT.
+        # CLIP's ResNet, one block per stage: it learns shapes from few images much sooner than a ViT.
         vision |= {"layers": [1, 1, 1, 1], "width": chosen.width // 4}
     text: dict[str, Any]
     if text_tower is not None:
@@ -79,14 +79,15 @@ def model_config(chosen: ClipShape, text_tower: Path | None) -> dict[str, Any]:
 
 
 def build(chosen: ClipShape, folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer, with the pretrained towers that the settings name.
+    """Build the model and its tokenizer, with pretrained encoders if the shape names them.
 
     Args:
-        chosen: What to build.
-        folder: Where the model will be saved; the text tower's configuration and tokenizer are copied there at once.
+        chosen: Shape of the model.
+        folder: Folder for the model. The configuration and the text encoder's configuration and tokenizer are written
+            immediately.
 
     Raises:
-        ModelError: If a tower or its weights cannot be had.
+        ModelError: If an encoder or its weights cannot be loaded.
     """
     text_tower = _copy_text_tower(Path(chosen.text_tower), folder) if chosen.text_tower else None
     config = model_config(chosen, text_tower)
@@ -95,7 +96,7 @@ def build(chosen: ClipShape, folder: Path) -> tuple[Any, Any]:
         _write_config(folder, config, preprocess)
         model = _create(folder)
         if chosen.image_tower:
-            # What a tower was trained on, its inputs are scaled like.
+            # Scale inputs as in the pretraining of the vision encoder.
             scaling = model.visual.trunk.default_cfg
             preprocess |= {"mean": scaling["mean"], "std": scaling["std"], "interpolation": scaling["interpolation"]}
             _write_config(folder, config, preprocess)
@@ -131,7 +132,7 @@ def _copy_text_tower(source: Path, folder: Path) -> Path:
     target = folder.resolve() / "text_tower"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "config.json", target)
-    # open_clip's get_tokenizer looks for the tokenizer's files beside the model's configuration.
+    # open_clip's get_tokenizer expects the tokenizer's files in the folder of the model's configuration.
     for path in source.glob("*"):
         if path.name in TOKENIZER_FILES:
             shutil.copy(path, folder)
@@ -146,7 +147,7 @@ def _write_config(folder: Path, model_cfg: dict[str, Any], preprocess: dict[str,
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the weights beside the configuration: ``open_clip.create_model("local-dir:FOLDER")`` loads the whole."""
+    """Write the weights next to the configuration, for ``open_clip.create_model("local-dir:FOLDER")``."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     part = folder / "weights.part"
     save_file(weights, part)

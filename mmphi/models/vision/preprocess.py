@@ -1,7 +1,7 @@
-"""open_clip's preprocessing in two halves: cutting to size, image by image, and scaling, batch by batch.
+"""open_clip's preprocessing in two steps: resizing and cropping per image, and scaling per batch.
 
-An image in bytes is a quarter of one in floats: what loader workers hand over, what is copied to an accelerator and
-what is kept of decoded images. Scaling is arithmetic, which the encoder's device does best.
+A uint8 image takes a quarter of the memory of a float32 one, in transfers from loader workers, in copies to the
+accelerator and in caches. Scaling runs on the encoder's device.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from mmphi.errors import ModelError
 
-LONGEST_SIDE = 16  # Times the short side: longer images are cropped before they are enlarged.
+LONGEST_SIDE = 16  # Times the short side; longer images are cropped before resizing.
 
 
 class Preprocess:
-    """From a PIL image to pixels (3, H, W) in bytes: resized, cropped and in RGB as open_clip does it, not yet scaled.
+    """Resizes and crops a PIL image as open_clip does, to RGB pixels (3, H, W) in uint8 that are not yet scaled.
 
-    open_clip enlarges the short side of an image to the input's size and crops the long one afterwards, so that a line
-    of 1 x 60,000 pixels would take gigabytes meanwhile. Of images whose long side is more than :data:`LONGEST_SIDE`
-    times the short one, the middle is taken first. Where the long side is fitted to the input instead, the limit is
-    the input's size, under which nothing would be left of the short one.
+    open_clip resizes the short side of an image to the input size before it crops the long side, so that a line of
+    1 x 60,000 pixels would take gigabytes. Images whose long side is more than :data:`LONGEST_SIDE` times the short one
+    are therefore center-cropped first. In the resize mode ``longest`` the limit is the input size, beyond which no
+    pixel of the short side would be left; ``squash`` has no limit.
 
     Args:
-        config: open_clip's description of it.
+        config: open_clip's configuration of the preprocessing.
 
     Raises:
         ModelError: If open_clip's transform does not end in ``ToTensor`` and ``Normalize``.
@@ -51,7 +51,7 @@ class Preprocess:
         return pixels
 
     def _bounded(self, image: Image.Image) -> Image.Image:
-        """The middle of an image whose sides differ more than they may."""
+        """Center crop of an image whose aspect ratio exceeds the limit."""
         longest = min(max(image.size), self.ratio * min(image.size))
         if longest == max(image.size):
             return image

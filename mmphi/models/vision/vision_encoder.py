@@ -1,4 +1,4 @@
-"""Vision encoders: any open_clip model, cut off at a layer, as a function from pixels to patch tokens."""
+"""Vision encoders: any open_clip model, truncated at a layer, as a function from pixels to patch tokens."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ LIGHT_CLIP, RANDOM = "light_clip", "random"
 
 @dataclass(frozen=True)
 class VisionReference:
-    """Which vision encoder a model has, and what it is asked where an image comes without a word.
+    """Which vision encoder a model has, and the question that it was trained on for captions.
 
     Attributes:
         settings: Name, tag, layer, pooling.
-        digest: Of the encoder: equal digests give equal features.
-        folder: The light CLIP's own, where it was trained here.
-        question: By which captions were asked for in training; empty where they came of themselves.
-        encoder: Name of an encoder that was given as a module; it has to be given again when the model is loaded.
-        fingerprint: Some of its outputs on a fixed image.
+        digest: Digest of the encoder: equal digests give equal features.
+        folder: Folder of the light CLIP, if it was trained here.
+        question: Question before captions in training; empty if captions had none.
+        encoder: Name of an encoder that was passed as a module; it has to be passed again when the model is loaded.
+        fingerprint: Some outputs of such an encoder on a fixed image.
     """
 
     settings: VisionSettings
@@ -52,17 +52,18 @@ class VisionReference:
 
 
 class VisionEncoder(nn.Module):
-    """The image half of a CLIP, frozen, up to one layer.
+    """Frozen image encoder of a CLIP, up to one layer.
 
     Args:
-        visual: An open_clip vision encoder, which becomes this one's own: its batch norms are folded into convolutions.
+        visual: An open_clip vision encoder. It is changed in place: in fp32, batch norms are folded.
         settings: Layer, CLS policy, pooling, precision.
 
     Attributes:
         tokens: Features per image.
         width: Width of a feature.
-        preprocess: From a PIL image to pixels (3, H, W) in bytes.
-        digest: Of weights, layer, CLS policy, pooling, preprocessing and precision; equal digests give equal features.
+        preprocess: Function from a PIL image to pixels (3, H, W), uint8.
+        digest: Digest of weights, layer, CLS policy, pooling, preprocessing and precision; equal digests give equal
+            features.
 
     Raises:
         ModelError: If the encoder has no such layer, no CLS token to keep, or a grid that the pooling does not divide.
@@ -71,14 +72,14 @@ class VisionEncoder(nn.Module):
     def __init__(self, visual: Any, settings: VisionSettings) -> None:
         super().__init__()
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        # Channels last: as convolutions are computed fastest, on a processor in two thirds of the time.
+        # Convolutions are fastest with channels last: two thirds of the time on a CPU.
         self.visual = visual.to(dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.settings = settings
         config = PreprocessCfg(**visual.preprocess_cfg)
         self.preprocess: Callable[[Image.Image], Tensor] = Preprocess(config)
         self.mean: Tensor
         self.std: Tensor
-        for name in ("mean", "std"):  # On the encoder's device, so that no batch waits for them.
+        for name in ("mean", "std"):  # On the encoder's device, to avoid a copy per batch.
             channels = torch.tensor(getattr(config, name), dtype=torch.float32)
             self.register_buffer(name, channels.view(-1, 1, 1), persistent=False)
         self.digest = _digest(visual, settings, config)
@@ -93,17 +94,17 @@ class VisionEncoder(nn.Module):
         """Tokens (B, tokens, width) of the chosen layer, row by row from the top left, after the CLS token if kept.
 
         Args:
-            pixels_BCHW: In bytes, as ``preprocess`` cuts them, or scaled already.
+            pixels_BCHW: uint8, as ``preprocess`` returns them, or scaled already.
         """
         parameter = next(self.visual.parameters())
         pixels = pixels_BCHW.to(parameter.device, non_blocking=True)
         return layer_tokens(self.visual, self.scaled(pixels).to(parameter.dtype), self.settings).float()
 
     def scaled(self, pixels: Tensor) -> Tensor:
-        """Pixels (..., 3, H, W) as the encoder's weights take them, in fp32: bit for bit as open_clip's transform.
+        """Normalised pixels (..., 3, H, W), fp32, bit-identical to those of open_clip's transform.
 
         Args:
-            pixels: In bytes; what is not has been scaled and stays as it is.
+            pixels: uint8; other types count as normalised already and are returned unchanged.
         """
         if pixels.dtype != torch.uint8:
             return pixels
@@ -111,14 +112,14 @@ class VisionEncoder(nn.Module):
 
 
 def encoder_output_shape(settings: VisionSettings, light_clip: dict[str, Any] | None = None) -> tuple[int, int]:
-    """Features per image and their width, without weights, and so before anything is fetched or trained.
+    """Number of features per image and their width, computed without weights.
 
     Args:
         settings: The ``vision`` section.
-        light_clip: open_clip's configuration of the light CLIP, where the settings name it.
+        light_clip: open_clip's configuration of the light CLIP, if the settings name it.
 
     Raises:
-        ModelError: If there is no such model, or it cannot give such features.
+        ModelError: If there is no such model, or it cannot provide such features.
     """
     name = settings.model
     if light_clip is not None:
@@ -148,17 +149,17 @@ def _digest(visual: Any, settings: VisionSettings, config: PreprocessCfg) -> str
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     chosen = {name: getattr(settings, name) for name in ("layer", "cls", "pool", "precision")}
-    if settings.quick_gelu != "auto":  # Left out before it was a setting: digests of stored features stay.
+    if settings.quick_gelu != "auto":  # Omitted by default, so that digests of stored features do not change.
         chosen["quick_gelu"] = settings.quick_gelu
     digest.update(json.dumps([chosen, str(config)], sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def load_clip(settings: VisionSettings, light_clip: Path | None = None) -> Any:
-    """A whole open_clip model: by name and pretrained tag or weights file, by JSON config, or the one trained here.
+    """Whole open_clip model: by name and pretrained tag or weights file, by JSON config or folder, or the light CLIP.
 
     Raises:
-        ModelError: If there is no such model, or its weights cannot be had.
+        ModelError: If there is no such model, or its weights cannot be loaded.
     """
     name = settings.model
     if name == LIGHT_CLIP:
@@ -171,10 +172,10 @@ def load_clip(settings: VisionSettings, light_clip: Path | None = None) -> Any:
 
 
 def _known(name: str) -> str:
-    """The name of a model that open_clip knows; a JSON configuration is made known to it.
+    """Name of a model in open_clip; a JSON configuration is registered first.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If there is no such model.
     """
     if name.endswith(".json"):
         if not Path(name).is_file():
@@ -198,7 +199,7 @@ def _tags(name: str) -> str:
 
 
 def _create(name: str, settings: VisionSettings) -> Any:
-    """A model as its weights need it: a tag may ask for another activation than the architecture's own."""
+    """Model with the activation of its weights, which may differ from the architecture's default."""
     hint, pretrained = _tags(name), settings.pretrained
     if not pretrained:
         raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", hint)
@@ -207,7 +208,7 @@ def _create(name: str, settings: VisionSettings) -> Any:
     if file is None and pretrained != RANDOM:
         if quick is None and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"):
             quick = True
-        hub_is_reachable()  # Where it is not, open_clip would try for most of a minute.
+        hub_is_reachable()  # If not, sets offline mode: open_clip would retry for most of a minute.
     try:
         with warnings.catch_warnings(), open_clip_warnings() as said:
             warnings.filterwarnings("error", message="QuickGELU mismatch")
@@ -218,7 +219,7 @@ def _create(name: str, settings: VisionSettings) -> Any:
                 force_preprocess_cfg=preprocess_of(settings) or None,
                 **_activation(quick),
             )
-    except Exception as error:  # open_clip raises whatever its hub client does.
+    except Exception as error:  # open_clip passes on any exception of its hub client.
         raise ModelError(f"vision.pretrained = {pretrained} of {name} cannot be loaded: {error}", hint) from error
     if said and pretrained != RANDOM:
         raise ModelError(f"vision.pretrained = {pretrained} of {name} was not loaded whole: {said[0]}", hint)
@@ -226,13 +227,13 @@ def _create(name: str, settings: VisionSettings) -> Any:
 
 
 def _activation(quick_gelu: bool | None) -> dict[str, bool]:
-    """open_clip's arguments for an activation; none where the architecture's own is right."""
+    """open_clip's arguments for an activation; ``None`` keeps the architecture's default."""
     return {"quick_gelu": False} if quick_gelu is False else {"force_quick_gelu": bool(quick_gelu)}
 
 
 @contextmanager
 def open_clip_warnings() -> Iterator[list[str]]:
-    """Collect what open_clip would warn of on the root logger, in place of printing it."""
+    """Collect warnings on the root logger, where open_clip logs, instead of printing them."""
     messages: list[str] = []
 
     class Collector(logging.Handler):
@@ -248,14 +249,14 @@ def open_clip_warnings() -> Iterator[list[str]]:
 
 
 def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any:
-    """A CLIP from a folder as open_clip writes it, and the stage ``light_clip``; the folder may have been moved since.
+    """CLIP from a folder that open_clip or the stage ``light_clip`` wrote; the folder may have been moved.
 
     Args:
-        folder: With ``open_clip_config.json`` and weights.
-        settings: The ``vision`` section, where it may ask for another preprocessing or activation.
+        folder: Folder with ``open_clip_config.json`` and weights.
+        settings: The ``vision`` section, for another preprocessing or activation.
 
     Raises:
-        ModelError: If the folder holds no such model.
+        ModelError: If the folder has no such model.
     """
     try:
         config = _config_of(folder) | {"model_cfg": _model_config(folder)}
@@ -275,7 +276,7 @@ def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    """The configuration of the model in a folder, with the text tower of the same folder."""
+    """Configuration of the model in a folder, with the path of the text tower in the same folder."""
     config: dict[str, Any] = _config_of(folder)["model_cfg"]
     text = config.get("text_cfg") or {}
     if "hf_model_name" in text and (folder / "text_tower").is_dir():
@@ -299,15 +300,16 @@ def _config_of(folder: Path) -> dict[str, Any]:
 def load_vision_encoder(
     settings: VisionSettings, light_clip: Path | None = None, *, earlier: bool = False
 ) -> VisionEncoder:
-    """The vision encoder of a CLIP, cut off at the layer that the settings name.
+    """Vision encoder of a CLIP, truncated at the layer in the settings.
 
     Args:
         settings: The ``vision`` section.
-        light_clip: Folder of the CLIP trained here.
-        earlier: As earlier versions loaded a file of weights: with open_clip's default preprocessing and activation.
+        light_clip: Folder of the light CLIP trained here.
+        earlier: Whether to load weights files as earlier versions did: with open_clip's default preprocessing and
+            activation.
 
     Raises:
-        ModelError: If it cannot be had, or cannot give such features.
+        ModelError: If the encoder cannot be loaded, or cannot provide such features.
     """
     if not earlier:
         settings = prepared_for(settings)

@@ -1,1 +1,1 @@
-"""Published benchmarks, run by harnesses that are installed beside mmphi."""
+"""Published benchmarks, run by separately installed harnesses."""

@@ -1,4 +1,4 @@
-"""``mmphi evaluate --harness lmms-eval``: published benchmarks on any run, tracked beside it."""
+"""``mmphi evaluate --harness lmms-eval``: published benchmarks on any model, tracked as a separate run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INSTALL = "pip install 'lmms-eval>=0.7' (it brings 59 packages and an older av: 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a harness."""
+    """Run ``mmphi evaluate --harness``."""
     parser = CommandParser(
         prog="mmphi evaluate --harness lmms-eval",
         description="Run published benchmarks of lmms-eval on a model, and record what they say.",
@@ -42,10 +42,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def evaluated(model: str, tasks: Sequence[str], limit: int, batch_size: int, include: str) -> Mapping[str, Any]:
-    """What lmms-eval finds.
+    """Results of lmms-eval.
 
     Raises:
-        SettingsError: If there is no such task.
+        SettingsError: If a task does not exist.
+        MmphiError: If lmms-eval returns no results.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -77,7 +78,7 @@ def evaluated(model: str, tasks: Sequence[str], limit: int, batch_size: int, inc
 
 
 def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by ``task/metric``; lmms-eval writes a filter behind each metric, and its errors beside them."""
+    """Values by ``task/metric``, without lmms-eval's filter suffixes, standard errors and sample counts."""
     found: dict[str, float] = {}
     for task, values in results["results"].items():
         for name, value in values.items():
@@ -94,12 +95,12 @@ def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
 def record(
     options: argparse.Namespace, figures: Mapping[str, float], counts: Mapping[str, Mapping[str, int]]
 ) -> tuple[str, str]:
-    """Keep figures as a run of their own; returns its id and address.
+    """Record results as a new run; returns its ID and address.
 
     Args:
-        options: What was asked for.
-        figures: By ``task/metric``.
-        counts: Questions of each task: ``original`` and ``effective``.
+        options: Parsed options of the command.
+        figures: Values by ``task/metric``.
+        counts: Numbers of questions of each task, ``original`` and ``effective``.
     """
     from mmphi.tracking.run_writer import TrackingStore
 

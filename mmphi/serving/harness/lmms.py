@@ -1,4 +1,4 @@
-"""Any model of mmphi's as lmms-eval asks it; imported where lmms-eval is installed, and nowhere else."""
+"""Adapter of mmphi's models for lmms-eval; imported only where lmms-eval is installed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.errors import DataError
 from mmphi.text.packing import packs, to_device
 
-LONGEST = 1024  # Tokens of an answer where a task does not say; lmms-eval's own models take as many.
+LONGEST = 1024  # Default length of an answer, in tokens; the same as of lmms-eval's own models.
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval finds as the model ``mmphi``."""
+    """Entry point that registers the model ``mmphi`` with lmms-eval."""
     return ModelManifest(model_id="mmphi", simple_class_path="mmphi.serving.harness.lmms.Mmphi")
 
 
@@ -31,10 +31,10 @@ class Mmphi(lmms):
     """A run, folder or registered model: ``--model mmphi --model_args pretrained=RUN``.
 
     Args:
-        pretrained: What :func:`mmphi.load` takes.
+        pretrained: Folder, run ID or registered name, as :func:`mmphi.load` takes it.
         batch_size: Answers generated at once.
-        device: Where the model goes; this process's accelerator where left out.
-        **_: What lmms-eval passes to every model.
+        device: Device of the model; by default this process's accelerator.
+        **_: Further arguments of lmms-eval, which are ignored.
     """
 
     is_simple = True
@@ -48,7 +48,7 @@ class Mmphi(lmms):
         """Answers to questions, in order.
 
         Raises:
-            DataError: If a task shows something else than images.
+            DataError: If a task has inputs other than text and images.
         """
         answers: list[str] = [""] * len(requests)
         alike: dict[str, list[int]] = {}
@@ -66,7 +66,7 @@ class Mmphi(lmms):
         return answers
 
     def _answers(self, requests: Sequence[Any]) -> list[str]:
-        """Answers to questions that shall be generated alike."""
+        """Answers to questions with equal generation settings."""
         wanted: Mapping[str, Any] = requests[0].args[1]
         longest, warm = int(wanted.get("max_new_tokens") or LONGEST), float(wanted.get("temperature") or 0)
         until = wanted.get("until") or []
@@ -85,7 +85,7 @@ class Mmphi(lmms):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Loss of given answers, in nats per token (lmms-eval takes the least), and whether each is the greedy one."""
+        """Loss of each given answer, in nats per token (lmms-eval takes the lowest), and whether it is greedy."""
         found = []
         for request in tqdm(requests, desc="lmms-eval", unit="answer"):
             context, target, shown, document, task, split = request.args
@@ -109,7 +109,7 @@ class Mmphi(lmms):
             )
         (pack,) = packs([sample], model.sources, 4 * model.max_length, layout=model.packed.layout)
         logits, targets = model.packed.logits(to_device(pack, model.device)).float(), pack["targets"].to(model.device)
-        kept = len(targets) - len(model.language.prompt.end)  # The answer, without what ends it.
+        kept = len(targets) - len(model.language.prompt.end)  # The answer without its end tokens.
         logits, targets = logits[:kept], targets[:kept]
         loss = torch.nn.functional.cross_entropy(logits, targets)
         return float(loss), bool((logits.argmax(dim=-1) == targets).all())
@@ -124,7 +124,7 @@ class Mmphi(lmms):
 
 
 def flat(visuals: Any) -> list[Any]:
-    """What a task shows with a question, as one list."""
+    """A question's images, possibly nested, as one list."""
     if visuals is None:
         return []
     if isinstance(visuals, list | tuple):
@@ -133,10 +133,10 @@ def flat(visuals: Any) -> list[Any]:
 
 
 def saved(visuals: Iterable[Any], folder: Path, prefix: str, task: str) -> tuple[ImageRef, ...]:
-    """Images as files, without loss.
+    """Save images as PNG files; returns their references.
 
     Raises:
-        DataError: If one is no image.
+        DataError: If one is not an image.
     """
     found = []
     for number, visual in enumerate(visuals):
@@ -151,7 +151,7 @@ def saved(visuals: Iterable[Any], folder: Path, prefix: str, task: str) -> tuple
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """A text up to the first of some stops."""
+    """A text up to the first stop string, stripped."""
     for stop in until:
         text = text.partition(stop)[0]
     return text.strip()

@@ -1,1 +1,1 @@
-"""The page in a browser: what is asked there, by whom, and what it looks like."""
+"""The web page of ``mmphi demo``: its layout, its examples and its models."""

@@ -1,4 +1,4 @@
-"""Examples for the page: of a folder, or of the data that the model was trained or evaluated on."""
+"""Examples for the page, from a folder or from the data that the model was trained or evaluated on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ IMAGES, SOUNDS = (".png", ".jpg", ".jpeg", ".webp"), (".wav", ".mp3", ".flac", "
 MOST = 8
 RUN_ID = re.compile("[0-9a-f]{32}")
 
-Example = list[str | None]  # What is typed, an image, a recording.
+Example = list[str | None]  # Text, path of an image, path of a recording.
 
 
 def of_folder(folder: Path) -> list[Example]:
-    """Images and recordings of a folder; ``a.jpg``, ``a.mp3`` and the question in ``a.txt`` are one example.
+    """Up to :data:`MOST` examples of a folder; ``a.jpg``, ``a.mp3`` and the question in ``a.txt`` are one example.
 
     Raises:
-        DataError: If it holds none.
+        DataError: If it contains none.
     """
     found: dict[str, Example] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -47,7 +47,7 @@ def of_folder(folder: Path) -> list[Example]:
 
 
 def of_scenes(folder: Path) -> list[Example]:
-    """Test images of the ``scenes`` stage, each with one of its questions, of one kind after the other."""
+    """Test images of the ``scenes`` stage, each with one of its questions; the kinds of questions alternate."""
     records: list[dict[str, Any]] = json.loads((folder / "test.json").read_text())
     by_image: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -60,10 +60,10 @@ def of_scenes(folder: Path) -> list[Example]:
 
 
 def of_predictions(folder: Path) -> list[Example]:
-    """Test images that an evaluation recorded in its table of predictions, without a question.
+    """Test images from an evaluation's table of predictions, without a question.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the evaluation's run.
     """
     for table in sorted(folder.glob("*_predictions.json")):
         content = json.loads(table.read_text())
@@ -81,7 +81,7 @@ def of_model(model: str) -> list[Example]:
         model: Folder, run ID or registered name.
 
     Returns:
-        Scenes with questions for a model of drawn scenes, test images for others; none where the store has none.
+        Scenes with questions for a model of drawn scenes, test images for others; none if the store has none.
     """
     from mmphi.tracking.run_writer import TrackingStore
 
@@ -99,7 +99,7 @@ def of_model(model: str) -> list[Example]:
 
 
 def _upstream_scenes(store: TrackingStore, run: Run) -> Run | None:
-    """The scenes that a model was trained on, or the model that it was made of."""
+    """Run of the scenes that a model, or the model it was built from, was trained on."""
     scenes = _run(store, run.data.tags.get("mmphi.upstream.scenes", ""))
     if scenes is not None:
         return scenes
@@ -111,7 +111,7 @@ def _upstream_scenes(store: TrackingStore, run: Run) -> Run | None:
 
 
 def _run(store: TrackingStore, name: str) -> Run | None:
-    """A run of the store; None for a folder, a registered name, or a run that was removed."""
+    """A run of the store; ``None`` for a folder, a registered name, or a deleted run."""
     if RUN_ID.fullmatch(name):
         return store.run_if_there(name)
     return None

@@ -1,4 +1,4 @@
-"""What the page looks like and what its buttons do."""
+"""Layout of the page and actions of its buttons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Before gradio is imported: nobody is told that it runs.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # Set before the import: gradio must not send telemetry.
 
 import gradio as gr
 
@@ -19,27 +19,27 @@ from mmphi.serving.page.model_pool import ModelPool, PageConversation, PageTurn
 ALONE = ""
 NO_SECOND = ("(no second model)", ALONE)
 PURPOSE = "Ask a trained multimodal model about an image or a recording, or compare the answers of two models."
-KEPT_S, LOOK_S = 24 * 3600, 3600  # How long what was uploaded is kept, and how often it is looked through.
-# The system's fonts: those of gradio's own themes are fetched from elsewhere.
+KEPT_S, LOOK_S = 24 * 3600, 3600  # Seconds that uploaded files are kept, and between checks for older ones.
+# System fonts: those of gradio's own themes are loaded from other hosts.
 FONT = ["system-ui", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
-CSS = '[aria-label="Share"] {display: none}'  # It would send what is shown to a site of gradio's makers.
+CSS = '[aria-label="Share"] {display: none}'  # The button would upload the conversation to a site of gradio's makers.
 
-Choice = tuple[str, str]  # What a model is called, and its name.
+Choice = tuple[str, str]  # Label and name of a model.
 Shown = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class PageConfig:
-    """What the page offers.
+    """Contents of the page.
 
     Attributes:
-        models: Lists those to choose from; asked whenever somebody opens the page.
-        model: The model that is selected at first.
-        beside: The second model that is selected at first; empty for none.
+        models: Returns the models to choose from; called whenever the page is opened.
+        model: Name of the model that is selected initially.
+        beside: Name of the second model that is selected initially; empty for none.
         examples: Examples to click on.
-        sampling: Sampling settings at first.
-        questions: Questions that a model was trained on, by its name.
+        sampling: Initial sampling parameters.
+        questions: Returns the questions that a model was trained on, by its name.
     """
 
     models: Callable[[], Sequence[Choice]]
@@ -51,13 +51,13 @@ class PageConfig:
 
 
 def _trained_on(questions: Sequence[str]) -> str:
-    """The questions of a model's training, as Markdown."""
+    """A model's training questions, as Markdown."""
     listed = " · ".join(f"*{question}*" for question in questions)
     return f"The selected model was trained on questions such as: {listed}" if listed else ""
 
 
 def shown(talk: PageConversation) -> Shown:
-    """A talk as gradio's chat has it."""
+    """A conversation in the format of gradio's chatbot."""
     messages: Shown = []
     for turn in talk.turns:
         parts: list[Any] = [{"path": path} for path in (turn.image, turn.audio) if path]
@@ -85,11 +85,11 @@ def _sampling(max_tokens: float, temperature: float, top_p: float, seed: float |
 
 
 def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        pool: Who answers there.
-        look: What it offers.
+        pool: Models that answer.
+        look: Contents of the page.
     """
     names: dict[str, str] = {}
 
@@ -122,8 +122,8 @@ def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
         talks: list[PageConversation], who: gr.Request, system: str, how: SamplingParams
     ) -> Iterator[list[Any]]:
         for _ in pool.ask(str(who.session_hash), talks, system.strip(), how):
-            if any(talk.left for talk in talks):  # Before the browser's word that it is cancelled has come.
-                # Gradio sends the last output once more when this ends: that must not be the page that was cleared.
+            if any(talk.left for talk in talks):  # The browser's cancellation may arrive later.
+                # Gradio sends the last output again when this ends; it must not restore the cleared conversation.
                 yield [gr.skip(), gr.skip(), gr.skip()]
                 return
             yield views(talks)
@@ -216,7 +216,7 @@ def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
         many: dict[str, Any] = quiet | {"concurrency_limit": None}
         asked = [text, image, audio]
         if look.examples:
-            # Loading an example fills the fields; what follows sends them.
+            # Loading an example fills the fields; the next event sends them.
             asking_for_example = examples.load_input_event.then(send, [*asked, talks, *how], [*asked, *seen], **many)
         answers = [
             *([asking_for_example] if look.examples else []),
@@ -233,5 +233,5 @@ def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
 
 
 def theme() -> gr.Theme:
-    """Of the page; nothing of it is fetched from elsewhere."""
+    """Theme of the page, which loads nothing from other hosts."""
     return gr.themes.Soft(font=FONT, font_mono=MONO)

@@ -1,4 +1,4 @@
-"""Who answers on the page: models, loaded when they are first asked, and everybody's questions to them."""
+"""Models of the page, loaded at their first question, and the open requests of all sessions."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mmphi.generation.messages import parse_messages
 from mmphi.generation.sampling import SamplingParams
 from mmphi.serving.scheduler import QueuedRequest, Scheduler
 
-MOST = 2  # Models in memory that nobody is talking to at the moment.
+MOST = 2  # Models kept in memory; more only while more of them have open requests.
 
 
 @dataclass
 class PageTurn:
-    """A question and what was answered.
+    """A question and its answer.
 
     Attributes:
-        text: What was typed.
-        image: Path of the image that came with it; empty where there is none.
-        audio: Path of the recording that came with it; likewise.
-        heard: What was understood of the recording.
-        answer: As far as it was said.
-        problem: Why there is none.
-        done: Whether nothing more comes.
+        text: Typed text.
+        image: Path of the question's image; empty for none.
+        audio: Path of the question's recording; empty for none.
+        heard: Transcript of the recording.
+        answer: Text of the answer so far.
+        problem: Error message; empty if there is none.
+        done: Whether the answer has ended.
     """
 
     text: str
@@ -41,7 +41,7 @@ class PageTurn:
     done: bool = False
 
     def messages(self) -> list[dict[str, Any]]:
-        """As OpenAI's API has it; the answer last, where there is one."""
+        """Messages in OpenAI's format: the question and, once it has ended, the answer."""
         parts: list[dict[str, Any]] = []
         if self.image:
             parts.append({"type": "image", "image": self.image})
@@ -53,18 +53,18 @@ class PageTurn:
         return [question, {"role": "assistant", "content": self.answer}] if self.done else [question]
 
     def anew(self) -> PageTurn:
-        """The same question, not answered yet."""
+        """The same question without its answer."""
         return PageTurn(self.text, self.image, self.audio)
 
 
 @dataclass
 class PageConversation:
-    """What was said to one model.
+    """A conversation with one model.
 
     Attributes:
-        model: Its name, as :meth:`ModelPool.worker` takes it.
+        model: Name of the model, as :meth:`ModelPool.worker` takes it.
         turns: Questions and answers.
-        left: Whether it was cleared away: what is still said to it is not shown.
+        left: Whether it was cleared from the page; the rest of its answer is not shown.
     """
 
     model: str
@@ -77,7 +77,7 @@ class PageConversation:
         return bool(self.turns) and not (self.turns[-1].done or self.turns[-1].problem)
 
     def messages(self, system: str) -> list[dict[str, Any]]:
-        """All that was said, the last question open; what could not be answered is left out."""
+        """Messages of the conversation, without turns that failed."""
         said = [message for turn in self.turns if not turn.problem for message in turn.messages()]
         return [{"role": "system", "content": system}, *said] if system else said
 
@@ -87,27 +87,27 @@ def _tell(news: queue.SimpleQueue[tuple[int, str | None]], number: int, piece: s
 
 
 class ModelPool:
-    """Models and those who ask them.
+    """Models in memory and the open requests of each session.
 
     Args:
-        load: Makes the worker of a model; it is started here.
-        most: Models kept in memory.
+        load: Returns the scheduler of a model; the pool starts it.
+        most: Models kept in memory; more only while more of them have open requests.
     """
 
     def __init__(self, load: Callable[[str], Scheduler], most: int = MOST) -> None:
         self._load, self._most = load, most
-        self._workers: dict[str, Scheduler] = {}  # The one used last is last.
+        self._workers: dict[str, Scheduler] = {}  # Least recently used first.
         self._loading: dict[str, Future[Scheduler]] = {}
         self._asked: dict[str, list[tuple[Scheduler, QueuedRequest]]] = {}
-        self._lock = threading.Lock()  # Of what is listed above; nothing that takes long is done under it.
+        self._lock = threading.Lock()  # Guards the dictionaries above; held only briefly.
         self._closed = False
         self._load_lock = threading.Lock()  # One model is loaded at a time.
 
     def worker(self, model: str) -> Scheduler:
-        """Who answers for a model; loads it, and lets go of one that nobody talks to.
+        """Scheduler of a model, which is loaded if necessary; idle models are unloaded to make room.
 
         Raises:
-            MmphiError: If it cannot be loaded.
+            MmphiError: If the model cannot be loaded.
         """
         with self._lock:
             if (worker := self._workers.pop(model, None)) is not None:
@@ -138,12 +138,12 @@ class ModelPool:
         return worker
 
     def loaded(self, model: str) -> Scheduler | None:
-        """The worker of a model that is in memory; None for any other."""
+        """Scheduler of a model that is in memory; ``None`` for any other."""
         with self._lock:
             return self._workers.get(model)
 
     def _make_room(self) -> None:
-        """Let go of models that nobody talks to; nothing refers to them afterwards, so that their memory is free."""
+        """Unload the least recently used idle models, without leaving references, so that their memory is freed."""
         with self._lock:
             idle = [name for name, other in self._workers.items() if not other.open]
             gone = [self._workers.pop(name) for name in idle[: max(0, len(self._workers) - self._most + 1)]]
@@ -151,13 +151,13 @@ class ModelPool:
             gone.pop().stop()
 
     def ask(self, who: str, talks: Sequence[PageConversation], system: str, sampling: SamplingParams) -> Iterator[None]:
-        """Answer the last question of each talk, all at the same time; yields whenever there is something new.
+        """Answer the last question of each conversation, all at the same time; yields after every update.
 
         Args:
-            who: Whose question it is: :meth:`stop` ends it.
-            talks: Their last turns are filled in.
-            system: What the models shall be.
-            sampling: How the answers are chosen.
+            who: Session of the questions, for :meth:`stop`.
+            talks: Conversations, whose last turns are filled in.
+            system: System message; empty for none.
+            sampling: Sampling parameters of the answers.
         """
         turns = [talk.turns[-1] for talk in talks]
         news: queue.SimpleQueue[tuple[int, str | None]] = queue.SimpleQueue()
@@ -180,7 +180,7 @@ class ModelPool:
                     turn.done, turn.problem = True, str(queued.error or "")
                 yield
         finally:
-            for turn in turns:  # Also where nobody asks for the rest.
+            for turn in turns:  # Also if the generator is closed early.
                 turn.done = turn.done or not turn.problem
             self._leave(who, list(mine.values()))
 
@@ -196,13 +196,13 @@ class ModelPool:
         while True:
             worker = self.worker(talk.model)
             with self._lock:
-                if self._workers.get(talk.model) is worker:  # Else another thread has let go of it meanwhile.
+                if self._workers.get(talk.model) is worker:  # Otherwise another thread has unloaded it.
                     worker.submit(queued)
                     self._asked.setdefault(who, []).append((worker, queued))
                     return worker, queued
 
     def stop(self, who: str) -> None:
-        """End the answers that somebody waits for; what was said of them stays."""
+        """Cancel the open answers of a session; their text so far is kept."""
         with self._lock:
             asked = list(self._asked.get(who, []))
         for worker, queued in asked:
@@ -219,7 +219,7 @@ class ModelPool:
                 self._asked.pop(who, None)
 
     def close(self) -> None:
-        """Break off what is being answered, and end."""
+        """Cancel all open answers and stop all schedulers."""
         with self._lock:
             self._closed = True
             workers = list(self._workers.values())
