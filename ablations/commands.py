@@ -16,7 +16,7 @@ from ablations.study import Study
 from mmphi.config.arguments import CommandParser
 from mmphi.errors import SettingsError
 
-EPILOG = "Any setting may be changed for all levels alike: --projector.batch_size 64"
+EPILOG = "Further options change settings at all levels, for example --projector.batch_size 64"
 
 
 def ablate(arguments: Sequence[str]) -> int:
@@ -29,16 +29,18 @@ def ablate(arguments: Sequence[str]) -> int:
     parser.add_argument("study", help=f"{', '.join(studies.names())}, or a Python file that defines STUDY")
     parser.add_argument("--preset", default="", help="another preset than the study's own")
     parser.add_argument(
-        "--name", default="", help="what it is called in the store [the study's name; with --preset NAME.PRESET]"
+        "--name", default="", help="name of the study in the store [the study's name; with --preset NAME.PRESET]"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that train [one a GPU, else 1]")
-    parser.add_argument("--storage", default="", help="Optuna's storage: postgresql+psycopg://... [beside MLflow's]")
-    parser.add_argument("--seeds", type=int, help="how many paired seeds")
-    parser.add_argument("--trials", type=int, help="of a search: how many")
+    parser.add_argument("--workers", type=int, default=0, help="number of worker processes [one per GPU, or 1]")
+    parser.add_argument("--storage", default="", help="URL of Optuna's storage: postgresql+psycopg://... [SQLite]")
+    parser.add_argument("--seeds", type=int, help="number of paired seeds [as declared]")
+    parser.add_argument("--trials", type=int, help="number of trials of a search [as declared]")
     parser.add_argument("--tokens", type=int, help="budget of a trial in supervised tokens")
     parser.add_argument("--levels", help="only these levels, separated by commas")
-    parser.add_argument("--retries", type=int, default=5, help="how often a worker may die over one trial [5]")
-    parser.add_argument("--no-tuning", action="store_true", help="judge every level at the preset's nuisance values")
+    parser.add_argument("--retries", type=int, default=5, help="how many times a crashed trial is repeated [5]")
+    parser.add_argument(
+        "--no-tuning", action="store_true", help="do not tune: use the preset's nuisance values at all levels"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show every trial and the time, and train nothing")
     parser.add_argument(
         "--smoke", action="store_true", help="two seeds of a few steps, under another name, to see whether all works"
@@ -111,7 +113,7 @@ def adjust_study(study: Any, options: argparse.Namespace, rest: Sequence[str]) -
         study = replace(study, levels={level: study.levels[level] for level in wanted})
     if options.no_tuning:
         if not isinstance(study, Study):
-            raise SettingsError("a search tunes nothing before it", "leave --no-tuning out")
+            raise SettingsError("a search has no tuning phase", "leave --no-tuning out")
         study = without_tuning(study)
     named = {full_name(Settings, key, study.stage): value for key, value in fixed.items()}
     study = replace(study, fixed={**study.fixed, **named}) if named else study

@@ -129,7 +129,7 @@ class Driver:
                 if not wanted and not team.busy():
                     return
                 for worker, answer in team.listen(POLL_S):
-                    self._heard(worker, answer)
+                    self._handle(worker, answer)
                 for storage in self.storages.values():
                     storage.beat()
 
@@ -186,7 +186,7 @@ class Driver:
             costs=not tuning,
         )
 
-    def _heard(self, worker: WorkerProcess, answer: TrialResponse | None) -> None:
+    def _handle(self, worker: WorkerProcess, answer: TrialResponse | None) -> None:
         if answer is None:
             self._died(worker)
             return
@@ -206,7 +206,10 @@ class Driver:
         else:
             storage.fail(trial, answer.reason, final=False)
             if answer.kind == "broken":
-                raise TrialError(f"{cell.name} cannot be run: {answer.reason}", "fix that; what is finished stays")
+                raise TrialError(
+                    f"{cell.name} cannot be run: {answer.reason}",
+                    "fix the cause and run the same command again; finished trials are kept",
+                )
 
     def _died(self, worker: WorkerProcess) -> None:
         """Fail the trial of a worker that died; the trial is repeated unless its retries are used up."""

@@ -8,7 +8,6 @@ from statistics import median
 from ablations.study import Study
 from ablations.trials import TrialSpec
 from ablations.tuning import grid_points
-from mmphi.config.smoke import is_smoke
 from mmphi.describe import duration
 from mmphi.errors import SettingsError
 from mmphi.pipeline.graph import StageGraph
@@ -33,7 +32,7 @@ def planned_trials(study: Study) -> list[TrialSpec]:
 
 
 def seconds_per_trial(study: Study, store: TrackingStore, name: str) -> tuple[float, str] | None:
-    """Estimate the seconds of a trial from earlier runs, and name the source; ``None`` without a suitable run.
+    """Estimate the seconds of a trial from earlier runs of its preset, and name the source; ``None`` without one.
 
     Args:
         study: Study whose stage and token budget are used.
@@ -46,10 +45,8 @@ def seconds_per_trial(study: Study, store: TrackingStore, name: str) -> tuple[fl
     if earlier:
         return median(earlier), f"the median of {len(earlier)} finished trials of this study"
     counted = f"{study.stage}/supervised_tokens"
-    for run in store.search("FINISHED", stage=study.stage):
+    for run in store.search("FINISHED", stage=study.stage, preset=study.settings(study.baseline).name):
         metrics = run.data.metrics
-        if is_smoke(run.data.tags.get("mmphi.preset", "")):
-            continue  # Start-up dominates its time.
         if metrics.get("seconds") and metrics.get(counted) and study.tokens:
             own = metrics["seconds"] * study.tokens / metrics[counted]
             return own, f"run {run.info.run_id[:8]} of {study.stage}, in proportion to its supervised tokens"
@@ -82,12 +79,12 @@ def lines(name: str, study: Study, store: TrackingStore, workers: int) -> Sequen
         for number, trial in enumerate(trials, 1)
     ]
     tuning = sum(trial.phase == "tuning" for trial in trials)
-    text = f"{len(trials)} trials: {tuning} of tuning and {len(trials) - tuning} that are judged"
+    text = f"{len(trials)} trials: {tuning} tuning and {len(trials) - tuning} verdict trials"
     if upstream := missing_upstream(study, store):
-        text += f"\nbuilt before them, because no run has them yet: {', '.join(upstream)}"
+        text += f"\nupstream stages without a result, built first: {', '.join(upstream)}"
     known = seconds_per_trial(study, store, name)
     if known is None:
-        return [*rows, text, f"time: unknown, because this store has no finished run of {study.stage}"]
+        return [*rows, text, f"time: unknown, because this store has no finished run of {study.stage} with this preset"]
     each, source = known
     whole = duration(each * len(trials) / workers)
     return [*rows, text, f"time: about {whole} with {workers} worker(s), {duration(each)} a trial ({source})"]

@@ -30,12 +30,12 @@ class FinishedTrials:
 
     def gone(self, run_ids: Iterable[str]) -> set[str]:
         """Ids among ``run_ids`` whose run, or the evaluation that judged it, was deleted."""
-        asked = {run_id for run_id in run_ids if run_id}
-        if not asked <= self._there | self._gone or time.monotonic() - self._at > AGAIN_S:
+        ids = {run_id for run_id in run_ids if run_id}
+        if not ids <= self._there | self._gone or time.monotonic() - self._at > AGAIN_S:
             self._there = set(self._found())
-            self._gone = (self._gone | asked) - self._there
+            self._gone = (self._gone | ids) - self._there
             self._at = time.monotonic()
-        return asked & self._gone
+        return ids & self._gone
 
     def _found(self) -> Iterable[str]:
         for run in self.store.search(study=self.name):

@@ -22,7 +22,7 @@ from reports.paired_tests import ALPHA, smallest_p
 def summary(plan: RevisedStudy) -> str:
     """One-line summary of a study: numbers of trials and budget of each."""
     study, levels, seeds = plan.study, len(plan.levels), plan.study.seeds
-    parts = [f"{levels} levels x {seeds} seeds = {levels * seeds} judged trials"]
+    parts = [f"{levels} levels x {seeds} seeds = {levels * seeds} verdict trials"]
     if study.nuisance:
         tuned = levels * len(grid_points(study.nuisance)) * len(study.tuning_seeds)
         parts.append(f"{tuned} tuning trials before them (more where the best value is the first or last one)")
@@ -94,7 +94,7 @@ def run(
     study.check()
     store = TrackingStore()
     if run_id:
-        store.record_beside(run_id, f"study {name}")
+        store.record_in_experiment_of(run_id, f"study {name}")
     record = StudyRun.open(store, name, study.declaration(), run_id, command)
     driver: Driver | SearchDriver
     if isinstance(study, Search):
@@ -110,7 +110,7 @@ def run(
         print(warning)
     if isinstance(study, Study) and (shared := missing_upstream(study, store)):
         print(
-            f"built by the first trial, because no run has them yet: {', '.join(shared)}. Until then the bar stands;\n"
+            f"the first trial also builds missing stages: {', '.join(shared)}. the bar is idle meanwhile;\n"
             f"progress is in {logs_folder(store, name)}"
         )
     print(f"watch it: mmphi studies {name} --watch\n{_dashboard(storage_url(store, storage))}", flush=True)

@@ -93,7 +93,7 @@ class SearchDriver:
                     for worker in team.idle():
                         self._give(team, worker)
                     for worker, answer in team.listen(POLL_S):
-                        self._heard(team, worker, answer)
+                        self._handle(team, worker, answer)
                     self.storage.beat()
                     if self.storage.shared:
                         self._ask_again()  # Trials of drivers whose heartbeats stopped.
@@ -159,7 +159,7 @@ class SearchDriver:
             reports=self.search.reports if self.search.pruner == "hyperband" else "",
         )
 
-    def _heard(self, team: WorkerPool, worker: WorkerProcess, answer: TrialResponse | None) -> None:
+    def _handle(self, team: WorkerPool, worker: WorkerProcess, answer: TrialResponse | None) -> None:
         if answer is None:
             self._died(worker)
             return
@@ -181,7 +181,10 @@ class SearchDriver:
             self._end(active, f"no result: {answer.reason}")
             self.storage.fail(active.trial, answer.reason, final=answer.kind == "failed")
             if answer.kind == "broken":
-                raise TrialError(f"trial {active.origin} cannot be run: {answer.reason}", "fix that")
+                raise TrialError(
+                    f"trial {active.origin} cannot be run: {answer.reason}",
+                    "fix the cause and run the same command again; finished trials are kept",
+                )
 
     def _measured(self, active: ActiveTrial, answer: TrialResponse) -> None:
         lacking = [name for name in self.search.objectives if name not in answer.metrics]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ablations.studies
-from mmphi.config.fields import leaves, renamed
-from mmphi.config.former_names import FORMER_NAMES
+from mmphi.config.fields import leaves
+from mmphi.config.former_names import with_current_names
 from mmphi.config.messages import did_you_mean
 from mmphi.config.presets import from_caller
 from mmphi.errors import SettingsError
@@ -203,10 +203,10 @@ class Study:
             )
         if self.replicates and self.looks:
             raise SettingsError(
-                "looks are numbers of seeds, and draws are what is judged", "leave looks or replicates out"
+                "looks are numbers of seeds, but with `replicates` the unit is the draw", "remove looks or replicates"
             )
         if self.tuning_extensions < 0 or self.replicates < 0:
-            raise SettingsError("tuning_extensions and replicates are not negative", "0 leaves them out")
+            raise SettingsError("tuning_extensions and replicates must not be negative", "0 disables them")
         budget = f"{self.stage}.supervised_tokens"
         if budget in self.fixed:
             raise SettingsError(f"{budget} is the study's budget", "give it as `tokens`, on the command line --tokens")
@@ -220,9 +220,13 @@ class Study:
         held = set(self.fields or (self.factor,))
         for what, names in (("fixed", self.fixed), ("nuisance", self.nuisance), ("replicate", self.replicate)):
             if both := held & set(names):
-                raise SettingsError(f"{', '.join(sorted(both))} is the factor and stands in `{what}`", "leave one out")
+                raise SettingsError(
+                    f"{', '.join(sorted(both))} is the factor and also in `{what}`", "remove it from one of them"
+                )
         if both := set(self.replicate) & {*self.fixed, *self.nuisance, *self.seed_settings}:
-            raise SettingsError(f"{', '.join(sorted(both))} stands in `replicate` and elsewhere", "leave one out")
+            raise SettingsError(
+                f"{', '.join(sorted(both))} is in `replicate` and elsewhere", "remove it from one of them"
+            )
         for level in self.levels:
             settings = self.settings(level)
             self._check_nuisance(level, settings)
@@ -290,7 +294,9 @@ def check_name(name: str) -> None:
         SettingsError: If the name is empty or contains quotes or line breaks.
     """
     if not name.strip() or any(mark in name for mark in "'\"`\n"):
-        raise SettingsError(f"{name!r} is no name: it is empty or has quotes in it", "leave the quotes out")
+        raise SettingsError(
+            f"{name!r} is not a valid name: it is empty or contains quotes or line breaks", "use another name"
+        )
 
 
 def plan_order(stage: str, settings: Settings) -> list[str]:
@@ -352,10 +358,10 @@ def load(name: str, preset: str = "") -> tuple[str, Any]:
 
 
 def _with_current_names(study: Any) -> Any:
-    """Replace former names of settings in a study or search."""
+    """Replace former names of settings and metrics in a study or search."""
     values = {each.name: getattr(study, each.name) for each in fields(study)}
     changed = {
-        name: renamed(value, FORMER_NAMES)
+        name: with_current_names(value)
         for name, value in values.items()
         if isinstance(value, str | Mapping | list | tuple)
     }

@@ -21,14 +21,14 @@ MOST_COMPARED = 100  # Maximum number of runs in one URL.
 
 
 def studies(arguments: Sequence[str]) -> int:
-    """``mmphi studies [STUDY]``: what there is, how far it is, and what to change."""
+    """``mmphi studies [STUDY]``: list studies, show the progress of one, or change it while it runs."""
     parser = CommandParser(prog="mmphi studies", description="List studies; look at one; change one while it runs.")
     parser.add_argument("study", nargs="?", help="its name in the store")
-    parser.add_argument("--watch", action="store_true", help="show it until it is done")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks [5]")
-    parser.add_argument("--stop", metavar="LEVEL", help="no more trials of this level")
-    parser.add_argument("--add", metavar="LEVEL", help="NAME=VALUE: a new level, or NAME: one that was stopped")
-    parser.add_argument("--seeds", type=int, help="so many seeds from now on")
+    parser.add_argument("--watch", action="store_true", help="update the table until the study is complete")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between updates of --watch [5]")
+    parser.add_argument("--stop", metavar="LEVEL", help="level that gets no more trials")
+    parser.add_argument("--add", metavar="LEVEL", help="NAME=VALUE adds a level; NAME resumes a stopped level")
+    parser.add_argument("--seeds", type=int, help="new number of seeds")
     options = parser.parse_args(list(arguments))
     from mmphi.tracking.run_writer import TrackingStore
 
@@ -60,7 +60,7 @@ def list_studies(store: RunStore) -> str:
         _, study = load(name)
         what = f"{', '.join(study.levels)}; {study.seeds} seeds" if isinstance(study, Study) else study.summary()
         lines += [f"{name:<24} {study.question}", f"{'':<24} {what}"]
-    lines += ["", f"in {store.uri}:", *([] if there else ["  nothing was begun yet"])]
+    lines += ["", f"in {store.uri}:", *([] if there else ["  no study has been started yet"])]
     for name in there:
         data = load_study(store, name)
         lines.append(f"  {name:<22} {progress_line(data)}")
@@ -102,14 +102,16 @@ def record_change_of_study(store: Any, name: str, stop: str | None, add: str | N
 
     record = study_run_of(store, name)
     if record.declaration().get("kind") == "search":
-        raise SettingsError(f"{name} is a search: it has no levels and no seeds to change", "begin another: --name")
+        raise SettingsError(
+            f"{name} is a search: it has no levels and no seeds to change", "start another search with --name"
+        )
     plan = revise_study(Study.declared(record.declaration()), record.changes())
     known = ", ".join(plan.study.levels)
     if stop is not None:
         if stop not in plan.study.levels:
             raise SettingsError(f"there is no level {stop!r}", f"the levels are {known}")
         if stop == plan.study.baseline:
-            raise SettingsError(f"{stop} is the baseline: without it there is nothing to compare with", "stop others")
+            raise SettingsError(f"{stop} is the baseline, which all levels are compared with", "stop another level")
         record.change("stop", stop)
         print(f"{stop}: no more trials")
     if add is not None:
@@ -120,12 +122,11 @@ def record_change_of_study(store: Any, name: str, stop: str | None, add: str | N
             )
         check_name(level)
         value = level_value(plan.study, level, typed) if equals else plan.study.levels[level]
-        asked = revise_study(plan.study, [record_change(level, value)]).study.settings(
-            level
-        )  # Raises if the value is invalid.
-        if level in plan.study.levels and asked != plan.study.settings(level):
+        revised = revise_study(plan.study, [record_change(level, value)]).study
+        settings_of_level = revised.settings(level)  # Raises if the value is invalid.
+        if level in plan.study.levels and settings_of_level != plan.study.settings(level):
             raise SettingsError(
-                f"the level {level!r} is {json.dumps(plan.study.levels[level])} already, and its results are of that",
+                f"the level {level!r} is {json.dumps(plan.study.levels[level])} already and has results for it",
                 f"give the new value a name of its own: --add '{level} (2)={typed}'",
             )
         record.change("add", level, value)
@@ -135,7 +136,7 @@ def record_change_of_study(store: Any, name: str, stop: str | None, add: str | N
             raise SettingsError(f"{seeds} seeds: nothing would be run", "give one at least")
         record.change("seeds", value=seeds)
         print(f"{seeds} seeds")
-    print(f"a driver that runs acts on it before its next trial; else `mmphi ablate {name}` does\n")
+    print(f"a running driver applies this before its next trial; if none is running: mmphi ablate {name}\n")
 
 
 def record_change(level: str, value: Any) -> Any:
@@ -146,7 +147,7 @@ def record_change(level: str, value: Any) -> Any:
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """``mmphi compare STUDY``: MLflow's pages of exactly the runs of a study."""
+    """``mmphi compare STUDY``: open MLflow's pages filtered to the trials of a study, without tuning trials."""
     parser = CommandParser(prog="mmphi compare", description=compare.__doc__)
     parser.add_argument("study", help="its name in the store")
     parser.add_argument("--port", type=int, default=5000, help="of the pages on 127.0.0.1 [5000]")

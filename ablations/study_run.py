@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from ablations.study import BEFORE
-from mmphi.config.fields import field_of, renamed
-from mmphi.config.former_names import FORMER_NAMES
+from mmphi.config.fields import field_of
+from mmphi.config.former_names import with_current_names
 from mmphi.errors import SettingsError, StoreError
 from mmphi.stages import Settings
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STUDY, RECORD, CHANGE = "mmphi.study", "mmphi.study_record", "mmphi.change."
 DECLARATION = "study.json"
-SHOWN, NONE = ("costs", "also", "leaves_open"), object()
+SHOWN, NONE = ("question", "costs", "also", "leaves_open"), object()
 TUNING = ("tuning_seeds", "tuning_extensions", "tuning_tokens", "tuning_metric")  # No effect without `nuisance`.
 
 
@@ -91,7 +91,7 @@ class StudyRun:
         if different:
             raise SettingsError(
                 f"the study {name} was begun with other settings: {'; '.join(different)}",
-                f"give this one a name of its own: --name {name}2; levels and seeds of a study that runs are changed by"
+                f"give this one another name: --name {name}2; levels and seeds of a study that runs are changed by"
                 f" `mmphi studies {name} --add | --stop | --seeds`",
             )
         if run and run != known.run_id:
@@ -123,7 +123,7 @@ class StudyRun:
         return cls(store, name, own)
 
     def declaration(self) -> dict[str, Any]:
-        """Declaration with which the study was started, with current names of settings.
+        """Declaration with which the study was started, with current names of settings and metrics.
 
         Raises:
             StoreError: If the run has no declaration.
@@ -133,14 +133,14 @@ class StudyRun:
             raise StoreError(
                 f"run {self.run_id} of the study {self.name} has no {DECLARATION}", "restore its artifacts"
             )
-        current: dict[str, Any] = renamed(found, FORMER_NAMES)
+        current: dict[str, Any] = with_current_names(found)
         return current
 
     def changes(self) -> list[StudyChange]:
         """Changes made while the study ran, in order."""
         tags = self.store.run(self.run_id).data.tags
         found = (json.loads(tags[name]) for name in sorted(tags) if name.startswith(CHANGE))
-        return [StudyChange(**renamed(change, FORMER_NAMES)) for change in found]
+        return [StudyChange(**with_current_names(change)) for change in found]
 
     def change(self, what: str, name: str = "", value: Any = None) -> StudyChange:
         """Record a change; the driver applies it before its next trial."""

@@ -14,6 +14,7 @@ from mlflow.entities import Param
 from PIL import Image
 
 from ablations.protocol import TrialRequest, TrialResponse
+from mmphi.config.former_names import current_metrics
 from mmphi.errors import MmphiError, SettingsError, Stopped, TrainingError
 from mmphi.pipeline.build import Pipeline
 from mmphi.stages import Settings
@@ -33,17 +34,17 @@ class Pruned(Exception):  # noqa: N818  # A request of the driver, not an error.
 
 
 def run_trial(
-    job: TrialRequest, pipeline: Pipeline, told: Callable[[str, float, int], bool] | None = None
+    job: TrialRequest, pipeline: Pipeline, report: Callable[[str, float, int], bool] | None = None
 ) -> TrialResponse:
     """Run a request and return its outcome; exceptions become responses.
 
     Args:
         job: Request to run.
         pipeline: Pipeline with the models and data that this process has loaded.
-        told: Callback that reports a metric's name, value and step to the driver; returns whether to continue.
+        report: Callback that reports a metric's name, value and step to the driver; returns whether to continue.
     """
     begun = time.perf_counter()
-    watch = _reporting(job, told) if job.reports and told else None
+    watch = _reporting(job, report) if job.reports and report else None
     try:
         run_id, metrics = _trained(job, pipeline, watch)
     except Pruned as pruned:
@@ -65,9 +66,9 @@ def run_trial(
     return TrialResponse(job.number, "done", metrics, run_id, seconds=time.perf_counter() - begun)
 
 
-def _reporting(job: TrialRequest, told: Callable[[str, float, int], bool]) -> Watch:
+def _reporting(job: TrialRequest, report: Callable[[str, float, int], bool]) -> Watch:
     def watch(values: Mapping[str, float], step: int) -> None:
-        if job.reports in values and not told(job.reports, values[job.reports], step):
+        if job.reports in values and not report(job.reports, values[job.reports], step):
             raise Pruned(f"{job.reports} = {values[job.reports]:.4g} at step {step}")
 
     return watch
@@ -86,7 +87,7 @@ def _trained(job: TrialRequest, pipeline: Pipeline, watch: Watch | None) -> tupl
     data = store.run(run_id).data
     # The values of this build take precedence: the run holds the latest value of each metric over all evaluations of
     # the model.
-    metrics = dict(data.metrics) | dict(result.metrics)
+    metrics = current_metrics(data.metrics) | dict(result.metrics)
     judging = next((after.run_id for after in result.after if job.metric in after.metrics), "")
     if judging:
         store.client.set_tag(run_id, JUDGED, judging)

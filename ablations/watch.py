@@ -28,11 +28,11 @@ def progress_table(data: StudyData) -> str:
         return _search_table(data)
     metric, baseline = data.declaration["metric"], data.declaration["baseline"]
     values = data.values(metric)
-    beside = {c.level: c for c in compare({level: values[level] for level in data.levels}, baseline)}
+    comparisons = {c.level: c for c in compare({level: values[level] for level in data.levels}, baseline)}
     rows = [("level", "seeds", f"mean {metric}", "95 % interval", f"minus {baseline}", "95 % interval")]
     for level in data.levels:
         found = list(values[level].values())
-        comparison = beside.get(level)
+        comparison = comparisons.get(level)
         mark = " (baseline)" if level == baseline else " (stopped)" if level in data.stopped else ""
         known = comparison is not None and comparison.n
         rows.append(
@@ -70,7 +70,7 @@ def progress_line(data: StudyData) -> str:
     running = [t for t in data.trials if t.status == "RUNNING"]
     tuning = sum(t.finished and t.phase == "tuning" for t in data.trials)
     missing = data.missing()
-    parts = [f"{len(missing)} judged trials to go" if missing else "all judged trials are done"]
+    parts = [f"{len(missing)} verdict trials to go" if missing else "all verdict trials are done"]
     parts += [f"{tuning} tuning trials done"] if tuning else []
     parts += [f"{len(running)} running"] if running and missing else []
     parts += [f"{len(data.failed())} without a result"] if data.failed() else []

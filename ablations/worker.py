@@ -38,14 +38,14 @@ def main(descriptor: int) -> None:
         except (EOFError, Stopped):
             return
 
-        def told(name: str, value: float, step: int, number: int = job.number) -> bool:
+        def report(name: str, value: float, step: int, number: int = job.number) -> bool:
             try:
                 connection.send_bytes(encode(TrialResponse(number, "report", {name: value, "step": step})))
                 return decode_response(connection.recv_bytes()).kind == "report"
             except (EOFError, OSError) as error:
                 raise Stopped("its driver ended") from error
 
-        answer = run_trial(job, pipeline, told)
+        answer = run_trial(job, pipeline, report)
         try:
             connection.send_bytes(encode(answer))
         except OSError:  # The driver has ended; a later one finds the finished run by its cache key.

@@ -99,7 +99,7 @@ class WorkerPool:
         Returns:
             Worker and response; the response is ``None`` for a worker that died.
         """
-        heard: list[tuple[WorkerProcess, TrialResponse | None]] = []
+        responses: list[tuple[WorkerProcess, TrialResponse | None]] = []
         speaking = wait([w.connection for w in self.workers], seconds)
         for place, worker in enumerate(self.workers):
             if worker.connection not in speaking:
@@ -109,14 +109,14 @@ class WorkerPool:
             except (EOFError, OSError):
                 worker.process.wait()
                 self._buried(worker, place)
-                heard.append((worker, None))
+                responses.append((worker, None))
                 self.workers[place] = self._start(place)
                 continue
             if answer.number < 0:
                 worker.ready, self.barren = True, 0
             else:
-                heard.append((worker, answer))
-        return heard
+                responses.append((worker, answer))
+        return responses
 
     def _buried(self, worker: WorkerProcess, place: int) -> None:
         """Count a failed start.
@@ -126,7 +126,7 @@ class WorkerPool:
         """
         self.barren = 0 if worker.ready else self.barren + 1
         if self.barren > PATIENCE * self.count:
-            raise StoreError("no worker can start", f"its last words are in {self.logs / f'worker{place}.log'}")
+            raise StoreError("no worker can start", f"see the end of {self.logs / f'worker{place}.log'}")
 
     def reply(self, worker: WorkerProcess, go_on: bool) -> None:
         """Answer a report: whether the worker continues its training."""

@@ -22,7 +22,22 @@ if TYPE_CHECKING:
     from mmphi.api import Model
     from mmphi.pipeline.stage import Result
 
-__version__ = "0.1.0"
+
+def _version() -> str:
+    """Return the version of ``pyproject.toml``, as the installed package or a checkout that is not installed has it."""
+    from importlib.metadata import PackageNotFoundError, version
+    from pathlib import Path
+
+    try:
+        return version("mmphi")
+    except PackageNotFoundError:  # `mlflow run --env-manager uv` installs the dependencies only.
+        import tomllib
+
+        project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+        return str(tomllib.loads(project.read_text())["project"]["version"]) if project.is_file() else "unknown"
+
+
+__version__ = _version()
 __all__ = ["build", "join", "load"]
 
 
@@ -74,7 +89,6 @@ def load(
     if not folder.is_dir():
         folder = _folder_of(str(model))
     place = torch.device(device) if device else None
-    parts = {"language": language, "precision": precision, "whisper": whisper}
     parts = {"language": language, "precision": precision, "whisper": whisper}
     return load_model(folder, vision=vision, preprocess=preprocess, device=place, **parts, once=PROCESS.once)
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from mmphi.config.former_names import FORMER_NAMES
 from mmphi.config.messages import did_you_mean, explain_validation_error, warn_renamed
-from mmphi.config.projector import ProjectorSettings
+from mmphi.config.projector import KIND_SETTINGS, ProjectorSettings
 from mmphi.config.qlora import QloraSettings
 from mmphi.config.shared import ConversationSettings, LanguageSettings, VisionSettings
 from mmphi.data.features import CachedFeatures, ImageFeatures
 from mmphi.data.in_memory import examples_of, image_reference
-from mmphi.data.llava_row_types import asked_for_captions
+from mmphi.data.llava_row_types import caption_question
 from mmphi.data.phrasing import typical_questions
 from mmphi.data.schema import Example
 from mmphi.data.tokenized_dataset import TokenizedDataset
@@ -41,14 +41,11 @@ from mmphi.tracking.tracker import SilentTracker, Tracker
 if TYPE_CHECKING:  # Training and evaluation are imported when they are used: answering needs neither.
     from transformers import TrainerCallback
 
-    from mmphi.training.adapter import AdapterTraining
-    from mmphi.training.projector import ProjectorTraining
+    from mmphi.training.trainer import TrainingResult
 
 S = TypeVar("S", bound=ConversationSettings)
 Metrics = Callable[[Mapping[str, float], int], None]
-SHAPE = (
-    *("kind", "merge", "queries", "layers", "width", "parameters", "activation", "norm", "dropout", "standardize"),
-)
+SHAPE = (*("kind", *KIND_SETTINGS, "layers", "width", "parameters", "activation", "norm", "dropout", "standardize"),)
 
 
 class Model(Multimodal):
@@ -68,7 +65,7 @@ class Model(Multimodal):
         callbacks: Sequence[TrainerCallback] = (),
         progress: bool = True,
         **settings: Any,
-    ) -> ProjectorTraining | AdapterTraining:
+    ) -> TrainingResult:
         """Train the projector, or the projector with an adapter; the weights of the language model are frozen.
 
         Args:
@@ -93,7 +90,7 @@ class Model(Multimodal):
         from mmphi.training.conversation_dataset import training_rows
 
         if self.features is None or self.projector is None:
-            raise ModelError("this model reads no images", "join one with vision=...")
+            raise ModelError("this model takes no images", "join one with vision=...")
         settings = _current_names("qlora" if adapter else "projector", settings)
         examples = [*examples_of(data), *examples_of(validation, "validation")]
         folder = Path(folder) if folder is not None else None
@@ -110,13 +107,13 @@ class Model(Multimodal):
         finally:
             self.packed.eval()
         self._fits += 1
-        asked = typical_questions(turn.question for row in training_rows(examples) for turn in row.turns)
-        self.questions = tuple(dict.fromkeys([*asked, *self.questions]))
+        typical = typical_questions(turn.question for row in training_rows(examples) for turn in row.turns)
+        self.questions = tuple(dict.fromkeys([*typical, *self.questions]))
         return trained
 
     def _fit_projector(
         self, examples: Sequence[Example], settings: Mapping[str, Any], common: Mapping[str, Any]
-    ) -> ProjectorTraining:
+    ) -> TrainingResult:
         from mmphi.training.conversation_dataset import training_rows
         from mmphi.training.projector import new_projector, train_projector
 
@@ -125,7 +122,7 @@ class Model(Multimodal):
         shape = {} if self._settings is None else self._settings.model_dump(include=set(SHAPE))
         checked = _checked(ProjectorSettings, "projector", {"max_length": self.max_length, **shape, **settings})
         if self._settings is None and (changed := sorted(set(SHAPE) & set(settings))):
-            raise SettingsError(f"{', '.join(changed)}: the projector is there already", "give its shape to join")
+            raise SettingsError(f"{', '.join(changed)}: the projector exists already", "give its shape to join")
         _check_kind(checked, settings)
         self._resume_same(common["folder"], checked, examples)
         if self._settings is not None:  # The new projector is seeded, and standardised on the training images.
@@ -143,12 +140,12 @@ class Model(Multimodal):
             raise
         self._settings = None
         if self.vision is not None and not self.vision.question:
-            self.vision = replace(self.vision, question=asked_for_captions(training_rows(examples)))
+            self.vision = replace(self.vision, question=caption_question(training_rows(examples)))
         return trained
 
     def _fit_adapter(
         self, examples: Sequence[Example], settings: Mapping[str, Any], common: Mapping[str, Any]
-    ) -> AdapterTraining:
+    ) -> TrainingResult:
         from mmphi.training.adapter import train_adapter, with_new_adapter
 
         if self.language.adapter is not None:
@@ -261,7 +258,7 @@ class Model(Multimodal):
             ModelError: If the model has no image input.
         """
         if self.features is None:
-            raise ModelError("this model reads no images", "join one with vision=...")
+            raise ModelError("this model takes no images", "join one with vision=...")
         return self.features.get([image_reference(image) for image in images])
 
 
@@ -315,7 +312,7 @@ def join(
     own: Any = projector if projector is not None else new_projector(spoken, features, chosen, ())
     if projector is not None:
         if shape:
-            raise SettingsError(f"{', '.join(shape)} beside projector=...", "give one of them")
+            raise SettingsError(f"{', '.join(shape)} cannot be combined with projector=...", "give one of them")
         own = CustomProjector(projector, features.width, spoken.width)
     model = Model(spoken, own, features, max_length, reference)
     model._settings = chosen if projector is None else None
@@ -330,11 +327,13 @@ def _check_kind(settings: ProjectorSettings, given: Mapping[str, Any]) -> None:
     """
     from mmphi.models.projector_kinds import KINDS
 
-    for name in ("merge", "queries"):
+    for name in KIND_SETTINGS:
         changed = given.get(name) not in (None, ProjectorSettings.model_fields[name].default)
         if changed and name not in KINDS[settings.kind].uses:
             kinds = [f"kind={kind!r}" for kind, layers in KINDS.items() if name in layers.uses]
-            raise SettingsError(f"{name}: a projector of kind {settings.kind} has none", f"give {' or '.join(kinds)}")
+            raise SettingsError(
+                f"{name}: a projector of kind {settings.kind} lacks this setting", f"give {' or '.join(kinds)}"
+            )
 
 
 class CustomProjector(Projector):
@@ -352,12 +351,12 @@ class CustomProjector(Projector):
             found = module.float()(torch.zeros(2, input_width, device=parameter.device))
         except RuntimeError as error:
             raise ModelError(
-                f"the projector cannot read features of width {input_width}: {error}", "its input width is theirs"
+                f"the projector rejects features of width {input_width}: {error}", "its input width must be theirs"
             ) from error
         if tuple(found.shape) != (2, output_width):
             raise ModelError(
-                f"the projector makes {tuple(found.shape)} of features (2, {input_width}), not (2, {output_width})",
-                "its output width is the language model's",
+                f"the projector returns {tuple(found.shape)} for features (2, {input_width}), not (2, {output_width})",
+                "its output width must be the language model's",
             )
 
     def scale_output(self, factor: float) -> None:
@@ -367,7 +366,9 @@ class CustomProjector(Projector):
             ModelError: Always.
         """
         del factor
-        raise ModelError("the warm-up scales outputs, which a projector of your own does not let", "alignment_steps=0")
+        raise ModelError(
+            "the alignment warm-up scales outputs, which a custom projector does not support", "set alignment_steps=0"
+        )
 
 
 def load(

@@ -56,19 +56,19 @@ USAGE = """usage: mmphi STAGE [--preset NAME] [--KEY VALUE ...] [--force] [--no-
        mmphi chat                     a conversation with a trained model in the terminal
        mmphi demo                     a page in the browser: type, speak, show a photo; two models side by side
        mmphi serve                    a trained model behind OpenAI's HTTP interface
-       mmphi generators --spool URL   text by a language model, into a spool that others read
-       mmphi register RUN NAME        a run's model under a name: models:/NAME/1, here and for `mlflow models serve`
+       mmphi generators --spool URL   generate text with a language model, into a spool for readers
+       mmphi register RUN NAME        register a run's model as models:/NAME/1, also for `mlflow models serve`
        mmphi ui                       MLflow's pages, opened on the training runs
        mmphi ablate STUDY             run an ablation, or resume it
-       mmphi studies [STUDY]          what studies there are, how far they are; change them while they run
+       mmphi studies [STUDY]          list studies and their progress; change them while they run
        mmphi compare STUDY            MLflow's pages of exactly these runs
-       mmphi report ablation --study STUDY   what the study says, as markdown and html
-       mmphi report pretraining       how far pretrainings are from Phi-2, and how much more it would take
-       mmphi report benchmarks        what runs reach on published benchmarks, beside published figures
+       mmphi report ablation --study STUDY   the results of a study, as Markdown and HTML
+       mmphi report pretraining       pretrained models compared with Phi-2, and the compute to reach it
+       mmphi report benchmarks        scores of runs on published benchmarks, with published scores
        mmphi reference --lm X --text Y   the loss of any model on any text, stored for reports
        mmphi evaluate --harness lmms-eval --tasks pope --model RUN   published benchmarks, where lmms-eval is installed
-       mmphi fetch llava|models FOLDER  data and models that presets name
-       mmphi tts TEXTS.csv FOLDER     sentences read aloud by espeak-ng in many voices, to train on
+       mmphi fetch llava|models FOLDER  download the data and models of presets
+       mmphi tts TEXTS.csv FOLDER     synthesize sentences with espeak-ng in many voices, for training
        mmphi benchmark NAME           side by side with other implementations: {benchmarks}
 
 stages (each builds what it needs, and reuses what is built):
@@ -77,7 +77,7 @@ stages (each builds what it needs, and reuses what is built):
 options:
   --preset NAME    a file in experiments/ (tiny, small, phi2, ...) or the path of a YAML file [tiny]
   --KEY VALUE      any setting: --learning_rate 1e-3, --vision.pool 2
-  --force          build the stage again, though it is there
+  --force          build the stage again, even if it is finished
   --no-build       build nothing; say what is missing
   --smoke          every stage and the evaluation in a few steps, to see whether the whole run works
 
@@ -249,7 +249,7 @@ def parse(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         key = {"-h": "--help"}.get(key, key).replace("-", "_")
         if not key.startswith("__") or not key.strip("_"):
             hint = f"write --{word}" if equals else "settings are given as --key value"
-            raise SettingsError(f"{word!r} stands alone", hint)
+            raise SettingsError(f"unexpected argument {word!r}", hint)
         key = key.removeprefix("__")
         flag = key in ("force", "no_build", "help", "help_all", "smoke")
         if not equals:

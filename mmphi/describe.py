@@ -33,6 +33,7 @@ The stages as a graph: finished with run, time and size; or running, stopped (th
 with what building would cost."""
 
 
+LEAST_GPU_BYTES = 0.5e9  # Less fits on any GPU and is not shown.
 CAPTIONS = "Captions of held-out images (=: as the reference; otherwise the reference follows in brackets):"
 
 # The most frequently changed settings of some stages; for other stages, help lists all settings.
@@ -100,7 +101,7 @@ def stage_help(name: str, settings: Settings, *, everything: bool = False, only:
         f"mmphi {name}: {stage.help}",
         f"built on: {', '.join(each for each in order if each != name) or 'nothing'}",
         "",
-        f"Values in brackets are those of the preset {settings.name}. Settings marked * change no result, and no key.",
+        f"Values in brackets are those of the preset {settings.name}. Settings marked * do not affect results or keys.",
         "--preset, --force, --no-build and --smoke: see mmphi --help.",
     ]
     if name in MOST_CHANGED and not everything:
@@ -109,7 +110,7 @@ def stage_help(name: str, settings: Settings, *, everything: bool = False, only:
         count = sum(len(_rows(section, settings, (), declared, section == name)) for section in sections)
         others = (
             f"{count - len(rows)} further settings: mmphi {name} --help-all;"
-            f" those about some text: mmphi {name} --help-all TEXT"
+            f" to search them: mmphi {name} --help-all TEXT"
         )
         return "\n".join([*lines, "", "changed most:", *_aligned(rows), "", others])
     count = 0
@@ -122,8 +123,10 @@ def stage_help(name: str, settings: Settings, *, everything: bool = False, only:
         ]
         count += len(rows)
         if rows:  # Some stages have no section.
-            title = f"{section}, its own section, which may be left out:" if own else f"{section}:"
+            title = f"{section} (the prefix may be omitted):" if own else f"{section}:"
             lines += ["", title, *_aligned(rows)]
+        if any(row[0].startswith("--data.sources.N.kind") for row in rows):
+            lines += ["", "values of data.sources.N.kind:", *_readers()]
     if only and not count:
         elsewhere = dict.fromkeys(
             key.partition(".")[0]
@@ -166,6 +169,17 @@ def _rows(section: str, settings: Settings, only: Collection[str], declared: lis
 def _aligned(rows: Sequence[Row]) -> list[str]:
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:<14} {d}" for a, b, c, d in rows]
+
+
+def _readers() -> list[str]:
+    """A line for each data reader: what it reads, the kind of file, and the settings of a source that it uses."""
+    from mmphi.data.readers import READERS
+
+    width = max(map(len, READERS))
+    return [
+        f"  {kind:<{width}}  {reader.help} (file: {reader.file}; uses {', '.join(reader.settings) or 'none of these'})"
+        for kind, reader in READERS.items()
+    ]
 
 
 def _value(values: Any, name: str) -> Any:
@@ -215,13 +229,13 @@ def status(settings: Settings) -> str:
     lines = [f"{settings.name}, in {looked.uri}", "", *(f"{a:<{width}}  {b}" for a, b in rows)]
     lines += ["", total([states[name] for name in drawn])]
     if others := [name for name in STAGES if name not in drawn]:
-        lines.append(f"other stages, which these do not need: {', '.join(others)}")
+        lines.append(f"other stages, not required by these: {', '.join(others)}")
     lines += (
         ["", "missing:", *(f"  {name} = {what}{_unset(what)}" for name, what in missing.items())] if missing else []
     )
     view = plan.view("projector", settings)
-    for title, names in (("fetched", list(to_fetch(view))), ("hashed once", list(to_hash(view)))):
-        lines += ["", f"would be {title}:", *(f"  {name}" for name in names)] if names else []
+    for title, names in (("downloads", list(to_fetch(view))), ("files to hash once", list(to_hash(view)))):
+        lines += ["", f"{title}:", *(f"  {name}" for name in names)] if names else []
     return "\n".join(lines)
 
 
@@ -299,7 +313,7 @@ def total(states: Sequence[StageState]) -> str:
     if not any(state.disk_bytes or state.seconds is None or state.seconds for state in states):
         return "nothing is missing"
     time_text = f"about {duration(known)}" if known or not unknown else "no time known"
-    more = f", and {unknown} more stage{'s' * (unknown != 1)} whose time is not known" if unknown and known else ""
+    more = f", and {unknown} more stage{'s' * (unknown != 1)} of unknown duration" if unknown and known else ""
     return f"in all: {size(sum(state.disk_bytes for state in states))} of disk, {time_text}{more}"
 
 
@@ -310,7 +324,7 @@ def _joined(state: str, cost: str) -> str:
 def _would_take(cost: Cost, more: str) -> str:
     """Disk space, GPU memory and other known costs of a stage that is not built, as text."""
     parts = [f"would take {size(cost.disk_bytes)} of disk"] if cost.disk_bytes else []
-    parts += [f"GPU memory up to {size(cost.memory_bytes)}"] if cost.memory_bytes else []
+    parts += [f"GPU memory up to {size(cost.memory_bytes)}"] if cost.memory_bytes >= LEAST_GPU_BYTES else []
     return ", ".join([*parts, *([more] if more else [])])
 
 

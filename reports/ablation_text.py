@@ -10,19 +10,19 @@ from reports.tables import failed_at, mean_of, order_of, tried_at, used_at
 from reports.verdict import JudgedMetric, join_names
 
 SAME_TOKENS = 0.02  # Budgets that differ by more than this share are reported.
-EDGE = "the best value lies at the edge of what was tried: a better one may lie beyond"
+EDGE = "the best value is at the edge of the tried values; a better one may be outside"
 STATISTICS = (
     "Intervals are 95 % intervals of the mean: Student's t of fewer than 12 values, else scipy's bootstrap (9,999"
     " resamples, expanded for small samples as in Hesterberg 2015). p is the larger of two exact sign-flip permutation"
     " tests of the differences at the same seeds, of their values and of their signed ranks (Wilcoxon), corrected by"
     " Holm's method over the comparisons of this study. Both tests assume that differences are symmetric about their"
     " centre. Runs that diverged (10 standard deviations, as the better half of all runs shows them, from the median of"
-    " their level) or gave no number are left out and judged apart. Equivalence is judged by two one-sided tests of the"
-    " same kind."
+    " their level) or gave no number are left out and tested separately. Equivalence is judged by two one-sided tests"
+    " of the same kind."
 )
 COSTS_NOTE = (
-    "Medians over the seeds. Seconds and memory are those of the training on these machines, with whatever else"
-    " they ran; a trial that was interrupted and went on counts its last part only, and is left out of the seconds."
+    "Medians over the seeds. Seconds and memory are those of the training on these machines, under their load at the"
+    " time; a resumed trial counts only its last part, and is left out of the seconds."
 )
 FIRST_TOKEN = " The first token is that of an answer about a photograph of 640 x 480 px, vision encoder included."
 
@@ -48,10 +48,10 @@ def design(data: StudyData) -> str:
     settings = declared["seed_settings"]
     shifted = [level for level, shift in declared.get("shifts", {}).items() if shift]
     paired = (
-        f"The seeds of {join_names(shifted)} are others than those of their pairs, on purpose."
+        f"The seeds of {join_names(shifted)} intentionally differ from those of their pairs."
         if shifted
-        else "Trials of one seed see the same batches in the same order and begin from the same random state wherever"
-        " shapes allow."
+        else "Trials with the same seed use the same batches in the same order and start from the same random state"
+        " wherever shapes allow."
     )
     tokens = declared["tokens"]
     budget = f"{tokens:,} supervised tokens" if tokens else "the preset's number of steps"
@@ -69,13 +69,13 @@ def design(data: StudyData) -> str:
         repeated += f" ({replicated} in {draws} draws, which are the units that are judged)"
     if not fixed:
         return (
-            f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over"
-            f" seeds: {repeated}. The verdict is about new draws of all of these."
+            f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Varied with"
+            f" the seed: {repeated}. The verdict is about new draws of all of these."
         )
     return (
-        f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Repeated over seeds:"
-        f" {repeated}. **Not repeated**, and so not part of the uncertainty: {stands}. The verdict is about new draws"
-        " of what was repeated, on the one draw of what was not."
+        f"Preset `{declared['preset']}`, stage `{declared['stage']}`: {level}; {judged}. {paired} Varied with the"
+        f" seed: {repeated}. **Not varied**, so not part of the uncertainty: {stands}. The verdict is about new draws"
+        " of the varied settings, with the others fixed."
     )
 
 
@@ -105,8 +105,8 @@ def missing_trials(data: StudyData) -> str:
     missing = [(level, n) for level, n in data.missing() if n not in lost[level]]
     if not missing:
         return ""
-    asked = len([level for level in data.levels if level not in data.stopped]) * data.seeds
-    return f"Partial report: {asked - len(missing)} of {asked} trials have ended."
+    total = len([level for level in data.levels if level not in data.stopped]) * data.seeds
+    return f"Partial report: {total - len(missing)} of {total} trials have ended."
 
 
 def exploratory(found: StudyResults) -> str:
@@ -115,7 +115,7 @@ def exploratory(found: StudyResults) -> str:
         return ""
     return (
         f"The study declared {found.data.planned} seeds, and more were added after results were seen. Over all of them,"
-        " without a verdict, because adding seeds until something shows is no test:"
+        " without a verdict, because adding seeds until a difference appears is not a valid test:"
     )
 
 
@@ -156,7 +156,8 @@ def budget(data: StudyData, metric: JudgedMetric) -> str:
     least, most = min(known.values()), max(known.values())
     if most - least > SAME_TOKENS * most:
         return f"**Budgets differ**: from {least:,.0f} to {most:,.0f} supervised tokens a trial."
-    return f"Budgets are equal: {least:,.0f} to {most:,.0f} supervised tokens a trial, whatever the level."
+    tokens = f"{least:,.0f}" if round(least) == round(most) else f"{least:,.0f} to {most:,.0f}"
+    return f"Budgets are equal: {tokens} supervised tokens per trial at every level."
 
 
 def held_fixed(data: StudyData) -> str:
@@ -166,7 +167,7 @@ def held_fixed(data: StudyData) -> str:
     fields = data.declaration.get("fields") or [data.declaration["factor"]]
     return (
         f"Between levels differ: {join_names([f'`{f}`' for f in fields])}. Held fixed in addition to the preset"
-        f" `{data.declaration['preset']}`: {shared or 'nothing'}. All settings of a run stand in its `settings.yaml`."
+        f" `{data.declaration['preset']}`: {shared or 'nothing'}. All settings of a run are in its `settings.yaml`."
     )
 
 
@@ -174,7 +175,7 @@ def failures(data: StudyData) -> str:
     """Numbers of runs without a result, and of interrupted runs that were resumed, in words."""
     failed, went_on = data.failed(), [t for t in data.trials if t.went_on]
     first = f"{len(failed)} runs ended without a result." if failed else "None: every trial begun has a result."
-    resumed = f" {len(went_on)} runs were interrupted, and others went on from their checkpoints." if went_on else ""
+    resumed = f" {len(went_on)} interrupted runs were resumed from their checkpoints." if went_on else ""
     return first + resumed
 
 
@@ -182,7 +183,7 @@ def importance_text(factor: float, seed: float, rest: float) -> str:
     """Sentence about the shares of the variance."""
     return (
         f"Of the variance between all trials the factor explains {factor:.0%}, the seed alone {seed:.0%}, and"
-        f" {rest:.0%} is how differently the levels take the seeds (functional ANOVA, exact on a full grid)."
+        f" {rest:.0%} is their interaction (functional ANOVA, exact on a full grid)."
     )
 
 

@@ -92,7 +92,7 @@ def benchmarks(runs: Sequence[Benchmarked], known: Mapping[str, Any]) -> ReportD
         for entry in known["published"]
     ]
     rows += [
-        [f"[{run.model}]({run.link})", _asked(run), *(_reached(run, known, name) for name in names)] for run in runs
+        [f"[{run.model}]({run.link})", _extent(run), *(_reached(run, known, name) for name in names)] for run in runs
     ]
     figures = [[run.model, name, f"{value:.4f}"] for run in runs for name, value in sorted(run.figures.items())]
     newest = runs[0]
@@ -117,7 +117,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _asked(run: Benchmarked) -> str:
+def _extent(run: Benchmarked) -> str:
     if not run.limit:
         return "this store"
     return "this store; " + ", ".join(f"{count} of {task}" for task, count in run.questions.items())

@@ -53,7 +53,7 @@ def report(arguments: Sequence[str]) -> int:
     store = RunStore()
     mlflow_run_id = os.environ.get("MLFLOW_RUN_ID", "")  # Set by `mlflow run`.
     if mlflow_run_id:
-        store.record_beside(mlflow_run_id, f"report {given['study'] or options.kind}")
+        store.record_in_experiment_of(mlflow_run_id, f"report {given['study'] or options.kind}")
     if options.kind == "ablation":
         made = _ablation(store, given["study"])
     else:

@@ -37,9 +37,9 @@ def diverged(levels: Mapping[str, Mapping[int, float]], less: bool = True) -> di
         middle = float(np.median(better)) if better else 0.0
         distances[level] = [abs(value - middle) for value in better]
         worse[level] = {n: value - middle for n, value in losses.items()}
-    together = _deviation([each for of in distances.values() for each in of])
+    overall = _deviation([each for of in distances.values() for each in of])
     fences = {
-        level: (FENCE + HALF_MEDIAN) * (1 + FEW / max(1, len(worse[level]))) * max(together, _deviation(of))
+        level: (FENCE + HALF_MEDIAN) * (1 + FEW / max(1, len(worse[level]))) * max(overall, _deviation(of))
         for level, of in distances.items()
     }
     return {level: {n for n, by in of.items() if 0 < fences[level] < by} for level, of in worse.items()}

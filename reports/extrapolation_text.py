@@ -79,7 +79,7 @@ class ReferenceDistance:
         if self.comparable and self.loss <= self.reference.loss:
             return "none."
         if answer.refusal:
-            return f"this curve cannot say: {answer.refusal}."
+            return f"no extrapolation: {answer.refusal}."
         extra = max(0.0, answer.tokens - self.run.tokens)
         return f"{extra:,.0f} tokens more ({answer.low:,.0f} to {answer.high:,.0f} in all, 95 %)."
 
@@ -152,11 +152,11 @@ class ReferenceDistance:
         elif self.gap:
             yield (
                 f"The law is that of the training loss; {self.reference.text} lies {self.gap:.2f} nats above it at the"
-                " end of this run, which is taken to stay so."
+                " end of this run, and this gap is assumed to be constant."
             )
         epochs = self.run.tokens / self.run.metrics.get("pretrain/corpus_tokens", math.nan)
         if epochs > 0:
-            yield f"The corpus was gone through {epochs:.2g} times; a law of one or two does not hold for many."
+            yield f"The training took {epochs:.2g} epochs; a law fitted to one or two does not hold for many."
         paid = prices()
         yield (
             f"GPU-hours at {ASSUMED_MFU:.0%} of the bf16 peak; prices of {paid['as_of']}: {paid['source']}"

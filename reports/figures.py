@@ -52,7 +52,7 @@ def effects(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMetr
     """Plot the differences to the baseline with their intervals, and the margin of equivalence."""
     figure, (axes,) = _figure(1.6 + 0.5 * len(comparisons))
     if metric.margin:
-        axes.axvspan(-metric.margin, metric.margin, color=BAND, label=f"within {metric.margin:g}: no matter")
+        axes.axvspan(-metric.margin, metric.margin, color=BAND, label=f"within the margin, {metric.margin:g}")
     axes.axvline(0, color=GREY, linewidth=1)
     marks = {
         "different": ("o", COLOURS[0], "different"),
@@ -133,7 +133,7 @@ def curves(
         formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     axes.set_xlabel("share of the training, %" if relative else "optimiser steps", fontsize=11)
     axes.set_ylabel(f"{name}, {unit}", fontsize=11)
-    axes.set_title("mean over seeds; shaded: least to most", fontsize=10, color=GREY, loc="left")
+    axes.set_title("mean over seeds; shaded: range", fontsize=10, color=GREY, loc="left")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=10, frameon=False)
     return figure
@@ -167,14 +167,14 @@ def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: Ju
     """
     figure, all_axes = _figure(columns=max(1, len(costs)))
     names = list(dict.fromkeys(name for points in costs.values() for name in points))
-    beside = max(map(len, names)) > LABEL_CHARACTERS  # Long names would overlap.
+    long_names = max(map(len, names)) > LABEL_CHARACTERS  # Long names would overlap.
     for axes, (cost, points) in zip(all_axes, costs.items(), strict=False):
         best = front(points, metric.less)
         axes.plot(*zip(*(points[name] for name in best), strict=True), color=COLOURS[2], linewidth=1.5, zorder=1)
         for place, (name, (x, y)) in enumerate(points.items()):
             colour = COLOURS[2] if name in best else COLOURS[5]
             axes.plot(x, y, MARKERS[place % len(MARKERS)], color=colour, markersize=8, zorder=2)
-            if not beside:
+            if not long_names:
                 axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
         axes.set_xlabel(cost, fontsize=10)
         heights = [y for _, y in points.values()]
@@ -183,7 +183,7 @@ def tradeoffs(costs: Mapping[str, Mapping[str, tuple[float, float]]], metric: Ju
         axes.margins(x=0.2, y=0.15)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
     all_axes[0].set_ylabel(_label(metric), fontsize=10)
-    if beside:
+    if long_names:
         marks = [
             Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=GREY, linestyle="none", label=name)
             for i, name in enumerate(names)
@@ -202,7 +202,7 @@ def importance(parts: VarianceShares) -> Figure:
     for share, name, colour in (
         (parts.factor, "factor", COLOURS[0]),
         (parts.seed, "seed", COLOURS[1]),
-        (parts.rest, "how levels take seeds", BAND),
+        (parts.rest, "interaction", BAND),
     ):
         axes.barh(0, share, left=begun, color=colour, height=0.5, label=f"{name} {share:.0%}")
         begun += share

@@ -150,12 +150,12 @@ def combined_p(differences: Values, alternative: str = "two-sided") -> float:
 
 
 @cache
-def sign_patterns(n: int) -> NDArray[np.float64]:
-    """All patterns of n signs, shape (2^n, n), the identity first; above :data:`EXACT_UP_TO`, 2^16 random ones."""
-    if n <= EXACT_UP_TO:
+def sign_patterns(n: int, most: int = EXACT_UP_TO) -> NDArray[np.float64]:
+    """All patterns of n signs, shape (2^n, n), the identity first; above ``most`` signs, 2^most random ones."""
+    if n <= most:
         bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
     else:
-        bits = np.random.default_rng(0).integers(0, 2, (2**EXACT_UP_TO, n))
+        bits = np.random.default_rng(0).integers(0, 2, (2**most, n))
         bits[0] = 0
     signs: NDArray[np.float64] = (1.0 - 2.0 * bits).astype(np.float64)
     return signs

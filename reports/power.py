@@ -64,15 +64,9 @@ def p_values(samples: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(found)
 
 
-@lru_cache(64)
 def _half(n: int) -> NDArray[np.float64]:
     """Half of the sign patterns, the identity first; the other half negates them and gives the same absolute sums."""
-    if n <= EXACT_UP_TO:
-        return sign_patterns(n)[: 2 ** (n - 1)]
-    bits = np.random.default_rng(0).integers(0, 2, (2 ** (EXACT_UP_TO - 1), n))
-    bits[0] = 0
-    signs: NDArray[np.float64] = (1.0 - 2.0 * bits).astype(np.float64)
-    return signs
+    return sign_patterns(n)[: 2 ** (n - 1)] if n <= EXACT_UP_TO else sign_patterns(n, EXACT_UP_TO - 1)
 
 
 def seeds_needed(effect: float, deviation: float, alpha: float = ALPHA, wanted: float = POWER) -> int | None:

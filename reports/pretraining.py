@@ -141,15 +141,15 @@ def _generated(run: Pretraining) -> str:
     """Comparison of a run on generated text with the models that generated it."""
     of = run.metrics
     held = of.get("val/loss", math.nan)
-    said = f"{run.title}: {held:.3f} nats per token on generated text that it did not see; "
+    sentence = f"{run.title}: {held:.3f} nats per token on generated text that it did not see; "
     if run.floor is None:
-        said += "its generators' own loss on it is not known, as they did not draw from themselves as they are"
+        sentence += "the loss of its generators on it is unknown, because their sampling distribution was modified"
     else:
-        said += (
-            f"its generators' own loss on that text, below which no student can be expected, is {run.floor:.3f},"
+        sentence += (
+            f"the loss of its generators on that text, a lower bound for any student, is {run.floor:.3f},"
             f" {held - run.floor:.3f} less"
         )
-    return said + (
+    return sentence + (
         f". {of['stream/tokens']:,.0f} tokens came, each was seen {of['stream/times_seen']:.2f} times; the training was"
         f" busy for {of['stream/trainer_busy']:.0%} of its time, the generators for {of['stream/generators_busy']:.0%}."
     )

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mmphi.config.fields import renamed
-from mmphi.config.former_names import FORMER_NAMES
+from mmphi.config.former_names import current_metrics, with_current_names
 from mmphi.errors import SettingsError
 from mmphi.tracking.run_tracker import params_of
 from reports.scaling import Curve, Schedule
@@ -31,29 +30,23 @@ class Pretraining:
 
     Attributes:
         run_id: Id of the MLflow run.
-        name: Name of the MLflow run.
-        status: Status of the MLflow run.
         metrics: Last value of each metric.
         params: Settings by dotted name.
         tags: Tags of the MLflow run.
         losses: Update, from 1, and loss of its batch before that update, in nats per token.
         public: Update and loss on the public text, in nats per token.
         held: Update and loss on held-out text, in nats per token.
-        rates: Update and tokens per second.
         samples: Generated samples, newest last.
         link: URL of the run in MLflow.
     """
 
     run_id: str
-    name: str
-    status: str
     metrics: Mapping[str, float]
     params: Mapping[str, str]
     tags: Mapping[str, str]
     losses: Sequence[tuple[int, float]]
     public: Sequence[tuple[int, float]] = ()
     held: Sequence[tuple[int, float]] = ()
-    rates: Sequence[tuple[int, float]] = ()
     samples: Sequence[Mapping[str, Any]] = ()
     link: str = ""
 
@@ -179,15 +172,12 @@ def _pretraining(store: RunStore, run: Run) -> Pretraining:
     base = store.pages
     return Pretraining(
         run_id=str(run.info.run_id),
-        name=str(run.info.run_name),
-        status=str(run.info.status),
-        metrics=run.data.metrics,
-        params=renamed(params_of(run), FORMER_NAMES),
+        metrics=current_metrics(run.data.metrics),
+        params=with_current_names(params_of(run)),
         tags=run.data.tags,
         losses=history(LOSS),
         public=[(step, value) for step, value in history(PUBLIC) if step],
         held=[(step, value) for step, value in history(HELD) if step],
-        rates=history("train/tokens_per_s"),
         samples=_samples(store, run),
         link=f"{base.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}",
     )

@@ -288,13 +288,13 @@ class Outlook:
         if early.sum() < LEAST_POINTS // 2 or not late.any():
             return cls(curve, found, math.nan, "too little of it lies in its first part to try the law on the rest")
         before = fit_laws(total[early], cooled[early], losses[early], weights[early])[0].law
-        foretold = before(total[late], cooled[late])
-        missed = float(np.average(np.abs(foretold - losses[late]), weights=weights[late] ** 2))
+        predicted = before(total[late], cooled[late])
+        missed = float(np.average(np.abs(predicted - losses[late]), weights=weights[late] ** 2))
         refusal = ""
         if missed > BACKTEST_NATS:
             refusal = (
                 f"the law of its first {BACKTEST_SHARE:.0%} misses the rest by {missed:.2f} nats, and more than "
-                f"{BACKTEST_NATS:g} is no ground to foretell from"
+                f"{BACKTEST_NATS:g} is too much to extrapolate from"
             )
         return cls(curve, found, missed, refusal)
 

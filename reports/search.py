@@ -21,9 +21,9 @@ from reports.verdict import format_number, interval_text, join_names
 PRUNED = "Pruned:"
 SHOWN = 8  # Number of trials in the table of the best.
 NO_VERDICT = (
-    "A search looks for good settings: trials that look poor are ended early, so that budgets differ, the best of many"
-    " is flattered by its luck, and what it was chosen by is the validation split. What it proposes is to be compared"
-    " with something by a study."
+    "A search gives no verdict: poor trials are ended early, so budgets differ; the value of the best of many trials is"
+    " biased by its selection; and it was selected on the validation split. Compare the proposed settings with others"
+    " in a study."
 )
 
 
@@ -118,8 +118,8 @@ def search_report(data: StudyData) -> ReportDocument:
         signs = {name: 1.0 if direction == "minimize" else -1.0 for name, direction in objectives.items()}
         best = [t.name for t in sorted(on_front, key=lambda t: t.mean(second))]
         document.figures["front"] = figures.png(figures.pareto(points, best, second, first, signs))
-    told, table = importance(whole, data, first)
-    document.values = {**document.values, "importance": told}
+    sentence, table = importance(whole, data, first)
+    document.values = {**document.values, "importance": sentence}
     if table:
         document.tables["importance"] = table
     return document
@@ -196,11 +196,11 @@ def importance(trials: Sequence[SearchTrial], data: StudyData, objective: str) -
     every = [list(t.values[objective]) for t in trials]
     total = float(np.var(np.concatenate(every)))
     within = float(np.mean([np.var(v) for v in every])) / total if total else 0.0
-    told = (
+    sentence = (
         "Shares of what the trials' means differ by (fANOVA, by Optuna), and of what all runs differ by within trials:"
         f" {within:.0%} lies between the seeds of the same settings."
     )
-    return told, ReportTable(["setting", "share"], [[name, f"{share:.0%}"] for name, share in found.items()])
+    return sentence, ReportTable(["setting", "share"], [[name, f"{share:.0%}"] for name, share in found.items()])
 
 
 def _number(text: str) -> Any:

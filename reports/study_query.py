@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mmphi.config.fields import renamed
-from mmphi.config.former_names import FORMER_NAMES
+from mmphi.config.former_names import current_metric, current_metrics, former_metric, with_current_names
 from mmphi.config.messages import did_you_mean
 from mmphi.errors import SettingsError, StoreError
 from mmphi.tracking.run_tracker import params_of
@@ -34,7 +33,7 @@ def not_finite(tags: Mapping[str, str], metric: str) -> str:
     an earlier finite value of the metric would be used as the result.
     """
     entries = tags.get(NOT_FINITE, "").split("; ")
-    return next((entry for entry in entries if entry.startswith(f"{metric} = ")), "")
+    return next((entry for entry in entries if current_metric(entry.partition(" = ")[0]) == metric), "")
 
 
 @dataclass(frozen=True)
@@ -210,6 +209,12 @@ def training_curve(history: Sequence[Metric]) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in history if m.step or last is None or m.timestamp < last)
 
 
+def _curve(store: RunStore, run_id: str, metric: str) -> list[tuple[int, float]]:
+    """Curve of a metric, which earlier versions may have recorded under another name."""
+    names = dict.fromkeys((metric, former_metric(metric)))
+    return next((c for name in names if (c := training_curve(store.client.get_metric_history(run_id, name)))), [])
+
+
 def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyData:
     """Load a study from the store.
 
@@ -237,7 +242,7 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
     points: dict[str, list[tuple[int, float]]] = {}
     drawn, most = "", -1
     for metric in curves:
-        of_run = {run_id: training_curve(store.client.get_metric_history(run_id, metric)) for run_id in judged}
+        of_run = {run_id: _curve(store, run_id, metric) for run_id in judged}
         measured = min(CURVE_POINTS, max(map(len, of_run.values()), default=0))
         if measured > most:
             drawn, points, most = metric, of_run, measured
@@ -247,8 +252,8 @@ def load_study(store: RunStore, name: str, curves: Sequence[str] = ()) -> StudyD
         name=name,
         run_id=str(record.info.run_id),
         experiment=str(record.info.experiment_id),
-        declaration=renamed(declaration, FORMER_NAMES),
-        changes=[renamed(json.loads(tags[t]), FORMER_NAMES) for t in sorted(tags) if t.startswith(CHANGE)],
+        declaration=with_current_names(declaration),
+        changes=[with_current_names(json.loads(tags[t])) for t in sorted(tags) if t.startswith(CHANGE)],
         trials=runs,
         tags=tags,
         curves=points,
@@ -278,7 +283,7 @@ def _judged(store: RunStore, trial: Trial) -> Trial:
         return replace(trial, metrics={}, reason=f"its evaluation, run {trial.tags[JUDGED]}, was deleted")
     tags = {name: value for name, value in trial.tags.items() if name != NOT_FINITE}
     own = {NOT_FINITE: evaluation.data.tags[NOT_FINITE]} if NOT_FINITE in evaluation.data.tags else {}
-    return replace(trial, metrics={**trial.metrics, **evaluation.data.metrics}, tags=tags | own)
+    return replace(trial, metrics={**trial.metrics, **current_metrics(evaluation.data.metrics)}, tags=tags | own)
 
 
 def trial_of(run: Run) -> Trial:
@@ -291,8 +296,8 @@ def trial_of(run: Run) -> Trial:
         seed=int(tags.get("mmphi.round", "0")),
         status=str(run.info.status),
         reason=tags.get("mmphi.error", ""),
-        metrics=run.data.metrics,
-        params=renamed(params_of(run), FORMER_NAMES),
+        metrics=current_metrics(run.data.metrics),
+        params=with_current_names(params_of(run)),
         tags=tags,
         started_ms=int(run.info.start_time or 0),
     )

@@ -23,7 +23,6 @@ class StudyResults:
         data: The study.
         metric: The judged metric.
         baseline: Level that the others are compared with.
-        judging: How the study is judged, and over which seeds.
         results: Finished verdict trials, by level and seed.
         values: Value of the metric of all of them, by level and seed.
         lost: Seeds whose run diverged or has no value, by level.
@@ -37,7 +36,6 @@ class StudyResults:
     data: StudyData
     metric: JudgedMetric
     baseline: str
-    judging: Judging
     results: Mapping[str, Mapping[int, Trial]]
     values: Mapping[str, Mapping[int, float]]
     lost: Mapping[str, set[int]]
@@ -73,7 +71,6 @@ class StudyResults:
             data,
             metric,
             baseline,
-            judging,
             data.results("verdict", metric.name),
             values,
             lost,

@@ -20,11 +20,11 @@ LEVEL_COLUMNS = ("95 % interval", "minus the baseline", "95 % interval of it", "
 def report_tables(found: StudyResults) -> dict[str, ReportTable]:
     """Tables of the report, by name."""
     data, metric, declared = found.data, found.metric, found.data.declaration
-    beside = {c.level: c for c in found.comparisons}
+    comparisons = {c.level: c for c in found.comparisons}
     rows, costs = [], []
     against: list[str]
     for level in data.levels:
-        trials, comparison = {n: found.results[level][n] for n in found.judged[level]}, beside.get(level)
+        trials, comparison = {n: found.results[level][n] for n in found.judged[level]}, comparisons.get(level)
         mean = format_number(found.means[level], 4) if level in found.means else "-"
         if comparison is None or comparison.n == 0:
             against = ["baseline" if level == found.baseline else "-", "-", "-", "-"]
@@ -75,7 +75,9 @@ def robustness(found: StudyResults) -> ReportTable:
         for c in found.comparisons
     ]
     columns = ("pairs", "mean difference", "Hodges-Lehmann", "mean without any one pair")
-    return ReportTable([found.data.declaration["factor"], *columns, "lost, and of the baseline", "p of that"], rows)
+    return ReportTable(
+        [found.data.declaration["factor"], *columns, "runs lost, level and baseline", "p (McNemar)"], rows
+    )
 
 
 def _also(found: StudyResults) -> dict[str, ReportTable]:

@@ -160,11 +160,11 @@ def headline(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMet
         metric: The judged metric.
     """
     if comparisons and all(c.interim for c in comparisons):
-        return "**No verdict yet: the study has not come to the number of seeds at which it is judged.**"
+        return "**No verdict yet: the study has not reached the number of seeds at which it is judged.**"
     better = [c for c in comparisons if c.verdict == "different" and metric.better(c.difference)]
     worse = [c for c in comparisons if c.verdict == "different" and not metric.better(c.difference)]
     same = [quote_name(c.level) for c in comparisons if c.verdict == "equivalent"]
-    unsaid = [quote_name(c.level) for c in comparisons if c.verdict == "open"]
+    undecided = [quote_name(c.level) for c in comparisons if c.verdict == "open"]
     waiting = [quote_name(c.level) for c in comparisons if c.verdict == "interim"]
     parts = []
     if better:
@@ -182,8 +182,8 @@ def headline(comparisons: Sequence[Comparison], baseline: str, metric: JudgedMet
         parts.append(f"{join_names([quote_name(c.level) for c in worse])} did worse.")
     if same:
         parts.append(f"{join_names(same)} equalled it within {format_number(metric.margin)} {metric.unit}.")
-    if unsaid:
-        parts.append(f"Of {join_names(unsaid)} no difference can be shown.")
+    if undecided:
+        parts.append(f"Of {join_names(undecided)} no difference can be shown.")
     if empty := [quote_name(c.level) for c in comparisons if c.verdict == "none"]:
         parts.append(f"{join_names(empty)} {'has' if len(empty) == 1 else 'have'} no result to compare.")
     if waiting:

@@ -51,7 +51,7 @@ SOUND: dict[str, tuple[float | None, str]] = {
     "16_webm_no_duration/whole.webm": (3.43, ""),
     "16_webm_no_duration/frag.mp4": (3.45, ""),
     "16_webm_no_duration/last_cluster_cut.webm": (2.77, ""),
-    "16_webm_no_duration/header_only.webm": (None, "no recording"),
+    "16_webm_no_duration/header_only.webm": (None, "not a readable recording"),
     "17_opposite_phase/left_only.flac": (2.54, ""),
     "17_opposite_phase/left_minus_right.flac": (2.54, "cancel each other"),
 }
@@ -71,8 +71,8 @@ CORPORA = {
     "powershell.jsonl": (200, ""),
     "train.parquet": (200, ""),
     "bom.jsonl": (200, ""),
-    "gbk.txt": (0, "in no encoding known here"),
-    "late_byte.txt": (0, "in no encoding known here"),
+    "gbk.txt": (0, "unknown encoding"),
+    "late_byte.txt": (0, "unknown encoding"),
     "chat.jsonl": (0, "a list in place of a text"),
     "content_key.jsonl": (0, "a row without 'text' (it has id, content)"),
 }
@@ -137,7 +137,7 @@ def sound(folder: Path) -> Iterator[Outcome]:
             yield Outcome(path, expected, f"error: {error.what}", seconds is None and words in str(error))
             continue
         loud = float(np.abs(recording.samples).max()) > 0.01
-        reported = "; ".join(recording.told)
+        reported = "; ".join(recording.defects)
         actual = f"{recording.seconds:.2f} s of {'sound' if loud else 'silence'} {reported}".strip()
         near = seconds is not None and abs(recording.seconds - seconds) < 0.05
         yield Outcome(path, expected, actual, loud and near and words in reported)

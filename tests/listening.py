@@ -17,7 +17,7 @@ from mmphi.config.audio import AudioSettings
 from mmphi.data.audio import RATE, Recording, Samples
 from mmphi.data.schema import AudioRef, Example, ImageRef, Turn
 from mmphi.models.audio.audio_features import EncoderFeatures, TranscriptFeatures
-from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
+from mmphi.models.audio.audio_projector import AudioProjector, AudioProjectorConfig
 from mmphi.models.audio.transcriber import CachedTranscriber
 from mmphi.models.audio.transcription import Segment, Transcript
 from mmphi.models.audio.vad import SpeechInterval
@@ -118,5 +118,5 @@ def frames(audio: AudioRef) -> torch.Tensor:
 def seeing_frames(stack: int = 4) -> Multimodal:
     language = tiny_language()
     torch.manual_seed(3)
-    speech = SpeechProjection(SpeechConfig("encoder", 6 * stack, 32, width=24, stack=stack), scale=0.2)
+    speech = AudioProjector(AudioProjectorConfig("encoder", 6 * stack, 32, width=24, stack=stack), scale=0.2)
     return Multimodal(language, None, None, audio_source=EncoderFeatures(frames, 6, stack), speech=speech)

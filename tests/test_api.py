@@ -90,7 +90,7 @@ def test_what_is_saved_loads_in_another_process(tmp_path: Path) -> None:
     loss, _, answer = done.stdout.strip().partition(" ")
     assert float(loss) == pytest.approx(model.loss(PAIRS), rel=1e-3)
     assert answer == model.ask("", PAIRS[0][0], max_new_tokens=6)
-    with pytest.raises(ModelError, match=r"(?s)Patches.*give it again"):
+    with pytest.raises(ModelError, match=r"(?s)Patches.*pass it again"):
         mmphi.load(tmp_path / "saved")
     with pytest.raises(ModelError, match="its features differ"):
         mmphi.load(tmp_path / "saved", vision=Patches(2.0), preprocess=pixels_of)
@@ -107,7 +107,7 @@ def test_a_loaded_model_goes_on_learning(tmp_path: Path) -> None:
     before = again.loss(PAIRS)
     again.fit(PAIRS, **QUICK)
     assert again.loss(PAIRS) < before
-    with pytest.raises(SettingsError, match="layers: the projector is there already"):
+    with pytest.raises(SettingsError, match="layers: the projector exists already"):
         again.fit(PAIRS, layers=3)
 
 
@@ -175,7 +175,7 @@ def test_forms_of_rows(tmp_path: Path) -> None:
     [
         (("a",), "row 1: a row is"),
         ((Image.new("RGB", (9, 9)), ""), "row 1: the answer is empty"),
-        ((3, "three"), "int is no path, bytes, PIL image"),
+        ((3, "three"), "int is not a path, bytes, PIL image"),
         ((np.zeros((4, 4, 3)), "floats"), "uint8, this one is float64"),
         ({"text": "x"}, "row 1: no list called conversations or messages"),
     ],
@@ -210,7 +210,7 @@ class Odd(nn.Module):
         ({"vision": "timm/vit_tinny"}, "did you mean .*vit_tiny"),
         ({"preprocess": lambda image: torch.zeros(3)}, r"preprocess gives shape \(3,\)"),
         ({"projector": nn.Linear(3, 5)}, "not .2, 32."),
-        ({"projector": nn.Linear(3, 32), "layers": 2}, "layers beside projector"),
+        ({"projector": nn.Linear(3, 32), "layers": 2}, "layers cannot be combined with projector"),
     ],
 )
 def test_parts_that_do_not_fit(options: dict[str, Any], words: str) -> None:
@@ -355,7 +355,7 @@ def test_former_names_of_settings() -> None:
     model.fit(PAIRS, **QUICK | {"steps": 2})
     assert model.projector is not None
     assert model.projector.whitening is not None
-    with pytest.raises(SettingsError, match="standardize: the projector is there already"):
+    with pytest.raises(SettingsError, match="standardize: the projector exists already"):
         model.fit(PAIRS, whiten=True)
     with pytest.warns(FutureWarning, match="warmup_ratio"), pytest.raises(SettingsError, match="given twice"):
         joined().fit(PAIRS, warmup=0.1, warmup_ratio=0.2)
@@ -473,10 +473,12 @@ def test_every_kind_of_projector_trains_answers_and_is_saved(kind: str, tmp_path
 
 
 def test_settings_of_another_kind_and_another_number_of_features_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"queries: a projector of kind mlp has none(.|\n)*kind='resampler'"):
+    with pytest.raises(
+        SettingsError, match=r"queries: a projector of kind mlp lacks this setting(.|\n)*kind='resampler'"
+    ):
         joined(vision=FourByFour(), queries=5)
     model = joined(vision=FourByFour(), kind="pixel_shuffle")
-    with pytest.raises(SettingsError, match="queries: a projector of kind pixel_shuffle has none"):
+    with pytest.raises(SettingsError, match="queries: a projector of kind pixel_shuffle lacks this setting"):
         model.fit(PAIRS, queries=5, **QUICK)
     with pytest.raises(ModelError, match="trained for 16 features per image, not 4"):
         Multimodal(model.language, model.projector, joined().features, 64)

@@ -159,3 +159,15 @@ def test_few_modules_are_outside_a_package() -> None:
         "extras",
         "logs",
     }
+
+
+def test_modules_of_other_libraries_are_patched_in_one_package() -> None:
+    """Attention implementations and forward functions of instances are set in ``mmphi/models/patches``."""
+    signs = ("set_attn_implementation(", "AttentionInterface", ".forward = ", "set_submodule(")
+    places = {
+        path.parent.relative_to(ROOT).as_posix()
+        for top in ("mmphi", "ablations", "reports")
+        for path in (ROOT / top).rglob("*.py")
+        if any(sign in path.read_text() for sign in signs)
+    }
+    assert places == {"mmphi/models/patches"}

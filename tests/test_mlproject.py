@@ -146,7 +146,7 @@ def test_a_study_and_its_report(tmp_path: Path, empty_store: str) -> None:
     del changes["projector.steps"]
     parameters = [word for name, value in changes.items() for word in ("-P", f"{name}={value}")]
     said = mlflow_run(tmp_path, *parameters, entry="ablate")
-    assert "control: 2 levels x 2 seeds = 4 judged trials, 300 supervised tokens each; 1 worker(s)" in said
+    assert "control: 2 levels x 2 seeds = 4 verdict trials, 300 supervised tokens each; 1 worker(s)" in said
     assert "no difference can be shown" in said
     store = TrackingStore(empty_store)
     data = load_study(store, "control")

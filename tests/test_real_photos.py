@@ -34,7 +34,7 @@ def test_from_photos_to_captions(tmp_path, monkeypatch, real_models, real_photos
     metrics = done.metrics
     assert math.isfinite(metrics["test/loss"])
     assert metrics["test/loss"] < 5.5  # SmolLM2 has 4.5 to 5 nats on captions after nothing at all
-    assert 0 <= metrics["test/ended"] <= 1
+    assert 0 <= metrics["test/eos_rate"] <= 1
     assert (done.path / "projector.safetensors").stat().st_size > 1e6
     again = Pipeline(STAGES).build("evaluate", settings)
     for name in ("test/loss", "test/grounding_gain", "test/cider"):

@@ -6,17 +6,17 @@ from ablations.study import Study
 
 QUALITY = {
     "test/answer_agreement": "answered as the typed question",
-    "test/hearing_gain": "what the right recording saves, nats/token",
+    "test/audio_gain": "loss reduction by the right recording, nats/token",
 }
 COSTS = {
-    "test/tokens_per_s": "tokens for a second of speech",
-    "test/hearing_s_per_s": "seconds of hearing for a second of speech",
+    "test/tokens_per_s": "tokens per second of speech",
+    "test/hearing_s_per_s": "processing seconds per second of speech",
     "speech/parameters": "trained parameters",
     "seconds": "training seconds",
 }
 
 STUDY = Study(
-    question="How should the language model hear: by Whisper's words, all that they may be, or its encoder's frames?",
+    question="Which audio input is best: Whisper's transcript, its token probabilities, or its encoder's frames?",
     factor="speech.audio_input",
     levels={"transcript": "transcript", "soft": "soft", "encoder": "encoder"},
     baseline="transcript",
@@ -26,8 +26,8 @@ STUDY = Study(
     margin=0.02,
     costs=COSTS,
     also=QUALITY | {"test/exact_match": "answers right"},
-    leaves_open="All links are trained for the same number of steps through the language model; the encoder's frames"
-    " learn to name words before, which costs no such pass. How far each would come with more recordings or training is"
+    leaves_open="All audio inputs are trained for the same number of steps through the language model; the projector of"
+    " encoder frames is aligned with CTC before that. How far each would come with more recordings or training is"
     " not measured, nor any voice but a synthetic one.",
 )
 

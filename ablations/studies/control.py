@@ -3,7 +3,7 @@
 from ablations.study import CURVES, Study
 
 STUDY = Study(
-    question="Does the suite see a difference where there is none?",
+    question="Does the suite report a difference where there is none?",
     factor="nothing",
     fields=("projector.layers",),
     levels={"first draw": {}, "second draw": {}},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import socket
 import subprocess
 import sys
@@ -42,8 +41,8 @@ def bodies(images: Sequence[Path], count: int, model: str) -> list[Body]:
             {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]},
         ]
         length = LENGTHS[(number // len(QUESTIONS)) % len(LENGTHS)]
-        asked = {"messages": [{"role": "user", "content": parts}], "max_tokens": length, "temperature": 0}
-        made.append({"model": model} | asked)
+        request = {"messages": [{"role": "user", "content": parts}], "max_tokens": length, "temperature": 0}
+        made.append({"model": model} | request)
     return made
 
 
@@ -103,12 +102,12 @@ def transformers_server(folder: Path) -> Callable[[int], list[str]]:
     return lambda port: [*there, "--host", "127.0.0.1", "--port", str(port)]
 
 
-def generate(folder: Path, asked: Sequence[Body], batch: int) -> tuple[list[Seen], float]:
+def generate(folder: Path, requests: Sequence[Body], batch: int) -> tuple[list[Seen], float]:
     """Answer with ``LlavaForConditionalGeneration.generate``; a batch runs until its longest answer ends.
 
     Args:
         folder: Folder of the exported model.
-        asked: Bodies of the requests.
+        requests: Bodies of the requests.
         batch: Number of requests in a batch.
 
     Returns:
@@ -146,14 +145,14 @@ def generate(folder: Path, asked: Sequence[Body], batch: int) -> tuple[list[Seen
         seen = []
         for row, length in zip(made[:, given["input_ids"].shape[1] :], lengths, strict=True):
             own = row[:length]
-            said = processor.decode(own, skip_special_tokens=True).strip()
+            text = processor.decode(own, skip_special_tokens=True).strip()
             ended = torch.isin(own, ends).nonzero()
-            seen.append(Seen(said, int(ended[0]) + 1 if len(ended) else len(own), watch.first_s, took))
+            seen.append(Seen(text, int(ended[0]) + 1 if len(ended) else len(own), watch.first_s, took))
         return seen
 
-    answers(asked[:batch])  # Warm-up: compilation and memory allocation are not timed.
+    answers(requests[:batch])  # Warm-up: compilation and memory allocation are not timed.
     begun = time.perf_counter()
-    found = [each for i in range(0, len(asked), batch) for each in answers(asked[i : i + batch])]
+    found = [each for i in range(0, len(requests), batch) for each in answers(requests[i : i + batch])]
     return found, time.perf_counter() - begun
 
 
@@ -166,13 +165,3 @@ class _First:
     def __call__(self, _: Any, scores: Any) -> Any:
         self.first_s = self.first_s or time.perf_counter() - self.begun
         return scores
-
-
-def in_process(folder: Path, count: int, images: Path, batch: int) -> dict[str, Any]:
-    """Run :func:`generate` in a separate process."""
-    command = [sys.executable, "-m", "mmphi", "benchmark", "assistant", "--side", "generate", "--folder", str(folder)]
-    command += ["--requests", str(count), "--images", str(images), "--users", str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"generate: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmphi.benchmarks._conversations import Shape, stored
-from mmphi.benchmarks._pretrain_sides import Clock
+from mmphi.benchmarks._pretrain_sides import Clock, own_settings, trainer_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +71,7 @@ def usual_way(
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from PIL import Image
-    from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoProcessor, Trainer
 
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -95,14 +94,6 @@ def usual_way(
 
     clock = Clock()
 
-    class Ends(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in (logs or {}):
-                clock.step(logs["loss"])
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.ends = [time.perf_counter()]
-
     flat: Any = [row for batch in batches for row in batch]  # `Any`, because a list is not typed as a Dataset.
 
     class InOrder(Trainer):
@@ -113,24 +104,9 @@ def usual_way(
             return self.accelerator.prepare(loader)
 
     with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(
-            output_dir=out,
-            max_steps=len(batches),
-            per_device_train_batch_size=shape.batch_size,
-            learning_rate=rate,
-            lr_scheduler_type="constant",
-            bf16=cuda,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=not cuda,
-            gradient_checkpointing=shape.recompute,
-            torch_compile=compiled,
-            remove_unused_columns=False,
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        InOrder(model=model, args=arguments, train_dataset=flat, callbacks=[Ends(), *watch]).train()
+        own = {"per_device_train_batch_size": shape.batch_size, "gradient_checkpointing": shape.recompute}
+        arguments = trainer_arguments(out, len(batches), rate, bf16=cuda, torch_compile=compiled, **own)
+        InOrder(model=model, args=arguments, train_dataset=flat, callbacks=[clock.callback(), *watch]).train()
     return clock
 
 
@@ -161,9 +137,7 @@ def our_way(
     """
     import numpy as np
     import torch
-    from transformers import TrainerCallback
 
-    from mmphi.config import TrainingSettings
     from mmphi.data.schema import ImageRef
     from mmphi.models.language.compiling import compiled_layers
     from mmphi.models.multimodal import Multimodal
@@ -184,18 +158,7 @@ def our_way(
         for batch in batches
         for row in batch
     ]
-    steps = len(batches)
-    settings = TrainingSettings(
-        steps=steps,
-        batch_size=shape.batch_size,
-        learning_rate=rate,
-        lr_scheduler="constant",
-        warmup_ratio=0.0,
-        save_every=10 * steps,
-        eval_every=10 * steps,
-        log_every=10 * steps,
-        workers=workers,
-    )
+    settings = own_settings(len(batches), rate, batch_size=shape.batch_size, workers=workers)
     taken = packed_dataset(samples, model.sources, settings, layout=model.packed.layout)
     # Not shuffled, so that the order is that of the other side.
     taken.chosen = lambda step: list(range(step * shape.batch_size, (step + 1) * shape.batch_size))
@@ -203,13 +166,6 @@ def our_way(
         [([p for p in model.packed.parameters() if p.requires_grad], rate)], weight_decay=0.0, beta2=0.999
     )
     clock, losses = Clock(), StepLoss()
-
-    class Ends(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.ends = [time.perf_counter()]
-
-        def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
-            clock.step(losses.take(args.device))
 
     with tempfile.TemporaryDirectory() as out, compiled_layers(model.packed, compiled, print):
         train(
@@ -220,7 +176,7 @@ def our_way(
             tracker=SilentTracker(),
             title="mmphi",
             optimizer=optimizer,
-            callbacks=[Ends(), *watch],
+            callbacks=[clock.callback(losses), *watch],
             step_loss=losses,
         )
     torch.cuda.empty_cache()

@@ -54,8 +54,8 @@ def ask(address: str, body: Body) -> Seen:
         place = urlsplit(address)
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=TIMEOUT_S)
         try:
-            asked = body | {"stream": True, "stream_options": {"include_usage": True}}
-            connection.request("POST", PATH, json.dumps(asked), {"Content-Type": "application/json"})
+            request = body | {"stream": True, "stream_options": {"include_usage": True}}
+            connection.request("POST", PATH, json.dumps(request), {"Content-Type": "application/json"})
             answer = connection.getresponse()
             if answer.status == 429:
                 refusals += 1
@@ -69,7 +69,7 @@ def ask(address: str, body: Body) -> Seen:
 
 
 def _seen(lines: Any, begun: float, refusals: int) -> Seen:
-    said: list[str] = []
+    pieces: list[str] = []
     first, tokens = 0.0, 0
     for line in lines:
         if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
@@ -81,8 +81,8 @@ def _seen(lines: Any, begun: float, refusals: int) -> Seen:
         for choice in event["choices"]:
             if piece := choice["delta"].get("content"):
                 first = first or time.perf_counter() - begun
-                said.append(piece)
-    return Seen("".join(said).strip(), tokens, first, time.perf_counter() - begun, refusals)
+                pieces.append(piece)
+    return Seen("".join(pieces).strip(), tokens, first, time.perf_counter() - begun, refusals)
 
 
 def load(

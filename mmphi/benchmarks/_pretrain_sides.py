@@ -8,7 +8,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmphi.config import TrainingSettings
+    from mmphi.training.throughput import StepLoss
 
 RATE = 1e-3
 
@@ -112,6 +116,62 @@ class Clock:
         """Duration of each step, in seconds."""
         return [b - a for a, b in zip(self.ends[:-1], self.ends[1:], strict=True)]
 
+    def callback(self, losses: StepLoss | None = None) -> Any:
+        """Callback of transformers' Trainer that starts the clock and records the steps.
+
+        Args:
+            losses: Loss accumulator of the training; by default the losses are those that the Trainer logs.
+        """
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Ends(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                clock.ends = [time.perf_counter()]
+
+            def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
+                if losses is not None:
+                    clock.step(losses.take(args.device))
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                if losses is None and "loss" in (logs or {}):
+                    clock.step(logs["loss"])
+
+        return Ends()
+
+
+def trainer_arguments(folder: str, steps: int, rate: float, **options: Any) -> Any:
+    """Arguments of transformers' Trainer with a constant learning rate, one device and the loss of every step."""
+    import torch
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        **options,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def own_settings(steps: int, rate: float, **options: Any) -> TrainingSettings:
+    """Settings of mmphi's training with a constant learning rate, and no checkpoint or validation between steps."""
+    from mmphi.config import TrainingSettings
+
+    never = dict.fromkeys(("save_every", "eval_every", "log_every"), 10 * steps)
+    return TrainingSettings(
+        steps=steps, learning_rate=rate, lr_scheduler="constant", warmup_ratio=0.0, **never, **options
+    )
+
 
 def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
     """Train under transformers' Trainer.
@@ -128,8 +188,6 @@ def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
         DataCollatorWithFlattening,
         PreTrainedTokenizerFast,
         Trainer,
-        TrainerCallback,
-        TrainingArguments,
     )
 
     from mmphi.models.device import this_device
@@ -155,14 +213,6 @@ def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
     tokenizer.pad_token = tokenizer.eos_token
     collator: Any = DataCollatorWithFlattening() if way == "packed" else DataCollatorForSeq2Seq(tokenizer)
 
-    class Ends(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in (logs or {}):
-                clock.step(logs["loss"])
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.ends = [time.perf_counter()]
-
     class Given(Trainer):
         def get_train_dataloader(self) -> Any:
             rows: Any = flat
@@ -170,32 +220,11 @@ def trainer_side(shape: Shape, steps: int, kind: str, way: str) -> Clock:
             return self.accelerator.prepare(loader)
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            gradient_accumulation_steps=len(each) // steps,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            bf16=shape.precision == "bf16",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-            remove_unused_columns=False,
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)
+        own = {"gradient_accumulation_steps": len(each) // steps, "weight_decay": 0.1, "adam_beta2": 0.95}
+        arguments = trainer_arguments(folder, steps, RATE, bf16=shape.precision == "bf16", **own)
         optimizer = torch.optim.AdamW(groups(model), lr=RATE, betas=(0.9, 0.95))
-        trainer = Given(
-            model=model,
-            args=arguments,
-            train_dataset=flat,
-            callbacks=[Ends()],
-            optimizers=(optimizer, None),
-        )
-        trainer.train()
+        given: dict[str, Any] = {"train_dataset": flat, "callbacks": [clock.callback()]}
+        Given(model=model, args=arguments, optimizers=(optimizer, None), **given).train()
     return clock
 
 
@@ -228,13 +257,10 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
     import numpy as np
     import torch
     from torch.utils.data import Dataset
-    from transformers import TrainerCallback
 
-    from mmphi.config import TrainingSettings
     from mmphi.models.device import this_device
     from mmphi.models.language.causal_lm_task import CausalTask
-    from mmphi.models.patches.module_patches import apply_patches
-    from mmphi.models.patches.varlen_attention import varlen_attention_applied
+    from mmphi.models.patches.module_patches import apply_patches, patched
     from mmphi.tracking.tracker import SilentTracker
     from mmphi.training.lm_dataset import pack_row, stack_rows
     from mmphi.training.throughput import StepLoss
@@ -252,27 +278,9 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
 
     model, clock, losses = apply_patches(build(shape)).to(this_device()), Clock(), StepLoss()
 
-    class Ends(TrainerCallback):
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.ends = [time.perf_counter()]
-
-        def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
-            clock.step(losses.take(args.device))
-
-    settings = TrainingSettings(
-        steps=steps,
-        batch_size=1,
-        learning_rate=RATE,
-        lr_scheduler="constant",
-        warmup_ratio=0.0,
-        weight_decay=0.1,
-        beta2=0.95,
-        precision="bf16" if shape.precision == "bf16" else "fp32",
-        save_every=10 * steps,
-        eval_every=10 * steps,
-        log_every=10 * steps,
-    )
-    with tempfile.TemporaryDirectory() as folder, varlen_attention_applied(model):
+    precision = "bf16" if shape.precision == "bf16" else "fp32"
+    settings = own_settings(steps, RATE, batch_size=1, weight_decay=0.1, beta2=0.95, precision=precision)
+    with tempfile.TemporaryDirectory() as folder, patched(model, "training"):
         train(
             CausalTask(model, walls="mask", compiled=True) if compiled else CausalTask(model),
             Steps(),
@@ -280,7 +288,7 @@ def mmphi_side(shape: Shape, steps: int, kind: str, *, compiled: bool = False) -
             folder=Path(folder),
             tracker=SilentTracker(),
             title="mmphi",
-            callbacks=[Ends()],
+            callbacks=[clock.callback(losses)],
             step_loss=losses,
         )
     return clock

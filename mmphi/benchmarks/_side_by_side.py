@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from mmphi.benchmarks._conversation_sides import Batches
 from mmphi.benchmarks._conversations import Shape, prepare, step_flops
 from mmphi.benchmarks._pretrain_sides import Clock
+from mmphi.benchmarks._process import in_process
 
 # Largest difference between the losses of two sides, in nats per token. In bf16, rounding accumulates over the steps.
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
@@ -109,11 +109,11 @@ class Comparison:
         with tempfile.TemporaryDirectory() as name:
             own = ["--folder", name, "--shape", options.shape, "--workers", str(options.workers)]
             # In a separate process, so that it frees the GPU's memory.
-            in_process(self.name, ["--side", "prepare", *own, "--steps", str(options.steps)])
+            in_process("--side prepare", self.name, ["--side", "prepare", *own, "--steps", str(options.steps)])
             for _ in range(options.rounds):
                 for side in sides:
-                    profiled = ["--profile"] if options.profile else []
-                    rounds[side].append(in_process(self.name, ["--side", side, *own, *profiled]))
+                    part = ["--side", side, *own, *["--profile"] * options.profile]
+                    rounds[side].append(in_process(f"--side {side}", self.name, part))
         print(f"shape {options.shape}: {asdict(self.shapes[options.shape])}\noutside the clock: {self.outside}")
         show(rounds, self.shapes[options.shape].precision)
         wrong = self.unequal(rounds, TOLERANCE[self.shapes[options.shape].precision])
@@ -130,13 +130,8 @@ class Comparison:
             if not side.same or name not in rounds or side.same not in rounds:
                 continue
             for ours, theirs in zip(rounds[name], rounds[side.same], strict=True):
-                differ = [abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True)]
-                if not all(each <= allowed for each in differ):  # Also true if a loss is NaN.
-                    step = max(range(len(differ)), key=lambda i: differ[i])
-                    wrong.append(
-                        f"losses of {name} and {side.same} differ by {differ[step]:.2g} nats/token at step {step + 1};"
-                        f" at most {allowed:g} is rounding: they do not train the same"
-                    )
+                if difference := loss_difference(ours["losses"], theirs["losses"], allowed):
+                    wrong.append(f"losses of {name} and {side.same} {difference}")
         return wrong
 
 
@@ -153,13 +148,16 @@ def batches_of(folder: Path, *, by_length: bool) -> Batches:
     return [rows[i * size : (i + 1) * size] for i in order]
 
 
-def in_process(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run a part of a benchmark in a separate process."""
-    command = [sys.executable, "-m", "mmphi", "benchmark", name, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments[:2])}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.rstrip("\n").rpartition("\n")[2]))
+def loss_difference(one: Sequence[float], other: Sequence[float], allowed: float) -> str:
+    """Text about the step at which the losses of two sides differ most; empty if all differences are allowed."""
+    differ = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    if all(each <= allowed for each in differ):  # False if a loss is NaN.
+        return ""
+    step = max(range(len(differ)), key=lambda i: differ[i])
+    return (
+        f"differ by {differ[step]:.2g} nats/token at step {step + 1}; at most {allowed:g} is rounding: they do not"
+        " train the same"
+    )
 
 
 def show(rounds: Mapping[str, Sequence[Mapping[str, Any]]], precision: str) -> None:
@@ -178,7 +176,7 @@ def show(rounds: Mapping[str, Sequence[Mapping[str, Any]]], precision: str) -> N
         return [sum(run["tokens"]) / sum(run["seconds"]) for run in rounds[side]]
 
     width = max(map(len, rounds)) + 1
-    columns = f"{'supervised tokens/s':>20} {'s/step':>8} {f'{OURS} is':>14} {'MFU':>6} {'peak_flops GB':>8}"
+    columns = f"{'supervised tokens/s':>20} {'s/step':>8} {f'{OURS} is':>14} {'MFU':>6} {'peak GB':>8}"
     print(f"{'side':{width}} {columns}  losses")
     for side, runs in rounds.items():
         seconds = [sum(run["seconds"]) for run in runs]

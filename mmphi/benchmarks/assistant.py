@@ -23,13 +23,13 @@ import psutil
 from mmphi.benchmarks._assistant_sides import (
     bodies,
     generate,
-    in_process,
     mmphi_server,
     serving,
     transformers_server,
 )
 from mmphi.benchmarks._conversations import SHAPES
 from mmphi.benchmarks._load import Body, load, summary
+from mmphi.benchmarks._process import in_process
 from mmphi.errors import SettingsError
 
 SIDES = ("generate", "transformers", "mmphi")
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``mmphi benchmark assistant``."""
     options = parser().parse_args(list(arguments))
     if options.side == "generate":
-        rounds = asked_of(pictures(options.images), options.requests, options.users, "")
-        print(json.dumps({str(n): _figures(*generate(options.folder, asked, n)) for n, asked in rounds.items()}))
+        rounds = rounds_of(pictures(options.images), options.requests, options.users, "")
+        print(json.dumps({str(n): _figures(*generate(options.folder, requests, n)) for n, requests in rounds.items()}))
         return 0
     if bool(options.model) != bool(options.llava) and not options.load:
         raise SettingsError("--model and --llava are of one model", "give both, or neither for random weights")
@@ -120,18 +120,19 @@ def _random(folder: Path, shape: str) -> None:
 def run_side(side: str, model: str, llava: Path, images: Path, requests: int, users: int) -> dict[str, Any]:
     """Measurements and texts of one side, for one user and for several."""
     if side == "generate":
-        return in_process(llava, requests, images, users)
+        own = ["--side", side, "--folder", str(llava), "--requests", str(requests), "--images", str(images)]
+        return in_process(side, "assistant", [*own, "--users", str(users)])
     command = mmphi_server(model, users) if side == "mmphi" else transformers_server(llava)
-    rounds = asked_of(pictures(images), requests, users, "" if side == "mmphi" else str(llava))
+    rounds = rounds_of(pictures(images), requests, users, "" if side == "mmphi" else str(llava))
     with serving(command) as (address, _):
         load(address, bodies(pictures(images)[-1:], 1, rounds[1][0]["model"]), 1)  # The first request allocates memory.
-        return {str(count): _figures(*load(address, asked, count)) for count, asked in rounds.items()}
+        return {str(count): _figures(*load(address, requests, count)) for count, requests in rounds.items()}
 
 
-def asked_of(images: Sequence[Path], requests: int, users: int, model: str) -> dict[int, list[Body]]:
+def rounds_of(images: Sequence[Path], requests: int, users: int, model: str) -> dict[int, list[Body]]:
     """Requests of one user and of several, about different images if there are enough, so that no cache helps."""
-    asked = bodies(images, 2 * requests, model)
-    return {1: asked[:requests], users: asked[requests:]}
+    made = bodies(images, 2 * requests, model)
+    return {1: made[:requests], users: made[requests:]}
 
 
 def _figures(seen: Any, seconds: float) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _figures(seen: Any, seconds: float) -> dict[str, Any]:
 def under_load(model: str, images: Sequence[Path], requests: int, users: int) -> dict[str, Any]:
     """Load test of ``mmphi serve``: latencies, answers that differ from those of single requests, and memory in MB."""
     cases = bodies(images[:DIFFERENT], DIFFERENT, "")
-    asked: list[Body] = [cases[(number * 7) % len(cases)] for number in range(requests)]
+    made: list[Body] = [cases[(number * 7) % len(cases)] for number in range(requests)]
     memory: list[float] = []
     with serving(mmphi_server(model, min(users, 16))) as (address, process):
         alone = {json.dumps(body): seen.text for body, seen in zip(cases, load(address, cases, 1)[0], strict=True)}
@@ -151,9 +152,9 @@ def under_load(model: str, images: Sequence[Path], requests: int, users: int) ->
             if number % max(1, requests // LOOKS) == 0:
                 memory.append(server.memory_info().rss / 1e6)
 
-        seen, seconds = load(address, asked, users, look)
+        seen, seconds = load(address, made, users, look)
         memory.append(server.memory_info().rss / 1e6)
-    wrong = sum(each.text != alone[json.dumps(body)] for body, each in zip(asked, seen, strict=True))
+    wrong = sum(each.text != alone[json.dumps(body)] for body, each in zip(made, seen, strict=True))
     return summary(seen, seconds) | {"requests": requests, "wrong": wrong, "memory_mb": memory}
 
 

@@ -30,6 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -56,11 +57,13 @@ def parser() -> argparse.ArgumentParser:
         prog="mmphi benchmark attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model", default="", help="folder or run of a trained model [one with random weights]")
-    made.add_argument("--whisper", default="", help="size or file of the Whisper that hears [no recordings are sent]")
+    made.add_argument(
+        "--whisper", default="", help="size or file of the Whisper for recordings [no recordings are sent]"
+    )
     made.add_argument("--shape", default="tiny", choices=list(SHAPES), help="sizes of random weights [tiny]")
     made.add_argument("--requests", type=int, default=10_000, help="at least so many [10000]")
     made.add_argument("--minutes", type=float, default=0.0, help="at least so long [0]")
-    made.add_argument("--clients", type=int, default=30, help="who ask at the same time [30]")
+    made.add_argument("--clients", type=int, default=30, help="concurrent clients [30]")
     made.add_argument("--seed", type=int, default=0, help="of what is sent [0]")
     made.add_argument("--json", type=Path, help="file for all figures")
     return made
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         for part in ("tmp", "cache"):
             (kept / part).mkdir(parents=True)
         # The server's temporary files and caches go here, so that their size can be measured.
-        with _environment(TMPDIR=str(kept / "tmp"), XDG_CACHE_HOME=str(kept / "cache")):
+        with mock.patch.dict(os.environ, TMPDIR=str(kept / "tmp"), XDG_CACHE_HOME=str(kept / "cache")):
             found = attacked(options, model, kept)
     print(json.dumps(found, indent=1))
     if options.json:
@@ -88,33 +91,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if found["withstood"] else 1
 
 
-@functools.cache
-def _silence(seconds: int, rate: int) -> bytes:
+def _wav(samples: bytes, rate: int) -> bytes:
+    """A WAV file of 16-bit mono samples."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)
-        file.writeframes(bytes(2 * seconds * rate))
+        file.writeframes(samples)
     return buffer.getvalue()
 
 
-class _environment:  # noqa: N801  # Lower case like the context managers of contextlib.
-    """Context manager that sets environment variables for processes started inside."""
-
-    def __init__(self, **variables: str) -> None:
-        self.variables = variables
-
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in self.variables}
-        os.environ.update(self.variables)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+@functools.cache
+def _silence(seconds: int, rate: int) -> bytes:
+    return _wav(bytes(2 * seconds * rate), rate)
 
 
 @dataclass
@@ -158,7 +148,7 @@ def attacked(options: argparse.Namespace, model: str, kept: Path) -> dict[str, A
         def more_to_do() -> bool:
             with lock:
                 done[0] += 1
-                first = done[0] == options.requests // 10
+                first = done[0] == max(1, options.requests // 10)
             if first:
                 states.append(_state(server, kept))
             return bool(done[0] <= options.requests or time.monotonic() - begun < 60 * options.minutes)
@@ -223,12 +213,12 @@ def _watch(address: str, counts: Counts, ended: threading.Event) -> None:
         counts.health_s.append(time.perf_counter() - begun)
 
 
-def valid(seed: int, hears: bool) -> dict[str, Body]:
+def valid(seed: int, audio: bool) -> dict[str, Body]:
     """Valid requests, by name.
 
     Args:
         seed: Seed of the images, sounds and texts.
-        hears: Whether some requests have recordings.
+        audio: Whether some requests have recordings.
     """
     draw, made = random.Random(seed), dict[str, Body]()
     for number in range(CASES):
@@ -240,7 +230,7 @@ def valid(seed: int, hears: bool) -> dict[str, Body]:
             for turn in range(2 + number % 9):
                 messages += [{"role": "user", "content": [_image(draw)] if turn == 1 else _words(draw, 9)}]
                 messages += [{"role": "assistant", "content": _words(draw, 9)}]
-        if number % 4 == 3 and hears:
+        if number % 4 == 3 and audio:
             parts[:0] = [_sound(draw)]
         messages.append({"role": "user", "content": parts})
         made[f"case {number}"] = {"messages": messages, "max_tokens": draw.choice((4, 8, 16, 32)), "temperature": 0}
@@ -265,13 +255,7 @@ def _uri(data: bytes) -> dict[str, Any]:
 
 def _sound(draw: random.Random) -> dict[str, Any]:
     samples = np.random.default_rng(draw.getrandbits(32)).normal(0, 3000, 16_000 * SECONDS_OF_SOUND)
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16_000)
-        file.writeframes(samples.astype(np.int16).tobytes())
-    return _recording(buffer.getvalue())
+    return _recording(_wav(samples.astype(np.int16).tobytes(), 16_000))
 
 
 def _recording(data: bytes) -> dict[str, Any]:
@@ -283,13 +267,13 @@ def _once(address: str, draw: random.Random, cases: dict[str, Body], expected: d
     (kind,) = draw.choices(KINDS, ODDS)
     if kind in ("answer", "stream"):
         name = draw.choice(list(cases))
-        status, said = _answer(address, cases[name] | {"stream": kind == "stream"})
+        status, reply = _answer(address, cases[name] | {"stream": kind == "stream"})
         counts.ended[f"{kind} {status}"] += 1
         if status != 200:
-            counts.unexpected.append(f"{kind} {status}: {said[:200]}")
-        elif said != expected[name]:
-            of = next((other for other, text in expected.items() if text == said), "no question")
-            counts.wrong.append(f"{name} ({kind}) got the answer of {of}: {said!r}, not {expected[name]!r}")
+            counts.unexpected.append(f"{kind} {status}: {reply[:200]}")
+        elif reply != expected[name]:
+            of = next((other for other, text in expected.items() if text == reply), "no question")
+            counts.wrong.append(f"{name} ({kind}) got the answer of {of}: {reply!r}, not {expected[name]!r}")
         return
     if kind == "leave":
         _leave(address, draw, cases)
@@ -305,15 +289,15 @@ def _once(address: str, draw: random.Random, cases: dict[str, Body], expected: d
 def _answer(address: str, body: Body) -> tuple[int, str]:
     """Status and text of an answer; repeats the request while the server is busy."""
     while True:
-        status, said = _sent(address, "POST", PATH, json.dumps(body).encode())
+        status, reply = _sent(address, "POST", PATH, json.dumps(body).encode())
         if status in BUSY:
             time.sleep(RETRY_S)
             continue
         if status != 200:
-            return status, said.decode(errors="replace")
+            return status, reply.decode(errors="replace")
         if not body.get("stream"):
-            return status, str(json.loads(said)["choices"][0]["message"]["content"])
-        events = [json.loads(line[6:]) for line in said.splitlines() if line.startswith(b"data: {")]
+            return status, str(json.loads(reply)["choices"][0]["message"]["content"])
+        events = [json.loads(line[6:]) for line in reply.splitlines() if line.startswith(b"data: {")]
         if failed := next((event["error"] for event in events if "error" in event), None):
             return int(failed["code"]), str(failed)
         return status, "".join(event["choices"][0]["delta"].get("content") or "" for event in events)

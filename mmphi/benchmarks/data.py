@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
+from unittest import mock
 
 from mmphi.errors import SettingsError
 
@@ -37,15 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(list(arguments))
     if not 10 <= options.images <= options.rows:
         raise SettingsError("--images is 10 at least, and at most --rows")
-    with tempfile.TemporaryDirectory() as name:
-        before = os.environ.get("XDG_CACHE_HOME")
-        os.environ["XDG_CACHE_HOME"] = str(Path(name) / "cache")
-        try:
-            found = measured(Path(name), options.rows, options.images)
-        finally:
-            os.environ.pop("XDG_CACHE_HOME")
-            if before is not None:
-                os.environ["XDG_CACHE_HOME"] = before
+    with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, XDG_CACHE_HOME=f"{name}/cache"):
+        found = measured(Path(name), options.rows, options.images)
     print(f"{options.rows:,} rows, {options.images:,} images, {found['tokens']:,.0f} tokens")
     for step in ("first read", "read again", "tokenised"):
         print(f"{step:12} {found[f'{step}, s']:8.1f} s {found[f'{step}, cpu s']:8.1f} s of CPU time")

@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often all are measured, in turn [3]")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)
-    rates: dict[str, list[float]] = {"tower alone": [], "open_clip": [], "mmphi": []}
+    rates: dict[str, list[float]] = {"encoder only": [], "open_clip": [], "mmphi": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = folder / "benchmark-vit.json"
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
         encoder: Any = load_vision_encoder(settings).to(this_device())
         images = draw_photos(folder / "images", options.images)
         for number in range(options.rounds):
-            rates["tower alone"].append(alone(encoder, options.images, options.batch_size))
+            rates["encoder only"].append(alone(encoder, options.images, options.batch_size))
             begun = time.perf_counter()
             expected = usual(encoder, images, options.batch_size, options.workers)
             rates["open_clip"].append(options.images / (time.perf_counter() - begun))

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from mmphi.benchmarks._pretrain_sides import SHAPES, Shape, loop_side, mmphi_side, positions, trainer_side
-from mmphi.benchmarks._side_by_side import TOLERANCE
+from mmphi.benchmarks._process import in_process
+from mmphi.benchmarks._side_by_side import OURS, TOLERANCE, loss_difference
 
-OURS = "mmphi"
 SIDES = {
     "mixed": ("padded", "sorted", "packed", OURS),
     "rows": ("loop", "loop-compiled", OURS, f"{OURS}-compiled"),
@@ -78,9 +77,11 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--steps: two at least, because the first is not timed")
     names = [(kind, side) for kind, sides in SIDES.items() for side in sides]
     found: dict[str, list[dict[str, Any]]] = {f"{kind}/{side}": [] for kind, side in names}
+    own = ["--shape", options.shape, "--steps", str(options.steps)]
     for _ in range(options.rounds):
         for kind, side in names:
-            found[f"{kind}/{side}"].append(in_process(side, kind, options.shape, options.steps))
+            part = in_process(side, "pretrain", ["--side", side, "--kind", kind, *own])
+            found[f"{kind}/{side}"].append(part)
     print(f"shape {options.shape}: {asdict(shape)}")
     for kind, sides in SIDES.items():
         show(kind, sides, found, shape)
@@ -98,23 +99,9 @@ def unequal(found: Mapping[str, list[dict[str, Any]]], allowed: float) -> list[s
     for name, runs in found.items():
         kind, _, side = name.partition("/")
         for theirs, ours in zip(runs, found[f"{kind}/{OURS}"], strict=True):
-            differences = [abs(a - b) for a, b in zip(theirs["losses"], ours["losses"], strict=True)]
-            if not all(each <= allowed for each in differences):  # Also true if a loss is NaN.
-                worst = max(range(len(differences)), key=lambda i: differences[i])
-                wrong.append(
-                    f"{kind}: losses of {side} and {OURS} differ by {differences[worst]:.2g} nats/token at step"
-                    f" {worst + 1}; at most {allowed:g} is rounding: they do not train the same"
-                )
+            if difference := loss_difference(theirs["losses"], ours["losses"], allowed):
+                wrong.append(f"{kind}: losses of {side} and {OURS} {difference}")
     return wrong
-
-
-def in_process(side: str, kind: str, shape: str, steps: int) -> dict[str, Any]:
-    """Run one side in a separate process."""
-    command = [sys.executable, "-m", "mmphi", "benchmark", "pretrain", "--side", side, "--kind", kind]
-    done = subprocess.run([*command, "--shape", shape, "--steps", str(steps)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def show(kind: str, sides: Sequence[str], found: Mapping[str, list[dict[str, Any]]], shape: Shape) -> None:

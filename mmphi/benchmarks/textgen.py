@@ -155,30 +155,30 @@ def run_side(options: argparse.Namespace) -> Figures:
     settings = TextgenSettings(model=options.model, max_tokens=options.max_tokens)
     language = load_language_model(LanguageSettings(model=options.model), None, this_device())
     endless = iter(PromptStream(settings, f"benchmark-{number}", language))
-    asked = [next(endless) for _ in range(max(options.batch, options.documents // processes))]
-    longest = options.max_tokens + max(len(each.ids) for each in asked)
+    requests = [next(endless) for _ in range(max(options.batch, options.documents // processes))]
+    longest = options.max_tokens + max(len(each.ids) for each in requests)
     torch.manual_seed(number)
     begun = time.perf_counter()
     if options.side == "generate":
-        tokens = _generate(language, asked, options.batch)
+        tokens = _generate(language, requests, options.batch)
     else:
         model = language.model if options.side != "vllm" else options.model
         write = make_sampler(options.side, model, SamplingConfig(seed=number), options.batch, longest)
         if options.side == "vllm":
             begun = time.perf_counter()  # vLLM has loaded its model in `make_sampler`; that is not timed.
-        tokens = sum(len(each.ids) for each in write(iter(asked)))
+        tokens = sum(len(each.ids) for each in write(iter(requests)))
     seconds = time.perf_counter() - begun
     return {"tokens": float(tokens), "seconds": seconds, "memory_gb": peak_memory_bytes() / 1e9}
 
 
-def _generate(language: Any, asked: Sequence[Any], batch: int) -> int:
+def _generate(language: Any, requests: Sequence[Any], batch: int) -> int:
     """Generate in batches; returns the number of tokens up to the end of each text."""
     import torch
 
-    model, end = language.model, asked[0].ends
+    model, end = language.model, requests[0].ends
     tokens = 0
-    for first in range(0, len(asked), batch):
-        group = asked[first : first + batch]
+    for first in range(0, len(requests), batch):
+        group = requests[first : first + batch]
         width = max(len(each.ids) for each in group)
         ids = torch.tensor([[end[0]] * (width - len(each.ids)) + list(each.ids) for each in group])
         mask = torch.tensor([[0] * (width - len(each.ids)) + [1] * len(each.ids) for each in group])

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mmphi.benchmarks._process import in_process
 
 SIDES = ("openai", "faster")
 
@@ -51,7 +51,7 @@ def run_side(side: str, model: str, path: Path, limit: int, beam: int = 5) -> di
     return {
         "texts": [each.text for each in found],
         "wer": total_errors(errors).rate,
-        "words": total_errors(errors).said,
+        "words": total_errors(errors).reference_words,
         "seconds": seconds,
         "real_time_factor": took / seconds,
         "memory_gb": peak_memory_bytes() / 1e9,
@@ -77,20 +77,11 @@ def main(arguments: Sequence[str]) -> int:
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:
-            found[side].append(in_process(side, arguments))
+            found[side].append(in_process(side, "transcribe", [*arguments, "--side", side]))
     show(found)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
-
-
-def in_process(side: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run one side in a separate process."""
-    command = [sys.executable, "-m", "mmphi", "benchmark", "transcribe", *arguments, "--side", side]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def show(found: Mapping[str, list[dict[str, Any]]]) -> None:
@@ -106,4 +97,4 @@ def show(found: Mapping[str, list[dict[str, Any]]]) -> None:
         print(f"{side:8} {runs[0]['wer']:7.4f} {factor(side):17.4f} {ratio:>10} {memory:8.2f}")
     pairs = list(zip(*(runs[0]["texts"] for runs in found.values()), strict=True))
     same = sum(one == other for one, other in pairs)
-    print(f"{same} of {len(pairs)} recordings are heard as the same text")
+    print(f"{same} of {len(pairs)} recordings have equal transcripts")

@@ -13,6 +13,8 @@ class CommandParser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviated options and suggests the nearest one for an unknown option."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        if isinstance(options.get("description"), str):  # Such as the first line of a docstring.
+            options["description"] = options["description"].replace("``", "")
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
@@ -56,18 +56,18 @@ class Field:
         bounds = ", ".join(f"{SIGNS[name]} {value:g}" for name, value in self.bounds.items())
         return "|".join(self.choices) or f"{self.kind} {bounds}".strip()
 
-    def nearest(self, value: Any) -> Any:
-        """Return the valid number nearest to an invalid one; ``None`` at an open bound, the default for non-numbers."""
+    def nearest(self, value: Any) -> float | None:
+        """Return the valid number nearest to an invalid one; ``None`` for a non-number and at an open bound."""
         if self.kind not in ("int", "float"):
-            return self.default
+            return None
         # 1,600 is an integer with a thousands separator; 1,5 is a fraction with a decimal comma.
         typed = str(value).replace(",", "" if self.kind == "int" else ".")
         try:
             number = float(typed)
         except ValueError:
-            return self.default
+            return None
         if math.isnan(number):
-            return self.default
+            return None
         step = 1 if self.kind == "int" else 0
         low = max((self.bounds.get("ge", -math.inf), self.bounds.get("gt", -math.inf) + step))
         high = min((self.bounds.get("le", math.inf), self.bounds.get("lt", math.inf) - step))
@@ -149,21 +149,32 @@ def former_names(root: type[Section]) -> Mapping[str, str]:
 
 def current_name(root: type[Section], name: str) -> str:
     """Return the current dotted name of a setting; accepts names of earlier versions."""
-    return former_names(root).get(name, name)
+    return current_item(former_names(root), name)
 
 
-def renamed(tree: Any, names: Mapping[str, str]) -> Any:
+def current_item(names: Mapping[str, str], name: str) -> str:
+    """Return the current dotted name of a setting, or of an item of a list, such as ``evaluate.links.0``.
+
+    Args:
+        names: Current dotted names by former ones, as returned by :func:`former_names`.
+        name: Current or former name.
+    """
+    whole, _, last = name.rpartition(".")
+    return f"{names[whole]}.{last}" if last.isdecimal() and whole in names else names.get(name, name)
+
+
+def renamed(tree: Any, current: Callable[[str], str]) -> Any:
     """Return a copy of a tree of mappings, lists and texts in which former names are replaced, as keys and as texts.
 
     Args:
         tree: Tree, such as a study's declaration.
-        names: Current dotted names by former ones, as returned by :func:`former_names`.
+        current: Returns the current name of a former one, and any other text unchanged.
     """
     if isinstance(tree, Mapping):
-        return {names.get(str(name), name): renamed(value, names) for name, value in tree.items()}
+        return {current(name) if isinstance(name, str) else name: renamed(v, current) for name, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(renamed(value, names) for value in tree)
-    return names.get(tree, tree) if isinstance(tree, str) else tree
+        return type(tree)(renamed(value, current) for value in tree)
+    return current(tree) if isinstance(tree, str) else tree
 
 
 def field_of(root: type[Section], name: str) -> Field | None:

@@ -95,8 +95,8 @@ def _nearest_valid(field: Field, value: Any) -> str:
         return f"did you mean {near[0]}?" if near else f"the default is {field.default}"
     valid = field.nearest(value)
     if valid is None:
-        return f"the default is {field.default}"
-    return f"the nearest valid value is {str(valid).lower() if field.kind == 'bool' else valid}"
+        return f"the default is {str(field.default).lower() if field.kind == 'bool' else field.default}"
+    return f"the nearest valid value is {valid}"
 
 
 def warn_renamed(former: str, current: str) -> None:

@@ -32,8 +32,8 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 def presets_folder() -> Path:
     """Return ``experiments/`` of the checkout that contains this package, or of the current folder."""
-    beside = Path(__file__).resolve().parents[2] / "experiments"
-    return beside if beside.is_dir() else Path.cwd() / "experiments"
+    own_folder = Path(__file__).resolve().parents[2] / "experiments"
+    return own_folder if own_folder.is_dir() else Path.cwd() / "experiments"
 
 
 def load(
@@ -67,11 +67,11 @@ def load(
         raise explain_validation_error(root, error) from error
 
 
-def _find(preset: str, beside: Path | None = None) -> Path:
-    folders = [beside] if beside else []
+def _find(preset: str, own_folder: Path | None = None) -> Path:
+    folders = [own_folder] if own_folder else []
     folders.append(presets_folder())
     inside = [folder / name for folder in folders for name in (preset, f"{preset}.yaml")]
-    for path in [*([] if beside else [Path(preset).expanduser()]), *inside]:
+    for path in [*([] if own_folder else [Path(preset).expanduser()]), *inside]:
         if path.suffix in (".yaml", ".yml") and path.is_file():
             return path.resolve()
     known = sorted(p.relative_to(presets_folder()).with_suffix("").as_posix() for p in presets_folder().rglob("*.yaml"))

@@ -17,14 +17,19 @@ class PretrainSettings(TrainingSettings):
 
     source: Literal["files", "store", "stream"] = setting(
         "files",
-        "where texts are from: corpus.sources, the store of textgen, or text that is being written",
+        "source of the texts: corpus.sources (files), the store of textgen, or running generators (stream)",
         legacy_default="files",
     )
     window_tokens: int = setting(
-        2_000_000, "text at hand to be seen again (stream)", legacy_default=2_000_000, unit="tokens", ge=1024
+        2_000_000, "size of the replay buffer of recent text (stream)", legacy_default=2_000_000, unit="tokens", ge=1024
     )
     max_epochs: int = setting(
-        4, "how often a document is seen at most (stream)", legacy_default=4, unit="times", ge=1, formerly="passes"
+        4,
+        "largest number of times a document is trained on (stream)",
+        legacy_default=4,
+        unit="times",
+        ge=1,
+        formerly="passes",
     )
     keep: bool = setting(
         True, "keep the clean part of the text in a store, as textgen does (stream)", affects_key=False
@@ -35,10 +40,14 @@ class PretrainSettings(TrainingSettings):
     heads: int = setting(4, "attention heads (custom)", unit="heads", ge=1)
     tied: bool = setting(False, "whether the output head shares the embedding's weights (custom)")
     partial_rotary_factor: float = setting(
-        0.0, "share of a head's channels that positions rotate (custom); 0 is Phi's own", legacy_default=0.0, ge=0, le=1
+        0.0, "share of a head's channels with rotary embeddings (custom); 0 takes Phi's", legacy_default=0.0, ge=0, le=1
     )
     initializer_range: float = setting(
-        0.02, "standard deviation of the weights at first; narrow models want more", legacy_default=0.02, gt=0, le=1
+        0.02,
+        "standard deviation of the initial weights; narrow models need a larger one",
+        legacy_default=0.02,
+        gt=0,
+        le=1,
     )
     context: int = setting(512, "longest context; of a corpus, the tokens of a row", unit="tokens", ge=16)
     learning_rate: float = setting(
@@ -52,39 +61,52 @@ class PretrainSettings(TrainingSettings):
         "initial-1", "when to end (corpus): initial-1, loss 5, tokens 2M, steps 100, time 20m; the first of several"
     )
     supervised_tokens: int = setting(
-        0, "end after so many tokens, in place of `stop` (corpus); 0 uses `stop`", unit="tokens", ge=0
+        0,
+        "number of supervised tokens after which training ends, in place of `stop` (corpus); 0 uses `stop`",
+        unit="tokens",
+        ge=0,
     )
     eval_text: str = setting(
-        "", "a text that others report, such as WikiText-2's test split", file="path", formerly="public_text"
+        "",
+        "text of a public benchmark to measure the loss on, such as WikiText-2's test split",
+        file="path",
+        formerly="public_text",
     )
     eval_windows: int = setting(
-        0, "score at most so many windows of it at each validation; 0 scores all", ge=0, formerly="public_windows"
+        0,
+        "largest number of windows of eval_text scored at each validation; 0 scores all",
+        ge=0,
+        formerly="public_windows",
     )
     reference: float = setting(
         2.273,
-        "loss to come near (Phi-2 on WikiText-2), for the time to one nat above",
+        "reference loss (Phi-2 on WikiText-2); the time until the loss is within 1 nat of it is reported",
         unit="nats",
         affects_key=False,
         gt=0,
     )
-    validation_tokens: int = setting(65536, "score at most so many tokens held out", unit="tokens", ge=512)
-    prompts: list[str] = setting(
-        ["The", "In the year", "She looked at him and"], "what samples go on from at each validation", affects_key=False
+    validation_tokens: int = setting(
+        65536, "largest number of held-out tokens scored at each validation", unit="tokens", ge=512
     )
-    compile: bool = setting(False, "let torch compile the layers; a message tells where it cannot", affects_key=False)
+    prompts: list[str] = setting(
+        ["The", "In the year", "She looked at him and"],
+        "prompts of the text samples at each validation",
+        affects_key=False,
+    )
+    compile: bool = setting(
+        False, "compile the layers with torch.compile; a message reports where it is not possible", affects_key=False
+    )
     shard: bool = setting(
-        False, "spread parameters over the processes (FSDP2) instead of copying them", affects_key=False
+        False, "shard parameters over the processes (FSDP2) instead of replicating them", affects_key=False
     )
     peak_tflops: float = setting(
         0.0,
-        "what MFU divides by; 0 takes the device's data sheet, or measures",
+        "peak throughput of the device for MFU; 0 takes its data sheet, or measures",
         unit="TFLOP/s",
         affects_key=False,
         ge=0,
     )
-    loss_on: Literal["everything", "answers"] = setting(
-        "answers", "which tokens of scenes' texts are learned", formerly="learn"
-    )
+    loss_on: Literal["everything", "answers"] = setting("answers", "supervised tokens of scene texts", formerly="learn")
     vocabulary: int = setting(
         512, "size of an own byte-level BPE for scenes; 0 takes Phi-2's", unit="tokens", ge=0, le=200000
     )

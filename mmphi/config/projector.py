@@ -9,6 +9,7 @@ from mmphi.config.shared import ConversationSettings
 
 Activation = Literal["gelu", "relu", "silu"]
 ProjectorKind = Literal["mlp", "pixel_shuffle", "ldp_v2", "resampler"]  # See mmphi/models/projector_kinds.py.
+KIND_SETTINGS = ("merge", "queries")  # Settings that only some kinds use: see `uses` of each kind.
 
 
 class ProjectorSettings(ConversationSettings):
@@ -27,18 +28,20 @@ class ProjectorSettings(ConversationSettings):
         2, "linear layers: 1 is linear, 2 is LLaVA-1.5's; blocks of attention of a resampler", unit="layers", ge=1, le=8
     )
     width: int = setting(0, "hidden width; 0 takes the language model's", unit="units", ge=0)
-    parameters: int = setting(0, "choose the hidden width that comes nearest to this size; 0 takes `width`", ge=0)
-    activation: Activation = setting("gelu", "between the layers")
+    parameters: int = setting(0, "choose the hidden width for about this number of parameters; 0 takes `width`", ge=0)
+    activation: Activation = setting("gelu", "activation function between the layers")
     norm: bool = setting(False, "normalise every feature vector before the first layer")
     dropout: float = setting(
         0.0, "share of each layer's inputs (resampler: attention weights) dropped in training", ge=0, lt=1
     )
     compile: Literal["auto", "yes", "no"] = setting(
-        "auto", "let torch compile the frozen language model's layers; auto: on a GPU, in 16 bit", affects_key=False
+        "auto",
+        "compile the frozen language model's layers with torch.compile; auto: on a GPU, in 16 bit",
+        affects_key=False,
     )
     num_augmentations: int = setting(
         1,
-        "views of each training image in turn: itself, and parts of it, mirrored by half",
+        "augmented views of each training image, used in turn: the image, then random crops, half of them mirrored",
         ge=1,
         legacy_default=1,
         formerly="views",
@@ -51,15 +54,25 @@ class ProjectorSettings(ConversationSettings):
     )
     alignment_steps: int = setting(
         0,
-        "steps before, in which features learn to name the words of captions; 0 for none",
+        "steps of the alignment warm-up on the words of captions, before the training; 0 for none",
         unit="steps",
         ge=0,
         legacy_default=0,
         formerly="align_steps",
     )
     alignment_batch_size: int = setting(
-        128, "images per such step", unit="images", ge=1, legacy_default=128, formerly="align_batch_size"
+        128,
+        "images per step of the alignment warm-up",
+        unit="images",
+        ge=1,
+        legacy_default=128,
+        formerly="align_batch_size",
     )
     alignment_learning_rate: float = setting(
-        2e-3, "peak learning rate of these steps", gt=0, le=1, legacy_default=2e-3, formerly="align_learning_rate"
+        2e-3,
+        "peak learning rate of the alignment warm-up",
+        gt=0,
+        le=1,
+        legacy_default=2e-3,
+        formerly="align_learning_rate",
     )

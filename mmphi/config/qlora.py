@@ -14,7 +14,9 @@ class QloraSettings(ConversationSettings):
     """A low-rank adapter on the frozen, quantised language model, trained on conversations."""
 
     model: str = setting(
-        "", "folder or run of the projector to take over; empty takes that of these settings", file="model"
+        "",
+        "folder or run of a trained projector to start from; empty takes the projector stage of these settings",
+        file="model",
     )
     base_precision: Precision = setting(
         "4bit", "weights of the frozen language model: 4bit is NF4, quantised doubly", formerly="base"
@@ -22,8 +24,8 @@ class QloraSettings(ConversationSettings):
     rank: int = setting(16, "inner width of the adapter", unit="units", ge=1, le=4096)
     alpha: float = setting(32.0, "the adapter is scaled by alpha / rank, or alpha / sqrt(rank) with rslora", gt=0)
     rslora: bool = setting(False, "rank-stabilised scaling")
-    dropout: float = setting(0.0, "share of inputs that the adapter does not see in training", ge=0, lt=1)
-    dora: bool = setting(False, "learn sizes and directions of the weights apart (DoRA)")
+    dropout: float = setting(0.0, "share of the adapter's inputs dropped in training", ge=0, lt=1)
+    dora: bool = setting(False, "train magnitudes and directions of the weights separately (DoRA)")
     targets: list[str] = setting([], "names of the layers that get an adapter; none takes all linear ones")
     learning_rate: float = setting(2e-4, "peak learning rate of the adapter", gt=0, le=1)
     projector_learning_rate: float = setting(2e-5, "peak learning rate of the projector; 0 freezes it", ge=0, le=1)
@@ -40,7 +42,9 @@ class QloraSettings(ConversationSettings):
         ge=0,
     )
     phrasings: Literal["one", "varied"] = setting(
-        "varied", "wordings of these questions: one, or several with varied case and punctuation", legacy_default="one"
+        "varied",
+        "phrasings of the yes/no questions: one, or several with varied case and punctuation",
+        legacy_default="one",
     )
     plain_text: str = setting("", "a text whose loss is measured before and after, to measure forgetting", file="path")
 

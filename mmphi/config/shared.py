@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, cast, get_args
 
-from pydantic import model_validator
+from pydantic import ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from mmphi.config.section import Section, setting
 
 Precision = Literal["fp32", "bf16", "8bit", "4bit"]
+SourceKind = Literal["scenes", "llava", "captions", "karpathy", "datasets"]  # See mmphi/data/readers.py.
+REGISTERED_KINDS: set[str] = set()  # Further kinds of this process, from mmphi.data.readers.register.
 
 
 class SourceSettings(Section):
     """One dataset of a mixture."""
 
-    kind: Literal["scenes", "llava", "captions", "karpathy", "datasets"] = setting("scenes", "file format")
+    kind: SourceKind = setting("scenes", "reader of the rows")
     name: str = setting("", "name in reports; empty takes the kind")
     path: str = setting("", "the JSON or CSV file, or a `datasets` name (owner/name:config) or folder", file="name")
     images: str = setting("", "folder that the image paths are relative to", file="path")
@@ -26,14 +28,23 @@ class SourceSettings(Section):
     revision: str = setting("", "revision of a `datasets` name; empty takes the newest, and notes which that was")
     weight: float = setting(1.0, "share of this source in the mixture, relative to the others", gt=0)
 
+    @field_validator("kind", mode="wrap")
+    @classmethod
+    def _may_be_registered(cls, value: Any, standard: ValidatorFunctionWrapHandler) -> SourceKind:
+        return cast(SourceKind, value if isinstance(value, str) and value in REGISTERED_KINDS else standard(value))
+
     @model_validator(mode="after")
     def _scenes_have_no_files(self) -> SourceSettings:
         """Refuse files without a kind, which would silently train on drawn scenes."""
         if self.kind == "scenes" and (self.path or self.images):
-            raise ValueError(
-                f"a source with {'path' if self.path else 'images'} needs a kind: llava, captions, karpathy, datasets"
-            )
+            given = "path" if self.path else "images"
+            raise ValueError(f"a source with {given} needs a kind: {', '.join(source_kinds()[1:])}")
         return self
+
+
+def source_kinds() -> tuple[str, ...]:
+    """Return all kinds of sources, those registered in this process last; the first is ``scenes``."""
+    return (*get_args(SourceKind), *sorted(REGISTERED_KINDS))
 
 
 READING = 2  # Version 2: each picture in one split only, more conversation formats, and counted turns.
@@ -59,7 +70,7 @@ class DataSettings(Section):
 
     reading: int = setting(
         1,
-        "version of the rules by which files of other people are read; mmphi sets it",
+        "version of the rules for reading external data files; mmphi sets it",
         legacy_default=1,
         ge=1,
         le=READING,
@@ -107,16 +118,22 @@ class VisionSettings(Section):
         file="weights",
         names=("random",),
     )
-    mean: list[float] = setting([], "mean of each colour, where a weights file needs another than its config says")
-    std: list[float] = setting([], "standard deviation of each colour, likewise")
-    interpolation: Literal["auto", "bicubic", "bilinear"] = setting("auto", "how images are resized, likewise")
-    resize: Literal["auto", "shortest", "longest", "squash"] = setting(
-        "auto", "the side that is fitted to the input's size, likewise; squash fits both"
+    mean: list[float] = setting([], "mean of each colour channel, to override that of the encoder's config")
+    std: list[float] = setting(
+        [], "standard deviation of each colour channel, to override that of the encoder's config"
     )
-    quick_gelu: Literal["auto", "yes", "no"] = setting("auto", "whether the activation is OpenAI's, likewise")
+    interpolation: Literal["auto", "bicubic", "bilinear"] = setting(
+        "auto", "interpolation of image resizing; auto takes that of the encoder's config"
+    )
+    resize: Literal["auto", "shortest", "longest", "squash"] = setting(
+        "auto", "side that is resized to the input size; squash fits both, auto takes the encoder's config"
+    )
+    quick_gelu: Literal["auto", "yes", "no"] = setting(
+        "auto", "whether the encoder uses OpenAI's QuickGELU; auto follows its config"
+    )
     revision: str = setting("", "revision of the tag's hub repository; empty takes the newest, and notes which")
     layer: int = setting(-2, "which transformer block's tokens: -1 is the last, -2 the one before", ge=-64, le=-1)
-    cls: Literal["drop", "keep"] = setting("drop", "whether the CLS token stands before the patches")
+    cls: Literal["drop", "keep"] = setting("drop", "whether the CLS token is kept before the patch tokens")
     pool: int = setting(1, "side of the square of patches averaged into one token", unit="patches", ge=1, le=16)
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the encoder")
 
@@ -176,7 +193,7 @@ class ConversationSettings(TrainingSettings):
 
     checkpoint_selection: Literal["last", "best"] = setting(
         "last",
-        "whose weights are the result: the last step's, or the lowest validation loss's",
+        "weights that are the result: of the last step, or of the lowest validation loss",
         legacy_default="last",
         formerly="result",
     )
@@ -193,7 +210,7 @@ class ConversationSettings(TrainingSettings):
     )
     contrastive_weight: float = setting(
         0.0,
-        "weight of telling the right image from another one of the step: what it should save, up to 1.5 nats a token",
+        "weight of the hard-negative loss: the right image should reduce the loss by 1.5 nats a token",
         ge=0,
         le=10,
         legacy_default=0.0,
@@ -201,7 +218,7 @@ class ConversationSettings(TrainingSettings):
     )
     contrastive_start: float = setting(
         0.85,
-        "share of the steps after which contrast begins",
+        "share of the steps after which the contrastive loss is used",
         ge=0,
         lt=1,
         legacy_default=0.85,

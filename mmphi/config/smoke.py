@@ -1,6 +1,6 @@
-"""``--smoke``: every stage and its evaluation at a size that takes seconds, to see whether a whole run works.
+"""``--smoke``: reduces every stage and its evaluation to seconds, to check that a whole run works.
 
-The settings are real ones, so that results of a smoke run have keys of their own and are never taken for others.
+The reduced values are ordinary settings, so smoke results have different keys and are never reused as full results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmphi.config.section import Section
 S = TypeVar("S", bound=Section)
 SMOKE = "smoke"  # The last word of the preset name of every smoke run.
 
-# Upper bounds; a smaller value stays.
+# Upper bounds; smaller values are kept.
 AT_MOST: Mapping[str, int] = {
     "scenes.train_images": 64,
     "scenes.validation_images": 8,
@@ -50,13 +50,13 @@ AT_MOST: Mapping[str, int] = {
     "evaluate.candidates": 2,
     "textgen.generators": 1,
 }
-# Bounds of settings whose 0 stands for all.
+# Upper bounds of settings for which 0 means "all".
 AT_MOST_OF_ALL: Mapping[str, int] = {
     "data.max_images": 32,
     "evaluate.max_images": 8,
     "pretrain.eval_windows": 2,
 }
-# Budgets that would outweigh the bounds above.
+# Replacement values for budgets that would override the bounds above.
 INSTEAD: Mapping[str, Any] = {
     "pretrain.stop": "steps 4",
     "pretrain.supervised_tokens": 0,
@@ -69,11 +69,11 @@ PRETRAIN_BUDGETS = frozenset({"pretrain.steps", "pretrain.stop", "pretrain.super
 
 
 def smoke(settings: S, given: AbstractSet[str] = frozenset()) -> S:
-    """Settings at the size of a smoke run.
+    """Returns settings reduced to the size of a smoke run.
 
     Args:
         settings: All settings.
-        given: Full names of settings that keep their value, such as those of the command line.
+        given: Full names of settings that keep their value, such as those given on the command line.
     """
     values = dict(leaves(settings))
     small: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def smoke(settings: S, given: AbstractSet[str] = frozenset()) -> S:
             small[name] = min(value or AT_MOST_OF_ALL[name], AT_MOST_OF_ALL[name])
         elif name in AT_MOST:
             small[name] = min(value, AT_MOST[name])
-    if given & PRETRAIN_BUDGETS:  # A corpus is read until `stop`, which would undo what is given.
+    if given & PRETRAIN_BUDGETS:  # The replaced `stop` would override the given budget.
         small.pop("pretrain.stop", None)
         if "pretrain.steps" in given and "pretrain.stop" not in given:
             small["pretrain.stop"] = f"steps {values['pretrain.steps']}"

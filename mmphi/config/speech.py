@@ -36,25 +36,25 @@ class SpeechSettings(TrainingSettings, RecordingsSection):
         8, "frames of 20 ms concatenated to one token (encoder)", unit="frames", ge=1, le=50, formerly="stack"
     )
     width: int = setting(0, "inner width; 0 takes the language model's", unit="units", ge=0)
-    soft_temperature: float = setting(1.0, "what Whisper's logits are divided by (soft)", gt=0)
+    soft_temperature: float = setting(1.0, "temperature of Whisper's token probabilities (soft)", gt=0)
     alignment_steps: int = setting(
         300,
-        "steps of CTC alignment before, without the language model (encoder); 0 for none",
+        "steps of CTC alignment before the training, without the language model (encoder); 0 for none",
         unit="steps",
         ge=0,
         formerly="align_steps",
     )
     alignment_batch_size: int = setting(
-        64, "recordings per such step", unit="recordings", ge=1, formerly="align_batch_size"
+        64, "recordings per step of the CTC alignment", unit="recordings", ge=1, formerly="align_batch_size"
     )
     alignment_learning_rate: float = setting(
-        1e-3, "peak learning rate of these steps", gt=0, le=1, formerly="align_learning_rate"
+        1e-3, "peak learning rate of the CTC alignment", gt=0, le=1, formerly="align_learning_rate"
     )
-    temperature: float = setting(2.0, "of the predictions that are compared", gt=0)
-    end_weight: float = setting(1.0, "how much more the token that ends an answer counts", ge=0)
+    temperature: float = setting(2.0, "distillation temperature of the compared predictions", gt=0)
+    end_weight: float = setting(1.0, "additional weight of the token that ends an answer", ge=0)
     question: str = setting("Repeat after me: <audio>", "what the model is asked; the recording stands at <audio>")
     answers: Literal["repeat", "own"] = setting(
-        "repeat", "answers to learn from: the transcript, or what the model itself answers to it (own)"
+        "repeat", "training targets: the transcript (repeat), or the model's own answer to the transcript (own)"
     )
     answer_tokens: int = setting(32, "longest of the model's own answers", unit="tokens", ge=1)
     validation: int = setting(8, "recordings held out for validation", unit="recordings", ge=0)

@@ -44,7 +44,7 @@ class TextgenSettings(Section):
     max_tokens: int = setting(512, "longest document", unit="tokens", ge=1, legacy_default=512)
     seed: int = setting(0, "seed of prompts and samples", ge=0, legacy_default=0)
     stop: str = setting(
-        "store", "when enough is written: store (it is full), documents 1k, tokens 2M, time 20m", legacy_default="store"
+        "store", "stop criterion: store (store is full), documents 1k, tokens 2M, time 20m", legacy_default="store"
     )
     store_only: bool = setting(False, "write nothing: fill the store from corpus.sources", legacy_default=False)
     generators: int = setting(
@@ -55,14 +55,16 @@ class TextgenSettings(Section):
         affects_key=False,
     )
     backend: Literal["auto", "transformers", "slots", "vllm"] = setting(
-        "auto", "what draws the tokens; auto: on a GPU vLLM where it is installed, else transformers", affects_key=False
+        "auto", "generation backend; auto: vLLM on a GPU if it is installed, else transformers", affects_key=False
     )
     batch: int = setting(16, "documents that a generator writes at once", unit="documents", affects_key=False, ge=1)
     shard_documents: int = setting(32, "documents of a shard", unit="documents", affects_key=False, ge=1)
     spool: str = setting(
         "", "folder or fsspec URL of the spool; empty takes one in the run's folder", affects_key=False
     )
-    spool_mb: float = setting(64.0, "most that waits in the spool", unit="MB", affects_key=False, gt=0)
+    spool_mb: float = setting(
+        64.0, "largest size of the spool; generators pause when it is full", unit="MB", affects_key=False, gt=0
+    )
     ray: str = setting(
         "", "Ray cluster that writes: HOST:PORT, auto or local; empty takes this machine alone", affects_key=False
     )
@@ -74,7 +76,7 @@ class TextgenSettings(Section):
 class StoreSettings(Section):
     """Corpus store of filtered and deduplicated text, of limited size."""
 
-    megabytes: float = setting(100.0, "most that the store has, compressed", unit="MB", gt=0)
+    megabytes: float = setting(100.0, "largest compressed size of the store", unit="MB", gt=0)
     min_words: int = setting(50, "shortest document", unit="words", ge=1, formerly="shortest")
     max_words: int = setting(100_000, "longest document", unit="words", ge=1, formerly="longest")
     language: str = setting("eng", "language of the documents, by its ISO 639-3 code")

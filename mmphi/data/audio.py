@@ -38,12 +38,12 @@ class Recording:
     Attributes:
         samples: float32 in about -1 to 1, shape (n,).
         rate: Samples per second.
-        told: Defects of the file, one sentence each.
+        defects: Defects of the file, one sentence each.
     """
 
     samples: Samples
     rate: int = RATE
-    told: tuple[str, ...] = ()
+    defects: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -65,15 +65,15 @@ def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, 
     Raises:
         AudioError: If the file is missing, has no audio, cannot be decoded, is longer than ``max_seconds``, or has too
             many channels or non-finite samples. A recording that is shorter than its header states, or whose channels
-            cancel each other, is returned, with a message in ``told``.
+            cancel each other, is returned, with a message in ``defects``.
     """
     name = "the recording" if isinstance(source, bytes) else str(source)
     opened = _opened(source, name)
     with opened as container:
         stream = _stream(container, name)
-        said = _seconds_said(container, stream, source)
-        if said is not None and said > max_seconds:
-            raise _too_long(name, said, max_seconds)
+        stated = _stated_seconds(container, stream, source)
+        if stated is not None and stated > max_seconds:
+            raise _too_long(name, stated, max_seconds)
         pieces, count = [], 0
         broken: list[str] = []
         try:
@@ -87,16 +87,16 @@ def read_audio(source: Path | str | bytes, *, max_seconds: float = MAX_SECONDS, 
     if not count:
         why = f": {broken[0]}" if broken else ""
         raise AudioError("no sound", f"{name} has no sound that can be decoded{why}", "check that it plays elsewhere")
-    told = []
+    defects = []
     if broken:
-        told.append(f"{len(broken)} packets of {name} could not be decoded: {broken[0]}; {count / rate:.2f} s could")
-    elif said is not None and count / rate < said - max(SLACK_S, 0.01 * said):
-        told.append(f"{name} holds {count / rate:.2f} s of the {said:.2f} s that its header says: it is cut off")
+        defects.append(f"{len(broken)} packets of {name} could not be decoded: {broken[0]}; {count / rate:.2f} s could")
+    elif stated is not None and count / rate < stated - max(SLACK_S, 0.01 * stated):
+        defects.append(f"{name} is truncated: it holds {count / rate:.2f} s of the {stated:.2f} s in its header")
     mean, first = (np.concatenate(channel) for channel in zip(*pieces, strict=True))
     if np.dot(mean, mean) < CANCELLED * np.dot(first, first):
-        told.append(f"the channels of {name} cancel each other: the first one is heard alone")
+        defects.append(f"the channels of {name} cancel each other: only the first one is used")
         mean = first
-    return Recording(mean, rate, tuple(told))
+    return Recording(mean, rate, tuple(defects))
 
 
 def audio_seconds(source: Path | str | bytes) -> float | None:
@@ -107,7 +107,7 @@ def audio_seconds(source: Path | str | bytes) -> float | None:
     """
     name = "the recording" if isinstance(source, bytes) else str(source)
     with _opened(source, name) as container:
-        return _seconds_said(container, _stream(container, name), source)
+        return _stated_seconds(container, _stream(container, name), source)
 
 
 def _av() -> Any:
@@ -140,7 +140,7 @@ def _opened(source: Path | str | bytes, name: str) -> Any:
         return _av().open(given, mode="r", options={"protocol_whitelist": protocols, "format_whitelist": DEMUXERS})
     except (_av().error.FFmpegError, ValueError, UnicodeError) as error:
         raise AudioError(
-            "not audio", f"{name} is no recording that can be read: {_what(error)}", "give WAV, FLAC, MP3, OGG or M4A"
+            "not audio", f"{name} is not a readable recording: {_what(error)}", "give WAV, FLAC, MP3, OGG or M4A"
         ) from error
 
 
@@ -151,7 +151,9 @@ def _stream(container: Any, name: str) -> Any:
     stream = container.streams.audio[0]
     context = stream.codec_context
     if context is None or not context.sample_rate or context.sample_rate < 0:
-        raise AudioError("no sample rate", f"{name} says a sample rate of 0", "save it again: its header is damaged")
+        raise AudioError(
+            "no sample rate", f"the header of {name} has a sample rate of 0", "save it again: its header is damaged"
+        )
     if not 0 < context.channels <= MAX_CHANNELS:
         raise AudioError(
             "too many channels",
@@ -161,16 +163,16 @@ def _stream(container: Any, name: str) -> Any:
     return stream
 
 
-def _seconds_said(container: Any, stream: Any, source: Path | str | bytes) -> float | None:
+def _stated_seconds(container: Any, stream: Any, source: Path | str | bytes) -> float | None:
     """Duration in seconds that the header states; ``None`` if it is missing or only an estimate."""
-    if container.format.name in ESTIMATED and not (container.format.name == "mp3" and _mp3_says(source)):
+    if container.format.name in ESTIMATED and not (container.format.name == "mp3" and _states_frame_count(source)):
         return None
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return container.duration / _av().time_base if container.duration and container.duration > 0 else None
 
 
-def _mp3_says(source: Path | str | bytes) -> bool:
+def _states_frame_count(source: Path | str | bytes) -> bool:
     """Whether the first frame of an MP3 states the number of frames."""
     if isinstance(source, bytes):
         return any(mark in _after_tag(io.BytesIO(source)) for mark in LENGTHS)
@@ -222,7 +224,7 @@ def _pieces(resampler: Any, frame: Any, channels: int, name: str) -> Iterator[tu
         if not np.isfinite(samples).all():
             raise AudioError(
                 "samples are not finite",
-                f"{name} holds samples that are no numbers (NaN or infinite)",
+                f"{name} contains samples that are NaN or infinite",
                 "export it again",
             )
         mean: Samples = samples.mean(axis=1, dtype=np.float32)

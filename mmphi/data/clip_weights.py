@@ -56,7 +56,7 @@ def prepared_for(settings: VisionSettings) -> VisionSettings:
     if file is None or all(getattr(settings, name) != value for name, value in AUTO.items()):
         return settings
     usual = _usual(model)
-    found = {**usual, **_described(model), **_beside(file)}
+    found = {**usual, **_described(model), **_config_of_folder(file)}
     if not (file.parent / CONFIG).is_file():
         tags = _of_tags(model)
         unsettled = [n for n, v in tags.items() if len(v) > 1 and getattr(settings, n) == AUTO[n]]
@@ -127,7 +127,7 @@ def _described(model: str) -> dict[str, Any]:
     return _read(_own_config(model).get("preprocess_cfg") or {}, None) if model.endswith(".json") else {}
 
 
-def _beside(file: Path) -> dict[str, Any]:
+def _config_of_folder(file: Path) -> dict[str, Any]:
     """Settings in ``open_clip_config.json`` in the folder of a file; empty if it does not exist.
 
     Raises:
@@ -160,7 +160,7 @@ def _of_tags(model: str) -> dict[str, dict[str, list[str]]]:
 
 def _choices(settings: VisionSettings, tags: Mapping[str, Mapping[str, list[str]]], unsettled: list[str]) -> str:
     lines = [
-        f"{settings.pretrained} is a file, and weights of {settings.model} are of several kinds:",
+        f"{settings.pretrained} is a file, and weights of {settings.model} exist with different values:",
         *(
             f"  vision.{name} = {value.strip(chr(34))}: {', '.join(of)}"
             for name in unsettled
@@ -172,4 +172,4 @@ def _choices(settings: VisionSettings, tags: Mapping[str, Mapping[str, list[str]
 
 def _hint(tags: Mapping[str, Mapping[str, list[str]]], unsettled: list[str]) -> str:
     example = " ".join(f"--vision.{n} {next(iter(tags[n])).strip(chr(34))!r}" for n in unsettled)
-    return f"say which, for example {example}; or put the model's {CONFIG} beside the file"
+    return f"set these, for example {example}; or put the model's {CONFIG} into the file's folder"

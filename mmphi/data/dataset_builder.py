@@ -9,15 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmphi.config.shared import DataSettings, SourceSettings, sources_of
-from mmphi.data.captions import read_captions, read_karpathy
+from mmphi.config.shared import DataSettings, sources_of
 from mmphi.data.duplicates import picture_names
-from mmphi.data.hf_datasets import read_dataset
-from mmphi.data.llava import read_llava
-from mmphi.data.schema import Example, ImageRef, ReadReport, Split
-from mmphi.errors import DataError, SettingsError
-
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+from mmphi.data.readers import READERS, read_source
+from mmphi.data.schema import SPLITS, Example, ImageRef, ReadReport, Split
+from mmphi.errors import DataError
 
 
 def read_examples(data: DataSettings, scenes: Path | None) -> tuple[list[Example], ReadReport]:
@@ -38,44 +34,10 @@ def read_examples(data: DataSettings, scenes: Path | None) -> tuple[list[Example
     examples: list[Example] = []
     for source in sources_of(data):
         name = source.name or source.kind
-        limited = _limit(_read(source, name, scenes, report), data.max_images, report)
+        limited = _limit(read_source(source, name, report, scenes), data.max_images, report)
         usable = [e for e in limited if _usable(e, data, report)]
-        brings_splits = source.kind in ("scenes", "karpathy")
-        examples += usable if brings_splits else split_by_image(usable, data)
+        examples += usable if READERS[source.kind].brings_splits else split_by_image(usable, data)
     return align_splits_of_duplicates(examples, report, near=data.near_duplicates == "group"), report
-
-
-def _read(source: SourceSettings, name: str, scenes: Path | None, report: ReadReport) -> Iterator[Example]:
-    for key in {"scenes": (), "datasets": ("path",)}.get(source.kind, ("path", "images")):
-        if not getattr(source, key):
-            raise SettingsError(f"the source {name!r} of kind {source.kind} has no {key}", f"set its {key}")
-    path, images = Path(source.path), Path(source.images)
-    image, text, question = source.image_column, source.text_column, source.question
-    match source.kind:
-        case "scenes":
-            if scenes is None:
-                raise DataError("a source asks for scenes, but none were drawn")
-            for split in SPLITS:
-                yield from read_llava(scenes / f"{split}.json", scenes / "images", name, report, split)
-        case "llava":
-            yield from read_llava(path, images, name, report)
-        case "captions":
-            yield from read_captions(
-                path, images, name, report, image_column=image, text_column=text, question=question
-            )
-        case "karpathy":
-            yield from read_karpathy(path, images, name, report, question=question)
-        case "datasets":
-            yield from read_dataset(
-                source.path,
-                source.split,
-                name,
-                report,
-                image_column=image,
-                text_column=text,
-                question=question,
-                revision=source.revision,
-            )
 
 
 def _limit(examples: Iterable[Example], images: int, report: ReadReport) -> Iterator[Example]:
@@ -170,7 +132,7 @@ def align_splits_of_duplicates(examples: list[Example], report: ReadReport, *, n
     first: dict[str, ImageRef] = {}
     for image in files:
         if first.setdefault(picture[image.path], image) is not image:
-            report.note(image.id.partition("/")[0], f"files with the picture of another{' or nearly' * near}")
+            report.note(image.id.partition("/")[0], f"files with a duplicate picture{' or a near duplicate' * near}")
     strictest: dict[str, Split] = {}
     for example in examples:
         for image in example.images:
@@ -180,7 +142,7 @@ def align_splits_of_duplicates(examples: list[Example], report: ReadReport, *, n
     for example in examples:
         split = _strictest([example.split, *(strictest[picture[image.path]] for image in example.images)])
         if split != example.split:
-            report.note(example.source, f"moved to {split}, where the same picture is")
+            report.note(example.source, f"moved to {split}, which has the same picture")
             example = replace(example, split=split)
         agreed.append(example)
     return _apart(agreed, picture, report)

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mmphi.data.features import INDEX
+from mmphi.data.store_writer import INDEX, StoreWriter
 from mmphi.errors import StoreError
 
-PROGRESS = "progress.jsonl"
 
-
-class FeatureWriter:
+class FeatureWriter(StoreWriter[tuple[str, int]]):
     """Writes image features, keyed by the digest of the image's content.
 
     Args:
@@ -34,17 +32,10 @@ class FeatureWriter:
     """
 
     def __init__(self, folder: Path, tokens: int, width: int, shard_images: int, encoder: str = "") -> None:
-        self.folder, self.shape, self.shard_images, self.encoder = folder, (tokens, width), shard_images, encoder
-        self.places: dict[str, tuple[str, int]] = {}
-        self.unreadable: dict[str, str] = {}
+        super().__init__(folder)
+        self.shape, self.shard_images, self.encoder = (tokens, width), shard_images, encoder
         self._shard: Any = None
         self._name, self._filled, self._remaining = "", 0, 0
-        folder.mkdir(parents=True, exist_ok=True)
-        self._recall()
-
-    def knows(self, digest: str) -> bool:
-        """Whether a content was written or found unreadable."""
-        return digest in self.places or digest in self.unreadable
 
     def bytes_for(self, images: int) -> int:
         """Returns the size in bytes of the features of ``images`` images."""
@@ -64,30 +55,12 @@ class FeatureWriter:
             )
         self._remaining = images
 
-    def _recall(self) -> None:
-        path = self.folder / PROGRESS
-        if not path.exists():
-            return
-        whole = 0
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # Truncated by a kill; its batch is computed again.
-                self._note(json.loads(line))
-                whole += len(line)
-        os.truncate(path, whole)
-
     def _note(self, batch: Mapping[str, Any]) -> None:
         self.places.update({digest: (batch["shard"], row) for digest, row in batch["rows"]})
         self.unreadable.update(batch["unreadable"])
 
     def _write_down(self, shard: str, rows: Sequence[tuple[str, int]], unreadable: Mapping[str, str]) -> None:
-        batch = {"shard": shard, "rows": rows, "unreadable": unreadable}
-        with (self.folder / PROGRESS).open("a") as file:
-            file.write(json.dumps(batch) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._note(batch)
+        self._record({"shard": shard, "rows": rows, "unreadable": unreadable})
 
     def take_over(self, earlier: Path) -> int:
         """Add the features of an earlier store of the same encoder, by hard links if possible.
@@ -101,12 +74,7 @@ class FeatureWriter:
             if not self.knows(digest):
                 fresh.setdefault(shard, []).append((digest, row))
         for shard, rows in fresh.items():
-            name = self._free_name()
-            try:
-                os.link(earlier / index["shards"][shard], self.folder / name)
-            except OSError:  # Another disk, or one without hard links.
-                shutil.copy2(earlier / index["shards"][shard], self.folder / name)
-            self._write_down(name, rows, {})
+            self._write_down(self._link(earlier / index["shards"][shard]), rows, {})
         unreadable = {digest: why for digest, why in index["unreadable"].items() if not self.knows(digest)}
         if unreadable:
             self._write_down("", [], unreadable)
@@ -143,12 +111,6 @@ class FeatureWriter:
                 f"make room and run the same command: it resumes after {len(self.places)} images",
             ) from error
 
-    def _free_name(self) -> str:
-        number = len(list(self.folder.glob("features-*.npy")))
-        while (self.folder / f"features-{number:05d}.npy").exists():
-            number += 1
-        return f"features-{number:05d}.npy"
-
     def _begin_shard(self, at_least: int) -> None:
         images = max(1, min(self.shard_images, max(at_least, self._remaining)))
         self._name = self._free_name()
@@ -166,9 +128,6 @@ class FeatureWriter:
         """Write the index, which completes the store, and delete unused files of interrupted calls."""
         names = sorted({name for name, _ in self.places.values()})
         number = {name: i for i, name in enumerate(names)}
-        for path in self.folder.glob("features-*"):
-            if path.name not in number:
-                path.unlink()
         index = {
             "tokens": self.shape[0],
             "width": self.shape[1],
@@ -177,6 +136,4 @@ class FeatureWriter:
             "rows": {digest: (number[name], row) for digest, (name, row) in self.places.items()},
             "unreadable": self.unreadable,
         }
-        part = self.folder / f"{INDEX}.part"
-        part.write_text(json.dumps(index))
-        part.rename(self.folder / INDEX)
+        self._complete(index, number)

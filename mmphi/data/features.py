@@ -17,9 +17,9 @@ from mmphi.data.images import open_image
 from mmphi.data.in_memory import pixels_in
 from mmphi.data.lru_cache import LockedLRUCache
 from mmphi.data.schema import ImageRef
+from mmphi.data.store_writer import INDEX
 from mmphi.errors import ImageError, StoreError
 
-INDEX = "index.json"
 LOOKED = 64  # Images whose precomputed features are kept.
 
 
@@ -231,6 +231,20 @@ class CachedFeatures(LiveFeatures):
             raise ImageError("no augmentation", "pixels that are preprocessed cannot be augmented: give images")
         return super()._pixels(image) if pixels is None else pixels
 
+    def look(self, images: Sequence[ImageRef], check: Callable[[], None] = lambda: None, /) -> None:
+        """Compute features in the caller's thread before they are requested, and cache them.
+
+        Args:
+            images: Images.
+            check: Called before each image; an exception that it raises ends the computation.
+
+        Raises:
+            ImageError: If an image cannot be read.
+        """
+        for image in images:
+            check()
+            self.get([image])
+
     def get(self, images: Sequence[ImageRef], /) -> Tensor:
         """Features of images, float16 on the CPU, (len(images), tokens, width).
 
@@ -248,8 +262,8 @@ class CachedFeatures(LiveFeatures):
             if tuple(features.shape[1:]) != (self.tokens, self.width):
                 raise ImageError(
                     "images of another size",
-                    f"the encoder gives {tuple(features.shape[1:])} features of pixels {tuple(pixels.shape[1:])}, and"
-                    f" {self.tokens, self.width} of those it was tried with: resize in preprocess, or give image_size",
+                    f"the encoder gives {tuple(features.shape[1:])} features for pixels {tuple(pixels.shape[1:])}, not"
+                    f" {self.tokens, self.width} as for its test image: resize in preprocess, or give image_size",
                 )
             for (name, _), own in zip(part, features, strict=True):
                 found[name] = own.clone()  # A view would keep the whole batch in memory.

@@ -71,10 +71,10 @@ def _go_on(url: str, part: Path) -> None:
             while block := response.read(CHUNK):
                 file.write(block)
     if length is not None and part.stat().st_size != int(length) + (have if going_on else 0):
-        raise ValueError(f"it broke off after {part.stat().st_size} bytes")
+        raise ValueError(f"the download ended after {part.stat().st_size} bytes")
     if len(digest) == 64 and _sha256(part) != digest:
         part.unlink()
-        raise ValueError("what arrived is not what the server announced")
+        raise ValueError("the checksum differs from the one that the server sent")
 
 
 def _sha256(path: Path) -> str:
@@ -107,7 +107,7 @@ def fetch_llava(folder: Path, instruct: str = HUB, images: str = COCO, workers: 
     wanted = list(names)[: most or None]
     target = folder / "train2017"
     missing = [name for name in wanted if not (target / name).exists()]
-    print(f"images: {len(wanted) - len(missing)} of {len(wanted)} are there", flush=True)
+    print(f"images: {len(wanted) - len(missing)} of {len(wanted)} exist already", flush=True)
     failed = _all(missing, lambda name: _image(f"{images}/{name}", target / name), workers)
     if failed:
         listed = ", ".join(f"{name} ({why})" for name, why in failed[:3])
@@ -154,7 +154,7 @@ def fetch_models(folder: Path) -> None:
     missing = [name for name in (*MODELS, TOWER) if not (folder / name).exists()]
     if missing and not hub_is_reachable():
         raise ModelError(
-            f"no hub is in reach, and {folder} lacks {', '.join(missing)}",
+            f"the hub is unreachable, and {folder} lacks {', '.join(missing)}",
             f"put there: {wanted_models()}",
         )
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -178,8 +178,12 @@ def wanted_models() -> str:
 def main(arguments: list[str]) -> int:
     """``mmphi fetch``."""
     parser = CommandParser(prog="mmphi fetch", description=__doc__.partition("; ")[0])
-    parser.add_argument("what", choices=["llava", "models"], help="LLaVA-Instruct-150k with its images; photos' models")
-    parser.add_argument("folder", type=Path, help="where to; the same command resumes from what is there")
+    parser.add_argument(
+        "what", choices=["llava", "models"], help="LLaVA-Instruct-150k with its images, or the preset photos' models"
+    )
+    parser.add_argument(
+        "folder", type=Path, help="destination folder; the same command resumes an interrupted download"
+    )
     parser.add_argument("--max-images", type=int, default=0, help="fetch at most this many images [all]")
     parser.add_argument("--workers", type=int, default=16, help="images fetched at once [16]")
     parser.add_argument("--instruct-url", default=HUB, help="address of the folder of the JSON file")

@@ -48,7 +48,7 @@ def load_rows(name: str, split: str, revision: str) -> Any:
         return datasets.load_dataset(owner, configuration or None, split=split, revision=revision or None)
     except Exception as error:  # Errors of `datasets`, pyarrow, fsspec and the HTTP client have no common base class.
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        hint = "with no hub in reach, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"
+        hint = "if the hub is unreachable, give a local folder: one with a metadata.csv, or one that save_to_disk wrote"
         raise DataError(
             f"the dataset {name!r}, split {split!r}, cannot be loaded: {reason[0]}",
             "fix the folder, or name another split" if folder.exists() else hint,
@@ -96,7 +96,7 @@ def read_dataset(
         where = f"{name}, row {number + 1}"
         texts = row[text_column] if isinstance(row[text_column], list) else [row[text_column] or ""]
         if not texts or not all(isinstance(text, str) for text in texts):
-            report.drop(source, where, "no caption" if not texts else "the caption is no text")
+            report.drop(source, where, "no caption" if not texts else "the caption is not text")
             continue
         try:
             ref = written.find(number, source) or images.find(
@@ -198,7 +198,9 @@ def _with_files(rows: Any, name: str, image_column: str, text_column: str) -> An
     if isinstance(feature, datasets.Image):
         return rows.cast_column(image_column, datasets.Image(decode=False))
     if getattr(feature, "dtype", "") not in ("string", "large_string"):
-        raise DataError(f"column {image_column!r} of {name} holds {feature}, no images", "name another in image_column")
+        raise DataError(
+            f"column {image_column!r} of {name} contains {feature}, not images", "name another in image_column"
+        )
     return rows
 
 
@@ -231,7 +233,7 @@ class DatasetImages:
         if content is not None:
             return self._written(content)
         if not path or not Path(path).is_file():
-            raise ImageError("missing image", f"{path or 'an image'} is not there")
+            raise ImageError("missing image", f"{path or 'an image'} does not exist")
         place = Path(path).resolve()
         if place.is_relative_to(self.folder.folder):
             return self.folder.find(path)

@@ -74,7 +74,7 @@ def image_content(image: Any) -> bytes:
         except TypeError as error:
             raise ImageError("no image", f"an array of an image is (H, W, 3), this one is {image.shape}") from error
     if not isinstance(image, Image.Image):
-        raise ImageError("no image", f"{type(image).__name__} is no path, bytes, PIL image, array or tensor")
+        raise ImageError("no image", f"{type(image).__name__} is not a path, bytes, PIL image, array or tensor")
     as_rgb(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
@@ -117,7 +117,7 @@ def _example(row: Any, name: str, split: Split) -> Example:
         raise DataError(f"a row is {FORMS}, not a {type(row).__name__}")
     question, answer = row[1:] if len(row) == 3 else ("", row[1])
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise DataError("questions and answers are texts")
+        raise DataError("questions and answers must be strings")
     if not answer.strip():
         raise DataError("the answer is empty")
     return Example(name, _images(row[0]), (Turn(question, answer),), SOURCE, split)
@@ -158,6 +158,6 @@ def _conversation(row: Mapping[str, Any], name: str, split: Split) -> Example:
     if notes:
         raise DataError(notes[0])
     if unused := sorted(set(objects) - set(parsed.images)):
-        raise DataError(f"a {type(objects[unused[0]]).__name__} stands where a text belongs")
+        raise DataError(f"a {type(objects[unused[0]]).__name__} in place of a text")
     images = tuple(image_reference(objects.get(image, image)) for image in parsed.images)
     return Example(str(row.get("id", name)), images, tuple(parsed.turns), SOURCE, split)

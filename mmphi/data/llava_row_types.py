@@ -40,7 +40,7 @@ def row_type(turns: Sequence[Turn]) -> Kind:
     return "detail" if PICTURE.search(question) and DETAIL.search(question) else "reasoning"
 
 
-def asked_for_captions(examples: Sequence[Example]) -> str:
+def caption_question(examples: Sequence[Example]) -> str:
     """Returns the most frequent question of single-image captions.
 
     Args:

@@ -74,7 +74,7 @@ def parse_weights(text: str, setting: str) -> dict[str, float]:
         except ValueError:
             weight = 0.0
         if not name or not 0 < weight < float("inf"):
-            raise SettingsError(f"{setting}: {part!r} is no group with a weight", "write caption=1, questions=2")
+            raise SettingsError(f"{setting}: {part!r} is not of the form group=weight", "write caption=1, questions=2")
         weights[name] = weight
     return weights
 
@@ -104,5 +104,7 @@ def grouped(examples: Sequence[Example], weights: Mapping[str, float], setting: 
     empty = [name for name in weights if name not in groups]
     if empty:
         there = sorted({name for example in examples for name in names_of(example)})
-        raise SettingsError(f"{setting}: no training row is called {empty[0]!r}", f"there are {', '.join(there)}")
+        raise SettingsError(
+            f"{setting}: no training row is in the group {empty[0]!r}", f"the groups are {', '.join(there)}"
+        )
     return groups

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmphi.data.store_writer import INDEX, StoreWriter
 from mmphi.errors import StoreError
 
-INDEX, PROGRESS = "index.json", "progress.jsonl"
 Place = tuple[str, int, int]  # File, first row, number of rows.
 
 
-class RaggedWriter:
+class RaggedWriter(StoreWriter[Place]):
     """Writes features, keyed by the digest of the content that they represent.
 
     Args:
@@ -36,46 +35,19 @@ class RaggedWriter:
     """
 
     def __init__(self, folder: Path, width: int, model: str) -> None:
-        self.folder, self.width, self.model = folder, width, model
-        self.places: dict[str, Place] = {}
-        self.unreadable: dict[str, str] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._recall()
-
-    def knows(self, digest: str) -> bool:
-        """Whether a content was written or found unreadable."""
-        return digest in self.places or digest in self.unreadable
+        super().__init__(folder)
+        self.width, self.model = width, model
 
     @property
     def bytes(self) -> int:
         """Size of all features in bytes."""
         return sum(rows for _, _, rows in self.places.values()) * self.width * 2
 
-    def _recall(self) -> None:
-        path, whole = self.folder / PROGRESS, 0
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # Truncated by a kill; its contents are processed again.
-                self._note(json.loads(line))
-                whole += len(line)
-        os.truncate(path, whole)
-
     def _note(self, batch: Mapping[str, Mapping[str, Any]]) -> None:
         self.places.update(
             {d: (str(name), int(begin), int(rows)) for d, (name, begin, rows) in batch["places"].items()}
         )
         self.unreadable.update(batch["unreadable"])
-
-    def _write_down(self, places: Mapping[str, Place], unreadable: Mapping[str, str]) -> None:
-        with (self.folder / PROGRESS).open("a") as file:
-            file.write(json.dumps({"places": places, "unreadable": unreadable}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.places.update(places)
-        self.unreadable.update(unreadable)
 
     def write(self, features: Mapping[str, Tensor], unreadable: Mapping[str, str]) -> None:
         """Write the features of some contents to a new file.
@@ -100,18 +72,12 @@ class RaggedWriter:
                     os.fsync(file.fileno())
                 part.rename(self.folder / name)
             if features or unreadable:
-                self._write_down(places, unreadable)
+                self._record({"places": places, "unreadable": unreadable})
         except OSError as error:
             raise StoreError(
                 f"features cannot be written to {self.folder}: {error.strerror}",
                 f"make room and run the same command: it resumes after {len(self.places)} recordings",
             ) from error
-
-    def _free_name(self) -> str:
-        number = len(list(self.folder.glob("features-*.npy")))
-        while (self.folder / f"features-{number:05d}.npy").exists():
-            number += 1
-        return f"features-{number:05d}.npy"
 
     def take_over(self, earlier: Path) -> int:
         """Add the features of an earlier store of the same model, by hard links if possible.
@@ -121,28 +87,17 @@ class RaggedWriter:
         """
         index = json.loads((earlier / INDEX).read_text())
         fresh = {digest: place for digest, place in index["places"].items() if not self.knows(digest)}
-        names: dict[str, str] = {}
-        for old in sorted({place[0] for place in fresh.values()}):
-            names[old] = self._free_name()
-            try:
-                os.link(earlier / old, self.folder / names[old])
-            except OSError:  # Another disk, or one without hard links.
-                shutil.copy2(earlier / old, self.folder / names[old])
+        names = {old: self._link(earlier / old) for old in sorted({place[0] for place in fresh.values()})}
         unreadable = {digest: why for digest, why in index["unreadable"].items() if not self.knows(digest)}
         if fresh or unreadable:
-            self._write_down({d: (names[old], begin, rows) for d, (old, begin, rows) in fresh.items()}, unreadable)
+            places = {d: (names[old], begin, rows) for d, (old, begin, rows) in fresh.items()}
+            self._record({"places": places, "unreadable": unreadable})
         return len(fresh) + len(unreadable)
 
     def finish(self) -> None:
         """Write the index, which completes the store, and delete unused files of interrupted calls."""
-        used = {name for name, _, _ in self.places.values()}
-        for path in self.folder.glob("features-*"):
-            if path.name not in used:
-                path.unlink()
         index = {"width": self.width, "model": self.model, "places": self.places, "unreadable": self.unreadable}
-        part = self.folder / f"{INDEX}.part"
-        part.write_text(json.dumps(index))
-        part.rename(self.folder / INDEX)
+        self._complete(index, {name for name, _, _ in self.places.values()})
 
 
 class RaggedStore:

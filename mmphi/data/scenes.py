@@ -54,11 +54,6 @@ class Scene:
     small: Thing
 
     @property
-    def combination(self) -> Combination:
-        """The combination that the split depends on."""
-        return self.big.kind, self.relation, self.small.kind
-
-    @property
     def attributes(self) -> dict[str, str]:
         """Attributes that a caption of this scene is scored on."""
         return {

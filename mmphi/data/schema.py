@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")  # From the least to the most strict.
 
 
 @dataclass(frozen=True, slots=True)

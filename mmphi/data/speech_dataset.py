@@ -136,7 +136,7 @@ def spoken_examples(
         if each.text and each.text.strip():
             kept.append(each)
         else:
-            report.drop_kept(SOURCE, each.name, "nothing said of it")
+            report.drop_kept(SOURCE, each.name, "no transcript")
     names = sorted({each.name for each in kept if not each.split})
     random.Random(seed).shuffle(names)
     drawn: dict[str, Split] = dict.fromkeys(names, "train")
@@ -146,10 +146,10 @@ def spoken_examples(
     examples = []
     for each in kept:
         split: Split = each.split or drawn[each.name]  # type: ignore[assignment]  # One of SPLITS.
-        said = str(each.text).strip()
+        transcript = str(each.text).strip()
         audio = (AudioRef(each.name, each.path),)
-        turns = (Turn(question, each.answer or said),)
-        examples.append(Example(each.name, (), turns, SOURCE, split, {"said": said}, each.context, audio))
+        turns = (Turn(question, each.answer or transcript),)
+        examples.append(Example(each.name, (), turns, SOURCE, split, {"said": transcript}, each.context, audio))
     if not any(example.split == "train" for example in examples):
-        raise DataError(f"of {len(examples)} recordings none is left to train on", "keep fewer apart: validation, test")
+        raise DataError(f"none of {len(examples)} recordings is left for training", "hold out fewer: validation, test")
     return examples

@@ -150,23 +150,23 @@ def read_texts(
                 elif found:
                     yield from _text(stream, file, separator, found, report)
         except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-            report.skip(f"a {file.suffix} that is broken, or the rest of it", f"{file}: {error}")
+            report.skip(f"a damaged or truncated {file.suffix} file, or the rest of it", f"{file}: {error}")
 
 
-def _encoding(stream: IO[bytes], asked: str, file: Path, report: TextReport) -> str:
+def _encoding(stream: IO[bytes], declared: str, file: Path, report: TextReport) -> str:
     """Encoding of a file; empty if it cannot be read, which is counted."""
     head: bytes = stream.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]  # Buffered files and GzipFile have it.
     if not head.strip():
         report.skip("empty", str(file))
         return ""
-    found = asked or next((name for bom, name in BOMS if head.startswith(bom)), "")
+    found = declared or next((name for bom, name in BOMS if head.startswith(bom)), "")
     if not found and b"\0" in head:
         report.skip("binary, not text", str(file))
         return ""
     try:
         codecs.getincrementaldecoder(found or "utf-8")().decode(head)
     except (UnicodeDecodeError, LookupError):
-        report.skip("in no encoding known here (name it in corpus.sources.N.encoding)", str(file))
+        report.skip("unknown encoding (set corpus.sources.N.encoding)", str(file))
         return ""
     return found or "utf-8"
 
@@ -257,27 +257,37 @@ def _cut(text: str, start: int, report: TextReport) -> int:
 
 def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: TextReport) -> Iterator[TextPiece]:
     """Pieces of a text file, read in blocks; the first undecodable byte ends the file, which is counted."""
-    with io.TextIOWrapper(stream, encoding=encoding, newline="") as reader:
-        waiting, first, ended = "", True, False
-        while not ended:
-            try:
-                block = reader.read(BLOCK)
-            except UnicodeDecodeError as error:
-                report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
-                block = ""
-            ended = not block
-            waiting += block
-            if separator:
-                *whole, waiting = waiting.split(separator)
-                for text in whole:
-                    yield from _close(text, first, report)
-                    first = True
-            while len(waiting) > PIECE + len(separator):
-                cut = _cut(waiting, 0, report)
-                yield TextPiece(waiting[:cut], first, False)
-                report.characters += cut
-                first, waiting = False, waiting[cut:]
+    waiting, first = "", True
+    for block in _decoded(stream, file, encoding, report):
+        waiting += block
+        if separator:
+            *whole, waiting = waiting.split(separator)
+            for text in whole:
+                yield from _close(text, first, report)
+                first = True
+        while len(waiting) > PIECE + len(separator):
+            cut = _cut(waiting, 0, report)
+            yield TextPiece(waiting[:cut], first, False)
+            report.characters += cut
+            first, waiting = False, waiting[cut:]
     yield from _close(waiting, first, report)
+
+
+def _decoded(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> Iterator[str]:
+    """Decoded blocks of a file up to its first undecodable byte."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    block = b"-"
+    while block:
+        block = stream.read(BLOCK)
+        state = decoder.getstate()
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
+            decoder.setstate(state)
+            yield decoder.decode(block[: max(0, error.start - len(state[0]))])
+            return
+        yield text
 
 
 def _close(text: str, first: bool, report: TextReport) -> Iterator[TextPiece]:

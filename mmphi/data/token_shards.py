@@ -1,7 +1,7 @@
 """Texts as token ids in memory-mapped shards, tokenized in parallel and written once, shard by shard.
 
 A document is ``end, t1, ..., tn, end``: its first token is input only, all others are predicted. It is stored in token
-chunks (``stretches``) of at most :data:`STRETCH` predictions, each with the token before its first prediction, so that
+chunks (``stretches``) of at most :data:`CHUNK` predictions, each with the token before its first prediction, so that
 every token is predicted once. Chunks are the unit of shuffling, and each is either for training or for validation. A
 shard is two files: the ids (uint16 if the vocabulary allows) and the table of its chunks.
 """
@@ -22,8 +22,8 @@ import numpy.typing as npt
 from mmphi.data.content_hash import file_digest
 from mmphi.data.text_sources import TextPiece
 
-STRETCH = 16384  # Maximum predictions of a chunk, which shuffling keeps together; far more than a row has.
-APART = 512  # Predictions of a block, the unit of the validation split.
+CHUNK = 16384  # Maximum predictions of a chunk, which shuffling keeps together; far more than a row has.
+BLOCK = 512  # Predictions of a block, the unit of the validation split.
 SHARD_TOKENS = 1 << 26
 BATCH_CHARACTERS = 1 << 23  # Characters per call of the tokenizer, to occupy all cores.
 INDEX, SHARDS = "tokens.json", "shards.jsonl"
@@ -60,7 +60,7 @@ class Shard:
     bytes: Mapping[str, int]
 
 
-KeptApart = Callable[[int, int, int], bool]
+IsHeldOut = Callable[[int, int, int], bool]
 
 
 def _digest(folder: Path, name: str) -> str:
@@ -84,7 +84,7 @@ def whole_shards(folder: Path, say: Callable[[str], None]) -> list[Shard]:
         if holds:
             whole.append(shard)
         else:
-            say(f"shard {shard.name} is not as it was written: built again")
+            say(f"shard {shard.name} has changed since it was written: it is built again")
     return sorted({s.name: s for s in whole}.values(), key=lambda s: s.pieces)
 
 
@@ -114,16 +114,16 @@ class ShardWriter:
     Args:
         folder: Output folder.
         dtype: Data type of ids.
-        kept_apart: Function of source, piece and block in the piece: whether the block of ``APART`` predictions is for
+        is_held_out: Function of source, piece and block in the piece: whether the block of ``BLOCK`` predictions is for
             validation.
         sources: Number of sources.
     """
 
-    def __init__(self, folder: Path, dtype: Any, kept_apart: KeptApart, sources: int) -> None:
-        self.folder, self.dtype, self.kept_apart = folder, dtype, kept_apart
+    def __init__(self, folder: Path, dtype: Any, is_held_out: IsHeldOut, sources: int) -> None:
+        self.folder, self.dtype, self.is_held_out = folder, dtype, is_held_out
         self.bytes = [0] * sources
         self.ids: list[Ids] = []
-        self.stretches: list[TokenChunk] = []
+        self.chunks: list[TokenChunk] = []
         self.size = self.tokens = 0
 
     def add(self, ids: Ids, source: int, piece: int, context: int, size: int) -> None:
@@ -131,13 +131,13 @@ class ShardWriter:
         if context >= 0:
             ids = np.concatenate([np.asarray([context], ids.dtype), ids])
         self.bytes[source] += size
-        blocks = range(-(-(len(ids) - 1) // APART))
-        for apart, same in itertools.groupby(blocks, lambda block: self.kept_apart(source, piece, block)):
+        blocks = range(-(-(len(ids) - 1) // BLOCK))
+        for apart, same in itertools.groupby(blocks, lambda block: self.is_held_out(source, piece, block)):
             places = list(same)
-            begin, end = places[0] * APART, min((places[-1] + 1) * APART, len(ids) - 1)
-            for first in range(begin, end, STRETCH):
-                part = ids[first : min(first + STRETCH, end) + 1]
-                self.stretches.append(TokenChunk(self.size, len(part) - 1, source, int(apart)))
+            begin, end = places[0] * BLOCK, min((places[-1] + 1) * BLOCK, len(ids) - 1)
+            for first in range(begin, end, CHUNK):
+                part = ids[first : min(first + CHUNK, end) + 1]
+                self.chunks.append(TokenChunk(self.size, len(part) - 1, source, int(apart)))
                 self.ids.append(part)
                 self.size += len(part)
                 self.tokens += len(part) - 1
@@ -145,15 +145,15 @@ class ShardWriter:
     def write(self, name: str, pieces: tuple[int, int], sources: Sequence[str]) -> Shard:
         """Write the shard atomically, and append it to the list of shards."""
         ids = np.concatenate(self.ids) if self.ids else np.zeros(0, self.dtype)
-        stretches = np.asarray(self.stretches, np.int64).reshape(-1, len(TokenChunk._fields))
-        for kind, array in (("ids", ids), ("stretches", stretches)):
+        chunks = np.asarray(self.chunks, np.int64).reshape(-1, len(TokenChunk._fields))
+        for kind, array in (("ids", ids), ("stretches", chunks)):
             part = self.folder / f".{name}.{kind}.npy"
             with part.open("wb") as file:
                 np.save(file, array)
             part.replace(self.folder / f"{name}.{kind}.npy")
         counts = {}
         for number, source in enumerate(sources):
-            own = stretches[stretches[:, 2] == number]
+            own = chunks[chunks[:, 2] == number]
             counts[source] = [int(own[own[:, 3] == apart, 1].sum()) for apart in (0, 1)]
         sizes = dict(zip(sources, self.bytes, strict=True))
         shard = Shard(name, pieces, self.tokens, _digest(self.folder, name), counts, sizes)
@@ -169,7 +169,7 @@ class ShardTokenizer:
         folder: Output folder.
         sources: Functions that read the pieces of each source, by name; they yield the same at every call.
         tokenizer: A fast Hugging Face tokenizer.
-        kept_apart: Function of source, piece and block in the piece: whether the block of ``APART`` predictions is for
+        is_held_out: Function of source, piece and block in the piece: whether the block of ``BLOCK`` predictions is for
             validation.
         say: Called with a message about each modified shard.
         progress: Called with the number of new predictions.
@@ -182,13 +182,13 @@ class ShardTokenizer:
         sources: Mapping[str, Callable[[], Iterable[TextPiece]]],
         tokenizer: Any,
         *,
-        kept_apart: KeptApart,
+        is_held_out: IsHeldOut,
         say: Callable[[str], None] = print,
         progress: Callable[[int], object] = lambda _: None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.folder, self.sources, self.progress, self.shard_tokens = folder, sources, progress, shard_tokens
-        self.encoder, self.kept_apart = BatchTokenizer(tokenizer, tokenizer.eos_token_id), kept_apart
+        self.encoder, self.is_held_out = BatchTokenizer(tokenizer, tokenizer.eos_token_id), is_held_out
         self.done = {shard.pieces[0]: shard for shard in whole_shards(folder, say)}
         self.shards: list[Shard] = []
         self.context = -1  # The last id before the next piece, used if that piece continues a document.
@@ -196,7 +196,7 @@ class ShardTokenizer:
 
     def _begin(self, piece: int) -> None:
         self.begun, self.waiting = piece, list[tuple[int, int, TextPiece]]()
-        self.writer = ShardWriter(self.folder, self.encoder.dtype, self.kept_apart, len(self.sources))
+        self.writer = ShardWriter(self.folder, self.encoder.dtype, self.is_held_out, len(self.sources))
 
     def __call__(self) -> list[Shard]:
         """Read all texts, write the missing shards, and return all shards."""
@@ -249,28 +249,28 @@ class TokenShards:
         shards: Names of the shards.
 
     Attributes:
-        stretches: Chunks of all shards, int64 (N, 5): shard, start, predictions, source, validation.
+        chunks: Chunks of all shards, int64 (N, 5): shard, start, predictions, source, validation.
     """
 
     def __init__(self, folder: Path, shards: Sequence[str]) -> None:
         self._ids: list[Any] = [np.load(folder / f"{name}.ids.npy", mmap_mode="r") for name in shards]
         tables = [np.load(folder / f"{name}.stretches.npy") for name in shards]
         columns = [np.column_stack([np.full(len(table), i), table]) for i, table in enumerate(tables)]
-        self.stretches = np.concatenate(columns) if columns else np.zeros((0, 5), np.int64)
+        self.chunks = np.concatenate(columns) if columns else np.zeros((0, 5), np.int64)
 
     def of(self, source: int, *, validation: bool = False) -> npt.NDArray[np.int64]:
         """Returns the indices of a source's chunks for training or validation."""
-        table = self.stretches
+        table = self.chunks
         return np.flatnonzero((table[:, 3] == source) & (table[:, 4] == int(validation)))
 
     def lengths(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns the number of predictions of each chosen chunk."""
-        lengths: npt.NDArray[np.int64] = self.stretches[chosen, 2]
+        lengths: npt.NDArray[np.int64] = self.chunks[chosen, 2]
         return lengths
 
-    def ids(self, stretch: int, first: int = 0, predictions: int | None = None) -> Ids:
+    def ids(self, chunk: int, first: int = 0, predictions: int | None = None) -> Ids:
         """Returns the ids of a part of a chunk, one more than the number of predictions."""
-        shard, start, count = self.stretches[stretch, :3]
+        shard, start, count = self.chunks[chunk, :3]
         upto = count if predictions is None else first + predictions
         part: Ids = self._ids[shard][start + first : start + upto + 1]
         return part

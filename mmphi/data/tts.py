@@ -10,7 +10,7 @@ import random
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,8 @@ class SpokenSentence:
     @property
     def name(self) -> str:
         """File name of the recording, determined by text and voice settings."""
-        said = json.dumps([self.text, self.voice, self.speed, self.pitch])
-        return f"{hashlib.sha256(said.encode()).hexdigest()[:20]}.wav"
+        described = json.dumps([self.text, self.voice, self.speed, self.pitch])
+        return f"{hashlib.sha256(described.encode()).hexdigest()[:20]}.wav"
 
 
 def assign_voices(
@@ -159,8 +159,12 @@ def synthesize_sentences(
     if shutil.which(PROGRAM) is None:
         raise DataError(f"there is no {PROGRAM} on this machine", "apt install espeak-ng, or brew install espeak-ng")
     real = rows_of(apart, "transcript") if apart else []
-    said, images = {row["transcript"].strip() for row in real}, {row["image"] for row in real if row.get("image")}
-    rows = [r for r in rows_of(texts, column) if r[column].strip() not in said and r.get("image") not in images]
+    _check_recordings(real, apart)
+    known_texts, images = (
+        {row["transcript"].strip() for row in real},
+        {row["image"] for row in real if row.get("image")},
+    )
+    rows = [r for r in rows_of(texts, column) if r[column].strip() not in known_texts and r.get("image") not in images]
     random.Random(seed).shuffle(rows)
     rows = rows[: count or None]
     chosen = assign_voices([row[column] for row in rows], seed, accents, voices)
@@ -191,21 +195,39 @@ def synthesize_sentences(
     return len(chosen)
 
 
+def _check_recordings(rows: Sequence[Mapping[str, str]], table: Path | None) -> None:
+    """Check that the recordings of a CSV exist, before anything is synthesized.
+
+    Raises:
+        DataError: If the column ``audio`` or a file is missing.
+    """
+    for number, row in enumerate(rows, 1):
+        if not row.get("audio"):
+            raise DataError(f"{table}, row {number}: the column audio is missing or empty", "name the recording there")
+        assert table is not None
+        if not (table.parent / row["audio"]).is_file():
+            raise DataError(f"{table}, row {number}: there is no file {row['audio']}", f"put it into {table.parent}")
+
+
 def main(arguments: Sequence[str]) -> int:
     """``mmphi tts``."""
     parser = CommandParser(prog="mmphi tts", description=__doc__.partition("\n")[0])
     parser.add_argument("texts", type=Path, help="CSV of sentences, or JSON lines with turns")
     parser.add_argument("folder", type=Path, help="where the recordings and spoken.csv go")
     parser.add_argument("--column", default="caption", help="column of the sentence [caption]")
-    parser.add_argument("--count", type=int, default=0, help="at most so many sentences, drawn; 0 takes all [0]")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw and of the voices [0]")
+    parser.add_argument(
+        "--count", type=int, default=0, help="maximum number of sentences, sampled at random; 0 takes all [0]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample and of the voices [0]")
     parser.add_argument("--apart", type=Path, help="CSV of real recordings (audio,transcript) to validate and test on")
-    parser.add_argument("--accents", default=",".join(ACCENTS), help=f"espeak-ng's voices [{','.join(ACCENTS)}]")
+    parser.add_argument(
+        "--accents", default=",".join(ACCENTS), help=f"voices of espeak-ng, separated by commas [{','.join(ACCENTS)}]"
+    )
     parser.add_argument(
         "--voices",
         default=",".join(VOICES),
-        help="its variants; begin with a comma to keep the plain one [all]; Whisper understands the plain one, +m1,"
-        " +m2, +m6 and +f5 of en-us best",
+        help="variants of the voices; begin with a comma to include the plain voice [all]; Whisper recognizes en-us"
+        " best as the plain voice, +m1, +m2, +m6 and +f5",
     )
     given = parser.parse_args(list(arguments))
     shape = {name: getattr(given, name) for name in ("column", "count", "seed", "apart")}

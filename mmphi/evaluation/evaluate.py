@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -16,13 +16,13 @@ from mmphi.data.phrasing import held_out_phrasing, match
 from mmphi.data.schema import Example
 from mmphi.errors import DataError, ImageError
 from mmphi.evaluation.attributes import attribute_accuracy
-from mmphi.evaluation.grounding import Scores, grounding
+from mmphi.evaluation.grounding import grounding
 from mmphi.evaluation.long_answers import losses_by_kind, measure_long_answers, row_kind, to_answer
 from mmphi.evaluation.mbr import mbr_caption
 from mmphi.evaluation.metrics import caption_scores
 from mmphi.evaluation.yes_no import score_yes_no, yes_no_questions
 from mmphi.generation.batch_generate import GeneratedAnswer
-from mmphi.models.multimodal import Question
+from mmphi.models.multimodal import Multimodal, Question
 from mmphi.tracking.tracker import Tracker
 
 SHOWN = 12
@@ -58,28 +58,8 @@ class EvaluationConfig:
     seed: int = 0
 
 
-class ScoresAndAnswers(Scores, Protocol):
-    """A model that scores conversations and generates answers."""
-
-    def generate(
-        self, prompts: Sequence[Question], max_new_tokens: int = 48, batch_size: int = 32
-    ) -> list[GeneratedAnswer]:
-        """Return one answer per question about images."""
-
-    def sample(
-        self,
-        prompts: Sequence[Question],
-        count: int,
-        temperature: float,
-        max_new_tokens: int = 48,
-        batch_size: int = 32,
-        seed: int = 0,
-    ) -> list[list[GeneratedAnswer]]:
-        """Return ``count`` sampled answers to each question."""
-
-
 def evaluate_model(
-    model: ScoresAndAnswers,
+    model: Multimodal,
     examples: Sequence[Example],
     chosen: EvaluationConfig,
     tracker: Tracker,
@@ -108,17 +88,17 @@ def evaluate_model(
     kept = {id(e) for e in texts} | {id(e) for e in examples if e.images and all(i.id in wanted for i in e.images)}
     examples = [e for e in examples if id(e) in kept]
     if not examples:
-        raise DataError(f"the {prefix} split is empty", "keep images apart: data.validation_images, data.test_images")
+        raise DataError(f"the {prefix} split is empty", "hold out images: data.validation_images, data.test_images")
     measured = grounding(model, examples, chosen.seed)
     metrics = {"loss": measured.loss, "perplexity": measured.perplexity, "grounding_gain": measured.gain}
     metrics |= losses_by_kind(model, examples)
     metrics |= _captions(model, examples, chosen, tracker, prefix)
-    asked = to_answer(examples, chosen.long_answers)
-    if asked:
+    questioned = to_answer(examples, chosen.long_answers)
+    if questioned:
         figures, rows = measure_long_answers(
-            asked,
+            questioned,
             model.generate(
-                [(e.images, e.turns[0].question) for e in asked], chosen.max_answer_tokens, chosen.batch_size
+                [(e.images, e.turns[0].question) for e in questioned], chosen.max_answer_tokens, chosen.batch_size
             ),
         )
         metrics |= figures
@@ -140,7 +120,7 @@ def evaluate_model(
 
 
 def _captions(
-    model: ScoresAndAnswers, examples: Sequence[Example], chosen: EvaluationConfig, tracker: Tracker, prefix: str
+    model: Multimodal, examples: Sequence[Example], chosen: EvaluationConfig, tracker: Tracker, prefix: str
 ) -> dict[str, float]:
     """Scores of one caption per image and question; all captions of that image and question are references."""
     groups: dict[tuple[str, str], list[Example]] = {}
@@ -154,7 +134,7 @@ def _captions(
     prompts = [(e.image, e.turns[0].question) for e in firsts]
     answers = _say(model, prompts, chosen)
     texts = [a.text for a in answers]
-    metrics = {"ended": sum(a.ended for a in answers) / len(answers), **caption_scores(texts, references)}
+    metrics = {"eos_rate": sum(a.ended for a in answers) / len(answers), **caption_scores(texts, references)}
     if all("shape1" in e.attributes for e in firsts):
         attributes = [e.attributes for e in firsts]
         metrics |= attribute_accuracy(texts, attributes)
@@ -181,7 +161,7 @@ def _captions(
     return metrics
 
 
-def _say(model: ScoresAndAnswers, prompts: Sequence[Question], chosen: EvaluationConfig) -> list[GeneratedAnswer]:
+def _say(model: Multimodal, prompts: Sequence[Question], chosen: EvaluationConfig) -> list[GeneratedAnswer]:
     """Captions decoded greedily, or selected from samples by MBR decoding."""
     length, batch_size = chosen.max_new_tokens, chosen.batch_size
     if chosen.candidates == 1:
@@ -216,8 +196,8 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]], columns: int = 4) -> Fi
     """
 
     def title(row: Mapping[str, Any]) -> tuple[str, bool]:
-        asked = [row["question"]] if row["question"] else []
-        lines = [*asked, f"before: {row['before']}", f"after: {row['after']}", f"({row['reference']})"]
+        question = [row["question"]] if row["question"] else []
+        lines = [*question, f"before: {row['before']}", f"after: {row['after']}", f"({row['reference']})"]
         return "\n".join(_wrapped(str(line)) for line in lines), row["after"] == row["reference"]
 
     return _grid(rows, title, columns)

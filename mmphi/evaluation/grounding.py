@@ -6,18 +6,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from mmphi.data.schema import Example, ImageRef
 
-
-class Scores(Protocol):
-    """A model that computes losses on conversations."""
-
-    def losses(
-        self, examples: Sequence[Example], images: Sequence[tuple[ImageRef, ...]] | None = None
-    ) -> tuple[float, int]:
-        """Return the summed loss in nats and the number of supervised tokens; ``images`` replaces the examples' own."""
+if TYPE_CHECKING:
+    from mmphi.models.multimodal import Multimodal
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ def shuffled_images(examples: Sequence[Example], seed: int) -> list[tuple[ImageR
     return [tuple(images[following[image.id]] for image in e.images) for e in examples]
 
 
-def grounding(model: Scores, examples: Sequence[Example], seed: int = 0) -> Grounding:
+def grounding(model: Multimodal, examples: Sequence[Example], seed: int = 0) -> Grounding:
     """Score a model with right and with shuffled images.
 
     Args:

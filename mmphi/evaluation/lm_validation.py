@@ -37,7 +37,7 @@ def validation_windows(tokens: TokenShards, sources: int, context: int, most: in
     """
     held = np.concatenate([tokens.of(source, validation=True) for source in range(sources)])
     order = np.random.default_rng(0).permutation(held)
-    return windows_of((tokens.ids(int(stretch)).astype(np.int64) for stretch in order), context, most)
+    return windows_of((tokens.ids(int(chunk)).astype(np.int64) for chunk in order), context, most)
 
 
 def windows_of(documents: Iterable[Ids], context: int, most: int) -> list[Ids]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pycocoevalcap.rouge.rouge import Rouge
 
 from mmphi.data.llava_row_types import LONG_KINDS
 from mmphi.data.schema import Example
-from mmphi.evaluation.grounding import Scores
 from mmphi.evaluation.ptb_tokenize import ptb_text
 from mmphi.generation.batch_generate import GeneratedAnswer
+
+if TYPE_CHECKING:
+    from mmphi.models.multimodal import Multimodal
 
 
 def row_kind(example: Example) -> str:
@@ -19,7 +21,7 @@ def row_kind(example: Example) -> str:
     return example.attributes.get("kind", "caption")
 
 
-def losses_by_kind(model: Scores, examples: Sequence[Example]) -> dict[str, float]:
+def losses_by_kind(model: Multimodal, examples: Sequence[Example]) -> dict[str, float]:
     """Return the loss of each kind of row in nats per supervised token (``loss/KIND``); empty for a single kind."""
     kinds = sorted({row_kind(example) for example in examples})
     if len(kinds) < 2:
@@ -44,24 +46,24 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def measure_long_answers(
-    asked: Sequence[Example], answers: Sequence[GeneratedAnswer]
+    examples: Sequence[Example], answers: Sequence[GeneratedAnswer]
 ) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
     """Score answers to the first questions of examples, by kind.
 
     Args:
-        asked: Examples whose first question was asked.
+        examples: Examples whose first question was asked.
         answers: One generated answer per example.
 
     Returns:
-        Metrics ``rouge_l/KIND`` and ``ended/KIND``, and table rows with image, kind, question, prediction and
+        Metrics ``rouge_l/KIND`` and ``eos_rate/KIND``, and table rows with image, kind, question, prediction and
         reference.
     """
     metrics: dict[str, float] = {}
-    for name in sorted({row_kind(example) for example in asked}):
-        pairs = [(e, a) for e, a in zip(asked, answers, strict=True) if row_kind(e) == name]
+    for name in sorted({row_kind(example) for example in examples}):
+        pairs = [(e, a) for e, a in zip(examples, answers, strict=True) if row_kind(e) == name]
         scores = [rouge_l(answer.text, example.turns[0].answer) for example, answer in pairs]
         metrics[f"rouge_l/{name}"] = sum(scores) / len(scores)
-        metrics[f"ended/{name}"] = sum(answer.ended for _, answer in pairs) / len(pairs)
+        metrics[f"eos_rate/{name}"] = sum(answer.ended for _, answer in pairs) / len(pairs)
     rows: list[Mapping[str, Any]] = [
         {
             "image": e.image.source if e.image else "",
@@ -70,6 +72,6 @@ def measure_long_answers(
             "prediction": answer.text,
             "reference": e.turns[0].answer,
         }
-        for e, answer in zip(asked, answers, strict=True)
+        for e, answer in zip(examples, answers, strict=True)
     ]
     return metrics, rows

@@ -1,7 +1,8 @@
 """Table of metrics: name, unit, direction and meaning; for caption metrics also the function.
 
 To add a caption metric, write a function of predictions and references and add it to :data:`CAPTION_METRICS`. The stage
-``evaluate`` computes it and MLflow's comparison pages show it; ``docs/metrics.md`` must document it.
+``evaluate`` computes it and MLflow's comparison pages show it; ``docs/metrics.md`` must document it. A metric that is
+renamed gets a line in :data:`mmphi.config.former_names.FORMER_METRICS`, with which stored runs are read.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ METRICS: Mapping[str, Metric] = {
     "exact_match": Metric("share", "higher", "captions that equal a reference; on drawn scenes, all attributes right"),
     "exact_match_held_out_phrasing": Metric("share", "higher", "the same, asked in wordings that no training contains"),
     "attribute_accuracy": Metric("share", "higher", "attributes of drawn scenes that a caption states correctly"),
-    "ended": Metric("share", "", "captions that end by themselves, before the longest answer allowed"),
+    "eos_rate": Metric(
+        "share", "", "answers that end with an end token before the length limit; `eos_rate/KIND` of long answers"
+    ),
     "rouge_l": Metric("share", "higher", "ROUGE-L of long answers (Lin 2004); `rouge_l/KIND` of one kind of row"),
     "yes_no_accuracy": Metric("share", "higher", "correct answers to balanced yes/no questions (POPE, Li et al. 2023)"),
     "yes_no_accuracy_held_out_phrasing": Metric("share", "higher", "the same in wordings that no training contains"),
@@ -59,6 +62,7 @@ METRICS: Mapping[str, Metric] = {
         "share", "", "answers that are yes; half of the questions are to be answered with it"
     ),
     "text_loss": Metric("nats per token", "lower", "loss on plain text: how much an adapter forgets"),
+    "audio_gain": Metric("nats per token", "higher", "loss with another recording minus loss with the right one"),
     "wer": Metric("share of words", "lower", "word error rate, after Whisper's normalization"),
 }
 

@@ -89,41 +89,43 @@ def measure_speech(
     for e, span in zip(examples[:TIMED], spans, strict=False):
         fresh.inputs(e.audio)
         fresh.rows([span.reference])
-    heard_s = time.perf_counter() - begun
-    said = [e.attributes["said"] for e in examples]
+    feature_s = time.perf_counter() - begun
+    transcripts = [e.attributes["said"] for e in examples]
 
     def answers(prompts: Sequence[Question]) -> list[str]:
         return [answer.text for answer in model.generate(prompts, chosen.max_new_tokens, chosen.batch_size)]
 
     begun = time.perf_counter()
-    heard = answers([(None, e.turns[0].question, e.audio, e.context) for e in examples])
+    audio_answers = answers([(None, e.turns[0].question, e.audio, e.context) for e in examples])
     answered_s = time.perf_counter() - begun
-    typed = [e.turns[0].question.replace("<audio>", words) for e, words in zip(examples, said, strict=True)]
-    read = answers([(None, question, (), e.context) for e, question in zip(examples, typed, strict=True)])
+    typed = [e.turns[0].question.replace("<audio>", words) for e, words in zip(examples, transcripts, strict=True)]
+    text_answers = answers([(None, question, (), e.context) for e, question in zip(examples, typed, strict=True)])
     metrics = {
         "loss": measured.loss,
-        "hearing_gain": measured.gain,
-        "hearing_s_per_s": heard_s / max(1e-9, sum(_seconds(a) for e in examples[:TIMED] for a in e.audio)),
+        "audio_gain": measured.gain,
+        "hearing_s_per_s": feature_s / max(1e-9, sum(_seconds(a) for e in examples[:TIMED] for a in e.audio)),
         "answering_s_per_s": answered_s / max(seconds, 1e-9),
         "tokens_per_s": sum(span.length for span in spans) / max(seconds, 1e-9),
     }
-    rows: list[dict[str, Any]] = [{"audio": e.id, "said": words} for e, words in zip(examples, said, strict=True)]
+    rows: list[dict[str, Any]] = [
+        {"audio": e.id, "said": words} for e, words in zip(examples, transcripts, strict=True)
+    ]
     wanted = [e.turns[0].answer for e in examples]
-    if wanted == said:
-        errors = [word_errors(words, text) for words, text in zip(said, heard, strict=True)]
-        own = [word_errors(words, text) for words, text in zip(said, read, strict=True)]
+    if wanted == transcripts:
+        errors = [word_errors(words, text) for words, text in zip(transcripts, audio_answers, strict=True)]
+        own = [word_errors(words, text) for words, text in zip(transcripts, text_answers, strict=True)]
         metrics |= {"wer": total_errors(errors).rate, "typed_wer": total_errors(own).rate}
-        for row, text, each in zip(rows, heard, errors, strict=True):
+        for row, text, each in zip(rows, audio_answers, errors, strict=True):
             row |= {"repeated": text, "wer": round(each.rate, 4)}
-        heard = answers([(None, "", e.audio) for e in examples])
-        read = answers([(None, words) for words in said])
+        audio_answers = answers([(None, "", e.audio) for e in examples])
+        text_answers = answers([(None, words) for words in transcripts])
     else:
-        metrics |= {"exact_match": _same(heard, wanted), "typed_exact_match": _same(read, wanted)}
+        metrics |= {"exact_match": _same(audio_answers, wanted), "typed_exact_match": _same(text_answers, wanted)}
         for row, answer in zip(rows, wanted, strict=True):
             row |= {"right answer": answer}
-    overlap = sum(_overlap(a, b) for a, b in zip(heard, read, strict=True)) / len(heard)
-    metrics |= {"answer_agreement": _same(heard, read), "answer_overlap": overlap}
-    for row, one, two in zip(rows, heard, read, strict=True):
+    overlap = sum(_overlap(a, b) for a, b in zip(audio_answers, text_answers, strict=True)) / len(audio_answers)
+    metrics |= {"answer_agreement": _same(audio_answers, text_answers), "answer_overlap": overlap}
+    for row, one, two in zip(rows, audio_answers, text_answers, strict=True):
         row |= {"answer": one, "answer to the typed words": two}
     tracker.table(f"{prefix}_heard".replace("/", "_"), rows)
     named = {f"{prefix}/{name}": value for name, value in metrics.items()}
@@ -146,5 +148,5 @@ def _overlap(one: str, two: str) -> float:
 def _seconds(audio: AudioRef) -> float:
     from mmphi.data.audio import audio_seconds, read_audio
 
-    said = audio_seconds(audio.source)
-    return said if said is not None else read_audio(audio.source).seconds
+    stated = audio_seconds(audio.source)
+    return stated if stated is not None else read_audio(audio.source).seconds

@@ -25,14 +25,14 @@ class WordErrors:
     insertions: int = 0
 
     @property
-    def said(self) -> int:
+    def reference_words(self) -> int:
         """Number of words in the reference."""
         return self.hits + self.substitutions + self.deletions
 
     @property
     def rate(self) -> float:
         """Word error rate; for a reference without words, the number of insertions."""
-        return (self.substitutions + self.deletions + self.insertions) / max(1, self.said)
+        return (self.substitutions + self.deletions + self.insertions) / max(1, self.reference_words)
 
     def __add__(self, other: WordErrors) -> WordErrors:
         return WordErrors(
@@ -60,20 +60,20 @@ def normalized(text: str, language: str = "en") -> str:
     return str(_normalizer(language in ("", "en"))(text)).strip()
 
 
-def word_errors(reference: str, heard: str, language: str = "en") -> WordErrors:
+def word_errors(reference: str, transcript: str, language: str = "en") -> WordErrors:
     """Count the word errors of one transcript, after normalization.
 
     Args:
         reference: Reference text.
-        heard: Transcript.
+        transcript: Transcript to compare with it.
         language: Language code.
     """
     import jiwer
 
-    said, found = normalized(reference, language), normalized(heard, language)
-    if not said:  # jiwer rejects empty references.
+    expected, found = normalized(reference, language), normalized(transcript, language)
+    if not expected:  # jiwer rejects empty references.
         return WordErrors(insertions=len(found.split()))
-    counted = jiwer.process_words(said, found)
+    counted = jiwer.process_words(expected, found)
     return WordErrors(counted.hits, counted.substitutions, counted.deletions, counted.insertions)
 
 

@@ -36,7 +36,7 @@ def yes_no_questions(examples: Sequence[Example], count: int, seed: int) -> list
         seed: Seed of the selection.
     """
     rng = random.Random(seed)
-    present, absent, images = _scene_things(examples) if _are_scenes(examples) else _photo_things(examples)
+    present, absent, images = _things(examples)
     able = sorted(i for i in images if present[i] and absent[i])
     if not able:
         return []
@@ -67,18 +67,18 @@ def conversations(examples: Sequence[Example], per_image: int, seed: int, *, var
     Returns:
         Conversations of the kind ``yes_no``; images without known objects have none.
     """
-    present, absent, images = _scene_things(examples) if _are_scenes(examples) else _photo_things(examples)
+    present, absent, images = _things(examples)
     first = {e.image.id: e for e in examples if e.image is not None}
     rng, phrasing_rng, made = random.Random(seed), random.Random(f"phrasings {seed}"), []
     for name, image in images.items():
         count = min(per_image // 2, len(present[name]), len(absent[name]))
-        asked = [(thing, "yes") for thing in rng.sample(present[name], count)]
-        asked += [(thing, "no") for thing in rng.sample(absent[name], count)]
-        rng.shuffle(asked)
-        texts = [_question(thing) for thing, _ in asked]
+        things = [(thing, "yes") for thing in rng.sample(present[name], count)]
+        things += [(thing, "no") for thing in rng.sample(absent[name], count)]
+        rng.shuffle(things)
+        texts = [_question(thing) for thing, _ in things]
         if varied:
             texts = [training_phrasing(text, phrasing_rng) for text in texts]
-        turns = tuple(Turn(text, answer) for text, (_, answer) in zip(texts, asked, strict=True))
+        turns = tuple(Turn(text, answer) for text, (_, answer) in zip(texts, things, strict=True))
         if turns:
             of, attributes = first[name], {"kind": "yes_no"}
             made.append(Example(f"{name}-yes_no", (image,), turns, of.source, of.split, attributes))
@@ -88,13 +88,17 @@ def conversations(examples: Sequence[Example], per_image: int, seed: int, *, var
 Things = tuple[dict[str, list[str]], dict[str, list[str]], dict[str, ImageRef]]
 
 
-def _are_scenes(examples: Sequence[Example]) -> bool:
-    return any("shape1" in e.attributes for e in examples)
+def _things(examples: Sequence[Example]) -> Things:
+    """Present and absent objects of each image, and the images, by the image's name."""
+    scenes = {e.image.id for e in examples if e.image is not None and "shape1" in e.attributes}
+    drawn = _scene_things([e for e in examples if e.image is not None and e.image.id in scenes])
+    photos = _photo_things([e for e in examples if e.image is not None and e.image.id not in scenes])
+    return drawn[0] | photos[0], drawn[1] | photos[1], drawn[2] | photos[2]
 
 
 def _scene_things(examples: Sequence[Example]) -> Things:
-    images = {e.image.id: e.image for e in examples if e.image is not None and e.attributes}
-    drawn = {e.image.id: e.attributes for e in examples if e.image is not None and e.attributes}
+    images = {e.image.id: e.image for e in examples if e.image is not None and "shape1" in e.attributes}
+    drawn = {e.image.id: e.attributes for e in examples if e.image is not None and "shape1" in e.attributes}
     present = {i: [f"{a['color1']} {a['shape1']}", f"{a['color2']} {a['shape2']}"] for i, a in drawn.items()}
     absent = {
         i: [k for k in KINDS if k not in there and set(k.split()) & set(" ".join(there).split())]
@@ -123,10 +127,10 @@ def score_yes_no(questions: Sequence[Question], answers: Sequence[str]) -> dict[
         questions: Questions with their correct answers.
         answers: Generated answers.
     """
-    said = [ptb_tokens(a)[:1] == ["yes"] for a in answers]
-    pairs = list(zip((q.answer for q in questions), said, strict=True))
+    answered_yes = [ptb_tokens(a)[:1] == ["yes"] for a in answers]
+    pairs = list(zip((q.answer for q in questions), answered_yes, strict=True))
     hits = sum(want and got for want, got in pairs)
-    wanted, affirmed = sum(want for want, _ in pairs), sum(said)
+    wanted, affirmed = sum(want for want, _ in pairs), sum(answered_yes)
     return {
         "yes_no_accuracy": sum(want == got for want, got in pairs) / len(pairs),
         "yes_no_f1": 2 * hits / (wanted + affirmed) if wanted + affirmed else 0.0,

@@ -14,13 +14,13 @@ from mmphi.text.tokenized_example import TokenizedExample
 
 def start_answer(engine: Engine, messages: Sequence[Mapping[str, Any]], **how: Any) -> Iterator[str]:
     """Return an iterator over the answer's pieces; invalid messages raise here, before the iteration."""
-    sampling, asked = SamplingParams(**how), parse_messages(messages)
-    return engine.stream(_prompt(engine, asked, sampling), sampling)
+    sampling, conversation = SamplingParams(**how), parse_messages(messages)
+    return engine.stream(_prompt(engine, conversation, sampling), sampling)
 
 
-def _prompt(engine: Engine, asked: Conversation, sampling: SamplingParams) -> TokenizedExample:
+def _prompt(engine: Engine, conversation: Conversation, sampling: SamplingParams) -> TokenizedExample:
     """Prompt of a conversation that leaves room for the answer."""
-    return open_prompt(engine.model, asked, engine.room(sampling))[0]
+    return open_prompt(engine.model, conversation, engine.room(sampling))[0]
 
 
 def read_conversations(

@@ -209,7 +209,7 @@ class Engine:
         del self._reading[slot]
         answering.features = {}
         self._saying[slot] = answering
-        self._heard(slot, logits[0])
+        self._sample_next(slot, logits[0])
         return True
 
     def _embeddings(self, answering: GenerationRequest, start: int, end: int) -> Tensor:
@@ -267,7 +267,7 @@ class Engine:
     def _choose(self, slot: int, logits: Tensor) -> None:
         self._held[slot].append(self._saying[slot].last)
         try:
-            self._heard(slot, logits)
+            self._sample_next(slot, logits)
         except Exception as error:
             self._fail(slot, error)
 
@@ -278,7 +278,7 @@ class Engine:
         answering.error = error
         self.cancel(answering)
 
-    def _heard(self, slot: int, logits: Tensor) -> None:
+    def _sample_next(self, slot: int, logits: Tensor) -> None:
         """Sample the next token of a slot; finish the request at an end token, a stop string or the length limit."""
         answering = self._saying[slot]
         answering.last = answering.chooser.next(logits)

@@ -57,8 +57,8 @@ class SlotKVCache(Cache):
             raise ValueError(f"{self._seen} tokens do not fit in a slot of {self.length}")
         self._grow()
         self._index = torch.tensor(list(rows), device=device)
-        together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        self._rows = slice(rows[0], rows[0] + len(rows)) if together else self._index  # A slice avoids a copy.
+        contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        self._rows = slice(rows[0], rows[0] + len(rows)) if contiguous else self._index  # A slice avoids a copy.
         self._places = torch.tensor(list(starts), device=device)[:, None] + torch.arange(tokens, device=device)
         mask = torch.arange(self._seen, device=device) <= self._places[:, :, None]
         return {"attention_mask": mask[:, None], "position_ids": self._places, "past_key_values": self}

@@ -158,13 +158,13 @@ class _Reading:
             raise MessageError("the last message is an answer", "the last message is the user's")
         images, audio = (tuple(tuple(getattr(turn, kind)) for turn in self.turns) for kind in ("images", "audio"))
         turns = [("\n".join(turn.questions), "\n".join(turn.answers)) for turn in self.turns]
-        said: list[tuple[str, str | None]] = [*turns[:-1], (turns[-1][0], None)]
-        return Conversation("\n".join(self.system), tuple(said), images, audio)
+        completed: list[tuple[str, str | None]] = [*turns[:-1], (turns[-1][0], None)]
+        return Conversation("\n".join(self.system), tuple(completed), images, audio)
 
     def _text_alone(self, content: Any) -> str:
         text, images, audio = self._parts(content)
         if images or audio:
-            raise MessageError("only a user's message has images and recordings")
+            raise MessageError("images and recordings are allowed only in user messages")
         return text
 
     def _parts(self, content: Any) -> tuple[str, tuple[ImageRef, ...], tuple[AudioRef, ...]]:
@@ -204,7 +204,7 @@ class _Reading:
 
     def _text(self, text: Any) -> str:
         if not isinstance(text, str):
-            raise MessageError("a text is no text")
+            raise MessageError("the text of a part is not a string")
         self.letters += len(text)
         if self.letters > MAX_LETTERS:
             raise MessageError(f"there are more than {MAX_LETTERS:,} characters", "send a shorter text")
@@ -223,9 +223,7 @@ class _Reading:
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(url, str):
-            raise MessageError(
-                "an image says neither where it is nor what", "image_url: {url: data:image/png;base64,...}"
-            )
+            raise MessageError("an image part has no content", "image_url: {url: data:image/png;base64,...}")
         if url[: len(DATA_URI)].lower() == DATA_URI:
             return image_from_memory(_decoded(url, "an image"))
         if self.allow is None:
@@ -234,7 +232,7 @@ class _Reading:
 
     def _path(self, given: str | Path) -> Path:
         if not self.files:
-            raise MessageError("files of this machine are not read for others", "send what the file holds")
+            raise MessageError("local file paths are not accepted here", "send what the file holds")
         return Path(given)
 
     def _recording(self, part: Mapping[str, Any]) -> AudioRef:

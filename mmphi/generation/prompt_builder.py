@@ -31,7 +31,9 @@ def check_images(model: Multimodal, conversation: Conversation, check: Callable[
         ImageError: If an image cannot be used.
     """
     if any(conversation.images) and model.features is None:
-        raise ModelError("this model sees nothing: it has no projector", "ask a model that `mmphi projector` trained")
+        raise ModelError(
+            "this model accepts no images: it has no projector", "use a model trained by `mmphi projector`"
+        )
     images = [*chain.from_iterable(conversation.images)]
     if isinstance(model.features, LiveFeatures):
         model.features.look(images, check)
@@ -106,7 +108,7 @@ def _check_speech(model: Multimodal, conversation: Conversation) -> None:
     """
     recordings = conversation.audio[-1] if conversation.audio else ()
     for number, each in enumerate(model.inputs(recordings), 1):
-        if not each.length and not (each.said or "").strip():
+        if not each.length and not (each.transcript or "").strip():
             which = f"recording {number}" if len(recordings) > 1 else "the recording"
             raise AudioError(
                 "no speech",
@@ -117,20 +119,22 @@ def _check_speech(model: Multimodal, conversation: Conversation) -> None:
 
 def _written(model: Multimodal, conversation: Conversation) -> TokenizedExample:
     images = [*chain.from_iterable(conversation.images)]
-    heard = model.inputs([*chain.from_iterable(conversation.audio)])
+    audio_inputs = model.inputs([*chain.from_iterable(conversation.audio)])
     turns = zip(conversation.turns, conversation.images, conversation.audio, strict=True)
-    asked = [(_asked(model, question, own, said), answer) for (question, answer), own, said in turns]
+    questions = [
+        (_question_of_turn(model, question, own, recordings), answer) for (question, answer), own, recordings in turns
+    ]
     if leading := conversation.leading:
-        asked[0] = asked[0][0].removeprefix(SHOWN * leading).removeprefix("\n"), asked[0][1]
+        questions[0] = questions[0][0].removeprefix(SHOWN * leading).removeprefix("\n"), questions[0][1]
     parts = model.language.prompt.placed_parts(
-        asked, leading=leading, audio=[each.said for each in heard], system=conversation.system
+        questions, leading=leading, audio=[each.transcript for each in audio_inputs], system=conversation.system
     )
-    return join_spans(parts, [*image_inputs(images, model.length), *heard], "conversation")
+    return join_spans(parts, [*image_inputs(images, model.length), *audio_inputs], "conversation")
 
 
-def _asked(model: Multimodal, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
+def _question_of_turn(model: Multimodal, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
     """The question's text; for images without words, the caption question of the training is appended."""
     if question.replace(SHOWN, "").strip():
         return question
-    typed = model.asked("", images, audio)
+    typed = model.question_or_default("", images, audio)
     return question + ("\n" if question and typed else "") + typed

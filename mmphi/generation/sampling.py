@@ -34,7 +34,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise SettingsError(f"max_tokens = {self.max_tokens}, but an answer has a token at least")
+            raise SettingsError(f"max_tokens = {self.max_tokens}, but it must be at least 1")
         if not 0.0 <= self.temperature <= MAX_TEMPERATURE:
             raise SettingsError(
                 f"temperature = {self.temperature} is not between 0 and {MAX_TEMPERATURE:.0f}",
@@ -45,7 +45,7 @@ class SamplingParams:
         if self.seed is not None and self.seed not in SEEDS:
             raise SettingsError(f"seed = {self.seed} is not between -2^63 and 2^64")
         if any(not text for text in self.stop):
-            raise SettingsError("a text to stop at is empty")
+            raise SettingsError("a stop string is empty")
 
 
 @dataclass

@@ -24,7 +24,7 @@ from mmphi.data.clip_weights import AUTO
 from mmphi.data.features import ImageFeatures, LiveFeatures
 from mmphi.errors import ModelError
 from mmphi.models.audio.audio_features import AudioFeatureSource, audio_feature_source
-from mmphi.models.audio.audio_projector import SHAPE, WEIGHTS, SpeechProjection
+from mmphi.models.audio.audio_projector import SHAPE, WEIGHTS, AudioProjector
 from mmphi.models.audio.transcriber import Audio
 from mmphi.models.device import this_device
 from mmphi.models.language.adapter import ADAPTER, adapter_digest, load_adapter, save_adapter
@@ -112,18 +112,22 @@ def _check_can_be_loaded(model: Multimodal) -> None:
     language, vision = model.language, model.vision
     if model.projector is not None:
         if vision is None:
-            raise ModelError("the model does not say which vision encoder it has", "give Multimodal its vision")
+            raise ModelError("the vision encoder of the model is not known", "pass vision to Multimodal")
         if not model.projector.saveable:
-            raise ModelError("a projector of one's own cannot be saved", "save its state_dict, and join again")
+            raise ModelError(
+                "a custom projector cannot be saved",
+                "save its state_dict, and pass the projector again when you build the model",
+            )
         if vision.encoder and not vision.fingerprint:
             raise ModelError(
-                "the model reads stored features, which are no part of it", "join it with the encoder they are of"
+                "the model uses stored features, which cannot be saved with it",
+                "build it with the encoder of the features",
             )
     unsaved = language.digest == IN_MEMORY or (model.own_language and not language.local)
     if unsaved and language.settings.precision in ("4bit", "8bit"):
         raise ModelError(
-            f"the language model of {language.name} is quantised, and its folder is not there",
-            "load it from where its weights are",
+            f"the language model {language.name} is quantised, and the folder of its weights does not exist",
+            "load it from the folder with its weights",
         )
 
 
@@ -149,7 +153,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         content = dict(json.loads((folder / BUNDLE).read_text()))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder} holds no model that loads alone: {error}", "give the folder or run of a projector or pretrain"
+            f"{folder} is not a model folder: {error}",
+            "pass the folder or run of a stage that writes models, such as projector",
         ) from error
     if content.get("format") not in FORMATS:
         known = " or ".join(map(str, FORMATS))
@@ -209,12 +214,12 @@ def load_checkpoint(
     saved = dict(content.get("audio", {}))
     digest = saved.pop("digest", "")
     audio = Audio(AudioSettings(**saved | ({"whisper": whisper} if whisper else {})), digest)
-    speech = SpeechProjection.load(folder) if "audio" in content else None
+    speech = AudioProjector.load(folder) if "audio" in content else None
     config = speech.config if speech else None
-    hears = audio_source or (lambda: audio_feature_source(spoken, audio, config, device, once))
-    asked = content.get("questions", ())  # Missing in models of earlier versions.
+    make_audio_source = audio_source or (lambda: audio_feature_source(spoken, audio, config, device, once))
+    questions = content.get("questions", ())  # Missing in models of earlier versions.
     return (kind or Multimodal)(
-        spoken, projector, seen, content["max_length"], vision, own, hears, speech, audio, asked
+        spoken, projector, seen, content["max_length"], vision, own, make_audio_source, speech, audio, questions
     )
 
 
@@ -233,12 +238,12 @@ def _language(
     try:
         settings = LanguageSettings(**chosen)
     except ValidationError as error:
-        raise ModelError(f"{folder / BUNDLE}: {error.errors()[0]['msg']}", "use the file as it was written") from error
+        raise ModelError(f"{folder / BUNDLE}: {error.errors()[0]['msg']}", "restore the file that was saved") from error
     if "adapter" not in content:
         return get_shared_language_model(settings, None, device, once, digest, str(folder))
     found = adapter_digest(folder / ADAPTER)
     if found != content["adapter"]:
-        raise ModelError(f"the adapter in {folder} is not the one that was saved there", "fetch or train it again")
+        raise ModelError(f"the adapter in {folder} was changed after it was saved", "fetch or train it again")
 
     def load() -> LanguageModel:
         # PEFT wraps layers in place, so the language model must not be shared.
@@ -275,8 +280,8 @@ def get_shared_language_model(
     path = Path(name)
     if expected.startswith("sha256:") and not path.exists():
         raise ModelError(
-            f"the language model of {whose} was in {name}, which is not there",
-            "say where it is: mmphi.load(..., language=FOLDER)",
+            f"the language model of {whose} was in {name}, which does not exist",
+            "pass its new path: mmphi.load(..., language=FOLDER)",
         )
     digest = language_model_digest(name, settings.revision)
     if expected and digest != expected:
@@ -308,8 +313,8 @@ def _tower(vision: VisionReference, device: torch.device, once: Once[Any]) -> Vi
     """
     if vision.encoder:
         raise ModelError(
-            f"the model was trained with an encoder that was given as a module, {vision.encoder}",
-            "give it again: mmphi.load(FOLDER, vision=encoder, preprocess=function)",
+            f"the model was trained with an encoder that was passed as a module, {vision.encoder}",
+            "pass it again: mmphi.load(FOLDER, vision=encoder, preprocess=function)",
         )
 
     def earlier() -> VisionEncoder:

@@ -22,7 +22,7 @@ library_name: mmphi
 ```python
 import mmphi
 
-model = mmphi.load("FOLDER")  # this folder, or the run {run_id} where its store is in reach
+model = mmphi.load("FOLDER")  # or the run {run_id}, with access to the tracking store
 print(model.ask({example}))
 ```
 
@@ -30,7 +30,7 @@ print(model.ask({example}))
 
 {figures}
 
-## Joined from
+## Components
 
 {parts}
 
@@ -75,7 +75,7 @@ def write_card(
         * bool(listed),
         title=title,
         what=what,
-        run_id=run_id or "that it came from",
+        run_id=run_id or "that produced the model",
         example=example,
         figures=_table(("measured", "value"), {name: f"{value:.4g}" for name, value in figures.items()}),
         parts=_table(("part", "value"), {name: str(value) for name, value in parts.items()}),

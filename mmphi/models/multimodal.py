@@ -19,7 +19,7 @@ from mmphi.errors import ModelError
 from mmphi.extras import missing_package
 from mmphi.generation.batch_generate import BAR_AFTER_S, GeneratedAnswer, batch_generate
 from mmphi.generation.chat_mixin import ChatMixin
-from mmphi.models.audio.audio_projector import SpeechProjection, identity_projection
+from mmphi.models.audio.audio_projector import AudioProjector, identity_audio_projector
 from mmphi.models.language.language_model import LanguageModel
 from mmphi.models.packed_vlm import PackedVLM
 from mmphi.models.projector import Projector
@@ -87,7 +87,7 @@ class Multimodal(ChatMixin):
         vision: VisionReference | None = None,
         own_language: bool = False,
         audio_source: AudioFeatureSource | Callable[[], AudioFeatureSource] | None = None,
-        speech: SpeechProjection | None = None,
+        speech: AudioProjector | None = None,
         audio: Audio | None = None,
         questions: Sequence[str] = (),
     ) -> None:
@@ -103,13 +103,23 @@ class Multimodal(ChatMixin):
         if speech is not None:
             if speech.config.output_width != language.width:
                 raise ModelError(
-                    f"the speech projection was trained for a model of width {speech.config.output_width}, not"
+                    f"the audio projector was trained for a model of width {speech.config.output_width}, not"
                     f" {language.width}",
                     "train one for this model",
                 )
             projectors["audio"] = speech.to(device=next(language.model.parameters()).device)
         layout = language.layout(max_length)
         self.packed = PackedVLM(language.model, layout=layout, **projectors).eval()
+
+    def with_parts(self, **parts: Any) -> Multimodal:
+        """Return a model with the same parts, except the given ones.
+
+        Args:
+            **parts: New parts, by the name of the constructor's argument.
+        """
+        names = ("language", "projector", "features", "max_length", "vision", "own_language", "speech", "audio")
+        own = {name: getattr(self, name) for name in (*names, "questions")}
+        return Multimodal(**{**own, "audio_source": self._audio_source, **parts})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Multimodal:
@@ -160,17 +170,19 @@ class Multimodal(ChatMixin):
                 install = missing_package(error)
                 if not install:
                     raise
-                raise ModelError(f"the package {error.name}, which reads audio, is not installed", install) from error
+                raise ModelError(
+                    f"audio input needs the package {error.name}, which is not installed", install
+                ) from error
         if self._audio_source is None:
-            raise ModelError("this model has no audio input", "give Multimodal an audio_source")
+            raise ModelError("this model has no audio input", "pass audio_source to Multimodal")
         if self.speech is None:
-            self.speech = identity_projection(self.language.width, self._audio_source.link).to(self.device)
+            self.speech = identity_audio_projector(self.language.width, self._audio_source.link).to(self.device)
             self.packed.projectors["audio"] = self.speech.eval()
         if self.speech.config.input_width != self._audio_source.width:
             raise ModelError(
-                f"the speech projection reads features of width {self.speech.config.input_width}, this Whisper gives"
+                f"the audio projector needs features of width {self.speech.config.input_width}, this Whisper has width"
                 f" {self._audio_source.width}",
-                "give the Whisper that it was trained with",
+                "use the Whisper that it was trained with",
             )
         return self._audio_source
 
@@ -192,10 +204,6 @@ class Multimodal(ChatMixin):
             return 0
         count = self.features.length(image)
         return count if self.projector is None else self.projector.output_tokens(count)
-
-    def can_see(self, example: Example) -> bool:
-        """Whether all images of the example have features."""
-        return not example.images or (self.features is not None and all(i in self.features for i in example.images))
 
     def encode(self, example: Example) -> TokenizedExample | None:
         """Tokenized conversation; ``None`` if it does not fit in ``max_length`` tokens."""
@@ -309,7 +317,7 @@ class Multimodal(ChatMixin):
                 top_p=1.0,
             )
 
-    def asked(self, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
+    def question_or_default(self, question: str, images: Sequence[ImageRef], audio: Sequence[AudioRef]) -> str:
         """The question; for images alone, the question of captions in training."""
         if question or audio or not images or self.vision is None:
             return question
@@ -320,8 +328,8 @@ class Multimodal(ChatMixin):
     ) -> TokenizedExample:
         """Tokenized prompt that ends where the answer begins."""
         shown = [images] if isinstance(images, ImageRef) else list(images or ())
-        heard = self.inputs(audio)
-        said = [each.said for each in heard]
-        question = self.asked(question, shown, audio)
-        parts = self.language.prompt.parts([(question, None)], images=len(shown), context=context, audio=said)
-        return join_spans(parts, [*image_inputs(shown, self.length), *heard], question)
+        audio_inputs = self.inputs(audio)
+        transcripts = [each.transcript for each in audio_inputs]
+        question = self.question_or_default(question, shown, audio)
+        parts = self.language.prompt.parts([(question, None)], images=len(shown), context=context, audio=transcripts)
+        return join_spans(parts, [*image_inputs(shown, self.length), *audio_inputs], question)

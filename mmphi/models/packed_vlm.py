@@ -14,8 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mmphi.errors import ModelError
 from mmphi.models.contrastive_margin import contrastive_margin_loss
 from mmphi.models.language.linear_cross_entropy import linear_cross_entropy
+from mmphi.models.patches.module_patches import patched
 from mmphi.models.patches.sparse_last_layer import WORTH, compute_at_positions, find_positionwise_modules
-from mmphi.models.patches.varlen_attention import varlen_attention_applied
 from mmphi.text.packing import ROWS, Layout, PackedBatch
 
 
@@ -105,7 +105,7 @@ class PackedVLM(nn.Module):
                     layer.dropout = 0.0
             self.train(self.training)
             # The backward pass recomputes attention.
-            with varlen_attention_applied(self.language_model) if self.layout.kind == "line" else nullcontext():
+            with patched(self.language_model, "training") if self.layout.kind == "line" else nullcontext():
                 yield
         finally:
             for layer, rate in rates:
@@ -170,7 +170,7 @@ class PackedVLM(nn.Module):
         return self.layout.kind == "line" and "borders" in pack
 
     def _walled(self, pack: PackedBatch) -> AbstractContextManager[None]:
-        return varlen_attention_applied(self.language_model) if self._in_line(pack) else nullcontext()
+        return patched(self.language_model, "training") if self._in_line(pack) else nullcontext()
 
     def _walls(self, pack: PackedBatch) -> dict[str, Any]:
         """Arguments that isolate sequences: a padding mask for one per row, borders, or a block mask."""

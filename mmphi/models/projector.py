@@ -81,8 +81,8 @@ class ProjectorConfig:
         """
         if replace(self, width=64).size() == replace(self, width=128).size():
             raise ModelError(
-                f"a projector of one layer has {self.size()} parameters, and no hidden width to give it {parameters}",
-                "give it two layers or more, or leave projector.parameters at 0",
+                f"a projector of one layer has {self.size()} parameters, and no hidden width to make it {parameters}",
+                "use two layers or more, or set projector.parameters to 0",
             )
         low, high = 1, 2
         while replace(self, width=high).size() < parameters:
@@ -243,13 +243,13 @@ class Projector(nn.Module):
         try:
             config = ProjectorConfig(**json.loads((folder / "projector.json").read_text()))
             if config.kind not in KINDS:
-                raise ModelError(f"{folder}: projectors of kind {config.kind} are not known here", "update mmphi")
+                raise ModelError(f"{folder}: unknown projector kind {config.kind}", "update mmphi")
             weights = load_file(folder / "projector.safetensors")
             projector = cls(config)
             projector.load_state_dict(weights)
         except (OSError, TypeError, ValueError, SafetensorError, RuntimeError) as error:
             raise ModelError(
-                f"no projector can be read from {folder}: {error}", "train it again with --force"
+                f"the projector in {folder} cannot be loaded: {error}", "train it again with --force"
             ) from error
         for name, weight in weights.items():
             if not weight.isfinite().all():

@@ -55,10 +55,10 @@ class ProjectorShape:
         """
         side = isqrt(self.input_tokens)
         if self.input_tokens == 1:
-            raise ModelError("an image has one feature, and there is nothing to merge", "use kind mlp")
+            raise ModelError("an image has only one feature, so there is nothing to merge", "use projector.kind = mlp")
         if side * side != self.input_tokens or not side:
             raise ModelError(
-                f"{self.input_tokens} features per image are no square grid of patches",
+                f"{self.input_tokens} features per image are not a square grid of patches",
                 "leave CLS and register tokens out of the features (vision.cls = drop), or use kind resampler",
             )
         if side % self.merge:

@@ -1,1 +1,1 @@
-"""What a stage is, the key its result is found by, and building what is missing; knows no stage by name."""
+"""The pipeline: the stage interface, cache keys of results, and building missing stages. Independent of any stage."""

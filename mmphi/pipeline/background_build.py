@@ -1,8 +1,8 @@
-"""Two trainings that need nothing of one another, at once: one here, one in a helping process of the same machine.
+"""Builds independent trainings in parallel: one in this process, one in a helper process on the same machine.
 
-Without an accelerator, matrices as small as those of a model trained from nothing do not fill the cores: two trainings,
-each with half of the threads, take hardly longer than one of them with all. The helper records in the same store, so
-that what it has built is found there; what it has not, because it failed or was killed, is built here after all.
+On a CPU, the small matrices of a model trained from scratch do not use all cores: two trainings with half of the
+threads each take little longer than one with all threads. The helper records in the same store, where this process
+finds its results. Stages that the helper did not finish, because it failed or was killed, are built in this process.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from mmphi.config.section import Section
 from mmphi.logs import LOGGER
 from mmphi.pipeline.graph import StageGraph
 
-SWITCH = "MMPHI_BESIDE"  # 0: one after the other.
-PATIENCE_S = 120.0  # What a helper that is stopped may take to save what it has.
+SWITCH = "MMPHI_BESIDE"  # 0 disables the helper.
+PATIENCE_S = 120.0  # Time for a terminated helper to save its state.
 KEPT_BYTES = 2000
 
 
 def independent_stages(plan: StageGraph, goal: str, name: str, settings: Section) -> list[str]:
-    """What a goal lacks that neither needs a stage nor is needed by it, and is worth another process.
+    """Returns the missing stages of a goal that are independent of a stage and worth a second process.
 
     Args:
-        plan: Says what needs what, and what is missing.
-        goal: What is to be built in the end.
-        name: A missing stage on the way there whose own upstream stages are built.
+        plan: Dependencies between stages, and which are missing.
+        goal: The stage to be built in the end.
+        name: A missing stage upstream of the goal whose own upstream stages are built.
         settings: All settings.
 
     Returns:
-        Names of the stages that nothing else among them is built on, upstream first; empty where none of them trains,
-        or the stage itself does not: then one process would soon wait for the other.
+        Names of the independent stages that no other of them depends on, upstream first. Empty if none of them, or not
+        ``name`` itself, trains: one process would soon wait for the other.
     """
     if not plan.stages[name].trains:
         return []
@@ -49,13 +49,15 @@ def independent_stages(plan: StageGraph, goal: str, name: str, settings: Section
 
 
 class BackgroundBuilder:
-    """What another process builds while this one builds towards a goal; none where the machine would not gain by it.
+    """Context manager that builds independent stages in a helper process while this process builds a goal.
+
+    A helper is only started without a GPU and with at least two threads.
 
     Args:
-        plan: What needs what, over the store that both record in.
-        goal: What is to be built in the end.
+        plan: Dependencies between stages, over the store that both processes record in.
+        goal: The stage to be built in the end.
         settings: All settings, resolved.
-        module: Module that the helper runs, which reads its order as :meth:`before` writes it; empty for no helper.
+        module: Module that the helper runs; it reads its request with :func:`worker_request`. Empty for no helper.
     """
 
     def __init__(self, plan: StageGraph, goal: str, settings: Section, module: str) -> None:
@@ -74,7 +76,7 @@ class BackgroundBuilder:
         self._end()
 
     def before(self, name: str) -> None:
-        """To be called before a missing stage is built here: has a helper build what is independent of it."""
+        """Start a helper for the stages independent of ``name``; call before building a missing stage here."""
         if not self._module or self._helper or not self._plan.stages[name].trains:
             return
         import torch
@@ -94,7 +96,7 @@ class BackgroundBuilder:
     def _start(self, names: Sequence[str], threads: int) -> subprocess.Popen[bytes]:
         own = {"OMP_NUM_THREADS": str(threads), "MLFLOW_TRACKING_URI": self._plan.store.uri, "PYTHONUNBUFFERED": "1"}
         environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_RUN_ID"} | own
-        # A session of its own: Ctrl-C reaches this process alone, which tells the helper once.
+        # In a separate session, Ctrl-C reaches only this process, which terminates the helper once.
         helper = subprocess.Popen(
             [sys.executable, "-m", self._module],
             stdin=subprocess.PIPE,
@@ -105,28 +107,28 @@ class BackgroundBuilder:
         )
         assert helper.stdin
         assert helper.stdout
-        self._said = _Said(helper.stdout)
-        with contextlib.suppress(BrokenPipeError):  # It is dead already, which `wait` finds out.
+        self._output = _HelperOutput(helper.stdout)
+        with contextlib.suppress(BrokenPipeError):  # The helper has already died; `wait` handles that.
             helper.stdin.write(json.dumps({"stages": names, "settings": self._settings.model_dump()}).encode() + b"\n")
             helper.stdin.flush()
         return helper
 
     def wait(self, name: str) -> None:
-        """Wait for the helper where it builds a stage, and show how far it is meanwhile."""
+        """Wait until the helper ends if it builds the stage ``name``, and show its output meanwhile."""
         if self._helper is None or name not in self._names:
             return
         if self._helper.poll() is None:
             LOGGER.info(f"{name}: process {self._helper.pid} is building it; waiting for it")
-            self._said.aloud()
+            self._output.repeat()
         code = self._helper.wait()
-        self._said.join()
+        self._output.join()
         if code:
-            line = self._said.last()
+            line = self._output.last()
             LOGGER.info(f"{name}: the parallel process ended with code {code}: {line}; continuing here")
         self._end()
 
     def _end(self) -> None:
-        """Stop the helper, where it still runs, and use all threads again."""
+        """Stop the helper if it still runs, and restore the number of threads."""
         if self._helper is None:
             return
         import torch
@@ -137,7 +139,7 @@ class BackgroundBuilder:
         except subprocess.TimeoutExpired:
             self._helper.kill()
             self._helper.wait()
-        self._said.join()
+        self._output.join()
         assert self._helper.stdin
         with contextlib.suppress(BrokenPipeError):
             self._helper.stdin.close()
@@ -145,8 +147,8 @@ class BackgroundBuilder:
         torch.set_num_threads(self._threads)
 
 
-class _Said(threading.Thread):
-    """Reads what a process says, so that it never waits to be read; repeats it on stderr where asked to."""
+class _HelperOutput(threading.Thread):
+    """Thread that reads a process's output, so that its pipe never fills up; optionally repeats it on stderr."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(daemon=True)
@@ -161,17 +163,17 @@ class _Said(threading.Thread):
                     sys.stderr.write(some.decode(errors="replace"))
                     sys.stderr.flush()
 
-    def aloud(self) -> None:
-        """Repeat from here on."""
+    def repeat(self) -> None:
+        """Repeat the output on stderr from now on."""
         self._repeats = True
 
     def last(self) -> str:
-        """The last line that is not empty."""
+        """The last non-empty line of the output."""
         lines = self._kept.decode(errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
 def worker_request(stream: IO[str]) -> tuple[list[str], Mapping[str, object]]:
-    """What a helper is asked for on its standard input: stages, and settings."""
+    """Read a helper's request from its standard input: names of stages, and settings."""
     order = json.loads(stream.readline())
     return list(order["stages"]), order["settings"]

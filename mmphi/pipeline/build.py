@@ -1,4 +1,4 @@
-"""Building a stage with all it needs, each as a run of its own; what is finished is reused."""
+"""Builds a stage and its upstream stages, each as a separate run; finished results are reused."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """How a stage is to be built.
+    """Options for building a stage.
 
     Attributes:
-        force: Anew, even if it is there; what it is built on is reused.
-        run: Id of a run that was begun for it, as ``mlflow run`` does.
-        label: Stands in the run's name after stage and preset.
-        title: The run's whole name, in place of these.
-        tags: Further tags of its run.
-        watch: Told of every metric of its run as it is recorded; may raise to end the run.
-        after: Whether the stages that are asked for at its end are built too.
-        ranks: The processes it runs in.
+        force: Rebuild even if a result exists; upstream results are reused.
+        run: ID of an existing run to record in, as ``mlflow run`` creates it; empty creates a run.
+        label: Text after stage and preset in the run's name.
+        title: Full name of the run; replaces stage, preset and label.
+        tags: Additional tags of the run.
+        watch: Called with the metrics and step of every record in the run; may raise to end the run.
+        after: Whether follow-up stages (:attr:`Stage.then`) are built too.
+        ranks: Coordinator of the processes that run the stage.
     """
 
     force: bool = False
@@ -56,13 +56,13 @@ class Request:
 
 
 class Pipeline(StageGraph):
-    """Stages over one store.
+    """Builds stages and records them in one store.
 
     Args:
-        stages: By name.
-        store: Where results are; opened when first needed.
-        resources: What this process has loaded.
-        helper: Module of a process that may build stages beside this one, which :class:`BackgroundBuilder` starts.
+        stages: Stages by name.
+        store: Tracking store for the results; by default the configured one, opened on first use.
+        resources: Cache of loaded models and data; by default that of the process.
+        helper: Module of the helper process that :class:`BackgroundBuilder` may start; empty for none.
     """
 
     def __init__(
@@ -90,27 +90,27 @@ class Pipeline(StageGraph):
         watch: Watch | None = None,
         after: bool = True,
     ) -> Result:
-        """The result of a stage, from the store or built now, with whatever it needs.
+        """Returns the result of a stage from the store, or builds it with its upstream stages.
 
         Args:
-            name: The stage.
+            name: Name of the stage.
             settings: All settings.
-            force: Build it again even if it is there; what it is built on is reused.
-            no_build: Build nothing.
-            label: Stands in the run's name after stage and preset.
-            title: The run's whole name, in place of these.
-            run: Id of a run that was begun for it, as ``mlflow run`` does: it becomes the result, or points at it.
-            tags: Further tags of its run.
-            watch: Told of every metric of its run as it is recorded, and its step; may raise to end the run.
-            after: Whether the stages that are asked for at its end, such as its evaluation, are built too.
+            force: Rebuild even if a result exists; upstream results are reused.
+            no_build: Only look up results and build nothing.
+            label: Text after stage and preset in the run's name.
+            title: Full name of the run; replaces stage, preset and label.
+            run: ID of an existing run, as ``mlflow run`` creates it: it becomes the result, or refers to a reused one.
+            tags: Additional tags of the run.
+            watch: Called with the metrics and step of every record in the run; may raise to end the run.
+            after: Whether follow-up stages, such as the evaluation, are built too.
 
         Returns:
-            The result; where stages are asked for at its end, with their metrics beside its own.
+            The result, with the metrics of follow-up stages added.
 
         Raises:
-            SettingsError: If a file that the settings name is missing; before anything is built.
-            StoreError: If something is missing under ``no_build``, or the store cannot be used.
-            Stopped: If a signal asked to stop; the same call resumes from there.
+            SettingsError: If a file that the settings name is missing; raised before anything is built.
+            StoreError: If a result is missing under ``no_build``, or the store cannot be used.
+            Stopped: If the build was interrupted by a signal; the same call resumes.
         """
         install_filters()
         show_log()
@@ -121,23 +121,23 @@ class Pipeline(StageGraph):
             request = Request(force, run, label, title, tags or {}, watch, after, ranks)
             result = self._lead(name, settings, request, no_build)
         except BaseException as error:
-            ranks.tell({"error": str(error)})
+            ranks.send({"error": str(error)})
             if disk_is_full(error) and not isinstance(error, MmphiError):
-                raise full_disk_message(self.store.locks.parent) from error  # It was the store's own database.
+                raise full_disk_message(self.store.locks.parent) from error  # Writing the store's database failed.
             raise
         return result
 
     def _lead(self, name: str, settings: Section, request: Request, no_build: bool) -> Result:
         settings = self.resolved(name, settings)
         if request.run:
-            self.store.record_beside(request.run, title_of(name, settings, request.label))
-        for each in self.order(name, settings):  # Missing files are told before anything heavy starts.
+            self.store.record_in_experiment_of(request.run, title_of(name, settings, request.label))
+        for each in self.order(name, settings):  # Reports missing files before anything heavy starts.
             self.input_digests(self.stages[each], settings)
         result = None if request.force else self.result(name, settings)
         if result:
             LOGGER.info(f"{name}: reusing run {result.run_id}, which has the same settings, data and code version")
             self.store.note_use(result.run_id, own=STUDY not in request.tags)
-            request.ranks.tell({"result": as_json(result)})
+            request.ranks.send({"result": as_json(result)})
         elif no_build:
             lacking = [name] if request.force else self.missing(name, settings)
             raise StoreError(f"not built for these settings: {', '.join(lacking)}", "leave out --no-build")
@@ -145,11 +145,11 @@ class Pipeline(StageGraph):
             for each in self.order(name, settings):
                 self.stages[each].check(self.view(each, settings))
             helper = self.helper if request.ranks.count == 1 else ""
-            with without_torchrun(), BackgroundBuilder(self, name, settings, helper) as beside:
+            with without_torchrun(), BackgroundBuilder(self, name, settings, helper) as background:
                 study = {FOR_STUDY: request.tags[STUDY]} if STUDY in request.tags else {}
-                done = self._ready(self.upstream(name, settings), settings, beside, study)
+                done = self._ready(self.upstream(name, settings), settings, background, study)
             result = self._run(name, settings, done, request)
-            if STUDY not in request.tags:  # It may have been a trial's, which this command has waited for.
+            if STUDY not in request.tags:  # A study's trial may have built it while this command waited.
                 self.store.note_use(result.run_id, own=True)
         result = self._followed(result, settings, request, no_build)
         if request.run and request.run != result.run_id:
@@ -157,7 +157,7 @@ class Pipeline(StageGraph):
         return result
 
     def _followed(self, result: Result, settings: Section, request: Request, no_build: bool) -> Result:
-        """The same result with the metrics of the stages that are asked for at its end; of a forced one, again."""
+        """Build the follow-up stages and add their metrics to the result; ``force`` rebuilds them too."""
         metrics, results = dict(result.metrics), []
         stage = self.stages[result.stage]
         for name in stage.then if request.after else ():
@@ -169,30 +169,30 @@ class Pipeline(StageGraph):
         return replace(result, metrics=metrics, after=tuple(results))
 
     def _ready(
-        self, names: Sequence[str], settings: Section, beside: BackgroundBuilder, tags: Mapping[str, str]
+        self, names: Sequence[str], settings: Section, background: BackgroundBuilder, tags: Mapping[str, str]
     ) -> dict[str, Result]:
-        """Results of upstream stages, built where they are missing, with these further tags."""
+        """Results of upstream stages; missing ones are built with the additional tags."""
         done: dict[str, Result] = {}
         for name in names:
-            beside.wait(name)
+            background.wait(name)
             result = self.result(name, settings)
             if result:
                 LOGGER.info(f"{name}: reusing run {result.run_id}")
                 self.store.note_use(result.run_id)
             else:
-                upstream = self._ready(self.upstream(name, settings), settings, beside, tags)
-                beside.before(name)
+                upstream = self._ready(self.upstream(name, settings), settings, background, tags)
+                background.before(name)
                 result = self._run(name, settings, upstream, Request(tags=tags))
             done[name] = result
         return done
 
     def _run(self, name: str, settings: Section, upstream: Mapping[str, Result], request: Request) -> Result:
-        """Build a stage, unless another process is about to, or has done so while this one waited for it."""
+        """Build a stage, or reuse the result of another process that built the same key in the meantime."""
         stage, parts = self.stages[name], self.parts(name, settings)
         key = key_of(parts)
 
         def waiting(holder: str) -> None:
-            LOGGER.info(f"{name}: {holder} is building the same; waiting for it (Ctrl-C to leave it alone)")
+            LOGGER.info(f"{name}: {holder} is building the same result; waiting for it (Ctrl-C to stop waiting)")
 
         tags = {"mmphi.stage": name, "mmphi.key": key, "mmphi.preset": settings_name(settings), **request.tags}
         title = request.title or title_of(name, settings, request.label)
@@ -201,7 +201,7 @@ class Pipeline(StageGraph):
             if ready:
                 LOGGER.info(f"{name}: reusing run {ready.run_id}, finished meanwhile")
                 self.store.discard(tracker, request.run)
-                request.ranks.tell({"result": as_json(ready)})
+                request.ranks.send({"result": as_json(ready)})
                 return ready
             LOGGER.info(f"{name}: building{' again, as asked' if request.force else self._why(name, parts, settings)}")
             tracker.watch = request.watch
@@ -247,7 +247,7 @@ class Pipeline(StageGraph):
             with without_torchrun():
                 metrics = dict(stage.run(context))
         release_memory()
-        tracker.watch = None  # Final values are no report of a training, which has ended.
+        tracker.watch = None  # Final values must not trigger the watch: the training has ended.
         tracker.final_metrics({**metrics, "seconds": time.perf_counter() - begun})
         tracker.text(METRICS, json.dumps(metrics))
         if stage.talks:
@@ -258,23 +258,23 @@ class Pipeline(StageGraph):
         if stage.talks:
             self.store.log_model(result)
         if not stage.trains:
-            request.ranks.tell({"result": as_json(result)})
+            request.ranks.send({"result": as_json(result)})
         return result
 
     def _why(self, name: str, parts: Mapping[str, Any], settings: Section) -> str:
-        """In what the newest result of a stage differs from what is asked for."""
+        """Reason for a build: how the newest result of the stage differs from the request."""
         newest = self.store.newest(name)
         if newest is None:
             return " (nothing of this stage is finished yet)"
         changed = difference(parts, self.store.json_of(newest, KEY), settings)
         if self.stages[name].covers and not changed:
             return f" (what run {newest.info.run_id} does not hold)"
-        what = f"{changed}, compared with" if changed else "its files are not what its manifest says:"
+        what = f"{changed}, compared with" if changed else "files do not match the manifest of"
         return f" ({what} run {newest.info.run_id})"
 
 
 def title_of(stage: str, settings: Section, label: str) -> str:
-    """Readable name of a run."""
+    """Readable name of a run: stage, preset and label."""
     return " ".join(filter(None, (stage, settings_name(settings), label)))
 
 
@@ -285,7 +285,7 @@ def settings_name(settings: Section) -> str:
 
 @contextmanager
 def _recorded(store: TrackingStore, tracker: RunTracker) -> Iterator[None]:
-    """Record how a run ended that did not finish."""
+    """Mark the run as KILLED or FAILED if the block raises."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -299,7 +299,7 @@ def _recorded(store: TrackingStore, tracker: RunTracker) -> Iterator[None]:
 
 
 def full_disk_message(folder: Path) -> StoreError:
-    """What to say of a disk that is full."""
+    """Error for a full disk, with its free space in MB."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     return StoreError(

@@ -1,7 +1,7 @@
-"""The key of a stage: a digest of everything that can change its result, and of nothing more.
+"""The cache key of a stage: a digest of everything that can change its result, and of nothing else.
 
-That is the stage and its version, the settings that it reads, the content of the files they name, and the keys of what
-it is built on. A setting that has the value it was introduced with is left out, so that a new one changes no old key.
+These are the stage's name and version, the settings that it reads, the content of the files they name, and the keys of
+its upstream stages. A setting at its ``legacy_default`` is left out, so that adding a setting changes no existing key.
 """
 
 from __future__ import annotations
@@ -12,31 +12,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmphi.config.declared_view import covered
-from mmphi.config.fields import current_name, field_of, leaves
+from mmphi.config.fields import Field, current_name, field_of, leaves
 from mmphi.config.section import Section
 from mmphi.pipeline.stage import Stage
 
 
 def consumed(stage: Stage, settings: Section) -> dict[str, Any]:
-    """The settings that a stage's result follows from, by dotted name."""
+    """Returns the settings that determine a stage's result, by dotted name."""
     values = {}
     for name, value in leaves(settings):
         field = field_of(type(settings), name)
         if covered(name, stage.reads) and (field is None or (field.affects_key and value != field.legacy_default)):
-            values[name if field is None or field.key_name == field.name else field.key_name] = value
+            values[name if field is None else _key_name(field, name)] = value
     return values
+
+
+def _key_name(field: Field, name: str) -> str:
+    """The name of a setting in cache keys, with the indices of list items: ``evaluate.links.0``."""
+    parts, former = name.split("."), field.key_name.split(".")
+    return ".".join(part if one == "N" else one for one, part in zip(former, parts, strict=False)) + "".join(
+        f".{part}" for part in parts[len(former) :]
+    )
 
 
 def key_parts(
     stage: Stage, settings: Section, digests: Mapping[str, str], upstream: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What a key is the digest of, as a flat table that can be compared with another's.
+    """Returns the parts of a key as a flat mapping, which can be compared with those of another key.
 
     Args:
         stage: The stage.
         settings: All settings, resolved.
-        digests: Content of the files it reads, by the setting that names them; stands in place of the path.
-        upstream: Keys of what it is built on, by stage.
+        digests: Content digests of the files it reads, by the setting that names them; they replace the paths.
+        upstream: Keys of the upstream stages, by stage name.
     """
     parts: dict[str, Any] = {"stage": stage.name, "version": stage.version, **consumed(stage, settings)}
     parts.update({name: f"sha256:{digest}" for name, digest in digests.items()})
@@ -45,18 +53,18 @@ def key_parts(
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits."""
+    """Returns the key: 32 hexadecimal digits of the SHA-256 of its parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def difference(parts: Mapping[str, Any], before: Mapping[str, Any], settings: Section, shown: int = 2) -> str:
-    """In what the parts of two keys differ, in words; empty where they do not.
+    """Describes the differences between the parts of two keys; empty if there are none.
 
     Args:
-        parts: Of the key that is asked for.
-        before: Of the key of an earlier result.
-        settings: All settings; a setting that is left out of a key has the value it was introduced with.
-        shown: How many differences are spelled out.
+        parts: Parts of the requested key.
+        before: Parts of the key of an earlier result.
+        settings: All settings; a setting missing from a key has its ``legacy_default``.
+        shown: Number of differences to describe; the others are counted.
     """
 
     def value(table: Mapping[str, Any], name: str) -> Any:

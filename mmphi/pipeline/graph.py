@@ -1,4 +1,4 @@
-"""What there is and what is missing: keys of stages, their finished results, and what these cover."""
+"""The graph of stages: their keys, their finished results, and which stages are missing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmphi.config.declared_view import SettingsView, covered
 from mmphi.config.fields import field_of, leaves
+from mmphi.config.former_names import current_metrics
 from mmphi.config.presets import files_of_settings
 from mmphi.config.section import Section
 from mmphi.data.content_hash import Digests
@@ -25,11 +26,11 @@ METRICS, KEY = "metrics.json", "key.json"
 
 
 class StageGraph:
-    """Stages over one store, as they are; builds nothing.
+    """Stages and their results in one store; builds nothing.
 
     Args:
-        stages: By name.
-        store: Where results are; opened when first needed.
+        stages: Stages by name.
+        store: Tracking store with the results; by default the configured one, opened on first use.
     """
 
     def __init__(self, stages: Mapping[str, Stage], store: TrackingStore | None = None) -> None:
@@ -48,27 +49,27 @@ class StageGraph:
         return self._store
 
     def view(self, name: str, settings: Section) -> SettingsView:
-        """The settings that a stage may read."""
+        """The settings, restricted to those that a stage may read."""
         return SettingsView(settings, self.stages[name].declared)
 
     def upstream(self, name: str, settings: Section) -> tuple[str, ...]:
-        """The stages whose results a stage is given."""
+        """Names of the stages whose results a stage receives."""
         stage, view = self.stages[name], self.view(name, settings)
         return tuple(dict.fromkeys([*stage.upstream(view), *stage.request_upstream(view)]))
 
     def order(self, name: str, settings: Section) -> list[str]:
-        """A stage and all it is built on, upstream first."""
+        """Names of a stage and all its upstream stages in build order, upstream first."""
         names: dict[str, None] = {}
         for upstream in self.upstream(name, settings):
             names.update(dict.fromkeys(self.order(upstream, settings)))
         return [*names, name]
 
     def resolved(self, name: str, settings: Section) -> Section:
-        """Settings with what follows the machine and the hub filled in, for a stage and all it is built on."""
+        """Settings with precision and revisions resolved, for a stage and all its upstream stages."""
         return resolved(settings, {d for each in self.order(name, settings) for d in self.stages[each].declared})
 
     def input_digests(self, stage: Stage, settings: Section) -> dict[str, str]:
-        """Digest of every outside file, folder and model that a stage reads, by the setting that names it.
+        """Digest of every external file, folder and model that a stage reads, by the setting that names it.
 
         Raises:
             SettingsError: If one is missing.
@@ -86,7 +87,7 @@ class StageGraph:
         return {name: digest for name, digest in sorted(digests.items()) if covered(name, stage.reads)}
 
     def _recordings(self, settings: Section, known: Iterable[str]) -> dict[str, str]:
-        """Digests of recordings in the folder of the CSV that names them, where no other folder is set."""
+        """Digests of recordings in the folder of their CSV file, if no other folder is set."""
         values, found = dict(leaves(settings)), {}
         for name in known:
             section = name.removesuffix(".path")
@@ -108,27 +109,28 @@ class StageGraph:
         return folders
 
     def parts(self, name: str, settings: Section) -> dict[str, Any]:
-        """What the key of a stage is made of."""
+        """Parts of the cache key of a stage; ``settings`` must be resolved."""
         stage = self.stages[name]
         upstream = {each: self.key(each, settings) for each in stage.upstream(self.view(name, settings))}
         return key_parts(stage, settings, self.input_digests(stage, settings), upstream)
 
     def key(self, name: str, settings: Section) -> str:
-        """What the result of a stage is found by."""
+        """Cache key of a stage."""
         return key_of(self.parts(name, self.resolved(name, settings)))
 
     def results(self, name: str, settings: Section) -> Iterator[Result]:
-        """Finished results of a stage's key, newest first, whether or not they cover what is asked for."""
+        """Finished results of a stage's key, newest first, whether or not they cover the request."""
         key = self.key(name, settings)
         for run in self.store.results(key):
             yield self._result(name, key, run)
 
     def _result(self, name: str, key: str, run: Run) -> Result:
         path = self.store.fetch(run)
-        return Result(name, key, str(run.info.run_id), path, json.loads((path / METRICS).read_text()))
+        metrics = current_metrics(json.loads((path / METRICS).read_text()))
+        return Result(name, key, str(run.info.run_id), path, metrics)
 
     def result(self, name: str, settings: Section) -> Result | None:
-        """The newest finished result of a stage that covers what is asked for, if there is one."""
+        """The newest finished result of a stage that covers the request; ``None`` if there is none."""
         return next((found for found in self.results(name, settings) if self._covers(found, settings)), None)
 
     def _covers(self, result: Result, settings: Section) -> bool:
@@ -144,7 +146,7 @@ class StageGraph:
         return stage.covers(view, upstream, result.path)
 
     def missing(self, name: str, settings: Section) -> list[str]:
-        """What would have to be built for a stage, upstream first."""
+        """Names of the stages that must be built for a stage, itself included, upstream first."""
         if self.result(name, settings):
             return []
         names: dict[str, None] = {}

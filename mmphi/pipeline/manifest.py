@@ -1,7 +1,7 @@
-"""The list of a finished result's files, written last: what it does not confirm is not a result.
+"""The manifest lists the files of a finished result and is written last; without a valid manifest, there is no result.
 
-Sizes are checked always. Contents are read again only where a file's modification time is not the one noted, so that a
-result of gigabytes is confirmed in milliseconds, while a file that was edited, cut short or copied over is found.
+File sizes are always checked. Contents are hashed again only if a file's modification time has changed, so a result of
+gigabytes is verified in milliseconds, and edited, truncated or overwritten files are still detected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file with its size, digest and modification time; whole or not at all."""
+    """Write the size, digest and modification time of every file in a folder, atomically."""
     listed = {}
     for path in _files(folder):
         stat = path.stat()
@@ -35,7 +35,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def manifest_holds(folder: Path) -> bool:
-    """Whether every listed file is there, as it was."""
+    """Whether the manifest exists and every listed file is unchanged."""
     try:
         listed = json.loads((folder / MANIFEST).read_text())
         return all(_unchanged(folder / name, *entry) for name, entry in listed.items())
@@ -49,5 +49,5 @@ def _unchanged(path: Path, size: int, digest: str, modified_ns: int) -> bool:
 
 
 def total_bytes(folder: Path) -> int:
-    """Bytes of all files that a manifest lists."""
+    """Total size of the files in a folder's manifest, in bytes."""
     return sum(entry[0] for entry in json.loads((folder / MANIFEST).read_text()).values())

@@ -1,4 +1,4 @@
-"""Frozen models, features and encoded data, held once a process whoever asks for them."""
+"""Cache of frozen models, features and tokenized data, loaded once per process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ T = TypeVar("T")
 
 
 class ProcessCache:
-    """What a process has loaded, by kind and digest.
+    """Weak cache of loaded objects by (kind, digest).
 
-    A thing lives as long as anybody uses it; the one of each kind that was asked for last lives on, for the next trial.
+    An object is kept while it is referenced. The most recently requested object of each kind is kept alive for reuse,
+    such as by the next trial.
     """
 
     def __init__(self) -> None:
@@ -23,17 +24,17 @@ class ProcessCache:
         self._lock = threading.RLock()
 
     def once(self, kind: str, digest: str, make: Callable[[], T]) -> T:
-        """The thing with a digest: the one this process has, else made now.
+        """Returns the cached object with a digest, or makes it.
 
         Args:
-            kind: ``language``, ``encoder``, ...
-            digest: Of everything that decides what the thing is, its device included.
-            make: Loads it.
+            kind: Kind of object, such as ``language`` or ``encoder``.
+            digest: Digest of everything that determines the object, including its device.
+            make: Function that loads the object.
         """
         with self._lock:
             thing = self._alive.get((kind, digest))
             if thing is None:
-                self._newest.pop(kind, None)  # Two large models need not fit in memory at once.
+                self._newest.pop(kind, None)  # Released first, so that two large models need not fit in memory.
                 thing = make()
                 self._alive[kind, digest] = thing
             self._newest[kind] = thing

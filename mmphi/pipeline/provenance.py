@@ -1,4 +1,4 @@
-"""Where a result came from: settings, data, what it is built on, code, machine, packages."""
+"""Provenance of a result: settings, data, upstream results, code, machine and packages."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ DIFF_CHARACTERS = 2_000_000
 def record_provenance(
     tracker: RunTracker, stage: Stage, settings: Section, parts: Mapping[str, Any], needed: Mapping[str, Result]
 ) -> None:
-    """Record in a run where its result comes from.
+    """Record the provenance of a result in its run.
 
     Args:
-        tracker: The run.
-        stage: What it builds.
+        tracker: Tracker of the run.
+        stage: The stage that the run builds.
         settings: All settings, resolved.
-        parts: What its key is made of.
-        needed: What it is built on.
+        parts: Parts of the result's key.
+        needed: Upstream results by stage name.
     """
     resolved = settings.model_dump()
     tracker.text("settings.yaml", yaml.safe_dump(resolved, sort_keys=False))
     tracker.text("key.json", json.dumps(parts, indent=1))
     from mmphi.tracking.datasets import datasets_of, log_datasets
 
-    # `mlflow run` has logged its own parameters, such as `seed`; these have a dot, and so never the same name.
+    # `mlflow run` has logged parameters such as `seed`; setting names contain a dot, so they do not collide.
     unused = stage.unused(SettingsView(settings, stage.declared))
     read = ((name, value) for name, value in leaves(settings) if covered(name, stage.reads))
     tracker.params({name: value for name, value in read if not covered(name, unused)})
@@ -64,7 +64,7 @@ def record_provenance(
 
 
 def _note(tracker: RunTracker, stage: Stage, needed: Mapping[str, Result]) -> str:
-    """What MLflow's page shows of the run as its description."""
+    """Description of the run on MLflow's page, with links to upstream runs."""
     links = []
     for name, result in needed.items():
         experiment = tracker.client.get_run(result.run_id).info.experiment_id
@@ -75,7 +75,7 @@ def _note(tracker: RunTracker, stage: Stage, needed: Mapping[str, Result]) -> st
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # A container may run under an id without a name.
+    except (KeyError, OSError):  # In a container, the user ID may have no name.
         return "unknown"
 
 
@@ -88,9 +88,9 @@ def _output(*command: str) -> str:
 
 
 def code_tags() -> tuple[dict[str, str], str]:
-    """Tags that name the commit, and the diff of what is not committed."""
+    """Returns tags with the git commit, and the diff of uncommitted changes (empty if there are none)."""
     git = ("git", "-C", str(ROOT))
-    # An installed copy may lie inside another project's repository.
+    # An installed copy may be inside another project's repository.
     if not (ROOT / ".git").exists():
         return {"mmphi.git_commit": "unknown", "mmphi.git_dirty": "unknown"}, ""
     commit, status = _output(*git, "rev-parse", "HEAD"), _output(*git, "status", "--porcelain")
@@ -102,13 +102,13 @@ def code_tags() -> tuple[dict[str, str], str]:
 
 
 def hardware_tags() -> dict[str, str]:
-    """Tags that describe the machine."""
+    """Returns tags that describe the machine: CPU, cores, memory in GB, and GPUs."""
     tags = {
         "mmphi.cpu": _cpu_name(),
         "mmphi.cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "mmphi.memory_gb": f"{psutil.virtual_memory().total / 1e9:.0f}",
     }
-    # Asking torch would open the accelerator in this process, and forked workers could not use it then.
+    # torch would initialise CUDA in this process, and forked workers could not use it afterwards.
     query = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     cards = _output(*query).splitlines() if shutil.which("nvidia-smi") else []
     return {**tags, "mmphi.gpu": "; ".join(cards)} if cards else tags
@@ -124,13 +124,13 @@ def _cpu_name() -> str:
 
 
 def installed_packages() -> str:
-    """Installed packages, one ``name==version`` a line."""
+    """Returns the installed packages, one ``name==version`` per line."""
     folders = [Path(folder) for folder in sys.path if Path(folder).is_dir()]
     return _packages(tuple((str(folder), folder.stat().st_mtime_ns) for folder in folders))
 
 
 @functools.lru_cache(maxsize=1)
 def _packages(_: tuple[tuple[str, int], ...]) -> str:
-    """Read again only where a folder of packages has changed: 200 packages take half a second."""
+    """Reread only if a package folder has changed: 200 packages take half a second."""
     versions = {f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}
     return "\n".join([f"python=={platform.python_version()}", *sorted(versions, key=str.lower)]) + "\n"

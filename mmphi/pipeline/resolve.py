@@ -1,6 +1,6 @@
-"""What settings leave open is decided before keys are made: precision by the machine, revisions by the hub.
+"""Resolves open settings before cache keys are computed: precision from the machine, revisions from the hub.
 
-So a key says what was computed with, and a result made on a GPU is not taken for one made on a CPU.
+Keys therefore contain the values in effect, and a bf16 result from a GPU is not reused for an fp32 run on a CPU.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ HUB_TIMEOUT_S = 5.0
 
 
 def resolved(settings: R, declared: Iterable[str]) -> R:
-    """The same settings with ``auto`` precision and empty revisions filled in, as far as they are declared.
+    """Returns the settings with ``auto`` precision and empty revisions filled in, as far as they are declared.
 
     Args:
         settings: All settings.
-        declared: Dotted names of the settings that are going to be read.
+        declared: Dotted names of the settings that stages may read.
     """
     root, changed = type(settings), settings
     names = dict(leaves(settings))
@@ -45,7 +45,7 @@ def resolved(settings: R, declared: Iterable[str]) -> R:
         if new != value:
             changed = _with(changed, name.split("."), new)
     if covered("vision.quick_gelu", declared) and names.get("vision.pretrained"):
-        # What a file of CLIP weights was trained with.
+        # A file of CLIP weights determines its preprocessing and activation function.
         changed = changed.model_copy(update={"vision": prepared_for(changed.vision)})  # type: ignore[attr-defined]
     return changed
 
@@ -60,16 +60,16 @@ def _with(value: Any, path: list[str], new: Any) -> Any:
 
 
 def _revision(section: str, names: dict[str, Any], declared: Iterable[str]) -> str:
-    """The newest revision of what a section takes from the hub; empty where it takes nothing or nothing is known."""
+    """Newest revision of the hub repository that a section uses; empty if it uses none or the revision is unknown."""
     if section == "language":
         return _of_repository(names["language.model"], "model")
     if section == "vision":
         tag = names["vision.pretrained"]
         return _of_repository(_tag_repository(names["vision.model"], tag), "model") if tag else ""
-    if section == "textgen":  # A training on files reads these settings, too, but uses no generator.
+    if section == "textgen":  # Pretraining on files declares these settings too, but uses no generator.
         unused = covered("pretrain.source", declared) and names["pretrain.source"] == "files"
         return "" if unused else _of_repository(names["textgen.model"], "model")
-    if names.get(f"{section}.kind") in ("datasets", "auto"):  # Texts say by their name what they are.
+    if names.get(f"{section}.kind") in ("datasets", "auto"):  # `kind` of a text source may be detected from its path.
         return _of_repository(names[f"{section}.path"].partition(":")[0], "dataset")
     return ""
 
@@ -90,7 +90,7 @@ def _of_repository(name: str, kind: str) -> str:
 
 @cache
 def gpu_has_bf16() -> bool:
-    """Whether this machine has an accelerator that computes in bf16; torch is only asked where there may be one."""
+    """Whether this machine has a GPU that supports bf16; imports torch only if an NVIDIA driver is found."""
     if not shutil.which("nvidia-smi") and not Path("/dev/nvidiactl").exists():
         return False
     import torch
@@ -100,10 +100,10 @@ def gpu_has_bf16() -> bool:
 
 @cache
 def hub_revision(name: str, kind: str) -> str:
-    """The commit that a hub name stands for: the hub's newest, else the one in the local cache, else empty.
+    """Newest commit of a hub repository, else the one in the local cache, else an empty string.
 
     Args:
-        name: ``owner/name``.
+        name: Repository as ``owner/name``.
         kind: ``model`` or ``dataset``.
     """
     from huggingface_hub import HfApi, constants
@@ -112,7 +112,7 @@ def hub_revision(name: str, kind: str) -> str:
         try:
             info = HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT_S)
             return str(info.sha or "")
-        except Exception:  # Of the HTTP client or the hub: whatever it is, the cache may still know.
+        except Exception:  # Any error of the HTTP client or the hub: fall back to the local cache.
             pass
     folder = Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
     reference = folder / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"

@@ -1,6 +1,6 @@
-"""What a stage is and what it is given. Everything here is light to import.
+"""The interface of a stage: a function from settings and upstream results to files and metrics.
 
-A stage is a function: settings and upstream results in, files and metrics out.
+This module imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mmphi.tracking.tracker import Tracker
 
 @dataclass(frozen=True)
 class Result:
-    """A finished stage: where its files lie, and the run that is the proof.
+    """Result of a finished stage.
 
     Attributes:
-        stage: Its name.
-        key: What it was found by.
-        run_id: The run.
-        path: Its files.
-        metrics: Its figures, and those of the stages that were asked for at its end.
-        after: Results of these stages.
+        stage: Name of the stage.
+        key: Cache key.
+        run_id: ID of the run that built it.
+        path: Folder of its files.
+        metrics: Metrics of the stage and of its follow-up stages.
+        after: Results of the follow-up stages.
     """
 
     stage: str
@@ -38,17 +38,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage's function is given.
+    """Input of a stage's ``run`` function.
 
     Attributes:
-        settings: The settings that the stage declares; reading another raises.
-        folder: Where to write. Holds what an interrupted call left: resume from it.
-        upstream: Results by stage name, as :attr:`Stage.upstream` asked for them.
-        tracker: The run to record in.
-        resources: Models and data that this process already has.
-        earlier: Finished results of the same key that do not cover what is asked for, newest first.
+        settings: View of the settings; reading one that the stage does not declare raises.
+        folder: Output folder. It may hold files of an interrupted run, from which the stage resumes.
+        upstream: Results of :attr:`Stage.upstream` and :attr:`Stage.request_upstream`, by stage name.
+        tracker: Tracker of the run.
+        resources: Process cache of loaded models and data.
+        earlier: Finished results of the same key that do not cover the request, newest first.
         models: Folders of the models that settings name, by dotted setting name.
-        first: Whether this process is the one that writes files; others only compute.
+        first: Whether this process writes files; the others only compute.
     """
 
     settings: SettingsView
@@ -63,12 +63,12 @@ class Context:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage would take, estimated before it starts.
+    """Estimated cost of running a stage.
 
     Attributes:
         disk_bytes: Bytes written.
-        seconds: Time on this machine; ``None`` where it cannot be known.
-        memory_bytes: GPU memory, at most; 0 where it cannot be known or is small.
+        seconds: Time on this machine; ``None`` if unknown.
+        memory_bytes: Upper bound on GPU memory; 0 if unknown or small.
     """
 
     disk_bytes: int
@@ -85,24 +85,26 @@ class Stage:
     """One step of the pipeline.
 
     Attributes:
-        name: ``scenes``, ``projector``, ...
-        version: Raised whenever the same settings would give another result.
-        help: One line for ``mmphi --help``.
-        reads: Dotted names of the settings that decide what the result is, its own section first. They stand in the
-            key; a name covers all below it, an item of a list is called ``N``.
-        run: The work. Imports what is heavy itself. Returns its final metrics.
-        upstream: Names of the stages whose results it needs, given the settings; their keys stand in its key.
-        unused: Of ``reads``, what has no effect with these settings: it is not recorded as parameters of the run.
-        requests: Settings that it may read and that do not decide what any of its result is: not in the key.
-        request_upstream: Stages whose results say how much is asked for: not in the key either.
-        covers: Whether a finished result of the key holds all that is asked for; ``None`` where it always does.
-        check: Raises where the settings cannot work together; called before anything is built.
-        cost: Estimate of what running it takes, from all settings, because it stands in no key.
-        then: Stages asked for at its end, such as its evaluation.
-        asking: From the settings to those that the stages at its end are asked for with.
-        verifies: Whether it checks each file that it finds in its folder, and so may go on from a damaged result.
-        trains: Whether it may run in several processes at once; others run once, in the first process.
-        talks: Whether it ends in a model that answers questions, which is logged as one of MLflow's.
+        name: Unique name, such as ``projector``.
+        version: Version of the stage, part of the key; increase it when the same settings give another result.
+        help: One-line description for ``mmphi --help``.
+        reads: Dotted names of the settings that determine the result, the stage's own section first; part of the key.
+            A name covers all settings below it; ``N`` stands for any item of a list.
+        run: Builds the result in ``Context.folder`` and returns the final metrics. Imports heavy modules itself.
+        upstream: Maps settings to the names of required stages; their keys are part of the key.
+        unused: Maps settings to those of ``reads`` that have no effect; they are not recorded as run parameters.
+        requests: Dotted names of further settings that it may read. They do not change the content of a result and are
+            not part of the key.
+        request_upstream: Maps settings to the stages whose results determine the request; not part of the key.
+        covers: Whether a finished result of the key contains everything requested, given the settings, the results of
+            ``request_upstream`` and the result's folder. ``None`` means that it always does.
+        check: Raises if the settings are inconsistent; called before anything is built.
+        cost: Estimates the cost of a run. It may read all settings, because it does not affect the key.
+        then: Names of follow-up stages, such as the evaluation.
+        asking: Maps this stage's settings to those of its follow-up stages.
+        verifies: Whether it verifies each file in its folder, and can therefore resume from a damaged result.
+        trains: Whether it may run in several processes; other stages run in the first process only.
+        talks: Whether its result is a model that answers questions, which is logged as an MLflow model.
     """
 
     name: str
@@ -125,5 +127,5 @@ class Stage:
 
     @property
     def declared(self) -> tuple[str, ...]:
-        """All settings that it may read."""
+        """Dotted names of all settings that the stage may read."""
         return self.reads + self.requests

@@ -1,7 +1,7 @@
-"""The number of threads that a training runs with, which decides the last bits of its sums.
+"""The number of threads of a training, which affects floating-point rounding.
 
-A training that is resumed after a kill gives the same bits only with the number of threads that it began with. So a run
-records the number, and the run that resumes it uses the same.
+A resumed training is bitwise identical only with the number of threads that it began with. A run therefore records the
+number, and the run that resumes it uses the same.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ THREADS = "mmphi.threads"
 
 @contextmanager
 def restore_thread_count(store: TrackingStore, tracker: RunTracker, source: str) -> Iterator[None]:
-    """Work with as many threads as the run that is resumed, and record the number.
+    """Use the number of threads of the resumed run inside the block, and record it.
 
     Args:
-        store: Has that run.
-        tracker: Of the run that works.
-        source: Id of the run that is resumed; empty for none.
+        store: Tracking store with the resumed run.
+        tracker: Tracker of the current run.
+        source: ID of the resumed run; empty for none.
     """
     import torch
 
@@ -43,6 +43,6 @@ def restore_thread_count(store: TrackingStore, tracker: RunTracker, source: str)
     try:
         yield
     finally:
-        # Unless something else has changed the number meanwhile, as the end of a background build does.
+        # Not if the number was changed meanwhile, as at the end of a background build.
         if torch.get_num_threads() == before:
             torch.set_num_threads(now)

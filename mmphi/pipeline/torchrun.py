@@ -1,7 +1,7 @@
-"""Several processes on one stage, as torchrun starts them: the first owns the store, the others are told what to do.
+"""Coordination of the processes started by torchrun: rank 0 owns the tracking store and sends work to the others.
 
-What they tell one another goes through torchrun's own key-value store, because a process group may only be opened by
-the stage that trains: whatever is built before it is built by the first process alone.
+Messages go through torchrun's key-value store. A process group cannot be used: only the training stage may open one,
+and upstream stages run on rank 0 alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from mmphi.pipeline.process_cache import ProcessCache
 from mmphi.pipeline.stage import Context, Result, Stage
 from mmphi.tracking.tracker import SilentTracker
 
-PATIENCE = timedelta(days=7)  # What the first process builds meanwhile may take long.
+PATIENCE = timedelta(days=7)  # Other ranks wait this long, because rank 0 may build upstream stages first.
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK")
 
 
 class RankCoordinator:
-    """This process among those that torchrun started; one alone without torchrun."""
+    """Rank of this process among those started by torchrun, and messages between them; rank 0 of 1 without torchrun."""
 
     _meetings = 0
 
@@ -34,21 +34,21 @@ class RankCoordinator:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._store: Any = None
-        if self.count > 1:  # The first process builds more, on its own, which the others know nothing of.
+        if self.count > 1:  # Builds on rank 0 alone do not count, so the prefix agrees on all ranks.
             RankCoordinator._meetings += 1
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix = f"mmphi/{restart}/{RankCoordinator._meetings}"
 
     @classmethod
     def one(cls) -> RankCoordinator:
-        """This process alone, whatever torchrun started."""
+        """Returns a coordinator for this process alone, regardless of torchrun."""
         ranks = cls.__new__(cls)
         ranks.rank, ranks.count, ranks._store, ranks._prefix = 0, 1, None, ""
         return ranks
 
     @property
     def first(self) -> bool:
-        """Whether this process owns the store."""
+        """Whether this process is rank 0, which owns the tracking store."""
         return self.rank == 0
 
     def _shared(self) -> Any:
@@ -69,26 +69,26 @@ class RankCoordinator:
             self._store = distributed.PrefixStore(self._prefix, server)
         return self._store
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """Tell the other processes; does nothing where there are none."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message to the other processes; does nothing in a single process."""
         if self.count > 1:
             self._shared().set("message", json.dumps(message))
 
     def share(self, context: Context, key: str, settings: Section) -> None:
-        """Tell the other processes to do the same stage with the same resolved settings on the same files."""
+        """Send the stage's resolved settings, folder and upstream results to the other processes, which then run it."""
         upstream = {each: as_json(result) for each, result in context.upstream.items()}
         models = {name: str(folder) for name, folder in context.models.items()}
         run = {"key": key, "run_id": context.tracker.run_id, "folder": str(context.folder)}
-        self.tell({**run, "upstream": upstream, "models": models, "settings": settings.model_dump()})
+        self.send({**run, "upstream": upstream, "models": models, "settings": settings.model_dump()})
 
-    def hear(self) -> dict[str, Any]:
-        """Wait for what the first process tells."""
+    def receive(self) -> dict[str, Any]:
+        """Wait for the message of rank 0 and return it."""
         store = self._shared()
         store.wait(["message"], PATIENCE)
         return dict(json.loads(store.get("message")))
 
     def done(self) -> None:
-        """Wait, on the first process, until the others are done too; say so on the others."""
+        """On rank 0, wait until all other ranks are done; on the others, signal completion."""
         if self.count == 1:
             return
         if self.first:
@@ -99,7 +99,7 @@ class RankCoordinator:
 
 @contextmanager
 def without_torchrun() -> Iterator[None]:
-    """Hide torchrun's variables, so that what runs inside does not wait for the other processes."""
+    """Hide torchrun's environment variables, so that code in the block runs as a single process."""
     hidden = {name: os.environ.pop(name) for name in TORCHRUN if name in os.environ}
     try:
         yield
@@ -108,7 +108,7 @@ def without_torchrun() -> Iterator[None]:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """A result as it is told to other processes."""
+    """Converts a result to a JSON-serialisable dictionary for the other processes."""
     own = {"stage": result.stage, "key": result.key, "run_id": result.run_id}
     return {**own, "path": str(result.path), "metrics": dict(result.metrics)}
 
@@ -118,12 +118,15 @@ def _from_json(message: dict[str, Any]) -> Result:
 
 
 def run_follower(ranks: RankCoordinator, stage: Stage, settings: Section, resources: ProcessCache) -> Result:
-    """What the processes after the first do: the same stage on the same files, recording and writing nothing.
+    """Run a stage on a rank other than 0: on the files of rank 0, without recording or writing anything.
+
+    Returns:
+        The result; that of rank 0 if it reused one or built the stage alone.
 
     Raises:
-        StoreError: If the first process failed, or its files are not there.
+        StoreError: If rank 0 failed, or its files do not exist on this host.
     """
-    message = ranks.hear()
+    message = ranks.receive()
     if "error" in message:
         raise StoreError(f"the first process ended: {message['error']}")
     if "result" in message:
@@ -134,7 +137,7 @@ def run_follower(ranks: RankCoordinator, stage: Stage, settings: Section, resour
     absent = [path for path in (folder, *(result.path for result in upstream.values())) if not path.exists()]
     if absent:
         raise StoreError(
-            f"{absent[0]} is not there for process {ranks.rank}",
+            f"{absent[0]} does not exist on the host of process {ranks.rank}",
             "the hosts of one torchrun must share the folder of the store",
         )
     view = SettingsView(type(settings)(**message["settings"]), stage.declared)

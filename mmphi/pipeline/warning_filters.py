@@ -1,23 +1,27 @@
-"""Warnings of libraries that are not true for whoever reads them here, silenced one by one and nothing else."""
+"""Filters for individual library warnings that do not apply to mmphi."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
-# Logger, words of its message, and why it is not true.
+# Logger, part of the message; the comments give the reason.
 MESSAGES = (
-    # Only 4-bit arithmetic on a CPU would be faster with it; whoever does not ask for that is told for nothing.
+    # Recommends a faster 4-bit kernel on CPU, even to users who do not use 4-bit precision.
     ("bitsandbytes.backends.cpu.ops", "gemm_4bit_forward"),
-    # A text tower is loaded without its pooler on purpose: what the report lists as left over is just that.
+    # Lists the pooler as unused: text towers are loaded without it on purpose.
     ("transformers.modeling_utils", "LOAD REPORT"),
-    # What a stage's model is given as an example is the same for all of them, and tested.
+    # The input example is the same for the models of all stages, and covered by tests.
     ("mlflow.pyfunc", "Validating input example"),
 )
 
 
 class WarningFilter(logging.Filter):
-    """Lets every message pass but those with certain words."""
+    """Suppresses log messages that contain certain words.
+
+    Args:
+        words: Text that suppressed messages contain.
+    """
 
     def __init__(self, words: str) -> None:
         super().__init__()
@@ -29,12 +33,12 @@ class WarningFilter(logging.Filter):
 
 
 def install_filters() -> None:
-    """Silence them for this process; calling it again changes nothing."""
+    """Install the filters for this process; idempotent."""
     for name, words in MESSAGES:
         logger = logging.getLogger(name)
         if not any(isinstance(each, WarningFilter) and each.words == words for each in logger.filters):
             logger.addFilter(WarningFilter(words))
-    # MLflow's own use of SQLAlchemy, which nobody here can change.
+    # Caused inside MLflow by its use of SQLAlchemy.
     warnings.filterwarnings("ignore", message=".*``noload`` loader strategy is deprecated")
-    # PEFT's own use of transformers, likewise.
+    # Caused inside PEFT by its use of transformers.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

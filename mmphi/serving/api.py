@@ -123,21 +123,21 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
         try:
             worker.check_room()  # Before the body is read and parsed.
             # Not `request.body()`: the request would keep the body until it is answered.
-            asked = await loop.run_in_executor(
+            parsed = await loop.run_in_executor(
                 readers, _read, b"".join([part async for part in request.stream()]), rules
             )
             left = threading.Event()
             leaving = asyncio.create_task(_leaving(request, left))
             try:
                 with worker.reading():
-                    pool = fetchers if rules.fetch is not None and names_url(asked.messages) else readers
+                    pool = fetchers if rules.fetch is not None and names_url(parsed.messages) else readers
                     check = partial(_check, left, born, worker.limit_s)
-                    said = await loop.run_in_executor(pool, _conversation, asked, rules, check)
+                    conversation = await loop.run_in_executor(pool, _conversation, parsed, rules, check)
             finally:
                 leaving.cancel()
             if left.is_set() or await request.is_disconnected():
                 return Response(status_code=499)
-            queued = QueuedRequest(said, asked.sampling(rules.temperature), tell, born)
+            queued = QueuedRequest(conversation, parsed.sampling(rules.temperature), tell, born)
             worker.submit(queued)
         except (ClientDisconnect, ClientDisconnectedError):
             return Response(status_code=499)  # The status that nginx logs; it reaches no client.
@@ -147,7 +147,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
         answer = Reply(queued, pieces, rules.name)
         watching = asyncio.create_task(_watch(request, worker, queued))
         try:
-            if not asked.stream:
+            if not parsed.stream:
                 return JSONResponse(await answer.whole())
             first = await answer.first()  # So that a request that fails early gets an error instead of a stream.
         except BaseException:
@@ -155,7 +155,7 @@ def application(worker: Scheduler, rules: ServerConfig, metrics: Metrics) -> Fas
             raise
         finally:
             watching.cancel()
-        usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        usage = parsed.stream_options is not None and bool(parsed.stream_options.include_usage)
         return StreamingResponse(answer.events(worker, first, usage), media_type="text/event-stream")
 
     return app
@@ -167,17 +167,17 @@ def _read(body: bytes, rules: ServerConfig) -> ChatRequest:
     Raises:
         APIError: If it is malformed, or names another model.
     """
-    asked = parse_request(body)
-    if asked.model not in (None, "", rules.name):
-        raise _no_model(str(asked.model), rules)
-    return asked
+    parsed = parse_request(body)
+    if parsed.model not in (None, "", rules.name):
+        raise _no_model(str(parsed.model), rules)
+    return parsed
 
 
-def _conversation(asked: ChatRequest, rules: ServerConfig, check: Callable[[], None]) -> Conversation:
+def _conversation(parsed: ChatRequest, rules: ServerConfig, check: Callable[[], None]) -> Conversation:
     """Conversation of a request, with its images fetched if that is allowed.
 
     Args:
-        asked: The request.
+        parsed: The request.
         rules: Settings of the server.
         check: Called before each image is fetched; its exceptions are passed on.
 
@@ -190,7 +190,7 @@ def _conversation(asked: ChatRequest, rules: ServerConfig, check: Callable[[], N
         check()
         return rules.fetch(url)
 
-    return parse_messages(asked.messages, files=False, allow=fetched if rules.fetch is not None else None)
+    return parse_messages(parsed.messages, files=False, allow=fetched if rules.fetch is not None else None)
 
 
 def _check(left: threading.Event, born: float, limit_s: float) -> None:

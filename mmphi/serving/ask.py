@@ -22,14 +22,22 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser(
         prog="mmphi ask",
         description="Ask a trained model a question about images and recordings, typed or spoken.",
-        epilog="mmphi ask --image photo.jpg 'what is this?'    mmphi ask --image photo.jpg --audio question.mp3",
+        epilog="examples:\n  mmphi ask --image photo.jpg 'what is this?'\n"
+        "  mmphi ask --image photo.jpg --audio question.mp3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("question", nargs="?", default="", help="what to ask; - reads it from standard input")
     model_options(made)
-    made.add_argument("--image", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
-    made.add_argument("--audio", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
+    made.add_argument(
+        "--image", action="append", default=[], type=Path, metavar="PATH", help="image of the question; repeatable"
+    )
+    made.add_argument(
+        "--audio", action="append", default=[], type=Path, metavar="PATH", help="recording of the question; repeatable"
+    )
     made.add_argument("--system", default="", help="system message")
-    made.add_argument("--json", action="store_true", help="print the answer and how it came about as JSON")
+    made.add_argument(
+        "--json", action="store_true", help="print the answer as JSON, with transcripts, token counts and times"
+    )
     sampling_options(made)
     return made
 
@@ -37,10 +45,14 @@ def parser() -> argparse.ArgumentParser:
 def sampling_options(made: argparse.ArgumentParser) -> None:
     """Add the sampling options."""
     made.add_argument("--max-tokens", type=int, default=256, help="longest answer [256]")
-    made.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token [0]")
-    made.add_argument("--top-p", type=float, default=1.0, help="share of the likeliest tokens that are drawn from [1]")
-    made.add_argument("--seed", type=int, help="equal seeds give equal answers")
-    made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before it")
+    made.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy [0]")
+    made.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most probable tokens with this total probability [1]"
+    )
+    made.add_argument("--seed", type=int, help="random seed of the sampling [a new one each time]")
+    made.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text before which the answer ends; repeatable"
+    )
 
 
 def sampling_of(options: argparse.Namespace) -> Any:
@@ -74,11 +86,11 @@ def _answer(options: argparse.Namespace) -> int:
     parts += [{"type": "text", "text": question}] if question else []
     if not parts:
         raise MessageError(
-            "nothing is asked: there is no question, no image and no recording",
+            "the question is empty: no text, image or recording was given",
             "for example: mmphi ask --image photo.jpg 'what is this?'\n  or: mmphi ask --audio question.mp3",
         )
     messages.append({"role": "user", "content": parts})
-    asked = parse_messages(messages)  # Before torch is imported and a transcriber is loaded, which take seconds.
+    conversation = parse_messages(messages)  # Before torch is imported and a transcriber is loaded, which take seconds.
     for path in options.audio:
         check_recording_file(path)
     sampling = sampling_of(options)
@@ -93,7 +105,7 @@ def _answer(options: argparse.Namespace) -> int:
     model = mmphi.load(choice.name, whisper=options.whisper)
     engine = Engine(model, slots=1, length=options.context)
     begun = time.perf_counter()
-    prompt, _ = open_prompt(model, asked, engine.room(sampling))
+    prompt, _ = open_prompt(model, conversation, engine.room(sampling))
     answering = engine.submit(prompt, sampling)
     first = 0.0
     while not answering.reason:
@@ -109,7 +121,7 @@ def _answer(options: argparse.Namespace) -> int:
     found = {
         "answer": answering.text,
         "reason": answering.reason,
-        "heard": [each.said for each in model.inputs([*asked.audio[0]])],
+        "heard": [each.transcript for each in model.inputs([*conversation.audio[0]])],
         "model": choice.short,
         "prompt_tokens": len(prompt),
         "tokens": answering.tokens,

@@ -25,9 +25,13 @@ def parser() -> argparse.ArgumentParser:
     model_options(made)
     made.add_argument("--system", default="", help="system message")
     made.add_argument(
-        "--image", action="append", default=[], metavar="PATH", help="show an image with the first question"
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="image that is sent with the first question; repeatable",
     )
-    made.add_argument("--load", default="", metavar="FILE", help="go on with a conversation that /save wrote")
+    made.add_argument("--load", default="", metavar="FILE", help="continue a conversation that /save wrote")
     sampling_options(made)
     return made
 
@@ -55,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         + ([f"/load {options.load}"] if options.load else [])
         + [f"/image {path}" for path in options.image]
     ):
-        list(talk.hear(command))
+        list(talk.respond(command))
     if isinstance(sys.stdin, io.TextIOWrapper):  # Invalid bytes must not end the conversation.
         sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
@@ -74,22 +78,22 @@ def run(talk: ChatSession, lines: Iterator[str]) -> None:
     Ctrl-C stops an answer. An error is printed, and the conversation continues from its state before the line.
     """
     for line in lines:
-        said = ""
+        answer = ""
         try:
-            for piece in talk.hear(line.rstrip("\n")):
-                said += piece
+            for piece in talk.respond(line.rstrip("\n")):
+                answer += piece
                 print(piece, end="", flush=True)
         except EndSession:
             return
         except KeyboardInterrupt:
             print(" ...", end="", flush=True)
         except MmphiError as error:
-            _complain(str(error), said)
+            _complain(str(error), answer)
             continue
         except Exception as error:  # For example out of memory: the conversation must survive it.
-            _complain(f"{type(error).__name__}: {error}", said)
+            _complain(f"{type(error).__name__}: {error}", answer)
             continue
-        if said:
+        if answer:
             print()
 
 

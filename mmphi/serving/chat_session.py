@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 HELP = {
     "/image PATH": "show an image with the next question",
     "/audio PATH": "send a recording with the next question; alone it is the question (an empty line sends it)",
-    "/system TEXT": "set the system message; starts again",
+    "/system TEXT": "set the system message and start a new conversation",
     "/set NAME VALUE": "max_tokens, temperature, top_p, seed or stop of the answers that follow",
-    "/undo": "take the last question and its answer back",
+    "/undo": "remove the last question and its answer",
     "/reset": "forget the conversation",
     "/save FILE": "write the conversation as JSON",
-    "/load FILE": "go on with one that was saved",
+    "/load FILE": "continue a saved conversation",
     "/help": "this list",
-    "/quit": "leave; so does Ctrl-D",
+    "/quit": "quit; Ctrl-D does the same",
 }
 COMMANDS = [each.partition(" ")[0] for each in HELP]
 
@@ -51,7 +51,7 @@ class ChatSession:
     messages: list[dict[str, Any]] = field(default_factory=list)
     waiting: list[dict[str, Any]] = field(default_factory=list)
 
-    def hear(self, line: str) -> Iterator[str]:
+    def respond(self, line: str) -> Iterator[str]:
         """Yield the output for a line: the pieces of an answer, or the output of a command.
 
         A question that cannot be answered is not added to the messages; an interrupted answer is added as far as it
@@ -77,26 +77,26 @@ class ChatSession:
 
     def _ask(self, question: str) -> Iterator[str]:
         parts = [*self.waiting, *([{"type": "text", "text": question}] if question else [])]
-        asked = [*self.messages, {"role": "user", "content": parts}]
+        sent = [*self.messages, {"role": "user", "content": parts}]
         how = {name: getattr(self.sampling, name) for name in self.sampling.__dataclass_fields__}
-        said: list[str] = []
+        answer: list[str] = []
         pieces: Iterator[str] = iter(())
         try:
-            pieces = self.model.stream(asked, **how)
+            pieces = self.model.stream(sent, **how)
             for piece in pieces:
-                said.append(piece)
+                answer.append(piece)
                 yield piece
         except MmphiError:
             self.waiting = []  # One of them may be the cause.
             raise
         except (GeneratorExit, KeyboardInterrupt):
             pieces.close()  # type: ignore[attr-defined]  # A generator; closing it frees its slot.
-            self._keep(asked, said)
+            self._keep(sent, answer)
             raise
-        self._keep(asked, said)
+        self._keep(sent, answer)
 
-    def _keep(self, asked: list[dict[str, Any]], said: list[str]) -> None:
-        self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+    def _keep(self, sent: list[dict[str, Any]], answer: list[str]) -> None:
+        self.messages = [*sent, {"role": "assistant", "content": "".join(answer)}]
         self.waiting = []
 
     def _image(self, path: str) -> str:
@@ -120,7 +120,7 @@ class ChatSession:
         except OSError as error:
             raise DataError(f"{found} cannot be read: {error.strerror}", "check that you may read it") from error
         self.waiting.append({"type": kind, kind: given})
-        return f"{found.name} comes with the next question{self._second_image() if kind == 'image' else ''}"
+        return f"{found.name} is sent with the next question{self._second_image() if kind == 'image' else ''}"
 
     def _second_image(self) -> str:
         """A warning if the conversation already has an image: most models are trained on one."""
@@ -128,7 +128,7 @@ class ChatSession:
             part for message in self.messages if isinstance(message["content"], list) for part in message["content"]
         ]
         earlier = any(part["type"].startswith("image") for part in parts)
-        return "; the conversation has another image already, and /reset begins a new one" if earlier else ""
+        return "; the conversation already has an image: /reset starts a new conversation" if earlier else ""
 
     def _system(self, text: str) -> str:
         self._reset("")
@@ -158,18 +158,18 @@ class ChatSession:
         answered = len(roles)
         while answered and roles[answered - 1] == "assistant":
             answered -= 1
-        asked = answered
-        while asked and roles[asked - 1] == "user":
-            asked -= 1
-        if asked == answered:
-            return "there is nothing to take back"
-        self.messages = self.messages[:asked]
-        return "the last question is taken back"
+        end = answered
+        while end and roles[end - 1] == "user":
+            end -= 1
+        if end == answered:
+            return "there is no question to remove"
+        self.messages = self.messages[:end]
+        return "the last question and its answer are removed"
 
     def _reset(self, _: str) -> str:
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.waiting = []
-        return "forgotten"
+        return "the conversation is cleared"
 
     def _save(self, path: str) -> str:
         if not path:

@@ -23,20 +23,31 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser(
         prog="mmphi demo",
         description="A page in the browser: type, speak or show a photo to a trained model, or to two side by side.",
-        epilog=f"Beyond this machine only with a password, which is read from the variable {KEY}; the user is {USER}.",
+        epilog=f"A non-local --host requires a password, read from the variable {KEY}; the user name is {USER}.",
     )
     model_options(made)
     made.add_argument(
         "--beside", default="", metavar="MODEL", help="a second model, whose answers are shown next to the first one's"
     )
-    made.add_argument("--examples", default="", metavar="FOLDER", help="images, recordings, questions (.txt) at hand")
-    made.add_argument("--host", default=HOST, help=f"where to listen [{HOST}]")
-    made.add_argument("--port", type=port_number, default=PORT, help=f"[{PORT}]")
-    made.add_argument("--open", action="store_true", help="open it in the browser")
-    made.add_argument("--slots", type=int, default=4, help="answers of a model at once [4]")
-    made.add_argument("--waiting", type=int, default=32, help="questions that may wait in addition [32]")
-    made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
-    made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest photo or recording [67108864]")
+    made.add_argument(
+        "--examples",
+        default="",
+        metavar="FOLDER",
+        help="folder of example images, recordings and questions (.txt) [the model's own data]",
+    )
+    made.add_argument(
+        "--host", default=HOST, help=f"address to listen on; one that is not local requires a password [{HOST}]"
+    )
+    made.add_argument("--port", type=port_number, default=PORT, help=f"TCP port to listen on [{PORT}]")
+    made.add_argument("--open", action="store_true", help="open the page in the browser")
+    made.add_argument("--slots", type=int, default=4, help="questions that each model answers concurrently [4]")
+    made.add_argument("--waiting", type=int, default=32, help="additional questions that may be queued [32]")
+    made.add_argument(
+        "--time-limit", type=float, default=120.0, help="time limit of an answer, in seconds; 0 for none [120]"
+    )
+    made.add_argument(
+        "--max-bytes", type=int, default=64 * 1024**2, help="largest image or recording, in bytes [67108864]"
+    )
     sampling_options(made)
     return made
 
@@ -105,7 +116,7 @@ def serve_page(options: argparse.Namespace) -> Iterator[str]:
             show_error=True,
         )
     except OSError as error:
-        raise SettingsError(f"nothing can listen on {options.host}:{options.port}", "give another --port") from error
+        raise SettingsError(f"cannot listen on {options.host}:{options.port}", "choose another --port") from error
     try:
         yield str(address).rstrip("/")
     finally:
@@ -118,6 +129,6 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(list(arguments))
     key_for(options.host)  # Fail before a model is loaded.
     with serve_page(options) as address:
-        print(f"{address} (Ctrl-C ends it)", flush=True)
+        print(f"{address} (stop with Ctrl-C)", flush=True)
         threading.Event().wait()
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import socket
+import ssl
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -42,9 +43,51 @@ def _check_place(host: str) -> None:
         try:
             found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)}
         except OSError as error:
-            raise MessageError(f"{host} is not known: {error}", "send the image itself, as a data: URI") from error
+            raise MessageError(
+                f"{host} cannot be resolved: {error}", "send the image itself, as a data: URI"
+            ) from error
         if not all(ipaddress.ip_address(each).is_global for each in found):
-            raise MessageError(f"{host} is in a network of this machine's own", "send the image itself") from None
+            raise MessageError(
+                f"{host} resolves to an address that is not public", "send the image itself, as a data: URI"
+            ) from None
+
+
+def _check_peer(connection: http.client.HTTPConnection) -> None:
+    """Refuse a connection to a non-public address: the name may resolve differently after :func:`_check_place`.
+
+    Raises:
+        OSError: If the host is a name and its address is not public.
+    """
+    host = connection.host
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        peer = str(connection.sock.getpeername()[0]).partition("%")[0]
+        if host not in HERE and not ipaddress.ip_address(peer).is_global:
+            connection.close()
+            raise OSError(f"{host} resolves to an address that is not public") from None
+
+
+class _HTTPConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _check_peer(self)
+
+
+class _HTTPSConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _check_peer(self)
+
+
+class _HTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTPConnection, req)
+
+
+class _HTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HTTPSConnection, req, context=ssl.create_default_context())
 
 
 def _normal(url: str) -> tuple[str, str]:
@@ -78,17 +121,18 @@ def image_fetcher(prefixes: Sequence[str]) -> Callable[[str], bytes]:
     for prefix in prefixes:
         parts = urlsplit(prefix)
         if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path:
-            raise SettingsError(f"{prefix!r} is no begin of a URL", "give scheme, host and path: https://example.org/")
-    opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
+            raise SettingsError(f"{prefix!r} is not a URL prefix", "give scheme, host and path: https://example.org/")
+    handlers = (_HTTPHandler, _HTTPSHandler, _NoRedirect, urllib.request.ProxyHandler({}))
+    opener = urllib.request.build_opener(*handlers)
 
     allowed = [_normal(prefix) for prefix in prefixes]
 
     def fetch(url: str) -> bytes:
         try:
-            asked, host = _normal(url), urlsplit(url).hostname or ""
+            origin, host = _normal(url), urlsplit(url).hostname or ""
         except ValueError:
-            asked, host = ("", ""), ""
-        if not any(asked[0] == place and asked[1].startswith(path) for place, path in allowed):
+            origin, host = ("", ""), ""
+        if not any(origin[0] == place and origin[1].startswith(path) for place, path in allowed):
             raise MessageError(f"{url[:100]} is not fetched", "send the image itself, as a data: URI")
         _check_place(host)
         try:

@@ -30,7 +30,9 @@ class Metrics:
         self._whole = Histogram(
             "mmphi_answer_seconds", "Until the last token", buckets=SECONDS, registry=self._registry
         )
-        Gauge("mmphi_open", "Questions that wait or are answered", registry=self._registry).set_function(open_tickets)
+        Gauge("mmphi_open", "Requests that are queued or being answered", registry=self._registry).set_function(
+            open_tickets
+        )
 
     def ended(self, queued: QueuedRequest, seconds: float) -> None:
         """Count an accepted request at its end.

@@ -78,7 +78,7 @@ class ChatRequest(BaseModel):
     def _few_stops(cls, stop: Any) -> Any:
         texts = stop if isinstance(stop, list) else [stop]
         if len(texts) > MAX_STOPS or any(isinstance(text, str) and len(text) > MAX_STOP_LETTERS for text in texts):
-            raise ValueError(f"at most {MAX_STOPS} texts of at most {MAX_STOP_LETTERS} letters are taken")
+            raise ValueError(f"at most {MAX_STOPS} stop texts of at most {MAX_STOP_LETTERS} characters are allowed")
         if "" in texts:
             raise ValueError("a text to stop at is empty")
         return stop
@@ -111,15 +111,13 @@ def parse_request(body: bytes) -> ChatRequest:
     if sum(body.count(mark) for mark in MARKS) > MAX_MARKS:
         raise APIError(400, "the request has too many values")
     try:
-        asked = ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise APIError(400, f"{where or 'the request'}: {first['msg']}", param=where or None) from error
-    for name, value in (asked.model_extra or {}).items():
+    for name, value in (request.model_extra or {}).items():
         if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
-        raise APIError(
-            400, f"{name} = {reprlib.repr(value)} is not supported: the answer would not be as asked", param=name
-        )
-    return asked
+        raise APIError(400, f"{name} = {reprlib.repr(value)} is not supported and would change the answer", param=name)
+    return request

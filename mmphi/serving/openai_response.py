@@ -45,12 +45,12 @@ class Reply:
         Raises:
             APIError: If the request fails.
         """
-        said = []
+        parts = []
         while (piece := await self.pieces.get()) is not None:
-            said.append(piece)
+            parts.append(piece)
         if self.queued.error is not None:
             raise error_response(self.queued.error)
-        message = {"role": "assistant", "content": "".join(said)}
+        message = {"role": "assistant", "content": "".join(parts)}
         choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self._usage()}
 
@@ -85,12 +85,12 @@ class Reply:
         return self.queued.reason or "stop"
 
     def _usage(self) -> Event:
-        prompt, said = self.queued.prompt_tokens, self.queued.tokens
+        prompt, completion = self.queued.prompt_tokens, self.queued.tokens
         details = {"cached_tokens": self.queued.reused}
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": said,
-            "total_tokens": prompt + said,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
             "prompt_tokens_details": details,
         }
 

@@ -67,15 +67,15 @@ class ChatPythonModel:
             how.pop("seed", None)
         try:
             rows: list[Any] = model_input.to_dict("records")
-            asked = read_conversations([_messages(row) for row in rows], files=False)
+            conversations = read_conversations([_messages(row) for row in rows], files=False)
             with self._lock:
-                asked = [decode_recordings(each, self._decoder, AUDIO_S) for each in asked]
-                answers = answer_conversations(self._engine, asked, SamplingParams(**how))
-                heard = [self._engine.model.inputs(each.audio[-1]) for each in asked]
+                conversations = [decode_recordings(each, self._decoder, AUDIO_S) for each in conversations]
+                answers = answer_conversations(self._engine, conversations, SamplingParams(**how))
+                inputs = [self._engine.model.inputs(each.audio[-1]) for each in conversations]
         except MmphiError as error:
             raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
-        said = [" ".join(each.said or "" for each in own) for own in heard]
-        return pd.DataFrame({"answer": [answer.text for answer in answers], "heard": said})
+        transcripts = [" ".join(each.transcript or "" for each in own) for own in inputs]
+        return pd.DataFrame({"answer": [answer.text for answer in answers], "heard": transcripts})
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -47,11 +47,11 @@ class QueuedRequest:
     """A request and its progress.
 
     Attributes:
-        asked: The conversation; emptied when the request ends.
+        conversation: The conversation; emptied when the request ends.
         sampling: Sampling parameters of the answer.
         tell: Called in a thread of the scheduler with each piece of the answer, and with ``None`` at its end.
         born: Time of arrival, on the clock of :func:`time.monotonic`.
-        heard: Transcripts of all recordings of the conversation.
+        transcripts: Transcripts of all recordings of the conversation.
         prompt_tokens: Number of tokens of the prompt, features included.
         reused: Number of prompt tokens that were already in the KV cache.
         tokens: Number of tokens of the answer.
@@ -63,11 +63,11 @@ class QueuedRequest:
         recordings: Number of recordings of the newest question.
     """
 
-    asked: Conversation
+    conversation: Conversation
     sampling: SamplingParams
     tell: Callable[[str | None], None]
     born: float = field(default_factory=time.monotonic)
-    heard: list[str] = field(default_factory=list)
+    transcripts: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     reused: int = 0
     tokens: int = 0
@@ -80,7 +80,7 @@ class QueuedRequest:
     _answering: GenerationRequest | None = None
 
     def __post_init__(self) -> None:
-        self.recordings = len(self.asked.audio[-1])
+        self.recordings = len(self.conversation.audio[-1])
 
 
 class Scheduler:
@@ -164,7 +164,7 @@ class Scheduler:
             QueueFullError: If the queue is full.
         """
         if self.full:
-            raise QueueFullError(f"{self.open} questions wait for an answer, and no more are taken", "try again soon")
+            raise QueueFullError(f"the queue is full: {self.open} requests are open", "try again soon")
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -191,8 +191,8 @@ class Scheduler:
         with self._lock:
             self.check_room()
             self._open.add(queued)
-        asked = queued.asked
-        kind = "recordings" if any(asked.audio) else "images" if any(asked.images) else "text"
+        conversation = queued.conversation
+        kind = "recordings" if any(conversation.audio) else "images" if any(conversation.images) else "text"
         self._lanes[kind].put(queued)
 
     def leave(self, queued: QueuedRequest) -> None:
@@ -237,12 +237,12 @@ class Scheduler:
     def _write_prompt(self, queued: QueuedRequest) -> None:
         model, check = self.engine.model, partial(self._check, queued)
         check()
-        given = queued.asked  # The attribute is emptied if the request ends meanwhile.
+        given = queued.conversation  # The attribute is emptied if the request ends meanwhile.
         check_images(model, given, check)
-        asked = decode_recordings(given, self._decoder, self.audio_s, check)
-        own = [audio for turn in asked.audio for audio in turn]
-        queued.heard = [each.said or "" for each in model.inputs(own, check)]
-        prompt, _ = open_prompt(model, asked, self.engine.room(queued.sampling), checked=True, check=check)
+        conversation = decode_recordings(given, self._decoder, self.audio_s, check)
+        own = [audio for turn in conversation.audio for audio in turn]
+        queued.transcripts = [each.transcript or "" for each in model.inputs(own, check)]
+        prompt, _ = open_prompt(model, conversation, self.engine.room(queued.sampling), checked=True, check=check)
         queued.prompt_tokens = len(prompt)
         queued._answering = self.engine.answering(prompt, queued.sampling)
 
@@ -258,7 +258,7 @@ class Scheduler:
             except Exception as error:  # Not of a single answer: the engine stores those in the answer itself.
                 for queued in active:
                     self._break_off(queued, error)
-            active = [queued for queued in active if self._told(queued)]
+            active = [queued for queued in active if self._emit(queued)]
         for queued in list(self._open):
             self._end(queued, ServerStoppingError("the server ends", "ask again when it is back"))
 
@@ -291,7 +291,7 @@ class Scheduler:
                 self.engine.enqueue(queued._answering)
                 active.append(queued)
 
-    def _told(self, queued: QueuedRequest) -> bool:
+    def _emit(self, queued: QueuedRequest) -> bool:
         """Emit new text of an answer; returns whether more may follow."""
         try:
             return self._tell(queued)
@@ -328,18 +328,18 @@ class Scheduler:
         try:
             self.ended(queued)
         finally:
-            queued.asked = NOTHING  # The request may stay in a lane and would keep its images in memory.
+            queued.conversation = NOTHING  # The request may stay in a lane and would keep its images in memory.
             with contextlib.suppress(RuntimeError):  # The client's event loop is closed.
                 queued.tell(None)
 
 
 def decode_recordings(
-    asked: Conversation, decoder: Decoder, longest_s: float, check: Callable[[], None] = lambda: None
+    conversation: Conversation, decoder: Decoder, longest_s: float, check: Callable[[], None] = lambda: None
 ) -> Conversation:
     """Returns a conversation with its recordings decoded to WAV, in another process.
 
     Args:
-        asked: The conversation.
+        conversation: The conversation.
         decoder: Decoder of the recordings.
         longest_s: Longest total duration of the recordings, in seconds.
         check: Called repeatedly; its exceptions end the decoding.
@@ -348,7 +348,7 @@ def decode_recordings(
         AudioError: If a recording cannot be decoded, or the total duration is too long.
     """
     left, turns = longest_s, []
-    for turn in asked.audio:
+    for turn in conversation.audio:
         own = []
         for audio in turn:
             check()
@@ -358,4 +358,4 @@ def decode_recordings(
             left -= wav_seconds(content)
             own.append(replace(audio, source=content))
         turns.append(tuple(own))
-    return replace(asked, audio=tuple(turns))
+    return replace(conversation, audio=tuple(turns))

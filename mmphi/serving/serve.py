@@ -30,29 +30,46 @@ def parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
     made = CommandParser(
         prog="mmphi serve",
-        description="Serve a trained model by OpenAI's HTTP interface: /v1/chat/completions (text, images, audio),"
+        description="Serve a trained model through OpenAI's HTTP interface: /v1/chat/completions (text, images, audio),"
         " /v1/models, /health, /ready, /metrics.",
-        epilog=f"A key that every request must bring is read from the variable {KEY}.",
+        epilog=f"The API key that requests must carry is read from the environment variable {KEY}.",
     )
     model_options(made)
-    made.add_argument("--name", default="", help="what the model is called to those who ask [its run or folder]")
-    made.add_argument("--host", default=HOST, help=f"where to listen; beyond this machine only with a key [{HOST}]")
-    made.add_argument("--port", type=port_number, default=PORT, help=f"[{PORT}]")
-    made.add_argument("--slots", type=int, default=8, help="answers at once [8]")
-    made.add_argument("--waiting", type=int, default=64, help="questions that may wait in addition, else 429 [64]")
-    made.add_argument("--audio-seconds", type=float, default=600.0, help="longest recordings of a request [600]")
-    made.add_argument("--time-limit", type=float, default=120.0, help="seconds an answer may take; 0 for any [120]")
-    made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest request [67108864]")
-    made.add_argument("--temperature", type=float, default=0.0, help="where a request says none [0: the likeliest]")
+    made.add_argument("--name", default="", help="name of the model in requests and responses [its run or folder]")
+    made.add_argument(
+        "--host", default=HOST, help=f"address to listen on; one that is not local requires an API key [{HOST}]"
+    )
+    made.add_argument("--port", type=port_number, default=PORT, help=f"TCP port to listen on [{PORT}]")
+    made.add_argument("--slots", type=int, default=8, help="requests answered concurrently [8]")
+    made.add_argument(
+        "--waiting", type=int, default=64, help="additional requests that may be queued; more get the status 429 [64]"
+    )
+    made.add_argument(
+        "--audio-seconds",
+        type=float,
+        default=600.0,
+        help="longest total duration of a request's recordings, in seconds [600]",
+    )
+    made.add_argument(
+        "--time-limit", type=float, default=120.0, help="time limit of a request, in seconds; 0 for none [120]"
+    )
+    made.add_argument("--max-bytes", type=int, default=64 * 1024**2, help="largest request body, in bytes [67108864]")
+    made.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature of requests without one; 0 is greedy [0]"
+    )
     made.add_argument(
         "--cors",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="pages that may ask from a browser; * for any [none]",
+        help="origin of web pages that may send requests (CORS); repeatable; * for any [none]",
     )
     made.add_argument(
-        "--allow-url", action="append", default=[], metavar="PREFIX", help="fetch images whose URL begins so [none]"
+        "--allow-url",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="fetch images whose URL has this prefix; repeatable [none]",
     )
     return made
 
@@ -65,7 +82,9 @@ def key_for(host: str) -> str:
     """
     key = os.environ.get(KEY, "")
     if host not in LOCAL and not key:
-        raise SettingsError(f"--host {host} lets others ask, and there is no key", f"set {KEY}")
+        raise SettingsError(
+            f"--host {host} is reachable from other machines, but no key is set", f"set the environment variable {KEY}"
+        )
     return key
 
 

@@ -1,10 +1,11 @@
-"""The stages, one file each, and the settings of them all; light to import, heavy only when run."""
+"""The pipeline stages, one file each, and their settings. Stages import heavy modules only when they run."""
 
 from collections.abc import Mapping
 
 from mmphi.config import DataSettings, LanguageSettings, Section, VisionSettings, presets, setting
 from mmphi.config.audio import AudioSettings
 from mmphi.config.corpus import CorpusSettings
+from mmphi.config.evaluate import EvaluateSettings
 from mmphi.config.light_clip import LightClipSettings
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.config.projector import ProjectorSettings
@@ -29,7 +30,6 @@ from mmphi.stages import (
     transcribe,
 )
 from mmphi.stages.embed import EmbedSettings
-from mmphi.stages.evaluate import EvaluateSettings
 from mmphi.stages.export import ExportSettings
 from mmphi.stages.listen import ListenSettings
 from mmphi.stages.merge import MergeSettings
@@ -85,5 +85,5 @@ class Settings(Section):
 def load_settings(
     preset: str, overrides: Mapping[str, str] | None = None, stage: str = "", *, expand: bool = True
 ) -> Settings:
-    """Settings of a preset or YAML file, with single values changed: :func:`mmphi.config.presets.load`."""
+    """Settings of a preset or YAML file with overrides applied; see :func:`mmphi.config.presets.load`."""
     return presets.load(Settings, preset, overrides, stage, expand=expand)

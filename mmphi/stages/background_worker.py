@@ -1,4 +1,4 @@
-"""The process that :mod:`mmphi.pipeline.background_build` starts to build stages at the same time as another one."""
+"""Worker process that :mod:`mmphi.pipeline.background_build` starts to build stages in parallel."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def _stop(_: int, __: object) -> None:
 
 
 def _until_alone() -> None:
-    """End this process where the one that started it is gone: nobody waits for what it builds."""
-    # Not by a buffered reader, whose lock would hold up the end of the interpreter.
+    """Terminate this process when standard input closes, that is, when the parent process has ended."""
+    # os.read instead of a buffered reader, whose lock would block the interpreter's shutdown.
     os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(stages: Mapping[str, Stage] = STAGES) -> int:
-    """Build what standard input asks for.
+    """Build the stages requested on standard input.
 
     Args:
-        stages: By name.
+        stages: Available stages by name.
 
     Returns:
-        0; 2 after an error that a person can fix; 143 where it was stopped.
+        Exit code: 0 on success, 2 after an :class:`MmphiError`, 143 if interrupted or terminated.
     """
     keep_freed_memory()
     signal.signal(signal.SIGTERM, _stop)

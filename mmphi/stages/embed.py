@@ -1,7 +1,7 @@
-"""Stage ``embed``: the features of every image, computed once.
+"""Stage ``embed``: computes the features of every image once and stores them.
 
-Its key is the encoder's alone. A result holds the contents of images that were asked for so far; where more are asked
-for, the next one takes these over and computes what is new.
+The key depends only on the encoder, not on the images. If a result lacks requested images, the next run takes its
+features over and computes the missing ones.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class EmbedSettings(Section):
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The light CLIP, where it is the encoder."""
+    """``light_clip`` if it is the vision encoder."""
     return ("light_clip",) if settings(VisionSettings).model == "light_clip" else ()
 
 
 def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str, Path]:
-    """A file of every image that the data names, and of each view of those to train on, by what it is called."""
+    """Maps the digest of every image, and the name of each augmented view of training images, to an image file."""
     from mmphi.config.projector import ProjectorSettings
     from mmphi.data.augmentation import augmented_name
     from mmphi.data.content_hash import Digests
@@ -58,7 +58,7 @@ def contents(settings: SettingsView, upstream: Mapping[str, Result]) -> dict[str
 
 
 def covers(settings: SettingsView, upstream: Mapping[str, Result], folder: Path) -> bool:
-    """Whether stored features hold every image that the data names."""
+    """Whether the stored features cover every image in the data."""
     from mmphi.data.features import FeatureStore
 
     store = FeatureStore(folder)
@@ -66,14 +66,19 @@ def covers(settings: SettingsView, upstream: Mapping[str, Result], folder: Path)
 
 
 def cost(settings: SettingsView) -> Cost:
-    """The features of all images, as far as they can be counted; the stage counts them before it starts."""
+    """Disk space of the features of all images that can be counted; the stage itself counts all of them."""
     from mmphi.config.projector import ProjectorSettings
 
     return Cost(feature_bytes(settings) * settings(ProjectorSettings).num_augmentations)
 
 
 class DecodedImages:
-    """A dataset of images as worker processes see them: digest and pixels, or the reason there are none."""
+    """Map-style dataset for worker processes: (digest, pixels, error reason) per image.
+
+    Args:
+        images: Digest and file of each image.
+        preprocess: Maps a PIL image to the encoder's input tensor.
+    """
 
     def __init__(self, images: Sequence[tuple[str, Path]], preprocess: Callable[[Any], Any]) -> None:
         self.images, self.preprocess = images, preprocess
@@ -94,30 +99,30 @@ class DecodedImages:
 
 
 def stacked(batch: list[tuple[str, Any, str]]) -> tuple[list[str], Any, dict[str, str]]:
-    """Digests and pixels (B, 3, H, W) of what could be read, ``None`` where that is nothing; reasons of the others."""
+    """Collate: digests and pixels (B, 3, H, W) of readable images, ``None`` if B is 0, and reasons of the others."""
     from torch.utils.data import default_collate
 
     read = [(digest, pixels) for digest, pixels, reason in batch if not reason]
     unread = {digest: reason for digest, _, reason in batch if reason}
-    # In a worker it stacks into memory that is shared: nothing is copied to be handed over.
+    # In a worker, default_collate stacks into shared memory, which avoids a copy to the main process.
     return [digest for digest, _ in read], default_collate([pixels for _, pixels in read]) if read else None, unread
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Compute what is not stored yet."""
+    """Compute and store the features of images that are not stored yet."""
     from mmphi.data.feature_writer import FeatureWriter
     from mmphi.errors import DataError
 
     wanted = contents(ctx.settings, ctx.upstream)
     if not wanted:
-        raise DataError("there is no image to embed", "name a source with images in data.sources")
+        raise DataError("the data has no images", "add a source with images to data.sources")
     encoder = vision_encoder_of(ctx)
     writer = FeatureWriter(
         ctx.folder, encoder.tokens, encoder.width, ctx.settings(EmbedSettings).shard_images, encoder.digest
     )
     taken = sum(writer.take_over(earlier.path) for earlier in ctx.earlier)
     if taken:
-        ctx.tracker.say(f"embed: {taken} images are taken over from earlier runs")
+        ctx.tracker.say(f"embed: reusing the features of {taken} images from earlier runs")
     missing = [(digest, path) for digest, path in wanted.items() if not writer.knows(digest)]
     seconds = embed(missing, encoder, writer, ctx.settings(EmbedSettings), ctx.tracker.say)
     writer.finish()
@@ -128,7 +133,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     bad, allowed = len(unreadable) / len(wanted), ctx.settings(DataSettings).max_bad_share
     if bad > allowed:
         raise DataError(
-            f"{bad:.1%} of the images cannot be read; at most {allowed:.1%} may be",
+            f"{bad:.1%} of the images cannot be read; the limit is {allowed:.1%}",
             "the run's table `unreadable` lists them; fix them, or raise data.max_bad_share",
         )
     return {
@@ -147,17 +152,17 @@ def embed(
     chosen: EmbedSettings,
     say: Callable[[str], None],
 ) -> float:
-    """Write the features of images.
+    """Compute and write the features of images.
 
     Args:
-        images: By digest and file.
-        encoder: Computes them.
-        writer: Writes them.
-        chosen: Batch size and workers.
-        say: Told how large they will be.
+        images: Digest and file of each image.
+        encoder: Vision encoder.
+        writer: Writer of the features.
+        chosen: Batch size, decoding workers and Ray cluster.
+        say: Called with messages, such as the size of the features.
 
     Returns:
-        Seconds it took.
+        Elapsed time in seconds.
     """
     from tqdm.auto import tqdm
 
@@ -171,7 +176,7 @@ def embed(
         for features, unreadable in batches:
             if written is not None:
                 written.result()
-            written = pool.submit(writer.write, features, unreadable)  # The disk is waited for beside the arithmetic.
+            written = pool.submit(writer.write, features, unreadable)  # Disk writes overlap with computation.
             bar.update(len(features) + len(unreadable))
         if written is not None:
             written.result()
@@ -195,7 +200,7 @@ def _here(images: Sequence[tuple[str, Path]], encoder: VisionEncoder, chosen: Em
     before: tuple[Callable[[], dict[str, Any]], dict[str, str]] | None = None
     for digests, pixels, unread in loader:
         begun = (dict if pixels is None else features_async(digests, pixels, encoder)), unread
-        if before is not None:  # Taken and written while an accelerator computes those that were begun.
+        if before is not None:  # Copied and written while an accelerator computes the next batch.
             yield before[0](), before[1]
         before = begun
     if before is not None:

@@ -1,4 +1,4 @@
-"""What stages would fetch, hash, embed and take, as far as it can be known before the data is there."""
+"""Estimates of what stages download, hash and embed, as far as known before the data is available."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mmphi.config.shared import sources_of
 from mmphi.stages.scenes import ScenesSettings
 
 FEATURE_BYTES = 2  # fp16
-# Images named by a file that may not be there yet: Liu et al. (2023), section 3, "approximately 80K images".
+# Images named by a file that may not be downloaded yet: Liu et al. (2023), section 3, "approximately 80K images".
 KNOWN_IMAGES = {"llava_instruct_150k.json": 80_000}
-KNOWN_FILES = {"llava_instruct_150k.json": 229e6}  # Bytes, as LLaVA's docs/Data.md has it.
+KNOWN_FILES = {"llava_instruct_150k.json": 229e6}  # Bytes, from LLaVA's docs/Data.md.
 KNOWN_PARAMETERS = {"microsoft/phi-2": 2_779_683_840}
-STORED_BYTES = 2  # Of a parameter, as hub models of this size are stored.
+STORED_BYTES = 2  # Per parameter, as hub models of this size are stored.
 
 
 def image_count(settings: SettingsView) -> int:
-    """Images that the data names, or is known to name; what cannot be known counts as none."""
+    """Number of images in the data; sources whose images cannot be counted count as 0."""
     data, total = settings(DataSettings), 0
     for source in sources_of(data):
         count = _scenes(settings) if source.kind == "scenes" else _named(source)
@@ -49,11 +49,11 @@ def _named(source: SourceSettings) -> int:
         names = (row.get("image") or row.get("filename") for row in rows if isinstance(row, dict))
         return len({str(name) for name in names if name})
     except (OSError, ValueError):
-        return 0  # What is wrong with it is told when it is read.
+        return 0  # The stage that reads the file reports the error.
 
 
 def feature_shape(settings: SettingsView) -> tuple[int, int]:
-    """Features per image and their width; (0, 0) where only building the encoder would tell."""
+    """Features per image and their width; (0, 0) if only building the encoder would determine them."""
     vision = settings(VisionSettings)
     if vision.model != "light_clip":
         if vision.pretrained and (shape := vit_shape(vision)):
@@ -71,9 +71,9 @@ def feature_shape(settings: SettingsView) -> tuple[int, int]:
 
 
 def vit_shape(vision: VisionSettings) -> tuple[int, int] | None:
-    """Features per image and their width of one of open_clip's own ViTs, from its configuration file.
+    """Features per image and their width for a ViT of open_clip, from its configuration file.
 
-    Importing open_clip takes seconds; None leaves the answer to it.
+    This avoids importing open_clip, which takes seconds. ``None`` if the file does not describe such a ViT.
     """
     package = importlib.util.find_spec("open_clip")
     for folder in (package.submodule_search_locations or ()) if package else ():
@@ -89,22 +89,24 @@ def vit_shape(vision: VisionSettings) -> tuple[int, int] | None:
 
 
 def feature_bytes(settings: SettingsView) -> int:
-    """Bytes of the features of all images."""
+    """Bytes of the features of all images, stored in fp16."""
     tokens, width = feature_shape(settings)
     return image_count(settings) * tokens * width * FEATURE_BYTES
 
 
 def to_hash(settings: SettingsView) -> Iterator[str]:
-    """The files and folders whose contents stand in keys: read once, and remembered by size and time."""
+    """Yield the files and folders whose contents are part of cache keys; digests are cached by size and time."""
+    from mmphi.data.readers import READERS
+
     for source in sources_of(settings(DataSettings)):
-        yield from (path for path in (source.path, source.images) if path and source.kind not in ("scenes", "datasets"))
+        yield from (path for path in (source.path, source.images) if path and READERS[source.kind].local)
     language = settings(LanguageSettings).model
     if language.startswith(("/", "$")):
         yield language
 
 
 def to_fetch(settings: SettingsView) -> Iterator[str]:
-    """What a projector of these settings would fetch, in words."""
+    """Yield descriptions of the downloads that training a projector with these settings requires."""
     language, vision = settings(LanguageSettings), settings(VisionSettings)
     if "/" in language.model and not Path(language.model).exists() and not language.model.startswith("$"):
         parameters = KNOWN_PARAMETERS.get(language.model)

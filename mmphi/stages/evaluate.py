@@ -1,75 +1,48 @@
-"""Stage ``evaluate``: everything measured of a model, on any data, split and checkpoint."""
+"""Stage ``evaluate``: computes all metrics of a model on any data, split and checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
-from mmphi.config import Section, setting
 from mmphi.config.declared_view import SettingsView
+from mmphi.config.evaluate import EvaluateSettings
 from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
-from mmphi.config.shared import TrainingSettings
+from mmphi.config.shared import ConversationSettings, TrainingSettings
 from mmphi.config.speech import SpeechSettings
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.listen import COLUMNS
 from mmphi.stages.shared_models import CONTENT, drop_without_features, read, scenes_if_read, stored_features
 
 KEPT = "save_every", "steps", "keep_checkpoints"
-HEARD = (  # What decides which recordings there are, what is asked of them, and which are of the split.
+RECORDING_SETTINGS = (  # Settings of ``speech`` that determine the recordings, the question and the splits.
     *("path", "recordings", *(f"{name}_column" for name in COLUMNS)),
     *("question", "validation", "test", "split_seed", "soft_temperature"),
 )
 
 
-class EvaluateSettings(Section):
-    """How answers are measured."""
-
-    model: str = setting(
-        "", "folder, run or registered name of the model; empty takes that of `stage` with these settings", file="model"
-    )
-    stage: Literal["projector", "qlora", "merge", "speech"] = setting("projector", "whose model, where none is named")
-    split: Literal["train", "validation", "test"] = setting("test", "which images")
-    seed: int = setting(0, "seed of samples, questions and shuffles", ge=0)
-    max_images: int = setting(200, "at most this many images, or recordings; 0 takes all", unit="images", ge=0)
-    max_new_tokens: int = setting(48, "longest answer", unit="tokens", ge=1)
-    batch_size: int = setting(32, "answers generated at once", unit="answers", affects_key=False, ge=1)
-    checkpoint: str = setting("final", "final, or the step of a kept checkpoint")
-    yes_no: int = setting(200, "POPE-style yes/no questions; 0 asks none", unit="questions", ge=0)
-    held_out_phrasings: bool = setting(
-        True,
-        "ask the captions of scenes and the yes/no questions a second time, in phrasings that no training contains",
-        legacy_default=False,
-    )
-    long_answers: int = setting(100, "long answers of each kind (conversation, ...); 0 none", unit="answers", ge=0)
-    max_answer_tokens: int = setting(512, "longest of these answers", unit="tokens", ge=1)
-    candidates: int = setting(1, "captions sampled, of which the most agreed on is taken; 1 is greedy", ge=1)
-    temperature: float = setting(0.5, "of sampled candidates", gt=0)
-    links: list[Literal["encoder", "transcript", "soft"]] = setting(
-        [], "audio inputs to measure, of a model that takes audio; none takes the one it was trained for"
-    )
-
-
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """Whose model it is, unless one is named, and the scenes where they are read."""
+    """The stage whose model is measured, unless ``evaluate.model`` names one, and ``scenes`` if the data uses them."""
     chosen = settings(EvaluateSettings)
     own = () if chosen.model else (chosen.stage,)
     return own if chosen.stage == "speech" else (*own, *scenes_if_read(settings))
 
 
 def stored(settings: SettingsView) -> tuple[str, ...]:
-    """Stored features, where the projector was trained on them."""
+    """The stage with stored features or frames, if the measured stage was trained on them and no model is named."""
     chosen = settings(EvaluateSettings)
     if chosen.stage == "speech":
-        heard = settings(SpeechSettings)
-        return ("listen",) if heard.audio_input == "encoder" and heard.features == "cached" and not chosen.model else ()
+        speech = settings(SpeechSettings)
+        return (
+            ("listen",) if speech.audio_input == "encoder" and speech.features == "cached" and not chosen.model else ()
+        )
     cached = settings(ProjectorSettings).features == "cached"
     return ("embed",) if cached and not chosen.model else ()
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Load, measure, record."""
+    """Load a model, measure it on a split, and return the metrics."""
     from mmphi.errors import DataError
     from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
     from mmphi.models.checkpoint import load_checkpoint, load_without_cache
@@ -81,7 +54,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         return evaluate_speech(ctx, folder)
     features = stored_features(ctx) if "embed" in ctx.upstream else None
     earlier = chosen.checkpoint != "final"
-    # An adapter is part of a language model that others in this process may use: of a checkpoint it is loaded apart.
+    # A checkpoint's adapter would change a cached language model that other models share: load it without the cache.
     model = load_checkpoint(folder, features=features, once=load_without_cache if earlier else ctx.resources.once)
     if earlier:
         load_weights(model.packed, checkpoint_of(folder, chosen.checkpoint))
@@ -98,10 +71,14 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
-    """Measure a model that hears, by every link that is asked for.
+    """Measure a model that takes audio, once per audio input in ``evaluate.audio_inputs``.
+
+    Args:
+        ctx: Context of the stage.
+        folder: Folder of the model.
 
     Raises:
-        DataError: If no recording is of the split.
+        DataError: If the split has no readable recording.
     """
     from mmphi.data.schema import ReadReport
     from mmphi.errors import DataError
@@ -121,12 +98,12 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
     split = [e for e in conversations(ctx, report) if e.split == chosen.split]
     measures = SpokenMeasures(chosen.max_images, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     figures: dict[str, float] = {}
-    for link in chosen.links or [model.audio_source.link]:
-        own = with_audio_input(ctx, model, link)
+    for audio_input in chosen.audio_inputs or [model.audio_source.link]:
+        own = with_audio_input(ctx, model, audio_input)
         seen = with_readable_audio(own, split, report)
         if not seen:
-            raise DataError(f"no recording of the split {chosen.split} can be heard", "keep some apart: speech.test")
-        prefix = f"{chosen.split}/{link}" if chosen.links else chosen.split
+            raise DataError(f"the split {chosen.split} has no readable recording", "hold some out: speech.test")
+        prefix = f"{chosen.split}/{audio_input}" if chosen.audio_inputs else chosen.split
         fresh = untranscribed_source(ctx, own.language, own.audio_source.link)
         figures |= measure_speech(own, seen, measures, ctx.tracker, prefix, fresh)
     ctx.tracker.table("data_read", list(report.rows()))
@@ -134,15 +111,15 @@ def evaluate_speech(ctx: Context, folder: Path) -> Mapping[str, float]:
 
 
 def unused(settings: SettingsView) -> tuple[str, ...]:
-    """What is of recordings where a model of images is measured, and the other way round."""
+    """``data`` if a model for recordings is measured, else ``speech``."""
     return ("data",) if settings(EvaluateSettings).stage == "speech" else ("speech",)
 
 
 def check(settings: SettingsView) -> None:
-    """A checkpoint that the projector keeps.
+    """Check that the measured stage keeps the requested checkpoint.
 
     Raises:
-        SettingsError: If it keeps none of that step.
+        SettingsError: If no checkpoint of that step is kept.
     """
     from mmphi.errors import SettingsError
 
@@ -150,16 +127,18 @@ def check(settings: SettingsView) -> None:
     if chosen.checkpoint == "final" or chosen.model:
         return
     if chosen.stage == "merge":
-        raise SettingsError(f"evaluate.checkpoint = {chosen.checkpoint}: a merged model has none", "there is final")
+        raise SettingsError(f"evaluate.checkpoint = {chosen.checkpoint}: a merged model has none", "use final")
     trained: TrainingSettings = settings(ProjectorSettings)
     if chosen.stage in ("qlora", "speech"):
         trained = settings(QloraSettings) if chosen.stage == "qlora" else settings(SpeechSettings)
+    if isinstance(trained, ConversationSettings) and trained.supervised_tokens:
+        return  # The budget in tokens decides the number of steps, which only the data tell.
     saved = sorted({*range(trained.save_every, trained.steps + 1, trained.save_every), trained.steps})
     kept = [str(step) for step in saved[-trained.keep_checkpoints :]]
     if chosen.checkpoint not in kept:
         raise SettingsError(
             f"evaluate.checkpoint = {chosen.checkpoint}: that step is not kept",
-            f"there are {', '.join(['final', *kept])}; keep_checkpoints of its stage keeps more",
+            f"available: {', '.join(['final', *kept])}; raise keep_checkpoints of its stage to keep more",
         )
 
 
@@ -167,7 +146,7 @@ def checkpoint_of(folder: Path, step: str) -> Path:
     """The folder of a kept checkpoint.
 
     Raises:
-        ModelError: If that step was not kept; names those that were.
+        ModelError: If that step was not kept; the message lists those that were.
     """
     from mmphi.errors import ModelError
     from mmphi.training.checkpoints import complete_checkpoints, step_of
@@ -176,7 +155,7 @@ def checkpoint_of(folder: Path, step: str) -> Path:
     if step not in kept:
         raise ModelError(
             f"evaluate.checkpoint = {step}: that step was not kept",
-            f"there are {', '.join(['final', *kept])}; keep_checkpoints of its stage keeps more",
+            f"available: {', '.join(['final', *kept])}; raise keep_checkpoints of its stage to keep more",
         )
     return kept[step]
 
@@ -185,7 +164,7 @@ STAGE = Stage(
     name="evaluate",
     version=2,
     help="measure a model on any data, split and checkpoint",
-    reads=("evaluate", *CONTENT, "data.sources.N.question", *(f"speech.{name}" for name in HEARD)),
+    reads=("evaluate", *CONTENT, "data.sources.N.question", *(f"speech.{name}" for name in RECORDING_SETTINGS)),
     run=run,
     upstream=upstream,
     unused=unused,

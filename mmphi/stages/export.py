@@ -1,4 +1,4 @@
-"""Stage ``export``: a model as a folder that ``LlavaForConditionalGeneration.from_pretrained`` loads."""
+"""Stage ``export``: writes a model as a folder for ``LlavaForConditionalGeneration.from_pretrained``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mmphi.pipeline.stage import Context, Stage
 if TYPE_CHECKING:
     from mmphi.models.multimodal import Multimodal
 
-TOLERANCE = 1e-4  # Of a logit, in fp32.
+TOLERANCE = 1e-4  # Maximum difference of a logit, in fp32.
 CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
 ---
 
-# {name} that answers about images
+# {name} for questions about images
 
 Made by mmphi from run {run} for `LlavaForConditionalGeneration`; on {asked} questions about drawn scenes its logits
 were within {logits:.1e} of the original's, before its weights were rounded to {precision}.
@@ -38,29 +38,29 @@ inputs = processor(images=[image], text=[text], add_special_tokens=False, return
 answer = processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 ```
 
-`transformers serve` takes the folder, too.
+`transformers serve` accepts the folder, too.
 """
 
 
 class ExportSettings(Section):
-    """A model in the classes of transformers, for its server, vLLM and whatever else takes LLaVA."""
+    """Export to the LLaVA classes of transformers, for `transformers serve`, vLLM and other LLaVA tools."""
 
     model: str = setting("", "folder or run of the model; empty takes that of `stage`", file="model")
-    stage: Literal["projector", "qlora", "merge"] = setting("qlora", "whose model, where none is named")
-    precision: Literal["bf16", "fp32"] = setting("bf16", "weights as written; they are compared in fp32 before")
+    stage: Literal["projector", "qlora", "merge"] = setting("qlora", "stage of the exported model if `model` is empty")
+    precision: Literal["bf16", "fp32"] = setting("bf16", "precision of the saved weights; compared in fp32 before")
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """Whose model it is, unless one is named."""
+    """The stage whose model is exported, unless ``export.model`` names one."""
     chosen = settings(ExportSettings)
     return () if chosen.model else (chosen.stage,)
 
 
 def check(settings: SettingsView) -> None:
-    """A shape that LLaVA has, told before anything is trained.
+    """Check, before anything is trained, that LLaVA can represent the model.
 
     Raises:
-        ModelError: With the reason.
+        ModelError: If it cannot; the message gives the reason.
     """
     from mmphi.models.export.llava_export import UNFIT, check_projector
     from mmphi.models.projector import ProjectorConfig
@@ -72,20 +72,20 @@ def check(settings: SettingsView) -> None:
         ProjectorConfig(1, projector.width, projector.layers, projector.width, norm=projector.norm, kind=projector.kind)
     )
     if vision.pool != 1:
-        raise ModelError(f"vision.pool = {vision.pool}, and LLaVA averages no patches", UNFIT)
+        raise ModelError(f"vision.pool = {vision.pool}, but LLaVA does not pool patches", UNFIT)
     clip = settings(LightClipSettings)
     if vision.model == "light_clip" and (clip.image_tower or clip.from_nothing != "vit"):
         raise ModelError(
-            f"the vision encoder is a {clip.image_tower or clip.from_nothing}, and LLaVA's is a CLIP ViT",
+            f"the vision encoder is a {clip.image_tower or clip.from_nothing}, but LLaVA requires a CLIP ViT",
             "train with vision.model = ViT-..., or light_clip.from_nothing = vit",
         )
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Convert, compare, save.
+    """Convert the model, compare its logits and tokens with the original's, and save it.
 
     Raises:
-        ModelError: If LLaVA cannot be this model, or what was made says something else.
+        ModelError: If LLaVA cannot represent the model, or the converted model's logits or tokens differ.
     """
     import torch
 
@@ -111,13 +111,13 @@ def run(ctx: Context) -> Mapping[str, float]:
         )
     if found.tokens:
         raise ModelError(
-            f"the processor writes {found.tokens} of {len(QUESTIONS)} questions in other tokens than the model was"
-            " trained with",
+            f"the processor tokenizes {found.tokens} of {len(QUESTIONS)} questions differently from the"
+            " prompts of its training",
             "use the model with mmphi.load, or train it with language.prompt = chat",
         )
     figures = {"export/logit_difference": found.logits, "export/pixel_difference": found.pixels}
     if chosen.precision == "bf16":
-        for weight in exported.parameters():  # Not the frequencies of rotary embeddings, which load in fp32.
+        for weight in exported.parameters():  # Buffers with rotary frequencies stay in fp32, as they are loaded.
             weight.data = weight.data.to(torch.bfloat16)
         figures["export/logit_difference_bf16"] = compare_outputs(
             exported, processor, expected, images, QUESTIONS
@@ -137,14 +137,14 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def plain_model(folder: Path) -> Multimodal:
-    """A model in fp32 whose language model has neither quantised layers nor an adapter."""
+    """Load a model in fp32, with quantised layers dequantised and the adapter merged."""
     import torch
 
     from mmphi.models.checkpoint import load_checkpoint, read_description
     from mmphi.models.language.adapter import merge_adapter
     from mmphi.models.multimodal import Multimodal
 
-    # Beside an adapter the base stays as it was rounded; else its own weights are the better ones.
+    # An adapter was trained on the rounded base, which is kept; without an adapter, fp32 weights are more exact.
     model = load_checkpoint(folder, precision="" if "adapter" in read_description(folder) else "fp32")
     language = merge_adapter(model.language, torch.float32)
     encoder = getattr(model.features, "encoder", None)

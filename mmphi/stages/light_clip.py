@@ -1,4 +1,4 @@
-"""Stage ``light_clip``: a small CLIP, from nothing or over pretrained towers, trained on the data's own captions."""
+"""Stage ``light_clip``: trains a small CLIP on the data's captions, from scratch or from pretrained towers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmphi.stages.shared_models import CONTENT, check_data, check_training, log_
 
 
 def config_of(chosen: LightClipSettings) -> dict[str, Any]:
-    """open_clip's configuration of the CLIP that the settings describe, with a text tower built from nothing."""
+    """open_clip's configuration of the CLIP that the settings describe, with a text tower trained from scratch."""
     from mmphi.models.vision.light_clip import ClipShape, model_config
 
     shape = ClipShape(**{name: getattr(chosen, name) for name in ClipShape.__dataclass_fields__})
@@ -24,14 +24,14 @@ def config_of(chosen: LightClipSettings) -> dict[str, Any]:
 
 
 def check(settings: SettingsView) -> None:
-    """A batch for every process, and towers that there are."""
+    """Check the batch size, the data, and that locked and pretrained towers exist."""
     chosen = settings(LightClipSettings)
     check_training("light_clip", chosen)
     check_data(settings)
     for half, weights in (("image", "image_weights"), ("text", "text_tower")):
         if getattr(chosen, f"lock_{half}") and not getattr(chosen, weights):
             raise SettingsError(
-                f"light_clip.lock_{half} keeps a tower of random weights as it is",
+                f"light_clip.lock_{half} would freeze a tower with random weights",
                 f"give light_clip.{weights}, or train it: lock_{half} false",
             )
     if chosen.image_tower:
@@ -50,14 +50,14 @@ def check(settings: SettingsView) -> None:
 
 
 def cost(settings: SettingsView) -> Cost:
-    """Weights, and a checkpoint with two moments of each."""
+    """Disk space of the weights and of a checkpoint with two moments per weight."""
     chosen = settings(LightClipSettings)
     from_nothing = 12 * chosen.layers * chosen.width**2 * 2 + 49408 * chosen.width
     return Cost(16 * from_nothing)
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Train, measure retrieval on held-out images, and save."""
+    """Train the CLIP, measure retrieval on held-out images, and save it."""
     from mmphi.training.light_clip import train_light_clip
 
     examples, report = read(ctx.settings, ctx.upstream)

@@ -1,7 +1,7 @@
-"""Stage ``listen``: the frames that Whisper's encoder makes of every recording, computed once.
+"""Stage ``listen``: computes the Whisper encoder frames of every recording once and stores them.
 
-As with the features of images: its key is the Whisper's and how it hears, and a result that does not hold all that is
-asked for is taken over by the next one.
+As in the stage ``embed``, the key depends only on the Whisper model and its settings, not on the recordings. If a
+result lacks requested recordings, the next run takes its frames over and computes the missing ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mmphi.data.speech_dataset import Utterance
 
 COLUMNS = "audio", "text", "split", "answer", "context"
-AT_ONCE = 8  # Windows that the encoder is given together.
+AT_ONCE = 8  # Batch size: recordings read together, and windows per encoder pass.
 
 
 class ListenSettings(Section):
@@ -32,7 +32,7 @@ class ListenSettings(Section):
 
 
 def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Utterance]:
-    """The recordings that the section ``speech`` names.
+    """The recordings listed in the CSV of ``speech.path``.
 
     Raises:
         DataError: If they cannot be read.
@@ -45,7 +45,7 @@ def recordings_of(chosen: SpeechSettings, report: ReadReport) -> list[Utterance]
 
 
 def contents(settings: SettingsView) -> dict[str, Path]:
-    """A file of every recording, by the digest of its content."""
+    """Maps the content digest of every recording to a file with that content."""
     from mmphi.data.content_hash import Digests
     from mmphi.data.schema import ReadReport
 
@@ -54,7 +54,7 @@ def contents(settings: SettingsView) -> dict[str, Path]:
 
 
 def covers(settings: SettingsView, _: Mapping[str, Result], folder: Path) -> bool:
-    """Whether stored frames are of every recording that is named."""
+    """Whether the stored frames cover every requested recording."""
     from mmphi.data.ragged_features import RaggedStore
 
     store = RaggedStore(folder)
@@ -62,10 +62,10 @@ def covers(settings: SettingsView, _: Mapping[str, Result], folder: Path) -> boo
 
 
 def check(settings: SettingsView) -> None:
-    """Recordings to hear, by a Whisper that gives its frames.
+    """Check that recordings are named and that the backend provides encoder frames.
 
     Raises:
-        SettingsError: If none are named, or it is another one.
+        SettingsError: If ``speech.path`` is empty or ``audio.backend`` is not ``openai``.
     """
     from mmphi.errors import SettingsError
 
@@ -75,11 +75,11 @@ def check(settings: SettingsView) -> None:
             "give a CSV whose header is audio,transcript: --speech.path recordings.csv",
         )
     if settings(AudioSettings).backend != "openai":
-        raise SettingsError("faster-whisper does not give the frames of its encoder", "set audio.backend to openai")
+        raise SettingsError("faster-whisper does not provide encoder frames", "set audio.backend to openai")
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Compute what is not stored yet."""
+    """Compute and store the frames of recordings that are not stored yet."""
     from tqdm.auto import tqdm
 
     from mmphi.data.ragged_features import RaggedWriter
@@ -94,7 +94,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     writer = RaggedWriter(ctx.folder, whisper.width, whisper.digest)
     taken = sum(writer.take_over(earlier.path) for earlier in ctx.earlier)
     if taken:
-        ctx.tracker.say(f"listen: {taken} recordings are taken over from earlier runs")
+        ctx.tracker.say(f"listen: reusing the frames of {taken} recordings from earlier runs")
     missing = [(digest, path) for digest, path in wanted.items() if not writer.knows(digest)]
     size = ctx.settings(ListenSettings).shard_recordings
     with tqdm(total=len(missing), desc="listen", unit="recording") as bar:

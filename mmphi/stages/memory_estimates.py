@@ -1,4 +1,4 @@
-"""Disk and GPU memory of a training, from the sizes of its parts alone: nothing is loaded or fetched."""
+"""Estimates of disk space and GPU memory of a training, from model sizes; loads and downloads nothing."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from mmphi.errors import ModelError
 from mmphi.models.language.phi import SIZES, PhiSize, parameters_of
 from mmphi.stages.estimates import feature_shape
 
-CHECKPOINT_BYTES = 16  # Of a trained parameter in fp32: result, checkpoint, and AdamW's two moments.
-TRAINED_BYTES = 16  # In memory: weight, gradient, and two moments, all fp32.
+CHECKPOINT_BYTES = 16  # Per trained parameter in fp32: result, checkpoint, and AdamW's two moments.
+TRAINED_BYTES = 16  # Per trained parameter in memory: weight, gradient, and two moments, all fp32.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": 0.5}
-# Bytes kept for the backward pass, of a token, layer and unit of width in 16 bits. Measured at Phi-2's shape
+# Bytes kept for the backward pass per token, layer and hidden unit in 16 bits. Measured at Phi-2's shape
 # (docs/benchmarks.md): 23.7 GB for a projector under a frozen model, 46 GB for an adapter on all linear layers.
 FROZEN_ACTIVATION_BYTES, ADAPTER_ACTIVATION_BYTES = 19, 46
-UNKNOWN_FEATURE_WIDTH = 1024  # Of an encoder that would have to be built first; CLIP's ViT-L has it.
+UNKNOWN_FEATURE_WIDTH = 1024  # Assumed for encoders that must be built first; the width of CLIP's ViT-L.
 BLOCK_INPUT_BYTES = 2  # With gradient checkpointing, only the input of each layer is kept.
 
 
 @dataclass(frozen=True)
 class LanguageSize:
-    """The sizes of a language model that decide what a training takes.
+    """The sizes of a language model that determine the cost of a training.
 
     Attributes:
         layers: Transformer layers.
         width: Hidden width.
-        ffn: Width inside the feed-forward layers.
-        matrices: Matrices of a feed-forward layer: 2, or 3 where it is gated.
-        vocabulary: Rows of the embedding.
+        ffn: Inner width of the feed-forward layers.
+        matrices: Matrices per feed-forward layer: 2, or 3 if gated.
+        vocabulary: Rows of the embedding matrix.
         tied: Whether the output head shares the embedding's weights.
     """
 
@@ -49,7 +49,7 @@ class LanguageSize:
 
     @property
     def linear(self) -> int:
-        """Parameters of the linear layers, counted with as many key and value heads as query heads."""
+        """Parameters of the linear layers, assuming as many key and value heads as query heads."""
         return self.layers * (4 * self.width**2 + self.matrices * self.width * self.ffn)
 
     @property
@@ -58,7 +58,7 @@ class LanguageSize:
         return self.vocabulary * self.width * (1 if self.tied else 2)
 
     def weight_bytes(self, precision: str) -> float:
-        """Bytes of the weights; quantisation leaves embedding and output head in 16 bits."""
+        """Bytes of the weights; under quantisation, embedding and output head stay in 16 bits."""
         of_embeddings = max(WEIGHT_BYTES[precision], 2.0)
         return WEIGHT_BYTES[precision] * self.linear + of_embeddings * self.embeddings
 
@@ -68,7 +68,7 @@ class LanguageSize:
 
 
 def language_size(settings: SettingsView) -> LanguageSize | None:
-    """The language model's sizes: of the one trained here, of Phi-2, or from a config.json; else None."""
+    """Sizes of the model of stage ``pretrain``, of Phi-2, or from a local config.json; ``None`` if unknown."""
     name = settings(LanguageSettings).model
     if name == "pretrain":
         chosen = settings(PretrainSettings)
@@ -96,7 +96,7 @@ def language_size(settings: SettingsView) -> LanguageSize | None:
 
 
 def projector_parameters(settings: SettingsView) -> int:
-    """Parameters of the projector; 0 where the language model's size is not known."""
+    """Parameters of the projector; 0 if they depend on a language model of unknown size."""
     chosen, language = settings(ProjectorSettings), language_size(settings)
     if chosen.parameters:
         return chosen.parameters
@@ -110,7 +110,7 @@ def projector_parameters(settings: SettingsView) -> int:
         try:
             return projector_config(chosen, width or UNKNOWN_FEATURE_WIDTH, language.width, tokens).size()
         except ModelError:
-            return 0  # The check of the stage explains it.
+            return 0  # The stage's check reports the error.
     hidden = chosen.width or language.width
     widths = [features or UNKNOWN_FEATURE_WIDTH, *[hidden] * (chosen.layers - 1), language.width]
     norm = 2 * widths[0] if chosen.norm else 0
@@ -118,7 +118,7 @@ def projector_parameters(settings: SettingsView) -> int:
 
 
 def copied_bytes(settings: SettingsView) -> int:
-    """Bytes of the language model and the light CLIP in a result's folder, where they are trained here."""
+    """Bytes of the language model and the light CLIP copied into a result's folder if stages here train them."""
     from mmphi.stages.light_clip import cost as light_clip_cost
 
     language, copied = language_size(settings), 0.0
@@ -130,20 +130,20 @@ def copied_bytes(settings: SettingsView) -> int:
 
 
 def projector_disk(settings: SettingsView) -> int:
-    """Bytes that a projector's training writes: weights and a checkpoint, and a checkpoint of the warm-up."""
+    """Bytes written by a projector's training: weights, a checkpoint, and the alignment warm-up's checkpoint."""
     warm_up = settings(ProjectorSettings).alignment_steps > 0
     return CHECKPOINT_BYTES * (1 + warm_up) * projector_parameters(settings) + copied_bytes(settings)
 
 
 def adapter_disk(settings: SettingsView) -> int:
-    """Bytes that an adapter's training writes, its copy of the projector included."""
+    """Bytes written by an adapter's training, including its copy of the projector."""
     language = language_size(settings)
     lora = language.lora_parameters(settings(QloraSettings).rank) if language else 0
     return CHECKPOINT_BYTES * (lora + projector_parameters(settings)) + copied_bytes(settings)
 
 
 def projector_memory(settings: SettingsView) -> int:
-    """GPU memory of a projector's training, in bytes, at most; 0 where the language model's size is not known."""
+    """Upper bound on the GPU memory of a projector's training, in bytes; 0 if the language model's size is unknown."""
     language, chosen = language_size(settings), settings(ProjectorSettings)
     if language is None:
         return 0
@@ -153,7 +153,7 @@ def projector_memory(settings: SettingsView) -> int:
 
 
 def adapter_memory(settings: SettingsView) -> int:
-    """GPU memory of an adapter's training, in bytes, at most; 0 where the language model's size is not known."""
+    """Upper bound on the GPU memory of an adapter's training, in bytes; 0 if the language model's size is unknown."""
     language, chosen = language_size(settings), settings(QloraSettings)
     if language is None:
         return 0
@@ -163,7 +163,7 @@ def adapter_memory(settings: SettingsView) -> int:
 
 
 def _activation_bytes(language: LanguageSize, chosen: ConversationSettings, each: int) -> float:
-    """Bytes kept for one backward pass, if every sequence of it is as long as the settings allow."""
+    """Bytes kept for one backward pass if every sequence has the maximum length."""
     tokens = chosen.batch_size // chosen.gradient_accumulation_steps * chosen.max_length
     one_layer = tokens * language.width * each * (2 if chosen.precision == "fp32" else 1)
     if not chosen.gradient_checkpointing:

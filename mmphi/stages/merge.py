@@ -1,4 +1,4 @@
-"""Stage ``merge``: one plain language model of base and adapter, with the projector, in a folder that loads alone."""
+"""Stage ``merge``: merges an adapter into its base model and saves a self-contained model with the projector."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.projector import image_features
 from mmphi.stages.shared_models import CONTENT, drop_without_features, read, scenes_if_read
 
-SCORED = 200  # Held-out conversations that the loss before and after is of.
+SCORED = 200  # Held-out conversations on which the loss before and after merging is measured.
 
 
 class MergeSettings(Section):
     """An adapter merged into its dequantised base."""
 
-    model: str = setting("", "folder or run of the adapter; empty takes that of these settings", file="model")
-    precision: Literal["bf16", "fp32"] = setting("bf16", "merged weights; sums are made in fp32")
+    model: str = setting("", "folder or run of the adapter; empty uses that of the stage qlora", file="model")
+    precision: Literal["bf16", "fp32"] = setting("bf16", "precision of the merged weights; merging is computed in fp32")
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The adapter, unless another is named, and what the loss is measured on."""
+    """Stages that provide the adapter, unless ``merge.model`` names one, and the data for measuring the loss."""
     needed = list(scenes_if_read(settings))
     if settings(ProjectorSettings).features == "cached":
         needed.append("embed")
@@ -33,7 +33,7 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Merge, measure, save.
+    """Merge the adapter, measure the loss before and after, and save the model.
 
     Raises:
         ModelError: If the model has no adapter.
@@ -66,17 +66,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     save_language_model(language.model, language.prompt, place)
     settings = language.settings.model_copy(update={"model": str(place), "tokenizer": "", "revision": ""})
     language = replace(language, name=str(place), digest=language_model_digest(str(place), ""), settings=settings)
-    joined = Multimodal(
-        language,
-        model.projector,
-        model.features,
-        model.max_length,
-        model.vision,
-        own_language=True,
-        speech=model.speech,
-        audio=model.audio,
-        questions=model.questions,
-    )
+    joined = model.with_parts(language=language, own_language=True, audio_source=None)
     after = loss(joined)
     joined.save_pretrained(ctx.folder)
     ctx.tracker.say(f"merge: {before:.4f} nats/token before, {after:.4f} after, on {len(held)} held-out conversations")

@@ -1,4 +1,4 @@
-"""Stage ``pretrain``: a Phi-shaped language model from scratch, on a corpus or on scenes written as words."""
+"""Stage ``pretrain``: trains a Phi-shaped language model from scratch, on a corpus or on texts about scenes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The tokens of the corpus or of the store; nothing for a stream; scenes, where there is none of these."""
+    """``tokens`` for a corpus or a store, nothing for a stream, else ``scenes``."""
     source = settings(PretrainSettings).source
     if source == "stream":
         return ()
@@ -26,11 +26,11 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 
 def check(settings: SettingsView) -> None:
-    """A batch that can be spread over passes and processes, a stop that can be read, a context that is long enough."""
+    """Check the batch size, the stop criteria and the context length."""
     chosen = settings(PretrainSettings)
     if chosen.source == "stream" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingsError(
-            "a stream is read by one process, and there are several", "fill a store first: --source store"
+            "pretrain.source = stream needs one process, not several", "fill a store first: --source store"
         )
     if chosen.source != "files" or settings(CorpusSettings).sources:
         from mmphi.training.stop_criteria import parse_stop
@@ -55,14 +55,14 @@ def check(settings: SettingsView) -> None:
 
 
 def unused(settings: SettingsView) -> tuple[str, ...]:
-    """The generator's settings where no text is generated, and the corpus where the scenes are read."""
+    """``textgen`` unless text is generated in a stream, and ``corpus`` if the model is trained on scenes."""
     generated = settings(PretrainSettings).source == "stream"
     read = "tokens" in upstream(settings)
     return (*(() if generated else ("textgen",)), *(() if generated or read else ("corpus",)))
 
 
 def cost(settings: SettingsView) -> Cost:
-    """Weights, and a checkpoint with two moments of each."""
+    """Disk space of the weights and of a checkpoint with two moments per weight."""
     from mmphi.models.language.phi import SIZES, PhiSize, parameters_of
 
     chosen = settings(PretrainSettings)
@@ -73,7 +73,7 @@ def cost(settings: SettingsView) -> Cost:
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Train from scratch, and save in Hugging Face's format with the tokenizer."""
+    """Train from scratch and save the model with its tokenizer in Hugging Face format."""
     if ctx.settings(PretrainSettings).source == "stream":
         from mmphi.stages.pretrain_texts import pretrain_on_stream as train_on
     elif "tokens" in ctx.upstream:
@@ -88,7 +88,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def _save(ctx: Context, model: Any, prompt: Prompt, figures: Mapping[str, float]) -> None:
-    """Write the model in Hugging Face's format, and what it takes to load it alone."""
+    """Write the model in Hugging Face format, with the files that make the folder self-contained."""
     from mmphi.config import LanguageSettings
     from mmphi.models.checkpoint import LANGUAGE
     from mmphi.models.language.language_model import LanguageModel, language_model_digest, save_language_model

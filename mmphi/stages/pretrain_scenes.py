@@ -1,4 +1,4 @@
-"""Pretraining on scenes written as words: short prompts and answers, packed like a projector's."""
+"""Pretraining on textual descriptions of scenes: short prompts and answers in packed rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmphi.config.pretrain import PretrainSettings
 from mmphi.data.schema import Example, Turn
+from mmphi.errors import DataError
 from mmphi.pipeline.stage import Context
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ VALIDATION = 200  # Texts held out.
 
 
 def pretrain_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
-    """Train on the scenes of the stage ``scenes``.
+    """Train on the texts of the stage ``scenes``.
 
     Returns:
-        The model, its prompt, and its figures.
+        The model, its prompt, and its metrics.
     """
     from mmphi.models.language.phi import PHI2_VOCABULARY
     from mmphi.text.prompt import Prompt
@@ -32,6 +33,10 @@ def pretrain_on_scenes(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
 
     chosen = ctx.settings(PretrainSettings)
     rows = list(_scene_rows(ctx.upstream["scenes"].path))
+    if len(rows) <= VALIDATION:
+        raise DataError(
+            f"{len(rows)} texts are too few to pretrain on: {VALIDATION} are held out", "raise scenes.texts"
+        )
     if chosen.vocabulary:
         written = (f"{row['context']}\n" + "\n".join(map("\n".join, row["turns"])) for row in rows)
         tokenizer: Any = train_bpe(written, chosen.vocabulary)
@@ -63,11 +68,11 @@ def _scene_rows(scenes: Path) -> Iterator[dict[str, Any]]:
 
 
 def scene_texts(scenes: Path, *, held: bool) -> Iterator[Example]:
-    """The same rows as conversations about a text.
+    """Yield scene texts as conversations about a text instead of an image.
 
     Args:
-        scenes: Folder of the stage ``scenes``.
-        held: Those held out, or the others.
+        scenes: Result folder of the stage ``scenes``.
+        held: Whether to yield the held-out texts; otherwise the training texts.
     """
     rows = list(_scene_rows(scenes))
     for number, row in enumerate(rows[-VALIDATION:] if held else rows[:-VALIDATION]):
@@ -78,10 +83,10 @@ def scene_texts(scenes: Path, *, held: bool) -> Iterator[Example]:
 def scene_samples(
     rows: Sequence[dict[str, Any]], prompt: Prompt, chosen: PretrainSettings, *, answers_only: bool = False
 ) -> Iterator[TokenizedExample]:
-    """Scenes as words, in the prompt that a projector will later put their pictures into.
+    """Yield scene texts in the prompt format that later holds projected images; longer than ``max_length`` are skipped.
 
-    ``answers_only`` leaves what reading the grid determines, which is learned several times faster; otherwise the grid
-    is learned too, like any other text.
+    With ``answers_only``, only answers are supervised: they follow from the described grid and are learned several
+    times faster. Otherwise all tokens but the first are supervised.
     """
     from mmphi.text.tokenized_example import join_spans
 

@@ -1,4 +1,4 @@
-"""Pretraining on text that is still being written: generators fill a spool, and the training empties it."""
+"""Pretraining on a stream of generated text: generators fill a shard queue (spool), and the training consumes it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from mmphi.training.checkpoints import complete_checkpoints
 from mmphi.training.replay_buffer import Ids, ReplayBuffer
 from mmphi.training.streaming_dataset import StreamingDataset
 
-STREAM = "stream.json"  # In a checkpoint.
+STREAM = "stream.json"  # State of the stream, in each checkpoint folder.
 HELD = "validation.json"
 SPOOL, FLEET = "spool", "generators"
 LOOK_S = 0.5
-ENOUGH, FEW = 0.9, 1.5  # Share of its time that a training shall be busy; times that text is seen.
+ENOUGH, FEW = 0.9, 1.5  # Target busy share of the training; upper limit for how often text is seen.
 
 
 class GeneratedStream:
-    """Where a training on a stream has its text from; generators live as long as it is open.
+    """Text source of a training on a stream; a context manager that runs the generators while it is open.
 
     Args:
-        ctx: Of the stage.
-        tokenizer: Of the model that is trained.
-        backend: What draws the generators' tokens.
+        ctx: Context of the stage.
+        tokenizer: Tokenizer of the trained model.
+        backend: Name of the generators' sampling backend.
     """
 
     def __init__(self, ctx: Context, tokenizer: Any, backend: str) -> None:
@@ -50,15 +50,15 @@ class GeneratedStream:
         self.pool = GeneratorPool(self.textgen, url, ctx.folder / FLEET, backend, self.say)
         self.store = None
         if self.chosen.keep:
-            self.store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA, self.say)
+            self.store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA)
         self.ctx = ctx
         self.nats, self.scored = 0.0, 0
         self.begun = time.monotonic()
         self._steps: StreamingDataset | None = None
 
     @property
-    def beside(self) -> GeneratedStream:
-        """What belongs to a checkpoint: where the stream is."""
+    def extra_state(self) -> GeneratedStream:
+        """The extra checkpoint state: the position of the stream."""
         return self
 
     def __enter__(self) -> GeneratedStream:
@@ -67,28 +67,28 @@ class GeneratedStream:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.pool.stop()
-        if kind is None:  # Otherwise the same command resumes from these files.
+        if kind is None:  # After an error, the same command resumes from these files.
             self.reader.let_go_before(self.reader.position)
             for name in (SPOOL, FLEET, HELD):
                 path = self.folder / name
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def encode(self, document: Document) -> Ids:
-        """Ids of a document; one that its length cut off has no end."""
+        """Token IDs of a document, without an end token if it was truncated at the length limit."""
         ids = self.backend.encode(document.text, add_special_tokens=False).ids
         return np.asarray([self.end, *ids, *[self.end] * document.ended], np.int64)
 
     def held(self) -> list[Ids]:
-        """The first documents to come, which are held out; waits until there are enough of them."""
+        """Token IDs of the held-out documents: the first of the stream; waits until there are enough of them."""
         path = self.folder / HELD
         if not path.exists():
-            self.reader.go_on({})  # Nothing that was taken before counts.
+            self.reader.go_on({})  # Restart at the beginning of every stream.
             documents = self._first()
             part = path.with_suffix(".part")
             part.write_text(json.dumps({"position": self.reader.position, "documents": [asdict(d) for d in documents]}))
             part.replace(path)
         kept = json.loads(path.read_text())
-        if not complete_checkpoints(self.folder):  # They have positions of their own.
+        if not complete_checkpoints(self.folder):  # A checkpoint restores its own position.
             self.reader.go_on(kept["position"])
         self.reader.let_go_before(kept["position"])
         documents = [Document(**document) for document in kept["documents"]]
@@ -130,17 +130,17 @@ class GeneratedStream:
         return self._steps
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Where the stream is, in a checkpoint."""
+        """Write the position of the stream into a checkpoint."""
         assert self._steps is not None
         (checkpoint / STREAM).write_text(json.dumps(self._steps.state(step)))
 
     def load(self, checkpoint: Path, step: int) -> None:
-        """Go on where a checkpoint was."""
+        """Restore the position of the stream from a checkpoint."""
         assert self._steps is not None
         self._steps.load(step, json.loads((checkpoint / STREAM).read_text()))
 
     def saved(self, checkpoint: Path) -> None:
-        """Let go of all text that no checkpoint needs any longer."""
+        """Delete all shards that no checkpoint needs any longer."""
         kept = [json.loads(path.read_text()) for path in self.folder.glob(f"checkpoint-*/{STREAM}")]
         needed = {group["name"] for state in kept for group in state["window"]["groups"]}
         oldest = min(kept, key=lambda state: sum(state["position"].values()))["position"]
@@ -148,7 +148,7 @@ class GeneratedStream:
         self.reader.let_go_before(oldest, needed)
 
     def _keep(self, until: Mapping[str, int]) -> None:
-        """Let the store judge what was read before a position, while it is still there."""
+        """Offer the documents read before a position to the store, while their shards still exist."""
         if self.store is None or self.store.manifest.full:
             return
         for name, documents in self.reader.taken_between(self.store.manifest.position, until):
@@ -156,7 +156,11 @@ class GeneratedStream:
         self.store.commit()
 
     def figures(self, training_s: float) -> dict[str, float]:
-        """How often text was seen, who waited for whom, and the generators' own loss."""
+        """Returns metrics: how often text was seen, waiting times, and the generators' loss on their own text.
+
+        Args:
+            training_s: Duration of the training in seconds.
+        """
         steps, rows = self._steps, self.pool.rows()
         assert steps is not None
         times = steps.window.counted()
@@ -175,8 +179,12 @@ class GeneratedStream:
             found["floor/loss"] = self.nats / self.scored
         return found
 
-    def told(self, training_s: float) -> dict[str, float]:
-        """The figures, and what they advise, said and recorded."""
+    def closing_figures(self, training_s: float) -> dict[str, float]:
+        """Returns the metrics of the stream; also records tables and logs a recommendation.
+
+        Args:
+            training_s: Duration of the training in seconds.
+        """
         found = self.figures(training_s)
         steps = self._steps
         assert steps is not None
@@ -188,18 +196,24 @@ class GeneratedStream:
         self.tracker.table("generators", self.pool.rows())
         self.say(
             f"each token was seen {found['stream/times_seen']:.2f} times; the training waited {steps.waited_s:.0f} s"
-            f" for text, the generators {found['stream/generators_waited_s']:.0f} s for room; "
+            f" for text, the generators {found['stream/generators_waited_s']:.0f} s for queue space; "
             + advice(found["stream/trainer_busy"], found["stream/generators_waited_s"], found["stream/times_seen"])
         )
         return found
 
 
 def advice(trainer_busy: float, generators_waited_s: float, times_seen: float) -> str:
-    """What would make better use of the machines."""
+    """Returns which setting to change to use the hardware better.
+
+    Args:
+        trainer_busy: Fraction of its time in which the training had text, at most 1.
+        generators_waited_s: Seconds that all generators waited for space in the queue.
+        times_seen: Average number of times that a token was trained on.
+    """
     if trainer_busy < ENOUGH:
         return "more generators would keep it busy, or more passes over the same text (pretrain.max_epochs)"
     if generators_waited_s > 0:
         return "fewer generators would do, or a larger model"
     if times_seen > FEW:
-        return "it is kept busy by text that it saw before: more generators would give it fresh text"
+        return "the training is kept busy by repeated text: more generators would supply fresh text"
     return "both are kept busy"

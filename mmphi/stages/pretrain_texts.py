@@ -1,4 +1,4 @@
-"""Pretraining on a corpus of any size: from memory-mapped shards, or from a stream that is being generated."""
+"""Pretraining on a corpus of any size: memory-mapped shards, or a stream of generated text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pretrain_on_shards(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     """Train on the shards of the stage ``tokens``.
 
     Returns:
-        The model, its prompt, and its figures.
+        The model, its prompt, and its metrics.
     """
     from transformers import AutoTokenizer
 
@@ -40,7 +40,7 @@ def pretrain_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
     """Train on text while it is being generated, with Phi-2's tokenizer.
 
     Returns:
-        The model, its prompt, and its figures.
+        The model, its prompt, and its metrics.
     """
     from mmphi.models.language.phi import PHI2_VOCABULARY
     from mmphi.stages.pretrain_stream import GeneratedStream
@@ -56,5 +56,5 @@ def pretrain_on_stream(ctx: Context) -> tuple[Any, Prompt, dict[str, float]]:
         model, figures = pretrain(
             chosen, config, prompt, stream, folder=ctx.folder, tracker=ctx.tracker, first=ctx.first
         )
-        figures |= stream.told(figures["pretrain/seconds"])
+        figures |= stream.closing_figures(figures["pretrain/seconds"])
     return model, prompt, figures

@@ -1,4 +1,4 @@
-"""Stage ``projector``: the layers between image features and language model, trained with both frozen."""
+"""Stage ``projector``: trains the layers between image features and language model; both stay frozen."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from mmphi.models.projector import Projector
     from mmphi.models.vision.vision_encoder import VisionReference
 
-ROOM = 8  # Tokens of text with an image, at the least.
-# How an image takes fewer tokens.
+ROOM = 8  # Minimum text tokens in a sequence with an image.
+# The setting that reduces the tokens per image, by projector kind.
 FEWER_TOKENS = {"mlp": "raise vision.pool", "resampler": "lower projector.queries"}
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """What the parts to be joined come from."""
+    """Stages that provide the data, the language model, the vision encoder and its features."""
     needed = list(scenes_if_read(settings))
     if settings(LanguageSettings).model == "pretrain":
         needed.append("pretrain")
@@ -48,7 +48,7 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 
 def check(settings: SettingsView) -> None:
-    """A batch for every pass, an encoder that gives such features, room for an image, a prompt that can be written."""
+    """Check the batch size, the data, the encoder's output shape, the sequence length and the prompt style."""
     from mmphi.models.vision.vision_encoder import LIGHT_CLIP, encoder_output_shape
 
     chosen, vision = settings(ProjectorSettings), settings(VisionSettings)
@@ -60,22 +60,22 @@ def check(settings: SettingsView) -> None:
         from mmphi.models.projector import projector_config
         from mmphi.models.projector_kinds import KINDS
 
-        # The least width, because the language model's is not known here: nothing is refused that would fit.
+        # The language model's width is unknown here; the minimum width rejects nothing that would fit.
         config = projector_config(chosen, width, 1, tokens)
         tokens = tokens if chosen.kind == "mlp" else KINDS[chosen.kind].output_tokens(config.shape)
     if chosen.max_length < tokens + ROOM:
         raise SettingsError(
-            f"projector.max_length = {chosen.max_length} holds no image of {tokens} tokens and {ROOM} of text",
+            f"projector.max_length = {chosen.max_length} is less than {tokens} tokens of an image and {ROOM} of text",
             f"the nearest is {tokens + ROOM}; or {FEWER_TOKENS.get(chosen.kind, 'raise projector.merge')}",
         )
     check_prompt(settings(LanguageSettings))
 
 
 def check_prompt(chosen: LanguageSettings) -> None:
-    """Refuse a style that the tokenizer cannot write.
+    """Check that the tokenizer supports the prompt style.
 
     Raises:
-        SettingsError: If it brings no chat template.
+        SettingsError: If the style is ``chat`` and the tokenizer has no chat template.
     """
     from mmphi.models.language.language_model import tokenizer_of
 
@@ -84,19 +84,19 @@ def check_prompt(chosen: LanguageSettings) -> None:
     if chosen.model == "pretrain":
         raise SettingsError("language.prompt = chat, but a model trained here has no chat template", "use auto")
     if not tokenizer_of(chosen, chosen.model).chat_template:
-        raise SettingsError("language.prompt = chat, but the tokenizer brings no chat template", "use plain or phi")
+        raise SettingsError("language.prompt = chat, but the tokenizer has no chat template", "use plain or phi")
 
 
 def cost(settings: SettingsView) -> Cost:
-    """The projector with its checkpoint, and the memory that the frozen language model needs under it."""
+    """Disk space of the projector with its checkpoint, and GPU memory including the frozen language model."""
     from mmphi.stages.memory_estimates import projector_disk, projector_memory
 
     return Cost(projector_disk(settings), memory_bytes=projector_memory(settings))
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Train, and save a model that loads alone."""
-    from mmphi.data.llava_row_types import asked_for_captions
+    """Train the projector and save a self-contained model."""
+    from mmphi.data.llava_row_types import caption_question
     from mmphi.data.mixture import mixture_indices
     from mmphi.data.phrasing import typical_questions
     from mmphi.models.multimodal import Multimodal
@@ -118,7 +118,7 @@ def run(ctx: Context) -> Mapping[str, float]:
         ctx.settings(VisionSettings),
         features.digest,
         light_clip.path if light_clip else None,
-        asked_for_captions(training),
+        caption_question(training),
     )
     model = Multimodal(
         language, projector, features, chosen.max_length, vision, own_language="pretrain" in ctx.upstream
@@ -141,7 +141,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def image_features(ctx: Context) -> ImageFeatures:
-    """Stored features where the settings say so, else the encoder itself."""
+    """Stored features if ``projector.features`` is ``cached``, else features computed by the encoder."""
     from mmphi.data.features import LiveFeatures
 
     if ctx.settings(ProjectorSettings).features == "cached":

@@ -1,4 +1,4 @@
-"""Stage ``qlora``: a low-rank adapter on the quantised language model, beside the projector that was trained before."""
+"""Stage ``qlora``: trains a low-rank adapter on the quantised language model, with a previously trained projector."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The projector, unless another is named, and what its data come from."""
+    """Stages that provide the projector, unless ``qlora.model`` names one, and the data."""
     needed = list(scenes_if_read(settings))
     if settings(ProjectorSettings).features == "cached":
         needed.append("embed")
@@ -38,7 +38,7 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 
 def check(settings: SettingsView) -> None:
-    """A batch for every pass, and a mixture that can be read."""
+    """Check the batch size, the mixture, the optimiser and the DoRA options."""
     from mmphi.data.mixture import parse_weights
 
     chosen = settings(QloraSettings)
@@ -46,21 +46,21 @@ def check(settings: SettingsView) -> None:
     parse_weights(chosen.mixture, "qlora.mixture")
     if chosen.optimizer != "adamw":
         raise SettingsError(f"qlora.optimizer = {chosen.optimizer}, but adapters are trained with AdamW", "use adamw")
-    if chosen.dora and chosen.base_precision == "8bit":  # PEFT 0.21 leaves bitsandbytes' layers without their scales.
+    if chosen.dora and chosen.base_precision == "8bit":  # PEFT 0.21 leaves the scales out of bitsandbytes' layers.
         raise SettingsError("qlora.dora does not work on qlora.base_precision = 8bit", "use 4bit or bf16")
     if chosen.dora and chosen.rslora:
-        raise SettingsError("qlora.dora and qlora.rslora are both on", "DoRA learns the scale itself: take rslora off")
+        raise SettingsError("qlora.dora and qlora.rslora are both on", "DoRA learns the scale itself: turn rslora off")
 
 
 def cost(settings: SettingsView) -> Cost:
-    """The adapter with its checkpoint, and the memory that the quantised language model needs under it."""
+    """Disk space of the adapter with its checkpoint, and GPU memory including the quantised language model."""
     from mmphi.stages.memory_estimates import adapter_disk, adapter_memory
 
     return Cost(adapter_disk(settings), memory_bytes=adapter_memory(settings))
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Train, and save a model that loads alone."""
+    """Train the adapter and save a self-contained model."""
     from mmphi.data.mixture import grouped, mixture_indices, parse_weights, sample_by_weight
     from mmphi.data.phrasing import typical_questions
     from mmphi.training.adapter import train_adapter
@@ -72,10 +72,10 @@ def run(ctx: Context) -> Mapping[str, float]:
     model = joined(ctx, chosen)
     assert model.features is not None
     examples = drop_without_features(examples, model.features, report)
-    made = asked_of(examples, chosen)
+    made = caption_questions(examples, chosen)
     examples += made
     training = typical_questions(turn.question for row in training_rows(examples) for turn in row.turns)
-    # The projector's own questions count as well: the adapter is trained on its projector.
+    # Keep the typical questions of the projector's training, which the adapter builds on.
     model.questions = tuple(dict.fromkeys([*training, *model.questions]))
     weights = parse_weights(chosen.mixture, "qlora.mixture")
     texts = text_rows(ctx) if "text" in weights else []
@@ -107,10 +107,10 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
-    """The projector's model on a language model of its own, quantised, with a new adapter.
+    """Returns the projector's model with a quantised language model and a new adapter.
 
     Raises:
-        ModelError: If there is no projector, or it was trained on other features.
+        ModelError: If the model has no projector or already has an adapter, or its features differ.
     """
     from mmphi.models.checkpoint import load_checkpoint
     from mmphi.training.adapter import with_new_adapter
@@ -130,8 +130,8 @@ def joined(ctx: Context, chosen: QloraSettings) -> Multimodal:
     return with_new_adapter(base, chosen, ctx.tracker)
 
 
-def asked_of(examples: Sequence[Example], chosen: QloraSettings) -> list[Example]:
-    """Questions made of the captions of each split by itself; the test keeps to what it was."""
+def caption_questions(examples: Sequence[Example], chosen: QloraSettings) -> list[Example]:
+    """Generate yes/no conversations from the training and the validation split separately; none for the test split."""
     from mmphi.evaluation.yes_no import conversations
 
     if not chosen.questions:
@@ -142,7 +142,7 @@ def asked_of(examples: Sequence[Example], chosen: QloraSettings) -> list[Example
 
 
 def text_rows(ctx: Context) -> list[Example]:
-    """The drawn scenes as words, where they are read: conversations about a text in place of an image."""
+    """Training texts of the stage ``scenes`` as conversations without images; empty if the data has no scenes."""
     from mmphi.stages.pretrain_scenes import scene_texts
 
     scenes = ctx.upstream.get("scenes")
@@ -150,7 +150,7 @@ def text_rows(ctx: Context) -> list[Example]:
 
 
 def plain_text_loss(ctx: Context, model: Multimodal) -> dict[str, float]:
-    """The loss on the text that the settings name, else on scenes as words: it shows whether text is forgotten."""
+    """Loss on plain text (``qlora.plain_text``, else held-out scene texts), to detect forgetting of text."""
     from mmphi.evaluation.perplexity import PerplexityProtocol, text_loss
     from mmphi.stages.pretrain_scenes import scene_texts
 

@@ -1,4 +1,4 @@
-"""Stage ``scenes``: draws the embedded data, as LLaVA-Instruct JSON and image files, and the text that describes it."""
+"""Stage ``scenes``: draws the built-in data as image files with LLaVA-Instruct JSON, and writes a text corpus."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SHOWN = 12
 class ScenesSettings(Section):
     """Scenes drawn by the program: two coloured shapes in a relation, with captions and questions."""
 
-    seed: int = setting(0, "seed of drawing and of what is held out", ge=0)
+    seed: int = setting(0, "seed of the drawings and of the held-out combinations", ge=0)
     train_images: int = setting(3000, "images to train on", unit="images", ge=8)
-    validation_images: int = setting(100, "images of seen combinations held out", unit="images", ge=1)
-    test_images: int = setting(200, "images of combinations training never saw", unit="images", ge=1)
+    validation_images: int = setting(100, "validation images, of combinations seen in training", unit="images", ge=1)
+    test_images: int = setting(200, "test images, of combinations not seen in training", unit="images", ge=1)
     held_out: float = setting(0.15, "share of colour-shape-relation combinations kept for the test", gt=0, lt=0.9)
     image_size: int = setting(96, "side of the drawn images", unit="px", ge=32, le=1024)
     questions: int = setting(2, "question-answer turns for each caption", unit="turns", ge=0, le=8)
-    texts: int = setting(20000, "scenes written as words for the language model to read", unit="texts", ge=0)
+    texts: int = setting(20000, "scene descriptions for pretraining the language model", unit="texts", ge=0)
     phrasings: Literal["one", "varied"] = setting(
         "varied",
         "wordings of each question in training: one, or several with varied case and punctuation",
@@ -37,7 +37,7 @@ class ScenesSettings(Section):
 
 
 def cost(settings: SettingsView) -> Cost:
-    """PNG files of noise-covered pictures take about two bytes a pixel; drawing takes about 3 ms each."""
+    """Disk space at two bytes per pixel (PNG of noisy images), and time at 3 ms per image of 96 px."""
     chosen = settings(ScenesSettings)
     images = chosen.train_images + chosen.validation_images + chosen.test_images
     disk = 2 * images * chosen.image_size**2 + 400 * chosen.texts
@@ -45,7 +45,7 @@ def cost(settings: SettingsView) -> Cost:
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Draw every split and write the corpus."""
+    """Draw the images of every split and write the text corpus."""
     from tqdm.auto import tqdm
 
     from mmphi.data.phrasing import training_phrasing
@@ -58,7 +58,7 @@ def run(ctx: Context) -> Mapping[str, float]:
     unseen = held_out(chosen.held_out, seed)
     seen = [c for c in combinations() if c not in unseen]
     sizes = {"train": chosen.train_images, "validation": chosen.validation_images, "test": chosen.test_images}
-    # A generator of its own: the scenes are the same with one phrasing and with several.
+    # A separate random generator, so that the scenes do not depend on the phrasings.
     phrasing_rng = random.Random(f"phrasings {seed}")
 
     def phrase(question: str) -> str:
@@ -94,18 +94,18 @@ def _records(
     from mmphi.data.phrasing import DESCRIBE, WHICH_COLORS, WHICH_SHAPES
     from mmphi.data.scene_text import caption, colors, questions, shapes, yes_no_questions
 
-    asked = questions(scene, question_count, rng)
+    question_turns = questions(scene, question_count, rng)
     conversations = {
         "caption": [(DESCRIBE, caption(scene))],
         "parts": [(WHICH_SHAPES, shapes(scene)), (WHICH_COLORS, colors(scene))],
-        "questions": [(t.question, t.answer) for t in asked],
+        "questions": [(t.question, t.answer) for t in question_turns],
         "yes_no": [(t.question, t.answer) for t in yes_no_questions(scene, 2 * question_count, rng)],
     }
     rows = []
     for kind, turns in conversations.items():
         messages = []
         for i, (question, answer) in enumerate(turns):
-            # As in the real file, the image stands now before, now after the first question.
+            # As in LLaVA-Instruct, the image is randomly placed before or after the first question.
             question = phrase(question)
             places = (f"<image>\n{question}", f"{question}\n<image>")
             messages.append({"from": "human", "value": rng.choice(places) if i == 0 else question})
@@ -137,7 +137,7 @@ def _figure(shown: list[tuple[Path, Scene]]) -> Any:
 STAGE = Stage(
     name="scenes",
     version=2,
-    help="draw the embedded data: coloured shapes, captions, questions",
+    help="draw the built-in data: coloured shapes, captions, questions",
     reads=("scenes",),
     run=run,
     cost=cost,

@@ -1,4 +1,4 @@
-"""What several stages do alike: reading the data, and borrowing frozen models."""
+"""Shared by several stages: reading the data, and access to frozen models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mmphi.config.declared_view import SettingsView
 from mmphi.config.section import Section
 from mmphi.config.shared import (
+    REGISTERED_KINDS,
     ConversationSettings,
     DataSettings,
     LanguageSettings,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mmphi.pipeline.stage import Context, Result
     from mmphi.tracking.tracker import Tracker
 
-# What decides which rows there are, what they say and which split they are in; neither weights nor limits of badness.
+# Settings that determine the rows, their content and their splits; mixture weights are not among them.
 CONTENT = (
     *(f"data.sources.N.{name}" for name in ("kind", "name", "path", "images", "split", "revision")),
     *(f"data.sources.N.{name}" for name in ("image_column", "text_column")),
@@ -45,14 +46,15 @@ CONTENT = (
 )
 
 
-CHECKED_BYTES = 2_000_000  # Files of rows that are read before anything is built; larger ones take too long.
+CHECKED_BYTES = 2_000_000  # Larger data files are not checked before the build, because reading them takes too long.
 
 
 def check_training(name: str, chosen: TrainingSettings) -> None:
-    """Refuse a batch that cannot be spread over forward passes and processes.
+    """Check the batch size and the checkpoint selection of a training.
 
     Raises:
-        SettingsError: Naming the nearest that can.
+        SettingsError: If a batch has fewer examples than forward passes over all processes, or if
+            ``checkpoint_selection`` is ``best`` together with a contrastive phase.
     """
     passes = chosen.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     if chosen.batch_size < passes:
@@ -62,14 +64,14 @@ def check_training(name: str, chosen: TrainingSettings) -> None:
         )
     if isinstance(chosen, ConversationSettings) and chosen.contrastive_weight and chosen.checkpoint_selection == "best":
         raise SettingsError(
-            f"{name}.checkpoint_selection = best takes the lowest validation loss, and {name}.contrastive_weight raises"
-            " that loss: the steps that it acts on would not be taken",
+            f"{name}.checkpoint_selection = best conflicts with {name}.contrastive_weight, which raises the validation"
+            " loss: no checkpoint of the contrastive phase would be selected",
             f"{name}.checkpoint_selection last, or {name}.contrastive_weight 0",
         )
 
 
 def evaluating(stage: str) -> Callable[[Section], Section]:
-    """What ``evaluate`` is asked for with at the end of a stage: to measure that stage's model."""
+    """Returns a function that sets ``evaluate.stage`` to a stage, for the evaluation that follows it."""
 
     def asking(settings: Section) -> Section:
         evaluate: Section = getattr(settings, "evaluate")  # noqa: B009  # Stages do not know the class of all settings.
@@ -79,23 +81,40 @@ def evaluating(stage: str) -> Callable[[Section], Section]:
 
 
 def scenes_if_read(settings: SettingsView) -> tuple[str, ...]:
-    """The stage ``scenes``, where a source asks for it."""
+    """``scenes`` if a data source uses drawn scenes."""
     return ("scenes",) if uses_scenes(settings(DataSettings)) else ()
 
 
 def read(settings: SettingsView, upstream: Mapping[str, Result]) -> tuple[list[Example], ReadReport]:
-    """All examples of the data, and the account of how they were read."""
+    """All examples of the data, and the report of how they were read."""
     from mmphi.data.dataset_builder import read_examples
 
+    data = settings(DataSettings)
+    refuse_registered_kinds(data)
     scenes = upstream.get("scenes")
-    return read_examples(settings(DataSettings), scenes.path if scenes else None)
+    return read_examples(data, scenes.path if scenes else None)
+
+
+def refuse_registered_kinds(data: DataSettings) -> None:
+    """Refuse sources whose reader exists in this process only.
+
+    Raises:
+        SettingsError: If there is one: a key would not change with the reader's code, and other processes lack it.
+    """
+    for number, source in enumerate(data.sources):
+        if source.kind in REGISTERED_KINDS:
+            raise SettingsError(
+                f"data.sources.{number}.kind = {source.kind!r} is registered in this program only, so that no result of"
+                " a stage can depend on it",
+                "train in the program: mmphi.data.dataset_builder.read_examples, and fit of mmphi.join or mmphi.load",
+            )
 
 
 def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None:
-    """Record the account of what was read.
+    """Record the report of how the data was read.
 
     Raises:
-        DataError: If more rows are bad than the settings allow, or none is left.
+        DataError: If more rows are unusable than the settings allow, or none is left.
     """
     tracker.table("data_read", list(report.rows()))
     check_enough_rows(report, data)
@@ -104,14 +123,14 @@ def log_report(report: ReadReport, tracker: Tracker, data: DataSettings) -> None
 def tokenized_rows(
     ctx: Context, model: Multimodal, examples: Sequence[Example], max_length: int, report: ReadReport
 ) -> TokenizedDataset:
-    """The training conversations as token sequences, which this process holds once; the report is recorded.
+    """Returns the tokenized training conversations, cached in the process, and records the report.
 
     Args:
-        ctx: Of the stage.
-        model: Gives the prompt and the number of tokens of each image.
+        ctx: Context of the stage.
+        model: Model that provides the prompt and the number of tokens per image.
         examples: Conversations of all splits.
-        max_length: Longest sequence, in tokens; longer conversations are counted in the report.
-        report: The account of what was read.
+        max_length: Maximum sequence length in tokens; longer conversations are counted in the report.
+        report: Report of how the data was read.
 
     Raises:
         DataError: If more rows are unusable than the settings allow, or none is left.
@@ -128,39 +147,41 @@ def tokenized_rows(
 
 
 def check_data(settings: SettingsView) -> None:
-    """Read small data before anything is built, so that what is wrong with them is reported at once.
+    """Read small data files before anything is built, to report errors early.
 
     Raises:
-        DataError: As reading them in a stage does: too few images, too many unusable rows, a file that cannot be read.
+        DataError: If there are too few images or too many unusable rows, or a file cannot be read.
     """
     from mmphi.data.dataset_builder import read_examples
+    from mmphi.data.readers import READERS
 
     data = settings(DataSettings)
+    refuse_registered_kinds(data)
     sources = sources_of(data)
-    files = [Path(source.path) for source in sources if source.kind in ("llava", "captions", "karpathy")]
+    files = [Path(source.path) for source in sources if READERS[source.kind].local]
     readable = len(files) == len(sources) and all(file.is_file() for file in files)
     if readable and sum(file.stat().st_size for file in files) <= CHECKED_BYTES:
         check_enough_rows(read_examples(data, None)[1], data)
 
 
 def check_enough_rows(report: ReadReport, data: DataSettings) -> None:
-    """Refuse data of which no row is left, or too few.
+    """Check that enough rows are usable.
 
     Raises:
-        DataError: If more rows are bad than the settings allow, or none is left.
+        DataError: If more rows are unusable than ``data.max_bad_share`` allows, or none is left.
     """
     if not report.kept.total() and not report.dropped:
         raise DataError("the data has no rows", "check the files that data.sources name")
     if report.bad_share > data.max_bad_share or not report.kept.total():
         raise DataError(
-            f"{report.bad_share:.1%} of the rows cannot be used; at most {data.max_bad_share:.1%} may be\n"
+            f"{report.bad_share:.1%} of the rows cannot be used; the limit is {data.max_bad_share:.1%}\n"
             + report.table(),
             "fix the data, or raise data.max_bad_share",
         )
 
 
 def language_of(ctx: Context) -> LanguageModel:
-    """The frozen language model, as this process has it."""
+    """The frozen language model, from the process cache."""
     from mmphi.models.checkpoint import get_shared_language_model
     from mmphi.models.device import this_device
 
@@ -170,7 +191,7 @@ def language_of(ctx: Context) -> LanguageModel:
 
 
 def vision_encoder_of(ctx: Context) -> VisionEncoder:
-    """The frozen vision encoder, as this process has it."""
+    """The frozen vision encoder, from the process cache."""
     from mmphi.models.checkpoint import get_shared_vision_encoder
     from mmphi.models.device import this_device
 
@@ -181,7 +202,7 @@ def vision_encoder_of(ctx: Context) -> VisionEncoder:
 
 
 def stored_features(ctx: Context) -> ImageFeatures:
-    """The stored features of the stage ``embed``, as this process has them."""
+    """The stored features of the stage ``embed``, from the process cache."""
     from mmphi.data.features import FeatureStore
 
     embed = ctx.upstream["embed"]
@@ -189,7 +210,7 @@ def stored_features(ctx: Context) -> ImageFeatures:
 
 
 def drop_without_features(examples: list[Example], features: ImageFeatures, report: ReadReport) -> list[Example]:
-    """The examples whose images have features; the others are counted."""
+    """Returns the examples whose images all have features; the others are counted in the report."""
     from mmphi.data.dataset_builder import images_of
 
     features.prepare(images_of(examples))

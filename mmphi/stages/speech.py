@@ -1,4 +1,4 @@
-"""Stage ``speech``: the projector between recordings and the frozen language model, trained by distillation."""
+"""Stage ``speech``: trains the audio projector before the frozen language model, by distillation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """Stored frames where they are read, and the language model where it is the one trained here."""
+    """``pretrain`` if it provides the language model, and ``listen`` if stored encoder frames are used."""
     chosen, needed = settings(SpeechSettings), []
     if settings(LanguageSettings).model == "pretrain" and not chosen.model:
         needed.append("pretrain")
@@ -29,10 +29,10 @@ def upstream(settings: SettingsView) -> tuple[str, ...]:
 
 
 def check(settings: SettingsView) -> None:
-    """Recordings, a place for them in the question, and a batch for every pass.
+    """Check the recordings, the ``<audio>`` placeholder in the question, the Whisper backend and the batch size.
 
     Raises:
-        SettingsError: If one is missing.
+        SettingsError: If one of them is missing or does not fit the audio input.
     """
     chosen = settings(SpeechSettings)
     check_training("speech", chosen)
@@ -42,23 +42,23 @@ def check(settings: SettingsView) -> None:
         )
     if chosen.question.count("<audio>") != 1:
         raise SettingsError(
-            "speech.question does not say where the recording stands",
-            'write <audio> in it once: --question "Repeat after me: <audio>"',
+            "speech.question must contain <audio> exactly once",
+            'for example: --question "Repeat after me: <audio>"',
         )
     if chosen.audio_input != "transcript" and settings(AudioSettings).backend != "openai":
         raise SettingsError(
-            f"faster-whisper does not give what the audio input {chosen.audio_input} needs",
+            f"faster-whisper does not support the audio input {chosen.audio_input}",
             "set audio.backend to openai",
         )
 
 
 def cost(_: SettingsView) -> Cost:
-    """A projection and its optimiser are small."""
+    """Disk space, as a fixed upper estimate: the projector and its optimiser state are small."""
     return Cost(disk_bytes=4 * 4 * 3 * 4096 * 4096)
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Train, and save a model that loads alone."""
+    """Train the audio projector and save a self-contained model."""
     from mmphi.data.schema import ReadReport
     from mmphi.training.audio_projector import train_audio_projector
 
@@ -81,7 +81,7 @@ def _write_card(ctx: Context, model: Multimodal) -> None:
     write_card(
         ctx.folder,
         title=f"{language_title(chosen.model)} with a projection for recordings",
-        what=f"A speech projection ({model.speech.config.link}) before a frozen causal language model.",
+        what=f"An audio projector ({model.speech.config.link}) before a frozen causal language model.",
         base=chosen.model,
         example='"Repeat after me: <audio>", audio="speech.mp3"',
         run_id=ctx.tracker.run_id,
@@ -90,7 +90,7 @@ def _write_card(ctx: Context, model: Multimodal) -> None:
             "language model": f"{model.language.name} ({model.language.digest})",
             "prompt style": model.language.prompt.style,
             "Whisper": f"{audio.settings.whisper} {audio.digest}".strip(),
-            "speech projection": shape_text(model.speech.config),
+            "audio projector": shape_text(model.speech.config),
         },
         lineage={name: result.run_id for name, result in ctx.upstream.items()},
     )
@@ -99,7 +99,7 @@ def _write_card(ctx: Context, model: Multimodal) -> None:
 STAGE = Stage(
     name="speech",
     version=2,
-    help="train what is between recordings and the frozen language model",
+    help="train the audio projector before the frozen language model",
     reads=("speech", "language", "audio"),
     run=run,
     upstream=upstream,

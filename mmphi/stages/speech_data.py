@@ -1,4 +1,4 @@
-"""What the stages that hear share: conversations about recordings, and models that hear them in one way or another."""
+"""Shared by the audio stages: conversations about recordings, and models with each kind of audio input."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mmphi.stages.shared_models import language_of
 if TYPE_CHECKING:
     from mmphi.data.schema import AudioRef, Example, ReadReport
     from mmphi.models.audio.audio_features import AudioFeatureSource
-    from mmphi.models.audio.audio_projector import Link, SpeechProjection
+    from mmphi.models.audio.audio_projector import Link
     from mmphi.models.audio.transcriber import Audio
     from mmphi.models.language.language_model import LanguageModel
     from mmphi.models.multimodal import Multimodal
 
 
 def conversations(ctx: Context, report: ReadReport) -> list[Example]:
-    """What is asked of every recording, and what is said in it.
+    """Returns one conversation per recording: the configured question, and the answer or transcript.
 
     Raises:
-        DataError: If there is nothing to train on.
+        DataError: If no training example is left.
     """
     from mmphi.data.speech_dataset import spoken_examples
 
@@ -36,10 +36,10 @@ def conversations(ctx: Context, report: ReadReport) -> list[Example]:
 
 
 def speech_model(ctx: Context) -> Multimodal:
-    """A frozen model with a new speech projection."""
+    """A frozen model with a newly initialised audio projector."""
     import torch
 
-    from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
+    from mmphi.models.audio.audio_projector import AudioProjector, AudioProjectorConfig
     from mmphi.models.checkpoint import load_checkpoint
     from mmphi.models.multimodal import Multimodal
 
@@ -52,34 +52,15 @@ def speech_model(ctx: Context) -> Multimodal:
     audio_source, audio = source_for(ctx, base.language, chosen.audio_input)
     torch.manual_seed(chosen.seed)
     stack = chosen.stack_factor if chosen.audio_input == "encoder" else 1
-    config = SpeechConfig(
+    config = AudioProjectorConfig(
         chosen.audio_input, audio_source.width, base.language.width, chosen.width, stack, chosen.soft_temperature
     )
-    speech = SpeechProjection(config, scale=float(base.language.embeddings().square().mean().sqrt()))
-    return with_audio_source(base, audio_source, speech, audio)
-
-
-def with_audio_source(
-    base: Multimodal, audio_source: AudioFeatureSource, speech: SpeechProjection | None, audio: Audio
-) -> Multimodal:
-    """The same model, hearing in another way."""
-    from mmphi.models.multimodal import Multimodal
-
-    return Multimodal(
-        base.language,
-        base.projector,
-        base.features,
-        base.max_length,
-        base.vision,
-        own_language=base.own_language,
-        audio_source=audio_source,
-        speech=speech,
-        audio=audio,
-    )
+    speech = AudioProjector(config, scale=float(base.language.embeddings().square().mean().sqrt()))
+    return base.with_parts(audio_source=audio_source, speech=speech, audio=audio, questions=())
 
 
 def untranscribed_source(ctx: Context, language: LanguageModel, link: Link) -> AudioFeatureSource:
-    """What a link reads, by ears that have heard nothing yet."""
+    """Feature source of an audio input, with an empty transcript cache."""
     from mmphi.models.audio.audio_features import (
         EncoderFeatures,
         SoftTranscriptFeatures,
@@ -103,7 +84,7 @@ def untranscribed_source(ctx: Context, language: LanguageModel, link: Link) -> A
 
 
 def source_for(ctx: Context, language: LanguageModel, link: Link) -> tuple[AudioFeatureSource, Audio]:
-    """What a link reads, stored frames where there are any, and the Whisper that it must be."""
+    """Feature source of an audio input, from stored frames where available, and the Whisper it requires."""
     from mmphi.data.content_hash import FileDigests
     from mmphi.data.ragged_features import RaggedStore
     from mmphi.models.audio.audio_features import (
@@ -122,7 +103,7 @@ def source_for(ctx: Context, language: LanguageModel, link: Link) -> tuple[Audio
         return TranscriptFeatures(language, transcriber), Audio(settings)
     if link == "soft":
         temperature = chosen.soft_temperature
-        whose = f"{settings.model_dump_json()}/{language.digest}/{temperature}"  # It keeps what it has computed.
+        whose = f"{settings.model_dump_json()}/{language.digest}/{temperature}"  # It keeps computed features.
         return ctx.resources.once(
             "soft", whose, lambda: SoftTranscriptFeatures(language, transcriber, temperature, inf)
         ), Audio(settings)
@@ -136,26 +117,26 @@ def source_for(ctx: Context, language: LanguageModel, link: Link) -> tuple[Audio
 
 
 def with_audio_input(ctx: Context, model: Multimodal, link: Link | Literal[""]) -> Multimodal:
-    """A trained model as it hears by a link: its own with what was trained, another with words as they are.
+    """Returns a trained model with an audio input: its own with the trained projector, or another without one.
 
     Args:
-        ctx: Of the stage.
-        model: What was trained.
-        link: Which; empty takes its own.
+        ctx: Context of the stage.
+        model: The trained model.
+        link: Audio input; empty takes the one that the model was trained with.
 
     Raises:
-        ModelError: If it is the encoder's, and the model was not trained for that.
+        ModelError: If ``link`` is ``encoder`` and the model was not trained with it.
     """
     own = model.speech.config.link if model.speech is not None else "transcript"
     if link in ("", own):
         if own == "encoder" and "listen" not in ctx.upstream:
             return model
         audio_source, audio = source_for(ctx, model.language, own)
-        return with_audio_source(model, audio_source, model.speech, model.audio or audio)
+        return model.with_parts(audio_source=audio_source, audio=model.audio or audio, questions=())
     if link == "encoder":
         raise ModelError(
-            f"the model was trained for the audio input {own}, and knows nothing of frames",
+            f"the model was trained for the audio input {own} and cannot use encoder frames",
             "train it: --speech.audio_input encoder",
         )
     audio_source, audio = source_for(ctx, model.language, "soft" if link == "soft" else "transcript")
-    return with_audio_source(model, audio_source, None, audio)
+    return model.with_parts(audio_source=audio_source, speech=None, audio=audio, questions=())

@@ -1,10 +1,10 @@
-"""Stage ``textgen``: many processes write text, and the best of it is kept in a store of limited size."""
+"""Stage ``textgen``: generates text with many processes and keeps the best in a corpus store of limited size."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
 
 LOOK_S = 1.0
 METRICS_S = 10.0
-STORE, DATA = "store", "data"  # As `datasets` expects a folder: its data below its README.md.
+STORE, DATA = "store", "data"  # Layout that `datasets` expects: README.md next to a data folder.
 SPOOL, FLEET = "spool", "generators"
 
 
 def check(settings: SettingsView) -> None:
-    """A stop that can be read; sources where nothing is generated."""
+    """Check the stop criteria, and that generators, a spool or text sources are given."""
     from mmphi.textgen.stop_criteria import parse_corpus_stop
 
     chosen = settings(TextgenSettings)
     parse_corpus_stop(chosen.stop)
     if chosen.generators == 0 and not chosen.spool and not chosen.store_only:
-        raise SettingsError("textgen.generators = 0, and there is no spool that others fill", "give --spool URL")
+        raise SettingsError("textgen.generators = 0, but no external spool is set", "give --spool URL")
     if chosen.store_only:
         from mmphi.data.text_sources import check_sources
 
         sources = settings(CorpusSettings).sources
         if not sources:
-            raise SettingsError("--store_only fills the store from texts that are there", "name them: --corpus '[...]'")
+            raise SettingsError("--store_only needs existing texts", "name them: --corpus '[...]'")
         check_sources([source.path for source in sources])
 
 
 def cost(settings: SettingsView) -> Cost:
-    """The store, and the spool beside it."""
+    """Disk space of the store and the spool."""
     spool = 0 if settings(TextgenSettings).store_only else settings(TextgenSettings).spool_mb
     return Cost(int((settings(StoreSettings).megabytes + spool) * 1e6))
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Fill the store, and say what it is."""
-    store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA, ctx.tracker.say)
+    """Fill the store and write its datasheet."""
+    store = store_of(ctx.settings(StoreSettings), ctx.folder / STORE / DATA)
     begun = time.monotonic()
     if ctx.settings(TextgenSettings).store_only:
         _from_texts(ctx, store)
@@ -60,21 +60,21 @@ def run(ctx: Context) -> Mapping[str, float]:
     manifest = store.manifest
     if not manifest.documents:
         why = max(manifest.dropped, key=lambda reason: manifest.dropped[reason], default="nothing was written")
-        raise DataError(f"no document was worth keeping: {why}", "see store.min_words and store.language")
+        raise DataError(f"no document passed the filters: {why}", "see store.min_words and store.language")
     return write_datasheet(ctx, manifest, time.monotonic() - begun)
 
 
-def store_of(chosen: StoreSettings, folder: Path, say: Callable[[str], None]) -> CorpusStore:
-    """The store that the settings describe; existing results are kept."""
+def store_of(chosen: StoreSettings, folder: Path) -> CorpusStore:
+    """Open the corpus store that the settings describe; existing documents are kept."""
     from mmphi.textgen.corpus_store import CorpusStore
     from mmphi.textgen.quality import Quality
 
     quality = Quality(chosen.min_words, chosen.max_words, chosen.language)
-    return CorpusStore(folder, int(chosen.megabytes * 1e6), quality, chosen.language, say)
+    return CorpusStore(folder, int(chosen.megabytes * 1e6), quality, chosen.language)
 
 
 def _from_texts(ctx: Context, store: CorpusStore) -> None:
-    """From files and datasets: documents are judged in their order."""
+    """Fill the store from files and datasets, in document order."""
     from tqdm.auto import tqdm
 
     from mmphi.data.text_sources import TextReport
@@ -98,7 +98,7 @@ def _from_texts(ctx: Context, store: CorpusStore) -> None:
 
 
 def _from_generators(ctx: Context, store: CorpusStore) -> None:
-    """From the spool, while generators fill it."""
+    """Fill the store from the spool while generators write to it."""
     from mmphi.textgen.generator_pool import GeneratorPool, backend_of
     from mmphi.textgen.live_table import LiveTable
     from mmphi.textgen.shard_queue import ShardQueue
@@ -129,14 +129,14 @@ def _from_generators(ctx: Context, store: CorpusStore) -> None:
                     ctx.tracker.metrics(_metrics(pool, store.manifest), step=int(noted - begun))
                 if not taken:
                     time.sleep(LOOK_S)
-    if not enough.reached(store.manifest, seconds=0.0):  # By the time alone: what was open then is taken, too.
+    if not enough.reached(store.manifest, seconds=0.0):  # After a time limit, shards closed on exit are read too.
         for name, documents in reader.everything():
             store.offer(documents, name.stream, name.number + 1)
             if enough.reached(store.manifest, seconds=0.0):
                 break
     store.commit()
     reader.let_go_before(store.committed)
-    for own in (SPOOL, FLEET):  # All of it is in the store or was dropped.
+    for own in (SPOOL, FLEET):  # Their documents are in the store or were dropped.
         shutil.rmtree(ctx.folder / own, ignore_errors=True)
     ctx.tracker.table("generators", pool.rows())
     ctx.tracker.metrics({"textgen/broken_shards": reader.broken})
@@ -154,7 +154,7 @@ def _metrics(pool: GeneratorPool, manifest: CorpusManifest) -> dict[str, float]:
 
 
 def _below(reader: ShardReader, manifest: CorpusManifest, limit: int) -> str:
-    """Spool, store and what was dropped, in a line."""
+    """One-line summary of spool, store and dropped documents."""
     dropped = ", ".join(
         f"{reason} {count:,}" for reason, count in sorted(manifest.dropped.items(), key=lambda i: -i[1])
     )
@@ -166,7 +166,13 @@ def _below(reader: ShardReader, manifest: CorpusManifest, limit: int) -> str:
 
 
 def write_datasheet(ctx: Context, manifest: CorpusManifest, seconds: float) -> dict[str, float]:
-    """Write what a store is, and give its figures."""
+    """Write the datasheet of a store, record it, and return the store's metrics.
+
+    Args:
+        ctx: Context of the stage.
+        manifest: Manifest of the store.
+        seconds: Duration of filling the store.
+    """
     from mmphi.textgen.corpus_store import floors
     from mmphi.textgen.datasheet import datasheet
 
@@ -195,8 +201,8 @@ def write_datasheet(ctx: Context, manifest: CorpusManifest, seconds: float) -> d
         figures[f"textgen/floor_{kind}"] = loss
     if not manifest.scored and not chosen.store_only:
         ctx.tracker.say(
-            f"no floor: temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, top-k {chosen.top_k} draw from"
-            " another distribution than the generator's, whose loss its own text then does not tell"
+            f"no loss floor: with temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, top-k {chosen.top_k}, the"
+            " text is not sampled from the generator's own distribution"
         )
     return figures
 
@@ -204,7 +210,7 @@ def write_datasheet(ctx: Context, manifest: CorpusManifest, seconds: float) -> d
 STAGE = Stage(
     name="textgen",
     version=1,
-    help="let a language model write text, many processes at once, and keep the best of it",
+    help="generate text with a language model in many processes, and keep the best of it",
     reads=("textgen", "store", "corpus.sources"),
     run=run,
     check=check,

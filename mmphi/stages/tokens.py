@@ -1,4 +1,4 @@
-"""Stage ``tokens``: the texts of a corpus as token ids in memory-mapped shards, written once for all trainings."""
+"""Stage ``tokens``: tokenises a corpus into memory-mapped shards, once for all trainings."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 READ = ("path", "name", "kind", "column", "separator", "encoding", "split", "revision")
 TOKENIZER = "tokenizer"
-BPE_CHARACTERS = 20_000_000  # What an own BPE is learned from, at most.
+BPE_CHARACTERS = 20_000_000  # At most this many characters are used to train a BPE tokenizer.
 
 
 def check(settings: SettingsView) -> None:
-    """Sources that are there, and are named so that their content is in the key."""
+    """Check that text sources exist and that each path is unambiguously a file, a folder or a dataset name."""
     from mmphi.data.text_sources import check_sources
 
     sources = settings(CorpusSettings).sources
     if settings(PretrainSettings).source == "store":
         return
     if not sources:
-        raise SettingsError("there is no text to tokenise", "name some: --corpus.sources '[book.txt, folder/]'")
+        raise SettingsError("no text sources are set", "set them: --corpus.sources '[book.txt, folder/]'")
     for source in sources:
         if "/" not in source.path and "." not in source.path and Path(source.path).exists():
-            raise SettingsError(f"{source.path} may be a folder or a dataset's name", f"write ./{source.path}")
+            raise SettingsError(f"{source.path} may be a folder or a dataset name", f"write ./{source.path}")
     check_sources([source.path for source in sources])
 
 
 def upstream(settings: SettingsView) -> tuple[str, ...]:
-    """The store of generated text, where that is what is trained on."""
+    """``textgen`` if the model is trained on the store of generated text."""
     return ("textgen",) if settings(PretrainSettings).source == "store" else ()
 
 
 def sources_of(ctx: Context) -> list[TextSourceSettings]:
-    """Where the texts are: in the store, or where the corpus says."""
+    """Text sources: the store of generated text if ``textgen`` is upstream, else ``corpus.sources``."""
     if "textgen" in ctx.upstream:
         return [
             TextSourceSettings(path=str(ctx.upstream["textgen"].path / "store" / "data"), kind="jsonl", name="store")
@@ -54,14 +54,14 @@ def sources_of(ctx: Context) -> list[TextSourceSettings]:
 
 
 def cost(settings: SettingsView) -> Cost:
-    """Two bytes a token, of which English has one in four and a half bytes."""
+    """Disk space of the shards: two bytes per token, and one token per four bytes of text."""
     paths = [Path(source.path) for source in settings(CorpusSettings).sources]
     files = (f for p in paths if p.exists() for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file())
     return Cost(sum(f.stat().st_size for f in files) * 2 // 4)
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Tokenise all texts; continues with the shards that are there."""
+    """Tokenise all texts; existing intact shards are kept."""
     from tqdm.auto import tqdm
 
     from mmphi.data.text_sources import TextReport
@@ -76,7 +76,7 @@ def run(ctx: Context) -> Mapping[str, float]:
             ctx.folder,
             readers,
             tokenizer,
-            kept_apart=partial(is_validation, chosen.split_seed, chosen.validation_share),
+            is_held_out=partial(is_validation, chosen.split_seed, chosen.validation_share),
             say=ctx.tracker.say,
             progress=bar.update,
         )
@@ -89,9 +89,9 @@ def run(ctx: Context) -> Mapping[str, float]:
             ctx.tracker.say(f"{name}: {line}")
     empty = next((name for name, (train, _) in counts.items() if not train), None)
     if empty is not None:
-        raise DataError(f"{empty} has no text to train on", "see the table texts_read of the run, or leave it out")
+        raise DataError(f"{empty} has no text to train on", "see the run's table texts_read, or remove the source")
     if not any(held for _, held in counts.values()):
-        raise DataError("no text was held out for validation", "give more, or a larger corpus.validation_share")
+        raise DataError("no text was held out for validation", "add text, or raise corpus.validation_share")
     index = {
         "vocabulary": _rows_of(tokenizer),
         "end": tokenizer.eos_token_id,
@@ -109,9 +109,9 @@ def _title(source: TextSourceSettings) -> str:
 
 
 def _row(name: str, report: TextReport, counts: list[int], size: int) -> dict[str, Any]:
-    told = "; ".join(report.lines())
+    reasons = "; ".join(report.lines())
     figures = {"documents": report.documents, "bytes": size, "train tokens": counts[0], "validation tokens": counts[1]}
-    return {"source": name, **figures, "skipped": report.skipped.total(), "why": told}
+    return {"source": name, **figures, "skipped": report.skipped.total(), "why": reasons}
 
 
 def _rows_of(tokenizer: Any) -> int:
@@ -121,13 +121,16 @@ def _rows_of(tokenizer: Any) -> int:
 
 
 def is_validation(seed: int, share: float, source: int, piece: int, place: int) -> bool:
-    """Whether a stretch is for validation: by its place in the corpus alone, so that shards can be built again."""
+    """Whether a token block is held out for validation.
+
+    The decision depends only on the block's position in the corpus, so rebuilt shards are identical.
+    """
     digest = hashlib.blake2b(f"{seed}/{source}/{piece}/{place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def reader(source: TextSourceSettings, report: TextReport) -> Callable[[], Iterable[TextPiece]]:
-    """What reads a source, again at every call; the report is of the last."""
+    """Returns a function that reads a source from the start; each call resets ``report``."""
     from mmphi.data.text_sources import TextReport, read_texts
 
     def read() -> Iterable[TextPiece]:
@@ -139,7 +142,7 @@ def reader(source: TextSourceSettings, report: TextReport) -> Callable[[], Itera
 
 
 def tokenizer_of(ctx: Context, chosen: CorpusSettings) -> Any:
-    """Phi-2's tokenizer, or a BPE of the corpus's own; saved beside the shards."""
+    """Phi-2's tokenizer, or a BPE trained on the corpus if ``corpus.vocabulary`` is set; saved next to the shards."""
     from transformers import AutoTokenizer
 
     from mmphi.data.text_sources import TextReport
@@ -165,7 +168,7 @@ def _digest(folder: Path) -> str:
 
 
 def _sample(readers: list[Callable[[], Iterable[TextPiece]]]) -> Iterable[str]:
-    """The beginning of every source."""
+    """Yield text from the start of each source, ``BPE_CHARACTERS`` in total."""
     for read in readers:
         left = BPE_CHARACTERS // len(readers)
         for piece in read():

@@ -1,4 +1,4 @@
-"""Stage ``transcribe``: what is said in recordings, when, and how far that is from what somebody wrote down."""
+"""Stage ``transcribe``: transcribes recordings with timestamps and computes the word error rate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmphi.evaluation.wer import WordErrors
 
 LINES = "transcripts.jsonl"
-AT_ONCE = 8  # Recordings read before their windows are heard together.
+AT_ONCE = 8  # Recordings per batch; their windows are transcribed together.
 
 
 class TranscribeSettings(RecordingsSection):
@@ -28,10 +28,10 @@ class TranscribeSettings(RecordingsSection):
 
 
 def check(settings: SettingsView) -> None:
-    """Recordings to hear.
+    """Check that recordings are named.
 
     Raises:
-        SettingsError: If none are named.
+        SettingsError: If ``transcribe.path`` is empty.
     """
     from mmphi.errors import SettingsError
 
@@ -42,7 +42,7 @@ def check(settings: SettingsView) -> None:
 
 
 def run(ctx: Context) -> Mapping[str, float]:
-    """Hear what was not heard before an interruption, then measure all of it."""
+    """Transcribe the recordings that an interrupted run did not finish, then compute the metrics of all."""
     from tqdm.auto import tqdm
 
     from mmphi.data.schema import ReadReport
@@ -76,7 +76,7 @@ def run(ctx: Context) -> Mapping[str, float]:
 
 
 def finished_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """What an interrupted call had heard; a line that was cut off is heard again, and taken out of the file."""
+    """Rows of an interrupted run, by recording; a truncated line is removed from the file and transcribed again."""
     found: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return found
@@ -93,7 +93,7 @@ def finished_rows(path: Path) -> dict[str, dict[str, Any]]:
 def transcribe_batch(
     batch: Sequence[Utterance], asr_model: Any, chosen: AudioSettings, report: ReadReport
 ) -> list[dict[str, Any]]:
-    """Transcripts of a few recordings, as rows; one that cannot be read is counted and left out."""
+    """Transcribe a batch of recordings into rows; unreadable ones are counted in the report and left out."""
     from mmphi.data.audio import read_audio
     from mmphi.data.speech_dataset import SOURCE
     from mmphi.models.audio.transcription import transcribe
@@ -125,7 +125,7 @@ def transcribe_batch(
             "seconds": round(recording.seconds, 3),
             "took": took * recording.seconds / seconds_in_all if seconds_in_all else 0.0,
             "segments": [[round(s.start, 2), round(s.end, 2), s.text] for s in transcript.segments],
-            "told": list(transcript.told),
+            "told": list(transcript.defects),
         }
         for each, recording, transcript in zip(given, recordings, found, strict=True)
     ]
@@ -134,7 +134,7 @@ def transcribe_batch(
 def measure_transcripts(
     ctx: Context, spoken: Sequence[Utterance], done: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Tables, a page with the recordings, and the figures of them all."""
+    """Record a table and an HTML page of all recordings, and return their metrics."""
     from mmphi.evaluation.audio_html import audio_page
     from mmphi.evaluation.wer import total_errors, word_errors
 
@@ -159,7 +159,7 @@ def measure_transcripts(
     }
     if errors:
         all_of = total_errors(errors)
-        figures |= {"transcribe/wer": all_of.rate, "transcribe/words": float(all_of.said)}
+        figures |= {"transcribe/wer": all_of.rate, "transcribe/words": float(all_of.reference_words)}
     return figures
 
 

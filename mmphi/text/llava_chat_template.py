@@ -49,6 +49,6 @@ def llava_template(prompt: Prompt) -> str:
         if not isinstance(prompt.tokenizer.chat_template, str):
             raise ModelError("the tokenizer has several chat templates", "keep one of them")
         return CHAT + prompt.template.fixed
-    asked, gap = STYLES[prompt.style]
+    question_style, gap = STYLES[prompt.style]
     bos = "true" if prompt.tokenizer.bos_token is not None else "false"
-    return LINES.replace("BOS", bos).replace("ASKED", asked).replace("GAP", gap)
+    return LINES.replace("BOS", bos).replace("ASKED", question_style).replace("GAP", gap)

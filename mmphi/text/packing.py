@@ -247,7 +247,9 @@ def check_feature_lengths(sample: TokenizedExample, features: Mapping[str, SpanF
     for span in sample.spans:
         have = features[span.kind].length(span.reference) if span.kind in features else 0
         if have != span.length:
-            raise ModelError(f"{sample.name} has {span.length} places for an {span.kind} of {have} features")
+            raise ModelError(
+                f"{sample.name}: a span of {span.length} positions for an {span.kind} with {have} features"
+            )
 
 
 def features_by_kind(

@@ -146,7 +146,7 @@ class PromptEncoder:
     def _with_words(self, piece: PromptPiece) -> list[PromptPart]:
         """Parts of a text that is encoded as a whole, so that its tokens do not depend on the transcript ranges."""
         if self._texts is None:
-            raise ModelError("this tokenizer does not say which characters a token is of", "use one that is fast")
+            raise ModelError("this tokenizer has no offset mapping", "use a fast tokenizer")
         encoded = self._texts.encode(piece.text, add_special_tokens=False)
         ids, offsets = tuple(encoded.ids), encoded.offsets
         parts, done = [], 0
@@ -222,8 +222,8 @@ class PromptEncoder:
             for first, last in piece.words:
                 typed, done = _until(tokens, done, start + first, inside=False)
                 yield PromptPart(typed, piece.supervised)
-                said, done = _until(tokens, done, start + last, inside=True)
-                yield PromptPart(said, span="audio", spelled=True)
+                ids, done = _until(tokens, done, start + last, inside=True)
+                yield PromptPart(ids, span="audio", spelled=True)
             start += len(piece.text)
             rest, done = _until(tokens, done, start, inside=False)
             yield PromptPart((*rest, *piece.ids), piece.supervised)

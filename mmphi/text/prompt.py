@@ -169,7 +169,7 @@ class Prompt:
         yield PromptPiece(context)
         for number, (question, answer) in enumerate(turns):
             first = not number and not context and not system
-            yield from self._asked("" if first and not leading else "\n", question, audio)
+            yield from self._question_pieces("" if first and not leading else "\n", question, audio)
             at_once = first and not question  # A caption directly follows its image.
             if self.style == "plain" and not at_once:
                 yield PromptPiece("\n")
@@ -184,7 +184,7 @@ class Prompt:
         token = str(self.tokenizer.convert_ids_to_tokens(self.end[-1]))
         return PromptPiece(answer + self._end_text.removesuffix(token), self.end[-1:], supervised=True)
 
-    def _asked(self, before: str, question: str, audio: Iterator[str | None]) -> list[PromptPiece]:
+    def _question_pieces(self, before: str, question: str, audio: Iterator[str | None]) -> list[PromptPiece]:
         """Pieces of a question on its line; none for an empty question."""
         if not question:
             return []
@@ -246,16 +246,16 @@ def question_pieces(text: str, audio: Iterator[str | None]) -> list[PromptPiece]
         audio: As in :meth:`Prompt.parts`.
     """
     pieces: list[PromptPiece] = []
-    for number, stretch in enumerate(text.split(SHOWN)):
+    for number, section in enumerate(text.split(SHOWN)):
         pieces += [PromptPiece(span="image")] * bool(number)
         typed, words = "", list[tuple[int, int]]()
-        for count, between in enumerate(stretch.split(AUDIO)):
-            said = next(audio) if count else ""
-            if said is None:
+        for count, between in enumerate(section.split(AUDIO)):
+            transcript = next(audio) if count else ""
+            if transcript is None:
                 pieces += [PromptPiece(typed, words=tuple(words)), PromptPiece(span="audio")]
                 typed, words = "", []
             elif count:
-                words.append((len(typed), len(typed) + len(said)))
-            typed += (said or "") + between
+                words.append((len(typed), len(typed) + len(transcript)))
+            typed += (transcript or "") + between
         pieces.append(PromptPiece(typed, words=tuple(words)))
     return pieces

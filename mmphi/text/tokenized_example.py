@@ -36,13 +36,13 @@ class SpanContent(NamedTuple):
         kind: ``image`` or ``audio``.
         reference: The image or recording.
         length: Number of its features.
-        said: Transcript of a recording, if its words fill the span, one feature per token; otherwise ``None``.
+        transcript: Transcript of a recording, if its words fill the span, one feature per token; otherwise ``None``.
     """
 
     kind: str
     reference: Any
     length: int
-    said: str | None = None
+    transcript: str | None = None
 
 
 class TranscriptSpan(NamedTuple):
@@ -134,8 +134,8 @@ def tokenize_conversation(
     questions = [question for question, _ in turns]
     images_placed, audio_placed = places(questions, len(images)), places(questions, len(audio), AUDIO_MARK)
     while turns:
-        said = [each.said for each in audio]
-        parts = prompt.parts(turns, images=len(images), context=context, audio=said)
+        transcripts = [each.transcript for each in audio]
+        parts = prompt.parts(turns, images=len(images), context=context, audio=transcripts)
         sample = join_spans(parts, [*images, *audio], name)
         if len(sample) <= max_length:
             return sample if sample.supervised.any() else None

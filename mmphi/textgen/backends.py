@@ -65,7 +65,7 @@ class SamplingConfig:
     seed: int = 0
 
     @property
-    def as_it_is(self) -> bool:
+    def unmodified(self) -> bool:
         """Whether tokens are drawn from the model's own distribution, so that log-probabilities give its loss."""
         return self.temperature == 1.0 and self.top_p == 1.0 and not self.top_k
 
@@ -97,20 +97,22 @@ def make_sampler(backend: str, model: Any, draw: SamplingConfig, batch: int, lon
     return kinds[backend](model, draw, batch, longest)
 
 
-def choose_backend(asked: str) -> tuple[str, str]:
+def choose_backend(requested: str) -> tuple[str, str]:
     """Returns the backend and the reason for it.
 
     Raises:
         SettingsError: If vLLM is asked for and not installed.
     """
     there, gpu = find_spec("vllm") is not None, torch.cuda.is_available()
-    if asked == "vllm" and not there:
-        raise SettingsError("textgen.backend = vllm, but vLLM is not installed", "pip install vllm, or take auto")
-    if asked != "auto":
-        return asked, "asked for"
+    if requested == "vllm" and not there:
+        raise SettingsError(
+            "textgen.backend = vllm, but vLLM is not installed", "pip install vllm, or set textgen.backend to auto"
+        )
+    if requested != "auto":
+        return requested, "set by textgen.backend"
     if not gpu:
-        return "slots", "there is no GPU"
-    return ("vllm", "it is installed") if there else ("transformers", "vLLM is not installed")
+        return "slots", "no GPU was found"
+    return ("vllm", "vLLM is installed") if there else ("transformers", "vLLM is not installed")
 
 
 class _Transformers:
@@ -169,11 +171,11 @@ class _Transformers:
                 done = manager.get_result(timeout=WAIT_S)
                 if done is None:
                     if not manager.is_running():
-                        raise ModelError("continuous batching ended before its texts did")
+                        raise ModelError("continuous batching stopped before all texts were complete")
                     continue
                 open_ -= 1
                 if done.error:
-                    raise ModelError(f"a text was not written: {done.error}")
+                    raise ModelError(f"generation of a text failed: {done.error}")
                 yield Generation(done.request_id, tuple(done.generated_tokens), float(sum(done.logprobs)))
 
 

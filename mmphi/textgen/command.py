@@ -14,10 +14,10 @@ from mmphi.errors import SettingsError
 
 USAGE = """usage: mmphi generators --spool URL [--model NAME] [--generators N] [--stop 'time 2h'] [--KEY VALUE ...]
 
-Write into a spool until told to end (Ctrl-C, SIGTERM), or for a time. Whoever reads it runs elsewhere:
+Generate text into a shard queue (spool) until Ctrl-C, SIGTERM or the condition of --stop. The reader runs elsewhere:
   mmphi textgen --spool URL --generators 0                fills a store from it
   mmphi pretrain --source stream --textgen.spool URL --textgen.generators 0 ...   trains on it
-With --ray HOST:PORT they run anywhere in that cluster, and what they write comes to this machine.
+With --ray HOST:PORT the generators run in that cluster and send their shards to this machine.
 Settings are those of `mmphi textgen --help`. Any number of machines may write into one spool.
 """
 LOOK_S = 1.0
@@ -36,15 +36,17 @@ def run_generators(settings: TextgenSettings) -> int:
     from mmphi.textgen.stop_criteria import parse_corpus_stop
 
     if not settings.spool:
-        raise SettingsError("generators alone need a spool that others read", "--spool FOLDER, or a bucket's URL")
+        raise SettingsError(
+            "mmphi generators need a spool, which a reader empties", "give --spool FOLDER, or the URL of a bucket"
+        )
     if settings.generators == 0:
-        raise SettingsError("--generators 0 writes nothing", "leave it out, or give a number")
+        raise SettingsError("--generators 0 writes nothing", "give a positive number, or leave it out")
     enough = parse_corpus_stop(settings.stop)
     backend = backend_of(settings)
-    told = threading.Event()
+    signalled = threading.Event()
 
     def end(_: int, __: FrameType | None) -> None:
-        told.set()
+        signalled.set()
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     spool = ShardQueue(settings.spool)
@@ -54,7 +56,7 @@ def run_generators(settings: TextgenSettings) -> int:
             limit = settings.spool_mb
             with pool, LiveTable(pool.rows, lambda: f"spool {spool.size() / 1e6:.2f} of {limit:.0f} MB") as table:
                 begun = time.monotonic()
-                while not told.wait(LOOK_S):
+                while not signalled.wait(LOOK_S):
                     pool.watch()
                     table.show()
                     rows = pool.rows()

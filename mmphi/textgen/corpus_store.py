@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,21 +79,13 @@ class CorpusStore:
         limit: Maximum size of the compressed shards, in bytes.
         quality: Quality filters.
         language: ISO 639-3 code of the language.
-        say: Receives messages.
 
     Raises:
         StoreError: If an existing shard is missing or changed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        limit: int,
-        quality: Quality,
-        language: str = "eng",
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.folder, self.limit, self.quality, self.say = folder, limit, quality, say
+    def __init__(self, folder: Path, limit: int, quality: Quality, language: str = "eng") -> None:
+        self.folder, self.limit, self.quality = folder, limit, quality
         folder.mkdir(parents=True, exist_ok=True)
         self.manifest = CorpusManifest()
         if (folder / LEDGER).exists():
@@ -209,7 +201,7 @@ def stored(folder: Path) -> list[Document]:
         except OSError as error:
             raise StoreError(f"{folder / shard['name']} is missing", "make the store again") from error
         if hashlib.sha256(content).hexdigest() != shard["sha256"]:
-            raise StoreError(f"{folder / shard['name']} is not what was written", "make the store again")
+            raise StoreError(f"{folder / shard['name']} was changed after it was written", "make the store again")
         found += decode_shard(content, shard["name"])
     return found
 

@@ -26,7 +26,7 @@ def datasheet(manifest: CorpusManifest, settings: Mapping[str, Any], *, run_id: 
     rows = [
         ("documents", f"{manifest.documents:,} of {judged:,} that were judged"),
         ("characters", f"{manifest.characters:,}"),
-        ("tokens of the generator", f"{manifest.tokens:,}" if manifest.tokens else "none: no generator wrote it"),
+        ("tokens of the generator", f"{manifest.tokens:,}" if manifest.tokens else "none (imported text)"),
         ("compressed", f"{manifest.bytes / 1e6:.2f} MB in {len(manifest.shards)} shards"),
         ("digest (sha256, document after document)", f"`{manifest.digest}`"),
         ("made", f"{when}, in run `{run_id}`"),
@@ -36,7 +36,7 @@ def datasheet(manifest: CorpusManifest, settings: Mapping[str, Any], *, run_id: 
     if found := floors(manifest):
         lines += [
             "",
-            "Loss of the generator on its own text in nats per token, below which no student can be expected:",
+            "Loss of the generator on its own text in nats per token, so no student can be expected to score below it:",
             "",
         ]
         lines += [
@@ -44,7 +44,7 @@ def datasheet(manifest: CorpusManifest, settings: Mapping[str, Any], *, run_id: 
         ]
     lines += ["", "## How it was made", "", "| setting | value |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in settings.items()]
-    lines += ["", "## What was dropped, and why", ""]
+    lines += ["", "## Dropped documents, by reason", ""]
     if manifest.dropped:
         lines += ["| reason | documents | such as |", "|---|---|---|"]
         for reason, count in sorted(manifest.dropped.items(), key=lambda item: -item[1]):
@@ -58,14 +58,17 @@ def datasheet(manifest: CorpusManifest, settings: Mapping[str, Any], *, run_id: 
         "",
         '`datasets.load_dataset("json", data_files="data/*.jsonl.zst")` reads it; so does',
         "`mmphi pretrain --source store`.",
-        "Text that a model wrote says what is likely, not what is true: it teaches a language, not facts. Its licence",
-        "is that of the model that wrote it, or of the files it was read from.",
+        "Generated text reflects what is likely, not what is true: it is a source of language, not of facts. Its",
+        "licence is that of the model that wrote it, or of the files it was read from.",
         "",
     ]
     return "\n".join(lines)
 
 
-KINDS = {"free": "text that follows the begin of text alone", "prompted": "text that was asked for, given its prompt"}
+KINDS = {
+    "free": "text without a prompt, after the begin-of-text token",
+    "prompted": "text with a prompt, given the prompt",
+}
 
 
 def _example(shown: Mapping[str, str]) -> str:

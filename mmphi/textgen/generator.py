@@ -148,7 +148,7 @@ class PromptStream:
     def __init__(self, settings: TextgenSettings, stream: str, language: Any) -> None:
         self.settings, self.stream, self.language = settings, stream, language
         self.prompts = Prompts(f"{settings.seed}/{stream}")
-        self.asked: dict[str, str] = {}  # Prompts of open requests, by ID.
+        self.open_prompts: dict[str, str] = {}  # Prompts of open requests, by ID.
         tokenizer = language.tokenizer
         place = tokenizer.get_vocab().get(BEGINNING, tokenizer.bos_token_id)
         self.begin: int = tokenizer.eos_token_id if place is None else place
@@ -164,14 +164,14 @@ class PromptStream:
                 prompt = self.prompts[prompted]
                 prompted += 1
                 ids = tuple(i for part in self.language.prompt.parts([(prompt, None)]) for i in part.ids)
-            self.asked[name] = prompt
+            self.open_prompts[name] = prompt
             yield SamplingRequest(name, ids, self.ends, self.settings.max_tokens)
             number += 1
 
 
-def document_of(written: Generation, wants: PromptStream, seed: int, as_it_is: bool) -> Document | str:
+def document_of(written: Generation, wants: PromptStream, seed: int, unmodified: bool) -> Document | str:
     """Returns a generated text as a document, or the reason why it is not one."""
-    prompt = wants.asked.pop(written.id)
+    prompt = wants.open_prompts.pop(written.id)
     ended = written.ids[-1] in wants.ends
     language = wants.language
     text = language.tokenizer.decode(written.ids[: len(written.ids) - ended], skip_special_tokens=True)
@@ -180,7 +180,7 @@ def document_of(written: Generation, wants: PromptStream, seed: int, as_it_is: b
         return "nothing written"
     if not math.isfinite(written.logprob):
         return "no finite log-probability"
-    logprob = written.logprob if as_it_is else None
+    logprob = written.logprob if unmodified else None
     name, digest = language.name, language.digest
     return Document(written.id, text, prompt, seed, name, digest, logprob, len(written.ids), ended)
 
@@ -223,7 +223,7 @@ def write_shards(order: GeneratorConfig, pool: ShardSink) -> None:
     opened = since = time.monotonic()
     for written in write(iter(wants)):
         drawn += len(written.ids)
-        made = document_of(written, wants, seed, draw.as_it_is)
+        made = document_of(written, wants, seed, draw.unmodified)
         if isinstance(made, str):
             dropped[made] += 1
         else:

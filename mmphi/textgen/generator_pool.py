@@ -48,7 +48,7 @@ class PoolMember:
     @property
     def written(self) -> GeneratorStatus:
         """Total status of all generators of this place."""
-        return self.before if self.running is None else self.before + self.running.told()
+        return self.before if self.running is None else self.before + self.running.last_status()
 
     def ended(self) -> None:
         """Add the status of the current generator to ``before``, and clear the place."""
@@ -82,7 +82,7 @@ class GeneratorPool:
         if not HOST.fullmatch(self.host):
             raise SettingsError(
                 f"textgen.host = {self.host!r} has other characters than letters, digits, dots and underscores",
-                "readers find shards by such names: take one without hyphens and spaces",
+                "use a name such as gpu_1",
             )
         if settings.spool and not settings.host:  # Others may use the queue, and hostnames may be reused.
             own = self._own_id()
@@ -109,7 +109,7 @@ class GeneratorPool:
         for member in self.members:
             if member.running is None or (why := member.running.why_ended()) is None:
                 continue
-            member.fruitless = 0 if member.running.told().shards else member.fruitless + 1
+            member.fruitless = 0 if member.running.last_status().shards else member.fruitless + 1
             self.say(f"generator {member.number} has died: {why}")
             if member.fruitless >= HOPELESS:
                 raise ModelError(f"generator {member.number} died {HOPELESS} times before it wrote anything: {why}")
@@ -206,8 +206,8 @@ def backend_of(settings: TextgenSettings, say: Callable[[str], None] = print) ->
         SettingsError: If vLLM is asked for and not installed.
     """
     if settings.ray:
-        say("each machine of the cluster draws by what it has")
+        say("each machine of the cluster chooses its own sampling backend")
         return settings.backend
     backend, why = choose_backend(settings.backend)
-    say(f"tokens are drawn by {backend}: {why}")
+    say(f"sampling backend: {backend} ({why})")
     return backend

@@ -26,7 +26,7 @@ class RunningGenerator(Protocol):
     def kill(self) -> None:
         """Terminate it immediately."""
 
-    def told(self) -> GeneratorStatus:
+    def last_status(self) -> GeneratorStatus:
         """Returns the last reported status."""
 
 
@@ -122,7 +122,7 @@ class ProcessGenerator:
         self.process.kill()
         self.process.wait()
 
-    def told(self) -> GeneratorStatus:
+    def last_status(self) -> GeneratorStatus:
         """See :class:`RunningGenerator`."""
         try:
             return GeneratorStatus(**json.loads(self.status.read_text()))
@@ -144,4 +144,4 @@ def _tail(log: Path) -> str:
         lines = log.read_text(errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return f"{lines[-1][:300]} (all of it is in {log})" if lines else "it wrote nothing"
+    return f"{lines[-1][:300]} (full log: {log})" if lines else "its log is empty"

@@ -32,7 +32,7 @@ class LiveTable:
         self.rows, self.below = rows, below
         self.console = console or Console(stderr=True)
         self._live: Live | None = None
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
 
     def __enter__(self) -> LiveTable:
         if self.console.is_terminal:
@@ -49,8 +49,8 @@ class LiveTable:
         """Update the table; outside a terminal, print a line if the last one is older than 30 s."""
         if self._live is not None:
             self._live.update(self._drawn())
-        elif time.monotonic() - self._told > LINE_S:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._printed_at > LINE_S:
+            self._printed_at = time.monotonic()
             rows = self.rows()
             tokens, rate = sum(r["tokens"] for r in rows), sum(r["tokens/s"] for r in rows)
             self.console.print(f"{tokens:,} tokens written, {rate:.0f}/s; {self.below()}", highlight=False)

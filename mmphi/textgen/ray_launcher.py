@@ -30,7 +30,7 @@ class ShardCollector:
     """
 
     def __init__(self, url: str, limit: int) -> None:
-        self._told: dict[str, GeneratorStatus] = {}
+        self._statuses: dict[str, GeneratorStatus] = {}
         self._ending = threading.Event()
         self._one = threading.Lock()
         self.spool = ShardQueue(url, limit, stopping=self._ending.is_set)
@@ -42,11 +42,11 @@ class ShardCollector:
 
     def tell(self, stream: str, status: GeneratorStatus) -> None:
         """Store a generator's status."""
-        self._told[stream] = status
+        self._statuses[stream] = status
 
-    def told(self) -> dict[str, GeneratorStatus]:
+    def statuses(self) -> dict[str, GeneratorStatus]:
         """Returns the last status of each generator, by stream."""
-        return self._told
+        return self._statuses
 
     def stop(self) -> None:
         """Request all generators to stop."""
@@ -67,7 +67,7 @@ class RemoteSink:
 
     def __init__(self, post: Any, stream: str) -> None:
         self.post, self.stream, self.waited_s = post, stream, 0.0
-        self._asked, self._ending = 0.0, False
+        self._checked_at, self._ending = 0.0, False
 
     def put(self, name: ShardName, content: bytes) -> bool:
         """Write a shard as soon as there is room; returns False if stopped before."""
@@ -88,8 +88,8 @@ class RemoteSink:
         """Whether the generator should stop; queried at most once per second."""
         ray = import_ray()
 
-        if time.monotonic() - self._asked > ASK_S:
-            self._asked, self._ending = time.monotonic(), bool(ray.get(self.post.stopping.remote()))
+        if time.monotonic() - self._checked_at > ASK_S:
+            self._checked_at, self._ending = time.monotonic(), bool(ray.get(self.post.stopping.remote()))
         return self._ending
 
 
@@ -120,7 +120,7 @@ class RayLauncher:
 
         self.settings = settings
         self.count = settings.generators if settings.generators >= 0 else machines.places(CORES)
-        say(f"Ray has {machines}: {self.count} generators")
+        say(f"Ray cluster with {machines}: running {self.count} generators")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(ShardCollector).options(
             num_cpus=0, max_concurrency=2 * self.count + 4, scheduling_strategy=here
@@ -162,7 +162,7 @@ class RayGenerator:
             ray.get(self.task)
         except ray.exceptions.RayError as error:
             return error_reason(error)
-        return "it came to an end"
+        return "its task ended without an error"
 
     def wait(self, seconds: float) -> bool:
         """Wait at most ``seconds``; returns whether it ended."""
@@ -176,9 +176,9 @@ class RayGenerator:
 
         ray.cancel(self.task, force=True)
 
-    def told(self) -> GeneratorStatus:
+    def last_status(self) -> GeneratorStatus:
         """Returns the last reported status."""
         ray = import_ray()
 
-        found: GeneratorStatus = ray.get(self.post.told.remote()).get(self.stream, GeneratorStatus())
+        found: GeneratorStatus = ray.get(self.post.statuses.remote()).get(self.stream, GeneratorStatus())
         return found

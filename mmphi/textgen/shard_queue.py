@@ -67,7 +67,9 @@ class ShardQueue:
         try:
             found, root = fsspec.core.url_to_fs(url, **options)
         except (ImportError, ValueError) as error:
-            raise StoreError(f"{url} is no spool: {error}", "give a folder, or a URL that fsspec knows") from error
+            raise StoreError(
+                f"{url} cannot be used as a spool: {error}", "give a folder, or a URL that fsspec supports"
+            ) from error
         self.files: Any = found
         self.root = str(root).rstrip("/")
         self.waited_s = 0.0
@@ -85,17 +87,17 @@ class ShardQueue:
             Whether it was written; False if ``stopping`` ended the wait.
         """
         # Without a time limit: slow readers are not an error.
-        if not self._until(lambda: self._has_room(len(content)), "readers to let go of something", math.inf):
+        if not self._until(lambda: self._has_room(len(content)), "readers to free space", math.inf):
             return False
-        return self._asked(lambda: self._write(f"{self.root}/{SHARDS}/{name}", content)) is not None
+        return self._retried(lambda: self._write(f"{self.root}/{SHARDS}/{name}", content)) is not None
 
     def held(self) -> list[QueuedShard]:
         """Returns all waiting shards, sorted by stream and number."""
-        return sorted(self._asked(lambda: self._list(SHARDS)) or [], key=lambda held: held.name)
+        return sorted(self._retried(lambda: self._list(SHARDS)) or [], key=lambda held: held.name)
 
     def taken(self) -> list[QueuedShard]:
         """Returns all shards that were taken and not deleted, sorted by stream and number."""
-        return sorted(self._asked(lambda: self._list(TAKEN)) or [], key=lambda held: held.name)
+        return sorted(self._retried(lambda: self._list(TAKEN)) or [], key=lambda held: held.name)
 
     def read(self, name: ShardName) -> list[Document]:
         """Returns the documents of a shard, waiting or taken.
@@ -105,9 +107,9 @@ class ShardQueue:
         """
         for place in (TAKEN, SHARDS):
             with contextlib.suppress(FileNotFoundError):
-                content = self._asked(partial(self.files.cat_file, f"{self.root}/{place}/{name}", **self._within))
+                content = self._retried(partial(self.files.cat_file, f"{self.root}/{place}/{name}", **self._within))
                 if content is None:
-                    raise StoreError(f"{name} was not read: waiting was ended")
+                    raise StoreError(f"{name} was not read: stopped while waiting for the spool")
                 return decode_shard(content, str(name))
         raise DataError(f"{name} is not in the spool {self.url}")
 
@@ -121,7 +123,7 @@ class ShardQueue:
             documents = self.read(name)
         except DataError as error:
             self._move(name, SHARDS, BAD)
-            raise DataError(f"{error.what}: set aside in {self.root}/{BAD}") from error
+            raise DataError(f"{error.what}: moved to {self.root}/{BAD}") from error
         self._move(name, SHARDS, TAKEN)
         return documents
 
@@ -136,7 +138,7 @@ class ShardQueue:
     def let_go(self, name: ShardName) -> None:
         """Delete a shard; a missing one is not an error."""
         for place in (SHARDS, TAKEN):
-            self._asked(partial(self._delete, f"{self.root}/{place}/{name}"))
+            self._retried(partial(self._delete, f"{self.root}/{place}/{name}"))
 
     def begin_stream(self, place: str, after: int = 0) -> str:
         """Returns a new, unused stream name, and records it in the queue, which all writers share.
@@ -150,12 +152,12 @@ class ShardQueue:
         """
         last = after
         for name in (SHARDS, TAKEN, BAD, STARTS):
-            for each in self._asked(partial(self._names, name)) or []:
+            for each in self._retried(partial(self._names, name)) or []:
                 if match := re.match(rf"{re.escape(place)}-(\d+)(?:-|$)", each):
                     last = max(last, int(match[1]))
         stream = f"{place}-{last + 1}"
-        if self._asked(lambda: self._write(f"{self.root}/{STARTS}/{stream}", b"begun\n")) is None:
-            raise StoreError(f"{stream} was not begun: waiting was ended")
+        if self._retried(lambda: self._write(f"{self.root}/{STARTS}/{stream}", b"begun\n")) is None:
+            raise StoreError(f"{stream} was not started: stopped while waiting for the spool")
         return stream
 
     def size(self) -> int:
@@ -191,7 +193,9 @@ class ShardQueue:
             try:
                 self.files.pipe_file(path, content, **self._within)  # Object stores write objects atomically.
             except FileNotFoundError as error:
-                raise StoreError(f"there is no bucket for the spool {self.url}: {error}", "make it first") from error
+                raise StoreError(
+                    f"there is no bucket for the spool {self.url}: {error}", "create the bucket first"
+                ) from error
             return True
         part = f"{path}.part"
         try:
@@ -214,14 +218,14 @@ class ShardQueue:
                     self.files.rm_file(source, **self._within)
             return True
 
-        self._asked(moved)
+        self._retried(moved)
 
     def _delete(self, path: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
             self.files.rm_file(path, **self._within)
         return True
 
-    def _asked(self, act: Callable[[], T]) -> T | None:
+    def _retried(self, act: Callable[[], T]) -> T | None:
         """Result of a file system call, which is retried while it fails; ``None`` if ``stopping`` ended the wait."""
         found: list[T] = []
         why: list[Exception] = []
@@ -236,13 +240,14 @@ class ShardQueue:
                     raise
                 if isinstance(error, PermissionError) or type(error).__name__ in NO_KEYS:
                     raise StoreError(
-                        f"the spool {self.url} may not be used: {error}", "see to the credentials and what they allow"
+                        f"access to the spool {self.url} was denied: {error}",
+                        "check the credentials and their permissions",
                     ) from error
                 why[:] = [error]
                 return False
             return True
 
-        if self._until(tried, lambda: "the disk to have room" if disk_is_full(why[0]) else f"an answer ({why[0]})"):
+        if self._until(tried, lambda: "free disk space" if disk_is_full(why[0]) else f"an answer ({why[0]})"):
             return found[0]
         return None
 
@@ -255,7 +260,9 @@ class ShardQueue:
             waited = time.monotonic() - begun
             why = what if isinstance(what, str) else what()
             if waited > (self.patience_s if patience_s is None else patience_s):
-                raise StoreError(f"the spool {self.url} waited {waited:.0f} s for {why}", "see to it, and start again")
+                raise StoreError(
+                    f"the spool {self.url} waited {waited:.0f} s for {why}", "fix the cause, and start again"
+                )
             if pause == WAIT_S:
                 self.say(f"the spool {self.url} waits for {why}")
             if self.stopping():

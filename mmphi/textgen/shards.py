@@ -88,8 +88,8 @@ def decode_shard(content: bytes, name: str) -> list[Document]:
         lines = zstandard.ZstdDecompressor().decompressobj()
         text = lines.decompress(content)
         if not lines.eof:
-            raise DataError(f"{name} is cut off")
+            raise DataError(f"{name} is truncated")
         # Not by `splitlines`: it splits at characters that are not escaped in JSON, such as U+2028.
         return [Document(**json.loads(line)) for line in text.decode().split("\n") if line]
     except (zstandard.ZstdError, ValueError, TypeError) as error:
-        raise DataError(f"{name} is no whole shard: {error}") from error
+        raise DataError(f"{name} is not a valid shard: {error}") from error

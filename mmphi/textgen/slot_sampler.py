@@ -23,10 +23,9 @@ class SlotSampler:
 
     def __call__(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
         """See :class:`Sampler`."""
-        from mmphi.models.patches.cpu_linear import transposed_small_batch_linear
-        from mmphi.models.patches.gqa_decode_attention import gqa_decode_attention_applied
+        from mmphi.models.patches.module_patches import patched
 
-        with transposed_small_batch_linear(self.model), gqa_decode_attention_applied(self.model):
+        with patched(self.model, "decoding"):
             yield from self._written(wanted)
 
     def _written(self, wanted: Iterator[SamplingRequest]) -> Iterator[Generation]:
@@ -49,7 +48,7 @@ class SlotSampler:
                 if not open_:
                     return
                 for slot, token, logprob in self._step(slots, open_):
-                    if open_[slot].heard(token, logprob):
+                    if open_[slot].append(token, logprob):
                         done.append(open_.pop(slot))
             for each in done:
                 yield Generation(each.wanted.id, tuple(each.ids), each.logprob)
@@ -117,7 +116,7 @@ class _Open:
         """Next input token."""
         return self.ids[-1] if self.ids else self.wanted.ids[-1]
 
-    def heard(self, token: int, logprob: float) -> bool:
+    def append(self, token: int, logprob: float) -> bool:
         """Append a sampled token; returns whether it completes the text."""
         self.read += 1
         self.ids.append(token)

@@ -56,7 +56,7 @@ def parse_corpus_stop(text: str) -> CorpusStopCriteria:
         elif match := re.fullmatch(rf"(?:time\s*)?{number}\s*(s|m|min|h)", part):
             found["seconds"] = float(match[1]) * SECONDS[match[2]]
         else:
-            raise SettingsError(f"textgen.stop: {part!r} is no condition", HINT)
+            raise SettingsError(f"textgen.stop: {part!r} is not a valid condition", HINT)
     if any(value <= 0 for value in found.values()):
         raise SettingsError(f"textgen.stop = {text!r} has a number that is not above zero", HINT)
     return CorpusStopCriteria(**found)

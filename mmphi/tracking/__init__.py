@@ -1,4 +1,4 @@
-"""The one place that talks to MLflow: where the store is, its runs, and the run that a stage records in.
+"""All access to MLflow: the location of the store, its runs, and recording in a run.
 
-``store`` and ``run`` import mlflow, which takes seconds; ``tracker`` and ``uri`` do not.
+``run_store``, ``run_writer`` and ``run_tracker`` import mlflow, which takes seconds; ``tracker`` and ``uri`` do not.
 """

@@ -1,4 +1,4 @@
-"""Artifacts of runs that lie on another machine: fetched once, whole or not at all."""
+"""Downloads of artifacts from remote stores: once per run, complete or not at all."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def fetch_result(client: MlflowClient, run_id: str, runs: Path) -> Path:
-    """The artifacts of a finished run in a folder of this machine; downloaded where they are not there yet.
+    """Returns a local folder with the artifacts of a finished run; downloads them if needed.
 
     Args:
-        client: Speaks with the store.
-        run_id: Id of the run.
-        runs: Folder of fetched runs. Several processes may fetch the same one: the first does, the others wait.
+        client: MLflow client of the store.
+        run_id: ID of the run.
+        runs: Folder of downloaded runs. If several processes request the same run, one downloads and the others wait.
 
     Raises:
-        StoreError: If they cannot be fetched, or what arrives is not what the manifest says.
+        StoreError: If the artifacts cannot be downloaded, or do not match the manifest.
     """
     folder, part = runs / run_id, runs / f"{run_id}.part"
     runs.mkdir(parents=True, exist_ok=True)
@@ -47,10 +47,10 @@ def fetch_result(client: MlflowClient, run_id: str, runs: Path) -> Path:
 
 
 def download(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """All artifacts of a run.
+    """Download all artifacts of a run into a folder.
 
     Raises:
-        StoreError: If they cannot be fetched.
+        StoreError: If they cannot be downloaded.
     """
     try:
         client.download_artifacts(run_id, "", str(folder))
@@ -59,12 +59,12 @@ def download(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 
 def remove_artifacts(client: MlflowClient, run_id: str, name: str) -> None:
-    """Remove a folder of a run's remote artifacts, where the kind of store can."""
+    """Remove a folder of a run's remote artifacts, if the artifact store supports deletion."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     try:
         uri = client.get_run(run_id).info.artifact_uri
         repository: Any = get_artifact_repository(uri, tracking_uri=client.tracking_uri)
         repository.delete_artifacts(name)
-    except (MlflowException, NotImplementedError, OSError):  # It stays, and takes its space.
+    except (MlflowException, NotImplementedError, OSError):  # The folder is kept; it only takes up space.
         return

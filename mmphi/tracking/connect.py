@@ -1,4 +1,4 @@
-"""A connection to MLflow's store that fails soon and in words where there is none."""
+"""Connects to MLflow's store, with fast and readable errors if that is not possible."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mmphi.errors import StoreError
 from mmphi.tracking.error_messages import store_error
 from mmphi.tracking.uri import database
 
-BUSY, BUSY_S = "MMPHI_BUSY_S", "60"  # Seconds that a locked SQLite database is waited for.
-ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"  # Where MLflow's SQLite store takes its default artifact root from.
+BUSY, BUSY_S = "MMPHI_BUSY_S", "60"  # Variable and default: seconds to wait for a locked SQLite database.
+ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"  # Variable with the default artifact root of MLflow's SQLite store.
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of a store that answers; a SQLite store is made where it is missing.
+    """Returns a client whose store is reachable; a missing SQLite database is created.
 
     Raises:
         StoreError: If the store cannot be used.
@@ -36,13 +36,13 @@ def connect(uri: str) -> MlflowClient:
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     file = database(uri)
-    # Artifacts lie beside the database: by itself MLflow makes `mlruns` in whatever folder is the current one.
+    # Artifacts are stored next to the database; MLflow's default is `mlruns` in the current folder.
     root = _environment(ARTIFACT_ROOT, (file.parent / "mlruns").as_uri()) if file else contextlib.nullcontext()
     try:
         with root:
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
-    except Exception as error:  # Of MLflow, SQLAlchemy, SQLite or the file system.
+    except Exception as error:  # Any error of MLflow, SQLAlchemy, SQLite or the file system.
         explained = store_error(error, uri)
         if explained is not None and not explained.what.startswith("the tracking store"):
             raise explained from error
@@ -53,13 +53,13 @@ def connect(uri: str) -> MlflowClient:
 
 @event.listens_for(Engine, "connect")
 def _wait_for_locks(connection: Any, _: Any) -> None:
-    """Let SQLite wait for another process that writes, in place of its 5 s."""
+    """Set SQLite's timeout for a database locked by another process; its default is 5 s."""
     if isinstance(connection, sqlite3.Connection):
         connection.execute(f"PRAGMA busy_timeout = {int(busy_s() * 1000)}")
 
 
 def busy_s() -> float:
-    """Seconds that a locked SQLite database is waited for; ``MMPHI_BUSY_S``, by default 60."""
+    """Seconds to wait for a locked SQLite database: ``MMPHI_BUSY_S``, by default 60."""
     try:
         return float(os.environ.get(BUSY, BUSY_S))
     except ValueError:
@@ -78,7 +78,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _reachable(uri: str) -> None:
-    """Fail at once where a server does not answer; MLflow itself tries for minutes."""
+    """Raise after at most 10 s if a server is unreachable; MLflow itself retries for minutes."""
     parsed = urlparse(uri)
     host = parsed.hostname or ""
     proxied = parsed.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)

@@ -1,4 +1,4 @@
-"""The data of a run as MLflow's datasets, by which its pages filter and compare runs."""
+"""Records the data of a run as MLflow datasets, by which MLflow's pages filter and compare runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DATA_STAGES = ("scenes", "tokens", "textgen", "listen", "transcribe")
 
 
 def datasets_of(parts: Mapping[str, Any], settings: Mapping[str, Any], needed: Mapping[str, Result]) -> list[Dataset]:
-    """The files that settings of data name, and the data that other stages have made.
+    """Returns the data files that settings name, and the data produced by upstream stages, as MLflow datasets.
 
     Args:
-        parts: What the run's key is made of: digests of files by setting.
-        settings: Values by full name.
-        needed: Results of other stages that the run is built on.
+        parts: Parts of the run's key, with digests of files by setting.
+        settings: Values of all settings by full name.
+        needed: Upstream results by stage name.
     """
     found = []
     for name, digest in parts.items():
@@ -42,10 +42,10 @@ def log_datasets(client: MlflowClient, run_id: str, datasets: list[Dataset], con
     """Record datasets as inputs of a run.
 
     Args:
-        client: Of the store.
-        run_id: The run.
-        datasets: As of :func:`datasets_of`.
-        context: ``training`` or ``evaluation``, which MLflow shows next to their names.
+        client: MLflow client of the store.
+        run_id: ID of the run.
+        datasets: Datasets from :func:`datasets_of`.
+        context: ``training`` or ``evaluation``; MLflow shows it next to the names.
     """
     if datasets:
         tag = InputTag("mlflow.data.context", context)

@@ -1,4 +1,4 @@
-"""What MLflow, SQLAlchemy and SQLite raise, in words that say what to do."""
+"""Translates errors of MLflow, SQLAlchemy and SQLite into messages with a remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmphi.errors import StoreError
 
 OF_A_STORE = ("mlflow", "sqlalchemy", "sqlite3", "alembic")
 RUN = re.compile(r"\b[0-9a-f]{32}\b")
-# What a message says, what is wrong, and what to do about it.
+# Pattern in the error text, message, hint.
 KNOWN = (
     (
         "database is locked",
@@ -56,11 +56,11 @@ KNOWN = (
 
 
 def store_error(error: BaseException, uri: str = "") -> StoreError | None:
-    """The error of a store in words; nothing where an exception is not of a store.
+    """Returns a readable error for an exception of the tracking store; ``None`` for other exceptions.
 
     Args:
-        error: As it was raised; what caused it counts, too.
-        uri: Of the store; by default that of the environment.
+        error: The exception; its causes are considered too.
+        uri: URI of the store; by default :func:`absolute_uri`.
     """
     found = next((each for each in _chain(error) if type(each).__module__.partition(".")[0] in OF_A_STORE), None)
     if found is None:
@@ -80,7 +80,7 @@ def store_error(error: BaseException, uri: str = "") -> StoreError | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it; not what was only being handled when it was raised."""
+    """Yield an exception and its causes; an implicit ``__context__`` is followed only from errors of a store."""
     while error is not None:
         yield error
         of_a_store = type(error).__module__.partition(".")[0] in (*OF_A_STORE, "optuna")

@@ -1,4 +1,4 @@
-"""Pictures as MLflow's pages show them: small ones in a table's cells, and a grid of them with their texts."""
+"""Pictures for MLflow's pages: thumbnails in table cells, and a grid of pictures with captions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mmphi.errors import ImageError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDE, GRID = 256, 12  # Pixels; pictures in a grid.
-MARKS = {"yes": "#1a7f37", "no": "#b42318"}  # Colours of predictions that are correct and that are not.
+SIDE, GRID = 256, 12  # Maximum side of a thumbnail in pixels; maximum number of pictures in a grid.
+MARKS = {"yes": "#1a7f37", "no": "#b42318"}  # Text colours of correct and wrong predictions.
 
 
 def thumbnail(path: Any) -> Image.Image | None:
-    """A picture of at most 256 px, of a file or its content; ``None`` where there is none or it cannot be read."""
+    """Returns a picture of at most 256 px from a file or bytes; ``None`` if empty or unreadable."""
     if not path:
         return None
     try:
@@ -33,9 +33,9 @@ def thumbnail(path: Any) -> Image.Image | None:
 
 
 def image_cell(path: Any, folder: Path, table: str) -> dict[str, str] | str:
-    """Write a picture below ``folder`` and return what MLflow's tables hold in its place.
+    """Write a picture below ``folder`` and return the table cell that refers to it; empty if it cannot be read.
 
-    The same picture is written once a table, however often it is shown.
+    Identical pictures of a table are written once.
     """
     picture = thumbnail(path)
     if picture is None:
@@ -49,11 +49,11 @@ def image_cell(path: Any, folder: Path, table: str) -> dict[str, str] | str:
 
 
 def image_grid(rows: Sequence[Mapping[str, Any]], image: str) -> Figure | None:
-    """The first pictures of a table with the row's texts beneath; ``None`` where no row has one.
+    """Draws the pictures of a table's first 12 rows with the row's texts; ``None`` if they have no pictures.
 
     Args:
-        rows: Of the table.
-        image: Column of the picture's path.
+        rows: Rows of the table.
+        image: Column with the image paths.
     """
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def image_grid(rows: Sequence[Mapping[str, Any]], image: str) -> Figure | None:
         correct = row.get("correct", "")
         texts = [(k, str(v)) for k, v in row.items() if k not in (image, "correct") and isinstance(v, str) and v]
         caption = "\n".join(textwrap.fill(f"{k}: {v}", 42, max_lines=4) for k, v in texts)
-        # A dollar sign would begin a formula.
+        # Unescaped dollar signs would start a formula.
         colour = MARKS.get(str(correct), "black")
         escaped = caption.replace("$", r"\$")
         axes.set_title(escaped, fontsize=8, loc="left", y=-0.02, verticalalignment="top", color=colour)

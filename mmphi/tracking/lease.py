@@ -1,7 +1,8 @@
-"""Who builds a key: one living run, wherever it runs, as its heartbeat shows.
+"""Leases: only one live run builds a key at a time, on any machine.
 
-A lease is a tag on the run of the process that builds. It is renewed by a thread; one that is not renewed for
-``LEASE_S`` seconds is over, and any host may take the work over. Hosts' clocks must agree to within a part of that.
+A lease is a tag on the building process's run. A thread renews the run's heartbeat tag. If it is not renewed for
+:func:`lease_s` seconds, the lease expires, and any host may take the work over. The clocks of the hosts must agree to
+within a fraction of that time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HEARTBEAT, HELD, DOMAIN = "mmphi.heartbeat", "mmphi.lease", "mmphi.lock_domain"
 
 
 def lease_s() -> float:
-    """Seconds without a heartbeat after which a run counts as dead; ``MMPHI_LEASE_S``, by default 90."""
+    """Seconds without a heartbeat after which a run counts as dead: ``MMPHI_LEASE_S``, by default 90."""
     return float(os.environ.get("MMPHI_LEASE_S", "90"))
 
 
@@ -32,12 +33,12 @@ class Lease:
     """The right of one run to build a key.
 
     Args:
-        client: Speaks with the store.
-        run_id: The run that builds.
-        domain: Name of the folder whose file locks this process holds for the key: a run that was begun under a lock of
-            the same folder must be dead, or this process would not hold it.
-        clock: Seconds since the epoch, as other hosts count them.
-        sleep: Waits for some seconds.
+        client: MLflow client of the store.
+        run_id: ID of the run that builds the key.
+        domain: Name of the lock folder in which this process holds the key's file lock. Other unfinished runs of the
+            key with this domain are dead, because their process would otherwise hold the lock.
+        clock: Function that returns the current time in seconds since the epoch.
+        sleep: Function that waits for a number of seconds.
     """
 
     def __init__(
@@ -54,24 +55,24 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def alive(self, run: Run) -> bool:
-        """Whether a run is still being built by a process somewhere else."""
+        """Whether a process with another lock folder, such as on another host, is still building a run."""
         tags = run.data.tags
         if run.info.status != "RUNNING" or tags.get(DOMAIN) == self.domain:
             return False
         return self._clock() - float(tags.get(HEARTBEAT, "0")) < lease_s()
 
     def claim(self, others: Callable[[], Iterator[Run]], waiting: Callable[[str], None]) -> bool:
-        """Wait until no other living run holds the key, and hold it.
+        """Wait until no other live run holds the key, then hold it.
 
-        Of two that claim at the same time at least one sees the other's claim after making its own; who sees one steps
-        back, and tries again.
+        Of two runs that claim at the same time, at least one reads the other's claim after writing its own. A run that
+        reads another claim withdraws its own and retries.
 
         Args:
-            others: The unfinished runs of the key but this one, as the store has them now.
-            waiting: Told once, before a wait, who holds it.
+            others: Function that returns the other runs of the key, as currently in the store.
+            waiting: Called once with a description of the holder before a wait.
 
         Returns:
-            Whether there was a wait.
+            Whether the method waited.
         """
         self.beat()
         waited = False
@@ -94,7 +95,7 @@ class Lease:
         return next((run for run in others() if run.data.tags.get(HELD) == "held" and self.alive(run)), None)
 
     def beat(self) -> None:
-        """Show that this process lives."""
+        """Renew the heartbeat of the run."""
         self.client.set_tag(self.run_id, HEARTBEAT, f"{self._clock():.3f}")
 
     def __enter__(self) -> Lease:
@@ -105,7 +106,7 @@ class Lease:
 
     def _beat_on(self) -> None:
         while not self._stop.wait(lease_s() / 4):
-            with contextlib.suppress(MlflowException, OSError):  # A server that is away for a moment.
+            with contextlib.suppress(MlflowException, OSError):  # The server may be temporarily unreachable.
                 self.beat()
 
     def __exit__(self, *_: object) -> None:

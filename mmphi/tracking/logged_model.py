@@ -1,4 +1,4 @@
-"""Results as MLflow's own models: ``mlflow models serve``, ``mlflow.pyfunc.load_model`` and its pages know them."""
+"""Results as MLflow models, for ``mlflow models serve``, ``mlflow.pyfunc.load_model`` and MLflow's pages."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 MLMODEL = "MLmodel"
-LOADER = "mmphi.serving.pyfunc"  # Named, and neither imported here nor pickled.
+LOADER = "mmphi.serving.pyfunc"  # Referenced by name; neither imported here nor pickled.
 COLUMNS = ("question", "image", "audio", "system", "messages")
 SHOWN_TAGS = ("mmphi.stage", "mmphi.key", "mmphi.preset", "mlflow.note.content")
 RESULTS = ("val/", "test/", "public/", "floor/")
-MOST_PARAMS = 100  # That MLflow takes at once.
+MOST_PARAMS = 100  # MLflow's limit per request.
 NEEDS = ("mmphi", "torch", "transformers")
 
 
 def write_mlmodel(folder: Path, *, sees: bool) -> None:
-    """Make a saved model one that MLflow loads.
+    """Add MLflow's model files to a saved model, so that MLflow can load it.
 
     Args:
-        folder: Where it was saved; the files that say what it is are added.
-        sees: Whether the example has an image.
+        folder: Folder of the saved model.
+        sees: Whether the input example has an image.
     """
     import mlflow.pyfunc
 
@@ -51,7 +51,7 @@ def write_mlmodel(folder: Path, *, sees: bool) -> None:
 
 
 def _signature() -> Any:
-    """Of every model: what is asked, and how the answer is chosen."""
+    """Model signature, the same for all models: a question's inputs, and sampling parameters."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -63,7 +63,7 @@ def _signature() -> Any:
                 ParamSpec("max_tokens", "long", 256),
                 ParamSpec("temperature", "double", 0.0),
                 ParamSpec("top_p", "double", 1.0),
-                ParamSpec("seed", "long", -1),  # Another each time; a parameter of MLflow's cannot be left out.
+                ParamSpec("seed", "long", -1),  # Negative: a random seed. MLflow parameters need a default.
             ]
         ),
     )
@@ -83,15 +83,15 @@ def _example(sees: bool) -> pd.DataFrame:
 
 
 def log_model(client: MlflowClient, run: Run, folder: Path, name: str) -> str:
-    """Log a finished run's model; returns its id.
+    """Log a finished run's model to MLflow and return the model's ID.
 
-    On this machine its files are links to those of the run: they take no room of their own.
+    In a local store, its files are hard links to those of the run and take no additional space.
 
     Args:
-        client: Speaks with the store.
-        run: The run.
-        folder: Its files on this machine.
-        name: What the model is called; not unique.
+        client: MLflow client of the store.
+        run: The finished run.
+        folder: Folder of its files on this machine.
+        name: Name of the model; need not be unique.
     """
     tags = {key: value for key, value in run.data.tags.items() if key in SHOWN_TAGS}
     model = client.create_logged_model(
@@ -116,17 +116,17 @@ def log_model(client: MlflowClient, run: Run, folder: Path, name: str) -> str:
 
 
 def log_results(client: MlflowClient, run: Run, model_id: str) -> None:
-    """Link a run's last validation, test and public-text figures to its model.
+    """Link a run's last metrics of validation, test, public text and loss floors to its model.
 
     Args:
-        client: Of the store.
+        client: MLflow client of the store.
         run: The run, with its metrics.
-        model_id: Of the model.
+        model_id: ID of the model.
     """
-    # With the times and steps that they have: MLflow keeps one of equal values, and no curve gets a second point.
+    # With unchanged timestamps and steps, MLflow deduplicates the values, and no curve gets a second point.
     results = [
         Metric(m.key, m.value, m.timestamp, m.step, model_id=model_id, run_id=run.info.run_id)
-        for m in run.data._metric_objs  # MLflow has no public list of them with steps.
+        for m in run.data._metric_objs  # MLflow has no public API for metrics with steps.
         if m.key.startswith(RESULTS)
     ]
     if results:
@@ -137,14 +137,14 @@ def _linked(source: Path, target: Path) -> None:
     def link(one: str, other: str) -> None:
         try:
             os.link(one, other)
-        except OSError:  # Another disk, or one that knows no links.
+        except OSError:  # Another disk, or a file system without hard links.
             shutil.copyfile(one, other)
 
-    training = shutil.ignore_patterns("checkpoint-*", ".*")  # What it takes to train on, and not to answer.
+    training = shutil.ignore_patterns("checkpoint-*", ".*")  # Only needed to resume training.
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True, ignore=training)
 
 
 def logged_model(run: Run) -> str:
-    """Id of the model that a run ended in; empty where none was logged."""
+    """Returns the ID of a run's logged model; empty if none was logged."""
     outputs = run.outputs.model_outputs if run.outputs else []
     return str(outputs[0].model_id) if outputs else ""

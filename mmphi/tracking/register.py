@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         " every --model takes that name.",
     )
     parser.add_argument("run", help="id of a run that ended in a model")
-    parser.add_argument("name", help="made where there is none of it; else its next version")
+    parser.add_argument("name", help="registered name; created if new, else a new version is added")
     parser.add_argument("--alias", default="", help="points to this version from now on: models:/NAME@ALIAS")
     options = parser.parse_args(list(arguments))
     print(register(TrackingStore(), options.run, options.name, options.alias))

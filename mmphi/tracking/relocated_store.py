@@ -1,7 +1,7 @@
-"""A SQLite store whose folder was moved or copied: MLflow's database holds absolute addresses of its artifacts.
+"""Repairs a moved or copied SQLite store: MLflow's database contains absolute artifact paths.
 
-They are rewritten to the database's own folder, once, when the store is opened. MLflow's own pages find the
-artifacts then, too, and nothing is written to the folder that the store was copied from.
+When the store is opened, they are rewritten once to the database's folder. MLflow's pages then find the artifacts, and
+nothing is written to the original folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmphi.tracking.connect import busy_s
 
 FOLDER = "mlruns"
 LOCATION = re.compile(rf"(?P<root>.*/{FOLDER})/[^/]+/?")
-# Columns that hold addresses of artifacts, as far as a version of MLflow has them.
+# Columns with artifact URIs; some exist only in certain versions of MLflow.
 COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -27,13 +27,13 @@ COLUMNS = (
 
 
 def relocate(file: Path) -> list[str]:
-    """Let the addresses in a database follow it, where the artifacts came along or are nowhere else.
+    """Rewrite artifact paths to the database's folder if the artifacts were moved along or the old folder is gone.
 
     Args:
-        file: The database.
+        file: Database file.
 
     Returns:
-        The folders that the addresses led to before; empty where nothing was moved.
+        The previous artifact folders; empty if nothing was rewritten.
     """
     if not file.is_file():
         return []
@@ -41,7 +41,7 @@ def relocate(file: Path) -> list[str]:
     with contextlib.closing(sqlite3.connect(file, timeout=busy_s())) as connection, connection:
         try:
             found = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-        except sqlite3.Error:  # A new database, or no database: opening it reports that.
+        except sqlite3.Error:  # A new database or not a database; opening the store reports the latter.
             return []
         roots = {match["root"] for (address,) in found if address and (match := LOCATION.fullmatch(str(address)))}
         moved = sorted(root for root in roots if root != here and _followed(root, file.parent / FOLDER))
@@ -56,7 +56,7 @@ def relocate(file: Path) -> list[str]:
 
 
 def _followed(root: str, folder: Path) -> bool:
-    """Whether artifacts came along with their database, or are not where it says; else the place is on purpose."""
+    """Whether artifacts were moved along with their database or the old folder is gone; else it is intentional."""
     parsed = urlparse(root)
     if parsed.scheme not in ("", "file"):
         return False

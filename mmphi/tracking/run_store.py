@@ -1,4 +1,4 @@
-"""The store of runs, the only store: a run is the result of its key when it is FINISHED and its manifest holds."""
+"""Runs in the tracking store. A run is a result of its cache key if it is FINISHED and its manifest is valid."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "mmphi"
 KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
-GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # As MLflow names a run that was given no name.
+GENERATED_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # Pattern of MLflow's generated run names.
 MISSING = "RESOURCE_DOES_NOT_EXIST"
-PAGE = 5  # Runs of one key are few, and the newest is nearly always the one: a long page only costs time.
+PAGE = 5  # Size of a search's first page: the newest run is nearly always the one needed, and longer pages cost time.
 
 
 class RunStore:
-    """Runs, found by what they are the result of; changes nothing but tags and metrics.
+    """Finds runs by cache key, stage or ID, and the files of their results.
 
     Args:
-        uri: MLflow's tracking URI; by default as :func:`absolute_uri` has it.
+        uri: MLflow's tracking URI; by default :func:`absolute_uri`.
 
     Raises:
         StoreError: If the store cannot be reached.
@@ -53,16 +53,16 @@ class RunStore:
         self.uri = uri or absolute_uri()
         self.cache = cache_folder() / hashlib.sha256(self.uri.encode()).hexdigest()[:8]
         file = database(self.uri)
-        self._beside = ""
+        self._chosen_experiment = ""
         self.locks = file.parent / "mlruns" / ".locks" if file else self.cache / "locks"
         self.locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.locks / "database.lock"):  # Two processes must not both make its tables.
+        with FileLock(self.locks / "database.lock"):  # Two processes must not create the tables at the same time.
             for before in relocate(file) if file else ():
                 LOGGER.warning(f"{self.uri} was in {before} before: its artifacts are now expected in its own folder")
             self.client = connect(self.uri)
 
     def run(self, run_id: str) -> Run:
-        """A run by its id.
+        """Returns a run by its ID.
 
         Raises:
             StoreError: If it is not in this store.
@@ -75,10 +75,10 @@ class RunStore:
             ) from error
 
     def run_if_there(self, run_id: str) -> Run | None:
-        """A run by its id; nothing where it was removed for good, as `mlflow gc` does.
+        """Returns a run by its ID; ``None`` if it was permanently removed, as by `mlflow gc`.
 
         Raises:
-            MlflowException: If the store cannot say.
+            MlflowException: If the store fails for another reason.
         """
         try:
             return self.client.get_run(run_id)
@@ -88,13 +88,16 @@ class RunStore:
             raise
 
     def experiment(self) -> str:
-        """Id of the experiment to record in: that of :meth:`record_beside`, else the environment's, else ``mmphi``.
+        """ID of the experiment to record in, created if missing.
+
+        It is that of :meth:`record_in_experiment_of`, else of ``MLFLOW_EXPERIMENT_ID`` or ``MLFLOW_EXPERIMENT_NAME``,
+        else ``mmphi``.
 
         Raises:
-            StoreError: If it was deleted.
+            StoreError: If the experiment was deleted.
         """
-        if self._beside:
-            return self._beside
+        if self._chosen_experiment:
+            return self._chosen_experiment
         if os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return os.environ["MLFLOW_EXPERIMENT_ID"]
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
@@ -108,36 +111,36 @@ class RunStore:
             return str(known.experiment_id)
         file = database(self.uri)
         root = (file.parent / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri() if file else None
-        # Without its kind, MLflow's pages take an experiment with tables for the evaluation of agents.
+        # Without this tag, MLflow's pages show an experiment with tables as an evaluation of agents.
         tags = {KIND: TRAINING}
         return str(self.client.create_experiment(name, artifact_location=root, tags=tags))
 
-    def record_beside(self, run_id: str, title: str) -> None:
-        """Record in the experiment of a run from now on.
+    def record_in_experiment_of(self, run_id: str, title: str) -> None:
+        """Record new runs in the experiment of an existing run.
 
-        ``mlflow run`` begins a run under a random name, in an experiment without a kind, minutes before the stage that
-        it is for: the run is given its name and the experiment its kind at once.
+        ``mlflow run`` creates a run with a random name, in an experiment without a kind, minutes before the stage
+        starts. This method sets the run's name and the experiment's kind immediately.
 
         Args:
-            run_id: A run that was begun elsewhere.
-            title: Its name, unless a person chose one.
+            run_id: ID of the existing run.
+            title: New name of the run; a name chosen by a user is kept.
 
         Raises:
-            StoreError: If it is not in this store.
+            StoreError: If the run is not in this store.
         """
         run = self.run(run_id)
-        self._beside = str(run.info.experiment_id)
+        self._chosen_experiment = str(run.info.experiment_id)
         if GENERATED_NAME.fullmatch(run.info.run_name or ""):
             self.client.update_run(run_id, name=title)
-        if KIND not in self.client.get_experiment(self._beside).tags:
-            self.client.set_experiment_tag(self._beside, KIND, TRAINING)
+        if KIND not in self.client.get_experiment(self._chosen_experiment).tags:
+            self.client.set_experiment_tag(self._chosen_experiment, KIND, TRAINING)
 
     def search(self, status: str = "", **tags: str) -> Iterator[Run]:
-        """Runs of all experiments with these tags of ours (``key=...`` is ``mmphi.key``), newest first.
+        """Yield runs of all experiments with the given tags, newest first.
 
         Args:
-            status: Only runs of this status, such as ``FINISHED``.
-            **tags: Tags and values.
+            status: Only runs with this status, such as ``FINISHED``; empty for any.
+            **tags: Required tags without the prefix ``mmphi.``: ``key=...`` stands for ``mmphi.key``.
         """
         experiments = [str(e.experiment_id) for e in self._experiments()]
         conditions = [f"tags.`mmphi.{name}` = '{value}'" for name, value in tags.items()]
@@ -163,64 +166,64 @@ class RunStore:
                 return
 
     def newest(self, stage: str) -> Run | None:
-        """The newest finished run of a stage, whatever its key."""
+        """The newest finished run of a stage, with any key; ``None`` if there is none."""
         runs = self.search("FINISHED", stage=stage)
         return next((run for run in runs if "mmphi.key" in run.data.tags), None)
 
     def own_results(self, stage: str, preset: str = "") -> Iterator[Run]:
-        """The finished runs of a stage, newest first, without the trials of studies and what was built for them alone.
+        """Finished runs of a stage, newest first, without runs that exist only because of a study.
 
         Args:
-            stage: Its name.
-            preset: Only runs of this preset; empty takes all.
+            stage: Name of the stage.
+            preset: Only runs of this preset; empty for all.
         """
         runs = self.search("FINISHED", stage=stage, **({"preset": preset} if preset else {}))
         return (run for run in runs if "mmphi.key" in run.data.tags and not _is_of_study(run))
 
     def results(self, key: str) -> Iterator[Run]:
-        """The runs that are results of a key, newest first."""
+        """Runs that are results of a key, newest first."""
         return (run for run in self.search("FINISHED", key=key) if self.is_result(run))
 
     def is_result(self, run: Run) -> bool:
-        """Whether a run is FINISHED and its manifest holds; a status alone proves nothing, others set it too."""
+        """Whether a run is FINISHED and its manifest is valid; other programs may set the status too."""
         if run.info.status != "FINISHED":
             return False
         folder = self.local_folder(run)
-        # What a remote store holds is confirmed when it is fetched.
+        # Files of a remote store are verified when they are fetched.
         return manifest_holds(folder) if folder is not None else self.has_manifest(run)
 
     def has_manifest(self, run: Run) -> bool:
-        """Whether a run's files were complete once."""
+        """Whether a run has a manifest, that is, whether its files were complete at some time."""
         folder = self.local_folder(run)
         if folder is not None:
             return (folder / MANIFEST).exists()
         return any(f.path == MANIFEST for f in self.client.list_artifacts(run.info.run_id))
 
     def local_folder(self, run: Run) -> Path | None:
-        """Where the artifacts of a run lie, or ``None`` where they are not on this machine."""
+        """Folder of a run's artifacts; ``None`` if they are not on this machine."""
         parsed = urlparse(run.info.artifact_uri)
         if parsed.scheme == "file":
             return Path(unquote(parsed.path))
         return Path(run.info.artifact_uri) if not parsed.scheme else None
 
     def fetch(self, run: Run) -> Path:
-        """The artifacts of a finished run on this machine; downloaded once where the store is remote.
+        """Folder of a finished run's artifacts on this machine; downloaded once if the store is remote.
 
         Raises:
-            StoreError: If what arrives is not what the manifest says.
+            StoreError: If the artifacts cannot be downloaded or do not match the manifest.
         """
         local = self.local_folder(run)
         return local if local is not None else fetch_result(self.client, str(run.info.run_id), self.cache / "runs")
 
     def model_folder(self, name: str) -> Path:
-        """The folder of a model.
+        """Returns the folder of a model.
 
         Args:
-            name: A folder, the id of a run, ``runs:/ID``, or a registered model (``models:/NAME/VERSION``,
+            name: A folder, the ID of a run, ``runs:/ID``, or a registered model (``models:/NAME/VERSION``,
                 ``models:/NAME@ALIAS``).
 
         Raises:
-            StoreError: If there is none of that name.
+            StoreError: If there is no model of that name.
         """
         if Path(name).expanduser().is_dir():
             return Path(name).expanduser().absolute()
@@ -246,18 +249,24 @@ class RunStore:
         return str(registered.run_id)
 
     def note_use(self, run_id: str, *, own: bool = False) -> None:
-        """Note on a result that it is used again, and when.
+        """Record in a result's tags that it is used now.
 
         Args:
-            run_id: Of the result.
-            own: Whether a user asks for this stage with these settings, so that it is not a study's alone.
+            run_id: Run ID of the result.
+            own: Whether a user requested this result directly, so that it no longer belongs to a study only.
         """
         if own:
             self.client.set_tag(run_id, REQUESTED, "true")
         self.client.set_tag(run_id, "mmphi.last_used", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def add_metrics(self, run_id: str, after: Result, own: Mapping[str, float]) -> None:
-        """Show the metrics of a stage that was asked for at a result's end with the result's own."""
+        """Copy the metrics of a follow-up stage to a result's run, once.
+
+        Args:
+            run_id: Run ID of the result.
+            after: Result of the follow-up stage.
+            own: Metrics of the result; those names are not overwritten.
+        """
         tag = f"mmphi.then.{after.stage}"
         if self.run(run_id).data.tags.get(tag) == after.run_id:
             return
@@ -272,19 +281,19 @@ class RunStore:
         self.client.set_tag(run_id, tag, after.run_id)
 
     def address(self, run_id: str) -> str:
-        """Where MLflow's pages show a run."""
+        """URL of a run on MLflow's pages."""
         experiment = self.client.get_run(run_id).info.experiment_id
         # Without the workflow type, MLflow 3 shows its sidebar for agents.
         return f"{self.pages}/#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
 
     @property
     def pages(self) -> str:
-        """Address of MLflow's pages: the server's own, else that of ``mmphi ui``, which ``MMPHI_UI`` changes."""
+        """URL of MLflow's pages: the tracking server's, else ``MMPHI_UI``, by default that of ``mmphi ui``."""
         base = self.uri if self.uri.startswith("http") else os.environ.get("MMPHI_UI", "http://127.0.0.1:5000")
         return base.rstrip("/")
 
     def json_of(self, run: Run, name: str) -> dict[str, Any]:
-        """A JSON artifact of a run; empty where there is none."""
+        """Returns a JSON artifact of a run; empty if it does not exist or cannot be read."""
         local = self.local_folder(run)
         with contextlib.suppress(OSError, ValueError, MlflowException):
             path = local / name if local else Path(self.client.download_artifacts(run.info.run_id, name))
@@ -293,5 +302,5 @@ class RunStore:
 
 
 def _is_of_study(run: Run) -> bool:
-    """Whether only a study asked for a run."""
+    """Whether a run exists only because of a study."""
     return bool({STUDY, FOR_STUDY} & set(run.data.tags)) and REQUESTED not in run.data.tags

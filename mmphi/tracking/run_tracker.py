@@ -1,4 +1,4 @@
-"""The run that a stage records in."""
+"""Recording metrics, parameters, tables and files in a run."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-RESOLVED = "resolved."  # Before the name of a parameter whose value `mlflow run` has recorded as it was typed.
+RESOLVED = "resolved."  # Prefix of a parameter whose value `mlflow run` has already recorded as the user typed it.
 Watch = Callable[[Mapping[str, float], int], None]
-EVERY_S, AT_MOST = 1.0, 500  # Metrics are sent together, at most this much later and this many.
-TAG_CHARACTERS, PARAM_CHARACTERS = 5000, 6000  # MLflow's own limits.
+EVERY_S, AT_MOST = 1.0, 500  # Metrics are sent in batches: after this delay, and at most this many.
+TAG_CHARACTERS, PARAM_CHARACTERS = 5000, 6000  # MLflow's limits.
 
 
 def params_of(run: Run) -> dict[str, str]:
-    """The parameters of a run, with settings as they were resolved, however they were typed."""
+    """Returns the parameters of a run, with resolved values in place of those typed for `mlflow run`."""
     params = dict(run.data.params)
     resolved = {name.removeprefix(RESOLVED): text for name, text in params.items() if name.startswith(RESOLVED)}
     return {name: text for name, text in params.items() if not name.startswith(RESOLVED)} | resolved
 
 
 class RunTracker:
-    """Records in one run; fulfils :class:`mmphi.tracking.tracker.Tracker`.
+    """Records in one run; implements :class:`mmphi.tracking.tracker.Tracker`.
 
-    Whatever is recorded as a file is written to ``folder``; where that is not the run's own artifact folder, it is sent
-    there as well.
+    Files are written to ``folder``. If the store is remote, they are uploaded as well.
 
     Args:
-        client: Speaks with the store.
-        run_id: Id of the run.
-        folder: The run's artifact folder, or a folder of this machine that stands for it.
-        remote: Whether it only stands for it.
+        client: MLflow client of the store.
+        run_id: ID of the run.
+        folder: Artifact folder of the run, or a local work folder if the artifacts are remote.
+        remote: Whether ``folder`` is only a local work folder.
+
+    Attributes:
+        watch: Called with the metrics and step of each :meth:`metrics` call; ``None`` for no callback.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, folder: Path, *, remote: bool) -> None:
@@ -58,13 +60,13 @@ class RunTracker:
 
     @property
     def run_id(self) -> str:
-        """Id of the run."""
+        """ID of the run."""
         return self._run_id
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step; one that is not finite becomes a tag, because no chart can show it.
+        """Record metrics at a step; non-finite values are recorded in a tag, because charts cannot show them.
 
-        Whoever watches the run is told, and may raise to end it.
+        ``watch`` is called first and may raise to end the run.
         """
         if self.watch:
             self.watch(values, step)
@@ -81,28 +83,28 @@ class RunTracker:
             self.flush()
 
     def final_metrics(self, values: Mapping[str, float]) -> None:
-        """Record a run's final numbers, each at the last step of its curve; a curve gets no point at step 0."""
+        """Record final metrics, each at the last step of its curve, so that no curve gets a point at step 0."""
         by_step: dict[int, dict[str, float]] = {}
         for name, value in values.items():
             step, last = self._last.get(name, (0, None))
             if last is None or last != float(value):
                 by_step.setdefault(step, {})[name] = value
-        time.sleep(0.002)  # Of two points at one step MLflow takes the later one as the last, by the millisecond.
+        time.sleep(0.002)  # Of two points at the same step, MLflow uses the one with the later timestamp (ms).
         for step, some in by_step.items():
             self.metrics(some, step)
 
     def flush(self) -> None:
-        """Send the metrics that wait."""
+        """Send all pending metrics."""
         while self._waiting:
             self.client.log_batch(self._run_id, metrics=self._waiting[:AT_MOST])
             del self._waiting[:AT_MOST]
         self._sent = time.monotonic()
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record settings; an empty value is written as ``(none)``, because MLflow refuses it.
+        """Record settings as parameters; an empty value becomes ``(none)``, because MLflow rejects empty values.
 
-        ``mlflow run -P scenes.held_out=2e-1`` has recorded what was typed, and a parameter cannot be changed. Where the
-        resolved value is written differently, it is recorded as ``resolved.scenes.held_out``.
+        ``mlflow run -P scenes.held_out=2e-1`` records the typed text, and parameters cannot be changed. If the text of
+        the resolved value differs, it is recorded as ``resolved.scenes.held_out``.
         """
         texts = {name: str(value)[:PARAM_CHARACTERS] or "(none)" for name, value in values.items()}
         typed = self.client.get_run(self._run_id).data.params
@@ -119,14 +121,14 @@ class RunTracker:
             self.client.log_batch(self._run_id, tags=entities[first : first + 100])
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
-        """Record rows as ``name.json``, the form that MLflow's pages show as a table.
+        """Record rows as ``name.json``, which MLflow's pages show as a table.
 
-        Rows of later calls follow those of earlier ones. A run that goes on from a dead one's files takes its place in
-        them: rows of the same or a later ``step``, and tables without steps, are written again.
+        Later calls append rows. A run resumed from another run's files keeps that run's rows of earlier steps; rows of
+        the same or a later ``step``, and tables without steps, are replaced.
 
         Args:
-            name: Of the table.
-            rows: Each a mapping from column to value.
+            name: Name of the table.
+            rows: Rows as mappings from column to value.
             image: Column of image paths; shown as pictures, and drawn as a grid in ``figures/name.png``.
         """
         if not rows:
@@ -140,7 +142,7 @@ class RunTracker:
             self._announce(name)
 
     def _show(self, name: str, written: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]], image: str) -> None:
-        """Put pictures into the rows of a table, and draw a grid of them."""
+        """Add pictures to the rows of a table, and record a grid of them."""
         for row, original in zip(written, rows, strict=True):
             row[image] = image_cell(original[image], self.folder, name)
         for file in {f for row in written if row[image] for f in list(row[image].values())[1:]}:
@@ -150,7 +152,7 @@ class RunTracker:
             self.figure(name, drawn)
 
     def _announce(self, name: str) -> None:
-        """Tell MLflow's pages that there is a table."""
+        """Register a table in the run's tags, so that MLflow's pages list it."""
         tag = "mlflow.loggedArtifacts"
         known = json.loads(self.client.get_run(self._run_id).data.tags.get(tag, "[]"))
         self.tags({tag: json.dumps([*known, {"path": f"{name}.json", "type": "table"}])})
@@ -170,7 +172,7 @@ class RunTracker:
         self._write(name, content.encode())
 
     def checkpoint(self, folder: Path) -> None:
-        """Send a complete checkpoint to a remote store, in place of the one before; a local store has it already."""
+        """Upload a complete checkpoint to a remote store, replacing the previous one; a local store already has it."""
         if not self.remote:
             return
         self.client.log_artifacts(self._run_id, str(folder), folder.name)
@@ -179,7 +181,7 @@ class RunTracker:
         self._checkpoint = folder.name
 
     def say(self, line: str) -> None:
-        """Log a line for the person at the terminal."""
+        """Log a line for the user at the terminal."""
         LOGGER.info(line)
 
     def _write(self, name: str, content: bytes) -> None:

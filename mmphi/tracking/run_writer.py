@@ -1,4 +1,4 @@
-"""Runs as they are begun, gone on from, finished and given up; what is found in the store is in ``search``."""
+"""Creates, resumes, finishes and discards runs; lookups are in :mod:`mmphi.tracking.run_store`."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ REUSES = "mmphi.reuses"
 
 
 class TrackingStore(RunStore):
-    """Runs, found by what they are the result of, and made.
+    """The tracking store: finds runs and results, and creates them.
 
     Args:
-        uri: MLflow's tracking URI; by default as :func:`absolute_uri` has it.
+        uri: MLflow's tracking URI; by default :func:`absolute_uri`.
 
     Raises:
         StoreError: If the store cannot be reached.
@@ -48,16 +48,16 @@ class TrackingStore(RunStore):
     def building(
         self, key: str, title: str, tags: Mapping[str, str], run: str, waiting: Callable[[str], None]
     ) -> Iterator[tuple[RunTracker, bool]]:
-        """Be the only process anywhere that builds a key; yields its run, and whether another had to be waited for.
+        """Hold the exclusive right to build a key; yields the run's tracker, and whether it waited for another process.
 
-        On one machine a file lock decides, which a process loses when it dies; between machines the lease does.
+        On one machine, a file lock ensures this, which is released when its process dies; across machines, the lease.
 
         Args:
-            key: What is built.
+            key: Cache key to build.
             title: Name of the run.
-            tags: ``mmphi.stage``, ``mmphi.key``, ...
-            run: Id of a run that was begun for it, or empty.
-            waiting: Told once, before a wait, who holds it.
+            tags: Tags of the run, such as ``mmphi.stage`` and ``mmphi.key``.
+            run: ID of an existing run to use; empty creates one.
+            waiting: Called with a description of the holder before a wait.
         """
         lock, waited = FileLock(self.locks / f"{key}.lock"), False
         with contextlib.ExitStack() as held:
@@ -82,7 +82,7 @@ class TrackingStore(RunStore):
         return f"process {held.data.tags.get('mmphi.pid', '?')} on {held.data.tags.get('mmphi.host', '?')}"
 
     def _domain(self) -> str:
-        """Name of this folder of locks, the same for all who use it."""
+        """Unique name of this lock folder, shared by all processes that use it."""
         path = self.locks / "domain"
         with FileLock(self.locks / "domain.lock"):
             if not path.exists():
@@ -90,12 +90,12 @@ class TrackingStore(RunStore):
         return path.read_text()
 
     def begin(self, name: str, tags: Mapping[str, str], run: str = "") -> RunTracker:
-        """Begin a run, or go on in one.
+        """Create a run, or use an existing one, and return its tracker.
 
         Args:
-            name: Readable name; a run that a person named keeps its name.
-            tags: ``mmphi.stage``, ``mmphi.key``, ...
-            run: Id of a run that was begun for it, or empty.
+            name: Readable name; an existing run keeps a name that a user chose.
+            tags: Tags of the run, such as ``mmphi.stage`` and ``mmphi.key``.
+            run: ID of an existing run to use; empty creates one.
         """
         if run:
             begun = self.run(run)
@@ -111,19 +111,19 @@ class TrackingStore(RunStore):
         return tracker
 
     def adopt(self, tracker: RunTracker, key: str, *, damaged: bool = False) -> str:
-        """Go on from the newest run of a key that did not finish; to be called by the only process that builds it.
+        """Move the files of the newest unfinished run of a key to a new run. The caller must hold the key.
 
         Args:
-            tracker: Of the run that goes on.
-            key: What it builds.
-            damaged: Whether one that finished, and whose files are no longer what they were, counts too: the stage must
-                look at each file before it believes it.
+            tracker: Tracker of the new run.
+            key: Cache key that it builds.
+            damaged: Whether finished runs whose files have changed count too. The stage must then verify each file
+                before use (:attr:`Stage.verifies`).
 
         Returns:
-            Id of the run gone on from, empty where there is none.
+            ID of the run whose files were taken over; empty if there is none.
         """
         others = self._others(key, tracker.run_id)
-        # A host that waits for the lease, with a heartbeat, is not dead: it builds the next thing, or reuses this one.
+        # A run that waits for the lease has a heartbeat, so it is alive: it reuses this result or builds later.
         lease = Lease(self.client, tracker.run_id, self._domain())
         unfinished = (run for run in others if not self._finished(run) or (damaged and not self.is_result(run)))
         dead = [run for run in unfinished if not lease.alive(run)]
@@ -131,7 +131,7 @@ class TrackingStore(RunStore):
             if run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "KILLED")
         source = next((str(run.info.run_id) for run in dead if self._take_files(run, tracker)), "")
-        for run in dead:  # One that was killed before it left a file has a successor as well.
+        for run in dead:  # Runs that left no file are marked as continued too.
             if "mmphi.continued_by" not in run.data.tags:
                 self.client.set_tag(run.info.run_id, "mmphi.continued_by", tracker.run_id)
         if source:
@@ -142,7 +142,7 @@ class TrackingStore(RunStore):
         return run.info.status == "FINISHED" and self.has_manifest(run)
 
     def _take_files(self, run: Run, tracker: RunTracker) -> bool:
-        """Bring what a dead run left into a new run's folder; says whether there was anything."""
+        """Bring the files of a dead run into a new run's folder; returns whether there were any."""
         folder = self.local_folder(run)
         if folder is not None:
             left = [p for p in folder.iterdir() if p.name != MANIFEST] if folder.is_dir() else []
@@ -151,27 +151,27 @@ class TrackingStore(RunStore):
                     shutil.move(path, tracker.folder / path.name)
             return bool(left)
         if any(tracker.folder.iterdir()):
-            return True  # The work folder goes by the key: it is here already.
+            return True  # The work folder is named by the key, so the files are already here.
         with contextlib.suppress(StoreError):
             download(self.client, str(run.info.run_id), tracker.folder)
         return any(tracker.folder.iterdir())
 
     def clear(self, tracker: RunTracker) -> None:
-        """Forget what an earlier call left for this run."""
+        """Delete files that an earlier call left in the run's folder."""
         shutil.rmtree(tracker.folder)
         tracker.folder.mkdir()
 
     def finish(self, tracker: RunTracker) -> Path:
-        """Write the manifest, last of all files, and mark the run FINISHED; returns where the files lie.
+        """Write the manifest after all other files, mark the run FINISHED, and return the folder of its files.
 
         Raises:
-            StoreError: If another process took the run for dead, and took its work over.
+            StoreError: If another process considered the run dead and took its work over.
         """
         taken = self.run(tracker.run_id).data.tags.get("mmphi.continued_by")
         if taken:
             raise StoreError(
-                f"this process was silent for so long that run {taken} took its work over",
-                "wait for that run; MMPHI_LEASE_S is how many seconds of silence are allowed",
+                f"this process sent no heartbeat for so long that run {taken} took its work over",
+                "wait for that run; MMPHI_LEASE_S sets the seconds allowed without a heartbeat",
             )
         tracker.flush()
         folder = tracker.folder
@@ -187,21 +187,21 @@ class TrackingStore(RunStore):
         return folder
 
     def log_model(self, result: Result) -> None:
-        """Log the model that a run ended in as one of MLflow's; without it the run is finished all the same."""
+        """Log a run's result as an MLflow model; if that fails, a warning is logged and the run stays finished."""
         try:
             log_model(self.client, self.run(result.run_id), result.path, result.stage)
         except (MlflowException, OSError) as error:
             LOGGER.warning(f"run {result.run_id} is finished, but not among MLflow's models: {error}")
 
     def fail(self, tracker: RunTracker, status: str, why: str) -> None:
-        """Mark a run FAILED or KILLED, with the reason; the reason itself must not be lost to a store that is gone."""
+        """Mark a run FAILED or KILLED, with the reason; store errors are ignored, so the original error is not lost."""
         with contextlib.suppress(MlflowException, OSError):
             tracker.flush()
             tracker.tags({"mmphi.error": why})
             self.client.set_terminated(tracker.run_id, status)
 
     def discard(self, tracker: RunTracker, run: str) -> None:
-        """Give up a run that turned out not to be needed; one that was begun elsewhere stays, to point at a result."""
+        """Delete a run that is not needed; a run created elsewhere is kept to refer to a result, and loses its key."""
         if not run:
             self.client.delete_run(tracker.run_id)
             if not any(tracker.folder.iterdir()):
@@ -210,14 +210,15 @@ class TrackingStore(RunStore):
             self.client.delete_tag(run, "mmphi.key")
 
     def copy(self, run: Run, name: str, tags: Mapping[str, str]) -> str:
-        """A run of its own that shows what another one found, with all its curves; returns its id.
+        """Copy a finished run's parameters and metric curves to a new run; returns its ID.
 
-        What was asked for twice, as by two studies, is computed once and shown in both.
+        A training requested twice, for example by two studies, is run once and shown in both. If a finished run with
+        these tags exists, its ID is returned.
 
         Args:
             run: The finished run.
-            name: Of the new run.
-            tags: Of the new run; what the other run says of itself comes with it.
+            name: Name of the new run.
+            tags: Tags of the new run, in addition to those copied from the finished run.
         """
         known = next(iter(self.search("FINISHED", **{k.removeprefix("mmphi."): v for k, v in tags.items()})), None)
         if known is not None:
@@ -240,7 +241,7 @@ class TrackingStore(RunStore):
         return run_id
 
     def point(self, run: str, result: Result, preset: str) -> None:
-        """Let a run that was begun for a result point at the one that was there already."""
+        """Make an existing run refer to the result that was reused for it, and copy the result's metrics."""
         tags = {"mmphi.stage": result.stage, REUSES: result.run_id, "mmphi.preset": preset}
         tracker = self.begin(f"{result.stage} {preset} (reused)", tags, run)
         tracker.metrics(result.metrics)

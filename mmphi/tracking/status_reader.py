@@ -1,8 +1,7 @@
-"""What ``mmphi status`` needs to know of a store, at once: a SQLite store is read without importing mlflow.
+"""Fast store lookups for ``mmphi status``: a SQLite store is read without importing mlflow.
 
-mlflow and what it brings take seconds to import, and a look at what is there should not. MLflow's tables ``runs``,
-``tags`` and ``latest_metrics`` have been as they are since its first version with SQLite; where they are not, and for
-every other kind of store, its client is asked.
+Importing mlflow takes seconds. MLflow's tables ``runs``, ``tags`` and ``latest_metrics`` have been unchanged since its
+first version with SQLite. If reading them fails, and for every other kind of store, MLflow's client is used.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ OF_PRESET = (
 
 @dataclass(frozen=True)
 class ModelRun:
-    """A finished run that ended in a model.
+    """A finished run whose result is a model.
 
     Attributes:
-        run_id: Its ID.
-        ended_ms: When it ended, in milliseconds since 1970.
-        name: Of the run.
+        run_id: ID of the run.
+        ended_ms: End time, in milliseconds since 1970.
+        name: Name of the run.
     """
 
     run_id: str
@@ -56,13 +55,13 @@ class ModelRun:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, as far as a status shows it.
+    """The data of a finished run that ``mmphi status`` shows.
 
     Attributes:
-        run_id: Its id.
-        ended_ms: When it ended, in milliseconds since 1970.
-        folder: Its files, where they are on this machine.
-        seconds: How long it took.
+        run_id: ID of the run.
+        ended_ms: End time, in milliseconds since 1970.
+        folder: Folder of its files; ``None`` if they are not on this machine.
+        seconds: Duration; ``None`` if it was not recorded.
     """
 
     run_id: str
@@ -72,32 +71,32 @@ class FinishedRun:
 
 
 class StatusReader(Protocol):
-    """A look at a store."""
+    """Read access to the runs of a store."""
 
     uri: str
 
     def result(self, key: str) -> FinishedRun | None:
-        """The newest run that is a result of a key."""
+        """The newest run that is a result of a key; ``None`` if there is none."""
 
     def run_status(self, key: str) -> str:
-        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty without a run."""
+        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty if there is none."""
 
     def seconds(self, stage: str, preset: str) -> float | None:
-        """How long the newest finished run of a stage took under a preset's name."""
+        """Duration in seconds of the newest finished run of a stage with a preset's name; ``None`` if unknown."""
 
     def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
-        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+        """Newest finished runs of a stage, without those that only a study requested; an empty preset means any."""
 
     def folder(self, run_id: str) -> Path | None:
-        """The complete files of a finished run on this machine; None where only the store itself can tell."""
+        """Folder of a finished run whose files on this machine are complete; ``None`` if no such folder is found."""
 
 
 class SqliteStatusReader:
-    """A look at a SQLite store, by its tables.
+    """Reads a SQLite store by SQL.
 
     Args:
-        uri: Of the store.
-        file: Its database.
+        uri: URI of the store.
+        file: Database file.
     """
 
     def __init__(self, uri: str, file: Path) -> None:
@@ -110,7 +109,7 @@ class SqliteStatusReader:
             yield from connection.execute(query, values)
 
     def result(self, key: str) -> FinishedRun | None:
-        """The newest run that is a result of a key."""
+        """The newest run that is a result of a key; ``None`` if there is none."""
         finished = NEWEST.format(condition="AND runs.status = 'FINISHED'")
         for run_id, ended_ms, artifacts in self._rows(finished, "mmphi.key", key):
             folder = Path(unquote(urlparse(artifacts).path))
@@ -119,13 +118,13 @@ class SqliteStatusReader:
         return None
 
     def run_status(self, key: str) -> str:
-        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty without a run."""
+        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty if there is none."""
         query = NEWEST.format(condition="").replace("runs.artifact_uri", "runs.status", 1)
         newest = next(self._rows(query, "mmphi.key", key), None)
         return newest[2] if newest else ""
 
     def seconds(self, stage: str, preset: str) -> float | None:
-        """How long the newest finished run of a stage took under a preset's name."""
+        """Duration in seconds of the newest finished run of a stage with a preset's name; ``None`` if unknown."""
         named = (
             "AND runs.status = 'FINISHED' AND EXISTS (SELECT 1 FROM tags AS preset"
             " WHERE preset.run_uuid = runs.run_uuid AND preset.key = 'mmphi.preset' AND preset.value = ?)"
@@ -134,14 +133,14 @@ class SqliteStatusReader:
         return self._seconds(newest[0]) if newest else None
 
     def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
-        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+        """Newest finished runs of a stage, without those that only a study requested; an empty preset means any."""
         names = {"result": "mmphi.key", "trial": STUDY, "for_study": FOR_STUDY, "requested": REQUESTED}
         query = MODELS.format(**{k: HAS.format(v) for k, v in names.items()}, preset=OF_PRESET if preset else "")
         rows = self._rows(query, stage, *([preset] if preset else []), str(most))
         return [ModelRun(run_id, ended or 0, name) for run_id, ended, name in rows]
 
     def folder(self, run_id: str) -> Path | None:
-        """The complete files of a finished run on this machine; None where only the store itself can tell."""
+        """Folder of a finished run whose files on this machine are complete; ``None`` if no such folder is found."""
         query = "SELECT run_uuid, 0, artifact_uri FROM runs WHERE run_uuid = ? AND status = 'FINISHED'"
         found = next(self._rows(query, run_id), None)
         address = urlparse(found[2]) if found else None
@@ -157,7 +156,7 @@ class SqliteStatusReader:
 
 
 class ClientStatusReader:
-    """A look at any store, by MLflow's client."""
+    """Reads any store through MLflow's client."""
 
     def __init__(self) -> None:
         from mmphi.tracking.run_store import RunStore
@@ -166,7 +165,7 @@ class ClientStatusReader:
         self.uri = self._store.uri
 
     def result(self, key: str) -> FinishedRun | None:
-        """The newest run that is a result of a key."""
+        """The newest run that is a result of a key; ``None`` if there is none."""
         run = next(self._store.results(key), None)
         if run is None:
             return None
@@ -174,28 +173,28 @@ class ClientStatusReader:
         return FinishedRun(str(run.info.run_id), run.info.end_time, self._store.local_folder(run), seconds)
 
     def run_status(self, key: str) -> str:
-        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty without a run."""
+        """MLflow's status of the newest run of a key, such as RUNNING, KILLED or FAILED; empty if there is none."""
         newest = next(self._store.search(key=key), None)
         return str(newest.info.status) if newest else ""
 
     def seconds(self, stage: str, preset: str) -> float | None:
-        """How long the newest finished run of a stage took under a preset's name."""
+        """Duration in seconds of the newest finished run of a stage with a preset's name; ``None`` if unknown."""
         run = next(self._store.search("FINISHED", stage=stage, preset=preset), None)
         return run.data.metrics.get("seconds") if run else None
 
     def models(self, stage: str, preset: str, most: int) -> list[ModelRun]:
-        """The newest finished runs of a stage, without those that only a study asked for; an empty preset is any."""
+        """Newest finished runs of a stage, without those that only a study requested; an empty preset means any."""
         runs = itertools.islice(self._store.own_results(stage, preset), most)
         return [ModelRun(str(run.info.run_id), run.info.end_time or 0, str(run.info.run_name)) for run in runs]
 
     def folder(self, run_id: str) -> Path | None:
-        """None: a store is asked by :meth:`mmphi.tracking.run_store.RunStore.model_folder`."""
+        """Returns ``None``: use :meth:`mmphi.tracking.run_store.RunStore.model_folder` for such stores."""
         del run_id
         return None
 
 
 def status_reader() -> StatusReader:
-    """A look at the store that this process works with."""
+    """Returns a reader for the configured store: by SQL if possible, else through MLflow's client."""
     uri = absolute_uri()
     file = database(uri)
     if file is None:

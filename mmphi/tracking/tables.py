@@ -1,4 +1,4 @@
-"""Tables in the form that MLflow's pages show, growing call by call, and gone on with after a kill."""
+"""Tables in the format of MLflow's pages; rows can be appended, also after a run was killed and resumed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Row = dict[str, Any]
 
 
 class Tables:
-    """The rows of a run's tables so far.
+    """The rows of a run's tables.
 
     Args:
-        folder: The run's; holds the tables that a dead run left for it.
+        folder: Folder of the run; it may hold tables of the run that it resumes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -26,15 +26,15 @@ class Tables:
         return name in self._rows
 
     def extend(self, name: str, rows: Sequence[Row]) -> bytes:
-        """Add rows to a table, and give the whole of it as JSON.
+        """Append rows to a table and return the whole table as JSON.
 
-        The first rows of a table decide what of a dead run's stays: rows of the same or a later ``step``, and tables
-        without steps, are written again.
+        The first call for a table drops rows of the resumed run that will be recorded again: those of the same or a
+        later ``step`` than the first new row, and all rows without steps.
         """
         before = self._rows[name] if name in self._rows else self._left(name, rows[0].get("step"))
         self._rows[name] = [*before, *rows]
         columns = list(dict.fromkeys(column for row in self._rows[name] for column in row))
-        # MLflow's page shows the first rows: those of the newest step.
+        # MLflow's page shows only the first rows; the newest steps come first.
         newest = sorted(self._rows[name], key=_step, reverse=True)
         data = [[row.get(column) for column in columns] for row in newest]
         return json.dumps({"columns": columns, "data": data}).encode()
@@ -54,7 +54,7 @@ def _step(row: Row) -> int:
 
 
 def json_row(row: Mapping[str, Any]) -> Row:
-    """A row as JSON knows it."""
+    """Convert a row to JSON types; non-finite and other values become strings."""
     return {str(name): _plain(value) for name, value in row.items()}
 
 

@@ -1,5 +1,5 @@
-"""Tags that distinguish runs of studies from those that a user asked for; light to import."""
+"""Tags that distinguish runs of studies from runs that a user requested; light to import."""
 
-STUDY = "mmphi.study"  # Of a trial: its study.
-FOR_STUDY = "mmphi.for_study"  # Of what was built because a trial needs it: the trial's study.
-REQUESTED = "mmphi.requested"  # Of a result that a user has asked for as well.
+STUDY = "mmphi.study"  # On a trial's run: name of its study.
+FOR_STUDY = "mmphi.for_study"  # On a run built as input of a trial: name of the trial's study.
+REQUESTED = "mmphi.requested"  # On a result that a user has requested as well.

@@ -1,4 +1,4 @@
-"""What a stage may record in its run; light to import."""
+"""The interface for recording in a run, and simple implementations; light to import."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 
 class Tracker(Protocol):
-    """The run that a stage records in; every method is safe to call from the main process only."""
+    """Records in the run of a stage; call its methods from the main process only."""
 
     @property
     def run_id(self) -> str:
-        """Id of the run."""
+        """ID of the run."""
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step; names look like ``train/loss``."""
+        """Record metrics at a step, with names such as ``train/loss``."""
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
         """Record rows as a table; ``image`` names the column that holds image paths, shown as pictures in the UI."""
@@ -30,18 +30,18 @@ class Tracker(Protocol):
         """Record tags."""
 
     def checkpoint(self, folder: Path) -> None:
-        """Send a complete checkpoint to a remote store, in place of the one sent before."""
+        """Upload a complete checkpoint to a remote store, replacing the previous one."""
 
     def say(self, line: str) -> None:
-        """Print a line for the person at the terminal without tearing a progress bar."""
+        """Print a line at the terminal without breaking a progress bar."""
 
 
 class PrefixedTracker:
-    """Records in a run under names of its own: a training before the one that the run is about.
+    """Records in a run with prefixed names, for a preliminary training such as a warm-up.
 
     Args:
-        tracker: The run.
-        prefix: Stands before the names of metrics, tables and figures.
+        tracker: Tracker of the run.
+        prefix: Prefix of the names of metrics, tables, figures and text files.
     """
 
     def __init__(self, tracker: Tracker, prefix: str) -> None:
@@ -49,55 +49,39 @@ class PrefixedTracker:
         self.run_id = tracker.run_id
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step, as ``prefix/name``."""
+        """Record metrics at a step, as ``prefix/name``."""
         self.tracker.metrics({f"{self.prefix}/{name}": value for name, value in values.items()}, step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
-        """Record rows as a table called ``prefix_name``."""
+        """Record rows as the table ``prefix_name``."""
         self.tracker.table(f"{self.prefix}_{name}", rows, image)
 
     def figure(self, name: str, figure: Any) -> None:
-        """Record a figure called ``prefix_name``."""
+        """Record the figure ``prefix_name``."""
         self.tracker.figure(f"{self.prefix}_{name}", figure)
 
     def text(self, name: str, content: str) -> None:
-        """Record a text file."""
+        """Record the text file ``prefix_name``."""
         self.tracker.text(f"{self.prefix}_{name}", content)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Record tags."""
+        """Record tags, without the prefix."""
         self.tracker.tags(values)
 
     def checkpoint(self, folder: Path) -> None:
-        """Do nothing: only checkpoints of the training that the run is about are shared."""
+        """Do nothing: only checkpoints of the main training are uploaded."""
 
     def say(self, line: str) -> None:
-        """Print a line for the person at the terminal."""
+        """Print a line at the terminal."""
         self.tracker.say(line)
 
 
 class SilentTracker:
-    """Records nothing: for all but the first of the processes that train together, and for models used outside runs."""
+    """Records nothing; used on ranks other than 0 and for models outside runs."""
 
     run_id = ""
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def metrics(self, *_: Any, **__: Any) -> None:
         """Do nothing."""
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]], image: str = "") -> None:
-        """Do nothing."""
-
-    def figure(self, name: str, figure: Any) -> None:
-        """Do nothing."""
-
-    def text(self, name: str, content: str) -> None:
-        """Do nothing."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Do nothing."""
-
-    def checkpoint(self, folder: Path) -> None:
-        """Do nothing."""
-
-    def say(self, line: str) -> None:
-        """Do nothing."""
+    table = figure = text = tags = checkpoint = say = metrics

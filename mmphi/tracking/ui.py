@@ -1,6 +1,6 @@
 """``mmphi ui``: MLflow's pages, opened on the training runs.
 
-By itself MLflow 3 opens on its pages for agents, where there is nothing of ours to see.
+By default, MLflow 3 opens its pages for agents, which show no training runs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ PATIENCE_S = 120.0
 
 
 def addresses(base: str, experiment: str, shared: str = "") -> dict[str, str]:
-    """The addresses of an experiment's runs: as a table, and as charts.
+    """Returns the URLs of an experiment's runs as a table (``runs``) and as charts (``charts``).
 
     Args:
-        base: Address of the pages.
+        base: Base URL of the pages.
         experiment: ID of the experiment.
-        shared: What :func:`mmphi.tracking.view_state.share` returns.
+        shared: Query parameter from :func:`mmphi.tracking.view_state.share`; empty for MLflow's own view.
     """
     runs = f"{base}/#/experiments/{experiment}/runs?{TRAINING}{f'&{shared}' if shared else ''}"
     return {"runs": runs, "charts": f"{runs}&compareRunsMode=CHART"}
 
 
 def experiment_id(uri: str) -> str:
-    """The experiment with the newest run, or MLflow's own first one where there is no run."""
+    """ID of the experiment with the newest run; ``0``, MLflow's default experiment, if there is no run."""
     file = database(uri)
     if file is not None and file.exists():
         newest = "SELECT experiment_id FROM runs WHERE lifecycle_stage = 'active' ORDER BY start_time DESC LIMIT 1"
@@ -49,14 +49,14 @@ def experiment_id(uri: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """``mmphi ui``.
+    """Entry point of ``mmphi ui``.
 
     Raises:
-        StoreError: If the port is taken, or the store is a server that has pages of its own.
+        StoreError: If the port is taken, or the store is a tracking server, which serves these pages itself.
     """
     parser = CommandParser(prog="mmphi ui", description="MLflow's pages, opened on the training runs")
     parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 [5000]")
-    parser.add_argument("--no-browser", action="store_true", help="only say where the pages are")
+    parser.add_argument("--no-browser", action="store_true", help="print the URLs without opening a browser")
     options = parser.parse_args(arguments)
     uri = absolute_uri()
     if uri.startswith("http"):
@@ -69,7 +69,14 @@ def main(arguments: list[str]) -> int:
 
 
 def shared_view(uri: str, experiment: str, first: Sequence[str] = (), key: str = "mmphi") -> str:
-    """The view of an experiment that shows results first; empty where the store cannot be written to."""
+    """Store a view of an experiment that shows results first; returns its query parameter, empty on errors.
+
+    Args:
+        uri: URI of the store.
+        experiment: ID of the experiment.
+        first: Metrics to show before the default ones.
+        key: Name of the view.
+    """
     from mlflow.exceptions import MlflowException
 
     from mmphi.tracking.connect import connect
@@ -83,23 +90,23 @@ def shared_view(uri: str, experiment: str, first: Sequence[str] = (), key: str =
 
 
 def port_is_open(port: int) -> bool:
-    """Whether something answers on a port of this machine."""
+    """Whether a server accepts connections on a local port."""
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
 
 
 def serve(uri: str, port: int, pages: dict[str, str], *, browser: bool) -> int:
-    """Run MLflow's pages until they are stopped.
+    """Run MLflow's server until it is stopped, and return its exit code.
 
     Args:
-        uri: Of the store.
-        port: On 127.0.0.1.
-        pages: Addresses by name, said as soon as the pages are there.
-        browser: Whether the first of them is opened.
+        uri: URI of the store.
+        port: Port on 127.0.0.1.
+        pages: URLs by name, printed once the server accepts connections.
+        browser: Whether to open the first URL in a browser.
     """
     threading.Thread(target=_announce, args=(pages, port, browser), daemon=True).start()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST]
-    # One process serves one user. Of several, those that are slow to answer, as beside a training, are killed.
+    # One worker is enough for one user. With several, slow ones are killed, as during a training.
     command += ["--port", str(port), "--workers", "1"]
     process = subprocess.Popen(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri})
     try:
@@ -110,7 +117,7 @@ def serve(uri: str, port: int, pages: dict[str, str], *, browser: bool) -> int:
 
 
 def _announce(pages: dict[str, str], port: int, browser: bool) -> None:
-    """Say where the pages are as soon as they are there."""
+    """Print the URLs once the server accepts connections, at the latest after ``PATIENCE_S``."""
     begun = time.monotonic()
     while time.monotonic() - begun < PATIENCE_S:
         if port_is_open(port):

@@ -1,4 +1,4 @@
-"""Where the tracking store is."""
+"""Location of the tracking store."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SQLITE = "sqlite:///"
 
 
 def absolute_uri() -> str:
-    """MLflow's tracking URI from ``MLFLOW_TRACKING_URI``, absolute.
+    """Returns MLflow's tracking URI from ``MLFLOW_TRACKING_URI``, with an absolute path.
 
-    Where it is not set: ``mlflow.db`` of the current folder if there is one, else of the checkout this package lies in,
-    else of the current folder.
+    If it is not set: an existing ``mlflow.db`` in the current folder, else ``mlflow.db`` in the source checkout that
+    contains this package, else in the current folder.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
@@ -28,15 +28,15 @@ def absolute_uri() -> str:
 
 
 def database(uri: str) -> Path | None:
-    """The file of a SQLite store."""
+    """Database file of a SQLite store; ``None`` for other stores."""
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
 def _database(relative: Path) -> Path:
-    """The database that a relative path means.
+    """Resolve a relative database path.
 
-    ``mlflow run`` passes a relative URI on as it is but starts its command in the project's folder: then the one meant
-    is the one that holds the run it began.
+    ``mlflow run`` passes a relative URI on unchanged, but runs its command in the project's folder. In that case, the
+    database is the one that contains the run it created.
     """
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if run_id:

@@ -1,7 +1,7 @@
-"""What MLflow's run list and charts show first: a shared view state, as its *Share* button stores one.
+"""Stores a shared view state, as MLflow's *Share* button does: which metrics the run list and charts show first.
 
-MLflow 3 keeps the columns and charts of a page in the browser, and orders charts by name, so that warm-up and memory
-come before losses. A page that is opened with ``viewStateShareKey=KEY`` takes its state from the experiment's tag
+MLflow 3 keeps the columns and charts of a page in the browser and orders charts by name, so that warm-up and memory
+come before losses. A page opened with ``viewStateShareKey=KEY`` loads its state from the experiment's tag
 ``mlflow.sharedViewState.KEY`` instead.
 """
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 TAG = "mlflow.sharedViewState."
 KEY = "mmphi"
 RESULTS = "Results"
-# Losses first, then the figures of the test split; those that an experiment lacks are left out.
+# Losses first, then metrics of the test split; those that an experiment lacks are omitted.
 HEADLINES = (
     *("val/loss", "train/loss", "test/loss", "test/exact_match", "test/cider", "test/grounding_gain"),
     *("test/yes_no_accuracy", "test/yes_no_accuracy_held_out_phrasing", "test/wer", "public/loss"),
 )
-SECTIONS = ("val", "test", "train")  # In this order, before the others.
-MOST = 10  # Charts: MLflow keeps at most 5,000 characters of a tag.
-RUNS_READ = 200  # Of these newest runs the names of metrics are collected.
+SECTIONS = ("val", "test", "train")  # Order of the first chart sections.
+MOST = 10  # Maximum number of charts: MLflow limits a tag to 5,000 characters.
+RUNS_READ = 200  # Number of newest runs from which metric names are collected.
 
 
 def _chart(metric: str, section: str, curve: bool) -> dict[str, Any]:
@@ -45,11 +45,11 @@ def _chart(metric: str, section: str, curve: bool) -> dict[str, Any]:
 
 
 def view_state(metrics: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
-    """The state of a page whose run list and first charts show some metrics.
+    """Returns the state of a page whose run list and first charts show the given metrics.
 
     Args:
-        metrics: In the order that they are shown in.
-        curves: Those of them that are recorded at several steps.
+        metrics: Names of the metrics, in display order.
+        curves: Those metrics that are recorded at several steps.
     """
     columns = [f"metrics.`{name}`" for name in metrics]
     sections = [RESULTS, *SECTIONS]
@@ -77,13 +77,13 @@ def view_state(metrics: Sequence[str], curves: Sequence[str]) -> dict[str, Any]:
 
 
 def share(client: MlflowClient, experiment: str, first: Sequence[str] = (), key: str = KEY) -> str:
-    """Store the view state of an experiment; returns what a page's address needs for it.
+    """Store the view state of an experiment; returns the query parameter that loads it.
 
     Args:
-        client: Of the store.
+        client: MLflow client of the store.
         experiment: ID of the experiment.
-        first: Metrics that come before :data:`HEADLINES`, such as that of a study.
-        key: Name of the state; an earlier one of this name is replaced.
+        first: Metrics to show before :data:`HEADLINES`, such as that of a study.
+        key: Name of the state; an existing state of this name is replaced.
     """
     runs = client.search_runs([experiment], max_results=RUNS_READ, order_by=["attributes.start_time DESC"])
     recorded = {name for run in runs for name in run.data.metrics}

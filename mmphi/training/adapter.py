@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,10 @@ from mmphi.training.callbacks import StepTableCallback
 from mmphi.training.conversation_dataset import Choose, conversation_dataset, tokenize_training_rows
 from mmphi.training.conversation_validation import ConversationValidation, log_packing
 from mmphi.training.optimizers import grouped_adamw
-from mmphi.training.trainer import train
+from mmphi.training.trainer import TrainingResult, train
 from mmphi.training.training_args import world_rank
 
 BEFORE = "before.json"
-
-
-@dataclass(frozen=True)
-class AdapterTraining:
-    """Result of adapter training.
-
-    Attributes:
-        steps: Optimiser steps taken.
-        result_step: Step whose weights are the result.
-        figures: Validation figures of the result, and those of the model before training as ``before/...``.
-    """
-
-    steps: int
-    result_step: int
-    figures: Mapping[str, float]
 
 
 def with_new_adapter(model: Multimodal, settings: QloraSettings, tracker: Tracker | None = None) -> Multimodal:
@@ -63,17 +48,7 @@ def with_new_adapter(model: Multimodal, settings: QloraSettings, tracker: Tracke
         model.projector.requires_grad_(settings.projector_learning_rate > 0)
     if model.speech is not None:
         model.speech.requires_grad_(False)
-    return Multimodal(
-        language,
-        model.projector,
-        model.features,
-        settings.max_length,
-        model.vision,
-        own_language=model.own_language,
-        speech=model.speech,
-        audio=model.audio,
-        questions=model.questions,
-    )
+    return model.with_parts(language=language, max_length=settings.max_length, audio_source=None)
 
 
 def train_adapter(
@@ -88,7 +63,7 @@ def train_adapter(
     text_loss: Callable[[], Mapping[str, float]] = dict,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
-) -> AdapterTraining:
+) -> TrainingResult:
     """Train the adapter of a model, and its projector unless ``projector_learning_rate`` is 0.
 
     Args:
@@ -102,6 +77,9 @@ def train_adapter(
         text_loss: Returns figures of forgetting on text; called before and after training.
         callbacks: Additional callbacks of transformers' Trainer.
         progress: Whether progress bars are shown.
+
+    Returns:
+        The result; its figures include those of the model before training as ``before/...``.
 
     Raises:
         DataError: If no training conversation fits in ``max_length``.
@@ -147,9 +125,9 @@ def train_adapter(
         )
     model.packed.eval()
     if world_rank() != 0:
-        return AdapterTraining(trained.steps, trained.best, {})
-    if validation and validation.step != trained.best:  # The last validation was of other weights, or none ran.
-        validation(trained.best)
+        return replace(trained, figures={})
+    if validation and validation.step != trained.result_step:  # The last validation was of other weights, or none ran.
+        validation(trained.result_step)
     if table.rows:
         tracker.table("steps", table.rows)
         tracker.figure("training_loss", table.picture())
@@ -157,7 +135,7 @@ def train_adapter(
         both = [{**row, "before": old} for row, old in zip(validation.rows, before["answers"], strict=True)]
         record_before_and_after(both, tracker)
     after = {f"before/{name}": value for name, value in before["figures"].items()}
-    return AdapterTraining(trained.steps, trained.best, {**after, **validation.figures, **text_loss()})
+    return replace(trained, figures={**after, **validation.figures, **text_loss()})
 
 
 def _measure_before(

@@ -158,6 +158,6 @@ def _validation(
                 batch = collate_pairs(with_audio[some], with_text[some], model.sources, end, layout=model.packed.layout)
                 nats += float(task(**to_device(batch, model.device)))
                 tokens += len(batch["ends"])
-        return {"val/divergence": nats / max(tokens, 1), "val/loss": measured.loss, "val/hearing_gain": measured.gain}
+        return {"val/divergence": nats / max(tokens, 1), "val/loss": measured.loss, "val/audio_gain": measured.gain}
 
     return measure

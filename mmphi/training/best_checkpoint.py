@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmphi.training.checkpoints import checkpoint_tensors, load_trained, save_tensors
 
 FOLDER, NOTE, BY = "best", "best.json", "val/loss"
+PART, FORMER = ".part", ".former"  # Suffixes of folders that are being written or replaced.
 
 
 class BestCheckpoint:
@@ -29,6 +30,9 @@ class BestCheckpoint:
 
     def __init__(self, folder: Path, task: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
         self.folder, self.task, self.state = folder / FOLDER, task, state
+        former = self.folder.with_suffix(FORMER)
+        if former.exists() and not self.folder.exists():  # A process was killed between the two renames of `offer`.
+            former.rename(self.folder)
 
     @property
     def step(self) -> int:
@@ -45,12 +49,16 @@ class BestCheckpoint:
         loss = figures.get(BY, math.nan)
         if not loss < self.figures.get(BY, math.inf):  # Also skips NaN.
             return
-        part = self.folder.with_suffix(".part")
+        part = self.folder.with_suffix(PART)
         shutil.rmtree(part, ignore_errors=True)
         save_tensors(checkpoint_tensors(self.task, self.state), part)
         (part / NOTE).write_text(json.dumps({"step": step, "figures": dict(figures)}))
-        shutil.rmtree(self.folder, ignore_errors=True)
+        former = self.folder.with_suffix(FORMER)
+        shutil.rmtree(former, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(former)
         part.rename(self.folder)
+        shutil.rmtree(former, ignore_errors=True)
 
     def take(self) -> None:
         """Load the saved weights; if there are none, the current ones stay."""
@@ -64,5 +72,5 @@ class BestCheckpoint:
 
 def remove_kept(folder: Path) -> None:
     """Remove the weights saved below a training's folder, once its result is stored."""
-    for name in (FOLDER, f"{FOLDER}.part"):
+    for name in (FOLDER, f"{FOLDER}{PART}", f"{FOLDER}{FORMER}"):
         shutil.rmtree(folder / name, ignore_errors=True)

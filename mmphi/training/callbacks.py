@@ -103,7 +103,7 @@ class GracefulStopCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.asked = self.stopped = False
+        self.stop_requested = self.stopped = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> GracefulStopCallback:
@@ -119,18 +119,18 @@ class GracefulStopCallback(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop_requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after this step if any process received a signal; all processes stop at the same step."""
-        asked = self.asked
+        stop_requested = self.stop_requested
         if args.world_size > 1:
-            flag = torch.tensor(int(asked), device=args.device)
+            flag = torch.tensor(int(stop_requested), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            asked = bool(flag.item())
-        if asked and state.global_step < state.max_steps:
+            stop_requested = bool(flag.item())
+        if stop_requested and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
 
 

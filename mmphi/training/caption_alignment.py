@@ -176,8 +176,8 @@ def caption_words(
     own, placed = token_vocabulary(language, [text for _, texts in images for text in texts])
     uses, first = list[Counter[int]](), 0
     for _, texts in images:
-        said = placed[first : first + len(texts)]
-        uses.append(Counter(own[place - 1] for words in said for place in set(words)))
+        positions = placed[first : first + len(texts)]
+        uses.append(Counter(own[place - 1] for words in positions for place in set(words)))
         first += len(texts)
     if not known:
         usage = Counter[int]()

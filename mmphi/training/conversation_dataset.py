@@ -61,7 +61,11 @@ def conversation_dataset(
             f"no training conversation fits in {settings.max_length} tokens, or there is none", "raise max_length"
         )
     samples = Subset(sequences, choose(kept) if choose is not None else range(len(kept)))
-    how: dict[str, Any] = {"layout": model.packed.layout, "views": views, "together": settings.max_examples_per_image}
+    how: dict[str, Any] = {
+        "layout": model.packed.layout,
+        "views": views,
+        "max_examples_per_image": settings.max_examples_per_image,
+    }
     how |= {"contrast": settings.contrastive_weight, "contrast_from": settings.contrastive_start}
     dataset = packed_dataset(samples, model.sources, settings, **how)
     if settings.supervised_tokens:

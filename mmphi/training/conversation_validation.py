@@ -74,6 +74,6 @@ def log_packing(model: Multimodal, title: str, tracker: Tracker) -> None:
     if model.packed.layout.kind == "alone":
         language = model.language
         tracker.say(
-            f"{title}: {language.name} does not keep packed sequences apart (by {language.packing_error:.2g} of its"
-            " logits' spread, or past its window): one sequence a row"
+            f"{title}: {language.name} does not isolate packed sequences (logits differ by {language.packing_error:.2g}"
+            " standard deviations, or sequences exceed its window): using one sequence per row"
         )

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from mmphi.data.schema import AudioRef
 from mmphi.models.audio.audio_features import AudioFeatureSource
-from mmphi.models.audio.audio_projector import SpeechProjection
+from mmphi.models.audio.audio_projector import AudioProjector
 from mmphi.text.packing import to_device
 from mmphi.training.packed_dataset import ShuffledOrder
 from mmphi.training.training_args import world_size
@@ -43,7 +43,7 @@ class CTCAlignmentLoss(nn.Module):
 
     words: Tensor
 
-    def __init__(self, projection: SpeechProjection, embeddings: Tensor) -> None:
+    def __init__(self, projection: AudioProjector, embeddings: Tensor) -> None:
         super().__init__()
         self.projection = projection
         unit = F.normalize(embeddings.float(), dim=-1)
@@ -147,11 +147,11 @@ def token_error_rate(
     with torch.no_grad():
         likeliest = task.scores(batch["features"]).argmax(dim=-1)
     wrong = 0
-    for own, said in zip(torch.split(likeliest, batch["lengths"].tolist()), words, strict=True):
+    for own, expected in zip(torch.split(likeliest, batch["lengths"].tolist()), words, strict=True):
         named = [token for token in torch.unique_consecutive(own).tolist() if token]
         if named:
-            counted = jiwer.process_words(" ".join(map(str, said)), " ".join(map(str, named)))
+            counted = jiwer.process_words(" ".join(map(str, expected)), " ".join(map(str, named)))
             wrong += counted.substitutions + counted.deletions + counted.insertions
         else:  # jiwer does not accept an empty text.
-            wrong += len(said)
+            wrong += len(expected)
     return wrong / max(1, sum(map(len, words)))

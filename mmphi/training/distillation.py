@@ -24,8 +24,8 @@ from mmphi.training.packed_dataset import PackedStepDataset, packed_dataset
 class DistillationPair(TypedDict):
     """The same conversations in audio and text form, with the same supervised tokens in the same order."""
 
-    heard: PackedBatch
-    read: PackedBatch
+    with_audio: PackedBatch
+    with_text: PackedBatch
     ends: Tensor  # bool (K,), which supervised tokens end an answer
     segments: Tensor  # of both forms, flattened; for the token count
     step_tokens: Tensor
@@ -44,11 +44,11 @@ class DistillationTask(nn.Module):
         super().__init__()
         self.packed, self.temperature, self.end_weight = packed, temperature, end_weight
 
-    def forward(self, heard: Any, read: Any, ends: Tensor, **_: Tensor) -> Tensor:
+    def forward(self, with_audio: Any, with_text: Any, ends: Tensor, **_: Tensor) -> Tensor:
         """Nats times T squared, summed over supervised tokens, shape ()."""
         with torch.no_grad():
-            wanted = F.log_softmax(self.packed.logits(read).float() / self.temperature, dim=-1)
-        found = F.log_softmax(self.packed.logits(heard).float() / self.temperature, dim=-1)
+            wanted = F.log_softmax(self.packed.logits(with_text).float() / self.temperature, dim=-1)
+        found = F.log_softmax(self.packed.logits(with_audio).float() / self.temperature, dim=-1)
         each = F.kl_div(found, wanted, reduction="none", log_target=True).sum(dim=-1)
         return (each * (1 + self.end_weight * ends)).sum() * self.temperature**2
 
@@ -58,14 +58,14 @@ class DistillationDataset(Dataset[DistillationPair]):
 
     Args:
         steps: Dataset of the conversations in audio form.
-        read: The same conversations in text form, in the same order.
+        with_text: The same conversations in text form, in the same order.
         end: ID of the token that ends an answer.
     """
 
-    def __init__(self, steps: PackedStepDataset, read: Sequence[TokenizedExample], end: int) -> None:
-        if len(read) != len(steps.samples):
-            raise ValueError(f"{len(steps.samples)} conversations are heard, {len(read)} read")
-        self.steps, self.read, self.end = steps, read, end
+    def __init__(self, steps: PackedStepDataset, with_text: Sequence[TokenizedExample], end: int) -> None:
+        if len(with_text) != len(steps.samples):
+            raise ValueError(f"{len(steps.samples)} conversations in audio form, but {len(with_text)} in text form")
+        self.steps, self.with_text, self.end = steps, with_text, end
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -83,7 +83,7 @@ class DistillationDataset(Dataset[DistillationPair]):
         own = [chosen[i] for i in share]
         return collate_pairs(
             [steps.samples[i] for i in own],
-            [self.read[i] for i in own],
+            [self.with_text[i] for i in own],
             steps.features,
             self.end,
             total,
@@ -92,8 +92,8 @@ class DistillationDataset(Dataset[DistillationPair]):
 
 
 def collate_pairs(
-    heard: Sequence[TokenizedExample],
-    read: Sequence[TokenizedExample],
+    with_audio: Sequence[TokenizedExample],
+    with_text: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
     end: int,
     step_tokens: int | None = None,
@@ -103,27 +103,31 @@ def collate_pairs(
     """Pack conversations in audio and in text form, with the same conversations in each row.
 
     Args:
-        heard: Sequences with recordings.
-        read: The same sequences with transcripts in place of the recordings.
+        with_audio: Sequences with recordings.
+        with_text: The same sequences with transcripts in place of the recordings.
         features: Feature source of each kind of span.
         end: ID of the token that ends an answer.
         step_tokens: Supervised tokens of the whole step; by default those of these samples.
         layout: Layout of the packs.
     """
-    rows = rows_of(heard, layout=layout)
-    ours = pack(heard, features, step_tokens, layout=layout, rows=rows)
-    theirs = pack(read, features, step_tokens, layout=layout, rows=rows)
+    rows = rows_of(with_audio, layout=layout)
+    ours = pack(with_audio, features, step_tokens, layout=layout, rows=rows)
+    theirs = pack(with_text, features, step_tokens, layout=layout, rows=rows)
     if not torch.equal(ours["targets"], theirs["targets"]):
         raise ValueError("the audio and the text form have different answers")
     segments = torch.cat([ours["segments"].flatten(), theirs["segments"].flatten()])
     return DistillationPair(
-        heard=ours, read=theirs, ends=ours["targets"] == end, segments=segments, step_tokens=ours["step_tokens"]
+        with_audio=ours,
+        with_text=theirs,
+        ends=ours["targets"] == end,
+        segments=segments,
+        step_tokens=ours["step_tokens"],
     )
 
 
 def distillation_dataset(
-    heard: Sequence[TokenizedExample],
-    read: Sequence[TokenizedExample],
+    with_audio: Sequence[TokenizedExample],
+    with_text: Sequence[TokenizedExample],
     features: Mapping[str, SpanFeatures],
     settings: TrainingSettings,
     end: int,
@@ -131,4 +135,4 @@ def distillation_dataset(
     layout: Layout = ROWS,
 ) -> DistillationDataset:
     """Returns the pairs of a training with the given settings, over all processes that train together."""
-    return DistillationDataset(packed_dataset(heard, features, settings, layout=layout), read, end)
+    return DistillationDataset(packed_dataset(with_audio, features, settings, layout=layout), with_text, end)

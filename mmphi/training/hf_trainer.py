@@ -52,7 +52,7 @@ class ExactLossTrainer(Trainer):
         tracker: The run to record in.
         throughput: Token counter.
         step_loss: Accumulator of each step's loss.
-        beside: Checkpoint state other than tensors.
+        extra_state: Checkpoint state other than tensors.
         best: Keeps the weights of the best validation.
         validate: Returns metrics named ``val/...``; called on the main process at each evaluation, or on all processes
             if the task's parameters are sharded.
@@ -69,7 +69,7 @@ class ExactLossTrainer(Trainer):
         throughput: Throughput,
         step_loss: StepLoss,
         validate: Callable[[int], Mapping[str, float]] | None,
-        beside: ExtraCheckpointState | None = None,
+        extra_state: ExtraCheckpointState | None = None,
         best: BestCheckpoint | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,7 +77,7 @@ class ExactLossTrainer(Trainer):
         super().__init__(model=TaskWrapper(task), compute_loss_func=lambda outputs, *_, **__: outputs, **kwargs)
         self.task, self.state_tensors, self.settings, self.tracker = task, state, settings, tracker
         self.throughput, self.step_loss, self.validate = throughput, step_loss, validate
-        self.beside, self.best = beside, best
+        self.extra_state, self.best = extra_state, best
         self.sharded = is_sharded(task)
         if self.sharded:  # FSDP2 averages the gradients: accelerate must not wrap the task in DDP.
             prepare: Any = self.accelerator.prepare_model
@@ -164,12 +164,12 @@ class ExactLossTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint = self.folder / f"checkpoint-{self.state.global_step}"
-            if self.beside is not None:
-                self.beside.save(checkpoint, self.state.global_step)
+            if self.extra_state is not None:
+                self.extra_state.save(checkpoint, self.state.global_step)
             mark_complete(checkpoint)
             if self.settings.share_checkpoints:
                 self.tracker.checkpoint(checkpoint)
             prune(self.folder, self.settings.keep_checkpoints)
-            if self.beside is not None:
-                self.beside.saved(checkpoint)
+            if self.extra_state is not None:
+                self.extra_state.saved(checkpoint)
         self.accelerator.wait_for_everyone()

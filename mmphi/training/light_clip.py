@@ -136,7 +136,7 @@ def captioned_images(
     turns = [(i, turn) for i, path in enumerate(pixels.paths) for e in captions[path] for turn in e.turns]
     owners, texts = [i for i, _ in turns], [turn.answer for _, turn in turns]
     if not pixels.paths:
-        raise DataError("no image has a caption to train a CLIP on", "name a source of captions in data.sources")
+        raise DataError("no image has a caption to train a CLIP on", "add a source with captions to data.sources")
     return pixels, texts, owners
 
 

@@ -34,13 +34,13 @@ class TokenStream:
 
     def __init__(self, tokens: TokenShards, source: int, seed: int) -> None:
         self.data, self.source, self.seed = tokens, source, seed
-        self.stretches = tokens.of(source)
-        self.tokens = int(tokens.lengths(self.stretches).sum())
+        self.chunks = tokens.of(source)
+        self.tokens = int(tokens.lengths(self.chunks).sum())
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> tuple[Indices, Indices]:
         """Chunks in the order of an epoch, and the cumulative number of predictions after each."""
-        order = self.stretches[np.random.default_rng([self.seed, self.source, epoch]).permutation(len(self.stretches))]
+        order = self.chunks[np.random.default_rng([self.seed, self.source, epoch]).permutation(len(self.chunks))]
         return order, np.cumsum(self.data.lengths(order))
 
     def parts(self, position: int, count: int) -> list[npt.NDArray[np.int64]]:
@@ -141,7 +141,9 @@ class LMDataset(Dataset[dict[str, Tensor]]):
             raise ValueError(f"{rows} rows cannot be spread evenly over {passes} forward passes")
         self.streams = [TokenStream(tokens, source, seed) for source in range(len(weights))]
         if not all(stream.tokens for stream in self.streams):
-            raise DataError("a source of the corpus has nothing to train on", "give more text, or leave it out")
+            raise DataError(
+                "a source of the corpus has no training tokens", "add text to it, or remove it from the sources"
+            )
         self.tokens = sum(stream.tokens for stream in self.streams)
         self.turns = SourceScheduler(weights if any(weights) else [stream.tokens for stream in self.streams])
         self.context, self.rows, self.passes, self.steps = context, rows, passes, steps

@@ -12,7 +12,7 @@ CRITICAL_TOKENS = 2e8  # Kaplan et al. 2020, table 5: the critical batch is B*/L
 CRITICAL_EXPONENT = 1 / 0.21
 EARLY_LOSS = 9.8  # One nat below ln 51,200, the default end; the critical batch of longer trainings is larger.
 MUON_RATE = 0.02  # Jordan et al. 2024, for updates of unit spectral norm; hardly depends on the width.
-BESIDE_MUON = 0.004, 768  # AdamW's rate at a width; falls with the square root of the width: karpathy/nanochat.
+ADAMW_WITH_MUON = 0.004, 768  # AdamW's rate at a width; falls with the square root of the width: karpathy/nanochat.
 
 
 def adamw_learning_rate(parameters: int, tokens: int, batch_tokens: int) -> float:
@@ -39,7 +39,7 @@ def muon_learning_rate(batch_tokens: int) -> float:
 
 def adamw_learning_rate_with_muon(width: int, batch_tokens: int) -> float:
     """Returns AdamW's peak learning rate if Muon updates the matrices and AdamW the rest."""
-    rate, at_width = BESIDE_MUON
+    rate, at_width = ADAMW_WITH_MUON
     return rate * math.sqrt(at_width / width) * batch_factor(batch_tokens)
 
 
@@ -57,11 +57,11 @@ def with_learning_rates(settings: S, parameters: int, width: int, batch_tokens: 
     """Returns the settings with learning rates of 0 replaced by the rules'; ``steps`` is the whole training."""
     changes = {}
     if not settings.learning_rate:
-        beside = settings.optimizer == "muon"
+        with_muon = settings.optimizer == "muon"
         tokens = settings.steps * batch_tokens
         rate = (
             adamw_learning_rate_with_muon(width, batch_tokens)
-            if beside
+            if with_muon
             else adamw_learning_rate(parameters, tokens, batch_tokens)
         )
         changes["learning_rate"] = rate

@@ -67,7 +67,7 @@ class PackedStepDataset(Dataset[PackedBatch]):
         seed: Seed of the order.
         layout: Layout of the packs.
         views: Number of augmented views per image, used in rotation over epochs.
-        together: Maximum number of adjacent sequences about the same images, which share their prefix.
+        max_examples_per_image: Maximum number of adjacent sequences about the same images, which share their prefix.
         contrast: Weight of the loss against hard negatives; 0 for none.
         contrast_from: First step with hard negatives.
     """
@@ -83,19 +83,19 @@ class PackedStepDataset(Dataset[PackedBatch]):
         seed: int,
         layout: Layout = ROWS,
         views: int = 1,
-        together: int = 1,
+        max_examples_per_image: int = 1,
         contrast: float = 0.0,
         contrast_from: int = 0,
     ) -> None:
         if not samples:
-            raise ValueError("there is nothing to train on")
+            raise ValueError("there are no training sequences")
         if batch_size < packs_per_step:
             raise ValueError(f"batch_size = {batch_size} is less than {packs_per_step} forward passes per step")
         self.samples, self.features = samples, features
         self.steps, self.batch_size, self.packs_per_step, self.seed = steps, batch_size, packs_per_step, seed
-        self.layout, self.views, self.together = layout, views, together
+        self.layout, self.views, self.max_examples_per_image = layout, views, max_examples_per_image
         self.contrast, self.contrast_from = contrast, contrast_from
-        groups = group_by_images(samples, together) if together > 1 else None
+        groups = group_by_images(samples, max_examples_per_image) if max_examples_per_image > 1 else None
         self._turn = np.arange(len(samples))
         for turn, group in enumerate(groups or ()):
             self._turn[group] = turn
@@ -135,12 +135,12 @@ class PackedStepDataset(Dataset[PackedBatch]):
         total = sum(int(s.supervised.sum()) for s in samples)
         if self.contrast and index // self.packs_per_step >= self.contrast_from:
             return self._against_foils(samples, total, index % self.packs_per_step)
-        bundles = group_by_shared_prefix(samples, self.together > 1)
+        bundles = group_by_shared_prefix(samples, self.max_examples_per_image > 1)
         if len(bundles) < self.packs_per_step:
             bundles = group_by_shared_prefix(samples, share=False)
         shares = partition([bundle.length(samples) for bundle in bundles], self.packs_per_step)
         own = [samples[i] for b in shares[index % self.packs_per_step] for i in bundles[b].members]
-        return pack(own, self.features, total, layout=self.layout, share=self.together > 1)
+        return pack(own, self.features, total, layout=self.layout, share=self.max_examples_per_image > 1)
 
     def _against_foils(self, samples: Sequence[TokenizedExample], total: int, part: int) -> PackedBatch:
         units = pair_hard_negatives(samples)
@@ -152,16 +152,16 @@ class PackedStepDataset(Dataset[PackedBatch]):
         return pack(own, self.features, total, **how)
 
 
-def group_by_images(samples: Sequence[TokenizedExample], together: int) -> list[npt.NDArray[np.int64]]:
-    """Returns the indices of sequences about the same images, in groups of at most ``together``."""
+def group_by_images(samples: Sequence[TokenizedExample], max_examples_per_image: int) -> list[npt.NDArray[np.int64]]:
+    """Returns the indices of sequences about the same images, in groups of at most ``max_examples_per_image``."""
     about: dict[tuple[Any, ...], list[int]] = {}
     for index, sample in enumerate(samples):
         seen = tuple(span.reference for span in sample.spans)
         about.setdefault(seen or (index,), []).append(index)
     return [
-        np.asarray(all_of[first : first + together])
+        np.asarray(all_of[first : first + max_examples_per_image])
         for all_of in about.values()
-        for first in range(0, len(all_of), together)
+        for first in range(0, len(all_of), max_examples_per_image)
     ]
 
 
@@ -183,7 +183,7 @@ def packed_dataset(
     *,
     layout: Layout = ROWS,
     views: int = 1,
-    together: int = 1,
+    max_examples_per_image: int = 1,
     contrast: float = 0.0,
     contrast_from: float = 0.0,
 ) -> PackedStepDataset:
@@ -200,7 +200,7 @@ def packed_dataset(
         seed=settings.seed,
         layout=layout,
         views=views,
-        together=together,
+        max_examples_per_image=max_examples_per_image,
         contrast=contrast,
         contrast_from=round(contrast_from * settings.steps),
     )

@@ -42,12 +42,12 @@ def peak_flops(tflops: float = 0.0, dtype: torch.dtype = torch.float32) -> PeakF
         dtype: Type of the arithmetic.
     """
     if tflops:
-        return PeakFlops(tflops * 1e12, f"{tflops:g} TFLOP/s as given")
+        return PeakFlops(tflops * 1e12, f"{tflops:g} TFLOP/s (setting)")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
         for name, value in PEAKS.items():
             if name in device and dtype == torch.bfloat16:
-                return PeakFlops(value * 1e12, f"{device}, {value:g} TFLOP/s bf16 by its data sheet")
+                return PeakFlops(value * 1e12, f"{device}, {value:g} TFLOP/s bf16 (data sheet)")
     return measure_peak_flops(dtype)
 
 
@@ -66,7 +66,7 @@ def measure_peak_flops(dtype: torch.dtype) -> PeakFlops:
         best = max(best, 2 * SIDE**3 / (time.perf_counter() - begun))
     device = torch.cuda.get_device_name() if cuda else _threads()
     return PeakFlops(
-        best, f"{device}, {best / 1e12:.3g} TFLOP/s {str(dtype).removeprefix('torch.')} in a product measured here"
+        best, f"{device}, {best / 1e12:.3g} TFLOP/s {str(dtype).removeprefix('torch.')} (measured matrix product)"
     )
 
 

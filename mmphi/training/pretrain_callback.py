@@ -69,7 +69,7 @@ class PretrainCallback(TrainerCallback):
             "reached": self._reached,
         }
         self.reason, self._rate, self._sum, self._count = "", 0.0, 0.0, 0
-        self._begun_s = self._said_s = self._said_pairs = 0.0
+        self._begun_s = self._logged_s = self._logged_pairs = 0.0
 
     @property
     def initial(self) -> float:
@@ -102,7 +102,7 @@ class PretrainCallback(TrainerCallback):
     ) -> None:
         """Start the clock where the checkpoint left it."""
         self._begun_s = float(self._totals[SECONDS]) - self.throughput.elapsed_s()
-        self._said_s, self._said_pairs = float(self._totals[SECONDS]), int(self.throughput.pairs)
+        self._logged_s, self._logged_pairs = float(self._totals[SECONDS]), int(self.throughput.pairs)
 
     def on_step_begin(
         self,
@@ -136,9 +136,8 @@ class PretrainCallback(TrainerCallback):
         expected = math.log(self.vocabulary)
         if abs(loss - expected) > INITIAL_TOLERANCE:
             raise TrainingError(
-                f"the first loss is {loss:.3f} nats; a model that has learned nothing has ln {self.vocabulary:,} = "
-                f"{expected:.3f}",
-                "weights or data are not what they should be: nothing was trained",
+                f"the first loss is {loss:.3f} nats; an untrained model has ln {self.vocabulary:,} = {expected:.3f}",
+                "check the initial weights and the data; the training was stopped",
             )
 
     def _ended(self, recent: float, step: int, args: TrainingArguments) -> str:
@@ -168,8 +167,8 @@ class PretrainCallback(TrainerCallback):
             return
         values = {"train/step_loss": self._sum / self._count, "train/tokens": float(self._totals[TOKENS])}
         if due:
-            seconds = float(self._totals[SECONDS]) - self._said_s
-            pairs = (int(self.throughput.pairs) - self._said_pairs) * args.world_size
+            seconds = float(self._totals[SECONDS]) - self._logged_s
+            pairs = (int(self.throughput.pairs) - self._logged_pairs) * args.world_size
             steps = 1 if step == 1 else args.logging_steps
             flops = self.flops(steps * self.step_tokens, int(pairs))
             values["train/mfu"] = flops / max(seconds, 1e-9) / (self.peak.flops * args.world_size)
@@ -179,7 +178,7 @@ class PretrainCallback(TrainerCallback):
                 f"iter {(step - 1) * args.gradient_accumulation_steps} step {step - 1}: loss {loss:.4f}, "
                 f"LR: {self._rate:.6f}, iter time: {1000 * seconds / passes:.2f}ms"
             )
-            self._said_s, self._said_pairs = float(self._totals[SECONDS]), int(self.throughput.pairs)
+            self._logged_s, self._logged_pairs = float(self._totals[SECONDS]), int(self.throughput.pairs)
         self._sum, self._count = 0.0, 0
         self.tracker.metrics(values, step)
         # A resumed training records its log history again.

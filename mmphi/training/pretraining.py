@@ -19,8 +19,7 @@ from mmphi.models.device import this_device
 from mmphi.models.language.causal_lm_task import CausalTask, isolation_error, smoke_test
 from mmphi.models.language.phi import count_parameters, phi_config, size_config, training_flops
 from mmphi.models.packed_vlm import PackedVLM
-from mmphi.models.patches.module_patches import apply_patches
-from mmphi.models.patches.varlen_attention import varlen_attention_applied
+from mmphi.models.patches.module_patches import apply_patches, patched
 from mmphi.text.prompt import Prompt
 from mmphi.tracking.tracker import Tracker
 from mmphi.training.checkpoints import ExtraCheckpointState
@@ -42,7 +41,7 @@ class TextSource(Protocol):
     """Source of pretraining text."""
 
     @property
-    def beside(self) -> ExtraCheckpointState | None:
+    def extra_state(self) -> ExtraCheckpointState | None:
         """State for checkpoints; None if the step number determines it."""
 
     def held(self) -> list[Any]:
@@ -62,7 +61,7 @@ class ShardTexts:
         tracker: Records the tokens of the corpus.
     """
 
-    beside = None  # The number of a step determines which windows it has.
+    extra_state = None  # The number of a step determines which windows it has.
 
     def __init__(
         self, shards: TokenShards, weights: Sequence[float], settings: PretrainSettings, tracker: Tracker
@@ -126,7 +125,7 @@ def pretrain(
     """
     torch.manual_seed(settings.seed)
     model = apply_patches(PhiForCausalLM(config).to(this_device()))
-    with varlen_attention_applied(model):
+    with patched(model, "training"):
         return _train(model, settings, prompt, texts, folder, tracker, first)
 
 
@@ -170,7 +169,7 @@ def _train(
             throughput=throughput,
             step_loss=step_loss,
             ended=lambda: progress.ended,
-            beside=texts.beside,
+            extra_state=texts.extra_state,
         )
     task.eval()
     say(f"ended after {progress.reason or f'{settings.steps} steps'}")
@@ -189,7 +188,7 @@ def _progress(
     """Returns the callback that logs and ends the training; records the reference of MFU."""
     fastest = peak_flops(settings.peak_tflops, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     tracker.tags({"mmphi.peak": fastest.name})
-    tracker.say(f"MFU is the share of {fastest.name}, attention counted")
+    tracker.say(f"MFU is relative to {fastest.name} and includes attention")
     tracker.metrics(
         {
             "pretrain/inner_parameters": count_parameters(config).inner,
@@ -221,7 +220,10 @@ def _task(model: Any, chosen: PretrainSettings, say: Callable[[str], None]) -> C
     with torch.autocast(device.type, torch.bfloat16, enabled=rounded):
         error = isolation_error(task)
     if error > (ISOLATION_TOLERANCE_ROUNDED if rounded else ISOLATION_TOLERANCE):
-        say(f"attention inside documents does not hold here (off by {error:.2g} nats): masked rows are used instead")
+        say(
+            f"variable-length attention is not exact here (off by {error:.2g} nats per token): using"
+            " masked rows instead"
+        )
         task = CausalTask(model, walls="mask")
     if not chosen.compile:
         return task

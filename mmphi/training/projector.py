@@ -7,9 +7,9 @@ Liu et al. 2023 (arXiv 2304.08485) train this projector first, on captions. The 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,25 +29,10 @@ from mmphi.tracking.tracker import SilentTracker, Tracker
 from mmphi.training.conversation_dataset import Choose, conversation_dataset, tokenize_training_rows
 from mmphi.training.conversation_validation import ConversationValidation, log_packing
 from mmphi.training.projector_warmup import align_to_captions
-from mmphi.training.trainer import train
+from mmphi.training.trainer import TrainingResult, train
 
 FEATURE_BYTES = 2  # Features are stored in half precision.
 STATISTICS_IMAGES, STATISTICS_BATCH = 4096, 256  # Images for the statistics of features.
-
-
-@dataclass(frozen=True)
-class ProjectorTraining:
-    """Result of projector training.
-
-    Attributes:
-        steps: Optimiser steps taken.
-        result_step: Step whose weights are the result.
-        figures: Validation figures of the result; empty without a validation split.
-    """
-
-    steps: int
-    result_step: int
-    figures: Mapping[str, float]
 
 
 def new_projector(
@@ -86,7 +71,7 @@ def train_projector(
     choose: Choose | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool = True,
-) -> ProjectorTraining:
+) -> TrainingResult:
     """Train the projector of a model; its language model stays frozen.
 
     Args:
@@ -99,6 +84,9 @@ def train_projector(
         choose: Maps the training conversations to the indices to train on; all by default.
         callbacks: Additional callbacks of transformers' Trainer.
         progress: Whether progress bars are shown.
+
+    Returns:
+        The result; its figures are empty without a validation split.
 
     Raises:
         DataError: If no training conversation has an image, or fits in ``max_length``.
@@ -146,4 +134,4 @@ def train_projector(
             keep_best=settings.checkpoint_selection == "best",
             progress=progress,
         )
-    return ProjectorTraining(trained.steps, trained.best, trained.figures or validation.figures)
+    return replace(trained, figures=trained.figures or validation.figures)

@@ -56,7 +56,7 @@ def align_to_captions(
     steps, batch_size = settings.alignment_steps, settings.alignment_batch_size
     known, images = caption_words(model.language, _answers(examples, "train", steps * batch_size))
     if not images:
-        tracker.say("there is nothing to name: no training image has an answer")
+        tracker.say("alignment warm-up skipped: no training image has an answer")
         return
     embeddings = model.language.embeddings(known)
     usage = word_frequencies(images, len(known)).to(embeddings.device)
@@ -100,8 +100,8 @@ def _answers(examples: Sequence[Example], split: str, most: int) -> list[tuple[I
         if example.split == split and example.image is not None:
             if example.image.id not in found and len(found) == most:
                 continue
-            _, said = found.setdefault(example.image.id, (example.image, []))
-            said += [turn.answer for turn in example.turns]
+            _, captions = found.setdefault(example.image.id, (example.image, []))
+            captions += [turn.answer for turn in example.turns]
     return list(found.values())
 
 

@@ -58,7 +58,6 @@ class ReplayBuffer:
         self._queue: list[tuple[int, int, int, int]] = []  # Uses, order, group number, index in the group.
         self._first = self._arrived = 0  # Number of the first group, and of all groups added.
         self._current: tuple[int, int, int] | None = None  # Group number, index and offset of the partly used document.
-        self.left: list[str] = []  # Groups removed since the last :meth:`gone`.
 
     def __len__(self) -> int:
         """Predictions in the buffer."""
@@ -137,7 +136,6 @@ class ReplayBuffer:
             held -= group.tokens
             for ids, seen in zip(group.documents, group.seen, strict=True):
                 self.times[seen] += len(ids) - 1
-            self.left.append(group.name)
             if any(number == self._first for _, _, number, _ in self._queue):
                 self._queue = [entry for entry in self._queue if entry[2] != self._first]
                 heapq.heapify(self._queue)
@@ -148,11 +146,6 @@ class ReplayBuffer:
             return False
         least = min(group.seen, default=self.passes)
         return least >= self.passes or (crowded and least >= 1)
-
-    def gone(self) -> list[str]:
-        """Returns the groups removed since the last call."""
-        names, self.left = self.left, []
-        return names
 
     def counted(self) -> dict[int, int]:
         """Returns predictions by number of uses, of removed and of buffered documents."""
@@ -176,7 +169,7 @@ class ReplayBuffer:
 
     def load(self, state: dict[str, Any], documents: Callable[[str], Sequence[Ids]]) -> None:
         """Restore a state; ``documents`` returns those of a group by its name."""
-        self.groups, self._queue, self.left = deque(), [], []
+        self.groups, self._queue = deque(), []
         self._first = self._arrived = 0
         self.times = Counter({int(seen): count for seen, count in state["times"].items()})
         self._current = tuple(state["current"]) if state["current"] is not None else None

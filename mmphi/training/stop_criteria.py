@@ -48,7 +48,7 @@ class StopCriteria:
     def reason(self, *, initial: float, loss: float, tokens: float, steps: int, seconds: float) -> str:
         """Returns why the training ends now; empty if it continues."""
         if loss <= self.target(initial):
-            return f"the loss is {loss:.3f}, and {self.target(initial):.3f} was asked for"
+            return f"a loss of {loss:.3f} (target {self.target(initial):.3f})"
         if tokens >= self.tokens:
             return f"{tokens:,.0f} tokens"
         if steps >= self.steps:
@@ -76,7 +76,7 @@ def parse_stop(text: str) -> StopCriteria:
         elif match := re.fullmatch(r"(?:time\s*)?([\d.]+)\s*(s|m|min|h)", part):
             found["seconds"] = _number(match[1], part) * SECONDS[match[2]]
         else:
-            raise SettingsError(f"pretrain.stop: {part!r} is no condition", HINT)
+            raise SettingsError(f"pretrain.stop: {part!r} is not a valid condition", HINT)
     if not found:
         raise SettingsError("pretrain.stop is empty", HINT)
     return StopCriteria(**found)
@@ -88,5 +88,5 @@ def _number(text: str, part: str) -> float:
     except ValueError:
         number = 0.0
     if number <= 0:
-        raise SettingsError(f"pretrain.stop: {part!r} has no number above zero", HINT)
+        raise SettingsError(f"pretrain.stop: {part!r} needs a number above zero", HINT)
     return number

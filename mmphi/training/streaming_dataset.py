@@ -33,7 +33,6 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
         passes: Forward passes per step; must divide ``rows``.
         steps: Maximum number of steps.
         alive: Called while no shard waits, to restart generators that died; may raise to end the training.
-        arrived: Called with the documents of each shard that is read.
 
     Attributes:
         waited_s: Seconds of waiting for text with an exhausted buffer.
@@ -50,14 +49,12 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
         passes: int,
         steps: int,
         alive: Callable[[], None] = lambda: None,
-        arrived: Callable[[Sequence[Document]], None] = lambda _: None,
     ) -> None:
         if rows % passes:
             raise ValueError(f"{rows} rows cannot be spread evenly over {passes} forward passes")
         self.reader, self.encode, self.window = reader, encode, window
         self.context, self.rows, self.passes, self.steps = context, rows, passes, steps
-        self.alive, self.arrived = alive, arrived
-        self.waited_s = 0.0
+        self.alive, self.waited_s = alive, 0.0
         self._states: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._next, self._look = 0, 0.0
 
@@ -66,7 +63,9 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index != self._next:
-            raise IndexError(f"batch {index} was asked for, but {self._next} comes next: a stream goes one way")
+            raise IndexError(
+                f"batch {index} was requested, but the next one is {self._next}: a stream can only be read in order"
+            )
         if index % self.passes == 0:
             self._remember(index // self.passes)
         rows = [pack_row(self.window.take(self.context, self._more)) for _ in range(self.rows // self.passes)]
@@ -94,10 +93,6 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
         self._states.clear()
         self._remember(step)
 
-    def kept_from(self, step: int) -> set[str]:
-        """Returns the names of the shards that a checkpoint after a step needs."""
-        return {group["name"] for group in self._states[step]["window"]["groups"]}
-
     def _remember(self, step: int) -> None:
         state = {"position": dict(self.reader.position), "window": self.window.state(), "waited_s": self.waited_s}
         self._states[step] = state
@@ -113,9 +108,7 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
                 waiting = self.reader.waiting()
                 if waiting:
                     name = waiting[0].name
-                    documents = self.reader.take(name)
-                    self.arrived(documents)
-                    self.window.add(str(name), [self.encode(document) for document in documents])
+                    self.window.add(str(name), [self.encode(document) for document in self.reader.take(name)])
                     self.waited_s += (now - begun) * idle
                     return True
                 self._look = now + LOOK_S
@@ -124,7 +117,7 @@ class StreamingDataset(Dataset[dict[str, Tensor]]):
                 return False
             if now - begun > PATIENCE_S:
                 raise DataError(
-                    f"nothing has come to {self.reader.spool.url} for {PATIENCE_S / 60:.0f} minutes",
-                    "start generators: mmphi textgen, or pretrain with generators of its own",
+                    f"no text has arrived in the spool {self.reader.spool.url} for {PATIENCE_S / 60:.0f} minutes",
+                    "start generators with `mmphi generators --spool URL`, or set textgen.generators",
                 )
             time.sleep(LOOK_S / 4)

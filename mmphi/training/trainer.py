@@ -39,14 +39,12 @@ class TrainingResult:
 
     Attributes:
         steps: Optimiser steps in total.
-        resumed_from: Step of the checkpoint that it resumed from; 0 if it started from scratch.
-        best: Step of the resulting weights: that of the best validation if those are loaded, else the last one.
+        result_step: Step of the resulting weights: that of the best validation if those are loaded, else the last one.
         figures: Figures of that validation; empty if the last weights are the result.
     """
 
     steps: int
-    resumed_from: int
-    best: int
+    result_step: int
     figures: Mapping[str, float]
 
 
@@ -71,7 +69,7 @@ def train(
     throughput: Throughput | None = None,
     step_loss: StepLoss | None = None,
     ended: Callable[[], bool] = lambda: False,
-    beside: ExtraCheckpointState | None = None,
+    extra_state: ExtraCheckpointState | None = None,
     keep_best: bool = False,
     progress: bool = True,
 ) -> TrainingResult:
@@ -92,7 +90,7 @@ def train(
         throughput: Token counter, if the caller reads it as well.
         step_loss: Loss accumulator, if the caller reads it.
         ended: Called after ``state`` is restored from a checkpoint; returns whether that training was complete.
-        beside: Checkpoint state other than tensors.
+        extra_state: Checkpoint state other than tensors.
         keep_best: Whether the result is the weights of the best validation instead of the last ones. They are saved
             below ``folder`` until :func:`mmphi.training.best_checkpoint.remove_kept`.
         progress: Whether a progress bar is shown.
@@ -109,9 +107,9 @@ def train(
     if done:
         load_trained(task, done[-1], state)
         if ended():
-            return TrainingResult(step_of(done[-1]), step_of(done[-1]), step_of(done[-1]), {})
-        if beside is not None:
-            beside.load(done[-1], step_of(done[-1]))
+            return TrainingResult(step_of(done[-1]), step_of(done[-1]), {})
+        if extra_state is not None:
+            extra_state.load(done[-1], step_of(done[-1]))
     best = BestCheckpoint(folder, task, state) if keep_best else None
     with GracefulStopCallback() as stop:
         loop = ExactLossTrainer(
@@ -122,7 +120,7 @@ def train(
             throughput=throughput,
             step_loss=step_loss or StepLoss(),
             validate=validate,
-            beside=beside,
+            extra_state=extra_state,
             best=best,
             args=training_arguments(settings, folder, epsilon),
             train_dataset=steps,
@@ -146,9 +144,9 @@ def train(
             loop.callback_handler.call_event("on_train_end", loop.args, loop.state, loop.control)
     if stop.stopped:
         raise Stopped(f"stopped after step {loop.state.global_step}; the same command resumes from there")
-    taken, resumed = loop.state.global_step, step_of(done[-1]) if done else 0
+    taken = loop.state.global_step
     if best is None or best.step < 0 or world_rank() != 0:
-        return TrainingResult(taken, resumed, taken, {})
+        return TrainingResult(taken, taken, {})
     best.take()
-    tracker.say(f"{title}: the weights of step {best.step} are taken, where the validation loss was lowest")
-    return TrainingResult(taken, resumed, best.step, best.figures)
+    tracker.say(f"{title}: using the weights of step {best.step}, which have the lowest validation loss")
+    return TrainingResult(taken, best.step, best.figures)

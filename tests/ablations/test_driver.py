@@ -253,6 +253,12 @@ def test_a_study_goes_on_where_a_setting_was_introduced_since(empty_store: str) 
         StudyRun.open(TrackingStore(), "toy", changed)
 
 
+def test_a_study_resumes_with_its_question_in_other_words(empty_store: str) -> None:
+    first = StudyRun.open(TrackingStore(), "toy", STUDY.declaration())
+    reworded = replace(STUDY, question="The same question in other words?")
+    assert StudyRun.open(TrackingStore(), "toy", reworded.declaration()).run_id == first.run_id
+
+
 def test_two_drivers_that_begin_at_once_share_one_record(empty_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two machines, where no lock of a file holds: neither sees the other's record at first."""
     first = StudyRun.open(TrackingStore(), "toy", STUDY.declaration())

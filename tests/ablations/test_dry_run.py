@@ -31,7 +31,8 @@ def test_the_time_is_that_of_earlier_trials_or_of_the_stage(empty_store: str) ->
     store, study = TrackingStore(empty_store), replace(TUNED, stage="projector", tokens=500)
     assert seconds_per_trial(study, store, "toy") is None
     assert "time: unknown" in lines("toy", study, store, 1)[-1]
-    run = store.begin("projector", {"mmphi.stage": "projector", "mmphi.key": "k"}).run_id
+    tags = {"mmphi.stage": "projector", "mmphi.key": "k", "mmphi.preset": "tiny"}
+    run = store.begin("projector", tags).run_id
     for name, value in {"seconds": 100.0, "projector/supervised_tokens": 1000.0}.items():
         store.client.log_metric(run, name, value)
     store.client.set_terminated(run, "FINISHED")
@@ -47,10 +48,10 @@ def test_the_command_trains_nothing(empty_store: str, capsys: pytest.CaptureFixt
     study = load("projector_depth")[1]
     assert isinstance(study, Study)
     assert f"{len(planned_trials(study))} trials:" in shown
-    assert shown.count("verdict") == study.seeds * len(study.levels)
+    assert shown.count("  verdict  ") == study.seeds * len(study.levels)
     assert list(TrackingStore(empty_store).search()) == []
     assert main(["ablate", "projector_depth", "--dry-run", "--no-tuning"]) == 0
-    assert "0 of tuning" in capsys.readouterr().out
+    assert "0 tuning and" in capsys.readouterr().out
 
 
 def test_what_the_first_trial_builds_is_named(empty_store: str) -> None:
@@ -62,9 +63,10 @@ def test_what_the_first_trial_builds_is_named(empty_store: str) -> None:
     assert missing_upstream(replace(study, fixed={**study.fixed, **changes}), store) == []  # The trial explains it.
 
 
-def test_a_smoke_run_is_no_measure_of_time(empty_store: str) -> None:
+@pytest.mark.parametrize("preset", ["tiny smoke", "photos"])
+def test_runs_of_other_presets_are_no_measure_of_time(empty_store: str, preset: str) -> None:
     store, study = TrackingStore(empty_store), replace(TUNED, stage="projector", tokens=500)
-    tags = {"mmphi.stage": "projector", "mmphi.key": "k", "mmphi.preset": "tiny smoke"}
+    tags = {"mmphi.stage": "projector", "mmphi.key": "k", "mmphi.preset": preset}
     run = store.begin("projector", tags).run_id
     for name, value in {"seconds": 100.0, "projector/supervised_tokens": 1000.0}.items():
         store.client.log_metric(run, name, value)
@@ -89,4 +91,4 @@ def test_a_smoke_study_keeps_its_factor_and_shrinks_the_rest() -> None:
 
 def test_the_smoke_study_has_a_name_of_its_own(empty_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", "projector_depth", "--smoke", "--dry-run"]) == 0
-    assert f"{2 * len(load('projector_depth')[1].levels)} that are judged" in capsys.readouterr().out
+    assert f"{2 * len(load('projector_depth')[1].levels)} verdict trials" in capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_what_a_trial_changes() -> None:
     [
         ({"baseline": "three"}, "the baseline 'three' is not among the levels"),
         ({"seeds": 0}, "0 seeds: nothing would be run"),
-        ({"levels": {"two": 2, "it's": 1}}, "has quotes in it"),
+        ({"levels": {"two": 2, "it's": 1}}, "contains quotes or line breaks"),
         ({"levels": {"two": 2}}, "a study of one level compares nothing"),
         (
             {"levels": {"two": 2, "both": {"projector.layers": 1, "projector.width": 8}}},
@@ -119,7 +119,7 @@ def test_what_a_trial_changes() -> None:
         ),
         ({"levels": {"two": 2, "none": 0}}, "projector.layers"),
         ({"factor": "projector.layer"}, r"projector.layers"),
-        ({"fixed": {"projector.layers": 2}}, "is the factor and stands in `fixed`"),
+        ({"fixed": {"projector.layers": 2}}, "is the factor and also in `fixed`"),
         ({"fixed": {"projector.supervised_tokens": 9}}, "the study's budget"),
         ({"fixed": {"projector.steps": 9}}, "but the budget is 500 tokens"),
         ({"tuning_seeds": (1,)}, "are for tuning and for the verdict"),
@@ -204,7 +204,7 @@ def test_summary_counts_every_trial_and_names_steps_outside_the_budget() -> None
         RevisedStudy(replace(tuned, seeds=6, tokens=3000, fixed={**tuned.fixed, "projector.alignment_steps": "250"}))
     )
     levels = len(STUDY.levels)
-    assert f"{levels} levels x 6 seeds = {6 * levels} judged trials" in text
+    assert f"{levels} levels x 6 seeds = {6 * levels} verdict trials" in text
     assert f"{4 * levels} tuning trials" in text
     assert "3,000 supervised tokens each" in text
     assert "250 warm-up steps each, which the token budget does not count" in text
@@ -223,8 +223,12 @@ def test_too_few_seeds_for_any_verdict_are_warned_about() -> None:
 
 def test_a_study_file_with_former_names_is_that_with_current_ones(tmp_path: Path) -> None:
     code = "from ablations.study import Study\nSTUDY = Study(question='q', factor='projector.{}', baseline='a',"
-    code += " levels={{'a': 1, 'b': 2}}, nuisance={{'projector.{}': [0.1, 0.2]}}, replicate=('projector.seed',))"
-    for name, words in {"former": ("views", "warmup"), "current": ("num_augmentations", "warmup_ratio")}.items():
+    code += " levels={{'a': 1, 'b': 2}}, nuisance={{'projector.{}': [0.1, 0.2]}}, replicate=('projector.seed',),"
+    code += " metric='test/{}', direction='maximize', also={{'test/{}': 'gain'}})"
+    for name, words in {
+        "former": ("views", "warmup", "ended", "hearing_gain"),
+        "current": ("num_augmentations", "warmup_ratio", "eos_rate", "audio_gain"),
+    }.items():
         (tmp_path / f"{name}.py").write_text(code.format(*words))
     former, current = (load(str(tmp_path / f"{name}.py"))[1] for name in ("former", "current"))
     assert former == current

@@ -152,7 +152,7 @@ def test_what_is_drawn_again_is_a_setting_of_its_own() -> None:
     study.check()
     assert [study.settings("one", 5, draw=study.draw(n)).pretrain.seed for n in range(4)] == [0, 1, 0, 1]
     assert [replace(study, replicates=0).draw(n) for n in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(SettingsError, match=r"pretrain\.seed stands in `replicate` and elsewhere"):
+    with pytest.raises(SettingsError, match=r"pretrain\.seed is in `replicate` and elsewhere"):
         replace(study, fixed={"pretrain.seed": 1}).check()
     with pytest.raises(SettingsError, match="is the factor"):
         replace(study, replicate=("projector.layers",)).check()
@@ -203,7 +203,7 @@ def test_what_is_tuned_needs_seeds_and_values() -> None:
         replace(STUDY, tuning_seeds=()).check()
     with pytest.raises(SettingsError, match="no values to try"):
         replace(STUDY, nuisance={RATE: []}).check()
-    with pytest.raises(SettingsError, match="draws are what is judged"):
+    with pytest.raises(SettingsError, match="the unit is the draw"):
         replace(STUDY, replicate=("pretrain.seed",), replicates=2, seeds=8, looks=(4,)).check()
 
 

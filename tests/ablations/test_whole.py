@@ -65,7 +65,7 @@ def test_study_of_real_trainings(empty_store: str, tmp_path: Path, capfd: pytest
     assert alone.metrics["test/loss"] == two.metrics["test/loss"]
     # From the command line.
     assert main(["studies"]) == 0
-    assert "depth                  all judged trials are done, 4 tuning trials done" in capfd.readouterr().out
+    assert "depth                  all verdict trials are done, 4 tuning trials done" in capfd.readouterr().out
     assert main(["studies", "depth", "--watch"]) == 0
     shown = capfd.readouterr().out
     assert "one (baseline)  2/2" in shown

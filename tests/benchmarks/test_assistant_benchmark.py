@@ -62,7 +62,7 @@ def test_all_sides_say_the_same(exported: Path) -> None:
         side: assistant.run_side(side, str(exported / "mmphi"), exported / "llava", exported / "images", 4, 2)
         for side in ("transformers", "mmphi")
     }
-    rounds = assistant.asked_of(assistant.pictures(exported / "images"), 4, 2, "")
+    rounds = assistant.rounds_of(assistant.pictures(exported / "images"), 4, 2, "")
     for users, asked in rounds.items():
         looped, _ = generate(exported / "llava", asked, users)
         said = [each.text for each in looped]

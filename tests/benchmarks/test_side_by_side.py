@@ -71,7 +71,7 @@ def test_rows_sorted_by_length_are_the_same_rows(folder: Path) -> None:
     assert padding(ordered) < padding(plain)
 
 
-def side(name: str, arguments: list[str]) -> dict:
+def side(_: str, name: str, arguments: list[str]) -> dict:
     """What a side's process would say."""
     which = arguments[arguments.index("--side") + 1]
     seconds, ours = ([2.0], [1.0, 0.5]) if "mmphi" in which else ([4.0], [1.0, 0.5005])

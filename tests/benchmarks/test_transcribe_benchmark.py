@@ -24,7 +24,7 @@ class Says:
     def __init__(self, *_: object) -> None:
         pass
 
-    def hear(self, sounds, languages, prompt=""):
+    def transcribe(self, sounds, languages, prompt=""):
         return [ASRResult((Segment(0, 0.5, "one dog"),), "en") for _ in sounds]
 
 
@@ -43,7 +43,7 @@ def test_a_side_hears_all_and_is_measured_on_all(tmp_path: Path, monkeypatch: py
 
 
 def test_it_prints_sides_and_ratios(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def side(name: str, _: object) -> dict:
+    def side(name: str, *_: object) -> dict:
         factor = {"openai": 0.3, "faster": 0.1}[name]
         return {"texts": ["a", name], "wer": 0.05, "real_time_factor": factor, "memory_gb": 1.0}
 

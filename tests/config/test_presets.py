@@ -66,7 +66,7 @@ def test_command_line_overrides():
     [
         ({"layers": "0"}, ["projector.layers = 0", "nearest valid value is 1"]),
         ({"layers": "9"}, ["projector.layers = 9", "nearest valid value is 8"]),
-        ({"layers": "two"}, ["projector.layers = two", "a whole number", "nearest valid value is 2"]),
+        ({"layers": "two"}, ["projector.layers = two", "a whole number", "the default is 2"]),
         ({"learning_rat": "1"}, ["no setting 'learning_rat'", "learning_rate"]),
         ({"vision.pol": "1"}, ["no setting 'vision.pol'", "vision.pool"]),
         ({"visoin.pool": "1"}, ["no setting 'visoin.pool'", "vision.pool"]),
@@ -74,7 +74,7 @@ def test_command_line_overrides():
         ({"pretrain.heads": "7"}, ["heads = 7 does not divide width = 128", "8"]),
         ({"language.precision": "fp61"}, ["language.precision", "fp32"]),
         ({"vision.layer": "-1.5"}, ["vision.layer = -1.5", "nearest valid value is -2"]),
-        ({"norm": "perhaps"}, ["projector.norm = perhaps", "nearest valid value is false"]),
+        ({"norm": "perhaps"}, ["projector.norm = perhaps", "the default is false"]),
         ({"pool": "2"}, ["no setting 'pool'", "vision.pool"]),
         ({"data.sources": "[{kind: captionz}]"}, ["data.sources.0.kind", "did you mean captions?"]),
         ({"data.sources": "[{knd: captions}]"}, ["data.sources.0.knd", "kind"]),

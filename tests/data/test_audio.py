@@ -54,7 +54,7 @@ def test_any_rate_and_both_sides_are_heard_as_one(tmp_path: Path, rate: int, cha
     found = read_audio(tmp_path / "a.wav")
     expected = resample_poly(both.mean(axis=0).astype(np.float64), RATE, rate)
     assert found.rate == RATE
-    assert found.told == ()
+    assert found.defects == ()
     assert found.seconds == pytest.approx(1, abs=0.01)
     assert audio_seconds(tmp_path / "a.wav") == pytest.approx(1)
     assert close(found.samples, expected.astype(np.float32), 0.01)
@@ -95,9 +95,9 @@ def test_a_recording_cut_off_is_told_and_not_taken_for_whole(tmp_path: Path) -> 
     (tmp_path / "half.flac").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     found = read_audio(tmp_path / "half.flac")
     assert found.seconds == pytest.approx(2, abs=0.5)
-    assert len(found.told) == 1
-    assert "half.flac" in found.told[0]
-    assert read_audio(whole).told == ()
+    assert len(found.defects) == 1
+    assert "half.flac" in found.defects[0]
+    assert read_audio(whole).defects == ()
 
 
 def test_too_long_is_refused_by_the_header_before_it_is_decoded(tmp_path: Path, monkeypatch) -> None:
@@ -110,7 +110,7 @@ def test_too_long_is_refused_by_the_header_before_it_is_decoded(tmp_path: Path, 
 
 def test_a_header_that_says_no_length_does_not_let_more_through(tmp_path: Path, monkeypatch) -> None:
     path = written(tmp_path / "a.flac", np.zeros(RATE * 3, np.float32), RATE)
-    monkeypatch.setattr("mmphi.data.audio._seconds_said", lambda *_: None)
+    monkeypatch.setattr("mmphi.data.audio._stated_seconds", lambda *_: None)
     assert read_audio(path, max_seconds=4).seconds == pytest.approx(3)
     with pytest.raises(AudioError, match="over the limit of 2 s"):
         read_audio(path, max_seconds=2)
@@ -176,7 +176,11 @@ def silent_video() -> bytes:
     ("content", "reason", "said"),
     [
         (b"", "empty", "is empty"),
-        (b"these are words and no sound at all, but a good many of them\n" * 20, "not audio", "no recording"),
+        (
+            b"these are words and no sound at all, but a good many of them\n" * 20,
+            "not audio",
+            "not a readable recording",
+        ),
         (one_is(np.nan), "samples are not finite", "NaN"),
         (one_is(np.inf), "samples are not finite", "NaN"),
         (many_channels(), "too many channels", f"200 channels; up to {MAX_CHANNELS} are read"),
@@ -208,8 +212,8 @@ def test_a_recording_may_change_its_rate_and_channels(tmp_path: Path, changes: t
     two = written(tmp_path / "two.mp3", np.stack([tone(rate, hertz=880)] * channels), rate)
     (tmp_path / "joined.mp3").write_bytes(headless(one) + headless(two))
     found = read_audio(tmp_path / "joined.mp3")
-    assert all("packets" in each for each in found.told)
-    assert found.seconds == pytest.approx(2, abs=0.35 if found.told else 0.15)
+    assert all("packets" in each for each in found.defects)
+    assert found.seconds == pytest.approx(2, abs=0.35 if found.defects else 0.15)
     for part, hertz in ((found.samples[4000:12_000], 440), (found.samples[-9000:-1000], 880)):
         assert np.abs(np.fft.rfft(part)).argmax() * RATE / len(part) == pytest.approx(hertz, abs=3)
 
@@ -239,7 +243,7 @@ def test_an_mp3_that_says_no_length_is_neither_cut_off_nor_too_long(tmp_path: Pa
     assert audio_seconds(tmp_path / "headless.mp3") is None
     for source in (tmp_path / "headless.mp3", (tmp_path / "headless.mp3").read_bytes()):
         found = read_audio(source, max_seconds=7)
-        assert found.told == ()
+        assert found.defects == ()
         assert found.seconds == pytest.approx(6, abs=0.2)
     with pytest.raises(AudioError, match="over the limit"):
         read_audio(tmp_path / "headless.mp3", max_seconds=5)
@@ -250,12 +254,12 @@ def test_channels_that_cancel_each_other_are_told_and_one_is_heard(tmp_path: Pat
     for name, right, cancelled in (("opposite", -left, True), ("different", other, False), ("silent", 0 * left, False)):
         wavfile.write(tmp_path / f"{name}.wav", RATE, np.stack([left, right]).T)
         found = read_audio(tmp_path / f"{name}.wav")
-        assert bool(found.told) == cancelled
+        assert bool(found.defects) == cancelled
         assert np.allclose(found.samples, left if cancelled else (left + right) / 2, atol=1e-6)
         if cancelled:
-            assert "cancel each other" in found.told[0]
+            assert "cancel each other" in found.defects[0]
     wavfile.write(tmp_path / "none.wav", RATE, np.zeros((RATE, 2), np.float32))
-    assert read_audio(tmp_path / "none.wav").told == ()
+    assert read_audio(tmp_path / "none.wav").defects == ()
 
 
 def test_content_opens_no_file_of_this_machine(tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_content_opens_no_file_of_this_machine(tmp_path: Path) -> None:
     script = f"ffconcat version 1.0\nfile '{tmp_path / 'secret.wav'}'\n"
     (tmp_path / "script.ffconcat").write_text(script)
     for source in (script.encode(), tmp_path / "script.ffconcat"):
-        with pytest.raises(AudioError, match="no recording"):
+        with pytest.raises(AudioError, match="not a readable recording"):
             read_audio(source)
 
 

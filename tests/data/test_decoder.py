@@ -46,7 +46,11 @@ def test_samples_are_those_of_this_process(decoder: Decoder, sound: Path) -> Non
 
 def test_what_cannot_be_decoded_is_told_and_the_process_goes_on(decoder: Decoder, sound: Path) -> None:
     process = decoder._running()
-    for source, limit, why in ((b"no sound", 10, "no recording"), (sound, 0.5, "over the limit"), (b"", 1, "empty")):
+    for source, limit, why in (
+        (b"no sound", 10, "not a readable recording"),
+        (sound, 0.5, "over the limit"),
+        (b"", 1, "empty"),
+    ):
         with pytest.raises(AudioError, match=why):
             decoder.decode(source, limit)
     with pytest.raises(AudioError, match="there is no recording"):

@@ -52,7 +52,7 @@ def test_copies_share_a_split_and_are_counted(folder: Path) -> None:
     split, notes = split_of(folder, [*names, *(f"copy-{name}" for name in names)])
     assert all(split[name] == split[f"copy-{name}"] for name in names)
     assert set(split.values()) == {"train", "validation", "test"}
-    assert notes["files with the picture of another"] == COUNT
+    assert notes["files with a duplicate picture"] == COUNT
     assert sum(count for text, count in notes.items() if text.startswith("moved to")) > 0
 
 
@@ -70,7 +70,7 @@ def test_near_duplicates_share_a_split_where_that_is_asked_for(folder: Path) -> 
     assert any(kept[f"{i}.png"] != kept[f"near-{i}.jpg"] for i in range(COUNT))
     grouped, notes = split_of(folder, names, near_duplicates="group")
     assert all(grouped[f"{i}.png"] == grouped[f"near-{i}.jpg"] for i in range(COUNT))
-    assert notes["files with the picture of another or nearly"] == COUNT
+    assert notes["files with a duplicate picture or a near duplicate"] == COUNT
     assert len(set(grouped.values())) == 3
 
 

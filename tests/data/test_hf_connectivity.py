@@ -81,7 +81,7 @@ def test_it_is_asked_through_the_proxy_of_the_environment(online, monkeypatch):
 
 def test_without_a_hub_its_client_goes_offline_and_the_error_names_the_local_way(online, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", closed_port())
-    with pytest.raises(ModelError, match="the hub did not give it") as caught:
+    with pytest.raises(ModelError, match="it cannot be downloaded from the hub") as caught:
         load_language_model(LanguageSettings(model="nobody/nothing"), None, "cpu")
     assert "give the path of a folder" in caught.value.hint
     assert constants.HF_HUB_OFFLINE is True

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mmphi.data import features
-from mmphi.data.features import LOOKED, LiveFeatures
+from mmphi.data.features import LOOKED, CachedFeatures, LiveFeatures
 from mmphi.data.schema import ImageRef
 from mmphi.errors import ImageError
 from mmphi.generation.messages import image_from_memory
@@ -60,6 +60,14 @@ def test_what_was_looked_at_is_not_computed_again(tmp_path: Path, opened: list[P
     assert live.get([red, blue]).tolist() == [[[200, 0, 0]], [[0, 0, 100]]]
     assert live.rows([red]).tolist() == [[200, 0, 0]]
     assert opened == [red.content, blue.path]
+
+
+def test_features_of_an_encoder_in_memory_are_computed_once(opened: list[Path]) -> None:
+    live = CachedFeatures(Mean())
+    red = sent((200, 0, 0))
+    live.look([red])
+    assert live.get([red]).tolist() == [[[200, 0, 0]]]
+    assert len(opened) == 1
 
 
 def test_another_file_of_that_name_is_seen_as_it_is(tmp_path: Path, opened: list[Path]) -> None:

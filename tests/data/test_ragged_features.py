@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmphi.data import ragged_features
+from mmphi.data import ragged_features, store_writer
 from mmphi.data.ragged_features import RaggedStore, RaggedWriter
 from mmphi.errors import StoreError
 
@@ -38,7 +38,7 @@ def test_a_killed_writer_goes_on(tmp_path: Path) -> None:
     first = RaggedWriter(tmp_path, 6, "w")
     first.write({"a": rows(5)}, {})
     first.write({"b": rows(2)}, {})
-    progress = tmp_path / ragged_features.PROGRESS
+    progress = tmp_path / store_writer.PROGRESS
     progress.write_bytes(progress.read_bytes()[:-9])  # Torn in the second line: its file counts for nothing.
     again = RaggedWriter(tmp_path, 6, "w")
     assert (again.knows("a"), again.knows("b")) == (True, False)
@@ -66,7 +66,7 @@ def test_an_earlier_store_is_taken_over(tmp_path: Path, monkeypatch: pytest.Monk
         def refuse(*_: Any) -> None:
             raise OSError("no links here")
 
-        monkeypatch.setattr(ragged_features.os, "link", refuse)
+        monkeypatch.setattr(store_writer.os, "link", refuse)
     new = RaggedWriter(tmp_path / "new", 6, "w")
     new.write({"b": rows(2, seed=1)}, {})
     assert new.take_over(tmp_path / "old") == 2
@@ -95,4 +95,4 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     again.finish()
     assert torch.equal(RaggedStore(tmp_path).get("b"), rows(2))
     assert not list(tmp_path.glob("*.part"))
-    assert json.loads((tmp_path / ragged_features.INDEX).read_text())["model"] == "w"
+    assert json.loads((tmp_path / store_writer.INDEX).read_text())["model"] == "w"

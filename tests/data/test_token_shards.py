@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
-import io
 import itertools
 import json
 import os
@@ -15,6 +15,7 @@ import zstandard
 from builders import byte_tokenizer
 
 from mmphi.data import text_sources, token_shards
+from mmphi.data.compressed_io import open_compressed
 from mmphi.data.text_sources import TextPiece, TextReport, read_texts
 from mmphi.data.token_shards import ShardTokenizer, TokenShards, whole_shards
 from mmphi.errors import DataError
@@ -96,9 +97,19 @@ def test_what_cannot_be_read_is_counted(tmp_path):
     assert "good" in documents
     assert report.skipped["empty"] == 1
     assert report.skipped["binary, not text"] == 1
-    assert sum(n for reason, n in report.skipped.items() if "no encoding" in reason) == 1
+    assert sum(n for reason, n in report.skipped.items() if "unknown encoding" in reason) == 1
     assert sum(n for reason, n in report.skipped.items() if "the rest of a file" in reason) == 1
     assert read(tmp_path / "latin.txt", encoding="latin-1")[0] == ["déjà vu"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_text_before_an_undecodable_byte_is_read(tmp_path, encoding):
+    before = "fine ä " * 40_000
+    bad = b"\xff bad" if encoding == "utf-8" else b"\x00\xdc\x00\x00"
+    (tmp_path / "broken.txt").write_bytes(before.encode(encoding) + bad)
+    documents, report = read(tmp_path / "broken.txt")
+    assert "".join(documents) == before
+    assert sum(n for reason, n in report.skipped.items() if "the rest of a file" in reason) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut short", "no archive"])
@@ -109,8 +120,8 @@ def test_a_broken_archive_is_counted(tmp_path, damage, suffix, compress):
     (tmp_path / f"b.txt.{suffix}").write_bytes(whole[:-20] if damage == "cut short" else b"one line" * 20)
     documents, report = read(tmp_path)
     assert documents[0] == "good"
-    assert report.skipped[f"a .{suffix} that is broken, or the rest of it"] == 1
-    assert f"b.txt.{suffix}" in report.examples[f"a .{suffix} that is broken, or the rest of it"]
+    assert report.skipped[f"a damaged or truncated .{suffix} file, or the rest of it"] == 1
+    assert f"b.txt.{suffix}" in report.examples[f"a damaged or truncated .{suffix} file, or the rest of it"]
 
 
 def test_zstandard_is_read_over_all_its_frames(tmp_path):
@@ -161,7 +172,7 @@ def writing(folder: Path, documents: list[str], say=lambda _: None, shard_tokens
             yield TextPiece(document[half:], False, True)
 
     folder.mkdir(exist_ok=True)
-    options = {"kept_apart": lambda source, piece, place: piece % 7 == 0, "say": say, "shard_tokens": shard_tokens}
+    options = {"is_held_out": lambda source, piece, place: piece % 7 == 0, "say": say, "shard_tokens": shard_tokens}
     return ShardTokenizer(folder, {"mine": pieces}, byte_tokenizer(), **options)
 
 
@@ -180,7 +191,7 @@ def test_documents_come_back(tmp_path, documents):
     assert len(shards) > 3
     read = TokenShards(tmp_path, [s.name for s in shards])
     predicted = sum(len(byte_tokenizer()(d)["input_ids"]) + 1 for d in documents)
-    assert sum(s.tokens for s in shards) == predicted == int(read.stretches[:, 2].sum())
+    assert sum(s.tokens for s in shards) == predicted == int(read.chunks[:, 2].sum())
     assert sum(s.bytes["mine"] for s in shards) == sum(len(d.encode()) for d in documents)
     first, second = read.ids(0), read.ids(1)
     assert byte_tokenizer().decode(first[1:]) + byte_tokenizer().decode(second[1:-1]) == documents[0]
@@ -188,14 +199,14 @@ def test_documents_come_back(tmp_path, documents):
 
 
 def test_long_pieces_become_stretches(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_shards, "STRETCH", 16)
-    monkeypatch.setattr(token_shards, "APART", 8)
+    monkeypatch.setattr(token_shards, "CHUNK", 16)
+    monkeypatch.setattr(token_shards, "BLOCK", 8)
     shards = writing(tmp_path, ["abcdefghij" * 10])()
     read = TokenShards(tmp_path, [s.name for s in shards])
-    pairs = [p for i in range(len(read.stretches)) for p in zip(read.ids(i)[:-1], read.ids(i)[1:], strict=True)]
+    pairs = [p for i in range(len(read.chunks)) for p in zip(read.ids(i)[:-1], read.ids(i)[1:], strict=True)]
     ids = [256, *byte_tokenizer()("abcdefghij" * 10)["input_ids"], 256]
     assert [tuple(map(int, p)) for p in pairs] == list(itertools.pairwise(ids))
-    assert max(read.stretches[:, 2]) == 16
+    assert max(read.chunks[:, 2]) == 16
 
 
 @pytest.mark.parametrize("damage", ["cut short", "other bytes", "gone", "not listed"])
@@ -255,7 +266,7 @@ def test_ids_that_need_more_than_two_bytes(tmp_path):
             return 80000
 
     shards = ShardTokenizer(
-        tmp_path, {"a": lambda: [TextPiece("x", True, True)]}, Large(), kept_apart=lambda *_: False
+        tmp_path, {"a": lambda: [TextPiece("x", True, True)]}, Large(), is_held_out=lambda *_: False
     )()
     assert TokenShards(tmp_path, [s.name for s in shards]).ids(0).tolist() == [3, 70000, 5, 3]
     assert np.load(tmp_path / f"{shards[0].name}.ids.npy").dtype == np.uint32
@@ -272,16 +283,17 @@ def test_real_texts_in_pieces_have_the_tokens_of_the_whole():
 
 
 def test_a_reading_that_is_abandoned_closes_its_file(tmp_path, monkeypatch):
-    wrappers = []
+    streams = []
 
-    class Kept(io.TextIOWrapper):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            wrappers.append(self)
+    @contextlib.contextmanager
+    def opened(path):
+        with open_compressed(path) as stream:
+            streams.append(stream)
+            yield stream
 
-    monkeypatch.setattr(io, "TextIOWrapper", Kept)
+    monkeypatch.setattr(text_sources, "open_compressed", opened)
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     reading = read_texts(str(tmp_path / "a.txt"), TextReport(), separator="\n\n")
     assert next(reading).text == "one"
     reading.close()
-    assert [wrapper.closed for wrapper in wrappers] == [True]
+    assert [stream.closed for stream in streams] == [True]

@@ -138,6 +138,29 @@ def test_what_cannot_be_read_is_told(
     assert not (tmp_path / "out" / "spoken.csv").exists()
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("transcript\nhello\n", "row 1: the column audio is missing or empty"),
+        ("audio,transcript\nnone.wav,hello\n", "row 1: there is no file none.wav"),
+    ],
+)
+def test_recordings_to_hold_out_are_checked_before_synthesis(
+    tmp_path: Path, spoken: list[list[str]], capsys: Any, table: str, message: str
+) -> None:
+    (tmp_path / "real.csv").write_text(table)
+    arguments = [
+        "tts",
+        str(captions(tmp_path, SENTENCES)),
+        str(tmp_path / "out"),
+        "--apart",
+        str(tmp_path / "real.csv"),
+    ]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not spoken
+
+
 def test_without_the_program_it_says_where_to_get_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda _: None)
     assert main(["tts", str(captions(tmp_path)), str(tmp_path / "out")]) == 2

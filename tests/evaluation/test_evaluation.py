@@ -182,14 +182,14 @@ def test_everything_in_one_call(tmp_path, recorder):
         captions[f"photos/{i}.jpg"] = f"a dog number {i}"
     metrics = evaluate_model(Fake(captions), examples, EvaluationConfig(yes_no=4), recorder, prefix="test")
     assert metrics["test/grounding_gain"] == 2.0
-    assert metrics["test/ended"] == pytest.approx(2 / 3)
+    assert metrics["test/eos_rate"] == pytest.approx(2 / 3)
     assert metrics["test/exact_match"] == 1.0
     assert metrics["test/cider"] > 1
     rows = recorder.tables["test_predictions"]
     assert [r["prediction"] for r in rows] == [f"a dog number {i}" for i in range(3)]
     assert "test_predictions" in recorder.figures
     fewer = evaluate_model(Fake(captions), examples, EvaluationConfig(max_images=2), recorder)
-    assert fewer["test/ended"] == 0.5
+    assert fewer["test/eos_rate"] == 0.5
     with pytest.raises(DataError, match="split is empty"):
         evaluate_model(Fake({}), [], EvaluationConfig(), recorder)
 

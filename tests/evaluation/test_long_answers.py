@@ -7,7 +7,7 @@ from builders import Recorder
 from PIL import Image
 from rouge_reference import longest_common
 
-from mmphi.data.llava_row_types import asked_for_captions, row_type
+from mmphi.data.llava_row_types import caption_question, row_type
 from mmphi.data.schema import Example, ImageRef, Turn
 from mmphi.evaluation.evaluate import EvaluationConfig, evaluate_model
 from mmphi.evaluation.long_answers import rouge_l
@@ -50,7 +50,7 @@ def test_what_captions_are_asked_for_with(questions, asked):
         Example("none", (), (Turn("hello", "hi"),), "x", "train"),
     ]
     captions = [Example(str(i), image, (Turn(q, "a dog"),), "x", "train") for i, q in enumerate(questions)]
-    assert asked_for_captions([*others * 3, *captions]) == asked
+    assert caption_question([*others * 3, *captions]) == asked
 
 
 @pytest.mark.parametrize(

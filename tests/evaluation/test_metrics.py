@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mmphi.config.former_names import FORMER_METRICS
 from mmphi.evaluation import metrics
 from mmphi.evaluation.captioning import bleu4, cider
 from mmphi.evaluation.metrics import CAPTION_METRICS, METRICS, Metric, caption_scores, documented
@@ -27,6 +28,11 @@ def test_the_page_names_every_metric_with_its_unit_and_direction() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
     rows = [f"| `{name}` | {m.unit} | {m.better or '-'} | {m.meaning} |" for name, m in METRICS.items()]
     assert [row for row in rows if row not in page] == []
+
+
+def test_former_names_of_metrics_name_current_ones() -> None:
+    assert set(FORMER_METRICS.values()) <= set(METRICS)
+    assert not set(FORMER_METRICS) & set(METRICS)
 
 
 def test_a_new_caption_metric_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def test_scene_questions_are_balanced_and_true():
         thing = question.text.removeprefix("is there a ").rstrip("?")
         assert question.answer == (thing in ("red circle", "blue cross"))
         assert set(thing.split()) & {"red", "circle", "blue", "cross"}
+
+
+def test_scenes_and_photos_in_one_split_have_questions_of_their_kind():
+    llava = example(0, "two dogs in the snow")
+    llava = dataclasses.replace(llava, attributes={"kind": "detail"})
+    mixed = [scene(0), llava, example(1, "a cat on a bed")]
+    asked = {question.image.id for question in yes_no_questions(mixed, 60, seed=0)}
+    assert asked == {scene(0).image.id, llava.image.id, example(1, "").image.id}
+    assert len(conversations(mixed, 2, seed=0)) == 3
 
 
 def test_photo_questions_deny_nothing_that_a_caption_leaves_possible():

@@ -139,7 +139,7 @@ def test_no_url_is_fetched_by_itself(url: str) -> None:
 
 @pytest.mark.parametrize("part", [{"type": "image", "image": "/etc/passwd"}, {"type": "audio", "audio": "/etc/passwd"}])
 def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
-    with pytest.raises(MessageError, match="message 1: files"):
+    with pytest.raises(MessageError, match="message 1: local file paths"):
         parse_messages([user(part)], files=False)
 
 
@@ -164,14 +164,14 @@ def test_files_are_not_read_for_others(part: dict[str, str]) -> None:
         ([{"role": "user", "content": 5}], "neither a text nor a list"),
         ([{"role": "user", "content": [1]}], "neither a text nor a list"),
         ([user({"type": "video"})], "type 'video' is unknown"),
-        ([user({"type": "text", "text": 5})], "a text is no text"),
+        ([user({"type": "text", "text": 5})], "the text of a part is not a string"),
         ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,***"}})], "no base64"),
         ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}})], "is empty"),
         ([user({"type": "input_audio", "input_audio": {"data": "*"}})], "no base64"),
         ([user({"type": "input_audio"})], "has no data"),
         ([user("x" * (MAX_LETTERS + 1))], "characters"),
         ([user(*[{"type": "image", "image": b"x"}] * (MAX_IMAGES + 1))], "more than 16 images"),
-        ([user("x"), {"role": "assistant", "content": [{"type": "image", "image": b"x"}]}], "only a user's message"),
+        ([user("x"), {"role": "assistant", "content": [{"type": "image", "image": b"x"}]}], "only in user messages"),
     ],
 )
 def test_what_cannot_be_read_is_said(messages: Any, why: str) -> None:
@@ -185,7 +185,7 @@ def test_images_that_cannot_be_used_and_models_that_do_not_see_are_told(model: M
     blind = Multimodal(tiny_language(), None, None)
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "PNG")
-    with pytest.raises(ModelError, match="sees nothing"):
+    with pytest.raises(ModelError, match="accepts no images"):
         open_prompt(blind, parse_messages([user({"type": "image", "image": buffer.getvalue()})]), 200)
     with pytest.raises(ModelError, match="no audio input"):
         open_prompt(blind, parse_messages([user({"type": "audio", "audio": b"x"})]), 200)

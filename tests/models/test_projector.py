@@ -68,7 +68,7 @@ def test_another_width_is_refused_naming_both():
 
 
 def test_broken_files_are_refused(tmp_path):
-    with pytest.raises(ModelError, match="no projector can be read"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         Projector.load(tmp_path)
     Projector(ProjectorConfig(6, 10)).save(tmp_path)
     weights = load_file(tmp_path / "projector.safetensors")
@@ -77,10 +77,10 @@ def test_broken_files_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"layers\.0\.bias is not finite"):
         Projector.load(tmp_path)
     (tmp_path / "projector.safetensors").write_bytes(b"\0" * 5)
-    with pytest.raises(ModelError, match="no projector can be read"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         Projector.load(tmp_path)
     (tmp_path / "projector.json").write_text(json.dumps({"input_width": 6, "output_width": 10, "heads": 2}))
-    with pytest.raises(ModelError, match="no projector can be read"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         Projector.load(tmp_path)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmphi.config.projector import ProjectorKind
+from mmphi.config.projector import KIND_SETTINGS, ProjectorKind
 from mmphi.errors import ModelError
 from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.models.projector_kinds import KINDS
@@ -27,6 +27,7 @@ def config(kind: Any, **changes: object) -> ProjectorConfig:
 def test_names_of_the_setting_are_those_of_the_registry() -> None:
     assert list(get_args(ProjectorKind)) == list(KINDS)
     assert set(TOKENS) == set(KINDS)
+    assert {name for layers in KINDS.values() for name in layers.uses} == set(KIND_SETTINGS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,11 +95,11 @@ def test_ldp_v2_without_its_convolution_is_the_mean_of_each_square() -> None:
 
 @pytest.mark.parametrize("kind", ["pixel_shuffle", "ldp_v2"])
 def test_what_is_no_grid_is_refused(kind: ProjectorKind) -> None:
-    with pytest.raises(ModelError, match="17 features per image are no square grid"):
+    with pytest.raises(ModelError, match="17 features per image are not a square grid"):
         Projector(config(kind, input_tokens=17))
     with pytest.raises(ModelError, match=r"merge = 3 does not divide the grid of 4 x 4(.|\n)*use 1, 2, 4"):
         Projector(config(kind, merge=3))
-    with pytest.raises(ModelError, match=r"nothing to merge(.|\n)*use kind mlp"):
+    with pytest.raises(ModelError, match=r"nothing to merge(.|\n)*kind = mlp"):
         Projector(config(kind, input_tokens=1))
 
 
@@ -123,7 +124,7 @@ def test_a_kind_of_a_newer_version_is_named(tmp_path: Path) -> None:
     Projector(config("resampler")).save(tmp_path)
     file = tmp_path / "projector.json"
     file.write_text(file.read_text().replace('"resampler"', '"of_tomorrow"'))
-    with pytest.raises(ModelError, match=r"kind of_tomorrow are not known(.|\n)*update mmphi"):
+    with pytest.raises(ModelError, match=r"unknown projector kind of_tomorrow(.|\n)*update mmphi"):
         Projector.load(tmp_path)
 
 

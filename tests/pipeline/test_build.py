@@ -57,6 +57,17 @@ def test_finished_result_does_not_need_what_it_was_built_on(pipeline: Pipeline, 
     assert toys.CALLS == ["draw", "train"]
 
 
+def test_metrics_of_a_stored_result_have_their_current_names(store: TrackingStore) -> None:
+    def measured(ctx: Context) -> Mapping[str, float]:
+        del ctx
+        return {"test/ended": 0.5}
+
+    stages = {**toys.TOYS, "draw": replace(toys.TOYS["draw"], run=measured)}
+    for _ in range(2):  # Built as by an earlier version, then read.
+        found = Pipeline(stages, store).build("draw", settings())
+    assert found.metrics == {"test/eos_rate": 0.5}
+
+
 def test_setting_that_does_not_matter_reuses(pipeline: Pipeline) -> None:
     first = pipeline.build("train", settings())
     assert pipeline.build("train", settings(projector__log_every="3")).run_id == first.run_id

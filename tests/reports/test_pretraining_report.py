@@ -90,7 +90,7 @@ def test_verdict_first_then_what_it_stands_on(empty_store, tmp_path, capsys):
         " microsoft/phi-2 has 2.273.**"
     )
     assert "`initial - 1` (10.800 - 1) after 73,728 tokens, 40.0 s and 9 updates" in first
-    assert "How much more: this curve cannot say:" in first
+    assert "How much more: no extrapolation:" in first
     assert capsys.readouterr().out.startswith(f"The 10M Phi of run {run_id[:6]} reached 4.300")
     assert "https://github.com/casper-hansen/AutoAWQ/pull/496" in text
     assert "**Not quite the same protocol**" in text
@@ -149,7 +149,7 @@ def test_the_command_says_who_wrote(empty_store):
 def test_without_generated_text_nothing_is_said_of_it(empty_store):
     run("files")
     assert (
-        "model wrote"
+        "per token on generated text"
         not in pretraining_report(load_pretrainings(TrackingStore()), reference_of()).files()["report.md"].decode()
     )
 

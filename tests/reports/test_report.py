@@ -34,8 +34,8 @@ def test_verdict_first_then_what_it_stands_on(
     assert verdict < text.index("## Levels") < text.index("## Every seed") < text.index("## What it costs")
     assert "odd | one equalled it within 0.02 nats/token" in text
     assert "8 paired seeds" in text
-    assert "**Not repeated**" in text
-    assert "Budgets are equal: 1,000 to 1,000" in text
+    assert "**Not varied**" in text
+    assert "Budgets are equal: 1,000 supervised tokens per trial" in text
     assert "None: every trial begun has a result." in text
     assert "mmphi ablate depth --seeds 8 --tokens 1000" in text
     assert capsys.readouterr().out.startswith("3 layers beat 2 layers by 0.0")
@@ -119,7 +119,7 @@ def test_missing_failed_doubled_and_stopped_are_told(empty_store: str, tmp_path:
     assert "Stopped before their last seed: odd | one" in text
     assert "2 commits of the code" in text
     assert "**Budgets differ**: from 500 to 1,000" in text
-    assert "1 runs ended without a result. 1 runs were interrupted" in text
+    assert "1 runs ended without a result. 1 interrupted runs were resumed" in text
     assert "| verdict | 3 layers | 1 | FAILED | TrainingError: the loss at step 3 is nan |" in text
     assert "| 2026-11-25 01:00:00 | stop | odd \\| one | - |" in text
     assert "No statement is possible about odd | one" in text
@@ -139,7 +139,7 @@ def test_tuning_is_shown_and_its_edges(empty_store: str, tmp_path: Path) -> None
             trial("tuned", level, 1000, reached, phase="tuning", params=params)
     text = write("tuned", tmp_path)
     assert "| 2 layers | 0.003 | 0.001: 1.002; 0.003: 1; 0.01: 1.007 |" in text
-    assert "3 layers, `projector.learning_rate` = 0.01: the best value lies at the edge" in text
+    assert "3 layers, `projector.learning_rate` = 0.01: the best value is at the edge" in text
     assert "2 layers, `projector" not in text
 
 
@@ -190,7 +190,7 @@ def test_what_was_drawn_once_for_all_is_named(stage, upstream, said):
     }  # fmt: skip
     tags = {f"mmphi.upstream.{name}": "a run" for name in upstream}
     trial = Trial("run", "verdict", "a", 0, "FINISHED", tags=tags)
-    assert f"**Not repeated**, and so not part of the uncertainty: {said}" in design(
+    assert f"**Not varied**, so not part of the uncertainty: {said}" in design(
         StudyData("study", "run", "1", declaration, trials=[trial])
     )
 
@@ -202,7 +202,7 @@ def test_a_report_of_a_study_that_runs_says_so(empty_store: str, tmp_path: Path)
             trial("half", level, seed, {"test/loss": 1.0 + seed / 100 + by + seed * by / 50})
     text = write("half", tmp_path / "three")
     assert "> **Partial report: 6 of 24 trials have ended.**" in text
-    assert "**No verdict yet: the study has not come to the number of seeds at which it is judged.**" in text
+    assert "**No verdict yet: the study has not reached the number of seeds at which it is judged.**" in text
     assert "**No verdict on 3 layers yet** before 4 seeds: so far −0.102 nats/token from 2 layers" in text
     assert "every level at" not in text
     assert "levels at 0 to 3 paired seeds" in text

@@ -68,7 +68,7 @@ def test_a_question_is_read_from_standard_input(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ([], "nothing is asked"),
+        ([], "the question is empty"),
         (["--temperature", "-1", "x"], "temperature"),
         (["--model", "nothing-of-that-name", "x"], "nothing-of-that-name"),
         (["--image", "nowhere.png", "x"], "nowhere.png"),

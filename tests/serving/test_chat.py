@@ -33,7 +33,7 @@ def photo(tmp_path: Path) -> Path:
 
 
 def said(talk: ChatSession, line: str) -> str:
-    return "".join(talk.hear(line))
+    return "".join(talk.respond(line))
 
 
 def test_a_question_is_about_the_image_before_it_and_the_next_goes_on(talk: ChatSession, photo: Path) -> None:
@@ -55,9 +55,9 @@ def test_an_empty_line_is_a_question_where_something_waits(talk: ChatSession, ph
 
 
 def test_a_second_image_in_a_conversation_is_warned_about(talk: ChatSession, photo: Path) -> None:
-    assert said(talk, f"/image {photo}").endswith("comes with the next question")
+    assert said(talk, f"/image {photo}").endswith("is sent with the next question")
     said(talk, "what is it?")
-    assert "/reset begins a new one" in said(talk, f"/image {photo}")
+    assert "/reset starts a new conversation" in said(talk, f"/image {photo}")
     said(talk, "/reset")
     assert "/reset" not in said(talk, f"/image {photo}")
 
@@ -144,7 +144,7 @@ def test_what_is_taken_back_and_loaded_keeps_the_system_text(talk: ChatSession, 
         said(talk, f"/load {path}")
 
     load(("system", "Be short."), ("assistant", "Welcome"))
-    assert "nothing" in said(talk, "/undo")
+    assert "no question to remove" in said(talk, "/undo")
     assert len(talk.messages) == 2
     load(("user", "one"), ("user", "two"), ("assistant", None))
     assert talk.messages[0] == {"role": "system", "content": "Be short."}  # The file has none of its own.
@@ -167,7 +167,7 @@ def test_bytes_that_are_no_text_end_no_conversation(
 
 def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(talk: ChatSession) -> None:
     talk.sampling = SamplingParams(max_tokens=100, stop=())
-    pieces = talk.hear("hello")
+    pieces = talk.respond("hello")
     first = next(pieces)
     pieces.close()  # type: ignore[attr-defined]  # A generator.
     assert talk.messages[-1] == {"role": "assistant", "content": first}

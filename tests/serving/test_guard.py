@@ -103,7 +103,7 @@ def test_few_texts_to_stop_at_are_taken(address: str) -> None:
     for stop in (["x"] * (MAX_STOPS + 1), "x" * 1000):
         answer = httpx.post(url, json={**HELLO, "stop": stop}, headers=headers)
         assert answer.status_code == 400
-        assert "at most 4 texts" in answer.json()["error"]["message"]
+        assert "at most 4 stop texts" in answer.json()["error"]["message"]
     assert ChatRequest(**HELLO, stop=["a", "b"]).sampling(0).stop == ("a", "b")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +12,9 @@ import httpx2 as httpx
 import pytest
 from answerers import answerer, picture, served, wait_until
 
+from mmphi.generation.messages import MessageError
 from mmphi.serving.api import ServerConfig, names_url
+from mmphi.serving.image_fetch import image_fetcher
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
@@ -82,3 +86,21 @@ def test_which_requests_name_a_url() -> None:
     assert names_url(shown(1)["messages"])
     assert not names_url(shown(1, "data:image/png;base64,AAAA")["messages"])
     assert not names_url([*HELLO["messages"], None, {"content": [None, {"type": "image_url"}]}])  # type: ignore[misc]
+
+
+def test_a_name_that_resolves_to_this_machine_after_the_check_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port, resolve, names = server.server_address[1], socket.getaddrinfo, []
+
+        def rebinding(host: str, *arguments: Any, **options: Any) -> Any:
+            if host != "pictures.example":
+                return resolve(host, *arguments, **options)
+            names.append(host)
+            return resolve("8.8.8.8" if len(names) == 1 else "127.0.0.1", *arguments, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+        with pytest.raises(MessageError, match="an address that is not public"):
+            image_fetcher([f"http://pictures.example:{port}/"])(f"http://pictures.example:{port}/a.png")
+        assert len(names) == 2
+        server.shutdown()

@@ -59,12 +59,12 @@ def test_it_answers_as_python_does_and_goes_on(models: dict[str, Multimodal], ph
         }
     ]
     assert turn.answer == models["one"].chat(messages, max_tokens=8)
-    assert (turn.heard, turn.problem, turn.done) == (HEARD, "", True)
+    assert (turn.transcript, turn.problem, turn.done) == (HEARD, "", True)
     talk.turns.append(PageTurn("why?"))
     asked(pool, talk)
     messages += [{"role": "assistant", "content": turn.answer}, {"role": "user", "content": "why?"}]
     assert talk.turns[1].answer == models["one"].chat(messages, max_tokens=8)
-    assert talk.turns[1].heard == ""
+    assert talk.turns[1].transcript == ""
     pool.close()
 
 

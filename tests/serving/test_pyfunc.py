@@ -89,7 +89,10 @@ def test_messages_data_uris_and_seeds(projector: Result) -> None:
         ({"question": "x", "image": base64.b64encode(b"no image").decode()}, "image"),
         ({"question": " "}, "conversation 1, message 1: it is empty"),
         ({"messages": "{"}, "JSON"),
-        ({"messages": json.dumps([{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}])}, "files"),
+        (
+            {"messages": json.dumps([{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}])},
+            "local file paths",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said(projector: Result, row: dict[str, str], why: str) -> None:

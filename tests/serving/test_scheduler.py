@@ -161,7 +161,7 @@ def test_whoever_leaves_is_let_go_of_while_prepared_and_while_waiting_for_that(
     assert audio_source.entered.wait(60)
     working.leave(second.queued)
     assert second.answer() == ""
-    assert not any(second.queued.asked.audio)  # It waits in its lane still, and holds nothing there.
+    assert not any(second.queued.conversation.audio)  # It waits in its lane still, and holds nothing there.
     assert working.open == 1
     working.leave(first.queued)
     assert first.answer() == ""

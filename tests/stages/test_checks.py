@@ -9,11 +9,12 @@ import pytest
 import small
 
 from mmphi.config import VisionSettings
+from mmphi.config.declared_view import SettingsView
 from mmphi.config.light_clip import LightClipSettings
 from mmphi.errors import MmphiError
 from mmphi.models.vision.vision_encoder import encoder_output_shape, load_vision_encoder
 from mmphi.pipeline.build import Pipeline
-from mmphi.stages import STAGES
+from mmphi.stages import STAGES, evaluate
 from mmphi.stages.light_clip import config_of
 from mmphi.tracking.run_writer import TrackingStore
 
@@ -43,7 +44,7 @@ from mmphi.tracking.run_writer import TrackingStore
         ),
         ("projector", {"light_clip.lock_image": "true"}, ["random weights", "image_weights"]),
         ("projector", {"light_clip.lock_text": "true"}, ["random weights", "text_tower"]),
-        ("projector", {"vision.model": "ViT-B-32"}, ["says no weights", "laion2b_s34b_b79k"]),
+        ("projector", {"vision.model": "ViT-B-32"}, ["names no weights", "laion2b_s34b_b79k"]),
         ("projector", {"vision.model": "ViT-B-23", "vision.pretrained": "openai"}, ["ViT-B-32"]),
         (
             "projector",
@@ -61,7 +62,7 @@ from mmphi.tracking.run_writer import TrackingStore
             ["no hidden width"],
         ),
         ("projector", {"pretrain.context": "64"}, ["pretrain.max_length = 96", "64"]),
-        ("evaluate", {"evaluate.checkpoint": "3"}, ["that step is not kept", "there are final, 8"]),
+        ("evaluate", {"evaluate.checkpoint": "3"}, ["that step is not kept", "available: final, 8"]),
     ],
 )
 def test_impossible_settings_are_told_first(
@@ -99,3 +100,8 @@ def test_shape_of_large_towers_takes_no_weights() -> None:
     assert encoder_output_shape(VisionSettings(model="ViT-L-14-336", pretrained="openai", pool=2)) == (144, 1024)
     lite = LightClipSettings(image_tower="tf_efficientnet_lite0", image_size=224)
     assert encoder_output_shape(VisionSettings(layer=-1), config_of(lite)) == (49, 1280)
+
+
+def test_checkpoints_of_a_token_budget_are_not_counted_in_steps() -> None:
+    settings = small.settings(projector__supervised_tokens="500", evaluate__checkpoint="3")
+    evaluate.check(SettingsView(settings, ("evaluate", "projector", "qlora", "speech")))

@@ -125,13 +125,13 @@ def test_status_of_phi2_works_without_its_data(
     assert out.count("there is no such file") == 1
     assert "data.sources.0.path = ${MMPHI_LLAVA}/llava_instruct_150k.json: there is no such file" in out
     assert "in all: 26.9 GB of disk" in out
-    shown, _, others = out.partition("other stages, which these do not need:")
+    shown, _, others = out.partition("other stages, not required by these:")
     assert "pretrain" not in shown
     assert "pretrain" in others
     assert "microsoft/phi-2, 5.6 GB" in out
     assert "ViT-L-14-336 openai, by open_clip" in out
     assert "mmphi fetch llava FOLDER" in out
-    hashed = out.partition("would be hashed once:")[2].split()
+    hashed = out.partition("files to hash once:")[2].split()
     assert hashed == ["${MMPHI_LLAVA}/llava_instruct_150k.json", "${MMPHI_COCO}/train2017"]
 
 

@@ -56,8 +56,8 @@ def test_what_the_pipeline_exports_loads_in_transformers_and_is_the_adapters_mod
     ("changes", "said_so"),
     [
         ({"projector__norm": "true"}, "normalises its input"),
-        ({"vision__pool": "2"}, "averages no patches"),
-        ({"light_clip__from_nothing": "resnet"}, "is a resnet, and LLaVA's is a CLIP ViT"),
+        ({"vision__pool": "2"}, "does not pool patches"),
+        ({"light_clip__from_nothing": "resnet"}, "is a resnet, but LLaVA requires a CLIP ViT"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_before_anything_is_trained(

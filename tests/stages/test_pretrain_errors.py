@@ -48,7 +48,7 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = str(texts.write_text(tmp_path / "a.txt", 100))
     checked(text)
-    with pytest.raises(SettingsError, match="no condition") as caught:
+    with pytest.raises(SettingsError, match="not a valid condition") as caught:
         checked(text, stop="when done")
     assert "initial-1" in caught.value.hint
     with pytest.raises(SettingsError, match="cannot be spread evenly over 3") as caught:
@@ -63,5 +63,5 @@ def test_settings_that_cannot_work(tmp_path, monkeypatch):
     (tmp_path / "books").mkdir()
     texts.write_text(tmp_path / "books" / "b.txt", 100)
     checked("books")  # A folder that is there is one, however it is written.
-    with pytest.raises(SettingsError, match="no text to tokenise"):
+    with pytest.raises(SettingsError, match="no text sources are set"):
         tokens.STAGE.check(SettingsView(load_settings("tiny"), tokens.STAGE.declared))

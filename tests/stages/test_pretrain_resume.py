@@ -159,7 +159,7 @@ def test_a_corrupt_shard_of_a_result_is_named_and_built_again(tmp_path, empty_st
     (first.path / "tokenizer" / "tokenizer.json").write_text("{}")
     second = Pipeline(STAGES).build("tokens", chosen)
     said = capsys.readouterr()
-    assert f"shard {written[1]} is not as it was written" in said.out + said.err
+    assert f"shard {written[1]} has changed since it was written" in said.out + said.err
     assert written == [written[0], written[1], written[1]]
     assert (second.path / victim.name).read_bytes() == kept
     assert AutoTokenizer.from_pretrained(second.path / "tokenizer").eos_token_id is not None

@@ -29,7 +29,7 @@ from mmphi.models.projector import Projector, ProjectorConfig
 from mmphi.pipeline.build import Pipeline
 from mmphi.pipeline.stage import Result
 from mmphi.stages import STAGES
-from mmphi.stages.qlora import asked_of
+from mmphi.stages.qlora import caption_questions
 from mmphi.tracking.run_writer import TrackingStore
 from mmphi.training.checkpoints import load_weights
 
@@ -174,10 +174,10 @@ def test_mixtures_take_groups(pipeline):
         json.loads(Path(found.path / "data_read.json").read_text()) if (found.path / "data_read.json").exists() else []
     )
     assert found.metrics["qlora/steps"] == 2 or rows
-    with pytest.raises(SettingsError, match="no training row is called 'jokes'") as caught:
+    with pytest.raises(SettingsError, match="no training row is in the group 'jokes'") as caught:
         pipeline.build("qlora", small.settings(qlora__mixture="jokes=1"))
     assert "scenes:caption" in caught.value.hint
-    with pytest.raises(SettingsError, match="no group with a weight"):
+    with pytest.raises(SettingsError, match="not of the form group=weight"):
         pipeline.build("qlora", small.settings(qlora__mixture="caption=-1"))
 
 
@@ -202,7 +202,7 @@ def test_a_damaged_or_foreign_adapter_is_refused(pipeline, result, tmp_path):
     file.unlink()
     tensors = adapter(result.path)
     save_file({name: torch.full_like(t, torch.nan) for name, t in tensors.items()}, file)
-    with pytest.raises(ModelError, match="not the one that was saved"):
+    with pytest.raises(ModelError, match="was changed after it was saved"):
         load_checkpoint(tmp_path / "other")
     from mmphi.models.language.adapter import load_adapter
 
@@ -315,9 +315,9 @@ def test_questions_are_made_of_the_captions_of_their_own_split():
     """And the test is left as it is."""
     rows = [example(0, "a dog"), example(1, "a cat", split="validation"), example(2, "a car", split="test")]
     rows += [example(3, "a boat"), example(4, "a horse", split="validation")]
-    made = asked_of(rows, QloraSettings(questions=2))
+    made = caption_questions(rows, QloraSettings(questions=2))
     shown = sorted((row.split, row.image.id[-5]) for row in made)
     assert shown == [("train", "0"), ("train", "3"), ("validation", "1"), ("validation", "4")]
     learned = " ".join(turn.question for row in made if row.split == "train" for turn in row.turns)
     assert not {"cat", "horse", "car"} & set(learned.replace("?", "").split())
-    assert asked_of(rows, QloraSettings()) == []
+    assert caption_questions(rows, QloraSettings()) == []

@@ -95,7 +95,7 @@ def test_it_is_trained_and_measured(trained: Any) -> None:
     assert result.metrics["speech/recordings"] == 7
     assert result.metrics["speech/supervised_tokens"] > 6 * 4
     measured = build(pipeline, "evaluate", changes, evaluate__stage="speech")
-    for name in ("loss", "hearing_gain", "wer", "typed_wer", "answer_agreement", "answer_overlap", "tokens_per_s"):
+    for name in ("loss", "audio_gain", "wer", "typed_wer", "answer_agreement", "answer_overlap", "tokens_per_s"):
         assert f"test/{name}" in measured.metrics
     # A second of sound is 50 frames, 8 of them a token.
     assert measured.metrics["test/tokens_per_s"] == pytest.approx(50 / 8, rel=0.15)
@@ -155,7 +155,7 @@ def test_the_words_can_be_trained_on_too(trained: Any) -> None:
     result = build(pipeline, "speech", changes, speech__audio_input="transcript", speech__steps="2")
     assert json.loads((result.path / "speech.json").read_text())["link"] == "transcript"
     assert load_file(result.path / "speech.safetensors")["out.weight"].abs().max() < 0.1
-    with pytest.raises(ModelError, match="trained for the audio input transcript, and knows nothing of frames"):
+    with pytest.raises(ModelError, match="trained for the audio input transcript and cannot use encoder frames"):
         build(
             pipeline,
             "evaluate",
@@ -163,7 +163,7 @@ def test_the_words_can_be_trained_on_too(trained: Any) -> None:
             evaluate__stage="speech",
             speech__audio_input="transcript",
             speech__steps="2",
-            evaluate__links='["encoder"]',
+            evaluate__audio_inputs='["encoder"]',
         )
 
 
@@ -177,7 +177,7 @@ def test_all_links_are_measured_side_by_side(trained: Any) -> None:
     """What is heard is what is said here, so the transcript's answers are those of the typed words."""
     pipeline, changes = trained
     measured = build(
-        pipeline, "evaluate", changes, evaluate__stage="speech", evaluate__links='["encoder", "transcript"]'
+        pipeline, "evaluate", changes, evaluate__stage="speech", evaluate__audio_inputs='["encoder", "transcript"]'
     ).metrics
     assert measured["test/transcript/answer_agreement"] == 1
     assert measured["test/transcript/wer"] == measured["test/transcript/typed_wer"]
@@ -248,8 +248,8 @@ def test_more_recordings_are_taken_over_and_bad_ones_counted(trained: Any, tmp_p
     ("changes", "message"),
     [
         ({"speech.path": ""}, "names no recordings"),
-        ({"speech.question": "Say it"}, "does not say where the recording stands"),
-        ({"audio.backend": "faster"}, "faster-whisper does not give"),
+        ({"speech.question": "Say it"}, "must contain <audio> exactly once"),
+        ({"audio.backend": "faster"}, "faster-whisper does not"),
         ({"speech.batch_size": "1", "speech.gradient_accumulation_steps": "2"}, "nearest batch size is 2"),
     ],
 )
@@ -273,7 +273,7 @@ def test_splits_are_drawn_or_read(tmp_path: Path) -> None:
     read = list(read_recordings(recordings(tmp_path / "b", 4, split=given), tmp_path / "b", report))
     assert [e.split for e in spoken_examples(read, report, seed=0, **shape)] == ["train", "test", "train"]
     assert [d.reason for d in report.dropped] == ["no split: split = dev"]
-    with pytest.raises(DataError, match="none is left to train on"):
+    with pytest.raises(DataError, match="is left for training"):
         spoken_examples(spoken, report, seed=0, question="<audio>", validation=5, test=5)
 
 
@@ -285,4 +285,4 @@ def test_a_recording_of_which_nothing_is_said_is_counted(tmp_path: Path) -> None
         list(read_recordings(path, tmp_path, report)), report, question="<audio>", validation=0, test=0, seed=0
     )
     assert len(kept) == 3
-    assert [d.reason for d in report.dropped] == ["nothing said of it"]
+    assert [d.reason for d in report.dropped] == ["no transcript"]

@@ -25,7 +25,7 @@ from mmphi.data.schema import ImageRef
 from mmphi.errors import ModelError, SettingsError
 from mmphi.models.checkpoint import load_checkpoint
 from mmphi.models.multimodal import Multimodal
-from mmphi.models.patches.module_patches import cast_output_to_input_dtype
+from mmphi.models.patches.layer_norm_dtype import cast_output_to_input_dtype
 from mmphi.pipeline.build import Pipeline
 from mmphi.tracking.run_writer import TrackingStore
 
@@ -121,7 +121,7 @@ def test_kept_checkpoints_can_be_evaluated(pipeline: Pipeline) -> None:
     last = pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="8"))
     assert early.metrics["test/loss"] != final.metrics["test/loss"]
     assert last.metrics["test/loss"] == final.metrics["test/loss"]
-    with pytest.raises(SettingsError, match="there are final, 2, 4, 6, 8"):
+    with pytest.raises(SettingsError, match="available: final, 2, 4, 6, 8"):
         pipeline.build("evaluate", small.settings(**changes, evaluate__checkpoint="3"))
 
 
@@ -288,7 +288,7 @@ def test_what_is_not_what_it_was_is_refused(pipeline: Pipeline, tmp_path: Path) 
     with pytest.raises(ModelError, match=r"is not the language model that .* was trained with"):
         mmphi.load(tmp_path / "saved")
     shutil.rmtree(other)
-    with pytest.raises(ModelError, match="which is not there") as caught:
+    with pytest.raises(ModelError, match="which does not exist") as caught:
         mmphi.load(tmp_path / "saved")
     assert "language=FOLDER" in caught.value.hint
     assert mmphi.load(tmp_path / "saved", language=str(result.path / "language")).max_length == model.max_length
@@ -297,7 +297,7 @@ def test_what_is_not_what_it_was_is_refused(pipeline: Pipeline, tmp_path: Path) 
     (tmp_path / "saved" / "mmphi.json").write_text(json.dumps(bundle))
     with pytest.raises(ModelError, match="is not the one that the model was trained with"):
         mmphi.load(tmp_path / "saved", language=str(result.path / "language"))
-    with pytest.raises(ModelError, match="no model that loads alone"):
+    with pytest.raises(ModelError, match="is not a model folder"):
         mmphi.load(tmp_path)
 
 

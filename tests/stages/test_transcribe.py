@@ -32,7 +32,7 @@ class Fake:
         if name == "gone":
             raise ModelError("there is no Whisper 'gone'", "give another")
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
+    def transcribe(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         numbers = [round(float(np.abs(s).max()) * 10) for s in sounds]
         if Fake.fail_at and Fake.fail_at in numbers:
             raise KeyboardInterrupt

@@ -155,7 +155,7 @@ def test_features_stand_in_their_own_places():
 def test_wrong_number_of_places_names_the_sample():
     language = tiny_language()
     sample = encode(example(3, "x"), language.prompt, 5, 50)
-    with pytest.raises(ModelError, match=r"photos/3 has 5 places for an image of 4 features"):
+    with pytest.raises(ModelError, match=r"photos/3: a span of 5 positions for an image with 4 features"):
         pack([sample], SOURCES)
 
 

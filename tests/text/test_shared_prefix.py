@@ -99,7 +99,9 @@ def test_a_model_is_scored_as_it_is_alone() -> None:
 
 def test_steps_keep_what_is_about_an_image_together() -> None:
     given = samples([(image, "", letter) for image in range(6) for letter in "abcde"])
-    steps = PackedStepDataset(given, SOURCES, steps=30, batch_size=6, packs_per_step=1, seed=3, views=2, together=3)
+    steps = PackedStepDataset(
+        given, SOURCES, steps=30, batch_size=6, packs_per_step=1, seed=3, views=2, max_examples_per_image=3
+    )
     seen = [sample for step in range(10) for sample in steps.step(step)]  # Twice all 30.
     count = Counter((s.spans[0].reference.view, s.spans[0].reference.id, s.input_ids.tobytes()) for s in seen)
     assert len(count) == 60  # Each once as it is and once as another view.
@@ -120,7 +122,7 @@ def test_steps_keep_what_is_about_an_image_together() -> None:
 @pytest.mark.parametrize("batch_size", [6, 2])
 def test_processes_share_a_step_of_bundles(batch_size: int) -> None:
     given = samples([(image, "", letter) for image in range(6) for letter in "abcde"])
-    shape = {"steps": 3, "batch_size": batch_size, "seed": 3, "together": 5}
+    shape = {"steps": 3, "batch_size": batch_size, "seed": 3, "max_examples_per_image": 5}
     one = PackedStepDataset(given, SOURCES, packs_per_step=1, **shape)
     two = PackedStepDataset(given, SOURCES, packs_per_step=2, **shape)
     for step in range(3):

@@ -51,7 +51,7 @@ def document(number, text, **changes):
 
 
 def store(folder, limit=10_000_000):
-    return CorpusStore(folder, limit, Quality(20, 5000), say=lambda _: None)
+    return CorpusStore(folder, limit, Quality(20, 5000))
 
 
 def nearly(text):
@@ -163,7 +163,7 @@ def test_a_store_that_was_changed_is_refused(tmp_path):
     kept.offer([document(0, prose(0))], "s", 1)
     kept.commit()
     (tmp_path / "000000.jsonl.zst").write_bytes(b"other")
-    with pytest.raises(StoreError, match="not what was written"):
+    with pytest.raises(StoreError, match="was changed after it was written"):
         store(tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_a_host_whose_shards_no_reader_would_find_is_refused(writer, tmp_path, h
     if not host:
         assert GeneratorPool(settings, str(tmp_path / "s"), tmp_path / "fleet").host == "here"
         return
-    with pytest.raises(SettingsError, match="without hyphens"):
+    with pytest.raises(SettingsError, match="other characters than letters"):
         GeneratorPool(settings, str(tmp_path / "s"), tmp_path / "fleet")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,9 +47,9 @@ def test_the_best_weights_are_the_result(tmp_path, recorder, losses, best):
     said = Said(losses)
     projector, told = run(tmp_path, said, recorder)
     assert torch.equal(weights(projector), said.weights[best])
-    assert (told.steps, told.best) == (6, best)
+    assert (told.steps, told.result_step) == (6, best)
     assert told.figures == {"val/loss": losses[best], "val/other": float(best)}
-    assert any(f"step {best} are taken" in line for line in recorder.said)
+    assert any(f"using the weights of step {best}," in line for line in recorder.said)
     remove_kept(tmp_path)
     assert not list(tmp_path.glob("best*"))
 
@@ -57,7 +58,7 @@ def test_else_the_last_ones_are(tmp_path):
     said = Said({2: 1.0, 4: 2.0, 6: 3.0})
     projector, told = run(tmp_path, said, keep_best=False)
     assert torch.equal(weights(projector), said.weights[6])
-    assert (told.best, told.figures) == (6, {})
+    assert (told.result_step, told.figures) == (6, {})
     assert not list(tmp_path.glob("best*"))
 
 
@@ -65,7 +66,7 @@ def test_where_no_loss_is_a_number_the_last_ones_stay(tmp_path):
     said = Said(dict.fromkeys((2, 4, 6), math.nan))
     projector, told = run(tmp_path, said)
     assert torch.equal(weights(projector), said.weights[6])
-    assert told.best == 6
+    assert told.result_step == 6
 
 
 def test_stopped_and_gone_on_with_it_is_the_best_of_both(tmp_path):
@@ -77,7 +78,7 @@ def test_stopped_and_gone_on_with_it_is_the_best_of_both(tmp_path):
     projector, told = run(tmp_path, second)
     assert 2 not in second.weights
     assert torch.equal(weights(projector), first.weights[2])
-    assert told.best == 2
+    assert told.result_step == 2
 
 
 @pytest.mark.slow
@@ -87,7 +88,24 @@ def test_ended_and_asked_again_it_gives_the_same(tmp_path):
     expected, _ = run(tmp_path, Said(losses))
     again, told = run(tmp_path, Said(losses))
     assert torch.equal(weights(again), weights(expected))
-    assert told.best == 4
+    assert told.result_step == 4
+
+
+def test_a_kill_between_the_renames_keeps_the_former_weights(tmp_path, monkeypatch):
+    best = BestCheckpoint(tmp_path, Projector(ProjectorConfig(4, 4)))
+    best.offer(1, {"val/loss": 2.0})
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.suffix == ".part":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            best.offer(2, {"val/loss": 1.0})
+    assert BestCheckpoint(tmp_path, Projector(ProjectorConfig(4, 4))).step == 1
 
 
 def test_half_a_copy_does_not_count(tmp_path):

@@ -13,7 +13,7 @@ from builders import tiny_language
 
 from mmphi.data.schema import AudioRef
 from mmphi.models.audio.audio_features import EncoderFeatures
-from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
+from mmphi.models.audio.audio_projector import AudioProjector, AudioProjectorConfig
 from mmphi.tracking.tracker import PrefixedTracker
 from mmphi.training.ctc_alignment import (
     CTCAlignmentDataset,
@@ -38,7 +38,7 @@ RECORDINGS = [AudioRef(str(i), Path(str(i))) for i in range(4)]
 
 def naming(seed: int = 0) -> CTCAlignmentLoss:
     torch.manual_seed(seed)
-    projection = SpeechProjection(SpeechConfig("encoder", 10, 8, width=12, stack=2))
+    projection = AudioProjector(AudioProjectorConfig("encoder", 10, 8, width=12, stack=2))
     return CTCAlignmentLoss(projection, torch.randn(3, 8))
 
 

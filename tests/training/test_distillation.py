@@ -11,7 +11,7 @@ from builders import tiny_language
 from mmphi.config.shared import TrainingSettings
 from mmphi.data.schema import AudioRef, Example, Turn
 from mmphi.models.audio.audio_features import EncoderFeatures
-from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
+from mmphi.models.audio.audio_projector import AudioProjector, AudioProjectorConfig
 from mmphi.models.multimodal import Multimodal
 from mmphi.text.packing import Layout
 from mmphi.text.tokenized_example import TokenizedExample
@@ -28,7 +28,7 @@ def frames(audio: AudioRef) -> torch.Tensor:
 
 def listening() -> Multimodal:
     torch.manual_seed(3)
-    speech = SpeechProjection(SpeechConfig("encoder", 24, 32, stack=4), scale=0.3)
+    speech = AudioProjector(AudioProjectorConfig("encoder", 24, 32, stack=4), scale=0.3)
     return Multimodal(tiny_language(), None, None, audio_source=EncoderFeatures(frames, 6, 4), speech=speech)
 
 
@@ -73,7 +73,7 @@ def test_loss_and_gradient_against_each_sequence_alone(temperature: float, end_w
     assert len(heard) == len(WORDS)
     task = DistillationTask(model.packed, temperature, end_weight)
     batch = collate_pairs(heard, read, model.sources, model.language.prompt.end[-1])
-    assert batch["heard"]["input_ids"].shape[0] < len(WORDS)  # Several share a row.
+    assert batch["with_audio"]["input_ids"].shape[0] < len(WORDS)  # Several share a row.
     loss = task(**batch)
     loss.backward()
     assert model.speech is not None
@@ -123,5 +123,5 @@ def test_pairs_that_differ_are_a_mistake() -> None:
     with pytest.raises(ValueError, match="different answers"):
         collate_pairs(heard, read[1:] + read[:1], model.sources, 256)
     steps = distillation_dataset(heard, read, model.sources, TrainingSettings(steps=1, batch_size=2), 256)
-    with pytest.raises(ValueError, match="6 conversations are heard, 5 read"):
+    with pytest.raises(ValueError, match="6 conversations in audio form, but 5 in text form"):
         DistillationDataset(steps.steps, read[1:], 256)

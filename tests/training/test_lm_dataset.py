@@ -20,7 +20,7 @@ TEXTS = {"one": ["a cat sat", "b", "the dog ran far away" * 9], "two": ["xyz" * 
 def corpus(folder: Path, texts=TEXTS, apart=lambda *_: False) -> TokenShards:
     folder.mkdir(exist_ok=True)
     sources = {name: lambda own=own: [TextPiece(text, True, True) for text in own] for name, own in texts.items()}
-    shards = ShardTokenizer(folder, sources, byte_tokenizer(), kept_apart=apart, say=lambda _: None)()
+    shards = ShardTokenizer(folder, sources, byte_tokenizer(), is_held_out=apart, say=lambda _: None)()
     return TokenShards(folder, [s.name for s in shards])
 
 
@@ -105,5 +105,5 @@ def test_rows_that_cannot_be_spread(tmp_path):
     tokens = corpus(tmp_path)
     with pytest.raises(ValueError, match="4 rows"):
         steps(tokens, passes=3)
-    with pytest.raises(DataError, match="nothing to train on"):
+    with pytest.raises(DataError, match="no training tokens"):
         steps(corpus(tmp_path / "none", apart=lambda source, *_: source == 1))

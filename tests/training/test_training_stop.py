@@ -39,8 +39,8 @@ def test_what_cannot_be_read(text):
     ("stop", "reason"),
     [
         (StopCriteria(below_initial=1), ""),
-        (StopCriteria(below_initial=0.9), "the loss is 9.900, and 9.900 was asked for"),
-        (StopCriteria(loss=10), "the loss is 9.900, and 10.000 was asked for"),
+        (StopCriteria(below_initial=0.9), "a loss of 9.900 (target 9.900)"),
+        (StopCriteria(loss=10), "a loss of 9.900 (target 10.000)"),
         (StopCriteria(tokens=5e5), "500,000 tokens"),
         (StopCriteria(steps=11), ""),
         (StopCriteria(steps=10), "10 steps"),
@@ -83,9 +83,9 @@ def test_rates_that_are_given_stay():
 
 def test_peak_is_named():
     assert peak_flops(3.5).flops == 3.5e12
-    assert "as given" in peak_flops(3.5).name
+    assert "(setting)" in peak_flops(3.5).name
     import torch
 
     found = measure_peak_flops(torch.float32)
     assert found.flops > 1e9
-    assert "measured here" in found.name
+    assert "measured" in found.name

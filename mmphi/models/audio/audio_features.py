@@ -15,7 +15,7 @@ from mmphi.data.lru_cache import LockedLRUCache
 from mmphi.data.ragged_features import RaggedStore
 from mmphi.data.schema import AudioRef
 from mmphi.errors import ModelError
-from mmphi.models.audio.audio_projector import Link, SpeechConfig
+from mmphi.models.audio.audio_projector import AudioProjectorConfig, Link
 from mmphi.models.audio.transcriber import (
     Audio,
     CachedTranscriber,
@@ -71,8 +71,8 @@ class TranscriptFeatures:
 
     def inputs(self, recordings: Sequence[AudioRef], check: Callable[[], None] = lambda: None, /) -> list[SpanContent]:
         """Span contents of recordings, with their transcripts."""
-        heard = self.transcriber.transcripts(recordings, check)
-        return [SpanContent("audio", a, 0, t.text) for a, t in zip(recordings, heard, strict=True)]
+        transcripts = self.transcriber.transcripts(recordings, check)
+        return [SpanContent("audio", a, 0, t.text) for a, t in zip(recordings, transcripts, strict=True)]
 
     def length(self, reference: TranscriptSpan, /) -> int:
         """Number of tokens of the transcript."""
@@ -272,7 +272,7 @@ def _bytes(tensor: Tensor) -> int:
 def audio_feature_source(
     language: LanguageModel,
     audio: Audio,
-    config: SpeechConfig | None,
+    config: AudioProjectorConfig | None,
     device: torch.device,
     once: Once,
 ) -> AudioFeatureSource:
@@ -290,7 +290,7 @@ def audio_feature_source(
             needs.
     """
     transcriber = transcriber_of(audio.settings, device, once)
-    config = config or SpeechConfig("transcript", language.width, language.width)
+    config = config or AudioProjectorConfig("transcript", language.width, language.width)
     if config.link == "transcript":
         return TranscriptFeatures(language, transcriber)
     if config.link == "soft":
@@ -298,7 +298,8 @@ def audio_feature_source(
     whisper = openai_whisper_of(transcriber, "encoder")
     if audio.digest and whisper.digest != audio.digest:
         raise ModelError(
-            f"{whisper.name} is not the Whisper that the model was trained with", "give that one: mmphi.load(whisper=)"
+            f"{whisper.name} is not the Whisper that the model was trained with",
+            "pass its size or weights file: mmphi.load(FOLDER, whisper=NAME)",
         )
     return EncoderFeatures(live_encoder_frames(transcriber), whisper.width, config.stack)
 
@@ -315,7 +316,7 @@ def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:
         raise ModelError(
             f"the audio input soft needs a Whisper whose tokens are GPT-2's; {whisper.name} is multilingual and has"
             " other tokens",
-            "take tiny.en, base.en, small.en or medium.en, or the audio input transcript",
+            "use tiny.en, base.en, small.en or medium.en, or the audio input transcript",
         )
     letters = bytes_to_unicode()
     for token, spelled in whisper.tokens():
@@ -324,6 +325,6 @@ def _check_ids(language: LanguageModel, whisper: OpenAIWhisper) -> None:
         if own != theirs:
             raise ModelError(
                 f"the audio input soft needs a language model whose token IDs are Whisper's; token {token} is {own!r}"
-                f" for {language.name}, and {theirs!r} to {whisper.name}",
-                "take a model with GPT-2's tokenizer, such as Phi-2, or the audio input transcript",
+                f" in {language.name} and {theirs!r} in {whisper.name}",
+                "use a model with GPT-2's tokenizer, such as Phi-2, or the audio input transcript",
             )

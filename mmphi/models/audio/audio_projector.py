@@ -20,7 +20,7 @@ WEIGHTS, SHAPE = "speech.safetensors", "speech.json"
 
 
 @dataclass(frozen=True)
-class SpeechConfig:
+class AudioProjectorConfig:
     """Shape of an audio projector.
 
     Attributes:
@@ -41,7 +41,7 @@ class SpeechConfig:
     temperature: float = 1.0
 
 
-class SpeechProjection(nn.Module):
+class AudioProjector(nn.Module):
     """Maps audio features (..., D) of any float type to embeddings (..., W); weights and arithmetic are fp32.
 
     Word embeddings pass a residual block whose last matrix is initialised to zero: untrained, it is the identity.
@@ -53,7 +53,7 @@ class SpeechProjection(nn.Module):
         scale: Root mean square of the language model's embeddings (``encoder``).
     """
 
-    def __init__(self, config: SpeechConfig, scale: float = 1.0) -> None:
+    def __init__(self, config: AudioProjectorConfig, scale: float = 1.0) -> None:
         super().__init__()
         self.config = config
         hidden = config.width or config.output_width
@@ -66,7 +66,9 @@ class SpeechProjection(nn.Module):
                 self.out.weight.normal_(std=scale * hidden**-0.5)
             return
         if config.input_width != config.output_width:
-            raise ModelError(f"words of width {config.input_width} do not fit a model of width {config.output_width}")
+            raise ModelError(
+                f"embeddings of width {config.input_width} do not fit a language model of width {config.output_width}"
+            )
         self.norm = nn.RMSNorm(config.input_width)
         self.widen = nn.Linear(config.input_width, hidden)
         self.out = nn.Linear(hidden, config.output_width)
@@ -91,19 +93,19 @@ class SpeechProjection(nn.Module):
         (folder / SHAPE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> SpeechProjection:
+    def load(cls, folder: Path) -> AudioProjector:
         """Load a projector that :meth:`save` wrote.
 
         Raises:
             ModelError: If a file is missing, corrupt, of another shape, or contains non-finite values.
         """
         try:
-            projection = cls(SpeechConfig(**json.loads((folder / SHAPE).read_text())))
+            projection = cls(AudioProjectorConfig(**json.loads((folder / SHAPE).read_text())))
             weights = load_file(folder / WEIGHTS)
             projection.load_state_dict(weights)
         except (OSError, TypeError, ValueError, SafetensorError, RuntimeError) as error:
             raise ModelError(
-                f"no speech projection can be read from {folder}: {error}", "train it again with --force"
+                f"the audio projector in {folder} cannot be loaded: {error}", "train it again with --force"
             ) from error
         for name, weight in weights.items():
             if not weight.isfinite().all():
@@ -111,7 +113,7 @@ class SpeechProjection(nn.Module):
         return projection
 
 
-def identity_projection(width: int, link: Link = "transcript", temperature: float = 1.0) -> SpeechProjection:
+def identity_audio_projector(width: int, link: Link = "transcript", temperature: float = 1.0) -> AudioProjector:
     """Untrained projector of word embeddings: the identity.
 
     Args:
@@ -119,4 +121,4 @@ def identity_projection(width: int, link: Link = "transcript", temperature: floa
         link: ``transcript`` or ``soft``.
         temperature: Softmax temperature of Whisper's logits (``soft``).
     """
-    return SpeechProjection(SpeechConfig(link, width, width, temperature=temperature))
+    return AudioProjector(AudioProjectorConfig(link, width, width, temperature=temperature))

@@ -47,7 +47,7 @@ class CachedTranscriber:
 
     def __init__(self, asr_model: ASRModel, settings: AudioSettings, memory: TranscriptCache | None = None) -> None:
         self.asr_model, self.settings, self.memory = asr_model, settings, memory
-        self._heard: LockedLRUCache[Transcript] = LockedLRUCache(KEPT)
+        self._cache: LockedLRUCache[Transcript] = LockedLRUCache(KEPT)
 
     def recording(self, audio: AudioRef) -> Recording:
         """Decode a recording.
@@ -68,7 +68,7 @@ class CachedTranscriber:
             AudioError: If one cannot be decoded or is too long.
         """
         keys = [recording_identity(audio) for audio in recordings]
-        known = {key: said for key in keys if (said := self._heard.get(key)) is not None}
+        known = {key: transcript for key in keys if (transcript := self._cache.get(key)) is not None}
         new = {key: audio for key, audio in zip(keys, recordings, strict=True) if key not in known}
         if self.memory is not None and new:
             known |= self.memory.recall(list(new))
@@ -76,7 +76,7 @@ class CachedTranscriber:
         chosen = self.settings
         for first in range(0, len(fresh), chosen.batch_size):
             some = fresh[first : first + chosen.batch_size]
-            heard = transcribe(
+            transcripts = transcribe(
                 self.asr_model,
                 [self.recording(audio) for _, audio in some],
                 language=chosen.language,
@@ -86,11 +86,11 @@ class CachedTranscriber:
                 batch_size=chosen.batch_size,
                 check=check,
             )
-            known |= {key: what for (key, _), what in zip(some, heard, strict=True)}
+            known |= {key: what for (key, _), what in zip(some, transcripts, strict=True)}
             if self.memory is not None:
                 self.memory.remember({key: known[key] for key, audio in some if not isinstance(audio.source, bytes)})
-        for key, said in known.items():
-            self._heard.put(key, said)
+        for key, transcript in known.items():
+            self._cache.put(key, transcript)
         return [known[key] for key in keys]
 
     def parts(self, recording: Recording) -> list[SpeechInterval]:
@@ -156,5 +156,8 @@ def openai_whisper_of(transcriber: CachedTranscriber, link: str) -> OpenAIWhispe
         ModelError: If the transcriber uses another backend.
     """
     if not isinstance(transcriber.asr_model, OpenAIWhisper):
-        raise ModelError(f"faster-whisper does not give what the link {link} needs", "set audio.backend to openai")
+        raise ModelError(
+            f"faster-whisper does not provide the outputs that the audio input {link} needs",
+            "set audio.backend to openai",
+        )
     return transcriber.asr_model

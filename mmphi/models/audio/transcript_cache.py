@@ -57,21 +57,21 @@ class TranscriptCache:
                     found[key.rpartition("/")[2]] = Transcript(segments, row["language"])
         return found
 
-    def remember(self, heard: Mapping[str, Transcript]) -> None:
+    def remember(self, transcripts: Mapping[str, Transcript]) -> None:
         """Store transcripts by the digest of the recording's content, except those of defective recordings."""
         rows = [
             (
                 f"{self._whose}/{content}",
                 json.dumps({"segments": [[s.start, s.end, s.text] for s in each.segments], "language": each.language}),
             )
-            for content, each in heard.items()
-            if not each.told
+            for content, each in transcripts.items()
+            if not each.defects
         ]
         try:
             with self._open() as connection:
                 connection.executemany("INSERT OR REPLACE INTO transcripts VALUES (?, ?)", rows)
+        except (OSError, sqlite3.OperationalError):  # Locked, or the disk is full: other processes use the file.
+            pass
         except sqlite3.DatabaseError:  # The file is corrupt or not a database: the next call creates a new one.
             with contextlib.suppress(OSError):
                 self._path.unlink()
-        except OSError:
-            pass

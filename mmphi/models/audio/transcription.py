@@ -45,12 +45,12 @@ class Transcript:
     Attributes:
         segments: Segments in order.
         language: Language code; empty without speech.
-        told: Defects of the recording's file, one sentence each.
+        defects: Defects of the recording's file, one sentence each.
     """
 
     segments: tuple[Segment, ...] = ()
     language: str = ""
-    told: tuple[str, ...] = ()
+    defects: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -74,7 +74,7 @@ class ASRModel(Protocol):
     name: str
     english: bool
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
+    def transcribe(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         """Transcribe windows of at most 30 s, independently of each other.
 
         Args:
@@ -126,8 +126,8 @@ def transcribe(
             check()
             chosen = group[begin : begin + batch_size]
             sounds = [cut_samples(recordings[place], part) for place, part in chosen]
-            heard = asr_model.hear(sounds, [languages[place] for place, _ in chosen], prompt)
-            for (place, part), what in zip(chosen, heard, strict=True):
+            results = asr_model.transcribe(sounds, [languages[place] for place, _ in chosen], prompt)
+            for (place, part), what in zip(chosen, results, strict=True):
                 languages[place] = languages[place] or what.language
                 found[place] += [
                     Segment(part.start + each.start, min(part.start + each.end, part.end), each.text)
@@ -137,7 +137,7 @@ def transcribe(
         Transcript(
             tuple(sorted(segments, key=lambda s: s.start)),
             languages[place] if parts[place] else "",
-            recordings[place].told,
+            recordings[place].defects,
         )
         for place, segments in enumerate(found)
     ]

@@ -66,7 +66,7 @@ def detect_speech(recording: Recording, *, threshold: float = 0.5, longest: floa
     from silero_vad import get_speech_timestamps
 
     if recording.rate != RATE:
-        raise ValueError(f"the gate hears {RATE} samples a second, not {recording.rate}")
+        raise ValueError(f"voice activity detection needs a sample rate of {RATE} Hz, not {recording.rate} Hz")
     with _SILERO, torch.inference_mode():
         model = _silero()
         model.reset_states()

@@ -175,7 +175,7 @@ class OpenAIWhisper:
 
     @_one_thread_at_a_time
     @torch.inference_mode()
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
+    def transcribe(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         """Transcribe windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
         if not sounds:
             return []
@@ -214,8 +214,8 @@ class OpenAIWhisper:
                 )
                 # openai-whisper 20250625 can decode several hypotheses of one window only.
                 single = temperature or self.beam > 1
-                together = [[place] for place in waiting] if single else [waiting]
-                for places in together:
+                groups = [[place] for place in waiting] if single else [waiting]
+                for places in groups:
                     for place, result in zip(places, whisper.decode(self.model, audio[places], options), strict=True):
                         results[place] = result
                 waiting = [i for i in waiting if _doubtful(results[i])]
@@ -270,7 +270,7 @@ class FasterWhisper:
             ) from error
         self.name, self.english, self.beam = name, not self.model.model.is_multilingual, beam
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
+    def transcribe(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         """Transcribe windows: see :class:`~mmphi.models.audio.transcription.ASRModel`."""
         found = []
         for sound, language in zip(sounds, languages, strict=True):

@@ -24,7 +24,7 @@ from mmphi.models.vision.clip_vision import clip_vision, image_processor
 from mmphi.text.llava_chat_template import llava_template
 from mmphi.text.prompt import MARK
 
-UNFIT = "this shape has no counterpart in transformers' LLaVA: use mmphi.load, or train one that has"
+UNFIT = "transformers' LLaVA does not support this architecture: use mmphi.load, or train a model that it supports"
 
 
 def check_projector(config: ProjectorConfig) -> None:
@@ -65,8 +65,8 @@ def fold_head_bias(norm: nn.LayerNorm, head: nn.Linear) -> nn.Linear:
     """
     if type(norm) is not nn.LayerNorm or norm.weight is None or not bool((norm.weight.abs() > 1e-6).all()):
         raise ModelError(
-            f"the head of the language model has a bias, LLaVA's has none, and {type(norm).__name__} before it gives"
-            " nothing to put it in",
+            f"the head of the language model has a bias, LLaVA's has none, and {type(norm).__name__} before it"
+            " cannot replace it",
             UNFIT,
         )
     a = 1 / norm.weight.double()
@@ -112,7 +112,7 @@ def as_llava(model: Multimodal) -> tuple[Any, Any]:
         raise ModelError("the model has no projector", "export the run of a projector, qlora or merge")
     check_projector(model.projector.config)
     if model.vision.settings.pool != 1:
-        raise ModelError(f"vision.pool = {model.vision.settings.pool}, and LLaVA averages no patches", UNFIT)
+        raise ModelError(f"vision.pool = {model.vision.settings.pool}, but LLaVA does not pool patches", UNFIT)
     encoder = getattr(model.features, "encoder", None)
     if encoder is None:
         raise ModelError("the vision encoder is not loaded", "load the model without stored features")

@@ -86,7 +86,7 @@ def add_adapter(language: LanguageModel, shape: AdapterConfig) -> LanguageModel:
     if shape.rank > _narrow(layers[narrow]):
         raise ModelError(
             f"rank {shape.rank} is above the width of {narrow}, which is {_narrow(layers[narrow])}",
-            f"the highest rank that means anything here is {_narrow(layers[narrow])}",
+            f"use a rank of at most {_narrow(layers[narrow])}",
         )
     torch.manual_seed(shape.seed)
     config = LoraConfig(
@@ -126,7 +126,7 @@ def load_adapter(language: LanguageModel, folder: Path) -> LanguageModel:
         finite = all(bool(torch.isfinite(t).all()) for t in load_file(folder / WEIGHTS).values())
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{folder} holds no adapter: {error}", "give a folder that PEFT or `mmphi qlora` wrote"
+            f"the adapter in {folder} cannot be read: {error}", "use a folder that PEFT or `mmphi qlora` wrote"
         ) from error
     if not finite:
         raise ModelError(f"the adapter in {folder} is not finite", "train it again with a lower learning rate")

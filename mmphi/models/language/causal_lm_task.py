@@ -21,7 +21,7 @@ class CausalTask(nn.Module):
     Args:
         model: A ``PhiForCausalLM``, or any model with a plain linear head over ``model.model``.
         walls: How documents of one row are isolated: by attention within each document, which requires
-            :func:`~mmphi.models.patches.varlen_attention.varlen_attention_applied`, or by a mask over the row.
+            :func:`patched(model, "training") <mmphi.models.patches.module_patches.patched>`, or by a mask over the row.
         compiled: Whether torch compiles the model's body for training.
     """
 
@@ -40,7 +40,7 @@ class CausalTask(nn.Module):
             output = body(ids, position_ids=positions, attention_mask=mask, use_cache=False)
         else:
             if self.model.config._attn_implementation != NAME:
-                raise RuntimeError("the model must be inside varlen_attention_applied")
+                raise RuntimeError("the model must be patched for training")
             output = body(
                 ids.reshape(1, -1),
                 position_ids=positions.reshape(1, -1),
@@ -73,10 +73,10 @@ def isolation_error(task: CausalTask) -> float:
         start += length
     try:
         alone = sum(float(task(**batch)) for batch in batches)
-        together = float(task(**probe(ids, list(PROBE))))
+        packed = float(task(**probe(ids, list(PROBE))))
     except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError):
         return float("inf")
-    return abs(together - alone) / sum(PROBE)
+    return abs(packed - alone) / sum(PROBE)
 
 
 def probe(ids: Tensor, lengths: list[int]) -> dict[str, Tensor]:

@@ -13,19 +13,19 @@ from mmphi.models.language.packing_check import probe_rows
 from mmphi.models.packed_vlm import PackedVLM
 
 LEAST_STEPS = 100  # Compiling takes some seconds; a compiled step is a sixth shorter.
-Asked = Literal["auto", "yes", "no"]
+CompileSetting = Literal["auto", "yes", "no"]
 
 
-def should_compile(asked: Asked, packed: PackedVLM, steps: int) -> bool:
+def should_compile(setting: CompileSetting, packed: PackedVLM, steps: int) -> bool:
     """Whether to compile; ``auto`` compiles where it was measured to be faster.
 
     Args:
-        asked: Value of the setting.
+        setting: Value of the setting.
         packed: Model that is trained.
         steps: Number of training steps.
     """
-    if asked != "auto":
-        return asked == "yes"
+    if setting != "auto":
+        return setting == "yes"
     quantised = getattr(packed.language_model, "is_quantized", False)
     on_gpu = next(packed.language_model.parameters()).is_cuda
     return on_gpu and packed.frozen and packed.rounded and not quantised and steps >= LEAST_STEPS
@@ -62,7 +62,9 @@ def _smoke_test(packed: PackedVLM) -> None:
     """Run one forward and backward pass and discard the gradients; passes on any exception."""
     training = packed.training
     weight = packed.language_model.get_input_embeddings().weight
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        packed.train()(**probe_rows(weight)).backward()
-    packed.zero_grad()
-    packed.train(training)
+    try:
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            packed.train()(**probe_rows(weight)).backward()
+    finally:
+        packed.zero_grad()
+        packed.train(training)

@@ -168,7 +168,7 @@ def language_model_path(settings: LanguageSettings, pretrained: Path | None) -> 
     if settings.model != PRETRAIN:
         return settings.model
     if pretrained is None:
-        raise ModelError("language.model = pretrain, but nothing was pretrained", "run `mmphi pretrain`")
+        raise ModelError("language.model = pretrain, but there is no pretrained model", "run `mmphi pretrain`")
     return str(pretrained / "language")
 
 
@@ -230,7 +230,7 @@ def _check_vocabulary(tokenizer: Any, embedding: Any, name: str) -> None:
     if len(tokenizer) > embedding.num_embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, {name} only {embedding.num_embeddings} embeddings",
-            "give language.tokenizer the one that the model was trained with",
+            "set language.tokenizer to the tokenizer that the model was trained with",
         )
 
 
@@ -287,8 +287,8 @@ def _missing(what: str, name: str, error: Exception) -> ModelError:
     if Path(name).exists():
         return ModelError(f"the {what} in {name} cannot be loaded: {_first_line(error)}", "check the folder's files")
     return ModelError(
-        f"language.{what} = {name}: no such folder, and the hub did not give it: {_first_line(error)}",
-        "check the name; with no hub in reach give the path of a folder with its configuration and weights",
+        f"language.{what} = {name}: no such folder, and it cannot be downloaded from the hub: {_first_line(error)}",
+        "check the name; without network, give the path of a folder with its configuration and weights",
     )
 
 
@@ -301,9 +301,7 @@ def _random(path: str, precision: str, dtype: torch.dtype, device: torch.device)
     try:
         config = AutoConfig.for_model(**json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(
-            f"{path} is no configuration of a model: {_first_line(error)}", "give a config.json"
-        ) from error
+        raise ModelError(f"{path} is not a model configuration: {_first_line(error)}", "give a config.json") from error
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -21,24 +21,22 @@ class PhiSize:
         heads: Attention heads.
         tied: Whether the output head shares the embedding's weights, as in small models: 51,200 rows of their own would
             be most of their parameters.
-        like: Published model of this shape; empty if none.
     """
 
     layers: int
     width: int
     heads: int
     tied: bool
-    like: str = ""
 
 
 SIZES = {
     "1M": PhiSize(4, 128, 4, True),
     "10M": PhiSize(6, 160, 5, True),
     "30M": PhiSize(6, 384, 6, True),
-    "124M": PhiSize(12, 768, 12, True, "GPT-2 small"),
-    "350M": PhiSize(20, 1024, 16, False, "phi-1-small"),
-    "1.3B": PhiSize(24, 2048, 32, False, "Phi-1.5"),
-    "phi-2": PhiSize(32, 2560, 32, False, "Phi-2"),
+    "124M": PhiSize(12, 768, 12, True),  # GPT-2 small
+    "350M": PhiSize(20, 1024, 16, False),  # phi-1-small
+    "1.3B": PhiSize(24, 2048, 32, False),  # Phi-1.5
+    "phi-2": PhiSize(32, 2560, 32, False),
 }
 """Shapes by name. Parameter counts include 51,200 embedding rows, except for 1M with a vocabulary of 2,048."""
 

@@ -17,7 +17,7 @@ def fold_batch_norms(module: nn.Module, image_BCHW: Tensor) -> int:
 
     In eval mode a batch norm scales and shifts each channel, as a convolution's weights and bias can. A forward pass of
     an image finds the pairs. If the outputs differ afterwards (for instance because another module uses a convolution's
-    output, too), all modules are restored.
+    output, too), all modules are restored. Afterwards the change cannot be undone.
 
     Args:
         module: Encoder in eval mode, in fp32; changed in place. Names of modules do not change, those of parameters do.

@@ -8,8 +8,6 @@ first. Measured on two cores with AVX2 and the weights of SmolLM2-135M: 0.37 of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -18,18 +16,29 @@ from torch import Tensor, nn
 FEW = 64  # Rows; for more, the usual order is as fast.
 
 
-@contextmanager
-def transposed_small_batch_linear(model: nn.Module) -> Iterator[None]:
-    """Compute a model's plain linear layers on the CPU with the weight first for few rows, within the context."""
-    changed = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
+def apply_small_batch_linear(model: nn.Module) -> bool:
+    """Compute a model's plain linear layers on the CPU with the weight first for few rows.
+
+    Returns whether the model has such layers that were not patched yet.
+    """
+    plain = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
+    changed = [module for module in plain if not _is_applied(module)]
     for module in changed:
         # Patches the instance, not the class.
         module.forward = partial(_linear, module)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in changed:
+    return bool(changed)
+
+
+def remove_small_batch_linear(model: nn.Module) -> None:
+    """Undo :func:`apply_small_batch_linear`."""
+    for module in model.modules():
+        if _is_applied(module):
             del module.forward
+
+
+def _is_applied(module: nn.Module) -> bool:
+    own = vars(module).get("forward")
+    return isinstance(own, partial) and own.func is _linear
 
 
 def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def dequantize_layers_once(model: Any) -> Any:
     """Keep dequantised copies of the weights of a model's 4-bit layers on the CPU, and compute with them.
 
     The layers remain 4-bit layers when they are saved, merged or counted. If the copies would take more than half of
-    the available memory, no layer is changed.
+    the available memory, no layer is changed. The change cannot be undone.
 
     Args:
         model: A Hugging Face model, frozen.

@@ -7,8 +7,6 @@ tokens of one head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -57,15 +55,20 @@ AttentionInterface.register(NAME, gqa_decode_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@contextmanager
-def gqa_decode_attention_applied(model: Any) -> Iterator[None]:
-    """Use this attention in a model with ``sdpa`` within the context; other models are not changed."""
-    before = model.config._attn_implementation
-    if before != "sdpa":
-        yield
-        return
+def apply_gqa_decode_attention(model: Any) -> bool:
+    """Use this attention in a model with ``sdpa``; returns whether it is one. Other models are not changed."""
+    if _implementation(model) != "sdpa":
+        return False
     model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return True
+
+
+def remove_gqa_decode_attention(model: Any) -> None:
+    """Undo :func:`apply_gqa_decode_attention`."""
+    if _implementation(model) == NAME:
+        model.set_attn_implementation("sdpa")
+
+
+def _implementation(model: Any) -> str:
+    """Attention implementation of a transformers model; empty for another module."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) or ""

@@ -7,8 +7,6 @@ own ``sdpa``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "documents"
+BEFORE = "_attention_before_varlen"  # Attribute of a patched model: its former attention implementation.
 
 
 def varlen_attention(
@@ -86,12 +85,21 @@ AttentionInterface.register(NAME, varlen_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-@contextmanager
-def varlen_attention_applied(model: Any) -> Iterator[None]:
-    """Set the model's attention implementation to :func:`varlen_attention` within the context."""
+def apply_varlen_attention(model: Any) -> bool:
+    """Set a model's attention implementation to :func:`varlen_attention`; returns whether it was another one.
+
+    Layers that are recomputed in the backward pass look up the implementation again, so the patch must stay applied
+    until then.
+    """
     before = model.config._attn_implementation
+    if before == NAME:
+        return False
     model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:  # Not earlier: layers recomputed in the backward pass look up the implementation again.
-        model.set_attn_implementation(before)
+    vars(model)[BEFORE] = before
+    return True
+
+
+def remove_varlen_attention(model: Any) -> None:
+    """Undo :func:`apply_varlen_attention`."""
+    if BEFORE in vars(model):
+        model.set_attn_implementation(vars(model).pop(BEFORE))

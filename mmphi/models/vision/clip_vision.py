@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmphi.errors import ModelError
 
-UNFIT = "a ViT of open_clip's own can be exported (ViT-B-32, ViT-L-14-336, a light CLIP from_nothing=vit)"
+UNFIT = "use one of open_clip's own ViTs (ViT-B-32, ViT-L-14-336, or a light CLIP with from_nothing=vit)"
 RESAMPLE = {"bicubic": 3, "bilinear": 2}  # PIL's numbers.
 NAMES = {
     "class_embedding": "embeddings.class_embedding",
@@ -41,7 +41,9 @@ def clip_vision(visual: Any) -> Any:
     block, weights = visual.transformer.resblocks[0], visual.state_dict()
     heights, widths = visual.image_size, visual.patch_size
     if heights[0] != heights[1] or widths[0] != widths[1]:
-        raise ModelError(f"the vision encoder reads {heights} pixels in patches of {widths}, LLaVA squares", UNFIT)
+        raise ModelError(
+            f"the vision encoder has inputs of {heights} pixels and patches of {widths}, LLaVA needs squares", UNFIT
+        )
     config = CLIPVisionConfig(
         hidden_size=block.ln_1.normalized_shape[0],
         intermediate_size=block.mlp.c_fc.out_features,
@@ -60,7 +62,7 @@ def clip_vision(visual: Any) -> Any:
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith("position_ids")}
     if {name: tensor.shape for name, tensor in renamed.items()} != wanted:
         odd = sorted(renamed.keys() ^ wanted.keys()) or sorted(n for n in wanted if renamed[n].shape != wanted[n])
-        raise ModelError(f"the vision encoder has parts that a CLIP ViT has not: {odd[0]}", UNFIT)
+        raise ModelError(f"the vision encoder has weights that a CLIP ViT does not have: {odd[0]}", UNFIT)
     model.load_state_dict(renamed, strict=False)
     return model
 
@@ -71,7 +73,7 @@ def _activation(layer: nn.Module) -> str:
         return "quick_gelu"
     if isinstance(layer, nn.GELU):
         return "gelu" if layer.approximate == "none" else "gelu_pytorch_tanh"
-    raise ModelError(f"the vision encoder has the activation {name}, which CLIP has not", UNFIT)
+    raise ModelError(f"the vision encoder has the activation {name}, which CLIP does not support", UNFIT)
 
 
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,7 +115,9 @@ def image_processor(visual: Any) -> Any:
     config = PreprocessCfg(**visual.preprocess_cfg)
     side = config.size[0] if isinstance(config.size, tuple | list) else config.size
     if config.resize_mode not in ("shortest", "squash") or config.interpolation not in RESAMPLE:
-        raise ModelError(f"images are resized by {config.resize_mode}, {config.interpolation}: CLIP does not", UNFIT)
+        raise ModelError(
+            f"images are resized by {config.resize_mode}, {config.interpolation}, which CLIP does not support", UNFIT
+        )
     squash = config.resize_mode == "squash"
     return Processor(
         size={"height": side, "width": side} if squash else {"shortest_edge": side},

@@ -146,8 +146,8 @@ def timm_encoder(name: str) -> CustomEncoder:
         model = timm.create_model(own, pretrained=True, num_classes=0)
     except Exception as error:  # timm passes on any exception of its hub client.
         raise ModelError(
-            f"timm's weights of {own} cannot be had: {_line(error)}",
-            "with no hub in reach give the module itself: vision=timm.create_model(...)",
+            f"timm's weights of {own} cannot be downloaded: {_line(error)}",
+            "without network, pass the module itself: vision=timm.create_model(...)",
         ) from error
     data: Any = timm.data
     transform = data.create_transform(**data.resolve_model_data_config(model), is_training=False)

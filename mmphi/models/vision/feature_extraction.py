@@ -47,7 +47,7 @@ def _pool(map_BDHW: Tensor, side: int) -> Tensor:
 def _open_clip_layer(visual: Any, pixels_BCHW: Tensor, layer: int) -> tuple[Tensor, Tensor | None]:
     if not hasattr(visual, "forward_intermediates"):
         raise ModelError(
-            f"{type(visual).__name__} cannot give the tokens of a layer", "use a ViT, ResNet or timm tower"
+            f"{type(visual).__name__} cannot return the tokens of a layer", "use a ViT, ResNet or timm model"
         )
     outputs = visual.forward_intermediates(
         pixels_BCHW, indices=_layer_index(_depth(visual), layer), intermediates_only=True, output_extra_tokens=True

@@ -130,12 +130,14 @@ def encoder_output_shape(settings: VisionSettings, light_clip: dict[str, Any] | 
     else:
         name = _known(name)
         if not settings.pretrained:
-            raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", _tags(name))
+            raise ModelError(f"vision.model = {name}, but vision.pretrained names no weights", _tags(name))
     try:
         with open_clip_warnings(), torch.device("meta"):
             visual = open_clip.create_model(name, pretrained=None, pretrained_text=False, device="meta").visual.eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"the encoder of {name} cannot be built: {error}", "check the sizes of its towers") from error
+        raise ModelError(
+            f"the encoder of {name} cannot be built: {error}", "check the sizes of its encoders"
+        ) from error
     size = PreprocessCfg(**visual.preprocess_cfg).size
     height, width = size if isinstance(size, tuple | list) else (size, size)
     with torch.inference_mode():
@@ -195,14 +197,14 @@ def _known(name: str) -> str:
 
 def _tags(name: str) -> str:
     tags = open_clip.list_pretrained_tags_by_model(name)
-    return f"tags: {', '.join(tags) or 'none'}; with no hub in reach give the path of its weights file; or {RANDOM}"
+    return f"tags: {', '.join(tags) or 'none'}; without network, the path of a weights file; or {RANDOM}"
 
 
 def _create(name: str, settings: VisionSettings) -> Any:
     """Model with the activation of its weights, which may differ from the architecture's default."""
     hint, pretrained = _tags(name), settings.pretrained
     if not pretrained:
-        raise ModelError(f"vision.model = {name}, but vision.pretrained says no weights", hint)
+        raise ModelError(f"vision.model = {name}, but vision.pretrained names no weights", hint)
     file = weights_file(pretrained)
     quick = quick_gelu_of(settings)
     if file is None and pretrained != RANDOM:
@@ -210,7 +212,7 @@ def _create(name: str, settings: VisionSettings) -> Any:
             quick = True
         hub_is_reachable()  # If not, sets offline mode: open_clip would retry for most of a minute.
     try:
-        with warnings.catch_warnings(), open_clip_warnings() as said:
+        with warnings.catch_warnings(), open_clip_warnings() as messages:
             warnings.filterwarnings("error", message="QuickGELU mismatch")
             model = open_clip.create_model(
                 name,
@@ -221,8 +223,8 @@ def _create(name: str, settings: VisionSettings) -> Any:
             )
     except Exception as error:  # open_clip passes on any exception of its hub client.
         raise ModelError(f"vision.pretrained = {pretrained} of {name} cannot be loaded: {error}", hint) from error
-    if said and pretrained != RANDOM:
-        raise ModelError(f"vision.pretrained = {pretrained} of {name} was not loaded whole: {said[0]}", hint)
+    if messages and pretrained != RANDOM:
+        raise ModelError(f"vision.pretrained = {pretrained} of {name} was loaded incompletely: {messages[0]}", hint)
     return model
 
 
@@ -272,7 +274,7 @@ def load_saved_clip(folder: Path, settings: VisionSettings | None = None) -> Any
                 **_activation(quick_gelu_of(settings) if settings else None),
             )
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ModelError(f"no CLIP can be read from {folder}: {error}", "train it again with --force") from error
+        raise ModelError(f"the CLIP in {folder} cannot be loaded: {error}", "train it again with --force") from error
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

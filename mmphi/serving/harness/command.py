@@ -20,9 +20,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``mmphi evaluate --harness``."""
     parser = CommandParser(
         prog="mmphi evaluate --harness lmms-eval",
-        description="Run published benchmarks of lmms-eval on a model, and record what they say.",
+        description="Run published benchmarks of lmms-eval on a model, and record the results.",
     )
-    parser.add_argument("--harness", required=True, choices=("lmms-eval",), help="what runs them")
+    parser.add_argument("--harness", required=True, choices=("lmms-eval",), help="harness that runs the benchmarks")
     parser.add_argument("--model", required=True, help="folder, run or registered name of a model")
     parser.add_argument("--tasks", required=True, help="names of tasks, by commas: pope,textvqa_val,vqav2_val")
     parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0 asks all [0]")
@@ -83,11 +83,7 @@ def figures_of(results: Mapping[str, Any]) -> dict[str, float]:
     for task, values in results["results"].items():
         for name, value in values.items():
             metric, _, _ = name.partition(",")
-            if (
-                isinstance(value, int | float)
-                and not metric.endswith("_stderr")
-                and metric not in ("samples", "sample_len")
-            ):
+            if isinstance(value, int | float) and not metric.endswith("_stderr") and metric not in COUNTS:
                 found[f"{task}/{metric}"] = float(value)
     return found
 

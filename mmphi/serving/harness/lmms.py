@@ -58,8 +58,8 @@ class Mmphi(lmms):
             for places in alike.values():
                 for first in range(0, len(places), self.batch_size):
                     chosen = places[first : first + self.batch_size]
-                    said = self._answers([requests[place] for place in chosen])
-                    for place, text in zip(chosen, said, strict=True):
+                    texts = self._answers([requests[place] for place in chosen])
+                    for place, text in zip(chosen, texts, strict=True):
                         answers[place] = text
                         self.cache_hook.add_partial("generate_until", requests[place].args[:2], text)
                     bar.update(len(chosen))
@@ -78,10 +78,10 @@ class Mmphi(lmms):
                 visuals = flat(shown(self.task_dict[task][split][document]))
                 prompts.append((saved(visuals, Path(name), f"{number}-", task), context))
             if wanted.get("do_sample") and warm > 0:
-                said = [group[0] for group in self.model.sample(prompts, 1, warm, longest, self.batch_size)]
+                answers = [group[0] for group in self.model.sample(prompts, 1, warm, longest, self.batch_size)]
             else:
-                said = self.model.generate(prompts, longest, self.batch_size)
-        return [cut(answer.text, until) for answer in said]
+                answers = self.model.generate(prompts, longest, self.batch_size)
+        return [cut(answer.text, until) for answer in answers]
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -142,7 +142,8 @@ def saved(visuals: Iterable[Any], folder: Path, prefix: str, task: str) -> tuple
     for number, visual in enumerate(visuals):
         if not isinstance(visual, Image.Image):
             raise DataError(
-                f"the task {task} shows a {type(visual).__name__}, and this model sees images", "choose an image task"
+                f"the task {task} has an input of type {type(visual).__name__}, but the model supports only images",
+                "choose an image task",
             )
         path = folder / f"{prefix}{number}.png"
         as_rgb(visual).save(path)

@@ -36,7 +36,7 @@ class PageConfig:
     Attributes:
         models: Returns the models to choose from; called whenever the page is opened.
         model: Name of the model that is selected initially.
-        beside: Name of the second model that is selected initially; empty for none.
+        second_model: Name of the second model that is selected initially; empty for none.
         examples: Examples to click on.
         sampling: Initial sampling parameters.
         questions: Returns the questions that a model was trained on, by its name.
@@ -44,7 +44,7 @@ class PageConfig:
 
     models: Callable[[], Sequence[Choice]]
     model: str
-    beside: str = ALONE
+    second_model: str = ALONE
     examples: Sequence[Example] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     questions: Callable[[str], Sequence[str]] = lambda _: ()
@@ -63,12 +63,12 @@ def shown(talk: PageConversation) -> Shown:
         parts: list[Any] = [{"path": path} for path in (turn.image, turn.audio) if path]
         if turn.text.strip():
             parts.append(turn.text)
-        if turn.audio and (turn.heard or turn.done):
-            parts.append(f"transcript: {turn.heard or '(no speech)'}")
+        if turn.audio and (turn.transcript or turn.done):
+            parts.append(f"transcript: {turn.transcript or '(no speech)'}")
         messages.append({"role": "user", "content": parts})
         if turn.answer or turn.done or turn.problem:
-            said = turn.answer + (f"\n\n⚠ {turn.problem}" if turn.problem else "")
-            messages.append({"role": "assistant", "content": said.strip() or "(empty answer)"})
+            content = turn.answer + (f"\n\n⚠ {turn.problem}" if turn.problem else "")
+            messages.append({"role": "assistant", "content": content.strip() or "(empty answer)"})
     return messages
 
 
@@ -109,12 +109,12 @@ def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
             return [*own, gr.update(value=[], visible=False), talks]
         return [*own, gr.update(value=shown(second), label=names.get(second.model, second.model), visible=True), talks]
 
-    def chosen(model: str, beside: str, talks: list[PageConversation], who: gr.Request) -> list[Any]:
+    def chosen(model: str, second_model: str, talks: list[PageConversation], who: gr.Request) -> list[Any]:
         for talk in talks:
             talk.left = True
         pool.stop(str(who.session_hash))
         return [
-            *views([PageConversation(name) for name in (model, beside) if name]),
+            *views([PageConversation(name) for name in (model, second_model) if name]),
             _trained_on(look.questions(model)),
         ]
 
@@ -161,17 +161,22 @@ def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
 
     with gr.Blocks(title="mmphi", analytics_enabled=False, fill_height=True, delete_cache=(LOOK_S, KEPT_S)) as page:
         gr.Markdown(f"# mmphi\n{PURPOSE}")
-        talks = gr.State([PageConversation(name) for name in (look.model, look.beside) if name])
+        talks = gr.State([PageConversation(name) for name in (look.model, look.second_model) if name])
         found = listed()
         with gr.Row():
             model = gr.Dropdown(found, value=look.model, label="Model", elem_id="model")
-            beside = gr.Dropdown([NO_SECOND, *found], value=look.beside, label="Compare with", elem_id="beside")
+            second_model = gr.Dropdown(
+                [NO_SECOND, *found], value=look.second_model, label="Compare with", elem_id="beside"
+            )
         trained_on = gr.Markdown(_trained_on(look.questions(look.model)), elem_id="trained-on")
         with gr.Row():
             common: dict[str, Any] = {"height": 380, "buttons": ["copy"], "feedback_options": None}
             first = gr.Chatbot(label=names.get(look.model, look.model), elem_id="first", **common)
             second = gr.Chatbot(
-                label=names.get(look.beside, look.beside), elem_id="second", visible=bool(look.beside), **common
+                label=names.get(look.second_model, look.second_model),
+                elem_id="second",
+                visible=bool(look.second_model),
+                **common,
             )
         with gr.Row():
             image = gr.Image(
@@ -214,19 +219,23 @@ def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
         seen = [first, second, talks]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         many: dict[str, Any] = quiet | {"concurrency_limit": None}
-        asked = [text, image, audio]
+        question_inputs = [text, image, audio]
         if look.examples:
             # Loading an example fills the fields; the next event sends them.
-            asking_for_example = examples.load_input_event.then(send, [*asked, talks, *how], [*asked, *seen], **many)
+            asking_for_example = examples.load_input_event.then(
+                send, [*question_inputs, talks, *how], [*question_inputs, *seen], **many
+            )
         answers = [
             *([asking_for_example] if look.examples else []),
-            gr.on([asking.click, text.submit], send, [*asked, talks, *how], [*asked, *seen], **many),
+            gr.on(
+                [asking.click, text.submit], send, [*question_inputs, talks, *how], [*question_inputs, *seen], **many
+            ),
             repeating.click(again, [talks, *how], seen, **many),
         ]
         stopping.click(stop, None, None, queue=False, **quiet)
-        anew = [model.change, beside.change, clearing.click]
-        gr.on(anew, chosen, [model, beside, talks], [*seen, trained_on], cancels=answers, **quiet)
-        page.load(opened, None, [model, beside], **quiet)
+        anew = [model.change, second_model.change, clearing.click]
+        gr.on(anew, chosen, [model, second_model, talks], [*seen, trained_on], cancels=answers, **quiet)
+        page.load(opened, None, [model, second_model], **quiet)
         page.unload(stop)
     made: gr.Blocks = page
     return made

@@ -26,7 +26,7 @@ class PageTurn:
         text: Typed text.
         image: Path of the question's image; empty for none.
         audio: Path of the question's recording; empty for none.
-        heard: Transcript of the recording.
+        transcript: Transcript of the recording.
         answer: Text of the answer so far.
         problem: Error message; empty if there is none.
         done: Whether the answer has ended.
@@ -35,7 +35,7 @@ class PageTurn:
     text: str
     image: str = ""
     audio: str = ""
-    heard: str = ""
+    transcript: str = ""
     answer: str = ""
     problem: str = ""
     done: bool = False
@@ -78,8 +78,8 @@ class PageConversation:
 
     def messages(self, system: str) -> list[dict[str, Any]]:
         """Messages of the conversation, without turns that failed."""
-        said = [message for turn in self.turns if not turn.problem for message in turn.messages()]
-        return [{"role": "system", "content": system}, *said] if system else said
+        messages = [message for turn in self.turns if not turn.problem for message in turn.messages()]
+        return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 def _tell(news: queue.SimpleQueue[tuple[int, str | None]], number: int, piece: str | None) -> None:
@@ -98,7 +98,7 @@ class ModelPool:
         self._load, self._most = load, most
         self._workers: dict[str, Scheduler] = {}  # Least recently used first.
         self._loading: dict[str, Future[Scheduler]] = {}
-        self._asked: dict[str, list[tuple[Scheduler, QueuedRequest]]] = {}
+        self._open_requests: dict[str, list[tuple[Scheduler, QueuedRequest]]] = {}
         self._lock = threading.Lock()  # Guards the dictionaries above; held only briefly.
         self._closed = False
         self._load_lock = threading.Lock()  # One model is loaded at a time.
@@ -173,7 +173,7 @@ class ModelPool:
             while waited_for:
                 number, piece = news.get()
                 turn, queued = turns[number], mine[number][1]
-                turn.heard = " ".join(queued.heard[-queued.recordings :]) if queued.recordings else ""
+                turn.transcript = " ".join(queued.transcripts[-queued.recordings :]) if queued.recordings else ""
                 turn.answer += piece or ""
                 if piece is None:
                     waited_for.remove(number)
@@ -198,25 +198,25 @@ class ModelPool:
             with self._lock:
                 if self._workers.get(talk.model) is worker:  # Otherwise another thread has unloaded it.
                     worker.submit(queued)
-                    self._asked.setdefault(who, []).append((worker, queued))
+                    self._open_requests.setdefault(who, []).append((worker, queued))
                     return worker, queued
 
     def stop(self, who: str) -> None:
         """Cancel the open answers of a session; their text so far is kept."""
         with self._lock:
-            asked = list(self._asked.get(who, []))
-        for worker, queued in asked:
+            requests = list(self._open_requests.get(who, []))
+        for worker, queued in requests:
             worker.leave(queued)
 
-    def _leave(self, who: str, asked: list[tuple[Scheduler, QueuedRequest]]) -> None:
-        for worker, queued in asked:
+    def _leave(self, who: str, requests: list[tuple[Scheduler, QueuedRequest]]) -> None:
+        for worker, queued in requests:
             worker.leave(queued)
         with self._lock:
-            left = [each for each in self._asked.get(who, []) if each not in asked]
+            left = [each for each in self._open_requests.get(who, []) if each not in requests]
             if left:
-                self._asked[who] = left
+                self._open_requests[who] = left
             else:
-                self._asked.pop(who, None)
+                self._open_requests.pop(who, None)
 
     def close(self) -> None:
         """Cancel all open answers and stop all schedulers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from mmphi.models.audio.audio_features import (
     TranscriptFeatures,
     audio_feature_source,
 )
-from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection, identity_projection
+from mmphi.models.audio.audio_projector import AudioProjector, AudioProjectorConfig, identity_audio_projector
 from mmphi.models.audio.transcriber import Audio, CachedTranscriber
 from mmphi.models.audio.transcript_cache import TranscriptCache
 from mmphi.models.audio.transcription import Segment, Transcript
@@ -154,23 +155,23 @@ def test_soft_rows_are_the_mean_of_all_embeddings() -> None:
 
 
 def test_soft_is_refused_where_token_ids_differ() -> None:
-    with pytest.raises(ModelError, match=r"token 256 is .* for tiny") as caught:
+    with pytest.raises(ModelError, match=r"token 256 is .* in tiny") as caught:
         SoftTranscriptFeatures(tiny_language(), Knows(Peaked()))
     assert "transcript" in caught.value.hint
     many = Peaked()
     many.english = False
     with pytest.raises(ModelError, match="is multilingual"):
         SoftTranscriptFeatures(phi_language(), Knows(many))
-    with pytest.raises(ModelError, match="faster-whisper does not give"):
+    with pytest.raises(ModelError, match="faster-whisper does not provide"):
         SoftTranscriptFeatures(phi_language(), Knows(object()))
 
 
 def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its speech projection and how it hears are saved with the rest, and the bundle's digest is of them."""
+    """Its audio projector and audio input are saved with the rest, and the bundle's digest is of them."""
     tiny = tiny_language()
     save_language_model(tiny.model, tiny.prompt, tmp_path / "language")
     language = load_language_model(LanguageSettings(model=str(tmp_path / "language")), None, CPU)
-    speech = identity_projection(language.width)
+    speech = identity_audio_projector(language.width)
     torch.nn.init.normal_(speech.out.weight, std=0.1)
     settings = AudioSettings(whisper="base.en", vad_threshold=0.7)
     model = Multimodal(
@@ -202,7 +203,7 @@ def test_a_hearing_model_loads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model.save_pretrained(tmp_path / "b")
     assert checkpoint_digest(tmp_path / "b") != digest
     (tmp_path / "b" / "speech.safetensors").write_bytes(b"torn")
-    with pytest.raises(ModelError, match="no speech projection can be read"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         load_checkpoint(tmp_path / "b")
 
 
@@ -211,9 +212,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ModelError, match="no audio input"):
         Multimodal(language, None, None).generate([(None, "", [heard("q")])])
     with pytest.raises(ModelError, match="for a model of width 16, not 32"):
-        Multimodal(language, None, None, audio_source=EncoderFeatures(frames, 6, 4), speech=identity_projection(16))
-    wrong = SpeechProjection(SpeechConfig("encoder", 99, 32, stack=4))
-    with pytest.raises(ModelError, match="reads features of width 99, this Whisper gives 24"):
+        Multimodal(
+            language, None, None, audio_source=EncoderFeatures(frames, 6, 4), speech=identity_audio_projector(16)
+        )
+    wrong = AudioProjector(AudioProjectorConfig("encoder", 99, 32, stack=4))
+    with pytest.raises(ModelError, match="needs features of width 99, this Whisper has width 24"):
         Multimodal(language, None, None, audio_source=EncoderFeatures(frames, 6, 4), speech=wrong).inputs([heard("q")])
     prompt = Prompt(byte_tokenizer(), "plain")
     assert [part.span for part in prompt.parts([("<audio>", "x")], audio=[None])].count("audio") == 1
@@ -258,11 +261,24 @@ def test_ears_hear_every_recording_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert transcriber().transcripts(given[:1])[0].text != texts[0]
 
 
+def test_a_locked_cache_of_transcripts_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TranscriptCache("w", AudioSettings(), tmp_path / "memory")
+    cache.remember({"a": Transcript((Segment(0, 1, "one"),))})
+
+    def locked() -> Any:
+        raise sqlite3.OperationalError("database is locked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_open", locked)
+        cache.remember({"b": Transcript((Segment(0, 1, "two"),))})
+    assert set(cache.recall(["a", "b"])) == {"a"}
+
+
 def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
     whisper = Peaked()
     monkeypatch.setattr(Peaked, "digest", "other", raising=False)
     monkeypatch.setattr("mmphi.models.audio.audio_features.transcriber_of", lambda *_: Knows(whisper))
-    config = SpeechConfig("encoder", 24, 32, stack=4)
+    config = AudioProjectorConfig("encoder", 24, 32, stack=4)
     with pytest.raises(ModelError, match="not the Whisper that the model was trained with"):
         audio_feature_source(tiny_language(), Audio(AudioSettings(), "mine"), config, CPU, lambda *_: None)
 

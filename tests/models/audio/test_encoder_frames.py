@@ -14,7 +14,7 @@ from listening import (
 )
 
 from mmphi.models.audio.audio_features import EncoderFeatures
-from mmphi.models.audio.audio_projector import SpeechConfig, SpeechProjection
+from mmphi.models.audio.audio_projector import AudioProjector, AudioProjectorConfig
 
 
 def test_frames_are_stacked_and_filled_up() -> None:
@@ -37,6 +37,6 @@ def test_packed_and_batched_frames_are_single_ones() -> None:
 
 def test_the_projection_of_frames_begins_at_the_size_of_words() -> None:
     torch.manual_seed(0)
-    projection = SpeechProjection(SpeechConfig("encoder", 64, 128, width=96, stack=2), scale=0.05)
+    projection = AudioProjector(AudioProjectorConfig("encoder", 64, 128, width=96, stack=2), scale=0.05)
     out = projection(torch.randn(500, 64) * 7)
     assert float(out.detach().square().mean().sqrt()) == pytest.approx(0.05, rel=0.1)

@@ -29,7 +29,7 @@ class Numbers:
     def __init__(self) -> None:
         self.asked: list[tuple[int, str, str]] = []
 
-    def hear(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
+    def transcribe(self, sounds: Sequence[Samples], languages: Sequence[str], prompt: str = "") -> list[ASRResult]:
         self.asked += [(round(float(s[0])), code, prompt) for s, code in zip(sounds, languages, strict=True)]
         return [
             ASRResult((Segment(0.5, 99, str(round(float(s[0])))),), code or ("de" if s[0] < 100 else "en"))
@@ -39,7 +39,7 @@ class Numbers:
 
 def spoken(*numbers: float) -> Recording:
     """A second for each number."""
-    return Recording(np.repeat(np.array(numbers, np.float32), RATE), told=("cut off",) if numbers else ())
+    return Recording(np.repeat(np.array(numbers, np.float32), RATE), defects=("cut off",) if numbers else ())
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_windows_of_many_recordings_find_back_to_their_places(every_second: None
     assert [each.text for each in found] == ["1 2 3", "", "101", "5 102"]
     assert [each.language for each in found] == ["de", "", "en", "de"]
     assert [(s.start, s.end) for s in found[0].segments] == [(0.5, 1), (1.5, 2), (2.5, 3)]  # None past its window.
-    assert [each.told for each in found] == [("cut off",), (), ("cut off",), ("cut off",)]
+    assert [each.defects for each in found] == [("cut off",), (), ("cut off",), ("cut off",)]
     asked = {number: code for number, code, _ in asr_model.asked}
     assert asked == {1: "", 101: "", 5: "", 2: "de", 3: "de", 102: "de"}  # The later ones as the first one says.
     assert {prompt for _, _, prompt in asr_model.asked} == {"so far"}
@@ -89,9 +89,9 @@ def test_doubtful_windows_are_decoded_anew_whatever_stands_beside_them(tiny_whis
     """Random weights are never sure: every window is guessed at several times, in a batch as alone."""
     whisper = OpenAIWhisper(str(tiny_whisper), CPU)
     sounds = [np.random.default_rng(seed).normal(size=RATE).astype(np.float32) for seed in range(3)]
-    together = whisper.hear(sounds, ["en"] * 3)
+    together = whisper.transcribe(sounds, ["en"] * 3)
     assert len(together) == 3
-    assert whisper.hear(sounds, ["en"] * 3) == together
+    assert whisper.transcribe(sounds, ["en"] * 3) == together
 
 
 def test_frames_are_those_of_the_sound_alone(tiny_whisper: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_is_no_voice_has_no_words(whisper_tiny: OpenAIWhisper) -> None:
     sounds = [np.zeros(10 * RATE), 0.5 * np.sin(2 * np.pi * 440 * SECONDS), 0.1 * NOISE, chords()]
     found = transcribe(whisper_tiny, [Recording(sound.astype(np.float32)) for sound in sounds])
     assert [each.text for each in found] == [""] * 4
-    assert any(heard.segments for heard in whisper_tiny.hear([s.astype(np.float32) for s in sounds], ["en"] * 4))
+    assert any(heard.segments for heard in whisper_tiny.transcribe([s.astype(np.float32) for s in sounds], ["en"] * 4))
 
 
 @pytest.mark.real

@@ -30,7 +30,7 @@ def test_what_is_no_voice_is_not_heard_as_one(sound: np.ndarray) -> None:
 
 
 def test_another_rate_is_refused() -> None:
-    with pytest.raises(ValueError, match="16000 samples a second, not 8000"):
+    with pytest.raises(ValueError, match="16000 Hz, not 8000 Hz"):
         detect_speech(Recording(np.zeros(8000, np.float32), 8000))
 
 

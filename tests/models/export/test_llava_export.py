@@ -161,7 +161,7 @@ def test_a_bias_of_the_head_is_folded_into_its_weights(scale: float):
 
 
 def test_a_bias_after_another_norm_is_refused():
-    with pytest.raises(ModelError, match="RMSNorm before it gives nothing"):
+    with pytest.raises(ModelError, match="RMSNorm before it cannot replace it"):
         fold_head_bias(nn.RMSNorm(8), nn.Linear(8, 9))
 
 
@@ -171,7 +171,7 @@ def test_a_bias_after_another_norm_is_refused():
         ({"layers": 3}, "3 layers, LLaVA's has 2"),
         ({"norm": True}, "normalises its input"),
         ({"width": 48}, "48 wide inside, LLaVA's is as wide as the language model: 32"),
-        ({"pool": 2}, "vision.pool = 2, and LLaVA averages no patches"),
+        ({"pool": 2}, "vision.pool = 2, but LLaVA does not pool patches"),
     ],
 )
 def test_shapes_that_llava_has_not(changes, said_so):
@@ -188,5 +188,5 @@ def test_towers_that_are_no_clip_vit(name: str):
 
 
 def test_parts_that_a_clip_vit_has_not():
-    with pytest.raises(ModelError, match="has parts that a CLIP ViT has not"):
+    with pytest.raises(ModelError, match="has weights that a CLIP ViT does not have"):
         clip_vision(vit(ls_init_value=0.1))

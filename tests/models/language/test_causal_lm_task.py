@@ -14,7 +14,7 @@ from transformers import PhiConfig, PhiForCausalLM
 from mmphi.models.language import linear_cross_entropy as lce
 from mmphi.models.language.causal_lm_task import CausalTask, isolation_error, probe, smoke_test
 from mmphi.models.language.phi import SIZES, count_parameters, phi_config, size_config, training_flops
-from mmphi.models.patches.varlen_attention import varlen_attention_applied
+from mmphi.models.patches.module_patches import patched
 
 LENGTHS = [7, 1, 20, 4]
 
@@ -75,7 +75,7 @@ def test_documents_of_a_row_are_as_they_are_alone(walls):
         expected = expected + F.cross_entropy(logits, part[1:], reduction="sum")
         start += length
     wanted = torch.autograd.grad(expected, list(language.parameters()))
-    with varlen_attention_applied(language):
+    with patched(language, "training"):
         task = CausalTask(language, walls=walls)
         found = task(**probe(ids, LENGTHS))
         got = torch.autograd.grad(found, list(language.parameters()))
@@ -88,7 +88,7 @@ def test_recomputing_changes_nothing():
     language = model()
     ids = torch.randint(0, 97, (sum(LENGTHS) + 1,))
     gradients = []
-    with varlen_attention_applied(language):
+    with patched(language, "training"):
         task = CausalTask(language).train()
         for again in (False, True):
             if again:
@@ -100,7 +100,7 @@ def test_recomputing_changes_nothing():
 
 def test_walls_that_do_not_hold_are_found(monkeypatch):
     language = model()
-    with varlen_attention_applied(language):
+    with patched(language, "training"):
         task = CausalTask(language)
         assert isolation_error(task) < 1e-5
         one = CausalTask.hidden
@@ -126,7 +126,7 @@ def test_generating_is_transformers_own():
     language = model().eval()
     ids = torch.arange(5)[None]
     expected = language.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    with varlen_attention_applied(language):
+    with patched(language, "training"):
         assert torch.equal(language.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), expected)
 
 

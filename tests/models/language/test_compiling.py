@@ -83,8 +83,9 @@ def test_where_it_does_not_work_that_is_told(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     said, language = [], tiny_language()
-    model = packed_model(language)
+    model = packed_model(language).eval()
     with compiled_layers(model, True, said.append):
+        assert not model.training
         learned(model, language)
     assert said == ["torch.compile does not work here (no C++ compiler): continuing without it"]
 

@@ -100,10 +100,10 @@ def test_weights_that_are_not_finite_are_named(folder):
 
 
 def test_missing_models_say_what_to_do(tmp_path, folder):
-    with pytest.raises(ModelError, match="no such folder, and the hub did not give it") as caught:
+    with pytest.raises(ModelError, match="no such folder, and it cannot be downloaded from the hub") as caught:
         load_language_model(LanguageSettings(model="nobody/nothing"), None, CPU)
     assert "give the path of a folder" in caught.value.hint
-    with pytest.raises(ModelError, match="nothing was pretrained"):
+    with pytest.raises(ModelError, match="there is no pretrained model"):
         load_language_model(LanguageSettings(), None, CPU)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):

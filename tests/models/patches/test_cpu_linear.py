@@ -5,7 +5,8 @@ import torch
 from builders import tiny_language
 from torch import nn
 
-from mmphi.models.patches.cpu_linear import FEW, transposed_small_batch_linear
+from mmphi.models.patches.cpu_linear import FEW
+from mmphi.models.patches.module_patches import patched
 
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (3, 4), (FEW, 1), (FEW + 1, 2), (0,)])
@@ -15,7 +16,7 @@ def test_it_gives_what_the_layer_gives(shape, bias):
     model = nn.Sequential(nn.Linear(7, 11, bias=bias))
     inputs = torch.randn(*shape, 7)
     expected = model(inputs)
-    with transposed_small_batch_linear(model):
+    with patched(model, "decoding"):
         torch.testing.assert_close(model(inputs), expected)
         torch.testing.assert_close(model(inputs.transpose(0, -2)), expected.transpose(0, -2))
 
@@ -25,7 +26,7 @@ def test_few_rows_go_another_way_and_only_as_long_as_it_is_open(monkeypatch):
     real = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a: told.append(1) or real(*a))
     for _ in range(2):
-        with transposed_small_batch_linear(model):
+        with patched(model, "decoding"):
             model(torch.ones(FEW, 4))
             model(torch.ones(FEW + 1, 4))
         model(torch.ones(2, 4))
@@ -37,7 +38,7 @@ def test_a_whole_model_says_the_same():
     ids = torch.randint(0, 250, (3, 5))
     with torch.inference_mode():
         expected = model(ids).logits
-        with transposed_small_batch_linear(model):
+        with patched(model, "decoding"):
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -49,5 +50,5 @@ def test_layers_of_another_kind_stay_as_they_are():
     model = nn.Sequential(Own(3, 3))
     inputs = torch.ones(2, 3)
     expected = model(inputs)
-    with transposed_small_batch_linear(model):
+    with patched(model, "decoding"):
         assert torch.equal(model(inputs), expected)

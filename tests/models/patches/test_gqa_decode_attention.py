@@ -6,7 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmphi.generation.kv_cache import SlotKVCache
-from mmphi.models.patches.gqa_decode_attention import gqa_decode_attention, gqa_decode_attention_applied
+from mmphi.models.patches.gqa_decode_attention import gqa_decode_attention
+from mmphi.models.patches.module_patches import patched
 
 
 class Layer(torch.nn.Module):
@@ -46,7 +47,7 @@ def test_a_model_says_token_by_token_what_it_says_at_once():
     with torch.inference_mode():
         expected = model(ids).logits
         slots, said = SlotKVCache(3, 16), []
-        with gqa_decode_attention_applied(model):
+        with patched(model, "decoding"):
             assert model.config._attn_implementation == "grouped"
             for place in range(7):
                 given = slots.reading([0, 1, 2], [place] * 3, 1, torch.device("cpu"))
@@ -57,5 +58,5 @@ def test_a_model_says_token_by_token_what_it_says_at_once():
 
 def test_a_model_that_attends_otherwise_is_left_as_it_is():
     model = model_of(attn_implementation="eager")
-    with gqa_decode_attention_applied(model):
+    with patched(model, "decoding"):
         assert model.config._attn_implementation == "eager"

@@ -10,7 +10,7 @@ from transformers import PhiForCausalLM
 from transformers.activations import NewGELUActivation
 
 from mmphi.models.language.phi import phi_config
-from mmphi.models.patches.module_patches import apply_patches, remove_patches
+from mmphi.models.patches.module_patches import PATCHES, apply_patches, patched, remove_patches
 
 
 @pytest.fixture
@@ -58,3 +58,51 @@ def test_undone_it_is_transformers_model_to_the_bit(phi: PhiForCausalLM) -> None
     assert torch.equal(undone(input_ids=ids).logits, expected(input_ids=ids).logits)
     assert not any(module._forward_hooks for module in undone.modules())
     assert any(isinstance(module, NewGELUActivation) for module in undone.modules())
+
+
+def state_of(model: nn.Module) -> tuple[str, list[str], list[type], int]:
+    """What patches change: attention implementation, layers with a forward of their own, activations and hooks."""
+    own = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    kinds = [type(module) for module in model.modules()]
+    return model.config._attn_implementation, own, kinds, sum(len(m._forward_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("purpose", list(PATCHES))
+def test_every_patch_is_removed_alone_and_by_removing_all(phi: PhiForCausalLM, purpose: str) -> None:
+    before = state_of(phi)
+    with patched(phi, purpose):
+        assert state_of(phi) != before
+    assert state_of(phi) == before
+    assert state_of(remove_patches(apply_patches(phi, purpose), purpose)) == before
+    assert state_of(remove_patches(apply_patches(phi, purpose))) == before
+
+
+@pytest.mark.parametrize("purpose", list(PATCHES))
+def test_a_context_within_applied_patches_leaves_them_applied(phi: PhiForCausalLM, purpose: str) -> None:
+    applied = state_of(apply_patches(phi, purpose))
+    with patched(phi, purpose):
+        assert state_of(phi) == applied
+    assert state_of(phi) == applied
+
+
+def test_patches_of_one_purpose_stay_when_those_of_another_are_removed(phi: PhiForCausalLM) -> None:
+    loaded = state_of(apply_patches(phi))
+    for purpose in ("training", "decoding"):
+        with patched(phi, purpose):
+            pass
+        assert state_of(phi) == loaded
+
+
+def test_patches_are_removed_after_an_error(phi: PhiForCausalLM) -> None:
+    before = state_of(phi)
+    with pytest.raises(RuntimeError, match="out of memory"), patched(phi, "decoding"):
+        raise RuntimeError("out of memory")
+    assert state_of(phi) == before
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_former_attention_is_restored(phi: PhiForCausalLM, implementation: str) -> None:
+    phi.set_attn_implementation(implementation)
+    with patched(phi, "training"):
+        assert phi.config._attn_implementation == "documents"
+    assert phi.config._attn_implementation == implementation

@@ -177,7 +177,7 @@ def test_quick_gelu_reaches_the_layers(own):
 
 
 def test_no_weights_are_an_error_and_random_ones_have_a_name(own):
-    with pytest.raises(ModelError, match=r"vision\.pretrained says no weights") as error:
+    with pytest.raises(ModelError, match=r"vision\.pretrained names no weights") as error:
         encoder(own, "")
     assert "random" in error.value.hint
     assert encoder(own, "random").tokens == 16
@@ -191,7 +191,7 @@ def test_a_warning_about_weights_is_an_error(own, weights, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(open_clip, "create_model", warns)
-    with pytest.raises(ModelError, match="not loaded whole: No pretrained weights"):
+    with pytest.raises(ModelError, match="loaded incompletely: No pretrained weights"):
         encoder(own, weights)
 
 
