@@ -8,6 +8,7 @@
 # make real                                tests with pretrained models, in the folders that MMPHI_MODELS, MMPHI_PHOTOS
 #                                          and MMPHI_REAL name
 # make harness                             the model class for lmms-eval, in an environment that has lmms-eval
+# make docs                                the documentation as a site in site/; MkDocs has an environment of its own
 # make cloud                               the tasks for clouds, run here; with SkyPilot, which has an environment of its own
 # Each creates .venv first, and again when pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
@@ -15,6 +16,7 @@ PRESET ?= tiny
 VENV := .venv
 SKY := .sky
 LMMS := .lmms
+DOCS := .docs
 BIN := $(CURDIR)/$(VENV)/bin
 PORT ?= 5000
 MODELS ?= $(CURDIR)/models
@@ -37,7 +39,7 @@ $(1)/bin/python -m pip install --quiet --constraint constraints.txt uv \
        $(1)/bin/python -m pip install --quiet $(2); }
 endef
 
-.PHONY: projector photos test test-all test-slow real cloud harness lint types tests ui status clean
+.PHONY: projector photos test test-all test-slow real cloud harness docs lint types tests ui status clean
 
 projector: $(VENV)/ready
 	$(RUN) -e projector -P preset=$(PRESET) $(ARGS)
@@ -105,6 +107,19 @@ $(LMMS)/ready: $(VENV)/ready
 	$(call install,$(LMMS),--constraint $(LMMS)/constraints.txt 'lmms-eval>=0.7')
 	touch $@
 
+# The generated pages need mmphi; MkDocs reads its source and imports nothing of it. The variable turns off a notice that
+# Material for MkDocs reaches its end of life on 2027-05-05.
+docs: $(VENV)/ready $(DOCS)/ready
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  > $(DOCS)/requirements.txt
+	@$(call install,$(DOCS),--constraint constraints.txt --requirement $(DOCS)/requirements.txt)
+	touch $@
+
 ui: $(VENV)/ready
 	$(BIN)/mmphi ui --port $(PORT)
 
@@ -120,4 +135,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SKY) $(LMMS) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(SKY) $(LMMS) $(DOCS) site .mypy_cache .ruff_cache .pytest_cache

@@ -350,7 +350,7 @@ def load(name: str, preset: str = "") -> tuple[str, Any]:
     spec.loader.exec_module(module)
     study = getattr(module, "STUDY", None)
     if study is None:
-        raise SettingsError(f"{path} defines no STUDY", "docs/ablations-and-reports.md shows one")
+        raise SettingsError(f"{path} defines no STUDY", "docs/how-to/studies.md shows one")
     if not preset or preset == study.preset:
         return path.stem, _with_current_names(study)
     there = getattr(module, "PRESETS", {}).get(preset)

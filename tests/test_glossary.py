@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_files_and_classes_of_the_glossary_exist() -> None:
-    text = (ROOT / "docs" / "glossary.md").read_text()
+    text = (ROOT / "docs" / "explanation" / "glossary.md").read_text()
     code = "\n".join(
         path.read_text() for top in ("mmphi", "ablations", "reports") for path in (ROOT / top).rglob("*.py")
     )

@@ -1,4 +1,4 @@
-"""The whole path on real photographs and pretrained models, short; full results: docs/own-data-and-presets.md."""
+"""The whole path on real photographs and pretrained models, short; full results: docs/explanation/results.md."""
 
 from __future__ import annotations
 

@@ -85,7 +85,12 @@ class Comparison:
         parser.add_argument("--shape", default="small", choices=shapes, help="sizes of models and batch [small]")
         parser.add_argument("--steps", type=int, default=6, help="steps of each side; the first is not timed [6]")
         parser.add_argument("--rounds", type=int, default=2, help="times that each side runs, in turn [2]")
-        parser.add_argument("--workers", type=int, default=spare, help=f"processes that load, on each side [{spare}]")
+        parser.add_argument(
+            "--workers",
+            type=int,
+            default=spare,
+            help="processes that load, on each side [a fourth of the cores, up to 4]",
+        )
         parser.add_argument("--without", nargs="+", default=[], choices=list(self.sides), help="sides to leave out")
         parser.add_argument(
             "--profile", action="store_true", help="show what each side's last step does (torch.profiler); untimed"

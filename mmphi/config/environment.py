@@ -1,4 +1,4 @@
-"""Environment variables of mmphi with their descriptions; ``docs/environment.md`` lists the same."""
+"""Environment variables of mmphi with their descriptions; ``docs/reference/environment.md`` lists the same."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Table of metrics: name, unit, direction and meaning; for caption metrics also the function.
 
 To add a caption metric, write a function of predictions and references and add it to :data:`CAPTION_METRICS`. The stage
-``evaluate`` computes it and MLflow's comparison pages show it; ``docs/metrics.md`` must document it. A metric that is
-renamed gets a line in :data:`mmphi.config.former_names.FORMER_METRICS`, with which stored runs are read.
+``evaluate`` computes it and MLflow's comparison pages show it; ``docs/reference/metrics.md`` must document it. A metric
+that is renamed gets a line in :data:`mmphi.config.former_names.FORMER_METRICS`, with which stored runs are read.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ CHECKPOINT_BYTES = 16  # Per trained parameter in fp32: result, checkpoint, and 
 TRAINED_BYTES = 16  # Per trained parameter in memory: weight, gradient, and two moments, all fp32.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": 0.5}
 # Bytes kept for the backward pass per token, layer and hidden unit in 16 bits. Measured at Phi-2's shape
-# (docs/benchmarks.md): 23.7 GB for a projector under a frozen model, 46 GB for an adapter on all linear layers.
+# (docs/explanation/benchmarks.md): 23.7 GB for a projector under a frozen model, 46 GB for an adapter on all linear
+# layers.
 FROZEN_ACTIVATION_BYTES, ADAPTER_ACTIVATION_BYTES = 19, 46
 UNKNOWN_FEATURE_WIDTH = 1024  # Assumed for encoders that must be built first; the width of CLIP's ViT-L.
 BLOCK_INPUT_BYTES = 2  # With gradient checkpointing, only the input of each layer is kept.

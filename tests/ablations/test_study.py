@@ -76,7 +76,7 @@ def test_published_clips_are_ones_that_open_clip_has() -> None:
 
 def test_a_study_is_a_small_file(tmp_path: Path) -> None:
     """The example of the documentation: a study in under 20 lines, run by its path."""
-    page = (Path(__file__).parents[2] / "docs" / "ablations-and-reports.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "studies.md").read_text()
     (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "STUDY" in block]
     assert len(example.splitlines()) < 20
     path = tmp_path / "activation.py"

@@ -23,5 +23,5 @@ def test_every_variable_that_the_code_reads_is_declared() -> None:
 
 
 def test_every_variable_is_documented() -> None:
-    page = (ROOT / "docs" / "environment.md").read_text()
+    page = (ROOT / "docs" / "reference" / "environment.md").read_text()
     assert [name for name, meaning in VARIABLES.items() if f"| `{name}` | {meaning} |" not in page] == []

@@ -23,7 +23,7 @@ from mmphi.errors import DataError, SettingsError
 from mmphi.stages import load_settings
 from mmphi.stages.shared_models import check_data, read
 
-PAGE = Path(__file__).parents[2] / "docs" / "own-data-and-presets.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-data.md"
 
 
 def drawn(folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ def test_every_recorded_result_is_in_the_table() -> None:
 
 
 def test_the_page_names_every_metric_with_its_unit_and_direction() -> None:
-    page = (ROOT / "docs" / "metrics.md").read_text()
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     rows = [f"| `{name}` | {m.unit} | {m.better or '-'} | {m.meaning} |" for name, m in METRICS.items()]
     assert [row for row in rows if row not in page] == []
 

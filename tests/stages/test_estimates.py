@@ -65,7 +65,7 @@ def all_sections(settings: Settings) -> SettingsView:
 
 
 def test_memory_of_phi2_is_that_of_the_measurement() -> None:
-    """docs/benchmarks.md: 23.7 GB for a projector and 46 GB for an adapter, 16 conversations of 576 image tokens."""
+    """docs/explanation/benchmarks.md: 23.7 GB (projector) and 46 GB (adapter), 16 conversations of 576 image tokens."""
     shape = {f"{stage}.{key}": value for stage in ("projector", "qlora") for key, value in MEASURED_SHAPE.items()}
     view = all_sections(load_settings("phi2", shape, "projector", expand=False))
     assert projector_memory(view) == pytest.approx(23.7e9, rel=0.1)
