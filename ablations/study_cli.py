@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mmphi.config.arguments import CommandParser
+from mmphi.config.former_names import former_metric
 from mmphi.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ def compare(arguments: Sequence[str]) -> int:
     if not any(trial.finished for trial in data.trials):
         raise SettingsError(f"no trial of {options.study} is finished yet", f"mmphi studies {options.study} --watch")
     server = store.uri.startswith("http")
-    first = [data.declaration["metric"]]
+    metric = data.declaration["metric"]
+    first = [metric, former_metric(metric)]  # Earlier runs recorded the former name.
     shared = shared_view(store.uri, data.experiment, first, f"mmphi-{data.name}")
     pages = compare_urls(data, data.address if server else f"http://{HOST}:{options.port}", shared)
     if server or port_is_open(options.port) or options.no_browser:

@@ -128,17 +128,15 @@ def settings_page() -> str:
             lines += [section_help(name), ""]
         rows = (
             (
-                code(field.name),
-                field.kind,
-                range_of(field),
-                default_of(field),
-                cell(field.unit),
+                code(field.name.partition(".")[2] or field.name),
+                " ".join(filter(None, (field.kind, range_of(field)))),
+                " ".join(filter(None, (default_of(field), cell(field.unit)))),
                 cell(field.help),
                 "yes" if field.affects_key else "no",
             )
             for field in fields
         )
-        lines += table(("setting", "type", "range", "default", "unit", "meaning", "cache key"), rows)
+        lines += table(("setting", "type", "default", "meaning", "cache key"), rows)
     return "\n".join(lines)
 
 

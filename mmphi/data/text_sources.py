@@ -23,7 +23,8 @@ from mmphi.errors import DataError
 SUFFIXES = (".txt", ".md", ".rst", ".jsonl")  # Files read from a folder; a .json file there is rarely a text.
 ROWS, TABLE = (".jsonl", ".json"), ".parquet"
 PIECE = 1 << 18  # Maximum characters of a piece, which is tokenized as one text.
-BLOCK = 1 << 22  # Characters read from a file at once.
+BLOCK = 1 << 22  # Bytes read from a file at once.
+MARK = "\ufeff"  # Byte order mark.
 SAFE_CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 """Positions where a text can be cut without changing its tokens: after a single newline between words, or before a
 single space, which GPT-2's pattern joins with the following word."""
@@ -275,7 +276,9 @@ def _text(stream: IO[bytes], file: Path, separator: str, encoding: str, report: 
 
 def _decoded(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -> Iterator[str]:
     """Decoded blocks of a file up to its first undecodable byte."""
-    decoder = codecs.getincrementaldecoder(encoding)()
+    # The decoder of utf-8-sig counts the positions of errors after the byte order mark.
+    marked = codecs.lookup(encoding).name == "utf-8-sig"
+    decoder = codecs.getincrementaldecoder("utf-8" if marked else encoding)()
     block = b"-"
     while block:
         block = stream.read(BLOCK)
@@ -285,9 +288,10 @@ def _decoded(stream: IO[bytes], file: Path, encoding: str, report: TextReport) -
         except UnicodeDecodeError as error:
             report.skip("the rest of a file after bytes that are not " + encoding, f"{file}: {error.reason}")
             decoder.setstate(state)
-            yield decoder.decode(block[: max(0, error.start - len(state[0]))])
+            yield decoder.decode(block[: max(0, error.start - len(state[0]))]).removeprefix(MARK if marked else "")
             return
-        yield text
+        yield text.removeprefix(MARK if marked else "")
+        marked = marked and not text
 
 
 def _close(text: str, first: bool, report: TextReport) -> Iterator[TextPiece]:

@@ -58,7 +58,7 @@ def _check_peer(connection: http.client.HTTPConnection) -> None:
     Raises:
         OSError: If the host is a name and its address is not public.
     """
-    host = connection.host
+    host = connection.host.lower()
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -42,8 +42,8 @@ def _unused_by_readers(data: DataSettings) -> Iterator[str]:
         for setting in unused_settings(source):
             kinds = [kind for kind, reader in READERS.items() if setting in reader.settings]
             yield (
-                f"note: data.sources.{number}.{setting} has no effect: the reader of kind {source.kind} ignores it;\n"
-                f"      the kinds that do: {', '.join(kinds)}"
+                f"note: data.sources.{number}.{setting} has no effect:"
+                f" the reader of kind {source.kind} does not use it;\n      the kinds that do: {', '.join(kinds)}"
             )
 
 

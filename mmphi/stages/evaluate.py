@@ -9,13 +9,13 @@ from mmphi.config.declared_view import SettingsView
 from mmphi.config.evaluate import EvaluateSettings
 from mmphi.config.projector import ProjectorSettings
 from mmphi.config.qlora import QloraSettings
-from mmphi.config.shared import ConversationSettings, TrainingSettings
+from mmphi.config.shared import TrainingSettings
 from mmphi.config.speech import SpeechSettings
 from mmphi.pipeline.stage import Context, Stage
 from mmphi.stages.listen import COLUMNS
 from mmphi.stages.shared_models import CONTENT, drop_without_features, read, scenes_if_read, stored_features
 
-KEPT = "save_every", "steps", "keep_checkpoints"
+KEPT = "save_every", "steps", "supervised_tokens", "keep_checkpoints"
 RECORDING_SETTINGS = (  # Settings of ``speech`` that determine the recordings, the question and the splits.
     *("path", "recordings", *(f"{name}_column" for name in COLUMNS)),
     *("question", "validation", "test", "split_seed", "soft_temperature"),
@@ -131,7 +131,7 @@ def check(settings: SettingsView) -> None:
     trained: TrainingSettings = settings(ProjectorSettings)
     if chosen.stage in ("qlora", "speech"):
         trained = settings(QloraSettings) if chosen.stage == "qlora" else settings(SpeechSettings)
-    if isinstance(trained, ConversationSettings) and trained.supervised_tokens:
+    if getattr(trained, "supervised_tokens", 0):
         return  # The budget in tokens decides the number of steps, which only the data tell.
     saved = sorted({*range(trained.save_every, trained.steps + 1, trained.save_every), trained.steps})
     kept = [str(step) for step in saved[-trained.keep_checkpoints :]]

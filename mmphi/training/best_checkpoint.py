@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -32,7 +33,8 @@ class BestCheckpoint:
         self.folder, self.task, self.state = folder / FOLDER, task, state
         former = self.folder.with_suffix(FORMER)
         if former.exists() and not self.folder.exists():  # A process was killed between the two renames of `offer`.
-            former.rename(self.folder)
+            with contextlib.suppress(FileNotFoundError):  # Another process of the same training has done it.
+                former.rename(self.folder)
 
     @property
     def step(self) -> int:

@@ -114,7 +114,7 @@ def test_generators_of_two_machines_fill_one_spool_though_one_is_lost(two, tmp_p
         rows = pool.rows()
     assert sorted(row["starts"] for row in rows) == [1, 2]
     assert all(row["tokens"] and row["documents"] for row in rows)
-    assert "2 machines, 4 cores, 0 GPUs: 2 generators" in told[0]
+    assert "2 machines, 4 cores, 0 GPUs: running 2 generators" in told[0]
     assert [line for line in told if "has died" in line]
     documents = [d for _, found in ShardReader(spool, say=told.append).everything() for d in found]
     assert len({document.id for document in documents}) == len(documents) >= 18

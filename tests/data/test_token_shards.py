@@ -102,10 +102,10 @@ def test_what_cannot_be_read_is_counted(tmp_path):
     assert read(tmp_path / "latin.txt", encoding="latin-1")[0] == ["déjà vu"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_text_before_an_undecodable_byte_is_read(tmp_path, encoding):
     before = "fine ä " * 40_000
-    bad = b"\xff bad" if encoding == "utf-8" else b"\x00\xdc\x00\x00"
+    bad = b"\xff bad" if encoding.startswith("utf-8") else b"\x00\xdc\x00\x00"
     (tmp_path / "broken.txt").write_bytes(before.encode(encoding) + bad)
     documents, report = read(tmp_path / "broken.txt")
     assert "".join(documents) == before

@@ -133,7 +133,7 @@ def test_generated_text_stands_apart_with_its_floor(empty_store):
     assert "0.850 less" in floor
     assert "seen 2.50 times" in floor
     (other,) = [line for line in lines if line != floor]
-    assert "not known" in other
+    assert "is unknown" in other
 
 
 @pytest.mark.slow

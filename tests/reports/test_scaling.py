@@ -111,7 +111,7 @@ def test_updates_are_those_at_which_a_stretched_schedule_ends_at_the_loss() -> N
         assert float(LAW(total[-1:], cooled[-1:])[0]) == pytest.approx(3.9, abs=0.01)
 
 
-@pytest.mark.parametrize("curves", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("curves", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_intervals_hold_the_truth(curves: int) -> None:
     """Constant, cosine and WSD, fixed and proportional gain, 300 to 20,000 updates, noise of 0.03 to 0.1 nats."""
     answered = held = 0

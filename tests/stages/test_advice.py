@@ -48,7 +48,7 @@ def test_a_setting_of_another_projector_kind_is_reported(stage: str) -> None:
 
 def test_a_setting_of_another_kind_of_source_is_reported() -> None:
     (line,) = advice("light_clip", load_settings("tiny", COLUMN, "light_clip", expand=False))
-    assert line.startswith("note: data.sources.0.text_column has no effect: the reader of kind llava ignores it")
+    assert line.startswith("note: data.sources.0.text_column has no effect: the reader of kind llava does not use it")
     assert line.endswith("the kinds that do: captions, datasets")
 
 

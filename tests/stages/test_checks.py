@@ -104,4 +104,4 @@ def test_shape_of_large_towers_takes_no_weights() -> None:
 
 def test_checkpoints_of_a_token_budget_are_not_counted_in_steps() -> None:
     settings = small.settings(projector__supervised_tokens="500", evaluate__checkpoint="3")
-    evaluate.check(SettingsView(settings, ("evaluate", "projector", "qlora", "speech")))
+    evaluate.check(SettingsView(settings, STAGES["evaluate"].declared))

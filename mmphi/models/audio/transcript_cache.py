@@ -20,6 +20,10 @@ KEY_SETTINGS = {
     **{"threshold": "vad_threshold", "window": "max_chunk_s", "beam": "beam_size"},
 }
 AT_ONCE = 500
+UNAVAILABLE = (  # Primary result codes of SQLite that say nothing about the file's content.
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL),
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
+)
 
 
 class TranscriptCache:
@@ -70,8 +74,10 @@ class TranscriptCache:
         try:
             with self._open() as connection:
                 connection.executemany("INSERT OR REPLACE INTO transcripts VALUES (?, ?)", rows)
-        except (OSError, sqlite3.OperationalError):  # Locked, or the disk is full: other processes use the file.
+        except OSError:
             pass
-        except sqlite3.DatabaseError:  # The file is corrupt or not a database: the next call creates a new one.
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        except sqlite3.DatabaseError as error:
+            # Other processes use a file that is locked or on a full disk; any other file is replaced by the next call.
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in UNAVAILABLE:
+                with contextlib.suppress(OSError):
+                    self._path.unlink()

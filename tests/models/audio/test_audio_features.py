@@ -266,12 +266,20 @@ def test_a_locked_cache_of_transcripts_is_kept(tmp_path: Path, monkeypatch: pyte
     cache.remember({"a": Transcript((Segment(0, 1, "one"),))})
 
     def locked() -> Any:
-        raise sqlite3.OperationalError("database is locked")
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(cache, "_open", locked)
         cache.remember({"b": Transcript((Segment(0, 1, "two"),))})
     assert set(cache.recall(["a", "b"])) == {"a"}
+    with sqlite3.connect(tmp_path / "memory") as connection:  # As another version would write it.
+        connection.execute("DROP TABLE transcripts")
+        connection.execute("CREATE TABLE transcripts (key)")
+    cache.remember({"c": Transcript((Segment(0, 1, "three"),))})
+    cache.remember({"c": Transcript((Segment(0, 1, "three"),))})
+    assert set(cache.recall(["c"])) == {"c"}
 
 
 def test_the_encoders_whisper_must_be_the_one_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
