@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,7 +14,7 @@ INDEX, PROGRESS = "index.json", "progress.jsonl"
 P = TypeVar("P")
 
 
-class StoreWriter(Generic[P]):
+class StoreWriter(ABC, Generic[P]):
     """Progress of a store; a batch is recorded completely or not at all.
 
     Args:
@@ -44,8 +45,9 @@ class StoreWriter(Generic[P]):
         """Whether a content was written or found unreadable."""
         return digest in self.places or digest in self.unreadable
 
+    @abstractmethod
     def _note(self, batch: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Take the places and unreadable contents of a recorded batch into this object."""
 
     def _record(self, batch: Mapping[str, Any]) -> None:
         with (self.folder / PROGRESS).open("a") as file:

@@ -79,7 +79,7 @@ def difference(parts: Mapping[str, Any], before: Mapping[str, Any], settings: Se
 
 
 def _change(name: str, value: Any, before: Any) -> str:
-    """One difference of two keys; digests are not shown, because nobody can read them."""
+    """One difference of two keys; digests are not shown, because they have no meaning for a reader."""
     if name.startswith("upstream."):
         return f"the {name.removeprefix('upstream.')} that it uses is another one"
     if any(str(each).startswith("sha256:") for each in (value, before)):

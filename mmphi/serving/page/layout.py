@@ -233,8 +233,8 @@ def build_page(pool: ModelPool, look: PageConfig) -> gr.Blocks:
             repeating.click(again, [talks, *how], seen, **many),
         ]
         stopping.click(stop, None, None, queue=False, **quiet)
-        anew = [model.change, second_model.change, clearing.click]
-        gr.on(anew, chosen, [model, second_model, talks], [*seen, trained_on], cancels=answers, **quiet)
+        restarts = [model.change, second_model.change, clearing.click]
+        gr.on(restarts, chosen, [model, second_model, talks], [*seen, trained_on], cancels=answers, **quiet)
         page.load(opened, None, [model, second_model], **quiet)
         page.unload(stop)
     made: gr.Blocks = page
